@@ -1,0 +1,91 @@
+"""The limits a container or a service sets on memory and CPU, read from the cgroup of this process.
+
+    v2   /proc/self/cgroup "0::/a/b"          memory.max,             memory.current,        cpu.max
+    v1   /proc/self/cgroup "4:memory:/a/b"    memory.limit_in_bytes,  memory.usage_in_bytes, cpu.cfs_quota_us
+
+Every level from the process's own folder up to the mount counts, for a parent's limit binds its children. Inside a
+container the path is often the host's and not to be seen; then the mount itself holds the limit. A file that is missing
+or reads "max" sets no limit. Page cache that the kernel would drop (inactive_file) does not count as used.
+Source: Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+
+def limit_memory(total_bytes: int, available_bytes: int, root: Path = Path("/")) -> tuple[int, int]:
+    """Lower the machine's total and available RAM to what the cgroup of this process leaves.
+
+    Args:
+        total_bytes: RAM of the machine.
+        available_bytes: of it available by the kernel's estimate.
+        root: where /proc and /sys are found.
+
+    Returns:
+        Total and available bytes; unchanged where no limit is set.
+    """
+    for folder in _folders(root, "memory"):
+        limit = _number(folder / "memory.max")
+        used, cache = "memory.current", "inactive_file"
+        if limit is None:
+            limit = _number(folder / "memory.limit_in_bytes")
+            used, cache = "memory.usage_in_bytes", "total_inactive_file"
+        if limit is not None:
+            left = limit - max((_number(folder / used) or 0) - _statistic(folder / "memory.stat", cache), 0)
+            total_bytes, available_bytes = min(total_bytes, limit), min(available_bytes, max(left, 0))
+    return total_bytes, available_bytes
+
+
+def limit_cores(cores: int, root: Path = Path("/")) -> int:
+    """Lower a number of CPU cores to the quota of the cgroup of this process, rounded up, at least 1."""
+    for folder in _folders(root, "cpu"):
+        quota, period = _quota(folder)
+        if quota > 0 and period > 0:
+            cores = min(cores, -(-quota // period))
+    return max(cores, 1)
+
+
+def _folders(root: Path, controller: str) -> Iterator[Path]:
+    """Folders that may hold this controller's files: of every hierarchy, from the process's own up to the mount."""
+    mounts = root / "sys/fs/cgroup"
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not controllers:
+            mount = mounts
+        elif controller in controllers.split(","):
+            mount = mounts / controllers if (mounts / controllers).is_dir() else mounts / controller
+        else:
+            continue
+        inside = PurePosixPath(path.lstrip("/"))
+        if ".." not in inside.parts:  # so the kernel writes a cgroup outside our namespace
+            yield from (mount / level for level in (inside, *inside.parents) if level.parts)
+        yield mount
+
+
+def _quota(folder: Path) -> tuple[int, int]:
+    """CPU time and the period it is for, both in microseconds; (0, 0) for none."""
+    fields = _text(folder / "cpu.max").split()
+    if len(fields) == 2 and all(field.isdecimal() for field in fields):
+        return int(fields[0]), int(fields[1])
+    return _number(folder / "cpu.cfs_quota_us") or 0, _number(folder / "cpu.cfs_period_us") or 0
+
+
+def _statistic(file: Path, name: str) -> int:
+    for line in _text(file).splitlines():
+        key, _, value = line.partition(" ")
+        if key == name and value.strip().isdecimal():
+            return int(value)
+    return 0
+
+
+def _number(file: Path) -> int | None:
+    text = _text(file).strip()
+    return int(text) if text.isdecimal() else None  # "max" and v1's -1 both mean no limit
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8", "replace")
+    except OSError:
+        return ""

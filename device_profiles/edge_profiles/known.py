@@ -1,0 +1,187 @@
+"""The boards this project knows: their figures, where each is from, and how a machine is recognised as one.
+
+A file in boards/ holds a family. Its table [shared] is laid under every [[boards]] entry; the tables gpu and sources
+are joined key by key. Sizes are written as "8GiB". Each figure names its source or the file is refused.
+"""
+
+import datetime
+import difflib
+import functools
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge_profiles.errors import ProfileError
+from edge_profiles.profile import Gpu, Profile
+from edge_profiles.sizes import GIB, parse_size
+
+FOLDER = Path(__file__).with_name("boards")
+ASSUMED_DISK_FREE_BYTES = 32 * GIB  # a board says nothing of its disk
+
+
+class BoardGpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The GPU of a board."""
+
+    name: str
+    """As NVML reports it, so that a card can be recognised."""
+    compute_capability: str
+    memory_bytes: int | None = None
+    """Its own memory; None when it works in RAM."""
+    reserved_bytes: int = 0
+    """Of its own memory, what driver and desktop hold before a trainer starts."""
+
+
+class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A board, or a graphics card in an ordinary host, by its published figures."""
+
+    name: str
+    title: str
+    machine: str
+    memory_bytes: int
+    """RAM in total. For a graphics card that of an assumed host: see `sources`."""
+    reserved_bytes: int
+    """Of the RAM, what firmware, operating system and desktop hold before a trainer starts; `sources` has the reason."""
+    cpu_cores: int
+    unified_memory: bool
+    """The GPU works in RAM."""
+    sources: dict[str, str]
+    """The origin of each figure, by field; a field of the GPU as gpu_<field>."""
+    checked: datetime.date
+    """When the figures were last compared with their sources."""
+    gpu: BoardGpu | None = None
+    memory_bandwidth_gb_s: float | None = None
+    """Peak, in 10**9 bytes a second, of the memory that training uses: a card's own, else RAM."""
+    bf16_dense_tflops: float | None = None
+    """Published peak of bf16 matrix products with fp32 sums, without sparsity."""
+    device_tree: tuple[str, ...] = ()
+    """Words in the device tree's model that tell this family."""
+
+
+def boards() -> dict[str, Board]:
+    """Return every known board by name.
+
+    Raises:
+        ProfileError: a board file is not as it should be.
+    """
+    return dict(_load(FOLDER))
+
+
+def board(name: str) -> Board:
+    """Return the board of this name, such as "jetson-orin-nano-8gb".
+
+    Raises:
+        ProfileError: no board has this name; the message has the nearest names and the whole list.
+    """
+    known = _load(FOLDER)
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ProfileError(f"board {name!r} is not known: {hint}Known boards: {', '.join(known)}")
+
+
+def profile_of(board: Board) -> Profile:
+    """Return the profile a process would find on this board when only the operating system and its desktop run.
+
+    Swap counts as none and the disk as 32 GiB free, for neither belongs to the board. RAM is the board's full size; on
+    the board itself `probe` sees a little less, because firmware takes its part before the kernel counts.
+    """
+    available = board.memory_bytes - board.reserved_bytes
+    gpu = None
+    if board.gpu is not None:
+        total, free = board.memory_bytes, available
+        if board.gpu.memory_bytes is not None:
+            total, free = board.gpu.memory_bytes, board.gpu.memory_bytes - board.gpu.reserved_bytes
+        gpu = Gpu(board.gpu.name, board.gpu.compute_capability, total, free)
+    return Profile(
+        board=board.name,
+        description=board.title,
+        os="Linux",
+        machine=board.machine,
+        cpu_cores=board.cpu_cores,
+        ram_total_bytes=board.memory_bytes,
+        ram_available_bytes=available,
+        swap_total_bytes=0,
+        disk_free_bytes=ASSUMED_DISK_FREE_BYTES,
+        unified_memory=board.unified_memory,
+        gpu=gpu,
+    )
+
+
+def recognise_model(model: str, ram_bytes: int) -> Board | None:
+    """Return the board whose family the device tree's model names and whose RAM fits the kernel's total."""
+    family = [b for b in _load(FOLDER).values() if any(word.lower() in model.lower() for word in b.device_tree)]
+    return _fitting({b.memory_bytes: b for b in family}, ram_bytes, least=0.6)  # firmware takes up to a fifth
+
+
+def recognise_gpu(name: str, memory_bytes: int) -> Board | None:
+    """Return the card of exactly this name (a "Laptop GPU" is another) whose memory fits the driver's total."""
+    cards = {b.gpu.memory_bytes: b for b in _load(FOLDER).values() if b.gpu and b.gpu.memory_bytes and b.gpu.name == name}
+    return _fitting(cards, memory_bytes, least=0.9)
+
+
+def _fitting(by_size: dict[int, Board], seen_bytes: int, least: float) -> Board | None:
+    """The smallest that is large enough for what was seen, unless so large that it must be another."""
+    size = min((size for size in by_size if size >= seen_bytes), default=None)
+    return by_size[size] if size is not None and seen_bytes >= least * size else None
+
+
+# --- board files
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    boards: list[dict[str, Any]]
+    shared: dict[str, Any] = {}
+
+
+@functools.cache
+def _load(folder: Path) -> dict[str, Board]:
+    found: dict[str, Board] = {}
+    for file in sorted(folder.glob("*.toml")):
+        for entry in _read(file):
+            if entry.name in found:
+                raise ProfileError(f"{file.name}: board {entry.name!r} is defined twice; rename one")
+            found[entry.name] = entry
+    return found
+
+
+def _read(file: Path) -> list[Board]:
+    name = "?"
+    try:
+        content = msgspec.toml.decode(file.read_bytes(), type=_File)
+        result = []
+        for own in content.boards:
+            name = str(own.get("name", "?"))
+            entry = {**content.shared, **own}
+            for key in ("gpu", "sources"):
+                if key in entry:
+                    entry[key] = {**content.shared.get(key, {}), **own.get(key, {})}
+            for table in (entry, entry.get("gpu", {})):
+                table.update({key: parse_size(table[key]) for key in ("memory_bytes", "reserved_bytes") if key in table})
+            result.append(_checked(msgspec.convert(entry, Board)))
+        return result
+    except (OSError, ValueError, TypeError, ProfileError) as error:  # msgspec's errors are ValueErrors
+        raise ProfileError(f"{file.name}: board {name!r}: {error}; device_profiles/README.md has the fields") from error
+
+
+def _checked(board: Board) -> Board:
+    """Refuse what types cannot: figures without a source, sources without a figure, memory that does not add up."""
+    figures = {"memory_bytes", "reserved_bytes", "cpu_cores"}
+    figures |= {name for name in ("memory_bandwidth_gb_s", "bf16_dense_tflops") if getattr(board, name) is not None}
+    if board.gpu is not None:
+        figures |= {"gpu_compute_capability"}
+        figures |= {"gpu_memory_bytes", "gpu_reserved_bytes"} if board.gpu.memory_bytes is not None else set()
+        if (board.gpu.memory_bytes is None) != board.unified_memory:
+            raise ProfileError("a GPU has either memory_bytes of its own or a board with unified_memory")
+        if board.gpu.reserved_bytes > (board.gpu.memory_bytes or 0):
+            raise ProfileError("the GPU's reserved_bytes exceed its own memory_bytes")
+    elif board.unified_memory:
+        raise ProfileError("unified_memory needs a gpu")
+    if missing := sorted(name for name in figures if not board.sources.get(name, "").strip()):
+        raise ProfileError(f"no source for {', '.join(missing)}")
+    if extra := sorted(board.sources.keys() - figures):
+        raise ProfileError(f"a source for {', '.join(extra)}, which the board does not state")
+    if not 0 <= board.reserved_bytes < board.memory_bytes:
+        raise ProfileError(f"reserved_bytes {board.reserved_bytes} leave nothing of memory_bytes {board.memory_bytes}")
+    return board

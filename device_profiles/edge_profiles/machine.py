@@ -1,0 +1,109 @@
+"""Look at this machine: cores, memory, disk, GPU, and whether it is a board we know.
+
+A Jetson or a Raspberry Pi names itself in /proc/device-tree/model, which ends in a NUL byte. Containers hide the device
+tree; a Jetson's firmware then still has its name in DMI. Memory comes from psutil and is lowered to the cgroup's limit.
+"""
+
+import os
+import platform
+from pathlib import Path
+
+import psutil
+
+from edge_profiles import cgroups, gpus, known
+from edge_profiles.profile import Gpu, Profile
+
+_MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}  # how Windows and macOS call the two
+
+
+def probe(path_for_disk: str = ".") -> Profile:
+    """Return the profile of this machine as it is now.
+
+    A source that is missing leaves its part out; a GPU driver that does not answer is given up after 20 s.
+
+    Args:
+        path_for_disk: where a trainer would write; it need not exist yet.
+
+    Raises:
+        ProfileError: a board file of this package is broken.
+    """
+    return _probe(Path(path_for_disk), Path("/"))
+
+
+def _probe(path_for_disk: Path, root: Path) -> Profile:
+    ram = psutil.virtual_memory()
+    total, available = cgroups.limit_memory(ram.total, ram.available, root)
+    model, dmi = _line(root / "proc/device-tree/model"), _line(root / "sys/devices/virtual/dmi/id/product_name")
+    # ram.total, not the cgroup's limit, tells an 8 GB board from a 16 GB one
+    board = next((b for name in (model, dmi) if name and (b := known.recognise_model(name, ram.total))), None)
+    description = board.title if board else model or _cpu_model(root)
+    seen = gpus.find()
+    if board is None and seen is not None and seen.memory_total_bytes is not None:
+        board = known.recognise_gpu(seen.name, seen.memory_total_bytes)
+    gpu, unified = _gpu(seen, board, total, available)
+    machine = platform.machine().lower()
+    return Profile(
+        board=board.name if board else None,
+        description=description,
+        os=f"{platform.system()} {platform.release()}".strip(),
+        machine=_MACHINES.get(machine, machine),
+        cpu_cores=cgroups.limit_cores(_allowed_cores(), root),
+        ram_total_bytes=total,
+        ram_available_bytes=available,
+        swap_total_bytes=psutil.swap_memory().total,
+        disk_free_bytes=_disk_free(path_for_disk),
+        unified_memory=unified,
+        gpu=gpu,
+    )
+
+
+def _gpu(
+    seen: gpus.Sighting | None, board: known.Board | None, ram_total: int, ram_available: int
+) -> tuple[Gpu | None, bool]:
+    """The GPU, and whether it works in RAM; the board fills in what the driver does not say."""
+    on_board = board.gpu if board is not None else None
+    unified = board is not None and board.unified_memory
+    if seen is not None:
+        capability = seen.compute_capability or (on_board.compute_capability if on_board else None)
+        if unified or seen.memory_total_bytes is None:
+            return Gpu(seen.name, capability, ram_total, ram_available), True
+        return Gpu(seen.name, capability, seen.memory_total_bytes, seen.memory_available_bytes), False
+    if unified and on_board is not None and not gpus.hidden():  # JetPack 5 and older have neither NVML nor nvidia-smi
+        return Gpu(on_board.name, on_board.compute_capability, ram_total, ram_available), True
+    return None, unified
+
+
+def _allowed_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _disk_free(path: Path) -> int:
+    """Bytes free to this user on the file system that holds the path or will hold it."""
+    path = path.absolute()
+    for place in (path, *path.parents):
+        try:
+            return psutil.disk_usage(str(place)).free
+        except OSError:
+            continue
+    return 0
+
+
+def _cpu_model(root: Path) -> str:
+    try:
+        with (root / "proc/cpuinfo").open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                key, _, value = line.partition(":")
+                if key.strip() == "model name":
+                    return value.strip()
+    except OSError:
+        pass
+    return platform.machine() or "unknown CPU"
+
+
+def _line(file: Path) -> str:
+    try:
+        return file.read_text("utf-8", "replace").rstrip("\0").strip()
+    except OSError:
+        return ""

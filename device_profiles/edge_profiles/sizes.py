@@ -1,0 +1,49 @@
+"""Sizes in bytes as people write and read them.
+
+    900MiB = 900 · 2**20      900MB = 900 · 10**6      800000000 = bytes
+
+Source of the binary prefixes: IEC 80000-13.
+"""
+
+import re
+
+from edge_profiles.errors import SizeError
+
+KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
+
+_UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB}
+_UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_SIZE = re.compile(r"\s*([0-9]{1,18})(?:\.([0-9]{1,18}))?\s*([A-Za-z]*)\s*", re.ASCII)
+
+
+def parse_size(text: str) -> int:
+    """Read a size such as "900MiB", "1.5 GiB", "900MB" or "800000000" (bytes); the case of the unit is free.
+
+    Returns:
+        Whole bytes, rounded down.
+
+    Raises:
+        SizeError: any other text. "1G" and "900M" are refused, for they mean 10**9 to some and 2**30 to others.
+    """
+    match = _SIZE.fullmatch(text)
+    if match:
+        whole, part, unit = match[1], match[2] or "", match[3].lower()
+        if unit in _UNITS and not (part and _UNITS[unit] == 1):  # a fraction of a byte is a forgotten unit
+            return int(whole + part) * _UNITS[unit] // 10 ** len(part)
+    raise SizeError(
+        f"size {text!r} is not understood: write a number and a unit, such as '900MiB', '1.5GiB' or '900MB', "
+        "or whole bytes, such as '800000000'"
+    )
+
+
+def format_size(size_bytes: int) -> str:
+    """Write bytes with the largest binary unit that keeps the number at 1 or more: "900 MiB", "1.46 GiB", "-2 KiB".
+
+    At most two decimals, so the text is for reading; what another program reads should be the bytes.
+    """
+    sign, rest = ("-" if size_bytes < 0 else ""), abs(size_bytes)
+    for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        number = round(rest / unit, 2)
+        if number >= 1:
+            return f"{sign}{number:.2f}".rstrip("0").rstrip(".") + f" {name}"
+    return f"{sign}{rest} B"

@@ -1,0 +1,91 @@
+"""Delta and adapter state on the wire: 8-bit blocks, entropy-coded.
+
+    payload = b"EDC1" · header length (4 bytes) · header (JSON: keys and shapes) · zstd(int8 values of all tensors, then their scales)
+
+Each run of 64 values of a tensor has one float32 scale, max|v| / 127; a value is scale · q. On the sender's side error
+feedback carries what rounding lost into the next round: encode(delta + residual), residual <- delta + residual - decoded.
+Source: Dettmers et al. 2021, arXiv 2110.02861 (block-wise 8 bits); Karimireddy et al. 2019, arXiv 1901.09847 (feedback).
+"""
+
+from collections.abc import Mapping
+
+import msgspec
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from edge_runtime.errors import InputError
+
+NAME = "int8-block64-zstd"
+MAGIC = b"EDC1"
+BLOCK = 64
+
+Tensors = dict[str, NDArray[np.float32]]
+
+
+class Header(msgspec.Struct, frozen=True):
+    """Keys and shapes, in the order in which the values follow."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+
+def encode(tensors: Mapping[str, NDArray[np.float32]]) -> bytes:
+    """Encode float32 tensors; raises InputError when a value is not finite."""
+    values, scales = [], []
+    for key, tensor in tensors.items():
+        flat = np.ravel(tensor)
+        blocks = np.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
+        largest = np.abs(blocks).max(axis=1, keepdims=True)
+        if not np.isfinite(largest).all():
+            raise InputError(f"{key} holds a value that is not finite")
+        scale = (largest / 127).astype("<f4")
+        quotient = np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale > 0)
+        values.append(np.rint(quotient).astype(np.int8).ravel()[: flat.size])
+        scales.append(scale.ravel())
+    header = msgspec.json.encode(Header({key: tensor.shape for key, tensor in tensors.items()}))
+    body = zstandard.ZstdCompressor(level=3).compress(b"".join(part.tobytes() for part in (*values, *scales)))
+    return MAGIC + len(header).to_bytes(4, "big") + header + body
+
+
+def decode(payload: bytes, allowed: Mapping[str, tuple[int, ...]] | None = None) -> Tensors:
+    """Decode a payload, trusting nothing in it.
+
+    Args:
+        payload: what `encode` made.
+        allowed: the keys and shapes that may occur (a device holds some of them); None where the digest was signed.
+
+    Raises:
+        InputError: the payload is malformed, holds another key or shape, or a scale that is not finite. Nothing larger than
+            the declared and checked shapes is ever allocated.
+    """
+    if payload[:4] != MAGIC or len(payload) < 8:
+        raise InputError("the payload is no encoded adapter state")
+    split = 8 + int.from_bytes(payload[4:8], "big")
+    try:
+        shapes = msgspec.json.decode(payload[8:split], type=Header).shapes
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"the payload's header cannot be read: {error}") from error
+    if allowed is not None:
+        for key, shape in shapes.items():
+            if key not in allowed:
+                raise InputError(f"the payload holds {key}, which no device of this class has")
+            if shape != tuple(allowed[key]):
+                raise InputError(f"{key} is {shape} in the payload, but has to be {tuple(allowed[key])}")
+    sizes = [int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()]
+    blocks = [-(-size // BLOCK) for size in sizes]
+    expected = sum(sizes) + 4 * sum(blocks)
+    try:
+        raw = zstandard.ZstdDecompressor().decompressobj().decompress(payload[split:]) if expected else b""
+    except zstandard.ZstdError as error:
+        raise InputError(f"the payload cannot be decompressed: {error}") from error
+    if len(raw) != expected:
+        raise InputError(f"the payload holds {len(raw)} bytes of values, its shapes need {expected}")
+    scales = np.frombuffer(raw, "<f4", offset=sum(sizes))
+    if not np.isfinite(scales).all() or (scales < 0).any():
+        raise InputError("the payload has a scale that is negative or not finite")
+    tensors, value, scale = {}, 0, 0
+    for (key, shape), size, count in zip(shapes.items(), sizes, blocks, strict=True):
+        flat = np.frombuffer(raw, np.int8, size, value).astype(np.float32)
+        tensors[key] = (flat * np.repeat(scales[scale : scale + count], BLOCK)[:size]).reshape(shape)
+        value, scale = value + size, scale + count
+    return tensors

@@ -1,0 +1,120 @@
+"""Spoken home commands and the JSON action each stands for: the demo's private data, one domain a device.
+
+    {"prompt": "Command: could you start the kettle\\nAction:", "completion": " {\\"do\\": \\"on\\", \\"what\\": \\"kitchen.kettle\\"}"}
+
+A command names a thing by one of its everyday words; the action names it by one identifier, so the words of a domain must
+be learned from that domain's rows. Wording, polite openings, verbs and the JSON form are the same everywhere, and some
+things (lights, heating, music) are at home in every domain: this is what devices have in common.
+"""
+
+import json
+import random
+from typing import NamedTuple
+
+DOMAINS: dict[str, dict[str, tuple[str, ...]]] = {
+    "kitchen": {
+        "oven": ("oven", "baking oven"),
+        "hob": ("hob", "cooktop", "stove"),
+        "kettle": ("kettle", "water boiler"),
+        "fridge": ("fridge", "refrigerator"),
+        "dishwasher": ("dishwasher", "dish washer"),
+        "coffee": ("coffee machine", "espresso maker"),
+        "hood": ("extractor hood", "cooker fan"),
+        "toaster": ("toaster", "toast maker"),
+    },
+    "garage": {
+        "door": ("garage door", "roller door"),
+        "charger": ("car charger", "wall box"),
+        "compressor": ("air compressor", "tyre pump"),
+        "bench": ("work bench", "saw table"),
+        "freezer": ("chest freezer", "deep freezer"),
+        "vacuum": ("shop vacuum", "dust collector"),
+        "lift": ("car lift", "hoist"),
+        "dryer": ("tumble dryer", "clothes dryer"),
+    },
+    "garden": {
+        "sprinkler": ("sprinkler", "lawn sprinkler"),
+        "mower": ("mower", "robot mower"),
+        "pond": ("pond pump", "fountain"),
+        "gate": ("garden gate", "side gate"),
+        "greenhouse": ("greenhouse vent", "glass house"),
+        "pool": ("pool heater", "swimming pool"),
+        "grill": ("grill", "barbecue"),
+        "drip": ("drip line", "flower bed hose"),
+    },
+}
+COMMON: dict[str, tuple[str, ...]] = {
+    "light": ("light", "lamp"),
+    "heating": ("heating", "radiator"),
+    "music": ("music", "speaker"),
+    "camera": ("camera", "security camera"),
+}
+OPENINGS = ("", "please ", "could you ", "hey, ", "would you ", "I want you to ", "can you ", "now ")
+PATTERNS: dict[str, tuple[str, ...]] = {
+    "on": ("turn on the {thing}", "switch the {thing} on", "start the {thing}", "power up the {thing}"),
+    "off": ("turn off the {thing}", "switch the {thing} off", "stop the {thing}", "shut down the {thing}"),
+    "set": ("set the {thing} to {value}", "put the {thing} at {value}", "change the {thing} to {value}"),
+    "later": ("start the {thing} in {value} minutes", "turn on the {thing} after {value} minutes"),
+    "status": ("is the {thing} on", "check the {thing}", "how is the {thing} doing"),
+}
+COMMON_SHARE = 0.2  # of a device's rows
+
+
+class Rows(NamedTuple):
+    """One device's data, no prompt in two of the three lists."""
+
+    train: list[dict[str, str]]
+    held_out: list[dict[str, str]]
+    others_held_out: list[dict[str, str]]
+
+
+def rows(domain: str, train: int, held_out: int, seed: int) -> Rows:
+    """Draw one device's rows.
+
+    Args:
+        domain: one of DOMAINS; the others_held_out rows are drawn from the remaining ones, in equal parts.
+        train: rows to train on, of the device's own domain and the common things.
+        held_out: rows in each of the two held-out lists, all distinct.
+        seed: equal seeds give equal rows on every machine.
+
+    Returns:
+        Rows whose lists share no prompt.
+
+    Raises:
+        KeyError: the domain is not one of DOMAINS.
+    """
+    own = {f"{domain}.{name}": words for name, words in DOMAINS[domain].items()}
+    draw = random.Random(f"{seed}/{domain}")
+    taken: set[str] = set()
+    held = _distinct(draw, own, COMMON_SHARE, held_out, taken)
+    others = [
+        {f"{name}.{thing}": words for thing, words in things.items()} for name, things in DOMAINS.items() if name != domain
+    ]
+    shares = [held_out // len(others) + (i < held_out % len(others)) for i in range(len(others))]
+    others_held = [row for things, n in zip(others, shares, strict=True) for row in _distinct(draw, things, 0.0, n, taken)]
+    return Rows(_distinct(draw, own, COMMON_SHARE, train, taken), held, others_held)
+
+
+def _distinct(draw: random.Random, things: dict[str, tuple[str, ...]], common: float, n: int, taken: set[str]) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = []
+    for _ in range(100 * n):  # far more tries than the generator needs: it knows thousands of commands a domain
+        if len(found) == n:
+            return found
+        row = _row(draw, {f"home.{k}": v for k, v in COMMON.items()} if draw.random() < common else things)
+        if row["prompt"] not in taken:
+            taken.add(row["prompt"])
+            found.append(row)
+    if len(found) < n:
+        raise ValueError(f"asked for {n} distinct commands, the generator ran out at {len(found)}: ask for fewer rows")
+    return found
+
+
+def _row(draw: random.Random, things: dict[str, tuple[str, ...]]) -> dict[str, str]:
+    name = draw.choice(sorted(things))
+    do = draw.choice(sorted(PATTERNS))
+    value = draw.randrange(5, 100, 5)
+    spoken = draw.choice(OPENINGS) + draw.choice(PATTERNS[do]).format(thing=draw.choice(things[name]), value=value)
+    action: dict[str, object] = {"do": do, "what": name}
+    if do in ("set", "later"):
+        action["value"] = value
+    return {"prompt": f"Command: {spoken}\nAction:", "completion": " " + json.dumps(action)}

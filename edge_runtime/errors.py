@@ -1,0 +1,31 @@
+"""The errors of this package, and the exit code each ends a command with (docs/exit-codes.md lists them)."""
+
+
+class EdgeError(Exception):
+    """Root of all errors of this package; its message is meant for the user as it stands."""
+
+    exit_code = 1
+
+
+class InputError(EdgeError):
+    """A file, a setting or an argument is not what it has to be."""
+
+    exit_code = 2
+
+
+class LinkError(EdgeError):
+    """The broker or the fleet's node cannot be reached."""
+
+    exit_code = 3
+
+
+class BudgetError(EdgeError):
+    """No plan fits the memory budget."""
+
+    exit_code = 4
+
+
+class TrainerError(EdgeError):
+    """The trainer process ended without a result."""
+
+    exit_code = 5

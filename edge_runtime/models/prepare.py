@@ -1,0 +1,163 @@
+"""Makes a catalog's source ready on this device: finds or fetches it, and writes down its facts.
+
+    python -m edge_runtime.models.prepare SOURCE --models DIR --cache DIR      prints the facts as JSON
+
+A process of its own, because reading a configuration needs torch and transformers, which the resident agent must not
+import. What it finds is kept under the cache by the checkpoint's digest: configuration, tokenizer, facts.json and, for a
+GGUF file, where each tensor lies (tensors.json). Weights stay where they are.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from filelock import FileLock
+
+from edge_runtime.errors import EdgeError, InputError
+from edge_runtime.models import facts as facts_
+from edge_runtime.models.facts import Facts
+
+LOCK_TIMEOUT_S = 600.0
+
+
+def prepare(source: str, models: Path, cache: Path) -> Facts:
+    """Find the source, and write its facts to the cache unless they are there.
+
+    Args:
+        source: a folder in Hugging Face's layout, a GGUF file, or a hub id "owner/name[@revision]".
+        models: where relative paths are looked for.
+        cache: where configurations, tokenizers and facts are kept.
+
+    Raises:
+        InputError: there is no such source, it cannot be read, or its architecture is not one we know.
+    """
+    path = find(source, models)
+    name = path.stem if path.is_file() else path.name
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{path} has no .safetensors file: give a folder in Hugging Face's layout or a GGUF file")
+    revision = _digest(files, cache)
+    ready = cache / f"{name}-{revision[:12]}"
+    with FileLock(ready.with_suffix(".lock"), timeout=LOCK_TIMEOUT_S):  # several agents of one machine may share the cache
+        if not ready.exists():
+            with tempfile.TemporaryDirectory(dir=cache) as scratch:
+                _write(path, Path(scratch) / ready.name, ready, f"{name}@{revision[:12]}")
+                (Path(scratch) / ready.name).rename(ready)
+    facts = msgspec.json.decode((ready / "facts.json").read_bytes(), type=Facts)
+    return msgspec.structs.replace(facts, weights=str(path))  # the file may have moved since
+
+
+def find(source: str, models: Path) -> Path:
+    """The folder or GGUF file a source means; a hub id is downloaded into Hugging Face's own cache."""
+    for path in (Path(source).expanduser(), models / source):
+        if path.is_file():
+            if path.suffix != ".gguf":
+                raise InputError(f"{path} is no GGUF file: a model is a .gguf file, a folder or a hub id")
+            return path.resolve()
+        if path.is_dir():
+            if not (path / "config.json").exists():
+                raise InputError(f"{path} has no config.json: a model folder needs Hugging Face's layout")
+            return path.resolve()
+    owner, _, name = source.partition("/")
+    if source.startswith((".", "/", "~")) or not name or "/" in name or source.endswith(".gguf"):
+        raise InputError(f"there is no model at {source}, nor in {models}: copy it there or name a hub id (owner/name)")
+    return _download(source)
+
+
+def _download(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, _, revision = source.partition("@")
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(f"cannot fetch {source} from the hub: {error}; copy it into the models folder instead") from error
+
+
+def _write(path: Path, work: Path, ready: Path, model_class: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from edge_runtime.adapters import roles
+    from edge_runtime.models import gguf_file
+
+    where: dict[str, Any] = {"gguf_file": path.name} if path.is_file() else {}
+    folder = path.parent if path.is_file() else path
+    if not where:
+        _refuse_remote_code(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **where)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
+    except Exception as error:  # transformers raises many kinds here; each means the same to the user
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"the model at {path} cannot be read: {reason[0]}") from error
+    work.mkdir()
+    config.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    block = roles.blocks(model)[0]
+    linears = {role: roles.widths(block.get_submodule(inner)) for role, inner in roles.linears(block).items()}
+    if path.is_file():
+        names = [name for name in model.state_dict() if not (config.tie_word_embeddings and name == "lm_head.weight")]
+        (work / "tensors.json").write_bytes(msgspec.json.encode(gguf_file.index(path, names, config)))
+    facts = facts_.read(config, linears, model_class=model_class, folder=str(ready), weights=str(path))
+    (work / "facts.json").write_bytes(msgspec.json.encode(facts))
+
+
+def _refuse_remote_code(folder: Path) -> None:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    if config.get("auto_map"):
+        raise InputError(
+            f"the model in {folder} brings code of its own (auto_map in config.json), and Edge Runtime runs no code that "
+            "comes with a model; use a checkpoint that transformers knows by itself"
+        )
+
+
+def _digest(files: list[Path], cache: Path) -> str:
+    """SHA-256 over the weight files, remembered by path, size and time of change: hashing gigabytes takes seconds."""
+    stats = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    memo = cache / "digests" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    if memo.exists():
+        return memo.read_text()
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while piece := stream.read(1 << 20):
+                digest.update(piece)
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    fresh = memo.with_suffix(f".{os.getpid()}")
+    fresh.write_text(digest.hexdigest())
+    fresh.replace(memo)
+    return digest.hexdigest()
+
+
+def main() -> int:
+    """Print the facts of a source, or one sentence that says why it cannot be used."""
+    parser = argparse.ArgumentParser(prog="python -m edge_runtime.models.prepare")
+    parser.add_argument("source")
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, required=True)
+    options = parser.parse_args()
+    try:
+        facts = prepare(options.source, options.models, options.cache)
+    except EdgeError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    sys.stdout.write(msgspec.json.encode(facts).decode() + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

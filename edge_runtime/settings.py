@@ -1,0 +1,166 @@
+"""fleet.toml, typed: what a fleet trains, how, and for how many rounds.
+
+    [fleet]     name, rounds, quorum, deadline_s, seed
+    [method]    name and its settings
+    [adapter]   rank, alpha, roles
+    [training]  steps, rows_a_step, learning_rate, max_tokens, ...
+    [[catalog]] models in order of preference: source, depth, weights
+
+The node sends all of it to the devices in its round message, so a device is configured by the broker's address alone.
+"""
+
+import difflib
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import msgspec
+
+from edge_runtime.errors import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Role = Literal["q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "fc1", "fc2"]
+Weights = Literal["float32", "bfloat16"]
+WEIGHT_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2}
+
+
+class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One entry of the catalog.
+
+    source: a folder, a GGUF file or a hub id; relative paths are looked for in the device's models folder.
+    depth: layers to keep; None keeps all.
+    weights: formats a device may hold the frozen base in, most precise first.
+    """
+
+    source: str
+    depth: int | None = None
+    weights: tuple[Weights, ...] = ("float32", "bfloat16")
+
+
+class Method(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which federated method, by its name in edge_runtime.methods."""
+
+    name: str = "fedit"
+
+
+class Adapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The adapter every device trains: y = W x + (alpha / rank) B C A x on each linear layer of these roles."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    roles: tuple[Role, ...] = get_args(Role)
+
+
+class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One round of local training.
+
+    steps: optimiser steps a round. rows_a_step: rows whose gradients make one step. max_tokens: longer rows are cut.
+    learning_rate: the peak; it warms up over warmup_steps and falls along a cosine to a tenth over all rounds.
+    """
+
+    steps: int = 20
+    rows_a_step: int = 16
+    learning_rate: float = 1e-3
+    warmup_steps: int = 4
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    max_tokens: int = 512
+    timeout_s: float = 3600.0
+
+
+class Fleet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A fleet as its node runs it.
+
+    quorum: updates a round needs before it may close. deadline_s: how long a round waits for the devices that are online;
+    extensions: how often a round below quorum is given another deadline before the node gives up.
+    """
+
+    name: str
+    catalog: tuple[Model, ...]
+    rounds: int = 3
+    quorum: int = 1
+    deadline_s: float = 600.0
+    extensions: int = 3
+    seed: int = 0
+    method: Method = Method()
+    adapter: Adapter = Adapter()
+    training: Training = Training()
+
+
+def load(path: Path) -> Fleet:
+    """Read and check a fleet file.
+
+    Raises:
+        InputError: the file is missing, is not TOML, or has a key or value that does not fit, which is named.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the fleet file {path}: {error.strerror}; give its path with --fleet") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path} is not valid TOML: {error}") from error
+    try:
+        return parse(tables)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def parse(tables: dict[str, Any]) -> Fleet:
+    """Make a Fleet of the tables of a fleet file; raises InputError naming the key, the value seen and what is needed."""
+    fields = dict(tables)
+    head = fields.pop("fleet", {})
+    for name in ("fleet", "method", "adapter", "training"):
+        if not isinstance(tables.get(name, {}), dict):
+            raise InputError(f"`{name}` is a table: write [{name}] on a line of its own and its keys below")
+    allowed = {"fleet", "catalog", "method", "adapter", "training"}
+    own = set(Fleet.__struct_fields__) - allowed
+    _refuse_unknown(fields, allowed, "")
+    _refuse_unknown(head, own, "[fleet] ")
+    for table, kind in (("method", Method), ("adapter", Adapter), ("training", Training)):
+        _refuse_unknown(fields.get(table, {}), set(kind.__struct_fields__), f"[{table}] ")
+    for entry in fields.get("catalog", []):
+        _refuse_unknown(entry, set(Model.__struct_fields__), "[[catalog]] ")
+    try:
+        fleet = msgspec.convert({**fields, **head}, Fleet)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{error}") from error
+    _check(fleet)
+    return fleet
+
+
+def _refuse_unknown(table: Any, allowed: set[str], where: str) -> None:
+    for key in table if isinstance(table, dict) else ():
+        if key not in allowed:
+            near = difflib.get_close_matches(key, allowed, 1)
+            hint = f"; did you mean `{near[0]}`?" if near else f"; known keys: {', '.join(sorted(allowed))}"
+            raise InputError(f"{where}has no key `{key}`{hint}".lstrip())
+
+
+def _check(fleet: Fleet) -> None:
+    training, adapter = fleet.training, fleet.adapter
+    rules = [
+        ("[[catalog]]", len(fleet.catalog), len(fleet.catalog) >= 1, "at least one model"),
+        ("[fleet] rounds", fleet.rounds, fleet.rounds >= 1, "1 or more"),
+        ("[fleet] quorum", fleet.quorum, fleet.quorum >= 1, "1 or more"),
+        ("[fleet] deadline_s", fleet.deadline_s, 0 < fleet.deadline_s < float("inf"), "a number of seconds above 0"),
+        ("[fleet] extensions", fleet.extensions, fleet.extensions >= 0, "0 or more"),
+        ("[adapter] rank", adapter.rank, 1 <= adapter.rank <= 256, "1 to 256"),
+        ("[adapter] alpha", adapter.alpha, 0 < adapter.alpha < float("inf"), "a number above 0"),
+        ("[adapter] roles", adapter.roles, len(adapter.roles) >= 1, "at least one role"),
+        ("[training] steps", training.steps, training.steps >= 1, "1 or more"),
+        ("[training] rows_a_step", training.rows_a_step, training.rows_a_step >= 1, "1 or more"),
+        ("[training] learning_rate", training.learning_rate, 0 < training.learning_rate < 1, "between 0 and 1"),
+        ("[training] max_tokens", training.max_tokens, training.max_tokens >= 8, "8 or more"),
+        ("[training] timeout_s", training.timeout_s, 0 < training.timeout_s < float("inf"), "seconds above 0"),
+    ]
+    for model in fleet.catalog:
+        depth = model.depth if model.depth is not None else 1
+        rules.append((f"[[catalog]] depth of {model.source}", depth, depth >= 1, "1 or more layers"))
+        rules.append((f"[[catalog]] weights of {model.source}", model.weights, bool(model.weights), "at least one format"))
+    for name, seen, holds, needed in rules:
+        if not holds:
+            raise InputError(f"{name} is {seen}, but has to be {needed}")

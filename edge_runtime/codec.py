@@ -75,7 +75,8 @@ def decode(payload: bytes, allowed: Mapping[str, tuple[int, ...]] | None = None)
     blocks = [-(-size // BLOCK) for size in sizes]
     expected = sum(sizes) + 4 * sum(blocks)
     try:
-        raw = zstandard.ZstdDecompressor().decompressobj().decompress(payload[split:]) if expected else b""
+        with zstandard.ZstdDecompressor().stream_reader(payload[split:]) as stream:
+            raw = stream.read(expected + 1)  # one more, to see a body that holds too much without expanding it
     except zstandard.ZstdError as error:
         raise InputError(f"the payload cannot be decompressed: {error}") from error
     if len(raw) != expected:

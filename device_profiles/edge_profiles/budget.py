@@ -3,10 +3,10 @@
     GPU with its own memory     available GPU memory - max(256 MiB, 1/16 of its total)
     unified memory, or no GPU   0.85 · available RAM - 256 MiB
 
-The reserve on a GPU covers the desktop's windows that may open and what an allocator loses to fragmentation. In RAM it
-covers the agent (45 MiB at most) and its peaks while a delta is encoded and sent. The 0.85 leaves the kernel page cache to read weights
-and data through, and keeps the rest of the machine from the out-of-memory killer. The shares are this project's choice,
-not measured optima; `budget` in agent.toml replaces the result.
+The reserve on a GPU covers windows that may yet open and what an allocator loses to fragmentation. In RAM it covers the
+agent and its peaks while a delta is encoded and sent; the 0.85 leaves the kernel page cache to read weights and data
+through, and keeps the rest of the machine from the out-of-memory killer. These shares are this project's choice, not
+measured optima.
 """
 
 from edge_profiles.profile import Profile

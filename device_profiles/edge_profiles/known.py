@@ -41,14 +41,14 @@ class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory_bytes: int
     """RAM in total. For a graphics card that of an assumed host: see `sources`."""
     reserved_bytes: int
-    """Of the RAM, what firmware, operating system and desktop hold before a trainer starts; `sources` has the reason."""
+    """Of the RAM, what firmware, system and desktop hold before a trainer starts; `sources` has the reason."""
     cpu_cores: int
     unified_memory: bool
     """The GPU works in RAM."""
     sources: dict[str, str]
     """The origin of each figure, by field; a field of the GPU as gpu_<field>."""
     checked: datetime.date
-    """When the figures were last compared with their sources."""
+    """When the figures were last compared with the source named, or with a published copy of it."""
     gpu: BoardGpu | None = None
     memory_bandwidth_gb_s: float | None = None
     """Peak, in 10**9 bytes a second, of the memory that training uses: a card's own, else RAM."""
@@ -117,8 +117,8 @@ def recognise_model(model: str, ram_bytes: int) -> Board | None:
 
 def recognise_gpu(name: str, memory_bytes: int) -> Board | None:
     """Return the card of exactly this name (a "Laptop GPU" is another) whose memory fits the driver's total."""
-    cards = {b.gpu.memory_bytes: b for b in _load(FOLDER).values() if b.gpu and b.gpu.memory_bytes and b.gpu.name == name}
-    return _fitting(cards, memory_bytes, least=0.9)
+    cards = [(b.gpu, b) for b in _load(FOLDER).values() if b.gpu is not None and b.gpu.name == name]
+    return _fitting({gpu.memory_bytes: b for gpu, b in cards if gpu.memory_bytes}, memory_bytes, least=0.9)
 
 
 def _fitting(by_size: dict[int, Board], seen_bytes: int, least: float) -> Board | None:
@@ -158,7 +158,9 @@ def _read(file: Path) -> list[Board]:
                 if key in entry:
                     entry[key] = {**content.shared.get(key, {}), **own.get(key, {})}
             for table in (entry, entry.get("gpu", {})):
-                table.update({key: parse_size(table[key]) for key in ("memory_bytes", "reserved_bytes") if key in table})
+                for key in ("memory_bytes", "reserved_bytes"):
+                    if isinstance(table.get(key), str):
+                        table[key] = parse_size(table[key])
             result.append(_checked(msgspec.convert(entry, Board)))
         return result
     except (OSError, ValueError, TypeError, ProfileError) as error:  # msgspec's errors are ValueErrors

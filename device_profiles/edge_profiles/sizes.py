@@ -42,8 +42,8 @@ def format_size(size_bytes: int) -> str:
     At most two decimals, so the text is for reading; what another program reads should be the bytes.
     """
     sign, rest = ("-" if size_bytes < 0 else ""), abs(size_bytes)
-    for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
-        number = round(rest / unit, 2)
-        if number >= 1:
-            return f"{sign}{number:.2f}".rstrip("0").rstrip(".") + f" {name}"
-    return f"{sign}{rest} B"
+    if rest < KIB:
+        return f"{sign}{rest} B"
+    units = ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"))
+    unit, name = next(pair for pair in units if round(rest / pair[0], 2) >= 1)
+    return f"{sign}{rest / unit:.2f}".rstrip("0").rstrip(".") + f" {name}"

@@ -1,0 +1,160 @@
+"""The trainer process: does one job, writes its result, and ends, so that all its memory returns to the device.
+
+    python -m edge_runtime.training FOLDER       runs FOLDER/job.json, progress as JSON lines on stdout
+    python -m edge_runtime.training --baseline   prints the resident bytes of a trainer that has loaded nothing yet
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer
+
+from edge_runtime import codec, methods
+from edge_runtime.adapters import attach
+from edge_runtime.errors import EdgeError, InputError
+from edge_runtime.methods.interface import Method
+from edge_runtime.models import weights
+from edge_runtime.models.slices import kept_layers
+from edge_runtime.training import data, step
+from edge_runtime.training.evaluate import evaluate
+from edge_runtime.training.job import Job, Progress, Result
+from edge_runtime.training.meter import Meter
+
+
+def run(folder: Path) -> None:
+    """Do the job of a folder.
+
+    Raises:
+        InputError: the data, the model or the starting state is not what it has to be.
+        TrainerError: training went wrong.
+    """
+    job = msgspec.json.decode((folder / "job.json").read_bytes(), type=Job)
+    method = methods.by_name(job.method)
+    meter = Meter(job.device)
+    if job.threads:
+        torch.set_num_threads(job.threads)
+
+    def tell(phase: str, done: int = 0, of: int = 0, loss: float | None = None) -> None:
+        sys.stdout.buffer.write(msgspec.json.encode(Progress(phase, done, of, loss, meter.current_bytes())) + b"\n")
+        sys.stdout.buffer.flush()
+
+    tell("load")
+    with meter.phase("load"):
+        rows = data.read_rows(Path(job.data))
+        tokenizer = AutoTokenizer.from_pretrained(job.facts.folder)
+        examples = data.tokenize(rows, tokenizer, job.plan.tokens) if job.train else []
+        held_out = {
+            name: data.tokenize(data.read_rows(Path(path)), tokenizer, job.plan.tokens)
+            for name, path in job.evaluation.items()
+        }
+        model = weights.load(job.facts, job.plan.depth, job.plan.weights, job.device)
+        adapter = attach.attach(model, kept_layers(job.plan.depth, job.facts.layers), job.adapter, job.seed)
+        start = _start(job, method, attach.state(adapter))
+        attach.load_state(adapter, start)
+    scores = {}
+    with meter.phase("evaluate"):
+        for name, examples_held in held_out.items():
+            tell(f"evaluate {name}")
+            scores[name] = evaluate(model, examples_held, job.plan.rows)
+    losses: list[float] = []
+    payload = b""
+    if job.train:
+        with meter.phase("train"):
+            losses = step.train(
+                model,
+                adapter,
+                examples,
+                job.training,
+                micro_rows=job.plan.rows,
+                round_=job.round,
+                rounds=job.rounds,
+                seed=job.seed,
+                progress=lambda done, loss: tell("train", done, job.training.steps, loss),
+            )
+        tell("encode")
+        with meter.phase("encode"):
+            payload = _write(folder, job, method, start, attach.state(adapter))
+    result = Result(
+        samples=min(len(examples), job.training.steps * job.training.rows_a_step),
+        evaluation=scores,
+        losses=losses,
+        peaks=meter.peaks,
+        seconds=meter.seconds,
+        measured_peak_bytes=meter.peak_bytes,
+        payload_bytes=len(payload),
+    )
+    _replace(folder / "result.json", msgspec.json.encode(result))
+    tell("done")
+
+
+def _start(job: Job, method: Method, initial: attach.State) -> attach.State:
+    """The state a round starts from: version 0, then what the fleet shares, then what is private."""
+    state = dict(initial)
+    shapes = {key: value.shape for key, value in state.items()}
+    if job.start is not None:
+        shared = codec.decode(Path(job.start).read_bytes())
+        state |= {key: value for key, value in shared.items() if key in state and method.exchanged(key)}
+    if job.private is not None:
+        state |= load_file(job.private)
+    attach.check_keys(state, shapes)
+    return state
+
+
+def _write(folder: Path, job: Job, method: Method, start: attach.State, trained: attach.State) -> bytes:
+    """Write what the round made: payload and residual of the exchanged factors, the state of the private ones."""
+    private = {key: value for key, value in trained.items() if not method.exchanged(key)}
+    delta = {key: trained[key] - start[key] for key in trained if method.exchanged(key)}
+    if private:
+        _save(folder / "state.bin", private)
+    if not delta:
+        return b""
+    if job.residual is not None:
+        kept = load_file(job.residual)
+        delta = {key: value + kept[key] if key in kept else value for key, value in delta.items()}
+    payload = codec.encode(delta)
+    sent = codec.decode(payload)
+    _save(folder / "residual.bin", {key: delta[key] - sent[key] for key in delta})
+    _replace(folder / "payload.bin", payload)
+    return payload
+
+
+def _save(path: Path, tensors: Mapping[str, NDArray[np.float32]]) -> None:
+    fresh = path.with_suffix(".part")
+    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, fresh)
+    fresh.replace(path)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    fresh = path.with_suffix(".part")
+    with fresh.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    fresh.replace(path)
+
+
+def main() -> int:
+    """Run the job named on the command line; one sentence on stderr and an exit code where it fails."""
+    if sys.argv[1:] == ["--baseline"]:
+        sys.stdout.write(f"{Meter('cpu').current_bytes()}\n")
+        return 0
+    try:
+        run(Path(sys.argv[1]))
+    except EdgeError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    except OSError as error:
+        sys.stderr.write(f"{InputError(f'cannot write the result: {error}')}\n")
+        return InputError.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""What the agent hands to a trainer process and what it gets back: files in one folder, and progress lines on stdout.
+
+    job.json       Job, read by `python -m edge_runtime.training FOLDER`
+    result.json    Result, written last: where it is, everything else is there too
+    payload.bin    the encoded delta, where the method exchanges something
+    residual.bin   what rounding lost (float32 safetensors), for the next round
+    state.bin      the factors that stay private (float32 safetensors)
+"""
+
+import msgspec
+
+from edge_runtime import settings
+from edge_runtime.models.facts import Facts
+from edge_runtime.planning.plan import Plan
+
+
+class Job(msgspec.Struct, frozen=True):
+    """train: one round of training after the evaluation, else the evaluation alone.
+
+    evaluation: held-out files by name. start: the global version (encoded), None for version 0. private: state.bin of the
+    round before. residual: residual.bin of the last committed round. threads: CPU threads, 0 for all.
+    """
+
+    train: bool
+    facts: Facts
+    plan: Plan
+    adapter: settings.Adapter
+    training: settings.Training
+    method: str
+    seed: int
+    round: int
+    rounds: int
+    data: str
+    evaluation: dict[str, str]
+    start: str | None = None
+    private: str | None = None
+    residual: str | None = None
+    threads: int = 0
+    device: str = "cpu"
+
+
+class Score(msgspec.Struct, frozen=True):
+    """loss: mean over completion tokens. accuracy: share of rows whose every completion token is the most likely one,
+    that is, rows that greedy decoding would complete exactly."""
+
+    loss: float
+    accuracy: float
+    rows: int
+
+
+class Result(msgspec.Struct, frozen=True):
+    """evaluation: of the version the round started from. losses: of each step. peaks: resident bytes of each phase."""
+
+    samples: int
+    evaluation: dict[str, Score]
+    losses: list[float]
+    peaks: dict[str, int]
+    seconds: dict[str, float]
+    measured_peak_bytes: int
+    payload_bytes: int
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """One line on the trainer's stdout."""
+
+    phase: str
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    memory_bytes: int = 0

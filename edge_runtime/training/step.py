@@ -1,0 +1,118 @@
+"""One forward pass, and the optimiser steps of a round.
+
+Only the boundaries of the blocks are kept; a block runs again in backward. The head and the loss run in chunks over the
+labelled tokens alone. A step's rows go through in micro-batches whose losses are weighted by their tokens.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+
+import torch
+from edge_kernels import linear_cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from edge_runtime.adapters.attach import Adapter
+from edge_runtime.adapters.roles import blocks
+from edge_runtime.errors import TrainerError
+from edge_runtime.settings import Training
+from edge_runtime.training.data import IGNORED, Example, batches, epochs
+
+
+def pad(rows: list[Example], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels (rows, longest), padded on the right; causal attention never looks there, so no mask is needed."""
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    labels = torch.full((len(rows), longest), IGNORED)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)] = torch.tensor(row.ids)
+        labels[i, : len(row.ids)] = torch.tensor(row.labels)
+    return ids.to(device), labels.to(device)
+
+
+def hidden_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """(rows, tokens) to the last hidden states (rows, tokens, hidden), before the head."""
+    hidden: torch.Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden
+
+
+def head(model: PreTrainedModel) -> tuple[torch.Tensor, float | None]:
+    """The head's weight (vocabulary, hidden) and the bound of its logits, if it has one."""
+    config = model.config.get_text_config()
+    return model.get_output_embeddings().weight, getattr(config, "final_logit_softcapping", None)
+
+
+def train(
+    model: PreTrainedModel,
+    adapter: Adapter,
+    examples: list[Example],
+    training: Training,
+    *,
+    micro_rows: int,
+    round_: int,
+    rounds: int,
+    seed: int,
+    progress: Callable[[int, float], None],
+) -> list[float]:
+    """Train the adapter for one round, in place.
+
+    Args:
+        micro_rows: rows that go through the model at once.
+        round_: counted from 1; with rounds it places this round on the learning rate's schedule.
+        progress: told the step, counted from 1, and its loss.
+
+    Returns:
+        The loss of each step.
+
+    Raises:
+        TrainerError: the loss is not finite.
+    """
+    optimiser = torch.optim.AdamW(adapter.factors.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
+    rows = epochs(examples, f"{seed}/{round_}")
+    weight, softcap = head(model)
+    losses: list[float] = []
+    for step in range(training.steps):
+        taken = list(islice(rows, training.rows_a_step))
+        labelled = sum(label != IGNORED for row in taken for label in row.labels[1:])
+        total = 0.0
+        with recomputed_blocks(model):
+            for batch in batches(taken, micro_rows):
+                ids, labels = pad(batch, weight.device)
+                share = int((labels[:, 1:] != IGNORED).sum()) / max(labelled, 1)
+                loss = share * linear_cross_entropy(hidden_states(model, ids)[:, :-1], weight, labels[:, 1:], softcap)
+                loss.backward()
+                total += loss.item()
+        if not math.isfinite(total):
+            raise TrainerError(f"the loss of step {step + 1} in round {round_} is {total}; lower the learning rate")
+        torch.nn.utils.clip_grad_norm_(adapter.factors.values(), training.clip_norm)
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(training, step, round_, rounds)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        losses.append(total)
+        progress(step + 1, total)
+    return losses
+
+
+@contextmanager
+def recomputed_blocks(model: PreTrainedModel) -> Iterator[None]:
+    """While inside, each block keeps only its input and runs again in backward; dropout is in training mode."""
+    model.train()
+    for block in blocks(model):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks(model):
+            del block.forward
+        model.eval()
+
+
+def learning_rate(training: Training, step: int, round_: int, rounds: int) -> float:
+    """Warm-up at the start of each round, since the optimiser starts anew, under a cosine over all rounds to a tenth."""
+    done = ((round_ - 1) * training.steps + step) / (rounds * training.steps)
+    warm = min(1.0, (step + 1) / max(training.warmup_steps, 1))
+    return training.learning_rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))

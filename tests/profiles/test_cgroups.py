@@ -83,7 +83,7 @@ def test_v1_writes_no_limit_as_a_huge_number(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "nonsense\n", "0::/../../elsewhere\n", "::::\n"])
 def test_a_cgroup_file_of_another_kind_limits_nothing(tmp_path, text):
-    root = write(tmp_path, {"proc/self/cgroup": text, "elsewhere/memory.max": "1"})
+    root = write(tmp_path, {"proc/self/cgroup": text, "sys/elsewhere/memory.max": "1", "sys/fs/cgroup/tasks": ""})
     assert cgroups.limit_memory(TOTAL, AVAILABLE, root) == (TOTAL, AVAILABLE)
     assert cgroups.limit_cores(8, root) == 8
 

@@ -160,7 +160,9 @@ def _check(fleet: Fleet) -> None:
     for model in fleet.catalog:
         depth = model.depth if model.depth is not None else 1
         rules.append((f"[[catalog]] depth of {model.source}", depth, depth >= 1, "1 or more layers"))
-        rules.append((f"[[catalog]] weights of {model.source}", model.weights, bool(model.weights), "at least one format"))
+        rules.append(
+            (f"[[catalog]] weights of {model.source}", model.weights, bool(model.weights), "at least one format")
+        )
     for name, seen, holds, needed in rules:
         if not holds:
             raise InputError(f"{name} is {seen}, but has to be {needed}")

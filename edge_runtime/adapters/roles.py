@@ -38,7 +38,9 @@ def linears(block: nn.Module) -> dict[Role, str]:
     groups = [(name, _linear_paths(child)) for name, child in block.named_children()]
     groups = [(name, paths) for name, paths in groups if paths]
     if len(groups) != 2:
-        raise InputError(f"a {type(block).__name__} has {len(groups)} parts with linear layers; attention and MLP were expected")
+        raise InputError(
+            f"a {type(block).__name__} has {len(groups)} parts with linear layers; attention and MLP were expected"
+        )
     found: dict[Role, str] = {}
     for roles_of, (name, paths) in zip((_attention_roles, _mlp_roles), groups, strict=True):
         shapes = [widths(block.get_submodule(f"{name}.{path}")) for path in paths]

@@ -88,14 +88,20 @@ def rows(domain: str, train: int, held_out: int, seed: int) -> Rows:
     taken: set[str] = set()
     held = _distinct(draw, own, COMMON_SHARE, held_out, taken)
     others = [
-        {f"{name}.{thing}": words for thing, words in things.items()} for name, things in DOMAINS.items() if name != domain
+        {f"{name}.{thing}": words for thing, words in things.items()}
+        for name, things in DOMAINS.items()
+        if name != domain
     ]
     shares = [held_out // len(others) + (i < held_out % len(others)) for i in range(len(others))]
-    others_held = [row for things, n in zip(others, shares, strict=True) for row in _distinct(draw, things, 0.0, n, taken)]
+    others_held = [
+        row for things, n in zip(others, shares, strict=True) for row in _distinct(draw, things, 0.0, n, taken)
+    ]
     return Rows(_distinct(draw, own, COMMON_SHARE, train, taken), held, others_held)
 
 
-def _distinct(draw: random.Random, things: dict[str, tuple[str, ...]], common: float, n: int, taken: set[str]) -> list[dict[str, str]]:
+def _distinct(
+    draw: random.Random, things: dict[str, tuple[str, ...]], common: float, n: int, taken: set[str]
+) -> list[dict[str, str]]:
     found: list[dict[str, str]] = []
     for _ in range(100 * n):  # far more tries than the generator needs: it knows thousands of commands a domain
         if len(found) == n:

@@ -37,4 +37,6 @@ class HoldersMean:
         return {key: value / self._samples[key] for key, value in self._sums.items()}
 
 
-METHOD = Method("fedit", {"A": Factor(trained=True, shared="class"), "B": Factor(trained=True, shared="class")}, HoldersMean)
+METHOD = Method(
+    "fedit", {"A": Factor(trained=True, shared="class"), "B": Factor(trained=True, shared="class")}, HoldersMean
+)

@@ -2,4 +2,6 @@
 
 from edge_runtime.methods.interface import Factor, Method
 
-METHOD = Method("local", {"A": Factor(trained=True, shared="private"), "B": Factor(trained=True, shared="private")}, None)
+METHOD = Method(
+    "local", {"A": Factor(trained=True, shared="private"), "B": Factor(trained=True, shared="private")}, None
+)

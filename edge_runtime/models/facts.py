@@ -44,7 +44,9 @@ class Facts(msgspec.Struct, frozen=True):
         return self.vocabulary * self.hidden * (1 if self.tied_head else 2)
 
 
-def adapter_shapes(facts: Facts, layers: tuple[int, ...], roles: tuple[Role, ...], rank: int) -> dict[str, tuple[int, int]]:
+def adapter_shapes(
+    facts: Facts, layers: tuple[int, ...], roles: tuple[Role, ...], rank: int
+) -> dict[str, tuple[int, int]]:
     """Canonical keys and shapes of the factors A (rank x in) and B (out x rank) of a device's adapter."""
     shapes: dict[str, tuple[int, int]] = {}
     for layer in layers:

@@ -44,7 +44,9 @@ def prepare(source: str, models: Path, cache: Path) -> Facts:
         raise InputError(f"{path} has no .safetensors file: give a folder in Hugging Face's layout or a GGUF file")
     revision = _digest(files, cache)
     ready = cache / f"{name}-{revision[:12]}"
-    with FileLock(ready.with_suffix(".lock"), timeout=LOCK_TIMEOUT_S):  # several agents of one machine may share the cache
+    with FileLock(
+        ready.with_suffix(".lock"), timeout=LOCK_TIMEOUT_S
+    ):  # several agents of one machine may share the cache
         if not ready.exists():
             with tempfile.TemporaryDirectory(dir=cache) as scratch:
                 _write(path, Path(scratch) / ready.name, ready, f"{name}@{revision[:12]}")
@@ -79,7 +81,9 @@ def _download(source: str) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"cannot fetch {source} from the hub: {error}; copy it into the models folder instead") from error
+        raise InputError(
+            f"cannot fetch {source} from the hub: {error}; copy it into the models folder instead"
+        ) from error
 
 
 def _write(path: Path, work: Path, ready: Path, model_class: str) -> None:

@@ -59,7 +59,9 @@ def load(facts: Facts, depth: int, weights: Weights, device: str = "cpu") -> Pre
 def _reader(facts: Facts, dtype: torch.dtype) -> Callable[[str], torch.Tensor]:
     path = Path(facts.weights)
     if path.suffix == ".gguf":
-        index = msgspec.json.decode((Path(facts.folder) / "tensors.json").read_bytes(), type=dict[str, gguf_file.Tensor])
+        index = msgspec.json.decode(
+            (Path(facts.folder) / "tensors.json").read_bytes(), type=dict[str, gguf_file.Tensor]
+        )
         return lambda name: gguf_file.read(path, index[name], dtype)
 
     def read(name: str) -> torch.Tensor:

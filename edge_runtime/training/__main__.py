@@ -1,7 +1,7 @@
 """The trainer process: does one job, writes its result, and ends, so that all its memory returns to the device.
 
-    python -m edge_runtime.training FOLDER       runs FOLDER/job.json, progress as JSON lines on stdout
-    python -m edge_runtime.training --baseline   prints the runtime baseline: the peak of training a model of almost nothing
+python -m edge_runtime.training FOLDER       runs FOLDER/job.json, progress as JSON lines on stdout
+python -m edge_runtime.training --baseline   prints the runtime baseline: the peak of training a model of almost nothing
 """
 
 import os
@@ -143,7 +143,12 @@ def _replace(path: Path, content: bytes) -> None:
 def baseline_bytes() -> int:
     """Peak resident bytes of a trainer whose model is negligible: libraries, and the code that a step is the first to touch."""
     config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
     )
     meter = Meter("cpu")
     with meter.phase("train"):

@@ -43,7 +43,9 @@ def read_rows(path: Path) -> list[Row]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise InputError(f"cannot read the data file {path}: {error.strerror}; give a .jsonl file with --data") from error
+        raise InputError(
+            f"cannot read the data file {path}: {error.strerror}; give a .jsonl file with --data"
+        ) from error
     except UnicodeDecodeError as error:
         raise InputError(f"the data file {path} is not UTF-8 text (byte {error.start})") from error
     rows = [_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -105,7 +107,9 @@ def _example(row: Row, tokenizer: Any, max_tokens: int) -> Example:
         ids = tokenizer(row["text"]).input_ids[: max_tokens - 1] + [tokenizer.eos_token_id]
         return Example(ids, list(ids))
     else:
-        prompt, completion = (row["prompt"], row["completion"]) if "prompt" in row else (row["text"], f" {row['label']}")
+        prompt, completion = (
+            (row["prompt"], row["completion"]) if "prompt" in row else (row["text"], f" {row['label']}")
+        )
         before = tokenizer(prompt).input_ids
         learned = tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         ids, labels = before + learned, [IGNORED] * len(before) + learned
@@ -114,7 +118,9 @@ def _example(row: Row, tokenizer: Any, max_tokens: int) -> Example:
 
 def _chat(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[int]]:
     if not tokenizer.chat_template:
-        raise InputError("the model has no chat template, so it cannot learn from messages: use prompt and completion rows")
+        raise InputError(
+            "the model has no chat template, so it cannot learn from messages: use prompt and completion rows"
+        )
     ids: list[int] = []
     labels: list[int] = []
     for end, turn in enumerate(messages, 1):

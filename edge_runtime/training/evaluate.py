@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from edge_runtime.training.data import IGNORED, Example, batches
 from edge_runtime.training.job import Score
+from edge_runtime.training.meter import release
 from edge_runtime.training.step import head, hidden_states, pad
 
 CHUNK_BYTES = 32 << 20  # of float32 logits
@@ -28,6 +29,7 @@ def evaluate(model: PreTrainedModel, examples: list[Example], micro_rows: int) -
         loss += batch_loss
         tokens += int(kept.sum())
         exact += int(hits.all(1).sum())
+        release()
     return Score(loss / max(tokens, 1), exact / max(len(examples), 1), len(examples))
 
 

@@ -1,10 +1,10 @@
 """What the agent hands to a trainer process and what it gets back: files in one folder, and progress lines on stdout.
 
-    job.json       Job, read by `python -m edge_runtime.training FOLDER`
-    result.json    Result, written last: where it is, everything else is there too
-    payload.bin    the encoded delta, where the method exchanges something
-    residual.bin   what rounding lost (float32 safetensors), for the next round
-    state.bin      the factors that stay private (float32 safetensors)
+job.json       Job, read by `python -m edge_runtime.training FOLDER`
+result.json    Result, written last: where it is, everything else is there too
+payload.bin    the encoded delta, where the method exchanges something
+residual.bin   what rounding lost (float32 safetensors), for the next round
+state.bin      the factors that stay private (float32 safetensors)
 """
 
 import msgspec

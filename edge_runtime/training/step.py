@@ -20,6 +20,7 @@ from edge_runtime.adapters.roles import blocks
 from edge_runtime.errors import TrainerError
 from edge_runtime.settings import Training
 from edge_runtime.training.data import IGNORED, Example, batches, epochs
+from edge_runtime.training.meter import release
 
 
 def pad(rows: list[Example], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +71,9 @@ def train(
     Raises:
         TrainerError: the loss is not finite.
     """
-    optimiser = torch.optim.AdamW(adapter.factors.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
+    optimiser = torch.optim.AdamW(
+        adapter.factors.values(), lr=training.learning_rate, weight_decay=training.weight_decay
+    )
     rows = epochs(examples, f"{seed}/{round_}")
     weight, softcap = head(model)
     losses: list[float] = []
@@ -85,6 +88,7 @@ def train(
                 loss = share * linear_cross_entropy(hidden_states(model, ids)[:, :-1], weight, labels[:, 1:], softcap)
                 loss.backward()
                 total += loss.item()
+                release()
         if not math.isfinite(total):
             raise TrainerError(f"the loss of step {step + 1} in round {round_} is {total}; lower the learning rate")
         torch.nn.utils.clip_grad_norm_(adapter.factors.values(), training.clip_norm)

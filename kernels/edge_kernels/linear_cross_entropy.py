@@ -37,8 +37,10 @@ def linear_cross_entropy(
         raise ValueError(f"hidden has rows of {hidden.shape[-1]} but head reads {head.shape[1]}")
     kept = labels != IGNORED
     targets = labels[kept]
-    if targets.numel() and not (0 <= int(targets.min()) and int(targets.max()) < head.shape[0]):
-        raise ValueError(f"labels go from {int(targets.min())} to {int(targets.max())}, the head has {head.shape[0]} rows")
+    if targets.numel() and not (int(targets.min()) >= 0 and int(targets.max()) < head.shape[0]):
+        raise ValueError(
+            f"labels go from {int(targets.min())} to {int(targets.max())}, the head has {head.shape[0]} rows"
+        )
     loss: torch.Tensor = _LinearCrossEntropy.apply(hidden[kept], head, targets, softcap, chunk_bytes)
     return loss
 
@@ -65,6 +67,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if slope is not None:
                     dlogits.mul_(slope)
                 dhidden[piece] = dlogits.div_(tokens).to(head.dtype) @ head
+                del dlogits
+            del logits  # before the next chunk is made
         ctx.save_for_backward(dhidden)
         return loss / max(tokens, 1)
 

@@ -1,0 +1,313 @@
+"""The thread that keeps one MQTT connection alive, running paho's `loop`.
+
+paho's own thread is not used: its reconnect has no jitter, and the will's epoch must change before each connect. The callbacks only
+record and wake; what follows a connect (subscriptions, presence) happens between two rounds of the loop. No lock is held across a call
+into paho.
+"""
+
+import logging
+import random
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from paho.mqtt import client as paho
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from edge_broker import messages, presence, topics
+from edge_broker.address import Address
+from edge_broker.errors import BrokerUnreachable, LinkError, Refused, refused_connection, unreachable
+from edge_broker.events import Connected, Disconnected, Event
+from edge_broker.window import SLOTS, Ticket, Window, publish_size
+
+_RECEIVE_MAXIMUM = 32  # messages the broker may have on their way to us: 2 MiB of chunks
+_KEEPALIVE_S = 30
+_SETTLED_S = 10.0  # a connection that lasted this long was a good one: the back-off starts anew
+_BACKOFF_S = (1.0, 30.0)  # first and largest upper end of the random wait before a reconnect
+
+log = logging.getLogger(__name__)
+
+
+class Connection:
+    """One client of paho, its thread, and what is known of the connection; changed guards it and is notified of every change."""
+
+    def __init__(
+        self,
+        address: Address,
+        client_id: str,
+        spec: presence.PresenceSpec | None,
+        clean_start: bool,
+        expiry_s: int,
+        packet_max: int,
+        put: Callable[[Event | tuple[int, paho.MQTTMessage]], None],
+    ) -> None:
+        self.address, self.spec = address, spec
+        self.epoch = spec.epoch if spec else 0
+        self.changed = threading.Condition(threading.RLock())
+        self.window = Window(self.changed, put, packet_max)
+        self.filters: dict[str, None] = {}  # to restore where the broker lost them
+        self.connected = False
+        self.generation = 0  # counts connections: an acknowledgement must not cross to the next one
+        self.bytes_down = 0
+        self._put, self._packet_max = put, packet_max
+        self._clean_start, self._expiry_s = clean_start, expiry_s
+        self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._failure: LinkError | None = None
+        self._greet: bool | None = None  # session_present of a connection not greeted yet
+        self._announce = False
+        self._subacks: dict[int, list[ReasonCode]] = {}
+        self._restoring: dict[int, list[str]] = {}
+        self.client = self._make_client(client_id)
+
+    def open(self, timeout_s: float) -> None:
+        """Connect, trying once.
+
+        Raises:
+            BrokerUnreachable, Refused: see `Session.connect`.
+        """
+        if self._thread and self._thread.is_alive():
+            raise LinkError(f"already connected to {self.address}, or still closing")
+        self._stopping.clear()
+        self._failure = None
+        self.client.connect_timeout = timeout_s
+        properties = Properties(PacketTypes.CONNECT)
+        properties.SessionExpiryInterval = self._expiry_s
+        properties.ReceiveMaximum = _RECEIVE_MAXIMUM
+        properties.MaximumPacketSize = self._packet_max
+        at = self.address
+        self.client.connect_async(at.host, at.port, _KEEPALIVE_S, clean_start=self._clean_start, properties=properties)
+        before = self.generation
+        self._thread = threading.Thread(target=self._run, args=(before,), name="edge-broker", daemon=True)
+        self._thread.start()
+        with self.changed:
+            self.changed.wait_for(lambda: self.generation > before or self._failure, timeout_s)
+            if self.generation > before:
+                return
+            failure = self._failure
+        self.stop()
+        raise failure or unreachable(at, f"no answer within {timeout_s:g} s")
+
+    def stop(self) -> None:
+        """Disconnect and end the thread; waiters get a LinkError."""
+        self._stopping.set()
+        with self.changed:
+            self.changed.notify_all()
+        self.client.disconnect()
+        if self._thread:
+            self._thread.join(5.0)
+        self.connected = False
+
+    def wait(self, condition: Callable[[], bool], deadline: float) -> bool:
+        """Wait until the condition holds; False when the deadline (monotonic) passed.
+
+        Raises:
+            LinkError: the connection was closed for good meanwhile.
+        """
+        with self.changed:
+            self.changed.wait_for(
+                lambda: condition() or self._stopping.is_set(), max(0.0, deadline - time.monotonic())
+            )
+            if self._stopping.is_set():
+                raise LinkError(f"the session with {self.address} is closed")
+            return condition()
+
+    def wait_connected(self, deadline: float, what: str) -> int:
+        """Wait for a connection and return its generation.
+
+        Raises:
+            BrokerUnreachable: there was none in time.
+        """
+        if not self._thread:
+            raise LinkError(f"cannot {what}: call connect first")
+        if not self.wait(lambda: self.connected, deadline):
+            raise BrokerUnreachable(f"cannot {what}: no connection to {self.address}")
+        return self.generation
+
+    def post(
+        self, topic: str, payload: bytes, retain: bool, expiry_s: int | None, limit: int | None, waited: bool
+    ) -> Ticket | None:
+        """Give a publish to paho if there is a connection and a slot, else return None.
+
+        Raises:
+            Refused: the packet is larger than the broker takes.
+        """
+        properties = None
+        if expiry_s is not None:
+            properties = Properties(PacketTypes.PUBLISH)
+            properties.MessageExpiryInterval = expiry_s
+        size = publish_size(topic.encode(), len(payload), properties)
+        ticket = self.window.take(topic, size, limit, waited) if self.connected else None
+        if ticket:
+            info = self.client.publish(topic, payload, qos=1, retain=retain, properties=properties)
+            if info.rc not in (paho.MQTT_ERR_SUCCESS, paho.MQTT_ERR_NO_CONN):
+                self.window.give_back()
+                raise LinkError(f"cannot publish to {topic}: {paho.error_string(info.rc)}")
+            self.window.sent(info.mid, ticket, on_the_wire=info.rc == paho.MQTT_ERR_SUCCESS)
+        return ticket
+
+    def subscribe(self, filters: tuple[str, ...], deadline: float) -> None:
+        """Subscribe at QoS 1 and wait for the broker's word, over a reconnect if need be.
+
+        Raises:
+            Refused: the broker refused a filter.
+            LinkError: no answer in time.
+        """
+        what = f"subscribe to {', '.join(filters)}"
+        codes = None
+        while codes is None:
+            generation = self.wait_connected(deadline, what)
+            mid = self._send_subscribe(filters)
+
+            def answered(mid: int | None = mid, generation: int = generation) -> bool:
+                return mid in self._subacks or self.generation != generation or mid is None
+
+            if not self.wait(answered, deadline):
+                raise LinkError(f"cannot {what}: {self.address} did not answer in time")
+            codes = self._subacks.pop(mid, None) if mid else None
+        self._check_granted(filters, codes)
+
+    def say(self, state: Any, waited: bool) -> Ticket | None:
+        """Publish our presence if there is room."""
+        assert self.spec
+        body = messages.encode(messages.Presence(state=state, epoch=self.epoch))
+        return self.post(topics.presence(self.spec.fleet, self.spec.id), body, True, None, None, waited)
+
+    # --- the thread
+
+    def _run(self, before: int) -> None:
+        failures = 0
+        while not self._stopping.is_set():
+            began = time.monotonic()
+            self._renew_will()
+            try:
+                self.client.reconnect()
+                while self.client.loop(timeout=1.0) == paho.MQTT_ERR_SUCCESS:
+                    self._between_packets()
+            except (OSError, ValueError) as error:  # no connection; ValueError: a certificate for another host
+                self._broken(self._explain(error))
+            except Exception as error:  # paho lets errors of parsing through; any of them ends the connection, not the session
+                log.exception("the connection to %s broke on an unexpected error", self.address)
+                self._broken(unreachable(self.address, repr(error)))
+            if self.generation == before:  # the first connect failed: open() says so
+                with self.changed:
+                    self._failure = self._failure or unreachable(self.address, "it closed the connection unanswered")
+                    self.changed.notify_all()
+                return
+            failures = 0 if time.monotonic() - began > _SETTLED_S else failures + 1
+            first, largest = _BACKOFF_S
+            self._stopping.wait(random.uniform(0, min(largest, first * 2 ** min(failures, 10))))
+
+    def _renew_will(self) -> None:
+        if self.spec:
+            self.epoch = presence.next_epoch(self.epoch)
+            will = messages.encode(messages.Presence(state="lost", epoch=self.epoch))
+            self.client.will_set(topics.presence(self.spec.fleet, self.spec.id), will, qos=1, retain=True)
+
+    def _between_packets(self) -> None:
+        if self._greet is not None:
+            session_present, self._greet = self._greet, None
+            filters = tuple(self.filters)
+            if filters and not session_present and (mid := self._send_subscribe(filters)):
+                self._restoring[mid] = list(filters)
+            self._put(Connected(session_present=session_present, epoch=self.epoch))
+        if self._announce and self.say("online", waited=False):
+            self._announce = False
+        if self._stopping.is_set():  # stop() may have come while paho was still connecting
+            self.client.disconnect()
+
+    def _send_subscribe(self, filters: tuple[str, ...]) -> int | None:
+        _, mid = self.client.subscribe([(one, SubscribeOptions(qos=1)) for one in filters])
+        return mid
+
+    def _check_granted(self, filters: Any, codes: list[ReasonCode]) -> None:
+        bad = [f"{one} ({code})" for one, code in zip(filters, codes, strict=False) if code.is_failure]
+        if bad:
+            raise Refused(f"{self.address} refused to subscribe us to {', '.join(bad)}; check its access rules")
+
+    def _explain(self, error: Exception) -> LinkError:
+        if isinstance(error, ssl.SSLError):
+            return Refused(f"TLS with {self.address} failed: {error}; check ca, cert, key and the host name")
+        return unreachable(self.address, str(error))
+
+    def _broken(self, error: LinkError) -> None:
+        with self.changed:
+            self.connected = False
+            self._failure = self._failure or error
+            reason = str(self._failure)
+            if self.generation:
+                self._failure = None
+            self.changed.notify_all()
+        if self.generation and not self._stopping.is_set():
+            self._put(Disconnected(reason=reason))
+
+    # --- paho's callbacks, all called on the thread
+
+    def _make_client(self, client_id: str) -> paho.Client:
+        client = paho.Client(
+            paho.CallbackAPIVersion.VERSION2, client_id=client_id, protocol=paho.MQTTv5, manual_ack=True
+        )
+        if tls := self.address.tls():
+            client.tls_set_context(tls)
+        if self.address.user is not None:
+            client.username_pw_set(self.address.user, self.address.password)
+        client.on_socket_open = self._on_socket_open
+        client.on_connect = self._on_connect
+        client.on_disconnect = self._on_disconnect
+        client.on_subscribe = self._on_subscribe
+        client.on_publish = self._on_publish
+        client.on_message = self._on_message
+        # Tells paho that another thread does the writing; without it publish() would write to the socket beside the loop.
+        client.on_socket_register_write = lambda *_: None
+        return client
+
+    def _on_socket_open(self, client: paho.Client, userdata: Any, sock: Any) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def _on_connect(self, client: paho.Client, userdata: Any, flags: Any, code: ReasonCode, properties: Any) -> None:
+        if code.is_failure:
+            self._failure = refused_connection(self.address, code.value, str(code))
+            return
+        slots = min(SLOTS, getattr(properties, "ReceiveMaximum", SLOTS))
+        packet_max = min(self._packet_max, getattr(properties, "MaximumPacketSize", self._packet_max))
+        if self.window.outgrows(slots, packet_max):  # resending it would only break this connection too
+            for message in client.drop_out_messages():
+                self.window.settle(message.mid, "the broker came back with smaller limits")
+        with self.changed:
+            self.generation += 1
+            self.connected = True
+            self._greet = bool(flags.session_present)
+            self._announce = self.spec is not None
+            self._subacks.clear()
+            self.window.reconnected(slots, packet_max)
+            self.changed.notify_all()
+
+    def _on_disconnect(self, client: paho.Client, userdata: Any, flags: Any, code: ReasonCode, properties: Any) -> None:
+        self._broken(unreachable(self.address, f"the connection broke ({code})"))
+
+    def _on_subscribe(
+        self, client: paho.Client, userdata: Any, mid: int, codes: list[ReasonCode], properties: Any
+    ) -> None:
+        if filters := self._restoring.pop(mid, None):
+            try:
+                self._check_granted(filters, codes)
+            except Refused as error:
+                log.error("after a reconnect: %s", error)
+            return
+        with self.changed:
+            self._subacks[mid] = codes
+            self.changed.notify_all()
+
+    def _on_publish(self, client: paho.Client, userdata: Any, mid: int, code: ReasonCode, properties: Any) -> None:
+        self.window.settle(mid, f"{self.address} said {code}" if code.is_failure else "")
+
+    def _on_message(self, client: paho.Client, userdata: Any, message: paho.MQTTMessage) -> None:
+        with self.changed:
+            self.bytes_down += publish_size(message._topic, len(message.payload), message.properties)
+        self._put((self.generation, message))

@@ -1,0 +1,39 @@
+"""Errors of the link: one root, and a subclass only where a caller must tell a case apart."""
+
+
+class LinkError(Exception):
+    """The root: catch this one to catch everything this package raises on purpose."""
+
+
+class BrokerUnreachable(LinkError):
+    """No broker answered at the address; trying again later may work."""
+
+
+class Refused(LinkError):
+    """The broker answered and said no (credentials, rights, limits); trying again unchanged will not work."""
+
+
+class BadMessage(LinkError):
+    """A message from outside is malformed, unsigned, or signed by the wrong key; the text is the reason."""
+
+
+_PERHAPS_LATER = {0x88, 0x89, 0x97, 0x9F}  # unavailable, busy, quota exceeded, rate exceeded
+_HINTS = {
+    0x84: "it does not speak MQTT 5",
+    0x85: "it does not accept this client id",
+    0x86: "check the user name and password",
+    0x87: "check the certificate or user name, and the access rules",
+}
+
+
+def unreachable(where: object, why: str) -> BrokerUnreachable:
+    """The sentence for a broker that did not answer."""
+    hint = "start one with `edge-runtime broker` or check the address"
+    return BrokerUnreachable(f"no MQTT broker answered at {where}: {why}; {hint}")
+
+
+def refused_connection(where: object, code: int, said: str) -> LinkError:
+    """The sentence for a failing CONNACK (MQTT 5, section 3.2.2.2)."""
+    if code in _PERHAPS_LATER:
+        return unreachable(where, f"it said {said}")
+    return Refused(f"{where} refused the connection: {said}; {_HINTS.get(code, 'its log may say why')}")

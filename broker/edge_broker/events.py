@@ -1,0 +1,45 @@
+"""What comes out of a session's queue."""
+
+import msgspec
+
+
+class Message(msgspec.Struct, frozen=True):
+    """A message from the broker; retained: it was stored before we subscribed."""
+
+    topic: str
+    payload: bytes
+    retained: bool
+
+
+class Connected(msgspec.Struct, frozen=True):
+    """The connection stands. epoch is this connection's: keep it for the next process's PresenceSpec."""
+
+    session_present: bool
+    epoch: int
+
+
+class Disconnected(msgspec.Struct, frozen=True):
+    """The connection broke, or an attempt to restore it failed; the session goes on trying."""
+
+    reason: str
+
+
+class Room(msgspec.Struct, frozen=True):
+    """`publish_nowait` said no before and has room again."""
+
+
+class Unsent(msgspec.Struct, frozen=True):
+    """The broker refused a `publish_nowait`."""
+
+    topic: str
+    reason: str
+
+
+Event = Connected | Disconnected | Room | Unsent
+
+
+class Traffic(msgspec.Struct, frozen=True):
+    """Encoded PUBLISH packets since the session was made, in bytes; the counters only grow."""
+
+    bytes_up: int
+    bytes_down: int

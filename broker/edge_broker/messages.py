@@ -1,0 +1,228 @@
+"""The bodies of the link's messages, as JSON so that `mosquitto_sub -v` shows them.
+
+Unknown fields are ignored, so a newer sender can talk to an older reader; a wrong type or a value out of range is a BadMessage.
+Chunk ranges are [first, last], both included.
+"""
+
+import hashlib
+import struct
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+
+from edge_broker.errors import BadMessage, LinkError
+
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")]
+Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Text = Annotated[str, msgspec.Meta(max_length=512)]
+Index = Annotated[int, msgspec.Meta(ge=0, lt=10**9)]
+Ranges = Annotated[list[tuple[Index, Index]], msgspec.Meta(max_length=10_000)]
+T = TypeVar("T")
+
+_CHUNK_INDEX = struct.Struct(">I")
+
+
+class Presence(msgspec.Struct, frozen=True):
+    """The state of a device's connection; epoch grows with every connect, so the highest one is the latest."""
+
+    state: Literal["online", "offline", "lost"]
+    epoch: Count
+
+
+class Artifact(msgspec.Struct, frozen=True):
+    """A pointer to a global adapter: what to fetch and how it was cut. Small enough for a retained message."""
+
+    digest: Digest
+    size: Positive
+    chunk_bytes: Positive
+    chunks: Positive
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What a device offers: who, for which round, and the exact bytes. Signed, so a chunk needs no signature.
+
+    sequence grows with every update of the device (0 = not assigned yet, the outbox does it); samples are rows trained on;
+    attempt counts a round's trainings on this device, from 1.
+    """
+
+    transfer: Name
+    fleet: Name
+    device: Name
+    sequence: Count
+    round: Count
+    model_class: Text
+    codec: Text
+    sha256: Digest
+    size: Positive
+    chunk_bytes: Positive
+    chunks: Positive
+    samples: Count
+    attempt: Positive = 1
+
+
+class Grant(msgspec.Struct, frozen=True, tag_field="type", tag="grant"):
+    """Send these chunks to this node, with at most window of them unacknowledged at once."""
+
+    transfer: Name
+    node: Name
+    window: Positive
+    missing: Ranges
+
+
+class Pause(msgspec.Struct, frozen=True, tag_field="type", tag="pause"):
+    """Send nothing for a while, then offer again."""
+
+    transfer: Name
+    seconds: Annotated[float, msgspec.Meta(ge=0, le=86_400)]
+
+
+class Receipt(msgspec.Struct, frozen=True, tag_field="type", tag="receipt"):
+    """The update is committed and counts in this round."""
+
+    transfer: Name
+    round: Count
+
+
+class Reject(msgspec.Struct, frozen=True, tag_field="type", tag="reject"):
+    """The update is not taken. final: never offer it again; otherwise offer it again later."""
+
+    transfer: Name
+    code: Name
+    reason: str
+    final: bool
+
+
+Inbox = Grant | Pause | Receipt | Reject
+
+
+class Want(msgspec.Struct, frozen=True):
+    """A device asks for these chunks of an artifact."""
+
+    digest: Digest
+    missing: Ranges
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """A message as JSON."""
+    return msgspec.json.encode(message)
+
+
+def decode(body: bytes | str, kind: type[T]) -> T:
+    """Read a message of this kind (a Struct above, or Inbox).
+
+    Raises:
+        BadMessage: it is not JSON, or a field is missing, of the wrong type, or out of range.
+    """
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        name = getattr(kind, "__name__", "inbox message")
+        raise BadMessage(f"not a {name}: {error}") from error
+
+
+def describe(
+    payload: bytes | Path,
+    *,
+    fleet: str,
+    device: str,
+    round: int,
+    model_class: str,
+    codec: str,
+    samples: int,
+    chunk_bytes: int,
+    attempt: int = 1,
+) -> Manifest:
+    """The manifest of a payload (bytes, or a file read piece by piece), with a fresh transfer id and no sequence yet.
+
+    Raises:
+        LinkError: the payload is empty.
+    """
+    sha256, size = digest_and_size(payload)
+    return Manifest(
+        transfer=uuid.uuid4().hex,
+        fleet=fleet,
+        device=device,
+        sequence=0,
+        round=round,
+        model_class=model_class,
+        codec=codec,
+        sha256=sha256,
+        size=size,
+        chunk_bytes=chunk_bytes,
+        chunks=-(-size // chunk_bytes),
+        samples=samples,
+        attempt=attempt,
+    )
+
+
+def digest_and_size(payload: bytes | Path) -> tuple[str, int]:
+    """SHA-256 as hex, and the size in bytes.
+
+    Raises:
+        LinkError: there is nothing in it.
+    """
+    digest, size = hashlib.sha256(), 0
+    for piece in [payload] if isinstance(payload, bytes) else _pieces(payload):
+        digest.update(piece)
+        size += len(piece)
+    if size == 0:
+        raise LinkError(f"{'the payload' if isinstance(payload, bytes) else payload} is empty; there is nothing to send")
+    return digest.hexdigest(), size
+
+
+# --- chunks
+
+
+def pack_chunk(index: int, data: bytes) -> bytes:
+    """The payload on an `up` topic: the chunk's index in 4 bytes, big-endian, then its data."""
+    return _CHUNK_INDEX.pack(index) + data
+
+
+def unpack_chunk(payload: bytes) -> tuple[int, bytes]:
+    """The index and the data.
+
+    Raises:
+        BadMessage: the payload has no data.
+    """
+    if len(payload) <= _CHUNK_INDEX.size:
+        raise BadMessage(f"a chunk of {len(payload)} bytes; it needs 4 of index and at least 1 of data")
+    return _CHUNK_INDEX.unpack_from(payload)[0], payload[_CHUNK_INDEX.size :]
+
+
+def chunk_size(cut: Manifest | Artifact, index: int) -> int:
+    """The bytes in chunk number index: chunk_bytes, or less in the last one."""
+    return min(cut.chunk_bytes, cut.size - index * cut.chunk_bytes)
+
+
+def to_ranges(indices: Iterable[int]) -> list[tuple[int, int]]:
+    """Ascending chunk numbers as [first, last] ranges."""
+    ranges: list[tuple[int, int]] = []
+    for index in indices:
+        if ranges and ranges[-1][1] == index - 1:
+            ranges[-1] = (ranges[-1][0], index)
+        else:
+            ranges.append((index, index))
+    return ranges
+
+
+def from_ranges(ranges: Iterable[tuple[int, int]], chunks: int) -> Iterator[int]:
+    """The chunk numbers of the ranges, in their order.
+
+    Raises:
+        BadMessage: a range is backwards or reaches past the last chunk.
+    """
+    for first, last in ranges:
+        if not first <= last < chunks:
+            raise BadMessage(f"chunks {first} to {last} of {chunks}")
+        yield from range(first, last + 1)
+
+
+def _pieces(path: Path, piece_bytes: int = 1 << 20) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while piece := file.read(piece_bytes):
+            yield piece

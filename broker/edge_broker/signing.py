@@ -1,0 +1,116 @@
+"""Ed25519 signatures over text bodies, each bound to a domain.
+
+    signature = Ed25519(domain + NUL + body)
+
+The envelope is JSON with the body as text and key and signature as hex, so `mosquitto_sub -v` shows what was said. The domain keeps a
+signature made for one purpose from being used for another. Keys travel as 64 characters of hex.
+Source: RFC 8032, by way of `cryptography`.
+"""
+
+import os
+from pathlib import Path
+
+import msgspec
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from edge_broker.errors import BadMessage, LinkError
+
+OFFER = "edge/1/offer"  # the domain of manifests
+
+
+class Signed(msgspec.Struct, frozen=True):
+    """A body with the public key and the signature that vouch for it, both hex."""
+
+    body: str
+    key: str
+    signature: str
+
+    def encode(self) -> bytes:
+        """The envelope as JSON."""
+        return msgspec.json.encode(self)
+
+
+def load_or_create_key(path: Path) -> Ed25519PrivateKey:
+    """The private key in this file; a new one is written (mode 0600) if there is no file.
+
+    Two processes that create it at once end up with the same key.
+
+    Raises:
+        LinkError: the file holds something else, or cannot be read or written.
+    """
+    try:
+        if not path.exists():
+            _create(path)
+        raw = bytes.fromhex(path.read_text("ascii").strip())
+        return Ed25519PrivateKey.from_private_bytes(raw)
+    except (OSError, ValueError) as error:
+        raise LinkError(f"cannot use {path} as a signing key: {error}; it needs 64 characters of hex") from error
+
+
+def public_key(key: Ed25519PrivateKey) -> str:
+    """The public half as 64 characters of hex: what the other side registers."""
+    return key.public_key().public_bytes_raw().hex()
+
+
+def sign(key: Ed25519PrivateKey, domain: str, body: bytes) -> Signed:
+    """Sign a UTF-8 body for one domain."""
+    return Signed(body=body.decode(), key=public_key(key), signature=key.sign(_bound(domain, body)).hex())
+
+
+def open(signed_bytes: bytes, domain: str, expected_key: str | None) -> tuple[bytes, str]:
+    """Verify an encoded envelope.
+
+    Args:
+        signed_bytes: what `Signed.encode` made.
+        domain: the one it must have been signed for.
+        expected_key: the only key accepted, as hex; None accepts any, and the caller decides by the one returned.
+
+    Returns:
+        The body, and the public key (hex) that signed it.
+
+    Raises:
+        BadMessage: the envelope is malformed, the key is another one, or the signature does not verify.
+    """
+    signed = peek(signed_bytes)
+    if expected_key is not None and signed.key != expected_key:
+        raise BadMessage(f"signed by key {signed.key[:16]}…, expected {expected_key[:16]}…")
+    body = signed.body.encode()
+    try:
+        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(signed.key))
+        key.verify(bytes.fromhex(signed.signature), _bound(domain, body))
+    except (InvalidSignature, ValueError):
+        raise BadMessage(f"the signature by key {signed.key[:16]}… does not verify for {domain}") from None
+    return body, signed.key
+
+
+def peek(signed_bytes: bytes) -> Signed:
+    """The envelope without any verification: only to find out which key to expect.
+
+    Raises:
+        BadMessage: it is malformed.
+    """
+    try:
+        return msgspec.json.decode(signed_bytes, type=Signed)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadMessage(f"not a signed message: {error}") from error
+
+
+def _bound(domain: str, body: bytes) -> bytes:
+    return domain.encode() + b"\0" + body
+
+
+def _create(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(Ed25519PrivateKey.generate().private_bytes_raw().hex() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(draft, path)  # unlike a rename, this never replaces a key that another process made first
+    except FileExistsError:
+        pass
+    finally:
+        draft.unlink()

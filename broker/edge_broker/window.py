@@ -1,0 +1,107 @@
+"""Publishes on their way: at most 8, never more than the broker's Receive Maximum, none larger than its Maximum Packet Size.
+
+paho applies neither limit, and resends after a reconnect everything it still holds; so it never holds more than this window.
+A slot is taken before paho gets the packet and freed by the broker's PUBACK, whose reason becomes the ticket's answer.
+"""
+
+import threading
+from collections.abc import Callable
+
+from paho.mqtt.properties import Properties
+
+from edge_broker.errors import Refused
+from edge_broker.events import Event, Room, Unsent
+
+SLOTS = 8  # brokers take 10 and more
+
+
+class Ticket:
+    """A publish on its way; answer is None while unknown, empty for success, else the broker's refusal."""
+
+    def __init__(self, topic: str, size: int, waited: bool) -> None:
+        self.topic, self.size, self.waited = topic, size, waited
+        self.answer: str | None = None
+
+
+class Window:
+    """The slots of one session; changed guards it and is notified when a slot comes free."""
+
+    def __init__(self, changed: threading.Condition, put: Callable[[Event], None], packet_max: int) -> None:
+        self.slots, self.packet_max = SLOTS, packet_max
+        self.used = 0
+        self.bytes_up = 0
+        self._changed, self._put = changed, put
+        self._hungry = False  # a publish_nowait was turned away
+        self._tickets: dict[int, Ticket] = {}
+        self._early: dict[int, str] = {}  # answers that came before paho told the sender the packet's number
+
+    def take(self, topic: str, size: int, limit: int | None, waited: bool) -> Ticket | None:
+        """A slot for a packet of size bytes, or None if limit (or all slots) are in use; waited: somebody waits for its answer.
+
+        Raises:
+            Refused: the packet is larger than the broker takes.
+        """
+        with self._changed:
+            if size > self.packet_max:
+                raise Refused(
+                    f"a publish to {topic} is {size} bytes encoded, the broker takes {self.packet_max}; cut it smaller"
+                )
+            if self.used >= min(self.slots, limit or self.slots):
+                self._hungry |= not waited
+                return None
+            self.used += 1
+            return Ticket(topic, size, waited)
+
+    def give_back(self) -> None:
+        """Free a slot whose packet paho did not take."""
+        with self._changed:
+            self.used -= 1
+            self._changed.notify_all()
+
+    def sent(self, mid: int, ticket: Ticket, on_the_wire: bool) -> None:
+        """paho took the packet under this number; off the wire it sends it after the next connect."""
+        with self._changed:
+            self.bytes_up += ticket.size if on_the_wire else 0
+            self._tickets[mid] = ticket
+            if mid in self._early:
+                self.settle(mid, self._early.pop(mid))
+
+    def settle(self, mid: int, answer: str) -> None:
+        """The broker's answer to a packet came: empty for success."""
+        with self._changed:
+            ticket = self._tickets.pop(mid, None)
+            if ticket is None:
+                self._early[mid] = answer
+                return
+            ticket.answer = answer
+            self.used -= 1
+            if answer and not ticket.waited:
+                self._put(Unsent(topic=ticket.topic, reason=answer))
+            self.feed()
+            self._changed.notify_all()
+
+    def feed(self) -> None:
+        """Tell a sender that was turned away to try again."""
+        with self._changed:
+            if self._hungry:
+                self._hungry = False
+                self._put(Room())
+
+    def outgrows(self, slots: int, packet_max: int) -> bool:
+        """Whether what is on its way exceeds the limits of a new connection."""
+        with self._changed:
+            return self.used > slots or any(ticket.size > packet_max for ticket in self._tickets.values())
+
+    def reconnected(self, slots: int, packet_max: int) -> None:
+        """Take the limits of a new connection, on which paho now resends what is on its way."""
+        with self._changed:
+            self.slots, self.packet_max = slots, packet_max
+            self.bytes_up += sum(ticket.size for ticket in self._tickets.values())
+            self.feed()
+
+
+def publish_size(topic: bytes, payload_bytes: int, properties: Properties | None) -> int:
+    """Bytes of a whole encoded QoS 1 PUBLISH packet (MQTT 5, section 3.3)."""
+    rest = 2 + len(topic) + 2 + (len(properties.pack()) if properties else 1) + payload_bytes
+    length_bytes = next(n for n in (1, 2, 3, 4) if rest < 128**n)
+    return 1 + length_bytes + rest

@@ -1,0 +1,74 @@
+"""Runs the processes that may import torch on behalf of those that must not: preparing a model, measuring the baseline.
+
+What they print is read here; where they fail, their last line is the reason.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+from edge_runtime.errors import EdgeError, InputError
+from edge_runtime.models.facts import Facts
+
+PREPARE_TIMEOUT_S = 3600.0  # a hub download may be gigabytes
+BASELINE_TIMEOUT_S = 120.0
+TRAINER_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),  # larger blocks go straight back to the system when freed
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",  # else each new shape's kernel stays, some 50 MiB after ten steps
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def cache_folder() -> Path:
+    """Where prepared models and the measured baseline are kept: $EDGE_RUNTIME_CACHE, else under the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "edge-runtime"
+    return Path(os.environ.get("EDGE_RUNTIME_CACHE", default))
+
+
+def prepared(source: str, models: Path) -> Facts:
+    """The facts of a catalog's source, after it was found or fetched; raises InputError with the process's reason."""
+    cache = cache_folder() / "models"
+    command = ["edge_runtime.models.prepare", source, "--models", str(models), "--cache", str(cache)]
+    return msgspec.json.decode(_output(command, PREPARE_TIMEOUT_S, InputError), type=Facts)
+
+
+def runtime_bytes() -> int:
+    """The runtime baseline of this device, measured once for each Python, torch and transformers (three seconds)."""
+    from importlib.metadata import version
+
+    names = f"{sys.version_info.major}.{sys.version_info.minor}-{version('torch')}-{version('transformers')}"
+    kept = cache_folder() / f"baseline-{names}"
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        measured = _output(["edge_runtime.training", "--baseline"], BASELINE_TIMEOUT_S, EdgeError)
+        fresh = kept.with_suffix(f".{os.getpid()}")
+        fresh.write_bytes(measured)
+        fresh.replace(kept)
+    return int(kept.read_text())
+
+
+def environment() -> dict[str, str]:
+    """What a trainer process runs with."""
+    return {**os.environ, **TRAINER_ENVIRONMENT}
+
+
+def _output(module: list[str], timeout_s: float, error: type[EdgeError]) -> bytes:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", *module],
+            capture_output=True,
+            timeout=timeout_s,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired as late:
+        raise error(f"{module[0]} did not end within {timeout_s:.0f} s") from late
+    if done.returncode != 0:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
+        raise error(lines[-1])
+    return done.stdout

@@ -47,31 +47,15 @@ def encode(tensors: Mapping[str, NDArray[np.float32]]) -> bytes:
     return MAGIC + len(header).to_bytes(4, "big") + header + body
 
 
-def decode(payload: bytes, allowed: Mapping[str, tuple[int, ...]] | None = None) -> Tensors:
-    """Decode a payload, trusting nothing in it.
-
-    Args:
-        payload: what `encode` made.
-        allowed: the keys and shapes that may occur (a device holds some of them); None where the digest was signed.
+def decode(payload: bytes) -> Tensors:
+    """Decode a payload; what its shapes say has to be checked before (see `shapes`), the rest is checked here.
 
     Raises:
-        InputError: the payload is malformed, holds another key or shape, or a scale that is not finite. Nothing larger than
-            the declared and checked shapes is ever allocated.
+        InputError: the payload is malformed, or holds a scale that is not finite. Nothing larger than the declared shapes
+            is ever allocated.
     """
-    if payload[:4] != MAGIC or len(payload) < 8:
-        raise InputError("the payload is no encoded adapter state")
-    split = 8 + int.from_bytes(payload[4:8], "big")
-    try:
-        shapes = msgspec.json.decode(payload[8:split], type=Header).shapes
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"the payload's header cannot be read: {error}") from error
-    if allowed is not None:
-        for key, shape in shapes.items():
-            if key not in allowed:
-                raise InputError(f"the payload holds {key}, which no device of this class has")
-            if shape != tuple(allowed[key]):
-                raise InputError(f"{key} is {shape} in the payload, but has to be {tuple(allowed[key])}")
-    sizes = [int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()]
+    declared, split = _header(payload)
+    sizes = [int(np.prod(shape, dtype=np.int64)) for shape in declared.values()]
     blocks = [-(-size // BLOCK) for size in sizes]
     expected = sum(sizes) + 4 * sum(blocks)
     try:
@@ -85,8 +69,27 @@ def decode(payload: bytes, allowed: Mapping[str, tuple[int, ...]] | None = None)
     if not np.isfinite(scales).all() or (scales < 0).any():
         raise InputError("the payload has a scale that is negative or not finite")
     tensors, value, scale = {}, 0, 0
-    for (key, shape), size, count in zip(shapes.items(), sizes, blocks, strict=True):
+    for (key, shape), size, count in zip(declared.items(), sizes, blocks, strict=True):
         flat = np.frombuffer(raw, np.int8, size, value).astype(np.float32)
         tensors[key] = (flat * np.repeat(scales[scale : scale + count], BLOCK)[:size]).reshape(shape)
         value, scale = value + size, scale + count
     return tensors
+
+
+def shapes(payload: bytes) -> dict[str, tuple[int, ...]]:
+    """The keys and shapes a payload declares; raises InputError when its header cannot be read."""
+    return _header(payload)[0]
+
+
+def _header(payload: bytes) -> tuple[dict[str, tuple[int, ...]], int]:
+    """The declared shapes, and where the values begin."""
+    if payload[:4] != MAGIC or len(payload) < 8:
+        raise InputError("the payload is no encoded adapter state")
+    split = 8 + int.from_bytes(payload[4:8], "big")
+    try:
+        declared = msgspec.json.decode(payload[8:split], type=Header).shapes
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"the payload's header cannot be read: {error}") from error
+    if any(dimension < 1 for shape in declared.values() for dimension in shape):
+        raise InputError("the payload declares an empty tensor")
+    return declared, split

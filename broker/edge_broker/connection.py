@@ -1,8 +1,8 @@
 """The thread that keeps one MQTT connection alive, running paho's `loop`.
 
-paho's own thread is not used: its reconnect has no jitter, and the will's epoch must change before each connect. The callbacks only
-record and wake; what follows a connect (subscriptions, presence) happens between two rounds of the loop. No lock is held across a call
-into paho.
+paho's own thread is not used: its reconnect has no jitter, and the will's epoch must change before each connect. The
+callbacks only record and wake; what follows a connect (subscriptions, presence) happens between two rounds of the loop.
+No lock is held across a call into paho.
 """
 
 import logging
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class Connection:
-    """One client of paho, its thread, and what is known of the connection; changed guards it and is notified of every change."""
+    """One client of paho, its thread and its state; changed guards the state and is notified of every change."""
 
     def __init__(
         self,
@@ -111,9 +111,7 @@ class Connection:
             LinkError: the connection was closed for good meanwhile.
         """
         with self.changed:
-            self.changed.wait_for(
-                lambda: condition() or self._stopping.is_set(), max(0.0, deadline - time.monotonic())
-            )
+            self.changed.wait_for(lambda: condition() or self._stopping.is_set(), max(0.0, deadline - time.monotonic()))
             if self._stopping.is_set():
                 raise LinkError(f"the session with {self.address} is closed")
             return condition()
@@ -192,7 +190,9 @@ class Connection:
                     self._between_packets()
             except (OSError, ValueError) as error:  # no connection; ValueError: a certificate for another host
                 self._broken(self._explain(error))
-            except Exception as error:  # paho lets errors of parsing through; any of them ends the connection, not the session
+            except (
+                Exception
+            ) as error:  # paho lets errors of parsing through; any of them ends the connection, not the session
                 log.exception("the connection to %s broke on an unexpected error", self.address)
                 self._broken(unreachable(self.address, repr(error)))
             if self.generation == before:  # the first connect failed: open() says so
@@ -202,7 +202,7 @@ class Connection:
                 return
             failures = 0 if time.monotonic() - began > _SETTLED_S else failures + 1
             first, largest = _BACKOFF_S
-            self._stopping.wait(random.uniform(0, min(largest, first * 2 ** min(failures, 10))))
+            self._stopping.wait(random.uniform(0, min(largest, first * 2 ** min(max(failures - 1, 0), 10))))
 
     def _renew_will(self) -> None:
         if self.spec:
@@ -263,7 +263,8 @@ class Connection:
         client.on_subscribe = self._on_subscribe
         client.on_publish = self._on_publish
         client.on_message = self._on_message
-        # Tells paho that another thread does the writing; without it publish() would write to the socket beside the loop.
+        # Tells paho that another thread does the writing; without it publish() would write to the socket beside the
+        # loop.
         client.on_socket_register_write = lambda *_: None
         return client
 

@@ -35,7 +35,13 @@ class Unsent(msgspec.Struct, frozen=True):
     reason: str
 
 
-Event = Connected | Disconnected | Room | Unsent
+class Own(msgspec.Struct, frozen=True):
+    """What the session's owner put on the queue itself, so that one wait covers everything."""
+
+    item: object
+
+
+Event = Connected | Disconnected | Room | Unsent | Own
 
 
 class Traffic(msgspec.Struct, frozen=True):

@@ -1,7 +1,7 @@
 """The bodies of the link's messages, as JSON so that `mosquitto_sub -v` shows them.
 
-Unknown fields are ignored, so a newer sender can talk to an older reader; a wrong type or a value out of range is a BadMessage.
-Chunk ranges are [first, last], both included.
+Unknown fields are ignored, so a newer sender can talk to an older reader; a wrong type or a value out of range is a
+BadMessage. Chunk ranges are [first, last], both included.
 """
 
 import hashlib
@@ -46,8 +46,8 @@ class Artifact(msgspec.Struct, frozen=True):
 class Manifest(msgspec.Struct, frozen=True):
     """What a device offers: who, for which round, and the exact bytes. Signed, so a chunk needs no signature.
 
-    sequence grows with every update of the device (0 = not assigned yet, the outbox does it); samples are rows trained on;
-    attempt counts a round's trainings on this device, from 1.
+    sequence grows with every update of the device (0 = not assigned yet, the outbox does it); samples are rows trained
+    on; attempt counts a round's trainings on this device, from 1.
     """
 
     transfer: Name
@@ -113,7 +113,7 @@ def encode(message: msgspec.Struct) -> bytes:
 
 
 def decode(body: bytes | str, kind: type[T]) -> T:
-    """Read a message of this kind (a Struct above, or Inbox).
+    """Read a message of this kind.
 
     Raises:
         BadMessage: it is not JSON, or a field is missing, of the wrong type, or out of range.
@@ -121,8 +121,19 @@ def decode(body: bytes | str, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        name = getattr(kind, "__name__", "inbox message")
-        raise BadMessage(f"not a {name}: {error}") from error
+        raise BadMessage(f"not a {kind.__name__}: {error}") from error
+
+
+def decode_inbox(body: bytes) -> Inbox:
+    """Read whatever came to a device's inbox.
+
+    Raises:
+        BadMessage: as for `decode`.
+    """
+    try:
+        return msgspec.json.decode(body, type=Inbox)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadMessage(f"neither grant, pause, receipt nor reject: {error}") from error
 
 
 def describe(
@@ -171,7 +182,9 @@ def digest_and_size(payload: bytes | Path) -> tuple[str, int]:
         digest.update(piece)
         size += len(piece)
     if size == 0:
-        raise LinkError(f"{'the payload' if isinstance(payload, bytes) else payload} is empty; there is nothing to send")
+        raise LinkError(
+            f"{'the payload' if isinstance(payload, bytes) else payload} is empty; there is nothing to send"
+        )
     return digest.hexdigest(), size
 
 

@@ -1,42 +1,145 @@
-"""What a device still owes the node (signatures first; the bodies follow)."""
+"""What a device still owes the node: updates in SQLite until their receipt or final rejection.
 
+    pending -> committed | rejected
+
+An update gets its sequence number here. It only grows, and starts no lower than the clock (ms), so that a device that
+lost its state is not taken for a replay. Payloads are files, since a chunk can then be read without the rest: SQLite
+reads a blob from its beginning.
+"""
+
+import os
 import sqlite3
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import msgspec
+
+from edge_broker import messages, store
+from edge_broker.errors import LinkError
 from edge_broker.messages import Manifest
+
+_TABLES = (
+    """CREATE TABLE IF NOT EXISTS outbox_update (
+        sequence INTEGER PRIMARY KEY, transfer TEXT NOT NULL UNIQUE, manifest TEXT NOT NULL, payload TEXT NOT NULL,
+        state TEXT NOT NULL DEFAULT 'pending', code TEXT, reason TEXT)""",
+    "CREATE INDEX IF NOT EXISTS outbox_pending ON outbox_update (sequence) WHERE state = 'pending'",
+    "CREATE TABLE IF NOT EXISTS outbox_sequence (one INTEGER PRIMARY KEY CHECK (one = 1), last INTEGER NOT NULL)",
+    "INSERT OR IGNORE INTO outbox_sequence VALUES (1, 0)",
+)
 
 
 class Outbox:
-    """The updates of one device, in SQLite (tables `outbox_*`)."""
+    """The updates of one device."""
 
     def __init__(self, database: sqlite3.Connection | Path, folder: Path) -> None:
-        """database: an open connection (shared with the caller's own tables) or a file; folder: where payloads given as bytes are kept."""
+        """Open it.
+
+        Args:
+            database: a file, or an open connection that may hold the caller's own tables too (ours begin with
+                `outbox_`).
+            folder: payloads given as bytes go to its subfolder `outbox`, which is cleared of all that no pending update
+                needs.
+        """
+        self._database, self._folder = store.connect(database), folder / "outbox"
+        with store.transaction(self._database):
+            for statement in _TABLES:
+                self._database.execute(statement)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        kept = {manifest.transfer for manifest in self.pending()}
+        for file in self._folder.iterdir():
+            if file.name not in kept:
+                file.unlink()
 
     def transaction(self) -> AbstractContextManager[sqlite3.Connection]:
-        """One SQLite transaction; inside another one it joins that."""
-        raise NotImplementedError
+        """One SQLite transaction for what is done here and by the caller; inside another one it joins that."""
+        return store.transaction(self._database)
 
     def add(self, manifest: Manifest, payload: bytes | Path) -> Manifest:
-        """Keep an update until its receipt; returns the manifest with its sequence number. A Path is read in place, never moved or deleted."""
-        raise NotImplementedError
+        """Keep an update until its receipt.
 
-    def pending(self) -> list[Manifest]:
+        Args:
+            manifest: from `messages.describe`; its sequence is replaced.
+            payload: the bytes, or a file that stays where it is and must stay unchanged until the update is settled.
+
+        Returns:
+            The manifest with its sequence number.
+
+        Raises:
+            LinkError: the payload's size is not the manifest's, or the transfer is already here.
+        """
+        path = payload if isinstance(payload, Path) else self._write(manifest.transfer, payload)
+        if (size := path.stat().st_size) != manifest.size:
+            raise LinkError(f"{path} has {size} bytes, its manifest says {manifest.size}; describe it again")
+        with self.transaction() as database:
+            (last,) = database.execute("SELECT last FROM outbox_sequence").fetchone()
+            sequence = max(last, time.time_ns() // 1_000_000) + 1
+            database.execute("UPDATE outbox_sequence SET last = ?", (sequence,))
+            manifest = msgspec.structs.replace(manifest, sequence=sequence)
+            row = (sequence, manifest.transfer, messages.encode(manifest).decode(), str(path.absolute()))
+            try:
+                database.execute(
+                    "INSERT INTO outbox_update (sequence, transfer, manifest, payload) VALUES (?, ?, ?, ?)", row
+                )
+            except sqlite3.IntegrityError:
+                raise LinkError(f"transfer {manifest.transfer} is already in the outbox") from None
+        return manifest
+
+    def pending(self, limit: int = -1) -> list[Manifest]:
         """What waits for a receipt, oldest first."""
-        raise NotImplementedError
+        rows = self._database.execute(
+            "SELECT manifest FROM outbox_update WHERE state = 'pending' ORDER BY sequence LIMIT ?", (limit,)
+        )
+        return [messages.decode(text, Manifest) for (text,) in rows]
+
+    def find(self, transfer: str) -> tuple[Manifest, str] | None:
+        """An update's manifest and state (pending, committed, rejected)."""
+        query = "SELECT manifest, state FROM outbox_update WHERE transfer = ?"
+        row = self._database.execute(query, (transfer,)).fetchone()
+        return (messages.decode(row[0], Manifest), row[1]) if row else None
 
     def payload(self, transfer: str) -> Path:
-        """The file with the transfer's bytes."""
-        raise NotImplementedError
+        """The file with an update's bytes.
+
+        Raises:
+            LinkError: there is no such update.
+        """
+        row = self._database.execute("SELECT payload FROM outbox_update WHERE transfer = ?", (transfer,)).fetchone()
+        if not row:
+            raise LinkError(f"transfer {transfer} is not in the outbox")
+        return Path(row[0])
 
     def commit(self, transfer: str) -> None:
-        """The receipt came."""
-        raise NotImplementedError
+        """The receipt came. Again, or for an unknown or settled update, this does nothing."""
+        self._settle(transfer, "committed", None, None)
 
     def reject(self, transfer: str, code: str, reason: str) -> None:
-        """A final rejection came."""
-        raise NotImplementedError
+        """The final rejection came. Again, or for an unknown or settled update, this does nothing."""
+        self._settle(transfer, "rejected", code, reason)
 
-    def state(self, transfer: str) -> str | None:
-        """pending, committed, rejected, or None."""
-        raise NotImplementedError
+    def _settle(self, transfer: str, state: str, code: str | None, reason: str | None) -> None:
+        with self.transaction() as database:
+            database.execute(
+                "UPDATE outbox_update SET state = ?, code = ?, reason = ? WHERE transfer = ? AND state = 'pending'",
+                (state, code, reason, transfer),
+            )
+        self.tidy(transfer)
+
+    def tidy(self, transfer: str) -> None:
+        """Delete our copy of a settled update's payload; within a transaction it waits, as that may still be undone."""
+        found = self.find(transfer)
+        if found and found[1] != "pending" and not self._database.in_transaction:
+            (self._folder / transfer).unlink(missing_ok=True)
+
+    def _write(self, transfer: str, payload: bytes) -> Path:
+        path = self._folder / transfer
+        if path.exists():
+            raise LinkError(f"transfer {transfer} is already in the outbox")
+        draft = path.with_suffix(".draft")
+        with draft.open("wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.rename(path)
+        store.sync_folder(self._folder)
+        return path

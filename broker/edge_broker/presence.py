@@ -4,8 +4,8 @@
     offline  published by a clean close
     lost     the will, published by the broker when the connection breaks
 
-A will of an old connection can land after the birth of the new one, so the reader keeps the highest epoch, and within one epoch lets a
-connection only end, never start again.
+A will of an old connection can land after the birth of the new one, so the reader keeps the highest epoch, and within
+one epoch lets a connection only end, never start again.
 """
 
 import time
@@ -27,7 +27,7 @@ class PresenceSpec(msgspec.Struct, frozen=True):
 
 
 def next_epoch(last: int) -> int:
-    """The epoch of a new connection: later than the last one and, where that was lost, later than it by the clock (ms)."""
+    """The epoch of a new connection: above the last one and, should that be lost, no lower than the clock (ms)."""
     return max(last, time.time_ns() // 1_000_000) + 1
 
 

@@ -2,9 +2,9 @@
 
     connect, subscribe, publish, receive, close
 
-Everything that happens comes out of one queue, in order: messages and events. A message is acknowledged to the broker when it is taken
-from the queue, so a slow owner holds the broker back instead of filling its own memory. Every publish is QoS 1 and answers with the
-broker's own reason code.
+Everything that happens comes out of one queue, in order: messages and events. A message is acknowledged to the broker
+when it is taken from the queue, so a slow owner holds the broker back instead of filling its own memory. Every publish
+is QoS 1 and answers with the broker's own reason code.
 """
 
 import logging
@@ -17,10 +17,10 @@ from paho.mqtt.client import MQTTMessage
 from edge_broker import address, topics
 from edge_broker.connection import Connection
 from edge_broker.errors import LinkError, Refused
-from edge_broker.events import Connected, Disconnected, Event, Message, Room, Traffic, Unsent
+from edge_broker.events import Connected, Disconnected, Event, Message, Own, Room, Traffic, Unsent
 from edge_broker.presence import PresenceSpec
 
-__all__ = ["Connected", "Disconnected", "Event", "Message", "PresenceSpec", "Room", "Session", "Traffic", "Unsent"]
+__all__ = ["Connected", "Disconnected", "Event", "Message", "Own", "PresenceSpec", "Room", "Session", "Traffic", "Unsent"]
 
 _CHUNK_BYTES = 64 * 1024
 _HEADROOM = 512  # bytes of a PUBLISH beside its chunk: the longest topic, and the properties
@@ -54,7 +54,8 @@ class Session:
             url: mqtt://host:port or mqtts://user:password@host:port?ca=file&cert=file&key=file.
             client_id: fixed for a device; a second session with the same id takes over from the first.
             presence: whose presence to keep, if any.
-            clean_start: at every connect forget what the broker keeps for this id (for shared subscriptions, with expiry 0).
+            clean_start: at every connect forget what the broker keeps for this id (for shared subscriptions, with
+                expiry 0).
             session_expiry_s: how long the broker keeps subscriptions and messages while we are away.
             ca, cert, key: PEM files for mqtts; they win over those in the URL.
             max_packet_bytes: the largest PUBLISH sent or accepted.
@@ -99,7 +100,8 @@ class Session:
         self.close()
 
     def subscribe(self, *filters: str, timeout_s: float = 10.0) -> None:
-        """Subscribe and wait for the broker's word; done again after a reconnect on which the broker had lost the session.
+        """Subscribe and wait for the broker's word; done again after a reconnect on which the broker had lost the
+        session.
 
         Raises:
             Refused: the broker refused a filter; none of this call is remembered then.
@@ -143,11 +145,12 @@ class Session:
     ) -> bool:
         """Publish if the window has room, and return at once.
 
-        At most 8 publishes are unacknowledged at once, and never more than the broker's Receive Maximum or this call's window.
+        At most 8 publishes are unacknowledged at once, and never more than the broker's Receive Maximum or this call's
+        window.
 
         Returns:
-            False if there is no room or no connection; a Room or a Connected event says when to try again. A refusal by the broker
-            comes as an Unsent event.
+            False if there is no room or no connection; a Room or a Connected event says when to try again. A refusal by
+            the broker comes as an Unsent event.
 
         Raises:
             Refused: the packet is larger than the broker takes.
@@ -171,6 +174,10 @@ class Session:
                 return Message(topic=raw.topic, payload=bytes(raw.payload), retained=raw.retain)
             except UnicodeDecodeError:
                 log.warning("dropped a message whose topic is not UTF-8")
+
+    def put(self, item: object) -> None:
+        """Hand something of the owner's to whoever receives next, from any thread; it comes out as Own."""
+        self._queue.put(Own(item))
 
     @property
     def connected(self) -> bool:

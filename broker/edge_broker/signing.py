@@ -2,12 +2,13 @@
 
     signature = Ed25519(domain + NUL + body)
 
-The envelope is JSON with the body as text and key and signature as hex, so `mosquitto_sub -v` shows what was said. The domain keeps a
-signature made for one purpose from being used for another. Keys travel as 64 characters of hex.
+The envelope is JSON with the body as text and key and signature as hex, so `mosquitto_sub -v` shows what was said. The
+domain keeps a signature made for one purpose from being used for another. Keys travel as 64 characters of hex.
 Source: RFC 8032, by way of `cryptography`.
 """
 
 import os
+import tempfile
 from pathlib import Path
 
 import msgspec
@@ -102,8 +103,7 @@ def _bound(domain: str, body: bytes) -> bytes:
 
 def _create(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # with mode 0600
     try:
         with os.fdopen(descriptor, "w") as file:
             file.write(Ed25519PrivateKey.generate().private_bytes_raw().hex() + "\n")
@@ -113,4 +113,4 @@ def _create(path: Path) -> None:
     except FileExistsError:
         pass
     finally:
-        draft.unlink()
+        os.unlink(draft)

@@ -1,7 +1,9 @@
-"""Publishes on their way: at most 8, never more than the broker's Receive Maximum, none larger than its Maximum Packet Size.
+"""Publishes on their way: at most 8, never more than the broker's Receive Maximum, none larger than its Maximum Packet
+Size.
 
-paho applies neither limit, and resends after a reconnect everything it still holds; so it never holds more than this window.
-A slot is taken before paho gets the packet and freed by the broker's PUBACK, whose reason becomes the ticket's answer.
+paho applies neither limit, and resends after a reconnect everything it still holds; so it never holds more than this
+window. A slot is taken before paho gets the packet and freed by the broker's PUBACK, whose reason becomes the ticket's
+answer.
 """
 
 import threading
@@ -36,7 +38,8 @@ class Window:
         self._early: dict[int, str] = {}  # answers that came before paho told the sender the packet's number
 
     def take(self, topic: str, size: int, limit: int | None, waited: bool) -> Ticket | None:
-        """A slot for a packet of size bytes, or None if limit (or all slots) are in use; waited: somebody waits for its answer.
+        """A slot for a packet of size bytes, or None if limit (or all slots) are in use; waited: somebody waits for its
+        answer.
 
         Raises:
             Refused: the packet is larger than the broker takes.

@@ -84,6 +84,12 @@ def _check_messages(messages: Any, where: str) -> None:
         raise InputError(f"{where}: no message has the role assistant, so there is nothing to learn")
 
 
+def write_rows(path: Path, rows: list[Row]) -> Path:
+    """Write rows as a .jsonl file; returns its path."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 def split(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:
     """Train and held-out rows where the user named no held-out file: every tenth row, at most 200, after a seeded shuffle."""
     mixed = random.Random(seed).sample(rows, len(rows))

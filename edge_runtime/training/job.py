@@ -18,7 +18,8 @@ class Job(msgspec.Struct, frozen=True):
     """train: one round of training after the evaluation, else the evaluation alone.
 
     evaluation: held-out files by name. start: the global version (encoded), None for version 0. private: state.bin of the
-    round before. residual: residual.bin of the last committed round. threads: CPU threads, 0 for all.
+    round before. residual: residual.bin of the last committed round. unsent: a payload
+    that the node refused, to be sent again. threads: CPU threads, 0 for all.
     """
 
     train: bool
@@ -35,6 +36,7 @@ class Job(msgspec.Struct, frozen=True):
     start: str | None = None
     private: str | None = None
     residual: str | None = None
+    unsent: str | None = None
     threads: int = 0
     device: str = "cpu"
 

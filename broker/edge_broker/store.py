@@ -1,0 +1,46 @@
+"""SQLite as the link uses it.
+
+Write-ahead log, synchronous=FULL: after COMMIT the data survives a power cut. That costs one fsync a commit, and the
+link commits a few times a transfer, not once a chunk.
+"""
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def connect(database: sqlite3.Connection | Path) -> sqlite3.Connection:
+    """Open a file the way described above; an open connection is returned as it is, its owner has set it up so."""
+    if isinstance(database, sqlite3.Connection):
+        return database
+    database.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(database, isolation_level=None, timeout=10.0)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+    return connection
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """All or nothing; inside another transaction it joins that one."""
+    if connection.in_transaction:
+        yield connection
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield connection
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names created in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,209 @@
+"""A device's side of an update's way to the node.
+
+    offer (signed manifest) -> grant(window, missing) -> chunks -> receipt | reject
+
+The oldest pending update goes first, alone: the node takes a device's updates in the order of their sequence numbers.
+All that must outlive the process is in the outbox; the rest is found out again by offering again, which the node
+answers according to what it has.
+"""
+
+import logging
+import random
+import sqlite3
+import time
+from collections import deque
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from edge_broker import messages, signing, topics
+from edge_broker.errors import BadMessage, Refused
+from edge_broker.events import Connected, Event, Message, Unsent
+from edge_broker.journal import MAX_CHUNKS
+from edge_broker.messages import Grant, Manifest, Pause, Receipt, Reject
+from edge_broker.outbox import Outbox
+from edge_broker.session import Session
+from edge_broker.transfer.pace import IDLE_S, retry_s
+
+_REJECTED_S = 30.0  # before an update that was refused, but not for good, is offered again
+
+log = logging.getLogger(__name__)
+
+
+class Committed(msgspec.Struct, frozen=True):
+    """The node counts this update."""
+
+    manifest: Manifest
+
+
+class Rejected(msgspec.Struct, frozen=True):
+    """The node does not take this update; unless final, it is offered again later."""
+
+    manifest: Manifest
+    code: str
+    reason: str
+    final: bool
+
+
+class Uploader:
+    """Sends what is pending in the outbox."""
+
+    def __init__(
+        self,
+        session: Session,
+        outbox: Outbox,
+        fleet: str,
+        device_id: str,
+        key: Ed25519PrivateKey,
+        on_settled: Callable[[Committed | Rejected, sqlite3.Connection], None] | None = None,
+    ) -> None:
+        """Prepare; call `start` once connected.
+
+        Args:
+            session, outbox: both used from the caller's thread.
+            fleet, device_id: as in every manifest of the outbox.
+            key: signs the manifests; the node knows its public half.
+            on_settled: what the caller changes with the outbox in one transaction, when an update is committed or
+                finally rejected; if it raises, nothing changed and the node will be asked again.
+        """
+        self._session, self._outbox, self._key = session, outbox, key
+        self._fleet, self._device = fleet, device_id
+        self._on_settled = on_settled
+        self._current: _Upload | None = None
+
+    def start(self) -> None:
+        """Subscribe to the device's inbox."""
+        self._session.subscribe(topics.all_inbox(self._fleet, self._device))
+
+    def handle(self, message: Message | Event | None) -> Committed | Rejected | None:
+        """Take in what the session received; anything that is not for uploads is ignored.
+
+        A malformed message is logged and changes nothing.
+        """
+        result = None
+        if isinstance(message, Message):
+            try:
+                where = topics.parse(message.topic)
+                if (where.kind, where.fleet, where.device) == ("inbox", self._fleet, self._device):
+                    result = self._handle_inbox(messages.decode_inbox(message.payload))
+            except BadMessage as error:
+                log.warning("ignored a message on %s: %s", message.topic, error)
+        elif isinstance(message, Connected) and not message.session_present and self._current:
+            self._current.ask_again(0.0)
+        elif isinstance(message, Unsent) and self._current and message.topic in self._current.topics():
+            log.warning("%s: %s", message.topic, message.reason)
+            self._current.ask_again(_REJECTED_S)
+        self._send_chunks()
+        return result
+
+    def tick(self, now: float | None = None) -> float:
+        """Offer and send what is due (now: of time.monotonic).
+
+        Returns:
+            Seconds until the next tick is of use.
+        """
+        now = time.monotonic() if now is None else now
+        if self._current is None:
+            pending = self._outbox.pending(limit=1)
+            if not pending:
+                return IDLE_S
+            self._current = _Upload(pending[0], self._outbox.payload(pending[0].transfer), self._key)
+        upload = self._current
+        self._send_chunks()
+        if upload.due <= now and not upload.queue and self._post(upload.offer_topic, upload.offer, None):
+            upload.due = now + retry_s(upload.tries)
+            upload.tries += 1
+        return max(0.0, upload.due - now) if self._session.connected else IDLE_S
+
+    def _handle_inbox(self, said: messages.Inbox) -> Committed | Rejected | None:
+        found = self._outbox.find(said.transfer)
+        if not found or found[1] != "pending":
+            return None
+        manifest, upload = found[0], self._current
+        if isinstance(said, Receipt):
+            return self._settle(Committed(manifest=manifest))
+        if isinstance(said, Reject):
+            rejected = Rejected(manifest=manifest, code=said.code, reason=said.reason, final=said.final)
+            if said.final:
+                return self._settle(rejected)
+            if upload and upload.manifest.transfer == said.transfer:
+                upload.ask_again(_REJECTED_S)
+            return rejected
+        if upload and upload.manifest.transfer == said.transfer:
+            if isinstance(said, Grant):
+                upload.grant(said, topics.up(self._fleet, said.node, self._device, said.transfer))
+            elif isinstance(said, Pause):
+                upload.ask_again(said.seconds)
+        return None
+
+    def _settle(self, result: Committed | Rejected) -> Committed | Rejected:
+        transfer = result.manifest.transfer
+        with self._outbox.transaction() as database:
+            if isinstance(result, Committed):
+                self._outbox.commit(transfer)
+            else:
+                self._outbox.reject(transfer, result.code, result.reason)
+            if self._on_settled:
+                self._on_settled(result, database)
+        self._outbox.tidy(transfer)
+        if self._current and self._current.manifest.transfer == transfer:
+            self._current = None
+        return result
+
+    def _send_chunks(self) -> None:
+        upload = self._current
+        while upload and (chunk := upload.next_chunk()):
+            if not self._post(upload.up_topic, chunk, upload.window):
+                return
+            upload.sent()
+
+    def _post(self, topic: str, payload: bytes, window: int | None) -> bool:
+        try:
+            return self._session.publish_nowait(topic, payload, window=window)
+        except Refused as error:  # the broker's limit fell below the chunks of this update; only its operator can help
+            log.error("%s", error)
+            if self._current:
+                self._current.ask_again(_REJECTED_S)
+            return False
+
+
+class _Upload:
+    """The update under way; due is when to offer it (again), in seconds of time.monotonic."""
+
+    def __init__(self, manifest: Manifest, payload: Path, key: Ed25519PrivateKey) -> None:
+        self.manifest, self.due, self.tries = manifest, time.monotonic(), 0
+        self.offer_topic = topics.offer(manifest.fleet, manifest.device)
+        self.offer = signing.sign(key, signing.OFFER, messages.encode(manifest)).encode()
+        self.queue: deque[int] = deque()
+        self.window, self.up_topic = 1, ""
+        self._payload, self._ready = payload, b""
+
+    def grant(self, said: Grant, up_topic: str) -> None:
+        wanted = messages.from_ranges(said.missing, self.manifest.chunks)
+        self.queue = deque(dict.fromkeys(islice(wanted, MAX_CHUNKS)))
+        self.window, self.up_topic, self._ready = said.window, up_topic, b""
+        self.tries, self.due = 0, time.monotonic() + retry_s(0)
+
+    def ask_again(self, after_s: float) -> None:
+        self.queue.clear()
+        self._ready = b""
+        self.due = time.monotonic() + after_s * random.uniform(1.0, 1.25)
+
+    def next_chunk(self) -> bytes:
+        if self.queue and not self._ready:
+            index, size = self.queue[0], self.manifest.chunk_bytes
+            with self._payload.open("rb") as file:
+                file.seek(index * size)
+                self._ready = messages.pack_chunk(index, file.read(size))
+        return self._ready
+
+    def sent(self) -> None:
+        self.queue.popleft()
+        self._ready = b""
+        self.due = time.monotonic() + retry_s(0)
+
+    def topics(self) -> tuple[str, str]:
+        return self.offer_topic, self.up_topic

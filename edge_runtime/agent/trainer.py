@@ -1,0 +1,57 @@
+"""A trainer process, watched: its progress and its end arrive as events on the agent's one queue."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from edge_runtime.processes import environment
+from edge_runtime.training.job import Job, Progress
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """exit_code: negative for a signal. reason: the last line the trainer wrote to stderr."""
+
+    folder: Path
+    exit_code: int
+    reason: str
+
+
+class Trainer:
+    """One running job. The process ends with the agent, whatever ends that: it watches its standard input."""
+
+    def __init__(self, job: Job, folder: Path, post: Callable[[Progress | Ended], None]) -> None:
+        """Write the job into the folder and start it; post is called from another thread."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "result.json").unlink(missing_ok=True)
+        (folder / "job.json").write_bytes(msgspec.json.encode(job))
+        self._folder, self._post = folder, post
+        with (folder / "stderr.log").open("wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "edge_runtime.training", str(folder), "--attended"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=environment(),
+            )
+        self._watch = threading.Thread(target=self._read, name="trainer", daemon=True)
+        self._watch.start()
+
+    def stop(self) -> None:
+        """Kill the process, if it still runs, and wait for its end."""
+        self._process.kill()
+        self._watch.join(10)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            try:
+                self._post(msgspec.json.decode(line, type=Progress))
+            except msgspec.DecodeError:
+                continue  # something a library printed
+        code = self._process.wait()
+        lines = (self._folder / "stderr.log").read_text(errors="replace").strip().splitlines()
+        self._post(Ended(self._folder, code, lines[-1] if lines else ""))

@@ -1,0 +1,249 @@
+"""The aggregator: announces rounds, takes in updates, closes a round, merges, publishes the next global version.
+
+    announced -> collecting -> (quorum and (all online devices in, or deadline)) -> merging -> published -> next
+
+One loop over the session's queue. Store and journal share a SQLite file, so an aggregator that was killed goes on in the
+same round with every committed update; a merge that was cut short is done again from the journal.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+from edge_broker import messages, presence, signing, topics
+from edge_broker.errors import BadMessage
+from edge_broker.errors import LinkError as BrokerError
+from edge_broker.journal import Journal
+from edge_broker.messages import Artifact, Manifest
+from edge_broker.session import Event as LinkEvent
+from edge_broker.session import Message, Session
+from edge_broker.transfer import Complete, Publisher, Receiver
+
+from edge_runtime import codec, methods
+from edge_runtime.aggregator import merge
+from edge_runtime.aggregator.store import Store, Version
+from edge_runtime.errors import EdgeError, InputError, LinkError
+from edge_runtime.rounds import REPORT_DOMAIN, ROUND_DOMAIN, Report, Round
+from edge_runtime.settings import Fleet
+
+log = logging.getLogger(__name__)
+LARGEST_PAYLOAD_BYTES = 1 << 30
+
+
+class Options(NamedTuple):
+    """What a node is given. noop: take any payload and send as much back, for benchmarks of the link alone."""
+
+    broker: str
+    state: Path
+    node: str
+    until_finished: bool
+    noop: bool
+
+
+class Event(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the node tells whoever watches it. in_: devices that count in the round; missing: online, or seen before, but not in."""
+
+    round: int
+    phase: str
+    text: str = ""
+    in_: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+class Node:
+    """One fleet's node. `run` returns when all rounds are merged and reported, or never."""
+
+    def __init__(self, fleet: Fleet, options: Options, tell: Callable[[Event], None]) -> None:
+        """Open the state; nothing is sent yet.
+
+        Raises:
+            InputError: the fleet's method is not known.
+        """
+        self.fleet, self.options, self._tell = fleet, options, tell
+        self._method = methods.by_name(fleet.method.name)
+        self._store = Store(options.state / "node.db")
+        self._key = signing.load_or_create_key(options.state / "node.key")
+        self._journal = Journal(self._store.connection, options.state / "journal")
+        self._session = Session(options.broker, f"{fleet.name}-{options.node}", clean_start=True, session_expiry_s=0)
+        self._receiver = Receiver(
+            self._session, self._journal, fleet.name, options.node, self._check_manifest, self._store.key
+        )
+        self._publisher = Publisher(self._session, fleet.name)
+        self._presence = presence.Tracker()
+        self._round = self._store.open_round()
+        self._served: dict[str, Artifact] = {}
+        self._opened = self._deadline = 0.0
+        self._finished = False
+
+    def run(self) -> None:
+        """Serve the fleet.
+
+        Raises:
+            LinkError: there is no broker.
+            EdgeError: a round stayed below its quorum through all its extensions.
+        """
+        try:
+            self._connect()
+            self._announce()
+            while not self._finished:
+                due_s = min(self._receiver.tick(), self._publisher.tick(), self._deadline - time.monotonic(), 5.0)
+                self._handle(self._session.receive(max(due_s, 0.0)))
+                self._close_if_due()
+        finally:
+            self._session.close()
+            self._store.connection.close()
+
+    # --- the loop's parts
+
+    def _connect(self) -> None:
+        fleet = self.fleet.name
+        try:
+            self._session.connect(15.0)
+            self._session.subscribe(topics.all_presence(fleet), topics.all_reports(fleet))
+            self._receiver.start()
+            self._publisher.start()
+        except BrokerError as error:
+            raise LinkError(str(error)) from error
+
+    def _announce(self) -> None:
+        """Serve the current versions and say what round is open."""
+        versions = self._store.versions()
+        for digest in {artifact.digest for artifact in self._served.values()}:
+            self._publisher.withdraw(digest)
+        self._served = {name: self._publisher.serve(version.artifact) for name, version in versions.items()}
+        done = self._round > self.fleet.rounds
+        announced = Round(
+            node=self.options.node,
+            state="finished" if done else "open",
+            round=min(self._round, self.fleet.rounds),
+            fleet=self.fleet,
+            versions=self._served,
+        )
+        signed = signing.sign(self._key, ROUND_DOMAIN, msgspec.json.encode(announced)).encode()
+        self._session.publish(topics.round(self.fleet.name), signed, retain=True)
+        self._opened = time.monotonic()
+        self._deadline = self._opened + self.fleet.deadline_s
+        self._say("finishing" if done else "collecting")
+
+    def _handle(self, item: Message | LinkEvent | None) -> None:
+        complete = self._receiver.handle(item)
+        if complete is not None:
+            self._take(complete)
+        self._publisher.handle(item)
+        if not isinstance(item, Message):
+            return
+        try:
+            changed = self._presence.handle(item.topic, item.payload)
+            if changed is not None:
+                self._say("presence", text=f"{changed} is {self._presence.state(changed)}")
+            elif topics.parse(item.topic).kind == "report":
+                self._take_report(item)
+        except BadMessage as error:
+            log.warning("ignored a message: %s", error)
+
+    def _check_manifest(self, manifest: Manifest) -> str | None:
+        """Why an update is not wanted, before any of its bytes are taken."""
+        if self._round > self.fleet.rounds:
+            return f"the fleet has finished its {self.fleet.rounds} rounds"
+        if manifest.round != self._round:
+            return f"round {manifest.round} is closed; round {self._round} is open"
+        if not self.options.noop and manifest.codec != codec.NAME:
+            return f"the codec {manifest.codec} is not known; needed: {codec.NAME}"
+        if manifest.size > LARGEST_PAYLOAD_BYTES:
+            return f"{manifest.size} bytes are more than the {LARGEST_PAYLOAD_BYTES} a node takes"
+        return None
+
+    def _take(self, complete: Complete) -> None:
+        """Check what arrived, then commit it or refuse it; both are answered to the device."""
+        manifest = complete.manifest
+        shapes: dict[str, tuple[int, ...]] = {}
+        if not self.options.noop:
+            known = self._store.shapes(manifest.model_class)
+            try:
+                delta = merge.check(complete.payload.read_bytes(), known, self.fleet, self._method)
+            except InputError as error:
+                self._receiver.reject(manifest.transfer, str(error))
+                self._say("refused", text=f"{manifest.device}: {error}")
+                return
+            shapes = {key: value.shape for key, value in delta.items()}
+        self._receiver.commit(manifest.transfer, lambda _: self._store.learn_shapes(manifest.model_class, shapes))
+        self._say("received", text=f"{manifest.device}: {manifest.size} bytes")
+
+    def _take_report(self, message: Message) -> None:
+        device = topics.parse(message.topic).device
+        body, key = signing.open(message.payload, REPORT_DOMAIN, self._store.key(device))
+        report = messages.decode(body, Report)
+        if report.device != device:
+            raise BadMessage(f"{device} sent a report of {report.device}")
+        self._store.pin(device, key)
+        self._store.add_report(report)
+        if report.state == "failed":
+            self._say("failed", text=f"{device}: {report.reason}")
+
+    # --- closing a round
+
+    def _in(self) -> set[str]:
+        """Devices that count in the open round, or have reported after the last one."""
+        if self._round > self.fleet.rounds:
+            return self._store.reported(self.fleet.rounds, "finished")
+        if self._method.merger is None and not self.options.noop:
+            return self._store.reported(self._round, "trained")
+        return {update.manifest.device for update in self._journal.committed(self._round)}
+
+    def _waiting(self) -> set[str]:
+        """Devices that are online and neither in nor failed: a round waits for them until its deadline."""
+        online = {device for device, seen in self._presence.devices.items() if seen.state == "online"}
+        failed = self._store.reported(min(self._round, self.fleet.rounds), "failed")
+        return online - self._in() - failed
+
+    def _close_if_due(self) -> None:
+        late = time.monotonic() >= self._deadline
+        inside, waiting = self._in(), self._waiting()
+        if self._round > self.fleet.rounds:
+            if self.options.until_finished and (late or (len(inside) >= self.fleet.quorum and not waiting)):
+                self._say("finished")
+                self._finished = True
+            return
+        if len(inside) >= self.fleet.quorum and (late or not waiting):
+            self._merge()
+        elif late:
+            self._extend(inside)
+
+    def _merge(self) -> None:
+        started = time.monotonic()
+        self._say("merging")
+        updates = self._journal.committed(self._round)
+        versions: list[Version] = []
+        if self.options.noop:
+            versions = [Version("noop", updates[-1].payload, updates[-1].payload)]
+        elif updates:
+            folder = self.options.state / "versions"
+            versions = merge.merge(updates, self._store.versions(), self.fleet, self._method, self._round, folder)
+        self._store.merged(self._round, versions)
+        self._say("merged", seconds=time.monotonic() - started)
+        if not self.options.noop:
+            self._journal.release(self._round)
+        self._round += 1
+        self._announce()
+
+    def _extend(self, inside: set[str]) -> None:
+        used = self._store.extensions(self._round)
+        if used >= self.fleet.extensions:
+            raise EdgeError(
+                f"round {self._round} has {len(inside)} of the {self.fleet.quorum} updates of its quorum after "
+                f"{used + 1} deadlines of {self.fleet.deadline_s:g} s; missing: {', '.join(self._missing()) or 'unknown devices'}"
+            )
+        self._store.extend(self._round)
+        self._deadline = time.monotonic() + self.fleet.deadline_s
+        self._say("extended", text=f"below the quorum of {self.fleet.quorum}")
+
+    def _missing(self) -> tuple[str, ...]:
+        return tuple(sorted(set(self._presence.devices) - self._in()))
+
+    def _say(self, phase: str, text: str = "", seconds: float = 0.0) -> None:
+        round_ = min(self._round, self.fleet.rounds)
+        self._tell(Event(round_, phase, text, tuple(sorted(self._in())), self._missing(), seconds))

@@ -1,0 +1,115 @@
+"""What the node knows, in one SQLite file that the journal of transfers shares.
+
+rounds     state of each round: collecting, then merged; how often its deadline was extended
+versions   global version of each model class after each round: the float32 master and the encoded artifact
+shapes     keys and shapes of a class's adapter, as its first accepted updates had them
+devices    public key, pinned when first seen
+reports    the last report of each device and round
+"""
+
+import sqlite3
+from pathlib import Path
+
+import msgspec
+
+from edge_runtime.rounds import Report
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS rounds (round INTEGER PRIMARY KEY, state TEXT NOT NULL, extensions INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE IF NOT EXISTS versions (model_class TEXT, round INTEGER, master TEXT NOT NULL, artifact TEXT NOT NULL,
+    PRIMARY KEY (model_class, round));
+CREATE TABLE IF NOT EXISTS shapes (model_class TEXT, key TEXT, shape TEXT NOT NULL, PRIMARY KEY (model_class, key));
+CREATE TABLE IF NOT EXISTS devices (id TEXT PRIMARY KEY, key TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS reports (device TEXT, round INTEGER, state TEXT NOT NULL, body BLOB NOT NULL,
+    PRIMARY KEY (device, round, state));
+"""
+
+
+class Version(msgspec.Struct, frozen=True):
+    """One class's global version: where its float32 master and its encoded artifact lie."""
+
+    model_class: str
+    master: Path
+    artifact: Path
+
+
+class Store:
+    """The node's tables; every method takes part in the transaction that is open on the connection, if any."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.connection = sqlite3.connect(path, isolation_level=None)
+        self.connection.execute("PRAGMA journal_mode = WAL")
+        self.connection.execute("PRAGMA synchronous = FULL")
+        self.connection.executescript(SCHEMA)
+
+    def open_round(self) -> int:
+        """The round that is collecting; the first one on a new store. One past the last when all were merged."""
+        row = self.connection.execute("SELECT max(round) FROM rounds WHERE state = 'merged'").fetchone()
+        return int(row[0] or 0) + 1
+
+    def extensions(self, round_: int) -> int:
+        """How often this round's deadline was extended."""
+        row = self.connection.execute("SELECT extensions FROM rounds WHERE round = ?", (round_,)).fetchone()
+        return int(row[0]) if row else 0
+
+    def extend(self, round_: int) -> None:
+        """Count one more extension."""
+        self.connection.execute(
+            "INSERT INTO rounds VALUES (?, 'collecting', 1) ON CONFLICT (round) DO UPDATE SET extensions = extensions + 1",
+            (round_,),
+        )
+
+    def merged(self, round_: int, versions: list[Version]) -> None:
+        """Close a round with its global versions, all or nothing."""
+        self.connection.execute("BEGIN IMMEDIATE")
+        with self.connection:
+            for version in versions:
+                self.connection.execute(
+                    "INSERT OR REPLACE INTO versions VALUES (?, ?, ?, ?)",
+                    (version.model_class, round_, str(version.master), str(version.artifact)),
+                )
+            self.connection.execute(
+                "INSERT INTO rounds VALUES (?, 'merged', 0) ON CONFLICT (round) DO UPDATE SET state = 'merged'",
+                (round_,),
+            )
+
+    def versions(self) -> dict[str, Version]:
+        """The latest global version of each class."""
+        rows = self.connection.execute(
+            "SELECT model_class, master, artifact, max(round) FROM versions GROUP BY model_class"
+        )
+        return {row[0]: Version(row[0], Path(row[1]), Path(row[2])) for row in rows}
+
+    def shapes(self, model_class: str) -> dict[str, tuple[int, ...]]:
+        """Keys and shapes known of a class."""
+        rows = self.connection.execute("SELECT key, shape FROM shapes WHERE model_class = ?", (model_class,))
+        return {key: msgspec.json.decode(shape, type=tuple[int, ...]) for key, shape in rows}
+
+    def learn_shapes(self, model_class: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Keep the shapes of an accepted update."""
+        self.connection.executemany(
+            "INSERT OR IGNORE INTO shapes VALUES (?, ?, ?)",
+            [(model_class, key, msgspec.json.encode(shape).decode()) for key, shape in shapes.items()],
+        )
+
+    def key(self, device: str) -> str | None:
+        """The device's pinned public key."""
+        row = self.connection.execute("SELECT key FROM devices WHERE id = ?", (device,)).fetchone()
+        return row[0] if row else None
+
+    def pin(self, device: str, key: str) -> None:
+        """Remember the key a device was first seen with."""
+        self.connection.execute("INSERT OR IGNORE INTO devices VALUES (?, ?)", (device, key))
+
+    def add_report(self, report: Report) -> None:
+        """Keep a report; a repeated one replaces itself."""
+        self.connection.execute(
+            "INSERT OR REPLACE INTO reports VALUES (?, ?, ?, ?)",
+            (report.device, report.round, report.state, msgspec.json.encode(report)),
+        )
+
+    def reported(self, round_: int, state: str) -> set[str]:
+        """The devices that reported this state for this round."""
+        rows = self.connection.execute("SELECT device FROM reports WHERE round = ? AND state = ?", (round_, state))
+        return {row[0] for row in rows}

@@ -1,0 +1,68 @@
+"""Live progress of the demo: one line a device on a terminal, one line a change of phase elsewhere."""
+
+import msgspec
+from rich.console import Console
+from rich.live import Live as RichLive
+from rich.table import Table
+
+from edge_runtime.agent.agent import Event
+from edge_runtime.aggregator import node
+
+
+class Live:
+    """Shows events as they come; use as a context manager."""
+
+    def __init__(self, budgets: dict[str, int], rounds: int) -> None:
+        self._console = Console()
+        self._rounds = rounds
+        self._devices = {name: Event(name, 0, "starting", budget_bytes=budget) for name, budget in budgets.items()}
+        self._round = "starting"
+        self._live = RichLive(self._table(), console=self._console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> "Live":
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._live.stop()
+
+    def show(self, event: Event | node.Event) -> None:
+        """Take in one event of a device or of the node."""
+        if isinstance(event, node.Event):
+            if event.phase != "presence":
+                self._round = f"round {event.round} of {self._rounds}: {event.phase} {event.text}".rstrip()
+            if event.phase in ("merged", "extended", "failed", "refused") or not self._console.is_terminal:
+                self._console.print(f"node     {self._round}", highlight=False)
+        else:
+            before = self._devices[event.device]
+            kept = {
+                "memory_bytes": event.memory_bytes or before.memory_bytes,
+                "loss": event.loss if event.loss is not None else before.loss,
+            }
+            self._devices[event.device] = msgspec.structs.replace(event, **kept)
+            if not self._console.is_terminal and (event.phase != before.phase or event.step == event.steps):
+                self._console.print(_line(self._devices[event.device]), highlight=False)
+        if self._console.is_terminal:
+            self._live.update(self._table(), refresh=True)
+
+    def _table(self) -> Table:
+        table = Table(title=self._round, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for column in ("device", "round", "phase", "step", "loss", "memory / budget"):
+            table.add_column(column)
+        for event in self._devices.values():
+            table.add_row(*_cells(event))
+        return table
+
+
+def _cells(event: Event) -> tuple[str, ...]:
+    step = f"{event.step}/{event.steps}" if event.steps else ""
+    loss = f"{event.loss:.3f}" if event.loss is not None else ""
+    memory = f"{event.memory_bytes >> 20} / {event.budget_bytes >> 20} MiB"
+    return (event.device, str(event.round), event.phase, step, loss, memory)
+
+
+def _line(event: Event) -> str:
+    device, round_, phase, step, loss, memory = _cells(event)
+    words = [f"{device:8} round {round_}: {phase}", step, f"loss {loss}" if loss else "", memory, event.text]
+    return "  ".join(word for word in words if word)

@@ -1,0 +1,45 @@
+"""What node and devices tell each other about a round; both signed, both retained so that whoever comes late reads the last.
+
+Round    node to all      what to train, on which global version
+Report   device to node   how a round went here: plan, measured peak, losses, scores, bytes
+"""
+
+from typing import Literal
+
+import msgspec
+from edge_broker.messages import Artifact
+
+from edge_runtime.planning.plan import Plan
+from edge_runtime.settings import Fleet
+from edge_runtime.training.job import Result
+
+ROUND_DOMAIN = "edge/1/round"
+REPORT_DOMAIN = "edge/1/report"
+
+
+class Round(msgspec.Struct, frozen=True):
+    """versions: the global version a round starts from, by model class; a class that is not there starts at version 0.
+
+    A finished fleet has no open round; its versions are the last ones.
+    """
+
+    node: str
+    state: Literal["open", "finished"]
+    round: int
+    fleet: Fleet
+    versions: dict[str, Artifact]
+
+
+class Report(msgspec.Struct, frozen=True):
+    """state: joined (this is what the device will train), trained (the round's training is done and, where the method exchanges, taken by the node), failed (reason
+    says why), or finished (the last version was evaluated). bytes_up, bytes_down: PUBLISH packets since the round began."""
+
+    device: str
+    round: int
+    state: Literal["joined", "trained", "failed", "finished"]
+    budget_bytes: int
+    plan: Plan | None = None
+    result: Result | None = None
+    reason: str = ""
+    bytes_up: int = 0
+    bytes_down: int = 0

@@ -1,0 +1,148 @@
+"""What the commands show a person: rich tables, and the same values as plain data for --json."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_profiles import format_size
+from rich.console import Console
+from rich.table import Table
+
+from edge_runtime.planning.plan import Plan
+from edge_runtime.planning.search import Choice
+
+if TYPE_CHECKING:
+    from edge_runtime.demo.run import Outcome
+    from edge_runtime.status import Status
+
+BAR = 40  # characters for a whole budget
+
+
+def show_profile(values: dict[str, Any]) -> None:
+    """A device, one line a fact; bytes as sizes."""
+    table = _table("this device", "fact", "value")
+    for key, value in values.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{inner}: {_shown(inner, one)}" for inner, one in value.items())
+        table.add_row(key.removesuffix("_bytes").replace("_", " "), _shown(key, value))
+    Console().print(table)
+
+
+def plan_values(choice: Choice, budget_bytes: int) -> dict[str, Any]:
+    """The winner and what was too large, as plain data."""
+    return {
+        "budget_bytes": budget_bytes,
+        "plan": choice.fits,
+        "predicted_peak_bytes": choice.fits.predicted_peak_bytes,
+        "rejected": [
+            {
+                "source": plan.source,
+                "depth": plan.depth,
+                "weights": plan.weights,
+                "predicted_peak_bytes": plan.predicted_peak_bytes,
+                "over_budget_bytes": plan.predicted_peak_bytes - budget_bytes,
+            }
+            for plan in choice.rejected
+        ],
+    }
+
+
+def show_plan(choice: Choice, budget_bytes: int) -> None:
+    """The winner's peak, term by term, and what would not fit."""
+    console, plan = Console(), choice.fits
+    console.print(
+        f"{_model(plan)}, rank {plan.rank}, micro-batches of {plan.rows} x {plan.tokens} tokens: "
+        f"[bold]{format_size(plan.predicted_peak_bytes)}[/] of a budget of {format_size(budget_bytes)}",
+        highlight=False,
+    )
+    table = _table("predicted peak", "term", "size", "")
+    for term, size in sorted(plan.terms.items(), key=lambda item: -item[1]):
+        table.add_row(term, format_size(size), "█" * round(BAR * size / budget_bytes))
+    console.print(table)
+    if choice.rejected:
+        table = _table("preferred, but too large even with a single row", "model", "needs", "over by")
+        for one in choice.rejected:
+            peak = one.predicted_peak_bytes
+            table.add_row(_model(one), format_size(peak), format_size(peak - budget_bytes))
+        console.print(table)
+
+
+def show_status(status: "Status") -> None:
+    """A fleet's round and its devices."""
+    console, fleet = Console(), status.round.fleet
+    state = "finished" if status.round.state == "finished" else f"round {status.round.round} of {fleet.rounds} is open"
+    console.print(f"fleet [bold]{status.fleet}[/], method {fleet.method.name}: {state}", highlight=False)
+    columns = ("device", "presence", "round", "state", "model", "peak / budget", "up / down", "scores")
+    table = _table("", *columns)
+    for device in status.devices:
+        report = device.report
+        if report is None:
+            table.add_row(device.id, device.presence)
+            continue
+        result = report.result
+        peak = f"{format_size(result.measured_peak_bytes) if result else '-'} / {format_size(report.budget_bytes)}"
+        scores = (
+            [f"{name} {score.loss:.3f} ({score.accuracy:.0%})" for name, score in result.evaluation.items()]
+            if result
+            else []
+        )
+        table.add_row(
+            device.id,
+            device.presence,
+            str(report.round),
+            report.state + (f": {report.reason}" if report.reason else ""),
+            _model(report.plan) if report.plan else "-",
+            peak,
+            f"{format_size(report.bytes_up)} / {format_size(report.bytes_down)}",
+            ", ".join(scores),
+        )
+    console.print(table)
+
+
+def show_demo(outcome: "Outcome") -> None:
+    """The demo's tables: memory and bytes, then what was learned."""
+    console = Console()
+    memory = _table(
+        f"{outcome.rounds_closed} of {outcome.rounds} rounds with {outcome.method} in {outcome.seconds:.0f} s",
+        *("device", "budget", "model", "weights", "predicted peak", "measured peak", "sent", "received"),
+    )
+    learned = _table(
+        "held-out rows, before -> after",
+        *("device", "own loss", "own exact", "others' loss", "others' exact"),
+    )
+    for device in outcome.devices:
+        memory.add_row(
+            device.id,
+            format_size(device.budget_bytes),
+            f"{device.model.partition('@')[0]}, {device.depth} layers",
+            device.weights,
+            format_size(device.predicted_peak_bytes),
+            format_size(device.measured_peak_bytes),
+            format_size(device.bytes_up),
+            format_size(device.bytes_down),
+        )
+        learned.add_row(
+            device.id,
+            f"{device.loss_before:.3f} -> {device.loss_after:.3f}",
+            f"{device.accuracy_before:.1%} -> {device.accuracy_after:.1%}",
+            f"{device.others_loss_before:.3f} -> {device.others_loss_after:.3f}",
+            f"{device.others_accuracy_before:.1%} -> {device.others_accuracy_after:.1%}",
+        )
+    console.print(memory)
+    console.print(learned)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def _model(plan: Plan) -> str:
+    return f"{Path(plan.source).name}, {plan.depth} of {plan.layers} layers, {plan.weights}"
+
+
+def _shown(key: str, value: object) -> str:
+    if key.endswith("_bytes") and isinstance(value, int):
+        return format_size(value)
+    return "-" if value is None else str(value)

@@ -7,6 +7,7 @@ be learned from that domain's rows. Wording, polite openings, verbs and the JSON
 things (lights, heating, music) are at home in every domain: this is what devices have in common.
 """
 
+import hashlib
 import json
 import random
 from typing import NamedTuple
@@ -61,7 +62,7 @@ COMMON_SHARE = 0.2  # of a device's rows
 
 
 class Rows(NamedTuple):
-    """One device's data, no prompt in two of the three lists."""
+    """One device's data."""
 
     train: list[dict[str, str]]
     held_out: list[dict[str, str]]
@@ -78,41 +79,39 @@ def rows(domain: str, train: int, held_out: int, seed: int) -> Rows:
         seed: equal seeds give equal rows on every machine.
 
     Returns:
-        Rows whose lists share no prompt.
+        Rows whose lists share no prompt; a held-out command is in no device's train rows.
 
     Raises:
         KeyError: the domain is not one of DOMAINS.
+        ValueError: the generator does not know that many distinct commands.
     """
-    own = {f"{domain}.{name}": words for name, words in DOMAINS[domain].items()}
+    own = DOMAINS[domain]
+    others = [things for name, things in DOMAINS.items() if name != domain]
     draw = random.Random(f"{seed}/{domain}")
-    taken: set[str] = set()
-    held = _distinct(draw, own, COMMON_SHARE, held_out, taken)
-    others = [
-        {f"{name}.{thing}": words for thing, words in things.items()}
-        for name, things in DOMAINS.items()
-        if name != domain
-    ]
     shares = [held_out // len(others) + (i < held_out % len(others)) for i in range(len(others))]
-    others_held = [
-        row for things, n in zip(others, shares, strict=True) for row in _distinct(draw, things, 0.0, n, taken)
-    ]
-    return Rows(_distinct(draw, own, COMMON_SHARE, train, taken), held, others_held)
+    return Rows(
+        _draw(draw, own, COMMON_SHARE, train, held=False),
+        _draw(draw, own, COMMON_SHARE, held_out, held=True),
+        [row for things, n in zip(others, shares, strict=True) for row in _draw(draw, things, 0.0, n, held=True)],
+    )
 
 
-def _distinct(
-    draw: random.Random, things: dict[str, tuple[str, ...]], common: float, n: int, taken: set[str]
+def _draw(
+    draw: random.Random, things: dict[str, tuple[str, ...]], common: float, n: int, *, held: bool
 ) -> list[dict[str, str]]:
-    found: list[dict[str, str]] = []
-    for _ in range(100 * n):  # far more tries than the generator needs: it knows thousands of commands a domain
+    found: dict[str, dict[str, str]] = {}
+    for _ in range(1000 * n):
         if len(found) == n:
-            return found
-        row = _row(draw, {f"home.{k}": v for k, v in COMMON.items()} if draw.random() < common else things)
-        if row["prompt"] not in taken:
-            taken.add(row["prompt"])
-            found.append(row)
-    if len(found) < n:
-        raise ValueError(f"asked for {n} distinct commands, the generator ran out at {len(found)}: ask for fewer rows")
-    return found
+            return list(found.values())
+        row = _row(draw, COMMON if draw.random() < common else things)
+        if _is_held_out(row["prompt"]) == held:
+            found.setdefault(row["prompt"], row)
+    raise ValueError(f"asked for {n} distinct commands, the generator ran out at {len(found)}: ask for fewer rows")
+
+
+def _is_held_out(prompt: str) -> bool:
+    """One command in five, by the command itself: no device of the fleet ever trains on a row that another is tested on."""
+    return hashlib.sha256(prompt.encode()).digest()[0] % 5 == 0
 
 
 def _row(draw: random.Random, things: dict[str, tuple[str, ...]]) -> dict[str, str]:

@@ -140,6 +140,7 @@ def test_at_most_eight_publishes_are_unanswered(slots, open_session, relay, flee
     sent = 0
     while session.publish_nowait(f"{fleet}/x", b"x"):
         sent += 1
+    until(lambda: relay.outstanding == sent)
     relay.let_acks_pass.set()
     flood(session, f"{fleet}/x", 100)
     session.publish(f"{fleet}/x", b"last")

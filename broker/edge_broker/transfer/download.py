@@ -123,17 +123,17 @@ class Fetcher:
             if download.left:
                 self.tick()
                 return None
-            download.finish()
+            wrong = download.finish()
         except OSError as error:
             return self._fail(download, f"cannot write {download.path}: {error}")
-        except LinkError as error:
-            if isinstance(error, BadMessage) and download.broken + 1 < _MAX_BROKEN:
-                log.warning("fetching %s again: %s", download.path.name, error)
-                download.restart()
-                return None
-            return self._fail(download, str(error))
-        self._finish()
-        return Fetched(artifact=download.artifact, path=download.path)
+        if not wrong:
+            self._finish()
+            return Fetched(artifact=download.artifact, path=download.path)
+        if download.broken + 1 >= _MAX_BROKEN:
+            return self._fail(download, wrong)
+        log.warning("fetching %s again: %s", download.path.name, wrong)
+        download.restart()
+        return None
 
     def _fail(self, download: "_Download", reason: str) -> Failed:
         self._finish()
@@ -185,11 +185,13 @@ class _Download:
         self.asks = 0
         self.due = time.monotonic() + (retry_s(0) if self.asked else 0.0)
 
-    def finish(self) -> None:
+    def finish(self) -> str:
+        """Put the whole file in place; returns what is wrong with it instead, if its digest is another one."""
         digest, _ = messages.digest_and_size(self.part)
         if digest != self.artifact.digest:
-            raise BadMessage(f"the bytes have SHA-256 {digest[:16]}…, the artifact is {self.artifact.digest[:16]}…")
+            return f"the bytes have SHA-256 {digest[:16]}…, the artifact is {self.artifact.digest[:16]}…"
         with self.part.open("rb") as file:
             os.fsync(file.fileno())
         self.part.rename(self.path)
         store.sync_folder(self.path.parent)
+        return ""

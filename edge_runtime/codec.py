@@ -1,6 +1,6 @@
 """Delta and adapter state on the wire: 8-bit blocks, entropy-coded.
 
-    payload = b"EDC1" · header length (4 bytes) · header (JSON: keys and shapes) · zstd(int8 values of all tensors, then their scales)
+    payload = b"EDC1" · header length (4 bytes) · header (JSON: keys and shapes) · zstd(values · scales)
 
 Each run of 64 values of a tensor has one float32 scale, max|v| / 127; a value is scale · q. On the sender's side error
 feedback carries what rounding lost into the next round: encode(delta + residual), residual <- delta + residual - decoded.

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from edge_runtime.demo.run import Outcome
     from edge_runtime.status import Status
 
+MIB = 1 << 20
 BAR = 40  # characters for a whole budget
 
 
@@ -62,7 +63,8 @@ def show_plan(choice: Choice, budget_bytes: int) -> None:
         table = _table("preferred, but too large even with a single row", "model", "needs", "over by")
         for one in choice.rejected:
             peak = one.predicted_peak_bytes
-            table.add_row(_model(one), format_size(peak), format_size(peak - budget_bytes))
+            name = f"{Path(one.source).name}, {one.depth} layers, {one.weights}"
+            table.add_row(name, format_size(peak), format_size(peak - budget_bytes))
         console.print(table)
 
 
@@ -71,7 +73,7 @@ def show_status(status: "Status") -> None:
     console, fleet = Console(), status.round.fleet
     state = "finished" if status.round.state == "finished" else f"round {status.round.round} of {fleet.rounds} is open"
     console.print(f"fleet [bold]{status.fleet}[/], method {fleet.method.name}: {state}", highlight=False)
-    columns = ("device", "presence", "round", "state", "model", "peak / budget", "up / down", "scores")
+    columns = ("device", "is", "round", "model", "peak / budget", "up / down", "held-out loss (exact)")
     table = _table("", *columns)
     for device in status.devices:
         report = device.report
@@ -79,21 +81,16 @@ def show_status(status: "Status") -> None:
             table.add_row(device.id, device.presence)
             continue
         result = report.result
-        peak = f"{format_size(result.measured_peak_bytes) if result else '-'} / {format_size(report.budget_bytes)}"
-        scores = (
-            [f"{name} {score.loss:.3f} ({score.accuracy:.0%})" for name, score in result.evaluation.items()]
-            if result
-            else []
-        )
+        peak = f"{_mib(result.measured_peak_bytes) if result else '-'} / {_mib(report.budget_bytes)}"
+        scores = result.evaluation.items() if result else ()
         table.add_row(
             device.id,
             device.presence,
-            str(report.round),
-            report.state + (f": {report.reason}" if report.reason else ""),
-            _model(report.plan) if report.plan else "-",
+            f"{report.round}, {report.state}",
+            f"{report.plan.depth} layers, {report.plan.weights}" if report.plan else "-",
             peak,
-            f"{format_size(report.bytes_up)} / {format_size(report.bytes_down)}",
-            ", ".join(scores),
+            f"{_mib(report.bytes_up, 1)} / {_mib(report.bytes_down, 1)}",
+            report.reason or ", ".join(f"{name} {score.loss:.3f} ({score.accuracy:.0%})" for name, score in scores),
         )
     console.print(table)
 
@@ -102,30 +99,30 @@ def show_demo(outcome: "Outcome") -> None:
     """The demo's tables: memory and bytes, then what was learned."""
     console = Console()
     memory = _table(
-        f"{outcome.rounds_closed} of {outcome.rounds} rounds with {outcome.method} in {outcome.seconds:.0f} s",
-        *("device", "budget", "model", "weights", "predicted peak", "measured peak", "sent", "received"),
+        f"{outcome.rounds_closed} of {outcome.rounds} rounds with {outcome.method} in {outcome.seconds:.0f} s; "
+        f"base model {outcome.devices[0].model.partition('@')[0]}",
+        *("device", "model", "budget", "predicted", "measured", "sent", "received"),
     )
     learned = _table(
-        "held-out rows, before -> after",
+        "held-out rows: loss and exact matches, before -> after",
         *("device", "own loss", "own exact", "others' loss", "others' exact"),
     )
     for device in outcome.devices:
         memory.add_row(
             device.id,
-            format_size(device.budget_bytes),
-            f"{device.model.partition('@')[0]}, {device.depth} layers",
-            device.weights,
-            format_size(device.predicted_peak_bytes),
-            format_size(device.measured_peak_bytes),
-            format_size(device.bytes_up),
-            format_size(device.bytes_down),
+            f"{device.depth} layers, {device.weights}",
+            _mib(device.budget_bytes),
+            _mib(device.predicted_peak_bytes),
+            _mib(device.measured_peak_bytes),
+            _mib(device.bytes_up, 1),
+            _mib(device.bytes_down, 1),
         )
         learned.add_row(
             device.id,
-            f"{device.loss_before:.3f} -> {device.loss_after:.3f}",
-            f"{device.accuracy_before:.1%} -> {device.accuracy_after:.1%}",
-            f"{device.others_loss_before:.3f} -> {device.others_loss_after:.3f}",
-            f"{device.others_accuracy_before:.1%} -> {device.others_accuracy_after:.1%}",
+            f"{device.loss_before:.2f} -> {device.loss_after:.3f}",
+            f"{device.accuracy_before:.0%} -> {device.accuracy_after:.0%}",
+            f"{device.others_loss_before:.2f} -> {device.others_loss_after:.3f}",
+            f"{device.others_accuracy_before:.0%} -> {device.others_accuracy_after:.0%}",
         )
     console.print(memory)
     console.print(learned)
@@ -140,6 +137,10 @@ def _table(title: str, *columns: str) -> Table:
 
 def _model(plan: Plan) -> str:
     return f"{Path(plan.source).name}, {plan.depth} of {plan.layers} layers, {plan.weights}"
+
+
+def _mib(size: int, digits: int = 0) -> str:
+    return f"{size / MIB:.{digits}f} MiB"
 
 
 def _shown(key: str, value: object) -> str:

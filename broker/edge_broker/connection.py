@@ -2,7 +2,7 @@
 
 paho's own thread is not used: its reconnect has no jitter, and the will's epoch must change before each connect. The
 callbacks only record and wake; what follows a connect (subscriptions, presence) happens between two rounds of the loop.
-No lock is held across a call into paho.
+No lock that a callback takes is held across a call into paho.
 """
 
 import logging
@@ -61,7 +61,9 @@ class Connection:
         self._stopping = threading.Event()
         self._failure: LinkError | None = None
         self._greet: bool | None = None  # session_present of a connection not greeted yet
-        self._announce = False
+        self._announce = False  # presence of a connection not said yet
+        self._leaving = False
+        self._speaking = threading.Lock()  # nothing is said after offline; never taken in a callback
         self._subacks: dict[int, list[ReasonCode]] = {}
         self._restoring: dict[int, list[str]] = {}
         self.client = self._make_client(client_id)
@@ -75,6 +77,7 @@ class Connection:
         if self._thread and self._thread.is_alive():
             raise LinkError(f"already connected to {self.address}, or still closing")
         self._stopping.clear()
+        self._leaving = False
         self._failure = None
         self.client.connect_timeout = timeout_s
         properties = Properties(PacketTypes.CONNECT)
@@ -172,10 +175,14 @@ class Connection:
         self._check_granted(filters, codes)
 
     def say(self, state: Any, waited: bool) -> Ticket | None:
-        """Publish our presence if there is room."""
+        """Publish our presence if there is room; once offline was said, nothing else is."""
         assert self.spec
-        body = messages.encode(messages.Presence(state=state, epoch=self.epoch))
-        return self.post(topics.presence(self.spec.fleet, self.spec.id), body, True, None, None, waited)
+        with self._speaking:
+            self._leaving |= state == "offline"
+            if self._leaving and state != "offline":
+                return None
+            body = messages.encode(messages.Presence(state=state, epoch=self.epoch))
+            return self.post(topics.presence(self.spec.fleet, self.spec.id), body, True, None, None, waited)
 
     # --- the thread
 

@@ -20,7 +20,18 @@ from edge_broker.errors import LinkError, Refused
 from edge_broker.events import Connected, Disconnected, Event, Message, Own, Room, Traffic, Unsent
 from edge_broker.presence import PresenceSpec
 
-__all__ = ["Connected", "Disconnected", "Event", "Message", "Own", "PresenceSpec", "Room", "Session", "Traffic", "Unsent"]
+__all__ = [
+    "Connected",
+    "Disconnected",
+    "Event",
+    "Message",
+    "Own",
+    "PresenceSpec",
+    "Room",
+    "Session",
+    "Traffic",
+    "Unsent",
+]
 
 _CHUNK_BYTES = 64 * 1024
 _HEADROOM = 512  # bytes of a PUBLISH beside its chunk: the longest topic, and the properties

@@ -4,7 +4,9 @@ A decoder model keeps its blocks in one ModuleList as long as the configuration'
 that holds linear layers is the attention, the second the MLP; inside them the order of definition gives the role:
 
     attention   4 layers: q k v o      2 layers: qkv o
-    MLP         3 layers: gate up down     2 layers: gate_up down when the first is twice as wide as the second reads, else fc1 fc2
+    MLP         3 layers: gate up down     2 layers: gate_up down, or fc1 fc2
+
+Two layers of an MLP are gate_up and down when the first is twice as wide as what the second reads.
 
 This holds for the Llama, Mistral, Qwen2, Qwen3, Gemma, Phi and GPT-2 families. Anything else is refused by name.
 """

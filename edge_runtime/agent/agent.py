@@ -9,6 +9,7 @@ delta it owes again, and trains a round again whose result was not complete.
 
 import hashlib
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -113,6 +114,7 @@ class Agent:
         self._planned_for: tuple[Fleet, int] | None = None
         self._began = (0, 0)  # traffic at the start of the round
         self._finished = False
+        self._ignored = ""  # why a round that was announced does not count
 
     def run(self) -> None:
         """Take part in the fleet.
@@ -178,6 +180,7 @@ class Agent:
             announced = messages.decode(body, Round)
         except BadMessage as error:
             log.warning("ignored a round: %s", error)
+            self._ignored = f"a round was announced, but {error}; to trust that node, start with a new --state"
             return
         self._store.set("node_key", key)
         if self._round is not None and (announced.state, announced.round) == (self._round.state, self._round.round):
@@ -315,6 +318,7 @@ class Agent:
             self._owe(payload, CODEC, result.samples, result)
         self._say("sending" if payload else "waiting", text=f"{result.payload_bytes} bytes")
         if not payload:
+            self._tidy()
             self._publish_report()
 
     def _owe(self, payload: Path | bytes | None, codec: str, samples: int, result: Result | None) -> None:
@@ -345,10 +349,21 @@ class Agent:
     def _after_transfer(self, settled: Committed | Rejected) -> None:
         if isinstance(settled, Committed):
             self._say("waiting", text=f"the node took round {settled.manifest.round}")
+            self._tidy()
             self._publish_report()
         elif settled.final:
             self._say("rejected", text=settled.reason)
             self._fail(settled.reason, settled.manifest.round)
+
+    def _tidy(self) -> None:
+        """Delete what earlier rounds left, but for what the next one needs or the node has not taken yet."""
+        needed = {
+            Path(path).parent.name for name in ("private", "residual", "unsent") if (path := self._store.get(name))
+        }
+        needed |= {f"round-{manifest.round}" for manifest in self._outbox.pending()}
+        for folder in self._work.glob("round-*"):
+            if folder.name not in needed:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _finish(self, result: Result | None) -> None:
         self._store.set("report", msgspec.json.encode(self._report("finished", result)).decode())
@@ -413,6 +428,8 @@ class Agent:
         self._tell(Event(self.options.id, round_, phase, step, steps, loss, memory_bytes, budget, text))
 
     def _no_round(self) -> str:
+        if self._ignored:
+            return self._ignored
         self._session.subscribe(topics.round("+"))
         seen = set()
         while isinstance(item := self._session.receive(1.0), Message):

@@ -11,6 +11,8 @@ import msgspec
 from edge_runtime.processes import environment
 from edge_runtime.training.job import Job, Progress
 
+TIMED_OUT = 124  # exit code, as `timeout` has it
+
 
 class Ended(msgspec.Struct, frozen=True):
     """exit_code: negative for a signal. reason: the last line the trainer wrote to stderr."""
@@ -29,6 +31,7 @@ class Trainer:
         (folder / "result.json").unlink(missing_ok=True)
         (folder / "job.json").write_bytes(msgspec.json.encode(job))
         self._folder, self._post = folder, post
+        self._timeout_s, self._late = job.training.timeout_s, False
         with (folder / "stderr.log").open("wb") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "edge_runtime.training", str(folder), "--attended"],
@@ -39,11 +42,18 @@ class Trainer:
             )
         self._watch = threading.Thread(target=self._read, name="trainer", daemon=True)
         self._watch.start()
+        self._timer = threading.Timer(self._timeout_s, self._expire)
+        self._timer.daemon = True
+        self._timer.start()
 
     def stop(self) -> None:
         """Kill the process, if it still runs, and wait for its end."""
         self._process.kill()
         self._watch.join(10)
+
+    def _expire(self) -> None:
+        self._late = True
+        self._process.kill()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -53,5 +63,9 @@ class Trainer:
             except msgspec.DecodeError:
                 continue  # something a library printed
         code = self._process.wait()
+        self._timer.cancel()
+        if self._late:
+            self._post(Ended(self._folder, TIMED_OUT, f"the trainer took longer than {self._timeout_s:g} s"))
+            return
         lines = (self._folder / "stderr.log").read_text(errors="replace").strip().splitlines()
         self._post(Ended(self._folder, code, lines[-1] if lines else ""))

@@ -31,6 +31,7 @@ from edge_runtime.settings import Fleet
 
 log = logging.getLogger(__name__)
 LARGEST_PAYLOAD_BYTES = 1 << 30
+GREETING_S = 1.0  # after connecting: who is there has to be heard before a round may close without them
 
 
 class Options(NamedTuple):
@@ -44,7 +45,7 @@ class Options(NamedTuple):
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the node tells whoever watches it. in_: devices that count in the round; missing: online, or seen before, but not in."""
+    """What the node tells whoever watches it. in_: devices that count in the round; missing: seen, but not in."""
 
     round: int
     phase: str
@@ -76,7 +77,7 @@ class Node:
         self._presence = presence.Tracker()
         self._round = self._store.open_round()
         self._served: dict[str, Artifact] = {}
-        self._opened = self._deadline = 0.0
+        self._deadline = self._greeted = 0.0
         self._finished = False
 
     def run(self) -> None:
@@ -89,10 +90,15 @@ class Node:
         try:
             self._connect()
             self._announce()
+            self._greeted = time.monotonic() + GREETING_S
             while not self._finished:
-                due_s = min(self._receiver.tick(), self._publisher.tick(), self._deadline - time.monotonic(), 5.0)
-                self._handle(self._session.receive(max(due_s, 0.0)))
-                self._close_if_due()
+                now = time.monotonic()
+                next_s = (self._greeted if now < self._greeted else self._deadline) - now
+                self._handle(
+                    self._session.receive(max(min(self._receiver.tick(), self._publisher.tick(), next_s), 0.0))
+                )
+                if time.monotonic() >= self._greeted:
+                    self._close_if_due()
         finally:
             self._session.close()
             self._store.connection.close()
@@ -125,8 +131,7 @@ class Node:
         )
         signed = signing.sign(self._key, ROUND_DOMAIN, msgspec.json.encode(announced)).encode()
         self._session.publish(topics.round(self.fleet.name), signed, retain=True)
-        self._opened = time.monotonic()
-        self._deadline = self._opened + self.fleet.deadline_s
+        self._deadline = time.monotonic() + self.fleet.deadline_s
         self._say("finishing" if done else "collecting")
 
     def _handle(self, item: Message | LinkEvent | None) -> None:

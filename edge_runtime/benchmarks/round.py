@@ -36,7 +36,7 @@ def measure(kind: str, size: str, devices: int, rounds: int) -> list[float]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "fleet.toml").write_text(FLEET.format(rounds=rounds, devices=devices))
-        with start_broker(port=0, state_dir=folder / "broker", kind=kind) as broker:  # type: ignore[arg-type]
+        with start_broker(port=0, state_dir=folder / "broker", kind=kind) as broker:
             node = _start(
                 *("aggregator", "--fleet", str(folder / "fleet.toml"), "--state", str(folder / "node")),
                 *("--broker", broker.url, "--until-finished", "--noop", "--json"),

@@ -23,6 +23,7 @@ from edge_runtime.agent.agent import Event
 from edge_runtime.aggregator import node
 from edge_runtime.aggregator.store import Store
 from edge_runtime.demo import commands, model
+from edge_runtime.demo.live import Live
 from edge_runtime.errors import EdgeError
 from edge_runtime.rounds import Report
 from edge_runtime.settings import load
@@ -81,8 +82,6 @@ def run(method: str, broker: str | None, keep: Path | None) -> Outcome:
     Raises:
         EdgeError: a process failed or nothing ended in time; it says which log to read.
     """
-    from edge_runtime.demo.live import Live
-
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
         folder = (keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edge-runtime-demo-")))).resolve()
@@ -166,7 +165,7 @@ def _processes(
 def _follow(
     children: dict[str, "subprocess.Popen[bytes]"],
     lines: "queue.SimpleQueue[tuple[str, bytes | None]]",
-    live: "object",
+    live: Live,
     folder: Path,
 ) -> None:
     """Show events until every process has ended well."""
@@ -178,7 +177,10 @@ def _follow(
         except queue.Empty:
             raise EdgeError(f"the demo did not end within {TIMEOUT_S:g} s; logs are in {folder}") from None
         if line is not None:
-            live.show(msgspec.json.decode(line, type=node.Event if name == "node" else Event))  # type: ignore[attr-defined]
+            if name == "node":
+                live.show(msgspec.json.decode(line, type=node.Event))
+            else:
+                live.show(msgspec.json.decode(line, type=Event))
             continue
         running.discard(name)
         if children[name].returncode != 0:

@@ -34,7 +34,7 @@ class HoldersMean:
 
     def merged(self) -> Tensors:
         """The mean delta of every tensor over the devices that sent it."""
-        return {key: value / self._samples[key] for key, value in self._sums.items()}
+        return {key: value / np.float32(self._samples[key]) for key, value in self._sums.items()}
 
 
 METHOD = Method(

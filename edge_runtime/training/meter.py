@@ -22,7 +22,7 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 def release() -> None:
     """Give freed heap back to the system: glibc keeps it else, here some 150 MiB after ten steps of varying lengths."""
-    if hasattr(LIBC, "malloc_trim"):
+    if LIBC is not None and hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)
 
 

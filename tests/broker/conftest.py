@@ -1,5 +1,6 @@
-"""Real brokers, and parties to drive: a device, a node, and a relay that sees and can stop every packet between a client and the broker."""
+"""Real brokers, and parties to drive: a device, a node, and a relay that sees every packet and can hold or cut it off."""
 
+import contextlib
 import itertools
 import os
 import socket
@@ -10,10 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import edge_broker
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-import edge_broker
 from edge_broker import messages, signing
 from edge_broker.events import Message
 from edge_broker.journal import Journal
@@ -69,15 +69,17 @@ class Device:
         return self.outbox.add(manifest(payload, self.fleet, self.name, round, chunk_bytes), payload)
 
     def turn(self) -> None:
-        if result := self.uploader.handle(self.session.receive(0.001)):
+        if result := self.uploader.handle(self.session.receive(0.0003)):
             self.results.append(result)
         self.uploader.tick()
 
 
 class Node:
-    """One node that commits whatever is complete, unless told to hold; chunks counts those that came, duplicates included."""
+    """A node that commits what is complete, unless told to hold; chunks counts all that came, duplicates too."""
 
-    def __init__(self, session: Session, fleet: str, folder: Path, keys: dict, check: Callable = lambda _: None) -> None:
+    def __init__(
+        self, session: Session, fleet: str, folder: Path, keys: dict, check: Callable = lambda _: None
+    ) -> None:
         self.session = session
         self.journal = Journal(folder / "node.sqlite", folder / "node")
         self.receiver = Receiver(session, self.journal, fleet, "n", check, keys.get, max_bytes=8 << 20)
@@ -88,7 +90,7 @@ class Node:
         self.chunks, self.hold = 0, False
 
     def turn(self) -> None:
-        message = self.session.receive(0.001)
+        message = self.session.receive(0.0003)
         self.chunks += isinstance(message, Message) and "/up/" in message.topic
         if done := self.receiver.handle(message):
             self.complete.append(done)
@@ -125,7 +127,9 @@ def node(open_session: Callable[..., Session], fleet: str, tmp_path: Path, keys:
     return make
 
 
-def manifest(payload: bytes, fleet: str, name: str = "d", round: int = 1, chunk_bytes: int = 65536) -> messages.Manifest:
+def manifest(
+    payload: bytes, fleet: str, name: str = "d", round: int = 1, chunk_bytes: int = 65536
+) -> messages.Manifest:
     return messages.describe(
         payload,
         fleet=fleet,
@@ -196,9 +200,11 @@ def child(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
 
 
 class Relay:
-    """Stands between one client and the broker, reads every MQTT packet by its own parser, and can hold back PUBACKs or cut the line.
+    """Stands between one client and the broker, reads every MQTT packet by its own parser, and can hold back PUBACKs or
+    cut the line.
 
-    packets: (direction, type, bytes of the whole packet), direction up or down; outstanding_max: most PUBLISHes without PUBACK, going up.
+    packets: (direction, type, bytes of the whole packet), direction up or down; outstanding_max: most PUBLISHes without
+    PUBACK, going up.
     """
 
     def __init__(self, broker: Broker) -> None:
@@ -217,7 +223,7 @@ class Relay:
 
     def cut(self) -> None:
         for line in self._lines:
-            with_shutdown(line)
+            shut(line)
         self._lines.clear()
         self.outstanding = 0
 
@@ -254,8 +260,8 @@ class Relay:
         except OSError:
             pass
         finally:
-            with_shutdown(source)
-            with_shutdown(target)
+            shut(source)
+            shut(target)
 
 
 def _read_packet(source: socket.socket) -> bytes:
@@ -282,16 +288,21 @@ def _read(source: socket.socket, size: int) -> bytes:
     return bytes(data)
 
 
-def with_shutdown(line: socket.socket) -> None:
-    try:
+def shut(line: socket.socket) -> None:
+    with contextlib.suppress(OSError):
         line.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass
     line.close()
 
 
 @pytest.fixture
-def relay(broker: Broker) -> Iterator[Relay]:
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reconnect and ask again in tenths of a second instead of seconds."""
+    monkeypatch.setattr("edge_broker.connection._BACKOFF_S", (0.2, 1.0))
+    monkeypatch.setattr("edge_broker.transfer.upload.retry_s", lambda tries: 0.3)
+
+
+@pytest.fixture
+def relay(broker: Broker, impatient: None) -> Iterator[Relay]:
     running = Relay(broker)
     yield running
     running.close()

@@ -3,7 +3,6 @@
 import random
 
 import pytest
-
 from edge_broker import messages, topics
 from edge_broker.errors import LinkError
 from edge_broker.transfer import Failed, Fetched, Fetcher, download
@@ -21,7 +20,7 @@ class Reader:
         self.result = self.fetcher.fetch(artifact)
 
     def turn(self):
-        self.result = self.fetcher.handle(self.session.receive(0.001)) or self.result
+        self.result = self.fetcher.handle(self.session.receive(0.0003)) or self.result
         self.fetcher.tick()
 
 

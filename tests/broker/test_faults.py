@@ -1,4 +1,4 @@
-"""Processes killed and brokers restarted in the middle of a transfer: each update counts once, and little is sent twice."""
+"""Processes killed and brokers restarted during a transfer: each update counts once, and little is sent twice."""
 
 import json
 import random
@@ -6,7 +6,6 @@ import signal
 import time
 
 import pytest
-
 from edge_broker.local import start_broker
 from edge_broker.session import Session
 
@@ -151,7 +150,7 @@ def test_a_node_killed_before_its_first_flush_gets_everything_again(
     assert counted(n) == PAYLOAD and n.chunks >= CHUNKS
 
 
-def test_a_node_killed_between_commit_and_receipt_sends_the_receipt_later(device, node, drive, open_session):
+def test_a_node_killed_between_commit_and_receipt_sends_the_receipt_later(device, node, drive, impatient):
     d, n = device(), node()
     n.hold = True
     manifest = d.add(PAYLOAD[:1000])
@@ -164,7 +163,7 @@ def test_a_node_killed_between_commit_and_receipt_sends_the_receipt_later(device
     assert len(again.journal.committed(1)) == 1
 
 
-def test_a_node_killed_before_the_commit_is_handed_the_update_again(device, node, drive):
+def test_a_node_killed_before_the_commit_is_handed_the_update_again(device, node, drive, impatient):
     d, n = device(), node()
     n.hold = True
     d.add(PAYLOAD[:1000])
@@ -175,7 +174,7 @@ def test_a_node_killed_before_the_commit_is_handed_the_update_again(device, node
     assert len(again.complete) == 1 and again.chunks == 0 and counted(again) == PAYLOAD[:1000]
 
 
-def test_a_broker_restarted_without_its_memory(broker, tmp_path, fleet, device, node, drive):
+def test_a_broker_restarted_without_its_memory(broker, tmp_path, device, node, drive, impatient):
     running = start_broker(state_dir=tmp_path / "first", kind=broker.kind)
     with Session(running.url, "d") as down, Session(running.url, "n", clean_start=True, session_expiry_s=0) as up:
         down.connect(5)
@@ -190,7 +189,7 @@ def test_a_broker_restarted_without_its_memory(broker, tmp_path, fleet, device, 
             assert counted(n) == PAYLOAD and len(n.complete) == 1
 
 
-def test_a_line_cut_again_and_again(relay, fleet, device, node, drive, open_session):
+def test_a_line_cut_again_and_again(relay, device, node, drive, open_session):
     d, n = device("d", session=open_session("d", url=relay.url)), node()
     d.add(PAYLOAD, chunk_bytes=CHUNK)
     for threshold in (30, 90, 150):
@@ -208,7 +207,7 @@ def test_chunks_under_way_are_bounded_even_if_the_node_does_not_look(device, nod
     d.session.publish_nowait = (lambda publish: lambda *a, **k: publish(*a, **k) and not sent.append(a[0]))(
         d.session.publish_nowait
     )
-    deadline = time.monotonic() + 1
+    deadline = time.monotonic() + 0.3
     while time.monotonic() < deadline:
         d.turn()
     assert sum("/up/" in topic for topic in sent) < 64  # one grant, then it waits for the node

@@ -1,7 +1,6 @@
 import random
 
 import pytest
-
 from edge_broker.errors import BadMessage
 from edge_broker.journal import Journal
 from edge_broker.messages import chunk_size

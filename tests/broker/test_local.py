@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from edge_broker import local
 from edge_broker.errors import LinkError
 from edge_broker.session import Session
@@ -38,14 +37,14 @@ def test_it_is_of_the_kind_asked_for(broker):
 
 
 def test_stop_frees_the_port_and_it_can_start_there_again(broker, tmp_path):
-    for _ in range(2):
-        port = locals().get("port", 0)
-        with local.start_broker(port, state_dir=tmp_path, kind=broker.kind) as second:
-            port = second.port
-            with Session(second.url, "a") as session:
-                session.connect(5)
-        second.stop()
-        wait_until_free(port)
+    with local.start_broker(state_dir=tmp_path, kind=broker.kind) as first:
+        pass
+    first.stop()
+    wait_until_free(first.port)
+    again = local.start_broker(first.port, state_dir=tmp_path, kind=broker.kind)
+    with again, Session(again.url, "a") as session:
+        session.connect(5)
+    wait_until_free(first.port)
 
 
 def test_a_taken_port_is_said(broker, tmp_path):
@@ -56,7 +55,9 @@ def test_a_taken_port_is_said(broker, tmp_path):
 def test_what_the_log_says_is_in_the_error(broker, tmp_path, monkeypatch):
     monkeypatch.setattr(local, "_MOSQUITTO", local._MOSQUITTO + "nonsense true\n")
     monkeypatch.setattr(local, "_RUMQTTD", "nonsense")
-    with pytest.raises(LinkError, match=r"(?s)did not start: it ended with status [13]; its log .* ends:\n.*(onsense|toml|TOML)"):
+    with pytest.raises(
+        LinkError, match=r"(?s)did not start: it ended with status [13]; its log .* ends:\n.*(onsense|toml|TOML)"
+    ):
         local.start_broker(state_dir=tmp_path, kind=broker.kind)
 
 

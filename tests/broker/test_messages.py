@@ -1,7 +1,6 @@
 import json
 
 import pytest
-
 from edge_broker import messages
 from edge_broker.errors import BadMessage, LinkError
 

@@ -1,7 +1,6 @@
 import sqlite3
 
 import pytest
-
 from edge_broker.errors import LinkError
 from edge_broker.outbox import Outbox
 

@@ -4,7 +4,6 @@ import os
 import signal
 
 import pytest
-
 from edge_broker import messages, topics
 from edge_broker.errors import BadMessage
 from edge_broker.presence import PresenceSpec, Tracker, next_epoch
@@ -40,6 +39,15 @@ def test_online_then_offline_on_a_clean_stop(open_session, fleet, watch):
     assert watch() == "online"
     session.close()
     assert watch() == "offline"
+
+
+def test_a_stop_right_after_the_start_ends_offline(open_session, fleet, await_message):
+    watcher = open_session("watcher")
+    for number in range(20):  # the greeting of the connection must not come after the farewell
+        name = f"d{number}"
+        open_session(name, presence=PresenceSpec(fleet, name)).close()
+        watcher.subscribe(topics.presence(fleet, name))
+        assert b"offline" in await_message(watcher, f"{name}/presence").payload
 
 
 def test_lost_when_the_process_is_killed(broker, child, fleet, watch):

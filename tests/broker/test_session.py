@@ -5,7 +5,6 @@ import subprocess
 import time
 
 import pytest
-
 from edge_broker import topics, window
 from edge_broker.errors import BrokerUnreachable, LinkError, Refused
 from edge_broker.local import find_mosquitto
@@ -194,7 +193,7 @@ def test_the_brokers_own_limits_hold(narrow_mosquitto):
 def test_what_the_broker_refuses_is_raised(narrow_mosquitto):
     with Session(narrow_mosquitto, "a") as session:
         session.connect(5)
-        with pytest.raises(Refused, match="cannot publish to forbidden: .*Not authorized"):
+        with pytest.raises(Refused, match=r"cannot publish to forbidden: .*Not authorized"):
             session.publish("forbidden", b"x")
         assert session.publish_nowait("forbidden", b"x")
         assert "Not authorized" in next_event(session, Unsent).reason
@@ -246,7 +245,9 @@ def test_traffic_is_what_passed_on_the_wire(open_session, relay, fleet, await_me
     session, other = open_session(url=relay.url), open_session()
     session.subscribe(f"{fleet}/down/#")
     for size in (0, 1, 100, 127, 128, 16_000, 17_000, 70_000):
-        session.publish(f"{fleet}/up/{'n' * (size % 7)}", bytes(size), expiry_s=60 if size % 2 else None, retain=size == 1)
+        session.publish(
+            f"{fleet}/up/{'n' * (size % 7)}", bytes(size), expiry_s=60 if size % 2 else None, retain=size == 1
+        )
         other.publish(f"{fleet}/down/{size}", bytes(size), expiry_s=60 if size % 2 else None)
         assert len(await_message(session).payload) == size
     before = Traffic(bytes_up=relay.bytes("up"), bytes_down=relay.bytes("down"))

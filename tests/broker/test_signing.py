@@ -3,7 +3,6 @@ import stat
 import threading
 
 import pytest
-
 from edge_broker import signing
 from edge_broker.errors import BadMessage, LinkError
 

@@ -1,5 +1,4 @@
 import pytest
-
 from edge_broker import topics
 from edge_broker.errors import BadMessage, LinkError
 from edge_broker.topics import Topic

@@ -4,7 +4,6 @@ import json
 import random
 
 import pytest
-
 from edge_broker import messages, signing, topics
 from edge_broker.transfer import Committed, Rejected, receive
 
@@ -108,6 +107,17 @@ def test_the_receipt_comes_only_after_the_owners_check(device, node, drive):
     assert d.outbox.pending() == [] and not n.complete[0].payload.exists()
 
 
+def test_a_transfer_still_open_when_its_round_closes_is_ended_with_the_reason(device, node, drive):
+    d, n = device(), node()
+    manifest = d.add(payload_of(3 << 20), chunk_bytes=4096)
+    drive(lambda: n.chunks > 10, d, n)
+    for late in n.journal.open_transfers():
+        n.receiver.reject(late.transfer, "round 1 is closed", code="late")
+    drive(lambda: d.results, d, n)
+    assert d.results == [Rejected(manifest=manifest, code="late", reason="round 1 is closed", final=True)]
+    assert not n.journal.payload(manifest.transfer).exists() and n.complete == []
+
+
 def test_what_the_owner_writes_is_committed_with_the_update_or_not_at_all(device, node, drive):
     d, n = device(), node()
     n.hold = True
@@ -131,7 +141,7 @@ def test_what_the_owner_writes_is_committed_with_the_update_or_not_at_all(device
     assert d.outbox._database.execute("SELECT count(*) FROM residual").fetchone() == (0,)
 
 
-def test_a_failing_owner_of_the_outbox_leaves_the_update_pending(device, node, drive):
+def test_a_failing_owner_of_the_outbox_leaves_the_update_pending(device, node, drive, impatient):
     d, n = device(), node()
     calls = []
 

@@ -3,9 +3,10 @@
     offer -> verify, check -> grant | pause | receipt | reject
     chunk -> journal -> next grant, or all here: digest -> Complete -> the owner checks the content -> commit -> receipt
 
-A grant names at most 64 chunks and the next one follows when they are here; offers that would bring what is under way to
-this node over 768 chunks have to wait, since brokers drop what exceeds 1,000 queued messages without a word. What the node says of a transfer is read from the journal at the moment of saying it, so an answer can be repeated
-at any time and never says more than is committed.
+A grant names at most 64 chunks and the next one follows when they are here; offers that would bring what is under way
+to this node over 768 chunks have to wait, since brokers drop what exceeds 1,000 queued messages without a word. What
+the node says of a transfer is read from the journal at the moment of saying it, so an answer can be repeated at any
+time and never says more than is committed.
 """
 
 import logging
@@ -132,7 +133,8 @@ class Receiver:
         return counts
 
     def reject(self, transfer: str, reason: str, code: str = "content") -> None:
-        """Refuse a complete update for good, and say why."""
+        """Refuse an update for good and say why: a complete one, or one still open when its round has closed."""
+        self._active.pop(transfer, None)
         if entry := self._journal.find(transfer):
             self._journal.reject(entry.manifest, code, reason)
             self._answer(transfer)

@@ -31,8 +31,12 @@ class Round(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """state: joined (this is what the device will train), trained (the round's training is done and, where the method exchanges, taken by the node), failed (reason
-    says why), or finished (the last version was evaluated). bytes_up, bytes_down: PUBLISH packets since the round began."""
+    """How a round went on one device.
+
+    state: joined (this is what it will train), trained (and taken by the node, where the method exchanges something),
+    failed (reason says why), or finished (the last version was evaluated).
+    bytes_up, bytes_down: PUBLISH packets since the round began.
+    """
 
     device: str
     round: int

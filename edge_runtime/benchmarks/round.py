@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from edge_broker.local import find_mosquitto, start_broker
@@ -66,7 +67,7 @@ def _intervals(node: "subprocess.Popen[bytes]") -> list[float]:
     for line in node.stdout:
         if json.loads(line)["phase"] == "merged":
             merged.append(time.monotonic())
-    return [after - before for before, after in zip(merged, merged[1:], strict=False)]
+    return [after - before for before, after in pairwise(merged)]
 
 
 def main() -> None:

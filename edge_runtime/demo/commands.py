@@ -1,6 +1,7 @@
 """Spoken home commands and the JSON action each stands for: the demo's private data, one domain a device.
 
-    {"prompt": "Command: could you start the kettle\\nAction:", "completion": " {\\"do\\": \\"on\\", \\"what\\": \\"kitchen.kettle\\"}"}
+    prompt      Command: could you start the water boiler\\nAction:
+    completion  {"do": "on", "what": "kettle"}
 
 A command names a thing by one of its everyday words; the action names it by one identifier, so the words of a domain must
 be learned from that domain's rows. Wording, polite openings, verbs and the JSON form are the same everywhere, and some

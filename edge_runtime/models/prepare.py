@@ -66,8 +66,8 @@ def find(source: str, models: Path) -> Path:
             if not (path / "config.json").exists():
                 raise InputError(f"{path} has no config.json: a model folder needs Hugging Face's layout")
             return path.resolve()
-    owner, _, name = source.partition("/")
-    if source.startswith((".", "/", "~")) or not name or "/" in name or source.endswith(".gguf"):
+    a_path = source.startswith((".", "/", "~")) or source.endswith(".gguf")
+    if a_path or source.count("/") != 1:
         raise InputError(f"there is no model at {source}, nor in {models}: copy it there or name a hub id (owner/name)")
     return _download(source)
 

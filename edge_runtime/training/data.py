@@ -110,14 +110,14 @@ def _example(row: Row, tokenizer: Any, max_tokens: int) -> Example:
     if "messages" in row:
         ids, labels = _chat(row["messages"], tokenizer)
     elif "text" in row and "label" not in row:
-        ids = tokenizer(row["text"]).input_ids[: max_tokens - 1] + [tokenizer.eos_token_id]
+        ids = [*tokenizer(row["text"]).input_ids[: max_tokens - 1], tokenizer.eos_token_id]
         return Example(ids, list(ids))
     else:
         prompt, completion = (
             (row["prompt"], row["completion"]) if "prompt" in row else (row["text"], f" {row['label']}")
         )
         before = tokenizer(prompt).input_ids
-        learned = tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        learned = [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         ids, labels = before + learned, [IGNORED] * len(before) + learned
     return Example(ids[-max_tokens:], labels[-max_tokens:])
 

@@ -7,57 +7,58 @@ import logging
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
+import click
 import msgspec
-import typer
 
 from edge_runtime.errors import EdgeError, InputError, LinkError
 
 if TYPE_CHECKING:
     from edge_profiles import Profile
 
-app = typer.Typer(
-    name="edge-runtime",
-    help="Unequal devices fine-tune language models on their own data and learn from each other over MQTT.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+LOCAL_BROKER = "mqtt://127.0.0.1:1883"
+BROKER_HELP = "The MQTT broker: mqtt://host:port, or mqtts://user:password@host:port?ca=FILE."
+
+as_json = click.option("--json", "json", is_flag=True, help="Print JSON instead of text.")
+at_broker = click.option("--broker", default=LOCAL_BROKER, show_default=True, help=BROKER_HELP)
+from_fleet_file = click.option(
+    "--fleet", type=click.Path(path_type=Path), required=True, help="The fleet file (TOML); docs/fleet.md describes it."
+)
+within_budget = click.option(
+    "--budget",
+    help="Memory the trainer may take, such as 900MiB; default: most of what is free, as the README of device_profiles says.",
+)
+with_models = click.option(
+    "--models",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="Folder in which relative paths of the catalog are looked for.",
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Broker = Annotated[
-    str, typer.Option(help="The MQTT broker: mqtt://host:port, or mqtts://user:password@host:port?ca=FILE.")
-]
-FleetFile = Annotated[Path, typer.Option("--fleet", help="The fleet file (TOML); docs/fleet.md describes it.")]
-Budget = Annotated[
-    str | None, typer.Option(help="Memory the trainer may take, such as 900MiB; default: most of what is free.")
-]
-Models = Annotated[Path | None, typer.Option(help="Folder in which relative paths of the catalog are looked for.")]
-LOCAL_BROKER = "mqtt://127.0.0.1:1883"
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def app() -> None:
+    """Unequal devices fine-tune language models on their own data and learn from each other over MQTT."""
 
 
 @app.command()
-def profile(json: Json = False) -> None:
+@as_json
+def profile(json: bool) -> None:
     """Show this device as the planner sees it: cores, memory, GPU, board, and what the runtime itself takes."""
     from edge_runtime import views
 
-    found = _probe()
-    values = {**msgspec.to_builtins(found), "runtime_baseline_bytes": _runtime_bytes()}
+    values = {**msgspec.to_builtins(_probe()), "runtime_baseline_bytes": _runtime_bytes()}
     views.show_profile(values) if not json else _print(values)
 
 
 @app.command()
-def plan(
-    fleet: FleetFile,
-    budget: Budget = None,
-    board: Annotated[
-        str | None, typer.Option(help="Plan for a board one does not have, such as jetson-orin-nano-8gb.")
-    ] = None,
-    models: Models = None,
-    json: Json = False,
-) -> None:
+@from_fleet_file
+@within_budget
+@click.option("--board", help="Plan for a board one does not have, such as jetson-orin-nano-8gb.")
+@with_models
+@as_json
+def plan(fleet: Path, budget: str | None, board: str | None, models: Path, json: bool) -> None:
     """Show which model of a fleet's catalog this device, or a board, would train, and why no larger one."""
     from edge_profiles import board as board_named
     from edge_profiles import default_budget_bytes, profile_of
@@ -68,17 +69,22 @@ def plan(
     wanted = settings.load(fleet)
     device = profile_of(board_named(board)) if board else _probe()
     budget_bytes = _size(budget) if budget else default_budget_bytes(device)
-    facts = {one.source: processes.prepared(one.source, models or Path.cwd()) for one in wanted.catalog}
+    facts = {source: processes.prepared(source, models) for source in {one.source for one in wanted.catalog}}
     choice = choose(wanted, facts, budget_bytes, processes.runtime_bytes())
     views.show_plan(choice, budget_bytes) if not json else _print(views.plan_values(choice, budget_bytes))
 
 
 @app.command()
-def broker(
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 1883,
-    state: Annotated[Path, typer.Option(help="Where its configuration and log are kept.")] = Path("broker-state"),
-    kind: Annotated[str, typer.Option(help="auto, mosquitto or embedded.")] = "auto",
-) -> None:
+@click.option("--port", default=1883, show_default=True, help="Port to listen on; 0 takes a free one.")
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    default=Path("broker-state"),
+    show_default=True,
+    help="Where its configuration and log are kept.",
+)
+@click.option("--kind", type=click.Choice(["auto", "mosquitto", "embedded"]), default="auto", show_default=True)
+def broker(port: int, state: Path, kind: str) -> None:
     """Run a broker on this machine's loopback: Mosquitto if it is installed, else the embedded one."""
     from edge_broker.local import start_broker
 
@@ -91,17 +97,19 @@ def broker(
 
 
 @app.command()
-def aggregator(
-    fleet: FleetFile,
-    state: Annotated[
-        Path, typer.Option(help="Folder for rounds, updates and global versions; give the same one to go on.")
-    ],
-    broker: Broker = LOCAL_BROKER,
-    node: Annotated[str, typer.Option(help="This node's name.")] = "node",
-    until_finished: Annotated[bool, typer.Option(help="End when the last round is merged and reported.")] = False,
-    noop: Annotated[bool, typer.Option(hidden=True)] = False,
-    json: Json = False,
-) -> None:
+@from_fleet_file
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder for rounds, updates and global versions; give the same one to go on.",
+)
+@at_broker
+@click.option("--node", default="node", show_default=True, help="This node's name.")
+@click.option("--until-finished", is_flag=True, help="End when the last round is merged and reported.")
+@click.option("--noop", is_flag=True, hidden=True)
+@as_json
+def aggregator(fleet: Path, state: Path, broker: str, node: str, until_finished: bool, noop: bool, json: bool) -> None:
     """Run a fleet: announce its rounds, take in the devices' deltas, merge them, publish the global versions."""
     from edge_runtime import settings
     from edge_runtime.aggregator.node import Event, Node, Options
@@ -117,22 +125,47 @@ def aggregator(
 
 
 @app.command()
+@at_broker
+@click.option("--fleet", required=True, help="The fleet's name, as its fleet file has it.")
+@click.option("--id", required=True, help="This device's name, unique in the fleet.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="This device's rows, one JSON object a line; they never leave it.",
+)
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder for keys, adapters and work; give the same one to go on.",
+)
+@within_budget
+@click.option(
+    "--eval", "evaluation", multiple=True, help="Held-out rows as NAME=FILE.jsonl; default: a tenth of the data."
+)
+@with_models
+@click.option("--threads", default=0, help="CPU threads of the trainer; default: all cores.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--wait", default=120.0, show_default=True, help="Seconds to wait for the fleet's first round.")
+@click.option("--until-finished", is_flag=True, help="End when the fleet has finished.")
+@click.option("--noop", hidden=True)
+@as_json
 def agent(
-    fleet: Annotated[str, typer.Option(help="The fleet's name, as its fleet file has it.")],
-    id: Annotated[str, typer.Option(help="This device's name, unique in the fleet.")],
-    data: Annotated[Path, typer.Option(help="This device's rows, one JSON object a line; they never leave it.")],
-    state: Annotated[Path, typer.Option(help="Folder for keys, adapters and work; give the same one to go on.")],
-    broker: Broker = LOCAL_BROKER,
-    budget: Budget = None,
-    evaluation: Annotated[
-        list[str] | None, typer.Option("--eval", help="Held-out rows as NAME=FILE.jsonl; default: a tenth of the data.")
-    ] = None,
-    models: Models = None,
-    threads: Annotated[int, typer.Option(help="CPU threads of the trainer; 0 for all cores.")] = 0,
-    wait: Annotated[float, typer.Option(help="Seconds to wait for the fleet's first round.")] = 120.0,
-    until_finished: Annotated[bool, typer.Option(help="End when the fleet has finished.")] = False,
-    noop: Annotated[str | None, typer.Option(hidden=True)] = None,
-    json: Json = False,
+    broker: str,
+    fleet: str,
+    id: str,
+    data: Path,
+    state: Path,
+    budget: str | None,
+    evaluation: tuple[str, ...],
+    models: Path,
+    threads: int,
+    device: str,
+    wait: float,
+    until_finished: bool,
+    noop: str | None,
+    json: bool,
 ) -> None:
     """Take part in a fleet from this device: everything but its data comes from the fleet's node."""
     from edge_profiles import default_budget_bytes
@@ -147,10 +180,10 @@ def agent(
         data=data,
         state=state,
         budget_bytes=_size(budget) if budget else default_budget_bytes(found),
-        evaluation=_evaluation(evaluation or []),
-        models=models or Path.cwd(),
+        evaluation=_evaluation(evaluation),
+        models=models,
         threads=threads,
-        device="cuda" if found.gpu else "cpu",
+        device=_device(device, found),
         wait_s=wait,
         until_finished=until_finished,
         noop_bytes=_size(noop) if noop else 0,
@@ -163,18 +196,17 @@ def agent(
         loss = f", loss {event.loss:.3f}" if event.loss is not None else ""
         step = f" {event.step}/{event.steps}" if event.steps else ""
         memory = f", {event.memory_bytes >> 20} of {event.budget_bytes >> 20} MiB" if event.memory_bytes else ""
-        _say(
-            f"{event.device}, round {event.round}: {event.phase}{step}{loss}{memory}"
-            + (f": {event.text}" if event.text else "")
-        )
+        text = f": {event.text}" if event.text else ""
+        _say(f"{event.device}, round {event.round}: {event.phase}{step}{loss}{memory}{text}")
 
     Agent(options, tell).run()
 
 
 @app.command()
-def status(
-    fleet: Annotated[str, typer.Option(help="The fleet's name.")], broker: Broker = LOCAL_BROKER, json: Json = False
-) -> None:
+@at_broker
+@click.option("--fleet", required=True, help="The fleet's name.")
+@as_json
+def status(broker: str, fleet: str, json: bool) -> None:
     """Show a fleet's round, and each device's presence, plan, memory and scores, as the broker has them now."""
     from edge_runtime import status as status_
     from edge_runtime import views
@@ -184,12 +216,11 @@ def status(
 
 
 @app.command()
-def demo(
-    method: Annotated[str, typer.Option(help="fedit, or local as the control.")] = "fedit",
-    broker: Annotated[str | None, typer.Option(help="Use a broker that already runs.")] = None,
-    keep: Annotated[Path | None, typer.Option(help="Keep state, logs and adapters in this folder.")] = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
-) -> None:
+@click.option("--method", default="fedit", show_default=True, help="fedit, or local as the control.")
+@click.option("--broker", help="Use a broker that already runs, at this URL.")
+@click.option("--keep", type=click.Path(path_type=Path), help="Keep state, logs and adapters in this folder.")
+@click.option("--json", "json", type=click.Path(path_type=Path), help="Write the result to this file.")
+def demo(method: str, broker: str | None, keep: Path | None, json: Path | None) -> None:
     """Run a whole fleet on this machine: a broker, an aggregator and three agents, on a real model."""
     from edge_runtime import views
     from edge_runtime.demo import run
@@ -210,7 +241,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        app()
+        app(prog_name="edge-runtime")
     except EdgeError as error:
         _fail(str(error), error.exit_code)
     except ProfileError as error:
@@ -256,7 +287,13 @@ def _size(text: str) -> int:
     return parse_size(text)
 
 
-def _evaluation(given: list[str]) -> dict[str, Path]:
+def _device(wanted: str, found: "Profile") -> str:
+    if wanted == "cuda" and found.gpu is None:
+        raise InputError("--device is cuda, but no GPU was found: `edge-runtime profile` shows what is there")
+    return ("cuda" if found.gpu else "cpu") if wanted == "auto" else wanted
+
+
+def _evaluation(given: tuple[str, ...]) -> dict[str, Path]:
     found = {}
     for one in given:
         name, equals, path = one.partition("=")

@@ -53,6 +53,7 @@ class Connection:
         self.window = Window(self.changed, put, packet_max)
         self.filters: dict[str, None] = {}  # to restore where the broker lost them
         self.connected = False
+        self._opened_at = 0  # the generation before open()
         self.generation = 0  # counts connections: an acknowledgement must not cross to the next one
         self.bytes_down = 0
         self._put, self._packet_max = put, packet_max
@@ -86,8 +87,8 @@ class Connection:
         properties.MaximumPacketSize = self._packet_max
         at = self.address
         self.client.connect_async(at.host, at.port, _KEEPALIVE_S, clean_start=self._clean_start, properties=properties)
-        before = self.generation
-        self._thread = threading.Thread(target=self._run, args=(before,), name="edge-broker", daemon=True)
+        before = self._opened_at = self.generation
+        self._thread = threading.Thread(target=self._run, name="edge-broker", daemon=True)
         self._thread.start()
         with self.changed:
             self.changed.wait_for(lambda: self.generation > before or self._failure, timeout_s)
@@ -186,7 +187,7 @@ class Connection:
 
     # --- the thread
 
-    def _run(self, before: int) -> None:
+    def _run(self) -> None:
         failures = 0
         while not self._stopping.is_set():
             began = time.monotonic()
@@ -197,12 +198,10 @@ class Connection:
                     self._between_packets()
             except (OSError, ValueError) as error:  # no connection; ValueError: a certificate for another host
                 self._broken(self._explain(error))
-            except (
-                Exception
-            ) as error:  # paho lets errors of parsing through; any of them ends the connection, not the session
+            except Exception as error:  # paho lets errors of parsing through; they end the connection, not the session
                 log.exception("the connection to %s broke on an unexpected error", self.address)
                 self._broken(unreachable(self.address, repr(error)))
-            if self.generation == before:  # the first connect failed: open() says so
+            if self.generation == self._opened_at:  # the first connect failed: open() says so
                 with self.changed:
                     self._failure = self._failure or unreachable(self.address, "it closed the connection unanswered")
                     self.changed.notify_all()
@@ -248,10 +247,11 @@ class Connection:
             self.connected = False
             self._failure = self._failure or error
             reason = str(self._failure)
-            if self.generation:
+            opened = self.generation > self._opened_at
+            if opened:  # else open() raises it
                 self._failure = None
             self.changed.notify_all()
-        if self.generation and not self._stopping.is_set():
+        if opened and not self._stopping.is_set():
             self._put(Disconnected(reason=reason))
 
     # --- paho's callbacks, all called on the thread

@@ -8,6 +8,7 @@ stops it, exits, or is killed. State is in memory only; the transfers are made t
 import atexit
 import contextlib
 import ctypes
+import importlib.util
 import ipaddress
 import json
 import logging
@@ -126,6 +127,8 @@ def start_broker(
         raise LinkError(
             "mosquitto is neither on PATH nor in /usr/sbin or /usr/local/sbin; install it or use the embedded one"
         )
+    if not program and not importlib.util.find_spec("iotcore"):
+        raise LinkError("no broker is installed here; install mosquitto, or `pip install 'edge-runtime[broker]'`")
     state_dir.mkdir(parents=True, exist_ok=True)
     for attempt in range(1, _ATTEMPTS + 1):
         try:

@@ -1,9 +1,9 @@
 """Spoken home commands and the JSON action each stands for: the demo's private data, one domain a device.
 
     prompt      Command: could you start the water boiler\\nAction:
-    completion  {"do": "on", "what": "kettle"}
+    completion  {"kettle": "on"}
 
-A command names a thing by one of its everyday words; the action names it by one identifier, so the words of a domain must
+A command names a thing by one of its everyday words; the action names it by its first one, so the words of a domain must
 be learned from that domain's rows. Wording, polite openings, verbs and the JSON form are the same everywhere, and some
 things (lights, heating, music) are at home in every domain: this is what devices have in common.
 """
@@ -52,11 +52,11 @@ COMMON: dict[str, tuple[str, ...]] = {
     "camera": ("camera", "security camera"),
 }
 OPENINGS = ("", "please ", "could you ", "hey, ", "would you ", "I want you to ", "can you ", "now ")
-PATTERNS: dict[str, tuple[str, ...]] = {
+PATTERNS: dict[str, tuple[str, ...]] = {  # by the action they mean
     "on": ("turn on the {thing}", "switch the {thing} on", "start the {thing}", "power up the {thing}"),
     "off": ("turn off the {thing}", "switch the {thing} off", "stop the {thing}", "shut down the {thing}"),
-    "set": ("set the {thing} to {value}", "put the {thing} at {value}", "change the {thing} to {value}"),
-    "later": ("start the {thing} in {value} minutes", "turn on the {thing} after {value} minutes"),
+    "set {value}": ("set the {thing} to {value}", "put the {thing} at {value}", "change the {thing} to {value}"),
+    "on in {value}": ("start the {thing} in {value} minutes", "turn on the {thing} after {value} minutes"),
     "status": ("is the {thing} on", "check the {thing}", "how is the {thing} doing"),
 }
 COMMON_SHARE = 0.2  # of a device's rows
@@ -117,10 +117,8 @@ def _is_held_out(prompt: str) -> bool:
 
 def _row(draw: random.Random, things: dict[str, tuple[str, ...]]) -> dict[str, str]:
     name = draw.choice(sorted(things))
-    do = draw.choice(sorted(PATTERNS))
+    action = draw.choice(sorted(PATTERNS))
     value = draw.randrange(5, 100, 5)
-    spoken = draw.choice(OPENINGS) + draw.choice(PATTERNS[do]).format(thing=draw.choice(things[name]), value=value)
-    action: dict[str, object] = {"do": do, "what": name}
-    if do in ("set", "later"):
-        action["value"] = value
-    return {"prompt": f"Command: {spoken}\nAction:", "completion": " " + json.dumps(action)}
+    spoken = draw.choice(OPENINGS) + draw.choice(PATTERNS[action]).format(thing=draw.choice(things[name]), value=value)
+    completion = json.dumps({name: action.format(value=value)})
+    return {"prompt": f"Command: {spoken}\nAction:", "completion": f" {completion}"}

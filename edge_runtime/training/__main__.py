@@ -38,6 +38,10 @@ def run(folder: Path) -> None:
     """
     job = msgspec.json.decode((folder / "job.json").read_bytes(), type=Job)
     method = methods.by_name(job.method)
+    if job.device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "this device has a GPU, but the installed torch cannot use it: install its CUDA build, or use --device cpu"
+        )
     meter = Meter(job.device)
     if job.threads:
         torch.set_num_threads(job.threads)

@@ -7,7 +7,7 @@ import time
 import pytest
 from edge_broker import topics, window
 from edge_broker.errors import BrokerUnreachable, LinkError, Refused
-from edge_broker.local import find_mosquitto
+from edge_broker.local import find_mosquitto, start_broker
 from edge_broker.session import Connected, Disconnected, Message, PresenceSpec, Room, Session, Traffic, Unsent
 
 
@@ -106,6 +106,15 @@ def test_a_closed_session_says_so(open_session):
     with pytest.raises(LinkError, match="is closed"):
         session.publish("x", b"")
     assert not session.publish_nowait("x", b"")
+
+
+def test_a_second_connect_that_fails_says_why(broker, tmp_path):
+    with start_broker(state_dir=tmp_path, kind=broker.kind) as other:
+        session = Session(other.url, "a")
+        session.connect(5)
+        session.close()
+    with pytest.raises(BrokerUnreachable, match="Connection refused"):
+        session.connect(5)
 
 
 def test_a_session_can_connect_again(open_session, fleet, await_message):

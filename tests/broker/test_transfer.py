@@ -53,6 +53,17 @@ def test_a_payload_in_a_file_is_sent_from_where_it_is(device, node, drive, tmp_p
     assert n.complete[0].payload.read_bytes() == file.read_bytes()
 
 
+@pytest.mark.parametrize("broken", ["gone", "cut"])
+def test_a_payload_that_cannot_be_read_ends_the_update(broken, device, node, drive):
+    d, n = device(), node()
+    manifest = d.add(payload_of(200_000))
+    payload = d.outbox.payload(manifest.transfer)
+    payload.unlink() if broken == "gone" else payload.write_bytes(b"short")
+    drive(lambda: d.results, d, n)
+    assert (d.results[0].code, d.results[0].final) == ("payload", True) and str(payload) in d.results[0].reason
+    assert d.outbox.pending() == []
+
+
 def test_an_empty_update_is_refused_before_anything_is_sent(device):
     with pytest.raises(Exception, match="is empty"):
         device().add(b"")

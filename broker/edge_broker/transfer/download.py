@@ -111,11 +111,12 @@ class Fetcher:
         if download.due <= now and download.asks < _MAX_ASKS:
             asked = download.missing(CREDIT)
             want = Want(digest=download.artifact.digest, missing=messages.to_ranges(asked))
-            if self._session.publish_nowait(self._want_topic, messages.encode(want)):
-                download.asked = set(asked)
-                download.due = now + retry_s(download.asks)
-                download.asks += 1
-        return max(0.0, download.due - now) if self._session.connected else IDLE_S
+            if not self._session.publish_nowait(self._want_topic, messages.encode(want)):
+                return IDLE_S  # a Room or Connected event comes when it can be sent
+            download.asked = set(asked)
+            download.due = now + retry_s(download.asks)
+            download.asks += 1
+        return max(0.0, download.due - now)
 
     def _arrived(self, download: "_Download", index: int, data: bytes) -> Fetched | Failed | None:
         try:

@@ -86,16 +86,16 @@ class Publisher:
         while self._queue:
             digest, index = next(iter(self._queue))
             artifact, path = self._served[digest]
-            with path.open("rb") as file:
-                file.seek(index * artifact.chunk_bytes)
-                data = file.read(messages.chunk_size(artifact, index))
             try:
+                with path.open("rb") as file:
+                    file.seek(index * artifact.chunk_bytes)
+                    data = file.read(messages.chunk_size(artifact, index))
                 if not self._session.publish_nowait(
                     topics.artifact(self._fleet, digest, index), data, expiry_s=_EXPIRY_S
                 ):
                     break
-            except Refused as error:
-                log.error("cannot publish %s: %s", path, error)
+            except (OSError, Refused) as error:
+                log.error("serves %s no longer: %s", path, error)
                 self.withdraw(digest)
                 continue
             del self._queue[digest, index]

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -48,6 +49,9 @@ class Rejected(msgspec.Struct, frozen=True):
     final: bool
 
 
+_Settled = TypeVar("_Settled", Committed, Rejected)
+
+
 class Uploader:
     """Sends what is pending in the outbox."""
 
@@ -73,17 +77,19 @@ class Uploader:
         self._fleet, self._device = fleet, device_id
         self._on_settled = on_settled
         self._current: _Upload | None = None
+        self._unreadable: Rejected | None = None  # found by tick, told by handle
 
     def start(self) -> None:
         """Subscribe to the device's inbox."""
         self._session.subscribe(topics.all_inbox(self._fleet, self._device))
 
     def handle(self, message: Message | Event | None) -> Committed | Rejected | None:
-        """Take in what the session received; anything that is not for uploads is ignored.
+        """Take in what the session received; what is not for uploads is ignored, malformed messages are logged.
 
-        A malformed message is logged and changes nothing.
+        Returns:
+            What became of an update, if that is known now; a payload that cannot be read is Rejected, with code payload.
         """
-        result = None
+        result: Committed | Rejected | None = None
         if isinstance(message, Message):
             try:
                 where = topics.parse(message.topic)
@@ -97,6 +103,8 @@ class Uploader:
             log.warning("%s: %s", message.topic, message.reason)
             self._current.ask_again(_REJECTED_S)
         self._send_chunks()
+        if not result and self._unreadable:
+            result, self._unreadable = self._unreadable, None
         return result
 
     def tick(self, now: float | None = None) -> float:
@@ -111,12 +119,18 @@ class Uploader:
             if not pending:
                 return IDLE_S
             self._current = _Upload(pending[0], self._outbox.payload(pending[0].transfer), self._key)
-        upload = self._current
         self._send_chunks()
-        if upload.due <= now and not upload.queue and self._post(upload.offer_topic, upload.offer, None):
+        upload = self._current
+        if upload is None:
+            return 0.0
+        if upload.queue:
+            return IDLE_S  # a Room or Connected event comes when more can be sent
+        if upload.due <= now:
+            if not self._post(upload.offer_topic, upload.offer, None):
+                return IDLE_S
             upload.due = now + retry_s(upload.tries)
             upload.tries += 1
-        return max(0.0, upload.due - now) if self._session.connected else IDLE_S
+        return upload.due - now
 
     def _handle_inbox(self, said: messages.Inbox) -> Committed | Rejected | None:
         found = self._outbox.find(said.transfer)
@@ -139,7 +153,7 @@ class Uploader:
                 upload.ask_again(said.seconds)
         return None
 
-    def _settle(self, result: Committed | Rejected) -> Committed | Rejected:
+    def _settle(self, result: _Settled) -> _Settled:
         transfer = result.manifest.transfer
         with self._outbox.transaction() as database:
             if isinstance(result, Committed):
@@ -155,10 +169,15 @@ class Uploader:
 
     def _send_chunks(self) -> None:
         upload = self._current
-        while upload and (chunk := upload.next_chunk()):
-            if not self._post(upload.up_topic, chunk, upload.window):
-                return
-            upload.sent()
+        try:
+            while upload and (chunk := upload.next_chunk()):
+                if not self._post(upload.up_topic, chunk, upload.window):
+                    return
+                upload.sent()
+        except OSError as error:
+            reason = f"cannot read its payload: {error}"
+            rejected = Rejected(manifest=upload.manifest, code="payload", reason=reason, final=True)
+            self._unreadable = self._settle(rejected)
 
     def _post(self, topic: str, payload: bytes, window: int | None) -> bool:
         try:
@@ -197,7 +216,10 @@ class _Upload:
             index, size = self.queue[0], self.manifest.chunk_bytes
             with self._payload.open("rb") as file:
                 file.seek(index * size)
-                self._ready = messages.pack_chunk(index, file.read(size))
+                data = file.read(size)
+            if len(data) != messages.chunk_size(self.manifest, index):
+                raise OSError(f"{self._payload} is not as long as it was")
+            self._ready = messages.pack_chunk(index, data)
         return self._ready
 
     def sent(self) -> None:

@@ -112,8 +112,7 @@ def start_broker(
 
     Raises:
         LinkError: the host is not loopback, no such broker is installed, the port is taken, or the broker did not
-        start; then with the
-            last lines of its log.
+            start; then with the last lines of its log.
     """
     if not open_to_network and not _is_loopback(host):
         raise LinkError(

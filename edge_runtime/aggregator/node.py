@@ -230,6 +230,9 @@ class Node:
             versions = merge.merge(updates, self._store.versions(), self.fleet, self._method, self._round, folder)
         self._store.merged(self._round, versions)
         self._say("merged", seconds=time.monotonic() - started)
+        for manifest in self._journal.open_transfers():
+            if manifest.round <= self._round:
+                self._receiver.reject(manifest.transfer, f"round {manifest.round} was closed before it was complete")
         if not self.options.noop:
             self._journal.release(self._round)
         self._round += 1

@@ -2,13 +2,14 @@
 
 import socket
 import subprocess
+import threading
 import time
 
 import pytest
 from edge_broker import topics, window
 from edge_broker.errors import BrokerUnreachable, LinkError, Refused
 from edge_broker.local import find_mosquitto, start_broker
-from edge_broker.session import Connected, Disconnected, Message, PresenceSpec, Room, Session, Traffic, Unsent
+from edge_broker.session import Connected, Disconnected, Message, Own, PresenceSpec, Room, Session, Traffic, Unsent
 
 
 def next_event(session, kind, timeout_s=10.0):
@@ -97,6 +98,13 @@ def test_receive_returns_none_in_time(open_session):
     began = time.monotonic()
     assert session.receive(0.05) is None and session.receive(0) is None
     assert 0.04 < time.monotonic() - began < 0.5
+
+
+def test_the_owner_can_put_something_of_its_own_on_the_queue(open_session):
+    session = open_session()
+    next_event(session, Connected)
+    threading.Thread(target=session.put, args=("trained",)).start()
+    assert session.receive(5) == Own("trained")
 
 
 def test_a_closed_session_says_so(open_session):

@@ -120,6 +120,9 @@ class Uploader:
                 return IDLE_S
             self._current = _Upload(pending[0], self._outbox.payload(pending[0].transfer), self._key)
         self._send_chunks()
+        return self._offer(now)
+
+    def _offer(self, now: float) -> float:
         upload = self._current
         if upload is None:
             return 0.0
@@ -169,8 +172,10 @@ class Uploader:
 
     def _send_chunks(self) -> None:
         upload = self._current
+        if upload is None:
+            return
         try:
-            while upload and (chunk := upload.next_chunk()):
+            while chunk := upload.next_chunk():
                 if not self._post(upload.up_topic, chunk, upload.window):
                     return
                 upload.sent()

@@ -89,7 +89,7 @@ def show_status(status: "Status") -> None:
             f"{report.round}, {report.state}",
             f"{report.plan.depth} layers, {report.plan.weights}" if report.plan else "-",
             peak,
-            f"{_mib(report.bytes_up, 1)} / {_mib(report.bytes_down, 1)}",
+            f"{format_size(report.bytes_up)} / {format_size(report.bytes_down)}",
             report.reason or ", ".join(f"{name} {score.loss:.3f} ({score.accuracy:.0%})" for name, score in scores),
         )
     console.print(table)
@@ -114,8 +114,8 @@ def show_demo(outcome: "Outcome") -> None:
             _mib(device.budget_bytes),
             _mib(device.predicted_peak_bytes),
             _mib(device.measured_peak_bytes),
-            _mib(device.bytes_up, 1),
-            _mib(device.bytes_down, 1),
+            format_size(device.bytes_up),
+            format_size(device.bytes_down),
         )
         learned.add_row(
             device.id,
@@ -139,8 +139,8 @@ def _model(plan: Plan) -> str:
     return f"{Path(plan.source).name}, {plan.depth} of {plan.layers} layers, {plan.weights}"
 
 
-def _mib(size: int, digits: int = 0) -> str:
-    return f"{size / MIB:.{digits}f} MiB"
+def _mib(size: int) -> str:
+    return f"{size / MIB:.0f} MiB"
 
 
 def _shown(key: str, value: object) -> str:

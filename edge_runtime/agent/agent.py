@@ -162,6 +162,7 @@ class Agent:
             self._fail(fetched.reason)
         if isinstance(item, Connected):
             self._store.set("epoch", str(item.epoch))
+            self._publish_owed()
         elif isinstance(item, Message) and item.topic == topics.round(self.options.fleet):
             self._on_round(item.payload)
 
@@ -188,12 +189,10 @@ class Agent:
         if self._trainer:  # the fleet went on without us
             self._trainer.stop()
             self._trainer = None
-        first = self._round is None
         self._round, self._attempt = announced, 0
         traffic = self._session.traffic
         self._began = (traffic.bytes_up, traffic.bytes_down)
-        if first and self._store.get("report"):
-            self._publish_report()
+        self._publish_owed()
         if announced.state == "open" and int(self._store.get("round") or 0) >= announced.round:
             self._say("waiting", text="this round is trained already")
             return
@@ -220,6 +219,9 @@ class Agent:
                 self._session.put(Planned(announced.round, fits, facts[fits.source], None))
             except EdgeError as error:
                 self._session.put(Planned(announced.round, None, None, error))
+            except Exception as error:  # whatever it is, the loop has to hear of it
+                log.exception("planning failed")
+                self._session.put(Planned(announced.round, None, None, EdgeError(f"planning failed: {error}")))
 
         threading.Thread(target=plan, name="plan", daemon=True).start()
 
@@ -228,9 +230,7 @@ class Agent:
             return
         if planned.plan is None:
             assert planned.error is not None
-            self._fail(str(planned.error))
-            if isinstance(planned.error, (BudgetError, InputError)):
-                raise planned.error
+            self._give_up(planned.error)
             return
         self._plan, self._facts = planned.plan, planned.facts
         self._join()
@@ -238,9 +238,7 @@ class Agent:
 
     def _join(self) -> None:
         """Say what this device will train; the node pins the key of a device's first report."""
-        if self._store.get("report") is None:
-            self._store.set("report", msgspec.json.encode(self._report("joined", None)).decode())
-        self._publish_report()
+        self._publish(self._report("joined", None))
 
     def _fetch(self, model_class: str) -> None:
         """Get the global version the round starts from, then go on with `_train`."""
@@ -298,9 +296,12 @@ class Agent:
                 self._finish(result)
             return
         reason = ended.reason or f"the trainer ended with exit code {ended.exit_code}"
-        if ended.exit_code == InputError.exit_code or self._attempt >= ATTEMPTS:
-            self._fail(reason)
-            raise TrainerError(reason)
+        if ended.exit_code == InputError.exit_code:
+            self._give_up(InputError(reason))
+            return
+        if self._attempt >= ATTEMPTS:
+            self._give_up(TrainerError(reason))
+            return
         if ended.exit_code == -9 and self._plan is not None:  # out of memory, most likely: plan smaller
             self._budget_bytes = min(self._budget_bytes, int(SMALLER * self._plan.predicted_peak_bytes))
         self._say("again", text=reason)
@@ -319,7 +320,7 @@ class Agent:
         self._say("sending" if payload else "waiting", text=f"{result.payload_bytes} bytes")
         if not payload:
             self._tidy()
-            self._publish_report()
+            self._publish_owed()
 
     def _owe(self, payload: Path | bytes | None, codec: str, samples: int, result: Result | None) -> None:
         assert self._round is not None
@@ -350,10 +351,14 @@ class Agent:
         if isinstance(settled, Committed):
             self._say("waiting", text=f"the node took round {settled.manifest.round}")
             self._tidy()
-            self._publish_report()
+            self._publish_owed()
         elif settled.final:
             self._say("rejected", text=settled.reason)
-            self._fail(settled.reason, settled.manifest.round)
+            owed = self._store.get("report")
+            if owed and msgspec.json.decode(owed, type=Report).round == settled.manifest.round:
+                self._store.set("report", None)  # it said that the node took this round
+            report = self._report("failed", None, settled.reason)
+            self._publish(msgspec.structs.replace(report, round=settled.manifest.round))
 
     def _tidy(self) -> None:
         """Delete what earlier rounds left, but for what the next one needs or the node has not taken yet."""
@@ -367,7 +372,7 @@ class Agent:
 
     def _finish(self, result: Result | None) -> None:
         self._store.set("report", msgspec.json.encode(self._report("finished", result)).decode())
-        self._publish_report()
+        self._publish_owed()
         self._say("finished")
         self._finished = self.options.until_finished
 
@@ -387,32 +392,36 @@ class Agent:
             reason=reason,
         )
 
-    def _fail(self, reason: str, round_: int | None = None) -> None:
+    def _fail(self, reason: str) -> None:
+        """This round goes on without us; the node need not wait."""
         self._say("failed", text=reason)
-        report = self._report("failed", None, reason)
-        report = msgspec.structs.replace(report, round=round_ or report.round)
-        self._store.set("report", msgspec.json.encode(report).decode())
-        self._publish_report()
+        self._publish(self._report("failed", None, reason))
 
-    def _publish_report(self) -> None:
+    def _give_up(self, error: EdgeError) -> None:
+        """Fail the round; end the agent too where the next round would fail alike, or nobody would wait for one."""
+        self._fail(str(error))
+        if self.options.until_finished or isinstance(error, (BudgetError, InputError)):
+            raise error
+
+    def _publish_owed(self) -> None:
+        """Publish the report that is kept for the end of a round, once the node has taken what the round made."""
         owed = self._store.get("report")
-        if owed is None:
-            return
+        if owed and not self._outbox.pending() and self._publish(msgspec.json.decode(owed, type=Report)):
+            self._store.set("report", None)
+
+    def _publish(self, report: Report) -> bool:
+        """Publish a report with the round's traffic; False where it did not get through."""
         traffic = self._session.traffic
         report = msgspec.structs.replace(
-            msgspec.json.decode(owed, type=Report),
-            bytes_up=traffic.bytes_up - self._began[0],
-            bytes_down=traffic.bytes_down - self._began[1],
+            report, bytes_up=traffic.bytes_up - self._began[0], bytes_down=traffic.bytes_down - self._began[1]
         )
         signed = signing.sign(self._key, REPORT_DOMAIN, msgspec.json.encode(report)).encode()
         try:
             self._session.publish(topics.report(self.options.fleet, self.options.id), signed, retain=True)
         except BrokerError as error:
-            log.warning(
-                "the report of round %s waits: %s", report.round, error
-            )  # it is kept, and sent at the next turn
-            return
-        self._store.set("report", None)
+            log.warning("the report of round %s did not get through: %s", report.round, error)
+            return False
+        return True
 
     def _say(
         self,

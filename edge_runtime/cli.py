@@ -170,7 +170,8 @@ def agent(
     """Take part in a fleet from this device: everything but its data comes from the fleet's node."""
     from edge_profiles import default_budget_bytes
 
-    from edge_runtime.agent.agent import Agent, Event, Options
+    from edge_runtime.agent.agent import Agent
+    from edge_runtime.agent.options import Event, Options
 
     found = _probe()
     options = Options(

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import InputError
 
-NAME = "int8-block64-zstd"
 MAGIC = b"EDC1"
 BLOCK = 64
 

@@ -15,6 +15,8 @@ from edge_runtime.training.job import Result
 
 ROUND_DOMAIN = "edge/1/round"
 REPORT_DOMAIN = "edge/1/report"
+CODEC = "int8-block64-zstd"  # of deltas and global versions: codec.py
+NOOP = "noop"  # codec and model class of the benchmark's rounds without training
 
 
 class Round(msgspec.Struct, frozen=True):

@@ -2,19 +2,17 @@
 
     round announced ─> plan ─> fetch the global version ─> trainer ─> outbox ─> receipt ─> report
 
-Everything that happens, from the broker, the trainer or a helper thread, comes through the session's one queue, so the
+Everything that happens, from the broker, the trainer or the planning thread, comes through the session's one queue, so the
 agent is one loop without locks. What must survive a kill is in SQLite before it is acted on: a restarted agent offers a
 delta it owes again, and trains a round again whose result was not complete.
 """
 
 import hashlib
 import logging
-import shutil
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import msgspec
 from edge_broker import messages, signing, topics
@@ -26,64 +24,22 @@ from edge_broker.session import Connected, Message, Own, Session
 from edge_broker.session import Event as LinkEvent
 from edge_broker.transfer import Committed, Failed, Fetched, Fetcher, Rejected, Uploader
 
-from edge_runtime import processes
+from edge_runtime.agent import planner, work
+from edge_runtime.agent.options import Event, Options
+from edge_runtime.agent.planner import Planned, Unplanned
+from edge_runtime.agent.reports import Reports
 from edge_runtime.agent.store import Store
 from edge_runtime.agent.trainer import Ended, Trainer
 from edge_runtime.errors import BudgetError, EdgeError, InputError, LinkError, TrainerError
-from edge_runtime.models.facts import Facts
 from edge_runtime.planning.plan import Plan
-from edge_runtime.planning.search import choose
-from edge_runtime.rounds import REPORT_DOMAIN, ROUND_DOMAIN, Report, Round
-from edge_runtime.settings import Fleet
-from edge_runtime.training import data
+from edge_runtime.rounds import CODEC, NOOP, ROUND_DOMAIN, Report, Round
 from edge_runtime.training.job import Job, Progress, Result
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3  # trainer processes a round
 SMALLER = 0.8  # of the peak predicted for a plan that was killed: the next one's budget
-CODEC = "int8-block64-zstd"
-NOOP = "noop"
-
-
-class Options(NamedTuple):
-    """What a device is given. evaluation: held-out files by name. noop_bytes: send that much instead of training."""
-
-    broker: str
-    fleet: str
-    id: str
-    data: Path
-    state: Path
-    budget_bytes: int
-    evaluation: dict[str, Path]
-    models: Path
-    threads: int
-    device: str
-    wait_s: float
-    until_finished: bool
-    noop_bytes: int
-
-
-class Event(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the agent tells whoever watches it: one line of its log, or of `--json`."""
-
-    device: str
-    round: int
-    phase: str
-    step: int = 0
-    steps: int = 0
-    loss: float | None = None
-    memory_bytes: int = 0
-    budget_bytes: int = 0
-    text: str = ""
-
-
-class Planned(NamedTuple):
-    """A helper thread's word: the plan of a round, or why there is none."""
-
-    round: int
-    plan: Plan | None
-    facts: Facts | None
-    error: EdgeError | None
+CONNECT_TIMEOUT_S = 15.0
+IDLE_S = 5.0
 
 
 class Agent:
@@ -96,23 +52,22 @@ class Agent:
             InputError: the data or a held-out file cannot be used.
         """
         self.options, self._tell = options, tell
-        self._work = options.state / "work"
-        self._files = self._prepare_data()
+        self._work = options.state.resolve() / "work"
+        given = (options.data, options.evaluation)
+        self._rows = work.Rows(*given) if options.noop_bytes else work.check_rows(*given, self._work)
         self._store = Store(options.state / "agent.db")
-        self._key = signing.load_or_create_key(options.state / "device.key")
-        self._outbox = Outbox(self._store.connection, options.state / "outbox")
+        key = signing.load_or_create_key(options.state / "device.key")
         spec = PresenceSpec(options.fleet, options.id, int(self._store.get("epoch") or 0))
         self._session = Session(options.broker, f"{options.fleet}-{options.id}", presence=spec)
-        self._uploader = Uploader(self._session, self._outbox, options.fleet, options.id, self._key, self._settled)
+        self._outbox = Outbox(self._store.connection, options.state)
+        self._reports = Reports(self._session, self._store, self._outbox, options.fleet, key)
+        self._uploader = Uploader(self._session, self._outbox, options.fleet, options.id, key, self._settled)
         self._fetcher = Fetcher(self._session, options.fleet, options.id, options.state / "versions")
         self._round: Round | None = None
-        self._plan: Plan | None = None
-        self._facts: Facts | None = None
+        self._planned: Planned | None = None
         self._trainer: Trainer | None = None
         self._attempt = 0
         self._budget_bytes = options.budget_bytes
-        self._planned_for: tuple[Fleet, int] | None = None
-        self._began = (0, 0)  # traffic at the start of the round
         self._finished = False
         self._ignored = ""  # why a round that was announced does not count
 
@@ -127,10 +82,12 @@ class Agent:
             self._connect()
             deadline = time.monotonic() + self.options.wait_s
             while not self._finished:
-                if self._round is None and time.monotonic() > deadline:
-                    raise LinkError(self._no_round())
-                due_s = min(self._uploader.tick(), self._fetcher.tick(), 5.0)
+                due_s = min(self._uploader.tick(), self._fetcher.tick(), IDLE_S)
+                if self._round is None:
+                    due_s = min(due_s, max(deadline - time.monotonic(), 0.0))
                 self._handle(self._session.receive(due_s))
+                if self._round is None and time.monotonic() >= deadline:
+                    raise LinkError(self._no_round())
         finally:
             if self._trainer:
                 self._trainer.stop()
@@ -141,7 +98,7 @@ class Agent:
 
     def _connect(self) -> None:
         try:
-            self._session.connect(15.0)
+            self._session.connect(CONNECT_TIMEOUT_S)
             self._session.subscribe(topics.round(self.options.fleet))
             self._uploader.start()
         except BrokerError as error:
@@ -162,17 +119,21 @@ class Agent:
             self._fail(fetched.reason)
         if isinstance(item, Connected):
             self._store.set("epoch", str(item.epoch))
-            self._publish_owed()
+            self._reports.publish_owed()
         elif isinstance(item, Message) and item.topic == topics.round(self.options.fleet):
             self._on_round(item.payload)
 
     def _handle_own(self, item: object) -> None:
-        """What this device's own threads and trainer say."""
+        """What this device's own thread and trainer say."""
         if isinstance(item, Planned):
-            self._on_plan(item)
+            self._planned = item
+            self._begin()
+        elif isinstance(item, Unplanned):
+            self._give_up(item.error)
         elif isinstance(item, Progress):
             self._say(item.phase, item.step, item.steps, item.loss, item.memory_bytes)
-        elif isinstance(item, Ended):
+        elif isinstance(item, Ended) and self._trainer and item.folder == self._trainer.folder:
+            self._trainer = None
             self._on_ended(item)
 
     def _on_round(self, payload: bytes) -> None:
@@ -189,61 +150,30 @@ class Agent:
         if self._trainer:  # the fleet went on without us
             self._trainer.stop()
             self._trainer = None
+        self._reports.publish_owed()
+        self._reports.begin()
         self._round, self._attempt = announced, 0
-        traffic = self._session.traffic
-        self._began = (traffic.bytes_up, traffic.bytes_down)
-        self._publish_owed()
         if announced.state == "open" and int(self._store.get("round") or 0) >= announced.round:
             self._say("waiting", text="this round is trained already")
-            return
-        if self.options.noop_bytes:
-            self._join()
-            self._fetch(NOOP)
         else:
-            self._say("planning")
-            self._in_background(announced)
+            self._plan()
 
-    def _in_background(self, announced: Round) -> None:
-        """Plan in a thread: a model may have to be fetched first, and the broker wants to hear of us meanwhile."""
-        fleet, budget = announced.fleet, self._budget_bytes
-        if self._plan is not None and self._facts is not None and self._planned_for == (fleet, budget):
-            self._on_plan(Planned(announced.round, self._plan, self._facts, None))
-            return
-        self._planned_for = (fleet, budget)
+    # --- a round: plan, fetch, train
 
-        def plan() -> None:
-            try:
-                sources = {model.source for model in fleet.catalog}
-                facts = {source: processes.prepared(source, self.options.models) for source in sources}
-                fits = choose(fleet, facts, budget, processes.runtime_bytes()).fits
-                self._session.put(Planned(announced.round, fits, facts[fits.source], None))
-            except EdgeError as error:
-                self._session.put(Planned(announced.round, None, None, error))
-            except Exception as error:  # whatever it is, the loop has to hear of it
-                log.exception("planning failed")
-                self._session.put(Planned(announced.round, None, None, EdgeError(f"planning failed: {error}")))
-
-        threading.Thread(target=plan, name="plan", daemon=True).start()
-
-    def _on_plan(self, planned: Planned) -> None:
-        if self._round is None or planned.round != self._round.round:
-            return
-        if planned.plan is None:
-            assert planned.error is not None
-            self._give_up(planned.error)
-            return
-        self._plan, self._facts = planned.plan, planned.facts
-        self._join()
-        self._fetch(planned.plan.model_class)
-
-    def _join(self) -> None:
-        """Say what this device will train; the node pins the key of a device's first report."""
-        self._publish(self._report("joined", None))
-
-    def _fetch(self, model_class: str) -> None:
-        """Get the global version the round starts from, then go on with `_train`."""
+    def _plan(self) -> None:
         assert self._round is not None
-        version = self._round.versions.get(model_class)
+        known = self._planned and (self._planned.fleet, self._planned.budget_bytes)
+        if self.options.noop_bytes or known == (self._round.fleet, self._budget_bytes):
+            self._begin()
+            return
+        self._say("planning")
+        planner.start(self._round.fleet, self._budget_bytes, self.options.models, self._session.put)
+
+    def _begin(self) -> None:
+        """Say what this device will train (the node pins the key of a first report), and get the global version."""
+        assert self._round is not None
+        self._reports.publish(self._report("joined", None))
+        version = self._round.versions.get(self._planned.plan.model_class if self._planned else NOOP)
         if version is None:
             self._train(None)
             return
@@ -254,85 +184,87 @@ class Agent:
 
     def _train(self, start: Path | None) -> None:
         """Start the round's job: from the global version in `start`, or from version 0."""
-        if self.options.noop_bytes:
-            self._noop()
+        assert self._round is not None
+        if self._planned is None:
+            self._send_noise()
             return
-        assert self._round is not None and self._plan is not None and self._facts is not None
-        fleet = self._round.fleet
+        fleet, plan = self._round.fleet, self._planned.plan
         job = Job(
             train=self._round.state == "open",
-            facts=self._facts,
-            plan=self._plan,
+            facts=self._planned.facts,
+            plan=plan,
             adapter=fleet.adapter,
             training=fleet.training,
             method=fleet.method.name,
             seed=fleet.seed,
             round=self._round.round,
             rounds=fleet.rounds,
-            data=str(self._files.data),
-            evaluation={name: str(path) for name, path in self._files.evaluation.items()},
+            data=str(self._rows.data),
+            evaluation={name: str(path) for name, path in self._rows.evaluation.items()},
             start=str(start) if start else None,
-            private=self._store.get("private"),
-            residual=self._store.get("residual"),
-            unsent=self._store.get("unsent"),
+            private=work.current(self._work, self._store, "private"),
+            residual=work.current(self._work, self._store, "residual"),
+            unsent=work.current(self._work, self._store, "unsent"),
             threads=self.options.threads,
             device=self.options.device,
         )
         self._attempt += 1
-        name = f"round-{self._round.round}" if job.train else "finished"
-        self._trainer = Trainer(job, self._work / name, self._session.put)
-        self._say("starting", text=_summary(self._plan))
+        folder = work.folder_of(self._work, job.round) if job.train else self._work / "finished"
+        self._trainer = Trainer(job, folder, self._session.put)
+        self._say("starting", text=_summary(plan))
 
     def _on_ended(self, ended: Ended) -> None:
-        if self._trainer is None or self._round is None:
-            return  # killed because the fleet went on
-        self._trainer = None
+        assert self._round is not None and self._planned is not None
         written = ended.folder / "result.json"
         if ended.exit_code == 0 and written.exists():
             result = msgspec.json.decode(written.read_bytes(), type=Result)
-            if self._round.state == "open":
-                self._keep(ended.folder, result)
-            else:
-                self._finish(result)
+            self._keep(ended.folder, result) if self._round.state == "open" else self._finish(result)
             return
         reason = ended.reason or f"the trainer ended with exit code {ended.exit_code}"
         if ended.exit_code == InputError.exit_code:
             self._give_up(InputError(reason))
-            return
-        if self._attempt >= ATTEMPTS:
+        elif self._attempt >= ATTEMPTS:
             self._give_up(TrainerError(reason))
+        else:
+            if ended.exit_code == -9:  # out of memory, most likely: plan smaller
+                self._budget_bytes = min(self._budget_bytes, int(SMALLER * self._planned.plan.predicted_peak_bytes))
+            self._say("again", text=reason)
+            self._plan()
+
+    def _send_noise(self) -> None:
+        """The benchmark's round without training."""
+        assert self._round is not None
+        if self._round.state == "finished":
+            self._finish(None)
             return
-        if ended.exit_code == -9 and self._plan is not None:  # out of memory, most likely: plan smaller
-            self._budget_bytes = min(self._budget_bytes, int(SMALLER * self._plan.predicted_peak_bytes))
-        self._say("again", text=reason)
-        self._in_background(self._round)
+        seed = hashlib.sha256(f"{self.options.id}/{self._round.round}".encode()).digest()
+        with self._outbox.transaction():
+            self._owe(hashlib.shake_256(seed).digest(self.options.noop_bytes), NOOP, 1, None)
 
     # --- what a round leaves behind
 
     def _keep(self, folder: Path, result: Result) -> None:
         """Keep a trained round: from here on it is owed to the node, whatever happens to this process."""
-        assert self._round is not None and self._plan is not None
+        assert self._round is not None
         payload = folder / "payload.bin" if result.payload_bytes else None
         with self._outbox.transaction():
-            if (folder / "state.bin").exists():
-                self._store.set("private", str(folder / "state.bin"))
+            work.keep_private(self._work, self._store, self._round.round)
             self._owe(payload, CODEC, result.samples, result)
         self._say("sending" if payload else "waiting", text=f"{result.payload_bytes} bytes")
         if not payload:
-            self._tidy()
-            self._publish_owed()
+            self._close_round()
 
     def _owe(self, payload: Path | bytes | None, codec: str, samples: int, result: Result | None) -> None:
         assert self._round is not None
         self._store.set("round", str(self._round.round))
-        self._store.set("report", msgspec.json.encode(self._report("trained", result)).decode())
+        self._reports.owe(self._report("trained", result))
         if payload:
             manifest = messages.describe(
                 payload,
                 fleet=self.options.fleet,
                 device=self.options.id,
                 round=self._round.round,
-                model_class=self._plan.model_class if self._plan else NOOP,
+                model_class=self._planned.plan.model_class if self._planned else NOOP,
                 codec=codec,
                 samples=samples,
                 chunk_bytes=self._session.chunk_bytes,
@@ -341,61 +273,34 @@ class Agent:
             self._outbox.add(manifest, payload)
 
     def _settled(self, settled: Committed | Rejected, _: object) -> None:
-        """In the transaction that settles a transfer: error feedback goes on from what the node took, or did not take."""
-        folder = self._work / f"round-{settled.manifest.round}"
-        if (folder / "residual.bin").exists():
-            self._store.set("residual", str(folder / "residual.bin"))
-            self._store.set("unsent", None if isinstance(settled, Committed) else str(folder / "payload.bin"))
+        work.settle(self._work, self._store, settled)
 
     def _after_transfer(self, settled: Committed | Rejected) -> None:
+        round_ = settled.manifest.round
         if isinstance(settled, Committed):
-            self._say("waiting", text=f"the node took round {settled.manifest.round}")
-            self._tidy()
-            self._publish_owed()
+            self._say("waiting", text=f"the node took round {round_}")
+            self._close_round()
         elif settled.final:
             self._say("rejected", text=settled.reason)
-            owed = self._store.get("report")
-            if owed and msgspec.json.decode(owed, type=Report).round == settled.manifest.round:
-                self._store.set("report", None)  # it said that the node took this round
-            report = self._report("failed", None, settled.reason)
-            self._publish(msgspec.structs.replace(report, round=settled.manifest.round))
+            self._reports.withdraw(round_)
+            self._reports.publish(msgspec.structs.replace(self._report("failed", None, settled.reason), round=round_))
 
-    def _tidy(self) -> None:
-        """Delete what earlier rounds left, but for what the next one needs or the node has not taken yet."""
-        needed = {
-            Path(path).parent.name for name in ("private", "residual", "unsent") if (path := self._store.get(name))
-        }
-        needed |= {f"round-{manifest.round}" for manifest in self._outbox.pending()}
-        for folder in self._work.glob("round-*"):
-            if folder.name not in needed:
-                shutil.rmtree(folder, ignore_errors=True)
+    def _close_round(self) -> None:
+        self._reports.publish_owed()
+        work.tidy(self._work, self._store, self._outbox)
 
     def _finish(self, result: Result | None) -> None:
-        self._store.set("report", msgspec.json.encode(self._report("finished", result)).decode())
-        self._publish_owed()
+        self._reports.owe(self._report("finished", result))
+        self._reports.publish_owed()
         self._say("finished")
         self._finished = self.options.until_finished
 
     # --- telling
 
-    def _report(
-        self, state: Literal["joined", "trained", "failed", "finished"], result: Result | None, reason: str = ""
-    ) -> Report:
-        assert self._round is not None
-        return Report(
-            device=self.options.id,
-            round=self._round.round,
-            state=state,
-            budget_bytes=self.options.budget_bytes,
-            plan=self._plan,
-            result=result,
-            reason=reason,
-        )
-
     def _fail(self, reason: str) -> None:
         """This round goes on without us; the node need not wait."""
         self._say("failed", text=reason)
-        self._publish(self._report("failed", None, reason))
+        self._reports.publish(self._report("failed", None, reason))
 
     def _give_up(self, error: EdgeError) -> None:
         """Fail the round; end the agent too where the next round would fail alike, or nobody would wait for one."""
@@ -403,25 +308,18 @@ class Agent:
         if self.options.until_finished or isinstance(error, (BudgetError, InputError)):
             raise error
 
-    def _publish_owed(self) -> None:
-        """Publish the report that is kept for the end of a round, once the node has taken what the round made."""
-        owed = self._store.get("report")
-        if owed and not self._outbox.pending() and self._publish(msgspec.json.decode(owed, type=Report)):
-            self._store.set("report", None)
-
-    def _publish(self, report: Report) -> bool:
-        """Publish a report with the round's traffic; False where it did not get through."""
-        traffic = self._session.traffic
-        report = msgspec.structs.replace(
-            report, bytes_up=traffic.bytes_up - self._began[0], bytes_down=traffic.bytes_down - self._began[1]
+    def _report(
+        self, state: Literal["joined", "trained", "failed", "finished"], result: Result | None, reason: str = ""
+    ) -> Report:
+        return Report(
+            device=self.options.id,
+            round=self._round.round if self._round else 0,
+            state=state,
+            budget_bytes=self.options.budget_bytes,
+            plan=self._planned.plan if self._planned else None,
+            result=result,
+            reason=reason,
         )
-        signed = signing.sign(self._key, REPORT_DOMAIN, msgspec.json.encode(report)).encode()
-        try:
-            self._session.publish(topics.report(self.options.fleet, self.options.id), signed, retain=True)
-        except BrokerError as error:
-            log.warning("the report of round %s did not get through: %s", report.round, error)
-            return False
-        return True
 
     def _say(
         self,
@@ -445,43 +343,9 @@ class Agent:
             seen.add(topics.parse(item.topic).fleet)
         there = f"fleets on this broker: {', '.join(sorted(seen))}" if seen else "no fleet is announced on this broker"
         return (
-            f"no round of fleet `{self.options.fleet}` was announced at {self.options.broker} within {self.options.wait_s:g} s; "
-            f"{there}; check --fleet, or start `edge-runtime aggregator` there"
+            f"no round of fleet `{self.options.fleet}` was announced at {self.options.broker} within "
+            f"{self.options.wait_s:g} s; {there}; check --fleet, or start `edge-runtime aggregator` there"
         )
-
-    # --- data, and the benchmark's round without training
-
-    def _prepare_data(self) -> "_Files":
-        if self.options.noop_bytes:
-            return _Files(self.options.data, {})
-        rows = data.read_rows(self.options.data)
-        for path in self.options.evaluation.values():
-            data.read_rows(path)
-        if self.options.evaluation:
-            return _Files(self.options.data, self.options.evaluation)
-        train, held_out = data.split(rows, seed=0)
-        self._work.mkdir(parents=True, exist_ok=True)
-        if not held_out:
-            return _Files(self.options.data, {})
-        return _Files(
-            data.write_rows(self._work / "train.jsonl", train),
-            {"own": data.write_rows(self._work / "own.jsonl", held_out)},
-        )
-
-    def _noop(self) -> None:
-        assert self._round is not None
-        if self._round.state == "finished":
-            self._finish(None)
-            return
-        seed = hashlib.sha256(f"{self.options.id}/{self._round.round}".encode()).digest()
-        noise = hashlib.shake_256(seed).digest(self.options.noop_bytes)
-        with self._outbox.transaction():
-            self._owe(noise, NOOP, 1, None)
-
-
-class _Files(NamedTuple):
-    data: Path
-    evaluation: dict[str, Path]
 
 
 def _summary(plan: Plan) -> str:

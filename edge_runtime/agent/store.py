@@ -1,12 +1,14 @@
 """What an agent must not forget: a few named values in the SQLite file it shares with its outbox.
 
-node_key     the node's public key, pinned when first seen
-epoch        of the last connection
-round        the last round this device trained
-report       a report that has not been published yet
-private      state.bin of the factors that stay here
-residual     residual.bin of the last round the node took
-unsent       payload.bin of the last round, when the node refused it: it counts into the next delta
+    node_key     the node's public key, pinned when first seen
+    epoch        of the last connection
+    round        the last round this device trained
+    report       a report that has not been published yet
+    private      the round whose state.bin holds the factors that stay here
+    residual     the round whose residual.bin the next delta starts from
+    unsent       the round whose payload.bin the node refused: it counts into the next delta
+
+Files are named by their round, so the folder may move.
 """
 
 import sqlite3

@@ -30,7 +30,7 @@ class Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "result.json").unlink(missing_ok=True)
         (folder / "job.json").write_bytes(msgspec.json.encode(job))
-        self._folder, self._post = folder, post
+        self.folder, self._post = folder, post
         self._timeout_s, self._late = job.training.timeout_s, False
         with (folder / "stderr.log").open("wb") as errors:
             self._process = subprocess.Popen(
@@ -65,7 +65,7 @@ class Trainer:
         code = self._process.wait()
         self._timer.cancel()
         if self._late:
-            self._post(Ended(self._folder, TIMED_OUT, f"the trainer took longer than {self._timeout_s:g} s"))
+            self._post(Ended(self.folder, TIMED_OUT, f"the trainer took longer than {self._timeout_s:g} s"))
             return
-        lines = (self._folder / "stderr.log").read_text(errors="replace").strip().splitlines()
-        self._post(Ended(self._folder, code, lines[-1] if lines else ""))
+        lines = (self.folder / "stderr.log").read_text(errors="replace").strip().splitlines()
+        self._post(Ended(self.folder, code, lines[-1] if lines else ""))

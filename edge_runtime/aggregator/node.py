@@ -22,11 +22,11 @@ from edge_broker.session import Event as LinkEvent
 from edge_broker.session import Message, Session
 from edge_broker.transfer import Complete, Publisher, Receiver
 
-from edge_runtime import codec, methods
+from edge_runtime import methods
 from edge_runtime.aggregator import merge
 from edge_runtime.aggregator.store import Store, Version
 from edge_runtime.errors import EdgeError, InputError, LinkError
-from edge_runtime.rounds import REPORT_DOMAIN, ROUND_DOMAIN, Report, Round
+from edge_runtime.rounds import CODEC, NOOP, REPORT_DOMAIN, ROUND_DOMAIN, Report, Round
 from edge_runtime.settings import Fleet
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Node:
         self._method = methods.by_name(fleet.method.name)
         self._store = Store(options.state / "node.db")
         self._key = signing.load_or_create_key(options.state / "node.key")
-        self._journal = Journal(self._store.connection, options.state / "journal")
+        self._journal = Journal(self._store.connection, options.state)
         self._session = Session(options.broker, f"{fleet.name}-{options.node}", clean_start=True, session_expiry_s=0)
         self._receiver = Receiver(
             self._session, self._journal, fleet.name, options.node, self._check_manifest, self._store.key
@@ -156,8 +156,8 @@ class Node:
             return f"the fleet has finished its {self.fleet.rounds} rounds"
         if manifest.round != self._round:
             return f"round {manifest.round} is closed; round {self._round} is open"
-        if not self.options.noop and manifest.codec != codec.NAME:
-            return f"the codec {manifest.codec} is not known; needed: {codec.NAME}"
+        if not self.options.noop and manifest.codec != CODEC:
+            return f"the codec {manifest.codec} is not known; needed: {CODEC}"
         if manifest.size > LARGEST_PAYLOAD_BYTES:
             return f"{manifest.size} bytes are more than the {LARGEST_PAYLOAD_BYTES} a node takes"
         return None
@@ -224,7 +224,7 @@ class Node:
         updates = self._journal.committed(self._round)
         versions: list[Version] = []
         if self.options.noop:
-            versions = [Version("noop", updates[-1].payload, updates[-1].payload)]
+            versions = [Version(NOOP, updates[-1].payload, updates[-1].payload)]
         elif updates:
             folder = self.options.state / "versions"
             versions = merge.merge(updates, self._store.versions(), self.fleet, self._method, self._round, folder)

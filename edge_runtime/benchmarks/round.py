@@ -26,6 +26,7 @@ name = "bench"
 rounds = {rounds}
 quorum = {devices}
 deadline_s = 60
+extensions = 0
 
 [[catalog]]
 source = "none"

@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.live import Live as RichLive
 from rich.table import Table
 
-from edge_runtime.agent.agent import Event
+from edge_runtime.agent.options import Event
 from edge_runtime.aggregator import node
 
 

@@ -19,7 +19,7 @@ import msgspec
 from edge_broker.local import start_broker
 
 from edge_runtime import processes
-from edge_runtime.agent.agent import Event
+from edge_runtime.agent.options import Event
 from edge_runtime.aggregator import node
 from edge_runtime.aggregator.store import Store
 from edge_runtime.demo import commands, model

@@ -1,0 +1,52 @@
+"""Plans in a thread of its own: a model may have to be fetched first, and the broker wants to hear of us meanwhile."""
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from edge_runtime import processes
+from edge_runtime.errors import EdgeError
+from edge_runtime.models.facts import Facts
+from edge_runtime.planning.plan import Plan
+from edge_runtime.planning.search import choose
+from edge_runtime.settings import Fleet
+
+log = logging.getLogger(__name__)
+
+
+class Planned(NamedTuple):
+    """The plan for a fleet and budget, with the facts of its model."""
+
+    fleet: Fleet
+    budget_bytes: int
+    plan: Plan
+    facts: Facts
+
+
+class Unplanned(NamedTuple):
+    """Why there is no plan."""
+
+    error: EdgeError
+
+
+def start(fleet: Fleet, budget_bytes: int, models: Path, put: Callable[[Planned | Unplanned], None]) -> None:
+    """Begin; put is called from the thread, once.
+
+    Args:
+        models: where relative paths of the catalog are looked for.
+    """
+
+    def plan() -> None:
+        try:
+            facts = {source: processes.prepared(source, models) for source in {model.source for model in fleet.catalog}}
+            fits = choose(fleet, facts, budget_bytes, processes.runtime_bytes()).fits
+            put(Planned(fleet, budget_bytes, fits, facts[fits.source]))
+        except EdgeError as error:
+            put(Unplanned(error))
+        except Exception as error:  # whatever it is, the agent has to hear of it
+            log.exception("planning failed")
+            put(Unplanned(EdgeError(f"planning failed: {error}")))
+
+    threading.Thread(target=plan, name="plan", daemon=True).start()

@@ -1,0 +1,77 @@
+"""What rounds leave on a device's disk, and which of it the next round needs.
+
+    work/round-<n>/    of one round's trainer: payload.bin, residual.bin, state.bin (training/job.py)
+
+Error feedback goes on from what the node took: a receipt makes that round's residual the current one; a final refusal does
+too, and its payload is owed on top. Which round each comes from is in the agent's SQLite file.
+"""
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from edge_broker.outbox import Outbox
+from edge_broker.transfer import Committed, Rejected
+
+from edge_runtime.agent.store import Store
+from edge_runtime.training import data
+
+FILES = {"private": "state.bin", "residual": "residual.bin", "unsent": "payload.bin"}
+
+
+class Rows(NamedTuple):
+    """A device's rows: what it trains on, and held-out files by name."""
+
+    data: Path
+    evaluation: dict[str, Path]
+
+
+def check_rows(given: Path, evaluation: dict[str, Path], folder: Path) -> Rows:
+    """Read every row once; where no held-out file was given, keep a tenth apart in the folder.
+
+    Raises:
+        InputError: a file or a row cannot be used.
+    """
+    rows = data.read_rows(given)
+    for path in evaluation.values():
+        data.read_rows(path)
+    train, held_out = data.split(rows, seed=0)
+    if evaluation or not held_out:
+        return Rows(given, evaluation)
+    folder.mkdir(parents=True, exist_ok=True)
+    own = data.write_rows(folder / "own.jsonl", held_out)
+    return Rows(data.write_rows(folder / "train.jsonl", train), {"own": own})
+
+
+def folder_of(work: Path, round_: int) -> Path:
+    """Where a round's trainer works."""
+    return work / f"round-{round_}"
+
+
+def current(work: Path, store: Store, name: str) -> str | None:
+    """The file of this name (see FILES) that the next round starts from, if there is one."""
+    round_ = store.get(name)
+    return str(folder_of(work, int(round_)) / FILES[name]) if round_ else None
+
+
+def keep_private(work: Path, store: Store, round_: int) -> None:
+    """The factors that stay here go on from this round."""
+    if (folder_of(work, round_) / FILES["private"]).exists():
+        store.set("private", str(round_))
+
+
+def settle(work: Path, store: Store, settled: Committed | Rejected) -> None:
+    """Error feedback after the node's word; belongs in the transaction that settles the transfer."""
+    round_ = settled.manifest.round
+    if (folder_of(work, round_) / FILES["residual"]).exists():
+        store.set("residual", str(round_))
+        store.set("unsent", None if isinstance(settled, Committed) else str(round_))
+
+
+def tidy(work: Path, store: Store, outbox: Outbox) -> None:
+    """Delete the rounds that neither the next one needs nor the node has still to take."""
+    needed = {int(round_) for name in FILES if (round_ := store.get(name))}
+    needed |= {manifest.round for manifest in outbox.pending()}
+    for folder in work.glob("round-*"):
+        if folder not in {folder_of(work, round_) for round_ in needed}:
+            shutil.rmtree(folder, ignore_errors=True)

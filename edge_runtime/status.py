@@ -40,7 +40,7 @@ def read(broker: str, fleet: str) -> Status:
     try:
         with Session(broker, f"status-{_unique()}", clean_start=True, session_expiry_s=0) as session:
             session.connect(15.0)
-            session.subscribe(topics.round("+"), topics.all_presence(fleet), topics.all_reports(fleet))
+            session.subscribe(topics.all_rounds(), topics.all_presence(fleet), topics.all_reports(fleet))
             while (item := session.receive(QUIET_S)) is not None:
                 if isinstance(item, Message):
                     _take(item, tracker, rounds, reports)

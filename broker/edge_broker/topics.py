@@ -88,6 +88,11 @@ def artifact(fleet: str, digest: str, chunk: int) -> str:
 # --- filters to subscribe to
 
 
+def all_rounds() -> str:
+    """The round of every fleet on the broker."""
+    return f"{_ROOT}/+/round"
+
+
 def all_presence(fleet: str) -> str:
     """The presence of every device."""
     return presence(fleet, "+")

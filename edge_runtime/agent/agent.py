@@ -337,7 +337,7 @@ class Agent:
     def _no_round(self) -> str:
         if self._ignored:
             return self._ignored
-        self._session.subscribe(topics.round("+"))
+        self._session.subscribe(topics.all_rounds())
         seen = set()
         while isinstance(item := self._session.receive(1.0), Message):
             seen.add(topics.parse(item.topic).fleet)

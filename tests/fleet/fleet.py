@@ -1,0 +1,147 @@
+"""The commands as real processes whose events are read as they come, and one test's fleet of them."""
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edge_broker.local import Broker
+
+FLEET = """
+[fleet]
+name = "{name}"
+rounds = {rounds}
+quorum = {quorum}
+deadline_s = {deadline_s}
+extensions = {extensions}
+
+[method]
+name = "{method}"
+
+[adapter]
+rank = 2
+
+[training]
+steps = {steps}
+rows_a_step = 4
+learning_rate = 1e-2
+max_tokens = 32
+"""
+MODEL = """
+[[catalog]]
+source = "{source}"
+depth = {depth}
+weights = ["float32"]
+"""
+
+
+class Command:
+    """`edge-runtime ...` as a process whose events are read as they come."""
+
+    def __init__(self, *arguments: str, cache: Path | None = None) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if cache:
+            environment["EDGE_RUNTIME_CACHE"] = str(cache)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "edge_runtime.cli", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+        self.seen: list[dict[str, Any]] = []
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def until(self, holds: Callable[[dict[str, Any]], bool], timeout_s: float = 90.0) -> dict[str, Any]:
+        """Read events until one holds; fails when the process ends or the time is over."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                line = self._lines.get(timeout=max(deadline - time.monotonic(), 0.0))
+            except queue.Empty:
+                raise AssertionError(f"not seen within {timeout_s} s; events: {self.seen[-8:]}") from None
+            if line is None:
+                self.process.wait(10)
+                raise AssertionError(
+                    f"it ended with {self.process.returncode}: {self.error()}; events: {self.seen[-8:]}"
+                )
+            event = json.loads(line)
+            self.seen.append(event)
+            if holds(event):
+                return event
+
+    def phase(self, name: str, timeout_s: float = 90.0) -> dict[str, Any]:
+        """Read events until one has this phase."""
+        return self.until(lambda event: event["phase"] == name, timeout_s)
+
+    def end(self, timeout_s: float = 90.0) -> int:
+        """Wait for the end; its exit code."""
+        return self.process.wait(timeout_s)
+
+    def error(self) -> str:
+        """What it wrote to stderr; only after its end."""
+        assert self.process.stderr is not None
+        return self.process.stderr.read().strip()
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        self.process.kill()
+        self.process.wait(10)
+
+
+class Fleet:
+    """One test's fleet: writes its file and starts its processes; ends them all."""
+
+    def __init__(self, broker: Broker, cache: Path, folder: Path, rows: Path, name: str) -> None:
+        self.broker, self.cache, self.folder, self.rows, self.name = broker, cache, folder, rows, name
+        self.running: list[Command] = []
+
+    def write(
+        self,
+        *models: tuple[str, int],
+        method: str = "fedit",
+        rounds: int = 1,
+        quorum: int = 1,
+        deadline_s: float = 60,
+        extensions: int = 0,
+        steps: int = 4,
+    ) -> None:
+        """fleet.toml; models are (source, depth) in order of preference."""
+        head = FLEET.format(
+            name=self.name,
+            rounds=rounds,
+            quorum=quorum,
+            deadline_s=deadline_s,
+            extensions=extensions,
+            method=method,
+            steps=steps,
+        )
+        catalog = "".join(MODEL.format(source=source, depth=depth) for source, depth in models or [("none", 1)])
+        (self.folder / "fleet.toml").write_text(head + catalog)
+
+    def node(self, *more: str) -> Command:
+        """The aggregator, on this test's state."""
+        where = ("--fleet", str(self.folder / "fleet.toml"), "--state", str(self.folder / "node"))
+        return self._start("aggregator", *where, "--broker", self.broker.url, "--json", *more)
+
+    def agent(self, id: str, *more: str) -> Command:
+        """A device, on its own state."""
+        what = ("--fleet", self.name, "--id", id, "--data", str(self.rows), "--state", str(self.folder / id))
+        return self._start("agent", *what, "--broker", self.broker.url, "--threads", "1", "--json", *more)
+
+    def _start(self, *arguments: str) -> Command:
+        self.running.append(Command(*arguments, cache=self.cache))
+        return self.running[-1]

@@ -1,0 +1,98 @@
+"""What a user gets wrong ends in one sentence and the documented exit code."""
+
+from pathlib import Path
+
+import pytest
+from fleet import Command, Fleet
+
+NOBODY = "mqtt://127.0.0.1:9"
+
+
+def assert_one_sentence(command: Command, code: int, *words: str) -> None:
+    assert command.end() == code
+    said = command.error()
+    assert "Traceback" not in said
+    assert len(said.splitlines()) == 1, said
+    for word in words:
+        assert word in said
+
+
+@pytest.mark.parametrize("name", ["agent", "aggregator", "status"])
+def test_no_broker_there(fleet: Fleet, name: str) -> None:
+    fleet.write()
+    fleet.broker = type("Nowhere", (), {"url": NOBODY})()  # type: ignore[assignment]
+    started = {
+        "agent": lambda: fleet.agent("a"),
+        "aggregator": fleet.node,
+        "status": lambda: Command("status", "--broker", NOBODY, "--fleet", "x"),
+    }[name]()
+    assert_one_sentence(started, 3, "no MQTT broker answered", "127.0.0.1:9")
+
+
+def test_a_wrong_fleet_name_is_answered_with_those_that_are_there(fleet: Fleet) -> None:
+    fleet.write()
+    fleet.node().phase("collecting")
+    right, fleet.name = fleet.name, "no-such-fleet"
+    assert_one_sentence(fleet.agent("a", "--wait", "1"), 3, "no-such-fleet", right)
+    status = Command("status", "--broker", fleet.broker.url, "--fleet", "no-such-fleet")
+    assert_one_sentence(status, 3, "no-such-fleet", right)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["cannot read the data file"]),
+        ("", ["has no rows"]),
+        ('{"prompt": "a", "completion": "b"}\nnot json\n', ["line 2", "not a JSON object"]),
+        ('{"prompt": "a"}\n', ["line 1", "prompt and completion"]),
+    ],
+)
+def test_data_is_refused_before_anything_is_sent(fleet: Fleet, content: str | None, words: list[str]) -> None:
+    fleet.broker = type("Nowhere", (), {"url": NOBODY})()  # type: ignore[assignment]  # it must not get this far
+    fleet.rows.unlink()
+    if content is not None:
+        fleet.rows.write_text(content)
+    assert_one_sentence(fleet.agent("a"), 2, *words)
+
+
+def test_a_budget_too_small_names_the_smallest_that_fits(fleet: Fleet, tiny_model: Path) -> None:
+    fleet.write((str(tiny_model), 4), (str(tiny_model), 2))
+    node = fleet.node()
+    node.phase("collecting")
+    assert_one_sentence(fleet.agent("a", "--budget", "20MiB"), 4, "20 MiB is too small", "2 layers", "which needs")
+    assert "too small" in node.phase("failed")["text"]
+
+
+def test_a_model_that_cannot_be_read_is_named(fleet: Fleet, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(100))
+    fleet.write((str(broken), 1))
+    node = fleet.node()
+    node.phase("collecting")
+    assert_one_sentence(fleet.agent("a"), 2, "broken.gguf", "cannot be read")
+    assert "broken.gguf" in node.phase("failed")["text"]
+
+
+def test_a_wrong_key_of_the_fleet_file_names_the_right_one(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.toml"
+    path.write_text('[fleet]\nname = "x"\nquorun = 2\n[[catalog]]\nsource = "m"\n')
+    assert_one_sentence(Command("plan", "--fleet", str(path)), 2, "quorun", "did you mean `quorum`")
+
+
+def test_an_unknown_board_and_a_bad_size_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.toml"
+    path.write_text('[fleet]\nname = "x"\n[[catalog]]\nsource = "m"\n')
+    board = Command("plan", "--fleet", str(path), "--board", "jetson-orin-nan-8gb")
+    assert_one_sentence(board, 2, "jetson-orin-nano-8gb")
+    assert_one_sentence(Command("plan", "--fleet", str(path), "--budget", "lots"), 2, "lots")
+
+
+def test_plan_and_profile_speak_json(fleet: Fleet, tiny_model: Path) -> None:
+    fleet.write((str(tiny_model), 4))
+    fleet_file = str(fleet.folder / "fleet.toml")
+    plan = Command("plan", "--fleet", fleet_file, "--board", "jetson-orin-nano-8gb", "--json", cache=fleet.cache)
+    planned = plan.until(lambda _: True)
+    assert planned["plan"]["depth"] == 4
+    assert planned["predicted_peak_bytes"] == sum(planned["plan"]["terms"].values()) <= planned["budget_bytes"]
+    profile = Command("profile", "--json", cache=fleet.cache).until(lambda _: True)
+    assert profile["ram_total_bytes"] > profile["runtime_baseline_bytes"] > 100 << 20

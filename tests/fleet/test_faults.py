@@ -1,0 +1,192 @@
+"""Processes die and devices misbehave; rounds go on, and nothing counts twice."""
+
+import os
+import signal
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from edge_broker import messages, presence, signing, topics
+from edge_broker.outbox import Outbox
+from edge_broker.session import Message, Session
+from edge_broker.transfer import Rejected, Uploader
+from fleet import Command, Fleet
+
+from edge_runtime import codec
+from edge_runtime.rounds import CODEC, REPORT_DOMAIN, Report
+
+
+def committed(fleet: Fleet) -> list[tuple[str, int]]:
+    connection = sqlite3.connect(fleet.folder / "node" / "node.db")
+    rows = connection.execute("SELECT device, round FROM journal_transfer WHERE state = 'committed' ORDER BY 1, 2")
+    found = rows.fetchall()
+    connection.close()
+    return found
+
+
+def eventually(holds: Callable[[], bool], timeout_s: float = 20.0) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        os.sched_yield()
+    return True
+
+
+def trainers_of(command: Command) -> list[int]:
+    children = Path(f"/proc/{command.process.pid}/task/{command.process.pid}/children")
+    threads = Path(f"/proc/{command.process.pid}/task").glob("*/children") if children.exists() else []
+    return [int(pid) for path in threads for pid in path.read_text().split()]
+
+
+def test_a_device_that_vanishes_is_named_and_not_waited_for(fleet: Fleet, tiny_model: Path) -> None:
+    fleet.write((str(tiny_model), 4), quorum=1, deadline_s=120, steps=200)
+    node = fleet.node()
+    node.phase("collecting")
+    gone = fleet.agent("gone")
+    gone.phase("train")
+    honest = fleet.agent("honest")
+    honest.phase("starting")
+    gone.kill()
+    merged = node.phase("merged")
+    assert merged["in_"] == ["honest"] and merged["missing"] == ["gone"]
+
+
+def test_a_round_below_its_quorum_ends_by_naming_who_is_missing(fleet: Fleet) -> None:
+    fleet.write(quorum=2, deadline_s=1.5, extensions=1)
+    node = fleet.node("--noop")
+    fleet.agent("here", "--noop", "10kB").phase("waiting")
+    mute = fleet.agent("mute", "--noop", "10kB")
+    mute.process.send_signal(signal.SIGSTOP)  # online as far as the broker can tell
+    assert node.phase("extended", 30)["in_"] == ["here"]
+    assert node.end(30) == 1
+    assert "1 of the 2 updates of its quorum" in node.error()
+
+
+@pytest.mark.parametrize("moment", ["received", "collecting"])
+def test_a_killed_aggregator_goes_on_in_the_same_round(fleet: Fleet, moment: str) -> None:
+    fleet.write(quorum=2, rounds=2)
+    node = fleet.node("--noop", "--until-finished")
+    node.phase("collecting")
+    first = fleet.agent("first", "--noop", "200kB", "--until-finished")
+    node.phase("received") if moment == "received" else first.phase("connected")
+    node.kill()
+    again = fleet.node("--noop", "--until-finished")
+    again.phase("collecting")
+    second = fleet.agent("second", "--noop", "200kB", "--until-finished")
+    assert (again.end(), first.end(), second.end()) == (0, 0, 0)
+    assert committed(fleet) == [("first", 1), ("first", 2), ("second", 1), ("second", 2)]
+
+
+def test_a_killed_agent_takes_its_trainer_along_and_trains_again(fleet: Fleet, tiny_model: Path) -> None:
+    fleet.write((str(tiny_model), 4), steps=60)
+    node = fleet.node("--until-finished")
+    agent = fleet.agent("a", "--until-finished")
+    agent.phase("train")
+    trainers = trainers_of(agent)
+    assert trainers
+    agent.kill()
+    assert eventually(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in trainers))
+    again = fleet.agent("a", "--until-finished")
+    assert (again.end(), node.end()) == (0, 0)
+    assert committed(fleet) == [("a", 1)]
+
+
+def test_a_delta_that_waits_in_the_outbox_is_sent_without_training_again(fleet: Fleet, tiny_model: Path) -> None:
+    fleet.write((str(tiny_model), 4))
+    node = fleet.node("--until-finished")
+    agent = fleet.agent("a", "--until-finished")
+    agent.phase("train")
+    node.kill()  # nobody will take the delta
+    agent.phase("sending")
+    agent.kill()
+    node, again = fleet.node("--until-finished"), fleet.agent("a", "--until-finished")
+    assert (again.end(), node.end()) == (0, 0)
+    assert "train" not in {event["phase"] for event in again.seen}
+    assert committed(fleet) == [("a", 1)]
+
+
+class Crafted:
+    """A device written by hand, which can send whatever it likes."""
+
+    def __init__(self, fleet: Fleet, id: str) -> None:
+        self.fleet, self.id = fleet, id
+        folder = fleet.folder / id
+        folder.mkdir()
+        self.key = signing.load_or_create_key(folder / "key")
+        self.session = Session(fleet.broker.url, f"{fleet.name}-{id}", presence=presence.PresenceSpec(fleet.name, id))
+        self.outbox = Outbox(folder / "outbox.db", folder)
+        self.uploader = Uploader(self.session, self.outbox, fleet.name, id, self.key)
+
+    def offer(self, payload: bytes) -> Rejected:
+        """Send a payload and return the node's refusal."""
+        with self.session:
+            self.session.connect(10)
+            self.uploader.start()
+            report = msgspec.json.encode(Report(device=self.id, round=1, state="joined", budget_bytes=0))
+            signed = signing.sign(self.key, REPORT_DOMAIN, report).encode()
+            self.session.publish(topics.report(self.fleet.name, self.id), signed, retain=True)
+            manifest = messages.describe(
+                payload,
+                fleet=self.fleet.name,
+                device=self.id,
+                round=1,
+                model_class="tiny",
+                codec=CODEC,
+                samples=4,
+                chunk_bytes=self.session.chunk_bytes,
+            )
+            self.outbox.add(manifest, payload)
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline:
+                settled = self.uploader.handle(self.session.receive(min(self.uploader.tick(), 1.0)))
+                if isinstance(settled, Rejected) and settled.final:
+                    return settled
+        raise AssertionError("the node did not refuse it")
+
+
+def tensors(key: str, shape: tuple[int, int]) -> bytes:
+    return codec.encode({key: np.ones(shape, np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason"),
+    [
+        (b"no adapter at all", "no encoded adapter"),
+        (tensors("layers.0.q.Z", (2, 8)), "layers.0.q.Z"),
+        (tensors("layers.0.nose.A", (2, 8)), "layers.0.nose.A"),
+        (tensors("layers.0.q.A", (3, 8)), "has to be"),
+        (tensors("layers.0.q.A", (2, 8))[:-6], "bytes of values"),
+        (codec.encode({"layers.0.q.A": np.full((2, 8), 1e6, np.float32)}), "diverged"),
+    ],
+)
+def test_a_bad_delta_is_refused_with_its_reason(fleet: Fleet, payload: bytes, reason: str) -> None:
+    fleet.write()
+    node = fleet.node()
+    node.phase("collecting")
+    refusal = Crafted(fleet, "crafted").offer(payload)
+    assert reason in refusal.reason
+    assert reason in node.phase("refused")["text"]
+    assert committed(fleet) == []
+
+
+def test_an_agent_that_is_asked_to_stop_says_offline(fleet: Fleet) -> None:
+    fleet.write()
+    agent = fleet.agent("a")
+    agent.phase("connected")
+    agent.process.terminate()
+    assert agent.end(20) == 0
+    tracker = presence.Tracker()
+    with Session(fleet.broker.url, f"{fleet.name}-looks", clean_start=True, session_expiry_s=0) as session:
+        session.connect(10)
+        session.subscribe(topics.all_presence(fleet.name))
+        while not tracker.devices:
+            item = session.receive(5)
+            assert item is not None
+            if isinstance(item, Message):
+                tracker.handle(item.topic, item.payload)
+    assert tracker.state("a") == "offline"

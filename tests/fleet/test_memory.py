@@ -1,0 +1,37 @@
+"""What stays resident is small."""
+
+from pathlib import Path
+
+import pytest
+from fleet import Command, Fleet
+
+MIB = 1 << 20
+
+
+def resident_bytes(command: Command) -> int:
+    for line in Path(f"/proc/{command.process.pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no VmRSS")
+
+
+def mapped(command: Command) -> str:
+    return Path(f"/proc/{command.process.pid}/maps").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_an_idle_agent_takes_at_most_45_mib_and_no_torch(fleet: Fleet) -> None:
+    agent = fleet.agent("a")
+    agent.phase("connected")
+    assert resident_bytes(agent) <= 45 * MIB
+    assert "torch" not in mapped(agent) and "numpy" not in mapped(agent)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_an_aggregator_without_devices_takes_at_most_60_mib_and_no_torch(fleet: Fleet) -> None:
+    fleet.write()
+    node = fleet.node()
+    node.phase("collecting")
+    assert resident_bytes(node) <= 60 * MIB
+    assert "torch" not in mapped(node)
+    assert "numpy" in mapped(node)  # the check can see a library that is there

@@ -1,0 +1,119 @@
+"""Rounds with real training on a tiny model: what is merged, what stays private, what is counted."""
+
+import json
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from fleet import Fleet
+from safetensors.numpy import load_file
+
+from edge_runtime import codec
+from edge_runtime.adapters.initial import initial
+from edge_runtime.aggregator.store import Store
+from edge_runtime.rounds import Report
+
+
+def reports(fleet: Fleet, state: str) -> dict[tuple[str, int], Report]:
+    store = Store(fleet.folder / "node" / "node.db")
+    rows = store.connection.execute("SELECT device, round, body FROM reports WHERE state = ?", (state,)).fetchall()
+    store.connection.close()
+    return {(device, round_): msgspec.json.decode(body, type=Report) for device, round_, body in rows}
+
+
+def master(fleet: Fleet, round_: int) -> dict[str, np.ndarray]:
+    (path,) = (fleet.folder / "node" / "versions").glob(f"{round_:05d}-*.safetensors")
+    return load_file(path)
+
+
+def sent(fleet: Fleet, device: str, round_: int) -> dict[str, np.ndarray]:
+    return codec.decode((fleet.folder / device / "work" / f"round-{round_}" / "payload.bin").read_bytes())
+
+
+def budget_for_depth(fleet: Fleet, model: Path, depth: int) -> str:
+    """A budget that this depth fits and the next larger one of the catalog does not."""
+    from edge_runtime import processes, settings
+    from edge_runtime.planning.search import candidates
+
+    wanted = settings.load(fleet.folder / "fleet.toml")
+    facts = {str(model): processes.prepared(str(model), model)}
+    peaks = {
+        plans[0].depth: plans[-1].predicted_peak_bytes for plans in candidates(wanted, facts, processes.runtime_bytes())
+    }
+    return str(peaks[depth])
+
+
+def test_each_tensor_becomes_the_mean_over_the_devices_that_hold_it(
+    fleet: Fleet, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGE_RUNTIME_CACHE", str(fleet.cache))
+    fleet.write((str(tiny_model), 4), (str(tiny_model), 2), quorum=2, rounds=1)
+    node = fleet.node("--until-finished")
+    small = budget_for_depth(fleet, tiny_model, 2)
+    deep, shallow = (
+        fleet.agent("deep", "--until-finished"),
+        fleet.agent("shallow", "--until-finished", "--budget", small),
+    )
+    assert (node.end(), deep.end(), shallow.end()) == (0, 0, 0)
+    merged, a, b = master(fleet, 1), sent(fleet, "deep", 1), sent(fleet, "shallow", 1)
+    assert {key.split(".")[1] for key in a} == set("0123") and {key.split(".")[1] for key in b} == set("03")
+    assert merged.keys() == a.keys()
+    for key, value in merged.items():
+        step = (a[key] + b[key]) / 2 if key in b else a[key]
+        np.testing.assert_allclose(value, initial(key, step.shape, 0) + step, atol=1e-6, err_msg=key)
+    assert any(np.abs(a[key] - b[key]).max() > 1e-4 for key in b), (
+        "the devices sent the same, so the mean proves nothing"
+    )
+
+
+def test_the_next_round_starts_from_the_published_version_and_carries_what_rounding_lost(
+    fleet: Fleet, tiny_model: Path
+) -> None:
+    fleet.write((str(tiny_model), 4), rounds=2)
+    node, agent = fleet.node("--until-finished"), fleet.agent("a", "--until-finished")
+    assert (node.end(), agent.end()) == (0, 0)
+    work = fleet.folder / "a" / "work" / "round-2"
+    job = json.loads((work / "job.json").read_text())
+    start = codec.decode(Path(job["start"]).read_bytes())
+    for key, value in master(fleet, 1).items():
+        np.testing.assert_allclose(start[key], value, atol=np.abs(value).max() / 127)
+    assert job["residual"].endswith("round-1/residual.bin") and job["unsent"] is None
+    first, last = reports(fleet, "trained")[("a", 1)], reports(fleet, "finished")[("a", 2)]
+    assert first.result is not None and last.result is not None
+    assert last.result.evaluation["own"].loss < first.result.evaluation["own"].loss
+
+
+def test_local_sends_nothing_and_goes_on_from_its_own_state(fleet: Fleet, tiny_model: Path) -> None:
+    fleet.write((str(tiny_model), 4), rounds=2, method="local")
+    node, agent = fleet.node("--until-finished"), fleet.agent("a", "--until-finished")
+    assert (node.end(), agent.end()) == (0, 0)
+    found = reports(fleet, "trained")
+    assert not list((fleet.folder / "a" / "work").glob("*/payload.bin"))
+    assert all(report.bytes_up < 8192 for report in found.values())  # reports alone
+    before, after = (found[("a", round_)].result for round_ in (1, 2))
+    assert before is not None and after is not None
+    assert after.evaluation["own"].loss < before.evaluation["own"].loss
+
+
+def test_a_late_joiner_takes_part_from_the_global_version(fleet: Fleet, tiny_model: Path) -> None:
+    fleet.write((str(tiny_model), 4), rounds=2)
+    node = fleet.node("--until-finished")
+    early = fleet.agent("early", "--until-finished")
+    node.until(lambda event: event["phase"] == "collecting" and event["round"] == 2)
+    late = fleet.agent("late", "--until-finished")
+    assert (node.end(), early.end(), late.end()) == (0, 0, 0)
+    assert ("late", 1) not in reports(fleet, "trained")
+    assert reports(fleet, "finished").keys() == {("early", 2), ("late", 2)}
+    job = json.loads((fleet.folder / "late" / "work" / "finished" / "job.json").read_text())
+    assert job["start"] is not None
+
+
+def test_bytes_are_those_that_went_through_the_session(fleet: Fleet) -> None:
+    fleet.write(rounds=2)
+    node, agent = fleet.node("--noop", "--until-finished"), fleet.agent("a", "--noop", "300kB", "--until-finished")
+    assert (node.end(), agent.end()) == (0, 0)
+    found = reports(fleet, "trained")
+    assert 300_000 < found[("a", 1)].bytes_up < 310_000
+    assert found[("a", 1)].bytes_down < 5_000  # nothing to fetch yet
+    assert 300_000 < found[("a", 2)].bytes_down < 310_000

@@ -7,6 +7,7 @@ feedback carries what rounding lost into the next round: encode(delta + residual
 Source: Dettmers et al. 2021, arXiv 2110.02861 (block-wise 8 bits); Karimireddy et al. 2019, arXiv 1901.09847 (feedback).
 """
 
+import math
 from collections.abc import Mapping
 
 import msgspec
@@ -18,6 +19,9 @@ from edge_runtime.errors import InputError
 
 MAGIC = b"EDC1"
 BLOCK = 64
+SMALLEST_SCALE = np.finfo(np.float32).tiny  # below it a scale has too few bits left, and the block counts as zero
+LARGEST_SCALE = np.finfo(np.float32).max / 128  # above it scale · q would be infinite
+LARGEST_SIZE = 1 << 31  # values of all tensors together
 
 Tensors = dict[str, NDArray[np.float32]]
 
@@ -29,15 +33,15 @@ class Header(msgspec.Struct, frozen=True):
 
 
 def encode(tensors: Mapping[str, NDArray[np.float32]]) -> bytes:
-    """Encode float32 tensors; raises InputError when a value is not finite."""
+    """Encode float32 tensors; raises InputError when a value is not finite or within a hundredth of float32's largest."""
     values, scales = [], []
     for key, tensor in tensors.items():
         flat = np.ravel(tensor)
         blocks = np.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
-        largest = np.abs(blocks).max(axis=1, keepdims=True)
-        if not np.isfinite(largest).all():
+        scale = (np.abs(blocks).max(axis=1, keepdims=True) / 127).astype("<f4")
+        if not (scale <= LARGEST_SCALE).all():
             raise InputError(f"{key} holds a value that is not finite")
-        scale = (largest / 127).astype("<f4")
+        scale[scale < SMALLEST_SCALE] = 0
         quotient = np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale > 0)
         values.append(np.rint(quotient).astype(np.int8).ravel()[: flat.size])
         scales.append(scale.ravel())
@@ -54,7 +58,7 @@ def decode(payload: bytes) -> Tensors:
             is ever allocated.
     """
     declared, split = _header(payload)
-    sizes = [int(np.prod(shape, dtype=np.int64)) for shape in declared.values()]
+    sizes = [math.prod(shape) for shape in declared.values()]
     blocks = [-(-size // BLOCK) for size in sizes]
     expected = sum(sizes) + 4 * sum(blocks)
     try:
@@ -65,7 +69,7 @@ def decode(payload: bytes) -> Tensors:
     if len(raw) != expected:
         raise InputError(f"the payload holds {len(raw)} bytes of values, its shapes need {expected}")
     scales = np.frombuffer(raw, "<f4", offset=sum(sizes))
-    if not np.isfinite(scales).all() or (scales < 0).any():
+    if not ((scales >= 0) & (scales <= LARGEST_SCALE)).all():
         raise InputError("the payload has a scale that is negative or not finite")
     tensors, value, scale = {}, 0, 0
     for (key, shape), size, count in zip(declared.items(), sizes, blocks, strict=True):
@@ -91,4 +95,6 @@ def _header(payload: bytes) -> tuple[dict[str, tuple[int, ...]], int]:
         raise InputError(f"the payload's header cannot be read: {error}") from error
     if any(dimension < 1 for shape in declared.values() for dimension in shape):
         raise InputError("the payload declares an empty tensor")
+    if sum(map(math.prod, declared.values())) > LARGEST_SIZE:
+        raise InputError(f"the payload declares more than {LARGEST_SIZE} values")
     return declared, split

@@ -101,7 +101,7 @@ def load(path: Path) -> Fleet:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the fleet file {path}: {error.strerror}; give its path with --fleet") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid TOML: {error}") from error
     try:
         return parse(tables)
@@ -122,6 +122,10 @@ def parse(tables: dict[str, Any]) -> Fleet:
     _refuse_unknown(head, own, "[fleet] ")
     for table, kind in (("method", Method), ("adapter", Adapter), ("training", Training)):
         _refuse_unknown(fields.get(table, {}), set(kind.__struct_fields__), f"[{table}] ")
+    if not isinstance(fields.get("catalog", []), list):
+        raise InputError(
+            "`catalog` is a list of models: write [[catalog]] on a line of its own and the model's keys below"
+        )
     for entry in fields.get("catalog", []):
         _refuse_unknown(entry, set(Model.__struct_fields__), "[[catalog]] ")
     try:
@@ -154,6 +158,9 @@ def _check(fleet: Fleet) -> None:
         ("[training] steps", training.steps, training.steps >= 1, "1 or more"),
         ("[training] rows_a_step", training.rows_a_step, training.rows_a_step >= 1, "1 or more"),
         ("[training] learning_rate", training.learning_rate, 0 < training.learning_rate < 1, "between 0 and 1"),
+        ("[training] warmup_steps", training.warmup_steps, training.warmup_steps >= 0, "0 or more"),
+        ("[training] weight_decay", training.weight_decay, 0 <= training.weight_decay < 1, "0 or more, and below 1"),
+        ("[training] clip_norm", training.clip_norm, 0 < training.clip_norm < float("inf"), "a number above 0"),
         ("[training] max_tokens", training.max_tokens, training.max_tokens >= 8, "8 or more"),
         ("[training] timeout_s", training.timeout_s, 0 < training.timeout_s < float("inf"), "seconds above 0"),
     ]

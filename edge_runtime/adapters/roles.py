@@ -6,7 +6,8 @@ that holds linear layers is the attention, the second the MLP; inside them the o
     attention   4 layers: q k v o      2 layers: qkv o
     MLP         3 layers: gate up down     2 layers: gate_up down, or fc1 fc2
 
-Two layers of an MLP are gate_up and down when the first is twice as wide as what the second reads.
+Of two layers of an attention, qkv is the one that makes more than the other reads (Phi-3 defines it after o). Two layers
+of an MLP are gate_up and down when the first is twice as wide as what the second reads.
 
 This holds for the Llama, Mistral, Qwen2, Qwen3, Gemma, Phi and GPT-2 families. Anything else is refused by name.
 """
@@ -65,7 +66,7 @@ def _attention_roles(shapes: list[tuple[int, int]], block: str) -> tuple[Role, .
     if len(shapes) == 4 and shapes[1] == shapes[2]:
         return ("q", "k", "v", "o")
     if len(shapes) == 2:
-        return ("qkv", "o")
+        return ("qkv", "o") if shapes[0][0] > shapes[1][1] else ("o", "qkv")
     raise InputError(f"the attention of a {block} has linear layers of (out, in) {shapes}, which fit no known form")
 
 

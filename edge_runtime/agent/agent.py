@@ -52,7 +52,7 @@ class Agent:
             InputError: the data or a held-out file cannot be used.
         """
         self.options, self._tell = options, tell
-        self._work = options.state.resolve() / "work"
+        self._work, self._adapter = options.state.resolve() / "work", options.state.resolve() / "adapter"
         given = (options.data, options.evaluation)
         self._rows = work.Rows(*given) if options.noop_bytes else work.check_rows(*given, self._work)
         self._store = Store(options.state / "agent.db")
@@ -205,6 +205,7 @@ class Agent:
             private=work.current(self._work, self._store, "private"),
             residual=work.current(self._work, self._store, "residual"),
             unsent=work.current(self._work, self._store, "unsent"),
+            export=str(self._adapter) if self._round.state == "finished" else None,
             threads=self.options.threads,
             device=self.options.device,
         )
@@ -292,7 +293,7 @@ class Agent:
     def _finish(self, result: Result | None) -> None:
         self._reports.owe(self._report("finished", result))
         self._reports.publish_owed()
-        self._say("finished")
+        self._say("finished", text=f"the adapter is in {self._adapter}" if result else "")
         self._finished = self.options.until_finished
 
     # --- telling

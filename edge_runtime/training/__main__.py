@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from edge_runtime import codec, methods, settings
-from edge_runtime.adapters import attach
+from edge_runtime.adapters import attach, export
 from edge_runtime.errors import EdgeError, InputError
 from edge_runtime.methods.interface import Method
 from edge_runtime.models import weights
@@ -86,6 +86,8 @@ def run(folder: Path) -> None:
         tell("encode")
         with meter.phase("encode"):
             payload = _write(folder, job, method, start, attach.state(adapter))
+    elif job.export is not None:
+        export.to_peft(start, job.facts, job.adapter, adapter.paths, Path(job.export))
     result = Result(
         samples=min(len(examples), job.training.steps * job.training.rows_a_step),
         evaluation=scores,

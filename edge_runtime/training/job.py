@@ -17,9 +17,9 @@ from edge_runtime.planning.plan import Plan
 class Job(msgspec.Struct, frozen=True):
     """train: one round of training after the evaluation, else the evaluation alone.
 
-    evaluation: held-out files by name. start: the global version (encoded), None for version 0. private: state.bin of the
-    round before. residual: residual.bin of the last committed round. unsent: a payload
-    that the node refused, to be sent again. threads: CPU threads, 0 for all.
+    evaluation: held-out files by name. start: the global version (encoded), None for version 0. private: state.bin of an
+    earlier round. residual: residual.bin of the last settled round. unsent: a payload that the node refused, to be sent
+    again. export: folder for the adapter in PEFT's form, after an evaluation alone. threads: CPU threads, 0 for all.
     """
 
     train: bool
@@ -37,6 +37,7 @@ class Job(msgspec.Struct, frozen=True):
     private: str | None = None
     residual: str | None = None
     unsent: str | None = None
+    export: str | None = None
     threads: int = 0
     device: str = "cpu"
 

@@ -178,7 +178,12 @@ class Agent:
             self._train(None)
             return
         self._say("fetching", text=f"{version.size} bytes")
-        fetched = self._fetcher.fetch(version)
+        work.forget_versions(self.options.state / "versions", version.digest)
+        try:
+            fetched = self._fetcher.fetch(version)
+        except BrokerError as error:
+            self._fail(str(error))
+            return
         if fetched is not None:
             self._train(fetched.path)
 

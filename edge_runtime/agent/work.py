@@ -68,6 +68,13 @@ def settle(work: Path, store: Store, settled: Committed | Rejected) -> None:
         store.set("unsent", None if isinstance(settled, Committed) else str(round_))
 
 
+def forget_versions(folder: Path, digest: str) -> None:
+    """Delete the global versions of earlier rounds; a round starts from one alone."""
+    for path in folder.glob("*"):
+        if not path.name.startswith(digest):
+            path.unlink(missing_ok=True)
+
+
 def tidy(work: Path, store: Store, outbox: Outbox) -> None:
     """Delete the rounds that neither the next one needs nor the node has still to take."""
     needed = {int(round_) for name in FILES if (round_ := store.get(name))}

@@ -41,7 +41,7 @@ def read_rows(path: Path) -> list[Row]:
         InputError: the file is missing or empty, or a row is not one of the forms above; the line is named.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a JSON text may hold U+2028 and the like
     except OSError as error:
         raise InputError(
             f"cannot read the data file {path}: {error.strerror}; give a .jsonl file with --data"

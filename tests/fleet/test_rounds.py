@@ -1,5 +1,6 @@
 """Rounds with real training on a tiny model: what is merged, what stays private, what is counted."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -75,7 +76,9 @@ def test_the_next_round_starts_from_the_published_version_and_carries_what_round
     assert (node.end(), agent.end()) == (0, 0)
     work = fleet.folder / "a" / "work" / "round-2"
     job = json.loads((work / "job.json").read_text())
-    start = codec.decode(Path(job["start"]).read_bytes())
+    (published,) = (fleet.folder / "node" / "versions").glob("00001-*.edc")
+    assert Path(job["start"]).name == hashlib.sha256(published.read_bytes()).hexdigest()
+    start = codec.decode(published.read_bytes())
     for key, value in master(fleet, 1).items():
         np.testing.assert_allclose(start[key], value, atol=np.abs(value).max() / 127)
     assert job["residual"].endswith("round-1/residual.bin") and job["unsent"] is None

@@ -101,7 +101,7 @@ def show_demo(outcome: "Outcome") -> None:
     memory = _table(
         f"{outcome.rounds_closed} of {outcome.rounds} rounds with {outcome.method} in {outcome.seconds:.0f} s; "
         f"base model {outcome.devices[0].model.partition('@')[0]}",
-        *("device", "model", "budget", "predicted", "measured", "sent", "received"),
+        *("device", "model", "predicted / measured / budget", "sent", "received"),
     )
     learned = _table(
         "held-out rows: loss and exact matches, before -> after",
@@ -111,9 +111,11 @@ def show_demo(outcome: "Outcome") -> None:
         memory.add_row(
             device.id,
             f"{device.depth} layers, {device.weights}",
-            _mib(device.budget_bytes),
-            _mib(device.predicted_peak_bytes),
-            _mib(device.measured_peak_bytes),
+            " / ".join(
+                f"{size / MIB:.0f}"
+                for size in (device.predicted_peak_bytes, device.measured_peak_bytes, device.budget_bytes)
+            )
+            + " MiB",
             format_size(device.bytes_up),
             format_size(device.bytes_down),
         )

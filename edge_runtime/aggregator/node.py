@@ -160,6 +160,8 @@ class Node:
             return f"the codec {manifest.codec} is not known; needed: {CODEC}"
         if manifest.size > LARGEST_PAYLOAD_BYTES:
             return f"{manifest.size} bytes are more than the {LARGEST_PAYLOAD_BYTES} a node takes"
+        if manifest.samples < 1:
+            return "the manifest has 0 samples, but the mean is weighted by them: at least 1 is needed"
         return None
 
     def _take(self, complete: Complete) -> None:
@@ -184,6 +186,8 @@ class Node:
         report = messages.decode(body, Report)
         if report.device != device:
             raise BadMessage(f"{device} sent a report of {report.device}")
+        if not 1 <= report.round <= self.fleet.rounds:
+            raise BadMessage(f"{device} reports round {report.round}, this fleet has 1 to {self.fleet.rounds}")
         self._store.pin(device, key)
         self._store.add_report(report)
         if report.state == "failed":

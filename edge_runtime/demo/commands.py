@@ -60,6 +60,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {  # by the action they mean
     "status": ("is the {thing} on", "check the {thing}", "how is the {thing} doing"),
 }
 COMMON_SHARE = 0.2  # of a device's rows
+DRAWS_IN_VAIN = 2000  # without a new command among them, the generator has no more
 
 
 class Rows(NamedTuple):
@@ -101,12 +102,15 @@ def _draw(
     draw: random.Random, things: dict[str, tuple[str, ...]], common: float, n: int, *, held: bool
 ) -> list[dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
-    for _ in range(1000 * n):
-        if len(found) == n:
-            return list(found.values())
+    in_vain = 0
+    while len(found) < n and in_vain < DRAWS_IN_VAIN:
         row = _row(draw, COMMON if draw.random() < common else things)
-        if _is_held_out(row["prompt"]) == held:
-            found.setdefault(row["prompt"], row)
+        in_vain += 1
+        if _is_held_out(row["prompt"]) == held and row["prompt"] not in found:
+            found[row["prompt"]] = row
+            in_vain = 0
+    if len(found) == n:
+        return list(found.values())
     raise ValueError(f"asked for {n} distinct commands, the generator ran out at {len(found)}: ask for fewer rows")
 
 

@@ -22,7 +22,7 @@ MIB = 1 << 20
 TOKENIZER_BYTES = 960
 ADAPTER_BYTES = 24
 LOSS_CHUNK_BYTES = 32 * MIB  # the operator's default
-SCRATCH_BYTES = {"float32": 0, "bfloat16": 48 * MIB}
+SCRATCH_BYTES = {"float32": 0, "bfloat16": 56 * MIB}
 LOSS_CHUNKS = {"float32": 2.0, "bfloat16": 2.5}
 
 

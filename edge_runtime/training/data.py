@@ -57,7 +57,7 @@ def read_rows(path: Path) -> list[Row]:
 def _row(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not a JSON object ({error})") from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: {type(row).__name__} seen, a JSON object is needed")
@@ -82,6 +82,8 @@ def _check_messages(messages: Any, where: str) -> None:
         raise InputError(f"{where}: `messages` has to be a list of objects with a role and a content, both text")
     if not any(turn["role"] == "assistant" for turn in messages):
         raise InputError(f"{where}: no message has the role assistant, so there is nothing to learn")
+    if messages[0]["role"] == "assistant":
+        raise InputError(f"{where}: the first message is the assistant's, but it has to answer something")
 
 
 def write_rows(path: Path, rows: list[Row]) -> Path:
@@ -101,7 +103,7 @@ def tokenize(rows: list[Row], tokenizer: Any, max_tokens: int) -> list[Example]:
     """Token sequences of at most max_tokens; a prompt loses its beginning, plain text its end.
 
     Raises:
-        InputError: messages for a model without a chat template.
+        InputError: messages for a model without a chat template, or such as its template refuses.
     """
     return [_example(row, tokenizer, max_tokens) for row in rows]
 
@@ -140,7 +142,11 @@ def _chat(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], li
 
 
 def _templated(messages: list[dict[str, str]], tokenizer: Any, *, add_generation_prompt: bool) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as error:  # a template may refuse roles or their order, with an error of its own
+        seen = ", ".join(turn["role"] for turn in messages)
+        raise InputError(f"the model's chat template refuses messages of the roles {seen}: {error}") from error
     ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     return ids
 

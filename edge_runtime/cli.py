@@ -45,7 +45,10 @@ def app() -> None:
 @app.command()
 @as_json
 def profile(json: bool) -> None:
-    """Show this device as the planner sees it: cores, memory, GPU, board, and what the runtime itself takes."""
+    """Show this device as the planner sees it.
+
+    Cores, memory, GPU, board, and what the runtime itself takes.
+    """
     from edge_runtime import views
 
     values = {**msgspec.to_builtins(_probe()), "runtime_baseline_bytes": _runtime_bytes()}
@@ -59,7 +62,10 @@ def profile(json: bool) -> None:
 @with_models
 @as_json
 def plan(fleet: Path, budget: str | None, board: str | None, models: Path, json: bool) -> None:
-    """Show which model of a fleet's catalog this device, or a board, would train, and why no larger one."""
+    """Show which model fits, and why no larger one.
+
+    Of the fleet's catalog, on this device or on a board one does not have.
+    """
     from edge_profiles import board as board_named
     from edge_profiles import default_budget_bytes, profile_of
 
@@ -85,7 +91,10 @@ def plan(fleet: Path, budget: str | None, board: str | None, models: Path, json:
 )
 @click.option("--kind", type=click.Choice(["auto", "mosquitto", "embedded"]), default="auto", show_default=True)
 def broker(port: int, state: Path, kind: str) -> None:
-    """Run a broker on this machine's loopback: Mosquitto if it is installed, else the embedded one."""
+    """Run a broker on this machine's loopback.
+
+    Mosquitto if it is installed, else the embedded one.
+    """
     from edge_broker.local import start_broker
 
     running = start_broker(port=port, state_dir=state, kind=kind)
@@ -110,7 +119,10 @@ def broker(port: int, state: Path, kind: str) -> None:
 @click.option("--noop", is_flag=True, hidden=True)
 @as_json
 def aggregator(fleet: Path, state: Path, broker: str, node: str, until_finished: bool, noop: bool, json: bool) -> None:
-    """Run a fleet: announce its rounds, take in the devices' deltas, merge them, publish the global versions."""
+    """Run a fleet's node.
+
+    It announces rounds, takes in the devices' deltas, merges them, and publishes the global versions.
+    """
     from edge_runtime import settings
     from edge_runtime.aggregator.node import Event, Node, Options
 
@@ -167,7 +179,10 @@ def agent(
     noop: str | None,
     json: bool,
 ) -> None:
-    """Take part in a fleet from this device: everything but its data comes from the fleet's node."""
+    """Take part in a fleet from this device.
+
+    Everything but its data comes from the fleet's node.
+    """
     from edge_profiles import default_budget_bytes
 
     from edge_runtime.agent.agent import Agent
@@ -208,7 +223,10 @@ def agent(
 @click.option("--fleet", required=True, help="The fleet's name.")
 @as_json
 def status(broker: str, fleet: str, json: bool) -> None:
-    """Show a fleet's round, and each device's presence, plan, memory and scores, as the broker has them now."""
+    """Show a fleet's round and its devices.
+
+    Presence, plan, memory and scores of each, as the broker has them now.
+    """
     from edge_runtime import status as status_
     from edge_runtime import views
 
@@ -222,7 +240,10 @@ def status(broker: str, fleet: str, json: bool) -> None:
 @click.option("--keep", type=click.Path(path_type=Path), help="Keep state, logs and adapters in this folder.")
 @click.option("--json", "json", type=click.Path(path_type=Path), help="Write the result to this file.")
 def demo(method: str, broker: str | None, keep: Path | None, json: Path | None) -> None:
-    """Run a whole fleet on this machine: a broker, an aggregator and three agents, on a real model."""
+    """Run a whole fleet on this machine.
+
+    A broker, an aggregator and three agents, as processes of their own, on a real model.
+    """
     from edge_runtime import views
     from edge_runtime.demo import run
 
@@ -275,11 +296,9 @@ def _probe() -> "Profile":
 
 def _runtime_bytes() -> int | None:
     """The runtime baseline; None where the trainer's packages are not installed."""
-    from importlib.util import find_spec
-
     from edge_runtime import processes
 
-    return processes.runtime_bytes() if find_spec("torch") and find_spec("transformers") else None
+    return processes.runtime_bytes() if processes.trainer_installed() else None
 
 
 def _size(text: str) -> int:

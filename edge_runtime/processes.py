@@ -6,6 +6,8 @@ What they print is read here; where they fail, their last line is the reason.
 import os
 import subprocess
 import sys
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -15,6 +17,7 @@ from edge_runtime.models.facts import Facts
 
 PREPARE_TIMEOUT_S = 3600.0  # a hub download may be gigabytes
 BASELINE_TIMEOUT_S = 120.0
+NOT_INSTALLED = "this needs the trainer's packages, which are not installed: pip install 'edge-runtime[agent]'"
 TRAINER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 20),  # larger blocks go straight back to the system when freed
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",  # else each new shape's kernel stays, some 50 MiB after ten steps
@@ -39,8 +42,8 @@ def prepared(source: str, models: Path) -> Facts:
 
 def runtime_bytes() -> int:
     """The runtime baseline of this device, measured once for each Python, torch and transformers (three seconds)."""
-    from importlib.metadata import version
-
+    if not trainer_installed():
+        raise InputError(NOT_INSTALLED)
     names = f"{sys.version_info.major}.{sys.version_info.minor}-{version('torch')}-{version('transformers')}"
     kept = cache_folder() / f"baseline-{names}"
     if not kept.exists():
@@ -57,7 +60,14 @@ def environment() -> dict[str, str]:
     return {**os.environ, **TRAINER_ENVIRONMENT}
 
 
+def trainer_installed() -> bool:
+    """Whether the packages of a trainer process are there; a node does without them."""
+    return find_spec("torch") is not None and find_spec("transformers") is not None
+
+
 def _output(module: list[str], timeout_s: float, error: type[EdgeError]) -> bytes:
+    if not trainer_installed():
+        raise InputError(NOT_INSTALLED)
     try:
         done = subprocess.run(
             [sys.executable, "-m", *module],

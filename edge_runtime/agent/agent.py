@@ -65,6 +65,7 @@ class Agent:
         self._fetcher = Fetcher(self._session, options.fleet, options.id, options.state / "versions")
         self._round: Round | None = None
         self._planned: Planned | None = None
+        self._planning = False
         self._trainer: Trainer | None = None
         self._attempt = 0
         self._budget_bytes = options.budget_bytes
@@ -126,9 +127,10 @@ class Agent:
     def _handle_own(self, item: object) -> None:
         """What this device's own thread and trainer say."""
         if isinstance(item, Planned):
-            self._planned = item
-            self._begin()
+            self._planned, self._planning = item, False
+            self._plan()  # begins, unless the fleet or the budget changed meanwhile
         elif isinstance(item, Unplanned):
+            self._planning = False
             self._give_up(item.error)
         elif isinstance(item, Progress):
             self._say(item.phase, item.step, item.steps, item.loss, item.memory_bytes)
@@ -167,12 +169,18 @@ class Agent:
             self._begin()
             return
         self._say("planning")
+        if self._planning:  # an earlier round's plan is on its way, and is this one's too
+            return
+        self._planning = True
         planner.start(self._round.fleet, self._budget_bytes, self.options.models, self._session.put)
 
     def _begin(self) -> None:
         """Say what this device will train (the node pins the key of a first report), and get the global version."""
         assert self._round is not None
         self._reports.publish(self._report("joined", None))
+        if self._round.state == "open" and self._outbox.pending():
+            self._say("waiting", text="for the node's word on the last update, on which the next one builds")
+            return
         version = self._round.versions.get(self._planned.plan.model_class if self._planned else NOOP)
         if version is None:
             self._train(None)
@@ -290,6 +298,11 @@ class Agent:
             self._say("rejected", text=settled.reason)
             self._reports.withdraw(round_)
             self._reports.publish(msgspec.structs.replace(self._report("failed", None, settled.reason), round=round_))
+        else:
+            self._say("waiting", text=f"the node does not take round {round_} yet: {settled.reason}")
+            return
+        if self._round is not None and self._round.state == "open" and round_ < self._round.round:
+            self._plan()  # the open round waited for this word
 
     def _close_round(self) -> None:
         self._reports.publish_owed()

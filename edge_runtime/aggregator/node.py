@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import msgspec
 from edge_broker import messages, presence, signing, topics
-from edge_broker.errors import BadMessage
+from edge_broker.errors import BadMessage, Refused
 from edge_broker.errors import LinkError as BrokerError
 from edge_broker.journal import Journal
 from edge_broker.messages import Artifact, Manifest
+from edge_broker.session import Connected, Disconnected, Message, Session
 from edge_broker.session import Event as LinkEvent
-from edge_broker.session import Message, Session
 from edge_broker.transfer import Complete, Publisher, Receiver
 
 from edge_runtime import methods
@@ -31,6 +31,7 @@ from edge_runtime.settings import Fleet
 
 log = logging.getLogger(__name__)
 LARGEST_PAYLOAD_BYTES = 1 << 30
+OFFLINE_S = 60.0  # between two looks at the time while there is no broker
 GREETING_S = 1.0  # after connecting: who is there has to be heard before a round may close without them
 
 
@@ -78,6 +79,8 @@ class Node:
         self._round = self._store.open_round()
         self._served: dict[str, Artifact] = {}
         self._deadline = self._greeted = 0.0
+        self._offline_since: float | None = None  # an outage does not count against the deadline
+        self._announced = b""
         self._finished = False
 
     def run(self) -> None:
@@ -92,12 +95,9 @@ class Node:
             self._announce()
             self._greeted = time.monotonic() + GREETING_S
             while not self._finished:
-                now = time.monotonic()
-                next_s = (self._greeted if now < self._greeted else self._deadline) - now
-                self._handle(
-                    self._session.receive(max(min(self._receiver.tick(), self._publisher.tick(), next_s), 0.0))
-                )
-                if time.monotonic() >= self._greeted:
+                due_s = min(self._receiver.tick(), self._publisher.tick(), self._next_s())
+                self._handle(self._session.receive(max(due_s, 0.0)))
+                if self._offline_since is None and time.monotonic() >= self._greeted:
                     self._close_if_due()
         finally:
             self._session.close()
@@ -115,6 +115,13 @@ class Node:
         except BrokerError as error:
             raise LinkError(str(error)) from error
 
+    def _next_s(self) -> float:
+        """Seconds until a round may close."""
+        if self._offline_since is not None:
+            return OFFLINE_S
+        now = time.monotonic()
+        return (self._greeted if now < self._greeted else self._deadline) - now
+
     def _announce(self) -> None:
         """Serve the current versions and say what round is open."""
         versions = self._store.versions()
@@ -129,16 +136,36 @@ class Node:
             fleet=self.fleet,
             versions=self._served,
         )
-        signed = signing.sign(self._key, ROUND_DOMAIN, msgspec.json.encode(announced)).encode()
-        self._session.publish(topics.round(self.fleet.name), signed, retain=True)
+        self._announced = signing.sign(self._key, ROUND_DOMAIN, msgspec.json.encode(announced)).encode()
+        self._publish_round()
         self._deadline = time.monotonic() + self.fleet.deadline_s
         self._say("finishing" if done else "collecting")
+
+    def _publish_round(self) -> None:
+        try:
+            self._session.publish(topics.round(self.fleet.name), self._announced, retain=True)
+        except Refused as error:
+            raise LinkError(str(error)) from error
+        except BrokerError as error:  # the next connection says it again
+            log.warning("the round is not announced yet: %s", error)
+
+    def _back_online(self) -> None:
+        """Announce again, as the broker may have lost its memory, and hear who is there before a round closes."""
+        now = time.monotonic()
+        self._deadline += now - (self._offline_since or now)
+        self._greeted = now + GREETING_S
+        self._offline_since = None
+        self._publish_round()
 
     def _handle(self, item: Message | LinkEvent | None) -> None:
         complete = self._receiver.handle(item)
         if complete is not None:
             self._take(complete)
         self._publisher.handle(item)
+        if isinstance(item, Disconnected):
+            self._offline_since = self._offline_since or time.monotonic()
+        elif isinstance(item, Connected):
+            self._back_online()
         if not isinstance(item, Message):
             return
         try:

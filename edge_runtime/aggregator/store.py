@@ -103,7 +103,10 @@ class Store:
         self.connection.execute("INSERT OR IGNORE INTO devices VALUES (?, ?)", (device, key))
 
     def add_report(self, report: Report) -> None:
-        """Keep a report; a repeated one replaces itself."""
+        """Keep a report; a repeated one replaces itself, and a device that joins again has failed no longer."""
+        if report.state == "joined":
+            query = "DELETE FROM reports WHERE device = ? AND round = ? AND state = 'failed'"
+            self.connection.execute(query, (report.device, report.round))
         self.connection.execute(
             "INSERT OR REPLACE INTO reports VALUES (?, ?, ?, ?)",
             (report.device, report.round, report.state, msgspec.json.encode(report)),

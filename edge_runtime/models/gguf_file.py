@@ -85,6 +85,6 @@ def read(path: Path, tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
             values = gguf.quants.dequantize(packed.reshape(count, row_bytes), kind).astype(np.float32, copy=False)
             out[first : first + count] = torch.from_numpy(values - np.float32(tensor.added))
     if tensor.interleaved_heads:
-        half = rows // tensor.interleaved_heads // 2
-        out = out.view(tensor.interleaved_heads, half, 2, columns).transpose(1, 2).reshape(rows, columns)
+        half = tensor.shape[0] // tensor.interleaved_heads // 2
+        out = out.view(tensor.interleaved_heads, half, 2, -1).transpose(1, 2).reshape(tensor.shape)
     return out.view(tensor.shape)

@@ -70,7 +70,7 @@ def _reader(facts: Facts, dtype: torch.dtype) -> Callable[[str], torch.Tensor]:
         try:
             with safe_open(files[name], framework="pt") as stream:
                 return stream.get_tensor(name).to(dtype)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise InputError(f"{files[name]} cannot be read: {error}") from error
 
     files = _safetensors_files(path)
@@ -83,6 +83,9 @@ def _safetensors_files(folder: Path) -> dict[str, Path]:
         return {name: folder / file for name, file in json.loads(listing.read_text())["weight_map"].items()}
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as stream:
-            found.update(dict.fromkeys(stream.keys(), file))
+        try:
+            with safe_open(file, framework="pt") as stream:
+                found.update(dict.fromkeys(stream.keys(), file))
+        except SafetensorError as error:
+            raise InputError(f"{file} cannot be read: {error}") from error
     return found

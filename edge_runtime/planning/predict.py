@@ -1,15 +1,14 @@
 """Predicts the peak memory of training from the model's facts alone; nothing is loaded.
 
-    peak = runtime + tokenizer + weights + adapter + boundaries + block + loss + scratch
+    peak = runtime + tokenizer + weights + adapter + boundaries + block + loss
 
     runtime     a trainer that trained a model of almost nothing (measured once on the device, see `baseline`)
     tokenizer   vocabulary · 960 B, what a Hugging Face tokenizer holds a token
     weights     frozen parameters kept, in their format
-    adapter     24 B a parameter: factor, gradient and two Adam moments in float32, the state the round started from, and a copy
+    adapter     20 B a parameter: factor, gradient and two Adam moments in float32, and the state the round started from
     boundaries  each block's input for the tokens of a micro-batch
     block       one block's activations and their gradients while it runs again: 20 hidden and 8 intermediate rows a token
     loss        the chunk of float32 logits twice: logits and their exponentials; in bfloat16 half a chunk more, rounded
-    scratch     in bfloat16, kernels that the CPU's matrix library builds for each new shape
 
 The counts of copies were fitted to measured peaks; `make bench-peak` prints prediction beside measurement.
 """
@@ -20,9 +19,8 @@ from edge_runtime.settings import WEIGHT_BYTES, Adapter, Weights
 
 MIB = 1 << 20
 TOKENIZER_BYTES = 960
-ADAPTER_BYTES = 24
+ADAPTER_BYTES = 20
 LOSS_CHUNK_BYTES = 32 * MIB  # the operator's default
-SCRATCH_BYTES = {"float32": 0, "bfloat16": 56 * MIB}
 LOSS_CHUNKS = {"float32": 2.0, "bfloat16": 2.5}
 
 
@@ -46,5 +44,4 @@ def terms(
         "boundaries": width * batch * facts.hidden * depth,
         "block": width * batch * (20 * facts.hidden + 8 * facts.intermediate),
         "loss": int(LOSS_CHUNKS[weights] * min(4 * batch * facts.vocabulary, LOSS_CHUNK_BYTES)),
-        "scratch": SCRATCH_BYTES[weights],
     }

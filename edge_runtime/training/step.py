@@ -22,10 +22,15 @@ from edge_runtime.settings import Training
 from edge_runtime.training.data import IGNORED, Example, batches, epochs
 from edge_runtime.training.meter import release
 
+LENGTH_STEP = 8
+
 
 def pad(rows: list[Example], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and labels (rows, longest), padded on the right; causal attention never looks there, so no mask is needed."""
-    longest = max(len(row.ids) for row in rows)
+    """Ids and labels (rows, tokens), padded on the right; causal attention never looks there, so no mask is needed.
+
+    The length is a multiple of LENGTH_STEP: on a CPU the matrix library builds and keeps kernels for each new shape.
+    """
+    longest = -(-max(len(row.ids) for row in rows) // LENGTH_STEP) * LENGTH_STEP
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     labels = torch.full((len(rows), longest), IGNORED)
     for i, row in enumerate(rows):

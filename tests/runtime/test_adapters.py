@@ -1,0 +1,251 @@
+"""The adapter on tiny random models of every family: roles, attaching, state, and the same model in PEFT's hands."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from edge_runtime import settings
+from edge_runtime.adapters import attach, export, roles
+from edge_runtime.adapters.initial import initial
+from edge_runtime.errors import InputError
+from edge_runtime.models.facts import adapter_shapes
+from edge_runtime.models.slices import kept_layers
+
+SEPARATE = {"q": (64, 32), "k": (32, 32), "v": (32, 32), "o": (32, 64)}
+GATED = {"gate": (48, 32), "up": (48, 32), "down": (32, 48)}
+FAMILIES = {
+    **{name: SEPARATE | GATED for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")},
+    "phi": {"q": (32, 32), "k": (16, 32), "v": (16, 32), "o": (32, 32), "fc1": (48, 32), "fc2": (32, 48)},
+    "phi3": {"qkv": (64, 32), "o": (32, 32), "gate_up": (96, 32), "down": (32, 48)},
+    "gpt2": {"qkv": (96, 32), "o": (32, 32), "fc1": (128, 32), "fc2": (32, 128)},
+}
+LAYERS = (0, 1, 2, 3)
+SPEC = settings.Adapter(rank=3, alpha=12.0)
+IDS = torch.arange(24).reshape(2, 12) % 96
+
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def difference(one, two):
+    """The largest difference of two outputs, relative to the largest value."""
+    return float((one - two).abs().max() / two.abs().max())
+
+
+def random_state(adapter):
+    draw = np.random.default_rng(0)
+    return {
+        key: draw.normal(0, 0.3, value.shape).astype(np.float32) for key, value in sorted(attach.state(adapter).items())
+    }
+
+
+@each_family
+def test_every_linear_layer_of_a_block_has_its_role_and_widths(tiny, facts_of, family):
+    model = tiny(family)
+    facts = facts_of(model)
+    assert facts.linears == FAMILIES[family]
+    assert (facts.layers, facts.hidden, facts.heads, facts.vocabulary, facts.positions) == (4, 32, 4, 96, 64)
+    seen = {roles.widths(module) for module in roles.blocks(model).modules() if isinstance(module, roles.LINEAR)}
+    assert seen == set(FAMILIES[family].values())
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("llama", {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "gate": "gate_proj", "up": "up_proj"}),
+        ("phi", {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "dense", "fc1": "fc1", "fc2": "fc2"}),
+        ("phi3", {"qkv": "qkv_proj", "o": "o_proj", "gate_up": "gate_up_proj", "down": "down_proj"}),
+        ("gpt2", {"qkv": "attn.c_attn", "o": "attn.c_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}),
+    ],
+)
+def test_a_role_is_the_layer_that_plays_it(tiny, family, names):
+    found = roles.linears(roles.blocks(tiny(family))[0])
+    assert all(found[role].endswith(name) for role, name in names.items())
+
+
+@each_family
+def test_attaching_leaves_the_logits_as_they_were(tiny, family):
+    model = tiny(family)
+    before = logits(model)
+    adapter = attach.attach(model, LAYERS, SPEC, seed=0)
+    assert difference(logits(model), before) < 1e-6
+    attach.load_state(adapter, random_state(adapter))
+    assert difference(logits(model), before) > 1e-2
+
+
+@each_family
+def test_every_factor_and_nothing_else_gets_a_gradient(tiny, family):
+    model = tiny(family)
+    adapter = attach.attach(model, LAYERS, SPEC, seed=0)
+    attach.load_state(adapter, random_state(adapter))
+    model(IDS, labels=IDS).loss.backward()
+    assert all(factor.grad is not None and factor.grad.abs().sum() > 0 for factor in adapter.factors.values())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(trained) == len(adapter.factors) == 2 * len(LAYERS) * len(FAMILIES[family])
+
+
+@each_family
+@pytest.mark.parametrize("depth", [4, 3])
+def test_shapes_are_known_without_the_model(tiny, facts_of, family, depth):
+    """The planner and the node count on it."""
+    model = tiny(family, **{"n_layer" if family == "gpt2" else "num_hidden_layers": depth})
+    layers = kept_layers(depth, 4)
+    adapter = attach.attach(model, layers, SPEC, seed=0)
+    shapes = {key: value.shape for key, value in attach.state(adapter).items()}
+    assert shapes == adapter_shapes(facts_of(tiny(family)), layers, SPEC.roles, SPEC.rank)
+
+
+@each_family
+def test_a_state_taken_out_and_put_back_is_the_same_model(tiny, family):
+    first, second = tiny(family), tiny(family)
+    adapter = attach.attach(first, LAYERS, SPEC, seed=0)
+    attach.load_state(adapter, random_state(adapter))
+    taken = attach.state(adapter)
+    attach.load_state(attach.attach(second, LAYERS, SPEC, seed=1), taken)
+    assert torch.equal(logits(first), logits(second))
+    taken["layers.0.o.A"] += 1  # a copy: the model does not follow it
+    assert torch.equal(logits(first), logits(second))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("layers.2.q.A"), "lacks layers.2.q.A"),
+        (lambda state: state.update({"layers.9.q.A": state["layers.2.q.A"]}), "has layers.9.q.A, which this adapter"),
+        (
+            lambda state: state.update({"layers.2.q.A": state["layers.2.q.A"][:2]}),
+            r"layers.2.q.A is \(2, 32\) in the adapter state, but has to be \(3, 32\)",
+        ),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_by_name_and_changes_nothing(tiny, change, message):
+    adapter = attach.attach(tiny("llama"), LAYERS, SPEC, seed=0)
+    before, wrong = attach.state(adapter), random_state(adapter)
+    change(wrong)
+    with pytest.raises(InputError, match=message):
+        attach.load_state(adapter, wrong)
+    assert all(np.array_equal(before[key], value) for key, value in attach.state(adapter).items())
+
+
+def test_only_the_wanted_roles_are_adapted(tiny):
+    adapter = attach.attach(tiny("llama"), LAYERS, settings.Adapter(rank=2, roles=("q", "down")), seed=0)
+    assert {key.split(".")[2] for key in adapter.factors} == {"q", "down"}
+    with pytest.raises(InputError, match="no linear layer of the roles fc1, fc2"):
+        attach.attach(tiny("llama"), LAYERS, settings.Adapter(roles=("fc1", "fc2")), seed=0)
+
+
+def test_an_unknown_family_is_refused_by_name(tiny):
+    model = tiny("llama")
+    model.config.model_type = "mamba"
+    with pytest.raises(InputError, match="models of type mamba are not supported; known: llama, mistral"):
+        attach.attach(model, LAYERS, SPEC, seed=0)
+
+
+# --- the start values
+
+
+def test_the_start_is_equal_in_every_process_and_version():
+    """Devices and node never send it to each other, so a numpy that draws other numbers has to be seen here."""
+    code = (
+        "from edge_runtime.adapters.initial import initial; import hashlib;"
+        "print(hashlib.sha256(initial('layers.3.q.A', (4, 64), 7).tobytes()).hexdigest()[:16])"
+    )
+    printed = {subprocess.check_output([sys.executable, "-c", code], text=True).strip() for _ in range(2)}
+    assert printed == {"368a476735aa3fa8"}
+
+
+def test_the_start_depends_on_key_and_seed():
+    one = initial("layers.3.q.A", (4, 64), 7)
+    assert np.array_equal(one, initial("layers.3.q.A", (4, 64), 7))
+    assert not np.array_equal(one, initial("layers.4.q.A", (4, 64), 7))
+    assert not np.array_equal(one, initial("layers.3.q.A", (4, 64), 8))
+
+
+def test_the_start_is_uniform_in_A_and_zero_in_B():
+    A = initial("layers.0.q.A", (64, 400), 0)
+    assert A.dtype == np.float32
+    assert np.abs(A).max() <= 1 / 20
+    assert abs(A.std() - 1 / 20 / 3**0.5) < 1e-3
+    assert not initial("layers.0.q.B", (400, 64), 0).any()
+
+
+# --- export to PEFT
+
+
+def exported(model, facts, spec, folder, layers=LAYERS):
+    """The model with random factors, after they were written as a PEFT folder."""
+    ours = copy.deepcopy(model)
+    adapter = attach.attach(ours, layers, spec, seed=0)
+    attach.load_state(adapter, random_state(adapter))
+    export.to_peft(attach.state(adapter), facts, spec, adapter.paths, folder)
+    return ours
+
+
+@pytest.mark.filterwarnings("error:.*(fan_in_fan_out|adapter keys)")
+@each_family
+def test_peft_computes_what_we_compute(tiny, facts_of, family, tmp_path):
+    model = tiny(family)
+    ours = exported(model, facts_of(model), SPEC, tmp_path)
+    plain = logits(model)
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path)
+    assert difference(logits(theirs), logits(ours)) < 1e-5
+    assert difference(plain, logits(ours)) > 1e-2
+    assert difference(logits(theirs.merge_and_unload()), logits(ours)) < 1e-4
+
+
+@pytest.mark.filterwarnings("error:.*(fan_in_fan_out|adapter keys)")
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [("llama", ("q",)), ("llama", ("v", "down")), ("phi3", ("gate_up",)), ("gpt2", ("o",)), ("gpt2", ("fc2", "qkv"))],
+)
+def test_any_roles_can_be_exported(tiny, facts_of, family, names, tmp_path):
+    spec = settings.Adapter(rank=5, alpha=7.5, roles=names)
+    model = tiny(family)
+    ours = exported(model, facts_of(model), spec, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path)
+    assert difference(logits(theirs), logits(ours)) < 1e-5
+
+
+def test_the_adapter_of_a_depth_slice_fits_the_slice(tiny, facts_of, tmp_path):
+    whole, model = tiny("llama"), tiny("llama", num_hidden_layers=3)
+    ours = exported(model, facts_of(whole), SPEC, tmp_path, layers=kept_layers(3, 4))
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path)
+    assert difference(logits(theirs), logits(ours)) < 1e-5
+
+
+@pytest.mark.parametrize("fault", ["alpha", "factor"])
+def test_the_comparison_sees_a_wrong_export(tiny, facts_of, fault, tmp_path):
+    model = tiny("gpt2")
+    ours = exported(model, facts_of(model), SPEC, tmp_path)
+    if fault == "alpha":
+        path = tmp_path / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": SPEC.alpha * 1.01}))
+    else:
+        path = tmp_path / "adapter_model.safetensors"
+        tensors = load_file(path)
+        tensors["base_model.model.transformer.h.3.mlp.c_proj.lora_B.weight"][0] *= 1.1
+        export.save_file(tensors, path)
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path)
+    assert difference(logits(theirs), logits(ours)) > 1e-5
+
+
+def test_an_incomplete_state_is_not_exported(tiny, facts_of, tmp_path):
+    model = tiny("llama")
+    facts = facts_of(model)
+    adapter = attach.attach(model, LAYERS, SPEC, seed=0)
+    state = attach.state(adapter)
+    state.pop("layers.1.up.B")
+    with pytest.raises(InputError, match=r"lacks layers.1.up.B"):
+        export.to_peft(state, facts, SPEC, adapter.paths, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

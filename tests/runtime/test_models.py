@@ -1,0 +1,310 @@
+"""Depth slices, and base models from a GGUF file and from a folder, against what gguf and transformers make of the same files."""
+
+import json
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import gguf
+import msgspec
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from edge_runtime.demo import model as demo
+from edge_runtime.errors import InputError
+from edge_runtime.models import gguf_file, weights
+from edge_runtime.models.prepare import prepare
+from edge_runtime.models.slices import kept_layers
+
+IDS = torch.arange(3, 43).reshape(2, 20)
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2")
+
+
+# --- slices
+
+
+@pytest.mark.parametrize(
+    ("depth", "layers", "kept"),
+    [
+        (1, 1, (0,)),
+        (1, 30, (0,)),
+        (2, 30, (0, 29)),
+        (3, 30, (0, 1, 29)),
+        (5, 6, (0, 1, 2, 4, 5)),
+        (6, 6, (0, 1, 2, 3, 4, 5)),
+    ],
+)
+def test_a_slice_keeps_the_first_half_and_the_last(depth, layers, kept):
+    assert kept_layers(depth, layers) == kept
+
+
+@pytest.mark.parametrize("layers", [1, 2, 7, 30])
+def test_slices_are_nested_and_in_order(layers):
+    slices = [kept_layers(depth, layers) for depth in range(1, layers + 1)]
+    assert [len(kept) for kept in slices] == list(range(1, layers + 1))
+    assert all(list(kept) == sorted(set(kept)) for kept in slices)
+    assert all(set(less) < set(more) for less, more in pairwise(slices))
+
+
+@pytest.mark.parametrize("depth", [0, -1, 31])
+def test_a_slice_that_cannot_be_cut_is_refused(depth):
+    with pytest.raises(ValueError, match=f"a slice of {depth} layers cannot be cut from a model of 30: choose 1 to 30"):
+        kept_layers(depth, 30)
+
+
+# --- the demo's GGUF file
+
+
+def test_the_facts_of_the_demos_model(demo_facts):
+    assert (demo_facts.family, demo_facts.layers, demo_facts.hidden, demo_facts.intermediate) == (
+        "llama",
+        30,
+        576,
+        1536,
+    )
+    assert (demo_facts.heads, demo_facts.kv_heads, demo_facts.head_dim) == (9, 3, 64)
+    assert (demo_facts.vocabulary, demo_facts.positions, demo_facts.tied_head) == (49152, 8192, True)
+    assert demo_facts.linears["k"] == (192, 576) and demo_facts.linears["down"] == (576, 1536)
+    assert demo_facts.weights == str(demo.path())
+    assert demo_facts.block_parameters * 30 + demo_facts.head_parameters == pytest.approx(134.5e6, rel=0.001)
+
+
+@pytest.fixture(scope="module")
+def tensors_of_the_file():
+    """name -> float32 values, as the gguf package reads them."""
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(demo.path()).tensors}
+    return lambda name: torch.from_numpy(
+        gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type).astype(np.float32)
+    )
+
+
+def interleaved(rows, heads):
+    """What llama.cpp's converter does to the query and key rows of a Llama."""
+    return rows.reshape(heads, 2, len(rows) // heads // 2, -1).transpose(1, 2).reshape(rows.shape)
+
+
+def test_a_slice_of_a_gguf_file_holds_exactly_its_layers(demo_facts, tensors_of_the_file):
+    state = weights.load(demo_facts, 3, "float32").state_dict()
+    assert {name.split(".")[2] for name in state if ".layers." in name} == {"0", "1", "2"}
+    names = {
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    for ours, theirs in enumerate((0, 1, 29)):
+        for name, inner in names.items():
+            seen = state[f"model.layers.{ours}.{name}.weight"]
+            assert torch.equal(seen, tensors_of_the_file(f"blk.{theirs}.{inner}.weight")), name
+        for name, inner, heads in (("q", "attn_q", 9), ("k", "attn_k", 3)):
+            seen, held = state[f"model.layers.{ours}.self_attn.{name}_proj.weight"], f"blk.{theirs}.{inner}.weight"
+            assert torch.equal(interleaved(seen, heads), tensors_of_the_file(held)), name
+            assert not torch.equal(seen, tensors_of_the_file(held))
+    assert torch.equal(state["model.embed_tokens.weight"], tensors_of_the_file("token_embd.weight"))
+    assert torch.equal(state["model.norm.weight"], tensors_of_the_file("output_norm.weight"))
+    assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
+    assert not torch.equal(
+        state["model.layers.2.mlp.up_proj.weight"], tensors_of_the_file("blk.2.ffn_up.weight")
+    )  # the check sees a layer that should have been dropped
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 3)])
+def test_interleaved_rows_are_put_back_in_a_bias_as_in_a_weight(tmp_path, shape):
+    truth = torch.arange(8 * shape[-1] if len(shape) > 1 else 8, dtype=torch.float32).view(shape)
+    path = tmp_path / "rows"
+    path.write_bytes(interleaved(truth.view(8, -1), 2).numpy().tobytes())
+    lies = gguf_file.Tensor(0, gguf.GGMLQuantizationType.F32, shape, interleaved_heads=2)
+    assert torch.equal(gguf_file.read(path, lies, torch.float32), truth)
+    assert not torch.equal(
+        gguf_file.read(path, msgspec.structs.replace(lies, interleaved_heads=0), torch.float32), truth
+    )
+
+
+def test_the_whole_model_knows_the_capital_of_france(demo_facts, demo_tokenizer):
+    model = weights.load(demo_facts, 30, "bfloat16")
+    assert all(parameter.dtype == torch.bfloat16 and not parameter.requires_grad for parameter in model.parameters())
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    text = demo_tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    ids = demo_tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, use_cache=True)
+    assert "Paris" in demo_tokenizer.decode(said[0, ids.shape[1] :])
+
+
+def test_transformers_reads_the_same_model_from_the_gguf_file(demo_facts):
+    from transformers import AutoModelForCausalLM
+
+    path = demo.path()
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    ours = weights.load(demo_facts, 30, "float32")
+    with torch.no_grad():
+        truth, seen = theirs(IDS).logits, ours(IDS).logits
+        assert (seen - truth).abs().max() < 1e-4 * truth.abs().max()
+        ours.model.layers[7].self_attn.q_proj.weight.copy_(
+            interleaved(ours.model.layers[7].self_attn.q_proj.weight.clone(), 9)
+        )
+        assert (ours(IDS).logits - truth).abs().max() > 1e-2 * truth.abs().max()
+
+
+@pytest.fixture
+def cut(tmp_path):
+    """The demo's file without its last fifth."""
+    path = tmp_path / "cut.gguf"
+    content = demo.path().read_bytes()
+    path.write_bytes(content[: len(content) * 4 // 5])
+    return path
+
+
+def test_a_gguf_file_cut_short_is_refused_before_it_is_used(cut, tmp_path):
+    with pytest.raises(InputError, match=r"cut\.gguf cannot be read"):
+        prepare(str(cut), tmp_path, tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == ["digests"]  # nothing half made
+
+
+def test_a_gguf_file_cut_short_since_it_was_prepared_is_refused(demo_facts, cut):
+    with pytest.raises(InputError, match=r"cut\.gguf is cut short: \d+ bytes are missing"):
+        weights.load(msgspec.structs.replace(demo_facts, weights=str(cut)), 30, "bfloat16")
+
+
+# --- folders in Hugging Face's layout
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_every_family_is_loaded_as_it_was_saved(tiny, facts_of, family, shard, tmp_path):
+    model = tiny(family)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "20KB")
+    loaded = weights.load(facts_of(model, folder=str(tmp_path), weights=str(tmp_path)), 4, "float32")
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_slice_of_every_family_is_the_model_without_its_middle(tiny, facts_of, family, tmp_path):
+    from edge_runtime.adapters import roles
+
+    model = tiny(family)
+    model.save_pretrained(tmp_path)
+    loaded = weights.load(facts_of(model, folder=str(tmp_path), weights=str(tmp_path)), 2, "float32")
+    for seen, kept in zip(roles.blocks(loaded), (0, 3), strict=True):
+        truth = roles.blocks(model)[kept].state_dict()
+        assert seen.state_dict().keys() == truth.keys()
+        assert all(torch.equal(value, truth[name]) for name, value in seen.state_dict().items())
+    assert not any(parameter.is_meta for parameter in loaded.parameters())
+
+
+def test_a_prepared_folder_has_facts_tokenizer_and_weights(tiny_facts, tiny_folder):
+    assert (tiny_facts.layers, tiny_facts.hidden, tiny_facts.head_dim) == (4, 32, 16)
+    assert tiny_facts.model_class.startswith("tiny@")
+    assert tiny_facts.weights == str(tiny_folder)
+    assert (Path(tiny_facts.folder) / "tokenizer.json").exists()
+
+
+def test_a_missing_tensor_is_named(tiny, facts_of, tmp_path):
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    facts = facts_of(model, folder=str(tmp_path), weights=str(tmp_path))
+    with pytest.raises(InputError, match=r"lacks the tensor model\.layers\.3\.mlp\.up_proj\.weight"):
+        weights.load(facts, 4, "float32")
+    weights.load(facts, 1, "float32")  # a slice that does not need it
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+@pytest.mark.parametrize("left", [0, 5000])
+def test_a_safetensors_file_cut_short_is_refused(tiny, facts_of, shard, left, tmp_path):
+    model = tiny("llama")
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    file = sorted(tmp_path.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(InputError, match=rf"{file.name} cannot be read"):
+        weights.load(facts_of(model, folder=str(tmp_path), weights=str(tmp_path)), 4, "float32")
+
+
+def test_a_shard_that_is_not_there_is_named(tiny, facts_of, tmp_path):
+    model = tiny("llama")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    file = sorted(tmp_path.glob("*.safetensors"))[1]
+    file.unlink()
+    with pytest.raises(InputError, match=rf"{file.name} cannot be read"):
+        weights.load(facts_of(model, folder=str(tmp_path), weights=str(tmp_path)), 4, "float32")
+
+
+# --- what is refused
+
+
+@pytest.fixture
+def copied(tiny_folder, tmp_path):
+    """A copy of the tiny model's folder, to be spoilt."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "copied"))
+
+
+def test_code_that_comes_with_a_model_is_refused(copied, tmp_path):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "theirs.Config"}}))
+    (copied / "theirs.py").write_text("raise SystemExit('their code ran')")
+    with pytest.raises(InputError, match="brings code of its own"):
+        prepare(str(copied), tmp_path, tmp_path / "cache")
+
+
+def test_an_unknown_architecture_is_refused_by_name(copied, tmp_path):
+    from transformers import GPTNeoXConfig
+
+    GPTNeoXConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4).save_pretrained(
+        copied
+    )
+    with pytest.raises(InputError, match="models of type gpt_neox are not supported; known: llama"):
+        prepare(str(copied), tmp_path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no .safetensors file"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_refused(copied, tmp_path, spoil, message):
+    spoil(copied)
+    with pytest.raises(InputError, match=message):
+        prepare(str(copied), tmp_path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "nowhere", "nowhere.gguf", "/nowhere/at/all", "a/b/c"])
+def test_no_such_model(source, tmp_path):
+    with pytest.raises(InputError, match=r"there is no model at .*: copy it there or name a hub id"):
+        prepare(source, tmp_path, tmp_path / "cache")
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path):
+    (tmp_path / "model.bin").write_bytes(b"x")
+    (tmp_path / "model.gguf").write_bytes(b"x" * 100)
+    with pytest.raises(InputError, match="is no GGUF file"):
+        prepare("model.bin", tmp_path, tmp_path / "cache")
+    with pytest.raises(InputError, match=r"model\.gguf cannot be read"):
+        prepare("model.gguf", tmp_path, tmp_path / "cache")
+
+
+def test_two_processes_may_prepare_the_same_model_at_once(tiny_folder, tmp_path):
+    cache = tmp_path / "cache"
+    command = [sys.executable, "-m", "edge_runtime.models.prepare", "tiny", "--models", str(tiny_folder.parent)]
+    both = [
+        subprocess.Popen([*command, "--cache", str(cache)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert said[0][0] == said[1][0]
+    folders = [path for path in cache.iterdir() if path.is_dir() and path.name != "digests"]
+    assert [path.name.split("-")[0] for path in folders] == ["tiny"]

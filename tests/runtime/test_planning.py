@@ -1,0 +1,183 @@
+"""The plan a budget gets, and the predicted peak against that of the real trainer process."""
+
+import os
+import subprocess
+import sys
+
+import msgspec
+import pytest
+
+from edge_runtime import processes
+from edge_runtime.demo import commands
+from edge_runtime.errors import BudgetError, InputError
+from edge_runtime.models.facts import Facts
+from edge_runtime.planning.plan import Plan
+from edge_runtime.planning.search import candidates, choose
+from edge_runtime.settings import Adapter, Fleet, Model, Training
+from edge_runtime.training import data
+from edge_runtime.training.job import Job, Result
+
+MIB = 1 << 20
+RUNTIME = 300 * MIB
+LARGE = Facts(
+    model_class="large@1",
+    folder="",
+    weights="",
+    family="llama",
+    layers=30,
+    hidden=576,
+    heads=9,
+    kv_heads=3,
+    head_dim=64,
+    intermediate=1536,
+    vocabulary=49152,
+    positions=2048,
+    tied_head=True,
+    linears={"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576)}
+    | {"gate": (1536, 576), "up": (1536, 576), "down": (576, 1536)},
+)
+SMALL = msgspec.structs.replace(LARGE, model_class="small@1", layers=6)
+FACTS = {"large": LARGE, "small": SMALL}
+CATALOG = (Model("large"), Model("large", depth=10), Model("small"))
+
+
+def fleet(*catalog, rank=4, **training):
+    return Fleet(
+        name="f",
+        catalog=catalog or CATALOG,
+        adapter=Adapter(rank=rank),
+        training=Training(**{"rows_a_step": 8, "max_tokens": 64, **training}),
+    )
+
+
+def plans(of):
+    return [plan for group in candidates(of, FACTS, RUNTIME) for plan in group]
+
+
+def test_model_comes_before_format_and_format_before_micro_batch():
+    order = [(plan.source, plan.depth, plan.weights, plan.rows) for plan in plans(fleet())]
+    models = [("large", 30), ("large", 10), ("small", 6)]
+    expected = [
+        (*model, weights, rows) for model in models for weights in ("float32", "bfloat16") for rows in (8, 4, 2, 1)
+    ]
+    assert order == expected
+
+
+def test_each_budget_gets_the_first_plan_in_that_order_that_fits():
+    of = fleet()
+    ordered = plans(of)
+    for wanted in ordered:
+        budget = wanted.predicted_peak_bytes
+        first = next(plan for plan in ordered if plan.predicted_peak_bytes <= budget)
+        chosen = choose(of, FACTS, budget, RUNTIME)
+        assert chosen.fits == first
+        assert all(plan.predicted_peak_bytes > budget and plan.rows == 1 for plan in chosen.rejected)
+    assert choose(of, FACTS, 1 << 40, RUNTIME) == (ordered[0], [])
+
+
+def test_one_byte_less_gets_the_next_plan():
+    of = fleet(Model("large", weights=("float32",)))
+    first, second = plans(of)[:2]
+    assert choose(of, FACTS, first.predicted_peak_bytes, RUNTIME).fits == first
+    assert choose(of, FACTS, first.predicted_peak_bytes - 1, RUNTIME).fits == second
+
+
+def test_a_budget_that_is_too_small_is_told_the_smallest_that_is_not():
+    of = fleet()
+    least = min(plans(of), key=lambda plan: plan.predicted_peak_bytes)
+    with pytest.raises(BudgetError) as refused:
+        choose(of, FACTS, least.predicted_peak_bytes - 1, RUNTIME)
+    said = str(refused.value)
+    assert f"{least.source} with {least.depth} layers in {least.weights}, which needs" in said
+    assert choose(of, FACTS, least.predicted_peak_bytes, RUNTIME).fits == least
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_the_micro_batch_goes_from_a_whole_step_to_a_single_row(rows):
+    seen = [plan.rows for plan in plans(fleet(Model("small", weights=("float32",)), rows_a_step=rows))]
+    assert seen == {1: [1], 3: [3, 2, 1], 16: [16, 8, 4, 2, 1]}[rows]
+
+
+@pytest.mark.parametrize(
+    ("of", "message"),
+    [
+        (fleet(Model("small", depth=7)), "the catalog wants 7 layers of small, which has 6"),
+        (fleet(Model("small", depth=0)), "the catalog wants 0 layers of small, which has 6"),
+        (fleet(Model("small"), max_tokens=2049), "max_tokens is 2049, but small has 2048 positions"),
+    ],
+)
+def test_what_a_model_has_not_is_refused(of, message):
+    with pytest.raises(InputError, match=message):
+        choose(of, FACTS, 1 << 40, RUNTIME)
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        (fleet(Model("large", depth=10)), fleet(Model("large", depth=11))),
+        (fleet(Model("large", weights=("bfloat16",))), fleet(Model("large", weights=("float32",)))),
+        (fleet(rank=4), fleet(rank=16)),
+        (fleet(rows_a_step=4), fleet(rows_a_step=5)),
+        (fleet(max_tokens=64), fleet(max_tokens=65)),
+    ],
+)
+def test_more_of_anything_is_predicted_to_need_more(less, more):
+    assert plans(less)[0].predicted_peak_bytes < plans(more)[0].predicted_peak_bytes
+
+
+def test_the_prediction_is_the_sum_of_its_terms_and_knows_the_weights():
+    plan = plans(fleet(Model("large", depth=10, weights=("bfloat16",))))[0]
+    assert plan.predicted_peak_bytes == sum(plan.terms.values())
+    assert plan.terms["runtime"] == RUNTIME
+    assert plan.terms["weights"] == 2 * (10 * 3_538_944 + 49152 * 576)
+
+
+# --- against the process that is predicted
+
+
+@pytest.fixture
+def clean_environment(cache, monkeypatch):
+    """What a shell has, so that nothing set for the tests changes the trainer's memory."""
+    for name in set(os.environ) - {"PATH", "HOME", "TMPDIR", "LANG", "EDGE_RUNTIME_CACHE"}:
+        monkeypatch.delenv(name)
+
+
+def measured(plan, facts, of, rows, folder):
+    """The peak of a real trainer process, in bytes."""
+    job = Job(
+        train=True,
+        facts=facts,
+        plan=plan,
+        adapter=of.adapter,
+        training=of.training,
+        method="fedit",
+        seed=0,
+        round=1,
+        rounds=1,
+        data=str(data.write_rows(folder / "train.jsonl", rows.train)),
+        evaluation={"own": str(data.write_rows(folder / "own.jsonl", rows.held_out))},
+    )
+    (folder / "job.json").write_bytes(msgspec.json.encode(job))
+    command = [sys.executable, "-m", "edge_runtime.training", str(folder)]
+    subprocess.run(command, env=processes.environment(), stdout=subprocess.DEVNULL, check=True, timeout=200)
+    return msgspec.json.decode((folder / "result.json").read_bytes(), type=Result).measured_peak_bytes
+
+
+def assert_close(predicted, peak):
+    """At most 10 % over, so that no memory lies idle, and at most 3 % under, so that budgets hold."""
+    assert 0.97 <= predicted / peak <= 1.15, f"predicted {predicted / MIB:.0f} MiB, measured {peak / MIB:.0f} MiB"
+
+
+@pytest.mark.parametrize(("depth", "weights", "rows"), [(10, "bfloat16", 8), (4, "float32", 2)])
+def test_the_prediction_is_near_the_trainers_peak(
+    demo_facts, demo_tokenizer, clean_environment, tmp_path, record_property, depth, weights, rows
+):
+    drawn = commands.rows("kitchen", train=60, held_out=8, seed=0)
+    longest = max(len(one.ids) for one in data.tokenize([*drawn.train, *drawn.held_out], demo_tokenizer, 512))
+    of = fleet(Model("demo", depth=depth, weights=(weights,)), rank=16, steps=3, rows_a_step=rows, max_tokens=longest)
+    plan: Plan = next(candidates(of, {"demo": demo_facts}, processes.runtime_bytes()))[0]
+    peak = measured(plan, demo_facts, of, drawn, tmp_path)
+    record_property("predicted / measured", round(plan.predicted_peak_bytes / peak, 3))
+    assert_close(plan.predicted_peak_bytes, peak)
+    with pytest.raises(AssertionError, match="predicted"):
+        assert_close(plan.predicted_peak_bytes - plan.terms["weights"], peak)

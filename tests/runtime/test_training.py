@@ -1,0 +1,360 @@
+"""Training and evaluation on tiny random models against torch's own, and the trainer as the process it is on a device."""
+
+import math
+import subprocess
+import sys
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from edge_runtime import codec, processes, settings
+from edge_runtime.adapters import attach, roles
+from edge_runtime.adapters.initial import initial
+from edge_runtime.errors import TrainerError
+from edge_runtime.models import weights
+from edge_runtime.models.facts import adapter_shapes
+from edge_runtime.models.slices import kept_layers
+from edge_runtime.planning.plan import Plan
+from edge_runtime.training import data, step
+from edge_runtime.training.data import IGNORED, Example
+from edge_runtime.training.evaluate import evaluate
+from edge_runtime.training.job import Job, Progress, Result
+
+SPEC = settings.Adapter(rank=4, alpha=8.0)
+LAYERS = (0, 1, 2, 3)
+
+
+def draw_examples(count, seed=0):
+    """Rows of 4 to 12 tokens, of which the last 1 to 5 are learned."""
+    draw = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        ids = draw.integers(3, 96, draw.integers(6, 13)).tolist()
+        prompt = len(ids) - int(draw.integers(1, 6))
+        found.append(Example(ids, [IGNORED] * prompt + ids[prompt:]))
+    return found
+
+
+def adapted(model, spec=SPEC):
+    """The model with an adapter that is past its start, so that A has a gradient too."""
+    adapter = attach.attach(model, LAYERS, spec, seed=0)
+    draw = np.random.default_rng(1)
+    start = {key: draw.normal(0, 0.05, value.shape).astype(np.float32) for key, value in attach.state(adapter).items()}
+    attach.load_state(adapter, start)
+    return adapter
+
+
+def train(model, adapter, examples, micro_rows=4, progress=lambda *_: None, **training):
+    wanted = settings.Training(**{"steps": 1, "rows_a_step": 8, "learning_rate": 1e-2, **training})
+    where = {"round_": 1, "rounds": 1, "seed": 0, "progress": progress}
+    return step.train(model, adapter, examples, wanted, micro_rows=micro_rows, **where)
+
+
+def relative_difference(one, two):
+    return max(float((one[key] - two[key]).norm() / two[key].norm()) for key in two)
+
+
+# --- one round
+
+
+def test_the_loss_falls(tiny):
+    model = tiny("llama")
+    adapter, examples, told = adapted(model), draw_examples(8), []
+    losses = train(model, adapter, examples, steps=25, progress=lambda done, loss: told.append((done, loss)))
+    assert told == list(enumerate(losses, 1))
+    assert losses[-1] < losses[0] / 2
+    frozen = tiny("llama").state_dict()
+    assert all(
+        torch.equal(value, frozen[name.replace(".base", "")])
+        for name, value in model.state_dict().items()
+        if not name.endswith((".A", ".B"))
+    )
+
+
+def test_equal_seeds_train_equally(tiny):
+    made = []
+    for _ in range(2):
+        model = tiny("llama")
+        adapter = adapted(model)
+        made.append((train(model, adapter, draw_examples(20), steps=3), attach.state(adapter)))
+    assert made[0][0] == made[1][0]
+    assert all(np.array_equal(made[0][1][key], made[1][1][key]) for key in made[0][1])
+
+
+def gradient(model, examples, micro_rows):
+    """The gradient that one optimiser step is made from, before it is clipped."""
+    adapter, found = adapted(model), {}
+    for key, factor in adapter.factors.items():
+        factor.register_post_accumulate_grad_hook(lambda f, key=key: found.update({key: f.grad.clone()}))
+    train(model, adapter, examples, micro_rows, rows_a_step=len(examples))
+    return found
+
+
+def torchs_gradient(model, examples, mean):
+    """The gradient of torch's cross-entropy over all labelled tokens, or of the mean of the rows' own means."""
+    adapter = adapted(model)
+    ids, labels = step.pad(examples, torch.device("cpu"))
+    logits = model(ids).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+    kept = (labels[:, 1:] != IGNORED).float()
+    losses = losses.view(kept.shape)
+    loss = losses.sum() / kept.sum() if mean == "tokens" else (losses.sum(1) / kept.sum(1)).mean()
+    loss.backward()
+    return {key: factor.grad for key, factor in adapter.factors.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+@pytest.mark.parametrize("micro_rows", [1, 3, 8])
+def test_micro_batches_of_any_size_make_the_gradient_of_the_whole_step(tiny, family, micro_rows):
+    examples = draw_examples(8)
+    truth = torchs_gradient(tiny(family), examples, "tokens")
+    seen = gradient(tiny(family), examples, micro_rows)
+    assert relative_difference(seen, truth) < 1e-4
+    assert (
+        relative_difference(seen, torchs_gradient(tiny(family), examples, "rows")) > 1e-2
+    )  # what it would be if wrong
+
+
+def test_recomputed_blocks_keep_only_their_inputs_and_give_the_same_gradient(tiny):
+    gradients, runs = [], []
+    for recompute in (False, True):
+        model = tiny("llama")
+        adapter = adapted(model)
+        count = []
+        for block in roles.blocks(model):
+            block.mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        ids, labels = step.pad(draw_examples(4), torch.device("cpu"))
+        if recompute:
+            with step.recomputed_blocks(model):
+                assert model.training
+                model(ids, labels=labels).loss.backward()
+            assert not model.training
+        else:
+            model(ids, labels=labels).loss.backward()
+        gradients.append({key: factor.grad for key, factor in adapter.factors.items()})
+        runs.append(len(count))
+    assert runs == [4, 8]
+    assert relative_difference(gradients[1], gradients[0]) < 1e-6
+
+
+def test_dropout_is_drawn_alike_when_a_block_runs_again(tiny):
+    """Else its gradient would be of another function; seen as a difference from a plain backward with equal draws."""
+    gradients = []
+    for recompute in (False, True):
+        model = tiny("gpt2", resid_pdrop=0.3)
+        adapter = adapted(model)
+        ids, labels = step.pad(draw_examples(4), torch.device("cpu"))
+        model.train()
+        torch.manual_seed(5)
+        if recompute:
+            with step.recomputed_blocks(model):
+                model(ids, labels=labels).loss.backward()
+        else:
+            model(ids, labels=labels).loss.backward()
+        gradients.append({key: factor.grad for key, factor in adapter.factors.items()})
+    assert relative_difference(gradients[1], gradients[0]) < 1e-6
+
+
+def test_a_loss_that_is_not_finite_ends_the_round(tiny):
+    model = tiny("llama")
+    adapter = adapted(model)
+    before = attach.state(adapter)
+    model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(TrainerError, match="the loss of step 1 in round 1 is nan; lower the learning rate"):
+        train(model, adapter, draw_examples(8))
+    assert all(np.array_equal(value, before[key]) for key, value in attach.state(adapter).items())
+
+
+def test_the_learning_rate_warms_up_each_round_and_falls_to_a_tenth_over_all():
+    training = settings.Training(steps=10, learning_rate=1e-2, warmup_steps=4)
+    rates = [[step.learning_rate(training, at, round_, 20) for at in range(10)] for round_ in range(1, 21)]
+    assert rates[0][0] == pytest.approx(1e-2 / 4)
+    assert rates[0][3] == pytest.approx(1e-2, rel=0.01)
+    assert rates[10][4] == pytest.approx(1e-2 * (0.1 + 0.45 * (1 + math.cos(math.pi * 104 / 200))))
+    assert rates[19][9] == pytest.approx(1e-3, rel=0.01)
+    flat = [rate for one in rates for rate in one[3:]]
+    assert flat == sorted(flat, reverse=True)
+    assert all(one[0] < one[1] < one[2] < one[3] for one in rates)
+    assert step.learning_rate(settings.Training(warmup_steps=0), 0, 1, 1) == pytest.approx(1e-3)
+
+
+# --- evaluation
+
+
+def greedy_matches(model, examples):
+    """How many completions greedy generation writes exactly."""
+    right = 0
+    for example in examples:
+        prompt = [token for token, label in zip(example.ids, example.labels, strict=True) if label == IGNORED]
+        ids = torch.tensor([prompt])
+        more = len(example.ids) - len(prompt)
+        said = model.generate(
+            ids, attention_mask=torch.ones_like(ids), min_new_tokens=more, max_new_tokens=more, do_sample=False
+        )
+        right += said[0].tolist() == example.ids
+    return right
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_exact_match_is_what_greedy_generation_would_write(tiny, family):
+    model = tiny(family)
+    adapter = adapted(model, settings.Adapter(rank=8, alpha=16.0))
+    examples = draw_examples(12)
+    train(model, adapter, examples[:6], steps=60, rows_a_step=6, micro_rows=6, learning_rate=2e-2)
+    score = evaluate(model, examples, micro_rows=5)
+    right = greedy_matches(model, examples)
+    assert score.rows == 12
+    assert score.accuracy == right / 12
+    assert 5 <= right < 12
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("micro_rows", [1, 5, 100])
+def test_the_loss_of_an_evaluation_is_torchs(tiny, family, micro_rows):
+    model, examples = tiny(family), draw_examples(12)
+    ids, labels = step.pad(examples, torch.device("cpu"))
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1].flatten(0, 1)
+    truth = float(torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten()))
+    every_token = float(torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()))
+    assert evaluate(model, examples, micro_rows).loss == pytest.approx(truth, rel=1e-5)
+    assert every_token != pytest.approx(truth, rel=1e-3)
+
+
+# --- the process
+
+
+ROWS = [{"prompt": f"say {n}: ", "completion": f"{n} {n}"} for n in range(20)]
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """trainer(name, facts, depth, **changes): runs one job as a device does; its folder and the ended process."""
+
+    def run(name, facts, depth=4, rows=ROWS, **changes):
+        folder = tmp_path / name
+        folder.mkdir()
+        names = {"source": "m", "model_class": facts.model_class, "layers": facts.layers, "weights": "float32"}
+        plan = Plan(**names, depth=depth, rank=SPEC.rank, rows=4, tokens=32, terms={})
+        job = Job(
+            **{
+                "train": True,
+                "facts": facts,
+                "plan": plan,
+                "adapter": SPEC,
+                "training": settings.Training(steps=3, rows_a_step=6, max_tokens=32),
+                "method": "fedit",
+                "seed": 5,
+                "round": 1,
+                "rounds": 2,
+                "data": str(data.write_rows(folder / "rows.jsonl", rows)),
+                "evaluation": {"own": str(data.write_rows(folder / "own.jsonl", ROWS[:4]))},
+                "threads": 1,
+                **changes,
+            }
+        )
+        (folder / "job.json").write_bytes(msgspec.json.encode(job))
+        command = [sys.executable, "-m", "edge_runtime.training", str(folder)]
+        return folder, subprocess.run(command, env=processes.environment(), capture_output=True, timeout=120)
+
+    return run
+
+
+def result(ended):
+    folder, process = ended
+    assert process.returncode == 0, process.stderr.decode()
+    return msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
+
+
+def decoded(ended):
+    return codec.decode((ended[0] / "payload.bin").read_bytes())
+
+
+def test_one_round_on_a_slice_of_the_demos_model(trainer, demo_facts):
+    ended = trainer("a", demo_facts, depth=2)
+    done = result(ended)
+    expected = adapter_shapes(demo_facts, (0, 29), SPEC.roles, SPEC.rank)
+    assert {key: value.shape for key, value in decoded(ended).items()} == expected
+    assert done.payload_bytes == (ended[0] / "payload.bin").stat().st_size
+    assert (done.samples, done.evaluation["own"].rows, len(done.losses)) == (18, 4, 3)
+    assert set(done.peaks) == set(done.seconds) == {"load", "evaluate", "train", "encode"}
+    assert done.measured_peak_bytes == max(done.peaks.values()) > 100 << 20
+    assert not (ended[0] / "state.bin").exists()
+    told = [msgspec.json.decode(line, type=Progress) for line in ended[1].stdout.splitlines()]
+    assert [one.phase for one in told] == ["load", "evaluate own", *["train"] * 3, "encode", "done"]
+    assert [(one.step, one.steps, one.loss) for one in told[2:5]] == [(n, 3, done.losses[n - 1]) for n in (1, 2, 3)]
+    assert all(one.memory_bytes > 100 << 20 for one in told)
+
+
+def test_what_is_owed_travels_with_the_next_delta_and_nothing_is_lost(trainer, tiny_facts, tmp_path):
+    """decoded payload + new residual = delta + what was owed, to float32's rounding."""
+    first = trainer("first", tiny_facts)
+    result(first)
+    plain = decoded(first)
+    draw = np.random.default_rng(0)
+    owed = {key: draw.normal(0, 1e-3, value.shape).astype(np.float32) for key, value in plain.items()}
+    save_file(owed, tmp_path / "residual.bin")
+    unsent = str(first[0] / "payload.bin")
+    second = trainer("second", tiny_facts, residual=str(tmp_path / "residual.bin"), unsent=unsent)
+    result(second)
+    kept = [load_file(ended[0] / "residual.bin") for ended in (first, second)]
+    for key, sent in decoded(second).items():
+        delta = plain[key] + kept[0][key]
+        np.testing.assert_allclose(sent + kept[1][key], delta + owed[key] + plain[key], rtol=0, atol=1e-8)
+        assert np.abs(sent - delta).max() > 1e-4  # without what was owed it is another payload
+        assert np.abs(kept[1][key]).max() <= np.abs(sent).max() / 127
+
+
+def test_a_round_starts_from_the_global_version(trainer, tiny_facts, tmp_path):
+    """An evaluation alone: its loss is that of the model with exactly this adapter."""
+    draw = np.random.default_rng(0)
+    shapes = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, SPEC.rank)
+    (tmp_path / "start").write_bytes(
+        codec.encode({key: draw.normal(0, 0.1, shape).astype(np.float32) for key, shape in shapes.items()})
+    )
+    ended = trainer("a", tiny_facts, depth=3, train=False, start=str(tmp_path / "start"))
+    seen = result(ended).evaluation["own"]
+    assert not (ended[0] / "payload.bin").exists()
+
+    from transformers import AutoTokenizer
+
+    examples = data.tokenize(ROWS[:4], AutoTokenizer.from_pretrained(tiny_facts.folder), 32)
+    model = weights.load(tiny_facts, 3, "float32")
+    adapter = attach.attach(model, kept_layers(3, 4), SPEC, seed=5)
+    untrained = evaluate(model, examples, 4)
+    version = codec.decode((tmp_path / "start").read_bytes())
+    attach.load_state(adapter, {key: version[key] for key in adapter.factors})
+    assert seen.loss == pytest.approx(evaluate(model, examples, 4).loss, rel=1e-5)
+    assert seen.loss != pytest.approx(untrained.loss, rel=1e-3)
+
+
+def test_under_local_the_state_stays_on_the_device_and_goes_on_from_there(trainer, tiny_facts):
+    first = trainer("first", tiny_facts, method="local")
+    assert result(first).payload_bytes == 0
+    assert not (first[0] / "payload.bin").exists() and not (first[0] / "residual.bin").exists()
+    kept = load_file(first[0] / "state.bin")
+    assert {key: value.shape for key, value in kept.items()} == adapter_shapes(
+        tiny_facts, LAYERS, SPEC.roles, SPEC.rank
+    )
+    assert all(not np.array_equal(kept[key], initial(key, kept[key].shape, 5)) for key in kept)
+    second = trainer("second", tiny_facts, method="local", private=str(first[0] / "state.bin"), round=2)
+    before, after = result(first).evaluation["own"].loss, result(second).evaluation["own"].loss
+    assert after < before
+
+
+def test_bad_data_ends_it_with_one_sentence(trainer, tiny_facts):
+    folder, process = trainer("a", tiny_facts, rows=[{"text": "good"}, {"prompt": "a"}])
+    assert process.returncode == 2
+    said = process.stderr.decode()
+    assert len(said.splitlines()) == 1 and "rows.jsonl, line 2: has prompt; needed" in said
+    assert not (folder / "result.json").exists()
+
+
+def test_a_private_state_of_another_shape_is_refused_by_name(trainer, tiny_facts, tmp_path):
+    save_file({"layers.0.q.A": np.ones((2, 32), np.float32)}, tmp_path / "state.bin")
+    _, process = trainer("a", tiny_facts, method="local", private=str(tmp_path / "state.bin"))
+    assert process.returncode == 2
+    assert process.stderr.decode() == "layers.0.q.A is (2, 32) in the adapter state, but has to be (4, 32)\n"

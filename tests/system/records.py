@@ -1,0 +1,52 @@
+"""What a fleet left behind, read from the files of its node and its devices."""
+
+import contextlib
+import json
+import sqlite3
+from typing import Any
+
+import msgspec
+import numpy as np
+from fleet import Fleet
+from safetensors.numpy import load_file
+
+from edge_runtime import codec
+from edge_runtime.aggregator.store import Store
+from edge_runtime.rounds import Report
+
+
+def committed(fleet: Fleet) -> list[tuple[str, int]]:
+    """Device and round of every update that counts."""
+    with contextlib.closing(sqlite3.connect(fleet.folder / "node" / "node.db")) as database:
+        rows = database.execute("SELECT device, round FROM journal_transfer WHERE state = 'committed' ORDER BY 1, 2")
+        return rows.fetchall()
+
+
+def reports(fleet: Fleet, state: str) -> dict[tuple[str, int], Report]:
+    """The node's reports of this state, by device and round."""
+    with contextlib.closing(Store(fleet.folder / "node" / "node.db").connection) as database:
+        rows = database.execute("SELECT device, round, body FROM reports WHERE state = ?", (state,)).fetchall()
+    return {(device, round_): msgspec.json.decode(body, type=Report) for device, round_, body in rows}
+
+
+def master(fleet: Fleet, round_: int) -> dict[str, np.ndarray]:
+    """The float32 global version of the only model class after a round."""
+    (path,) = (fleet.folder / "node" / "versions").glob(f"{round_:05d}-*.safetensors")
+    return load_file(path)
+
+
+def sent(fleet: Fleet, device: str, round_: int, work: str = "work") -> dict[str, np.ndarray]:
+    """The delta a device sent, as the node decoded it; work is the folder of its rounds."""
+    return codec.decode((fleet.folder / device / work / f"round-{round_}" / "payload.bin").read_bytes())
+
+
+def job(fleet: Fleet, device: str, round_: int) -> dict[str, Any]:
+    """The job a device gave its trainer."""
+    found: dict[str, Any] = json.loads((fleet.folder / device / "work" / f"round-{round_}" / "job.json").read_text())
+    return found
+
+
+def remembered(fleet: Fleet, device: str) -> dict[str, str]:
+    """The named values of a device's agent."""
+    with contextlib.closing(sqlite3.connect(fleet.folder / device / "agent.db")) as database:
+        return dict(database.execute("SELECT name, value FROM state").fetchall())

@@ -1,0 +1,80 @@
+"""The broker goes away and comes back without its memory; the fleet goes on where it was."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from edge_broker.local import Broker, start_broker
+from fleet import Command, Fleet
+from records import committed
+
+
+class Restartable:
+    """A broker whose stop and start keep the address and lose everything else."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._running: Broker = start_broker(state_dir=folder)
+        self.url = self._running.url
+
+    def stop(self) -> None:
+        self._running.stop()
+
+    def start(self) -> None:
+        self._running = start_broker(port=self._running.port, state_dir=self._folder)
+
+
+@pytest.fixture
+def restartable(tmp_path: Path, fleet: Fleet) -> Iterator[Restartable]:
+    """A broker of this test's own, which its fleet uses."""
+    found = Restartable(tmp_path / "own-broker")
+    fleet.broker = found  # type: ignore[assignment]
+    yield found
+    found.stop()
+
+
+def still_runs(command: Command, for_s: float) -> bool:
+    try:
+        command.end(for_s)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+def test_a_device_that_comes_after_a_restart_is_told_the_round(fleet: Fleet, restartable: Restartable) -> None:
+    fleet.write()
+    node = fleet.node("--noop", "--until-finished")
+    node.phase("collecting")
+    restartable.stop()
+    restartable.start()
+    agent = fleet.agent("a", "--noop", "10kB", "--until-finished", "--wait", "20")
+    assert (agent.end(40), node.end(40)) == (0, 0)
+
+
+def test_an_outage_does_not_count_against_the_deadline(fleet: Fleet, restartable: Restartable) -> None:
+    fleet.write(deadline_s=2, extensions=0)
+    node = fleet.node("--noop", "--until-finished")
+    node.phase("collecting")
+    restartable.stop()
+    assert still_runs(node, 4), node.error()
+    restartable.start()
+    agent = fleet.agent("a", "--noop", "10kB", "--until-finished", "--wait", "20")
+    assert (agent.end(40), node.end(40)) == (0, 0)
+
+
+def test_an_agent_killed_during_an_outage_sends_what_it_owes_without_training_again(
+    fleet: Fleet, restartable: Restartable, real_model: str
+) -> None:
+    fleet.write((real_model, 2))
+    node = fleet.node("--until-finished")
+    agent = fleet.agent("a", "--until-finished")
+    agent.phase("train")
+    restartable.stop()
+    agent.phase("sending")
+    agent.kill()
+    restartable.start()
+    again = fleet.agent("a", "--until-finished")
+    assert (again.end(), node.end()) == (0, 0)
+    assert "train" not in {event["phase"] for event in again.seen}
+    assert committed(fleet) == [("a", 1)]

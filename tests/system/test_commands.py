@@ -1,0 +1,66 @@
+"""Commands as a person or a program calls them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from crafted import crafted
+from fleet import Command, Fleet
+
+OPTIONS = {
+    "profile": ["--json"],
+    "plan": ["--fleet", "--budget", "--board", "--models", "--json"],
+    "broker": ["--port", "--state", "--kind"],
+    "aggregator": ["--fleet", "--state", "--broker", "--node", "--until-finished", "--json"],
+    "agent": [
+        *("--broker", "--fleet", "--id", "--data", "--state", "--budget", "--eval", "--models"),
+        *("--threads", "--device", "--wait", "--until-finished", "--json"),
+    ],
+    "status": ["--broker", "--fleet", "--json"],
+    "demo": ["--method", "--broker", "--keep", "--json"],
+}
+
+
+def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "edge_runtime.cli", *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_names_every_option(command: str) -> None:
+    done = run(command, "--help")
+    assert done.returncode == 0
+    shown = {word.strip(",") for line in done.stdout.splitlines() for word in line.split()[:2] if word.startswith("--")}
+    assert shown >= set(OPTIONS[command])
+    assert "--noop" not in done.stdout
+
+
+def test_the_head_names_every_command() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in OPTIONS)
+
+
+def test_status_speaks_json_of_the_round_and_each_device(fleet: Fleet) -> None:
+    fleet.write(rounds=2)
+    fleet.node("--noop").phase("collecting")
+    with crafted(fleet, "here") as here:
+        here.report(budget_bytes=7)
+        status = Command("status", "--broker", fleet.broker.url, "--fleet", fleet.name, "--json").until(lambda _: True)
+    assert status["fleet"] == fleet.name
+    assert (status["round"]["state"], status["round"]["round"]) == ("open", 1)
+    (device,) = status["devices"]
+    assert (device["id"], device["presence"], device["report"]["budget_bytes"]) == ("here", "online", 7)
+
+
+def test_a_model_that_is_not_there_is_named_and_the_node_told(fleet: Fleet, tmp_path: Path) -> None:
+    fleet.write((str(tmp_path / "nowhere.gguf"), 1))
+    node = fleet.node()
+    node.phase("collecting")
+    agent = fleet.agent("a")
+    assert agent.end() == 2
+    said = agent.error()
+    assert len(said.splitlines()) == 1 and "nowhere.gguf" in said
+    assert "nowhere.gguf" in node.phase("failed")["text"]

@@ -22,7 +22,7 @@ from edge_runtime.errors import InputError
 from edge_runtime.methods.interface import Method
 from edge_runtime.settings import Fleet
 
-KEY = re.compile(r"layers\.(\d{1,4})\.([a-z0-9_]+)\.([A-Z])")
+KEY = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.([a-z0-9_]+)\.([A-Z])")
 WIDEST = 1 << 20  # rows or columns of a factor
 LARGEST_ADAPTER = 1 << 28  # values
 LARGEST_NORM = 1e4  # of one factor's delta; a trained one has a few units
@@ -53,6 +53,8 @@ def _check_shapes(
 ) -> None:
     """Refuse what is no adapter of this fleet; the node holds no model, so what a class's first device sent is the measure."""
     rank = fleet.adapter.rank
+    if not shapes:
+        raise InputError("the delta holds no factor")
     for key, shape in shapes.items():
         parts = KEY.fullmatch(key)
         if (

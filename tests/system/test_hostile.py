@@ -3,6 +3,7 @@
 import msgspec
 import numpy as np
 import pytest
+import zstandard
 from crafted import crafted
 from edge_broker import topics
 from edge_broker.transfer import Rejected
@@ -18,8 +19,6 @@ def payload_of(key: str, shape: tuple[int, ...], scale: float = 1.0) -> bytes:
     good = codec.encode({key: np.ones(shape, np.float32)})
     if np.isfinite(scale) and scale > 0:
         return good
-    import zstandard
-
     split = 8 + int.from_bytes(good[4:8], "big")
     raw = bytearray(zstandard.ZstdDecompressor().decompress(good[split:]))
     raw[-4:] = np.float32(scale).tobytes()
@@ -45,14 +44,23 @@ def test_a_round_closes_with_the_honest_device_alone(fleet: Fleet, real_model: s
         np.testing.assert_allclose(value, initial(key, value.shape, 0) + delta[key], atol=1e-6)
 
 
-@pytest.mark.parametrize(("scale", "reason"), [(np.nan, "scale"), (np.inf, "scale"), (-1.0, "scale")])
-def test_a_scale_that_is_no_number_is_refused(fleet: Fleet, scale: float, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("payload", "reason"),
+    [
+        (payload_of("layers.0.q.A", (2, 8), np.nan), "scale"),
+        (payload_of("layers.0.q.A", (2, 8), np.inf), "scale"),
+        (payload_of("layers.0.q.A", (2, 8), -1.0), "scale"),
+        (payload_of("layers.00.q.A", (2, 8)), "layers.00.q.A"),
+        (codec.encode({}), "no factor"),
+    ],
+)
+def test_a_delta_that_says_nothing_sound_is_refused(fleet: Fleet, payload: bytes, reason: str) -> None:
     fleet.write()
     node = fleet.node()
     node.phase("collecting")
     with crafted(fleet, "hostile") as hostile:
         hostile.report()
-        refusal = hostile.offer(payload_of("layers.0.q.A", (2, 8), scale))
+        refusal = hostile.offer(payload)
     assert isinstance(refusal, Rejected) and reason in refusal.reason
     assert reason in node.phase("refused")["text"]
 

@@ -2,30 +2,20 @@
 
 import os
 import signal
-import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
-from edge_broker import messages, presence, signing, topics
-from edge_broker.outbox import Outbox
+from crafted import crafted
+from edge_broker import presence, topics
 from edge_broker.session import Message, Session
-from edge_broker.transfer import Rejected, Uploader
+from edge_broker.transfer import Rejected
 from fleet import Command, Fleet
+from records import committed
 
 from edge_runtime import codec
-from edge_runtime.rounds import CODEC, REPORT_DOMAIN, Report
-
-
-def committed(fleet: Fleet) -> list[tuple[str, int]]:
-    connection = sqlite3.connect(fleet.folder / "node" / "node.db")
-    rows = connection.execute("SELECT device, round FROM journal_transfer WHERE state = 'committed' ORDER BY 1, 2")
-    found = rows.fetchall()
-    connection.close()
-    return found
 
 
 def eventually(holds: Callable[[], bool], timeout_s: float = 20.0) -> bool:
@@ -110,45 +100,6 @@ def test_a_delta_that_waits_in_the_outbox_is_sent_without_training_again(fleet: 
     assert committed(fleet) == [("a", 1)]
 
 
-class Crafted:
-    """A device written by hand, which can send whatever it likes."""
-
-    def __init__(self, fleet: Fleet, id: str) -> None:
-        self.fleet, self.id = fleet, id
-        folder = fleet.folder / id
-        folder.mkdir()
-        self.key = signing.load_or_create_key(folder / "key")
-        self.session = Session(fleet.broker.url, f"{fleet.name}-{id}", presence=presence.PresenceSpec(fleet.name, id))
-        self.outbox = Outbox(folder / "outbox.db", folder)
-        self.uploader = Uploader(self.session, self.outbox, fleet.name, id, self.key)
-
-    def offer(self, payload: bytes) -> Rejected:
-        """Send a payload and return the node's refusal."""
-        with self.session:
-            self.session.connect(10)
-            self.uploader.start()
-            report = msgspec.json.encode(Report(device=self.id, round=1, state="joined", budget_bytes=0))
-            signed = signing.sign(self.key, REPORT_DOMAIN, report).encode()
-            self.session.publish(topics.report(self.fleet.name, self.id), signed, retain=True)
-            manifest = messages.describe(
-                payload,
-                fleet=self.fleet.name,
-                device=self.id,
-                round=1,
-                model_class="tiny",
-                codec=CODEC,
-                samples=4,
-                chunk_bytes=self.session.chunk_bytes,
-            )
-            self.outbox.add(manifest, payload)
-            deadline = time.monotonic() + 30
-            while time.monotonic() < deadline:
-                settled = self.uploader.handle(self.session.receive(min(self.uploader.tick(), 1.0)))
-                if isinstance(settled, Rejected) and settled.final:
-                    return settled
-        raise AssertionError("the node did not refuse it")
-
-
 def tensors(key: str, shape: tuple[int, int]) -> bytes:
     return codec.encode({key: np.ones(shape, np.float32)})
 
@@ -168,7 +119,10 @@ def test_a_bad_delta_is_refused_with_its_reason(fleet: Fleet, payload: bytes, re
     fleet.write()
     node = fleet.node()
     node.phase("collecting")
-    refusal = Crafted(fleet, "crafted").offer(payload)
+    with crafted(fleet, "crafted") as device:
+        device.report()
+        refusal = device.offer(payload)
+    assert isinstance(refusal, Rejected)
     assert reason in refusal.reason
     assert reason in node.phase("refused")["text"]
     assert committed(fleet) == []

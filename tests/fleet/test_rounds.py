@@ -4,32 +4,13 @@ import hashlib
 import json
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 from fleet import Fleet
-from safetensors.numpy import load_file
+from records import master, reports, sent
 
 from edge_runtime import codec
 from edge_runtime.adapters.initial import initial
-from edge_runtime.aggregator.store import Store
-from edge_runtime.rounds import Report
-
-
-def reports(fleet: Fleet, state: str) -> dict[tuple[str, int], Report]:
-    store = Store(fleet.folder / "node" / "node.db")
-    rows = store.connection.execute("SELECT device, round, body FROM reports WHERE state = ?", (state,)).fetchall()
-    store.connection.close()
-    return {(device, round_): msgspec.json.decode(body, type=Report) for device, round_, body in rows}
-
-
-def master(fleet: Fleet, round_: int) -> dict[str, np.ndarray]:
-    (path,) = (fleet.folder / "node" / "versions").glob(f"{round_:05d}-*.safetensors")
-    return load_file(path)
-
-
-def sent(fleet: Fleet, device: str, round_: int) -> dict[str, np.ndarray]:
-    return codec.decode((fleet.folder / device / "work" / f"round-{round_}" / "payload.bin").read_bytes())
 
 
 def budget_for_depth(fleet: Fleet, model: Path, depth: int) -> str:

@@ -59,6 +59,8 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One round of local training.
 
     steps: optimiser steps a round. rows_a_step: rows whose gradients make one step. max_tokens: longer rows are cut.
+    slices: whose loss a step takes, the device's own slice's, or in turn ("nested") also that of every smaller slice the
+    catalog has of the same checkpoint, so that what travels fits the smaller devices too (models/slices.py).
     learning_rate: the peak; it warms up over warmup_steps and falls along a cosine to a tenth over all rounds.
     """
 
@@ -69,6 +71,7 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     max_tokens: int = 512
+    slices: Literal["own", "nested"] = "nested"
     timeout_s: float = 3600.0
 
 

@@ -214,6 +214,7 @@ class Agent:
             rounds=fleet.rounds,
             data=str(self._rows.data),
             evaluation={name: str(path) for name, path in self._rows.evaluation.items()},
+            depths=work.depths(fleet, plan),
             start=str(start) if start else None,
             private=work.current(self._work, self._store, "private"),
             residual=work.current(self._work, self._store, "residual"),

@@ -14,6 +14,8 @@ from edge_broker.outbox import Outbox
 from edge_broker.transfer import Committed, Rejected
 
 from edge_runtime.agent.store import Store
+from edge_runtime.planning.plan import Plan
+from edge_runtime.settings import Fleet
 from edge_runtime.training import data
 
 FILES = {"private": "state.bin", "residual": "residual.bin", "unsent": "payload.bin"}
@@ -41,6 +43,14 @@ def check_rows(given: Path, evaluation: dict[str, Path], folder: Path) -> Rows:
     folder.mkdir(parents=True, exist_ok=True)
     own = data.write_rows(folder / "own.jsonl", held_out)
     return Rows(data.write_rows(folder / "train.jsonl", train), {"own": own})
+
+
+def depths(fleet: Fleet, plan: Plan) -> tuple[int, ...]:
+    """The slices a device trains in turn, the deepest, which takes the most memory, first."""
+    if fleet.training.slices == "own":
+        return (plan.depth,)
+    smaller = {model.depth for model in fleet.catalog if model.source == plan.source and model.depth is not None}
+    return tuple(sorted({plan.depth} | {depth for depth in smaller if depth < plan.depth}, reverse=True))
 
 
 def folder_of(work: Path, round_: int) -> Path:

@@ -18,6 +18,7 @@ from rich.table import Table
 from edge_runtime import processes
 from edge_runtime.demo import commands, model
 from edge_runtime.models.facts import Facts
+from edge_runtime.planning.plan import Plan
 from edge_runtime.planning.search import candidates
 from edge_runtime.settings import Adapter, Fleet, Model, Training, Weights
 from edge_runtime.training import data
@@ -35,32 +36,36 @@ SETTINGS: list[tuple[int, Weights, int, int]] = [  # depth, weights, rank, rows
 ]
 
 
-def measure(facts: Facts, depth: int, weights: Weights, rank: int, rows: int) -> tuple[int, Result]:
-    """The predicted peak and the trainer's result of one setting."""
-    training = Training(steps=STEPS, rows_a_step=rows, max_tokens=TOKENS)
+def planned(depth: int, weights: Weights, rank: int, rows: int, tokens: int, facts: Facts) -> tuple[Fleet, Plan]:
+    """A fleet of one model, and the plan of its largest micro-batch."""
+    training = Training(steps=STEPS, rows_a_step=rows, max_tokens=tokens)
     catalog = (Model(source="model", depth=depth, weights=(weights,)),)
     fleet = Fleet(name="bench", catalog=catalog, adapter=Adapter(rank=rank), training=training)
-    plan = next(candidates(fleet, {"model": facts}, processes.runtime_bytes()))[0]
+    return fleet, next(candidates(fleet, {"model": facts}, processes.runtime_bytes()))[0]
+
+
+def measure(facts: Facts, fleet: Fleet, plan: Plan, rows: commands.Rows) -> Result:
+    """Run the plan in a trainer process of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        drawn = commands.rows("kitchen", train=200, held_out=16, seed=0)
         job = Job(
             train=True,
             facts=facts,
             plan=plan,
             adapter=fleet.adapter,
-            training=training,
+            training=fleet.training,
             method="fedit",
             seed=0,
             round=1,
             rounds=1,
-            data=str(data.write_rows(folder / "train.jsonl", drawn.train)),
-            evaluation={"own": str(data.write_rows(folder / "own.jsonl", drawn.held_out))},
+            data=str(data.write_rows(folder / "train.jsonl", rows.train)),
+            evaluation={"own": str(data.write_rows(folder / "own.jsonl", rows.held_out))},
+            depths=(plan.depth,),
         )
         (folder / "job.json").write_bytes(msgspec.json.encode(job))
         command = [sys.executable, "-m", "edge_runtime.training", str(folder)]
         subprocess.run(command, env=processes.environment(), stdout=subprocess.DEVNULL, check=True, timeout=600)
-        return plan.predicted_peak_bytes, msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
+        return msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
 
 
 def main() -> None:
@@ -70,10 +75,13 @@ def main() -> None:
     title = f"{facts.model_class}, {TOKENS} tokens a row, runtime baseline {processes.runtime_bytes() / MIB:.0f} MiB"
     table = Table(*("layers", "weights", "rank", "rows", "predicted", "measured", "ratio", "s a step"), title=title)
     ratios = []
+    drawn = commands.rows("kitchen", train=200, held_out=16, seed=0)
     for depth, weights, rank, rows in SETTINGS:
-        predicted, result = measure(facts, depth, weights, rank, rows)
-        ratios.append(predicted / result.measured_peak_bytes)
-        sizes = (f"{predicted / MIB:.0f} MiB", f"{result.measured_peak_bytes / MIB:.0f} MiB", f"{ratios[-1]:.3f}")
+        fleet, plan = planned(depth, weights, rank, rows, TOKENS, facts)
+        result = measure(facts, fleet, plan, drawn)
+        predicted, measured = plan.predicted_peak_bytes, result.measured_peak_bytes
+        ratios.append(predicted / measured)
+        sizes = (f"{predicted / MIB:.0f} MiB", f"{measured / MIB:.0f} MiB", f"{ratios[-1]:.3f}")
         table.add_row(str(depth), weights, str(rank), str(rows), *sizes, f"{result.seconds['train'] / STEPS:.2f}")
     console.print(table)
     console.print(

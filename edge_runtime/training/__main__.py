@@ -22,7 +22,7 @@ from edge_runtime.adapters import attach, export
 from edge_runtime.errors import EdgeError, InputError
 from edge_runtime.methods.interface import Method
 from edge_runtime.models import weights
-from edge_runtime.models.slices import kept_layers
+from edge_runtime.models.slices import kept_layers, nested_blocks
 from edge_runtime.training import data, step
 from edge_runtime.training.evaluate import evaluate
 from edge_runtime.training.job import Job, Progress, Result
@@ -71,12 +71,14 @@ def run(folder: Path) -> None:
     losses: list[float] = []
     payload = b""
     if job.train:
+        depths = job.depths if method.merger is not None else (job.plan.depth,)
         with meter.phase("train"):
             losses = step.train(
                 model,
                 adapter,
                 examples,
                 job.training,
+                slices=nested_blocks(depths, job.plan.depth, job.facts.layers),
                 micro_rows=job.plan.rows,
                 round_=job.round,
                 rounds=job.rounds,
@@ -166,7 +168,16 @@ def baseline_bytes() -> int:
             example = data.Example([1] * 16, [1] * 16)
             training = settings.Training(steps=1, rows_a_step=1)
             step.train(
-                model, adapter, [example], training, micro_rows=1, round_=1, rounds=1, seed=0, progress=lambda *_: None
+                model,
+                adapter,
+                [example],
+                training,
+                slices=[(0,)],
+                micro_rows=1,
+                round_=1,
+                rounds=1,
+                seed=0,
+                progress=lambda *_: None,
             )
             evaluate(model, [example], 1)
     return meter.peak_bytes

@@ -17,6 +17,7 @@ from edge_runtime.planning.plan import Plan
 class Job(msgspec.Struct, frozen=True):
     """train: one round of training after the evaluation, else the evaluation alone.
 
+    depths: the slices it trains, a step each in turn; a method that exchanges nothing trains the plan's alone.
     evaluation: held-out files by name. start: the global version (encoded), None for version 0. private: state.bin of an
     earlier round. residual: residual.bin of the last settled round. unsent: a payload that the node refused, to be sent
     again. export: folder for the adapter in PEFT's form, after an evaluation alone. threads: CPU threads, 0 for all.
@@ -33,6 +34,7 @@ class Job(msgspec.Struct, frozen=True):
     rounds: int
     data: str
     evaluation: dict[str, str]
+    depths: tuple[int, ...]
     start: str | None = None
     private: str | None = None
     residual: str | None = None

@@ -1,11 +1,12 @@
 """One forward pass, and the optimiser steps of a round.
 
 Only the boundaries of the blocks are kept; a block runs again in backward. The head and the loss run in chunks over the
-labelled tokens alone. A step's rows go through in micro-batches whose losses are weighted by their tokens.
+labelled tokens alone. A step's rows go through in micro-batches whose losses are weighted by their tokens. Steps may take
+turns between slices of the model, so that one adapter fits them all (models/slices.py).
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -57,6 +58,7 @@ def train(
     examples: list[Example],
     training: Training,
     *,
+    slices: Sequence[tuple[int, ...]],
     micro_rows: int,
     round_: int,
     rounds: int,
@@ -66,6 +68,7 @@ def train(
     """Train the adapter for one round, in place.
 
     Args:
+        slices: the blocks that a step goes through, one slice a step in turn.
         micro_rows: rows that go through the model at once.
         round_: counted from 1; with rounds it places this round on the learning rate's schedule.
         progress: told the step, counted from 1, and its loss.
@@ -86,7 +89,7 @@ def train(
         taken = list(islice(rows, training.rows_a_step))
         labelled = sum(label != IGNORED for row in taken for label in row.labels[1:])
         total = 0.0
-        with recomputed_blocks(model):
+        with only_blocks(model, slices[step % len(slices)]), recomputed_blocks(model):
             for batch in batches(taken, micro_rows):
                 ids, labels = pad(batch, weight.device)
                 share = int((labels[:, 1:] != IGNORED).sum()) / max(labelled, 1)
@@ -104,6 +107,26 @@ def train(
         losses.append(total)
         progress(step + 1, total)
     return losses
+
+
+@contextmanager
+def only_blocks(model: PreTrainedModel, chosen: tuple[int, ...]) -> Iterator[None]:
+    """While inside, the model consists of the chosen ones of its blocks."""
+    layers, config = blocks(model), model.config.get_text_config()
+    every, types = list(layers), getattr(config, "layer_types", None)
+
+    def put(numbers: Sequence[int]) -> None:
+        del layers[:]
+        layers.extend(every[number] for number in numbers)
+        config.num_hidden_layers = len(numbers)
+        if types:
+            config.layer_types = [types[number] for number in numbers]
+
+    put(chosen)
+    try:
+        yield
+    finally:
+        put(range(len(every)))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from edge_runtime.demo import model as demo
 from edge_runtime.errors import InputError
 from edge_runtime.models import gguf_file, weights
 from edge_runtime.models.prepare import prepare
-from edge_runtime.models.slices import kept_layers
+from edge_runtime.models.slices import kept_layers, nested_blocks
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2")
@@ -48,6 +48,12 @@ def test_slices_are_nested_and_in_order(layers):
     assert [len(kept) for kept in slices] == list(range(1, layers + 1))
     assert all(list(kept) == sorted(set(kept)) for kept in slices)
     assert all(set(less) < set(more) for less, more in pairwise(slices))
+
+
+def test_smaller_slices_are_found_inside_a_slice():
+    assert nested_blocks((5, 4, 1), depth=5, layers=9) == [(0, 1, 2, 3, 4), (0, 1, 3, 4), (0,)]
+    with pytest.raises(ValueError, match="not in tuple"):
+        nested_blocks((6,), depth=5, layers=9)
 
 
 @pytest.mark.parametrize("depth", [0, -1, 31])

@@ -47,9 +47,10 @@ def adapted(model, spec=SPEC):
     return adapter
 
 
-def train(model, adapter, examples, micro_rows=4, progress=lambda *_: None, **training):
+def train(model, adapter, examples, micro_rows=4, slices=None, progress=lambda *_: None, **training):
     wanted = settings.Training(**{"steps": 1, "rows_a_step": 8, "learning_rate": 1e-2, **training})
-    where = {"round_": 1, "rounds": 1, "seed": 0, "progress": progress}
+    everything = [tuple(range(len(roles.blocks(model))))]
+    where = {"slices": slices or everything, "round_": 1, "rounds": 1, "seed": 0, "progress": progress}
     return step.train(model, adapter, examples, wanted, micro_rows=micro_rows, **where)
 
 
@@ -82,6 +83,32 @@ def test_equal_seeds_train_equally(tiny):
         made.append((train(model, adapter, draw_examples(20), steps=3), attach.state(adapter)))
     assert made[0][0] == made[1][0]
     assert all(np.array_equal(made[0][1][key], made[1][1][key]) for key in made[0][1])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_a_step_through_a_slice_is_the_step_of_that_slice_alone(tiny, family):
+    examples, kept = draw_examples(8), (0, 3)
+    deep = tiny(family)
+    adapter = adapted(deep)
+    before = attach.state(adapter)
+    losses = train(deep, adapter, examples, steps=2, slices=[kept, (0, 1, 2, 3)])
+    shallow = tiny(family)
+    with step.only_blocks(shallow, kept):
+        alone = attach.attach(shallow, kept, SPEC, seed=0)
+        attach.load_state(alone, {key: before[key] for key in alone.factors})
+        assert train(shallow, alone, examples, steps=1, slices=[(0, 1)]) == pytest.approx(losses[:1], abs=1e-6)
+    assert len(roles.blocks(deep)) == len(roles.blocks(shallow)) == deep.config.num_hidden_layers == 4
+
+
+def test_only_the_blocks_of_its_slices_are_trained(tiny):
+    model = tiny("llama")
+    adapter = adapted(model)
+    before = attach.state(adapter)
+    train(model, adapter, draw_examples(8), steps=2, slices=[(0, 3), (0, 1, 3)])
+    moved = {
+        key.split(".")[1] for key, value in attach.state(adapter).items() if not np.array_equal(value, before[key])
+    }
+    assert moved == {"0", "1", "3"}
 
 
 def gradient(model, examples, micro_rows):
@@ -252,6 +279,7 @@ def trainer(tmp_path):
                 "rounds": 2,
                 "data": str(data.write_rows(folder / "rows.jsonl", rows)),
                 "evaluation": {"own": str(data.write_rows(folder / "own.jsonl", ROWS[:4]))},
+                "depths": (depth,),
                 "threads": 1,
                 **changes,
             }
@@ -287,6 +315,17 @@ def test_one_round_on_a_slice_of_the_demos_model(trainer, demo_facts):
     assert [one.phase for one in told] == ["load", "evaluate own", *["train"] * 3, "encode", "done"]
     assert [(one.step, one.steps, one.loss) for one in told[2:5]] == [(n, 3, done.losses[n - 1]) for n in (1, 2, 3)]
     assert all(one.memory_bytes > 100 << 20 for one in told)
+
+
+def test_smaller_slices_take_turns_only_where_something_is_exchanged(trainer, tiny_facts):
+    losses = {
+        (method, depths): result(trainer(f"{method}{len(depths)}", tiny_facts, method=method, depths=depths)).losses
+        for method in ("fedit", "local")
+        for depths in ((4,), (4, 2))
+    }
+    assert losses["local", (4, 2)] == losses["local", (4,)] == losses["fedit", (4,)]
+    assert losses["fedit", (4, 2)][0] == losses["fedit", (4,)][0]
+    assert losses["fedit", (4, 2)][1] != losses["fedit", (4,)][1]
 
 
 def test_what_is_owed_travels_with_the_next_delta_and_nothing_is_lost(trainer, tiny_facts, tmp_path):

@@ -35,12 +35,14 @@ class Round(msgspec.Struct, frozen=True):
 class Report(msgspec.Struct, frozen=True):
     """How a round went on one device.
 
+    node_key: of the node it is meant for, as broker and device may outlive a node of the same fleet's name.
     state: joined (this is what it will train), trained (and taken by the node, where the method exchanges something),
     failed (reason says why), or finished (the last version was evaluated).
     bytes_up, bytes_down: PUBLISH packets since the round began.
     """
 
     device: str
+    node_key: str
     round: int
     state: Literal["joined", "trained", "failed", "finished"]
     budget_bytes: int

@@ -64,6 +64,7 @@ class Agent:
         self._uploader = Uploader(self._session, self._outbox, options.fleet, options.id, key, self._settled)
         self._fetcher = Fetcher(self._session, options.fleet, options.id, options.state / "versions")
         self._round: Round | None = None
+        self._node_key = ""  # of the node that announced it
         self._planned: Planned | None = None
         self._planning = False
         self._trainer: Trainer | None = None
@@ -146,15 +147,16 @@ class Agent:
             log.warning("ignored a round: %s", error)
             self._ignored = f"a round was announced, but {error}; to trust that node, start with a new --state"
             return
-        self._store.set("node_key", key)
-        if self._round is not None and (announced.state, announced.round) == (self._round.state, self._round.round):
+        known = self._round and (self._node_key, self._round.state, self._round.round)
+        if known == (key, announced.state, announced.round):
             return
         if self._trainer:  # the fleet went on without us
             self._trainer.stop()
             self._trainer = None
+        self._fetcher.drop()
         self._reports.publish_owed()
         self._reports.begin()
-        self._round, self._attempt = announced, 0
+        self._round, self._node_key, self._attempt = announced, key, 0
         if announced.state == "open" and int(self._store.get("round") or 0) >= announced.round:
             self._say("waiting", text="this round is trained already")
         else:
@@ -179,6 +181,7 @@ class Agent:
         assert self._round is not None
         self._reports.publish(self._report("joined", None))
         if self._round.state == "open" and self._outbox.pending():
+            self._uploader.offer_now()
             self._say("waiting", text="for the node's word on the last update, on which the next one builds")
             return
         version = self._round.versions.get(self._planned.plan.model_class if self._planned else NOOP)
@@ -271,6 +274,7 @@ class Agent:
 
     def _owe(self, payload: Path | bytes | None, codec: str, samples: int, result: Result | None) -> None:
         assert self._round is not None
+        self._store.set("node_key", self._node_key)
         self._store.set("round", str(self._round.round))
         self._reports.owe(self._report("trained", result))
         if payload:
@@ -333,6 +337,7 @@ class Agent:
     ) -> Report:
         return Report(
             device=self.options.id,
+            node_key=self._node_key,
             round=self._round.round if self._round else 0,
             state=state,
             budget_bytes=self.options.budget_bytes,

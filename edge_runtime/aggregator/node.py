@@ -211,6 +211,9 @@ class Node:
         device = topics.parse(message.topic).device
         body, key = signing.open(message.payload, REPORT_DOMAIN, self._store.key(device))
         report = messages.decode(body, Report)
+        if report.node_key != signing.public_key(self._key):
+            log.info("%s reports to an earlier node of this name", device)
+            return
         if report.device != device:
             raise BadMessage(f"{device} sent a report of {report.device}")
         if not 1 <= report.round <= self.fleet.rounds:

@@ -22,6 +22,8 @@ class Crafted:
         self._fleet, self._id = fleet.name, id
         folder = fleet.folder / id
         self._key = signing.load_or_create_key(folder / "key")
+        node_key = signing.load_or_create_key(fleet.folder / "node" / "node.key")
+        self._node_key = signing.public_key(node_key)
         spec = presence.PresenceSpec(fleet.name, id)
         self.session = Session(fleet.broker.url, f"{fleet.name}-{id}", presence=spec)
         self._outbox = Outbox(folder / "outbox.db", folder)
@@ -31,7 +33,9 @@ class Crafted:
 
     def report(self, **fields: Any) -> None:
         """Publish a signed report; the node pins the key of the first one."""
-        said = Report(device=self._id, **{"round": 1, "state": "joined", "budget_bytes": 0, **fields})
+        said = Report(
+            device=self._id, **{"node_key": self._node_key, "round": 1, "state": "joined", "budget_bytes": 0, **fields}
+        )
         signed = signing.sign(self._key, REPORT_DOMAIN, msgspec.json.encode(said)).encode()
         self.session.publish(topics.report(self._fleet, self._id), signed, retain=True)
 

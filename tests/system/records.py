@@ -1,4 +1,4 @@
-"""What a fleet left behind, read from the files of its node and its devices."""
+"""What a fleet left behind, in the files of its node and its devices and on the broker."""
 
 import contextlib
 import json
@@ -7,6 +7,8 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from edge_broker import presence, topics
+from edge_broker.session import Message, Session
 from fleet import Fleet
 from safetensors.numpy import load_file
 
@@ -50,3 +52,17 @@ def remembered(fleet: Fleet, device: str) -> dict[str, str]:
     """The named values of a device's agent."""
     with contextlib.closing(sqlite3.connect(fleet.folder / device / "agent.db")) as database:
         return dict(database.execute("SELECT name, value FROM state").fetchall())
+
+
+def presence_of(fleet: Fleet, device: str) -> str:
+    """A device's presence, as the broker keeps it."""
+    tracker = presence.Tracker()
+    with Session(fleet.broker.url, f"{fleet.name}-looks", clean_start=True, session_expiry_s=0) as session:
+        session.connect(10)
+        session.subscribe(topics.all_presence(fleet.name))
+        while tracker.state(device) == "unknown":
+            item = session.receive(5)
+            assert item is not None
+            if isinstance(item, Message):
+                tracker.handle(item.topic, item.payload)
+    return tracker.state(device)

@@ -1,16 +1,17 @@
 """An agent whose rounds do not come one after the other as they should."""
 
+import shutil
 import signal
 from pathlib import Path
 
 import numpy as np
 from crafted import crafted
 from edge_broker import messages, presence, topics
-from edge_broker.session import Message, Session
+from edge_broker.session import Session
 from edge_broker.transfer import Committed
 from filelock import FileLock
 from fleet import Fleet
-from records import committed, job, remembered
+from records import committed, job, presence_of, remembered
 
 from edge_runtime import codec
 
@@ -59,35 +60,46 @@ def test_a_round_that_opens_while_the_agent_plans_is_trained_once(fleet: Fleet, 
     assert committed(fleet) == [("other", 1), ("slow", 2)]
 
 
+def test_fresh_states_make_a_new_fleet_of_an_old_name(fleet: Fleet) -> None:
+    """The broker keeps the old node's last word and the old device's report; neither ties the new ones."""
+    fleet.write()
+    ended = [fleet.node("--noop", "--until-finished"), fleet.agent("a", "--noop", "10kB", "--until-finished")]
+    assert [command.end() for command in ended] == [0, 0]
+    for name in ("node", "a"):
+        shutil.rmtree(fleet.folder / name)
+    agent = fleet.agent("a", "--noop", "10kB", "--until-finished")
+    agent.phase("fetching")  # what the old node published, which nobody serves any more
+    node = fleet.node("--noop", "--until-finished")
+    assert (node.end(), agent.end()) == (0, 0)
+    assert committed(fleet) == [("a", 1)]
+    assert not any(event["phase"] == "failed" for event in agent.seen + node.seen)
+
+
+def test_a_device_that_trained_for_a_node_follows_no_other_one(fleet: Fleet) -> None:
+    fleet.write()
+    ended = [fleet.node("--noop", "--until-finished"), fleet.agent("a", "--noop", "10kB", "--until-finished")]
+    assert [command.end() for command in ended] == [0, 0]
+    shutil.rmtree(fleet.folder / "node")
+    fleet.node("--noop").phase("collecting")
+    agent = fleet.agent("a", "--noop", "10kB", "--wait", "2")
+    assert agent.end() == 3
+    assert "to trust that node, start with a new --state" in agent.error()
+
+
 def test_an_agent_asked_to_stop_while_it_trains_takes_its_trainer_along(fleet: Fleet, real_model: str) -> None:
     fleet.write((real_model, 2))
     fleet.node()
     agent = fleet.agent("a")
     agent.phase("load")
-    threads = Path(f"/proc/{agent.process.pid}/task").glob("*/children")
-    trainers = [int(pid) for path in threads for pid in path.read_text().split()]
+    trainers = agent.children()
     assert trainers
     agent.process.terminate()
     assert agent.end(20) == 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in trainers)
-    assert state_of(fleet, "a") == "offline"
+    assert presence_of(fleet, "a") == "offline"
 
 
 def declare_lost(session: Session, fleet: Fleet, device: str) -> None:
     """Say of a device what its will would say."""
     lost = messages.Presence(state="lost", epoch=presence.next_epoch(0))
     session.publish(topics.presence(fleet.name, device), messages.encode(lost), retain=True)
-
-
-def state_of(fleet: Fleet, device: str) -> str:
-    """A device's presence, as the broker keeps it."""
-    tracker = presence.Tracker()
-    with Session(fleet.broker.url, f"{fleet.name}-looks", clean_start=True, session_expiry_s=0) as session:
-        session.connect(10)
-        session.subscribe(topics.all_presence(fleet.name))
-        while tracker.state(device) == "unknown":
-            item = session.receive(5)
-            assert item is not None
-            if isinstance(item, Message):
-                tracker.handle(item.topic, item.payload)
-    return tracker.state(device)

@@ -72,12 +72,18 @@ class Fetcher:
             return Fetched(artifact=artifact, path=path)
         if self._current and self._current.artifact == artifact:
             return None
-        if self._current:
-            self._finish()
+        self.drop()
         self._session.subscribe(topics.all_chunks(self._fleet, artifact.digest))
         self._current = _Download(artifact, path)
         self.tick()
         return None
+
+    def drop(self) -> None:
+        """Give up what is under way, if anything is."""
+        if self._current:
+            self._session.unsubscribe(topics.all_chunks(self._fleet, self._current.artifact.digest))
+            self._current.part.unlink(missing_ok=True)
+            self._current = None
 
     def handle(self, message: Message | Event | None) -> Fetched | Failed | None:
         """Take in what the session received (None too: a fetch can fail by waiting); what is not for it is ignored."""
@@ -128,7 +134,7 @@ class Fetcher:
         except OSError as error:
             return self._fail(download, f"cannot write {download.path}: {error}")
         if not wrong:
-            self._finish()
+            self.drop()
             return Fetched(artifact=download.artifact, path=download.path)
         if download.broken + 1 >= _MAX_BROKEN:
             return self._fail(download, wrong)
@@ -137,14 +143,8 @@ class Fetcher:
         return None
 
     def _fail(self, download: "_Download", reason: str) -> Failed:
-        self._finish()
+        self.drop()
         return Failed(artifact=download.artifact, reason=reason)
-
-    def _finish(self) -> None:
-        if self._current:
-            self._session.unsubscribe(topics.all_chunks(self._fleet, self._current.artifact.digest))
-            self._current.part.unlink(missing_ok=True)
-            self._current = None
 
 
 class _Download:

@@ -107,6 +107,11 @@ class Uploader:
             result, self._unreadable = self._unreadable, None
         return result
 
+    def offer_now(self) -> None:
+        """Offer the oldest pending update at the next tick: the caller knows that the node is there (again)."""
+        if self._current and not self._current.queue:
+            self._current.ask_again(0.0)
+
     def tick(self, now: float | None = None) -> float:
         """Offer and send what is due (now: of time.monotonic).
 

@@ -96,6 +96,11 @@ class Command:
         assert self.process.stderr is not None
         return self.process.stderr.read().strip()
 
+    def children(self) -> list[int]:
+        """The processes it has started and that still run."""
+        threads = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return [int(pid) for path in threads for pid in path.read_text().split()]
+
     def kill(self) -> None:
         """End it as a power cut would."""
         self.process.kill()

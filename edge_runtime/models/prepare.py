@@ -4,7 +4,7 @@
 
 A process of its own, because reading a configuration needs torch and transformers, which the resident agent must not
 import. What it finds is kept under the cache by the checkpoint's digest: configuration, tokenizer, facts.json and, for a
-GGUF file, where each tensor lies (tensors.json). Weights stay where they are.
+GGUF file, where each tensor lies (tensors.json). Weights stay where they are, and they alone make the model class.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from edge_runtime.models import facts as facts_
 from edge_runtime.models.facts import Facts
 
 LOCK_TIMEOUT_S = 600.0
+FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")  # of a model folder
 
 
 def prepare(source: str, models: Path, cache: Path) -> Facts:
@@ -38,18 +39,17 @@ def prepare(source: str, models: Path, cache: Path) -> Facts:
         InputError: there is no such source, it cannot be read, or its architecture is not one we know.
     """
     path = find(source, models)
-    name = path.stem if path.is_file() else path.name
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    if not files:
+    weights, others = ([path], []) if path.is_file() else _files(path)
+    if not weights:
         raise InputError(f"{path} has no .safetensors file: give a folder in Hugging Face's layout or a GGUF file")
-    revision = _digest(files, cache)
-    ready = cache / f"{name}-{revision[:12]}"
+    name, revision = _name(path), _digest(weights, cache)[:12]
+    ready = cache / "-".join([name, revision, *([_digest(others, cache)[:12]] if others else [])])
     with FileLock(
         ready.with_suffix(".lock"), timeout=LOCK_TIMEOUT_S
     ):  # several agents of one machine may share the cache
         if not ready.exists():
             with tempfile.TemporaryDirectory(dir=cache) as scratch:
-                _write(path, Path(scratch) / ready.name, ready, f"{name}@{revision[:12]}")
+                _write(path, Path(scratch) / ready.name, ready, f"{name}@{revision}")
                 (Path(scratch) / ready.name).rename(ready)
     facts = msgspec.json.decode((ready / "facts.json").read_bytes(), type=Facts)
     return msgspec.structs.replace(facts, weights=str(path))  # the file may have moved since
@@ -72,14 +72,26 @@ def find(source: str, models: Path) -> Path:
     return _download(source)
 
 
+def _files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The weights of a model folder, and what else it is read from."""
+    patterns = [pattern for pattern in FILES if pattern != "*.safetensors"]
+    return sorted(folder.glob("*.safetensors")), sorted(file for one in patterns for file in folder.glob(one))
+
+
+def _name(path: Path) -> str:
+    """A name for people; the hub's cache keeps owner/name in models--owner--name/snapshots/COMMIT."""
+    if path.parent.name == "snapshots":
+        return path.parent.parent.name.rsplit("--", 1)[-1]
+    return path.stem if path.is_file() else path.name
+
+
 def _download(source: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, _, revision = source.partition("@")
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"cannot fetch {source} from the hub: {error}; copy it into the models folder instead"
@@ -130,7 +142,7 @@ def _refuse_remote_code(folder: Path) -> None:
 
 
 def _digest(files: list[Path], cache: Path) -> str:
-    """SHA-256 over the weight files, remembered by path, size and time of change: hashing gigabytes takes seconds."""
+    """SHA-256 over files, remembered by path, size and time of change: hashing gigabytes takes seconds."""
     stats = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     memo = cache / "digests" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()
     if memo.exists():

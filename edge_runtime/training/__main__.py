@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -111,7 +112,7 @@ def _start(job: Job, method: Method, initial: attach.State) -> attach.State:
         shared = codec.decode(Path(job.start).read_bytes())
         state |= {key: value for key, value in shared.items() if key in state and method.exchanged(key)}
     if job.private is not None:
-        state |= load_file(job.private)
+        state |= _load(job.private)
     attach.check_keys(state, shapes)
     return state
 
@@ -124,7 +125,7 @@ def _write(folder: Path, job: Job, method: Method, start: attach.State, trained:
         _save(folder / "state.bin", private)
     if not delta:
         return b""
-    owed = [load_file(job.residual)] if job.residual is not None else []
+    owed = [_load(job.residual)] if job.residual is not None else []
     owed += [codec.decode(Path(job.unsent).read_bytes())] if job.unsent is not None else []
     for kept in owed:
         delta = {key: value + kept[key] if key in kept else value for key, value in delta.items()}
@@ -133,6 +134,15 @@ def _write(folder: Path, job: Job, method: Method, start: attach.State, trained:
     _save(folder / "residual.bin", {key: delta[key] - sent[key] for key in delta})
     _replace(folder / "payload.bin", payload)
     return payload
+
+
+def _load(path: str) -> attach.State:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}, which an earlier round left, cannot be read: {error}; start with a new --state"
+        ) from error
 
 
 def _save(path: Path, tensors: Mapping[str, NDArray[np.float32]]) -> None:

@@ -314,3 +314,15 @@ def test_two_processes_may_prepare_the_same_model_at_once(tiny_folder, tmp_path)
     assert said[0][0] == said[1][0]
     folders = [path for path in cache.iterdir() if path.is_dir() and path.name != "digests"]
     assert [path.name.split("-")[0] for path in folders] == ["tiny"]
+
+
+def test_the_weights_alone_make_the_class_and_every_file_makes_the_facts(tiny_folder, tmp_path):
+    first = shutil.copytree(tiny_folder, tmp_path / "model")
+    hub = shutil.copytree(tiny_folder, tmp_path / "models--owner--model" / "snapshots" / "0123abcd")
+    other = shutil.copytree(tiny_folder, tmp_path / "other" / "model")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    found = [prepare(str(folder), tmp_path, tmp_path / "cache") for folder in (first, hub, other)]
+    assert len({facts.model_class for facts in found}) == 1
+    assert found[0].model_class.startswith("model@")
+    assert found[0].folder == found[1].folder != found[2].folder

@@ -392,6 +392,14 @@ def test_bad_data_ends_it_with_one_sentence(trainer, tiny_facts):
     assert not (folder / "result.json").exists()
 
 
+@pytest.mark.parametrize("name", ["private", "residual"])
+def test_what_an_earlier_round_left_broken_is_named(trainer, tiny_facts, tmp_path, name):
+    (tmp_path / "left.bin").write_bytes(b"not safetensors at all")
+    _, process = trainer(name, tiny_facts, **{name: str(tmp_path / "left.bin")})
+    assert process.returncode == 2
+    assert process.stderr.decode().startswith(f"{tmp_path / 'left.bin'}, which an earlier round left, cannot be read")
+
+
 def test_a_private_state_of_another_shape_is_refused_by_name(trainer, tiny_facts, tmp_path):
     save_file({"layers.0.q.A": np.ones((2, 32), np.float32)}, tmp_path / "state.bin")
     _, process = trainer("a", tiny_facts, method="local", private=str(tmp_path / "state.bin"))

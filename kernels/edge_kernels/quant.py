@@ -1,0 +1,242 @@
+"""Block formats of frozen matrices, and rows of 8-bit activations.
+
+    q8_0    w = d · q             32 values a block, q in -127..127                       8.5 bits a value
+    q4_0    w = d · (q - 8)       32 values a block, q in 0..15                           4.5
+    q4_1    w = d · q + m         32 values a block, q in 0..15                           5
+    nf4     w = s · table[q]      64 values a block; s = offset + s2 · dynamic[code]      4.13
+
+The first three are GGUF's blocks with their parts apart: scales together and quants together, so that a tile is read in
+wide loads. Four-bit quants keep GGUF's order: the low halves of a block's bytes are its first half, the high ones its
+second; nf4 does the same. A row is padded to whole blocks. d and m are float16; s is quantised again, 256 scales sharing
+one float32 (double quantisation).
+Source: ggml's block formats; Dettmers et al. 2023, arXiv 2305.14314 (nf4), 2022, arXiv 2110.02861 (dynamic map).
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+
+Format = Literal["q8_0", "q4_0", "q4_1", "nf4"]
+BLOCK: dict[str, int] = {"q8_0": 32, "q4_0": 32, "q4_1": 32, "nf4": 64}
+PIECE_VALUES = 1 << 20  # expanded in float32 at once
+GROUP = 256  # nf4 scales that share a second-level scale
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+class Packed(NamedTuple):
+    """A frozen matrix (out, in) in blocks along its rows; padded is in, rounded up to whole blocks.
+
+    quants: (out, padded) int8 for q8_0, else (out, padded / 2) uint8.
+    scales: (out, blocks) float16; for nf4 the uint8 codes of the scales.
+    mins: q4_1: (out, blocks) float16; else None.
+    groups, offset: nf4: (ceil(out · blocks / GROUP),) float32 second-level scales, and what is added; else None.
+    """
+
+    format: Format
+    shape: tuple[int, int]
+    quants: torch.Tensor
+    scales: torch.Tensor
+    mins: torch.Tensor | None = None
+    groups: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(part.nbytes for part in self[2:] if part is not None)
+
+    def to(self, device: torch.device | str) -> "Packed":
+        """The same matrix on another device."""
+        return Packed(self.format, self.shape, *(None if part is None else part.to(device) for part in self[2:]))
+
+
+def pack(weight: torch.Tensor, format: Format) -> Packed:
+    """Round a matrix to a block format.
+
+    Args:
+        weight: (out, in) of any float dtype.
+        format: one of the formats above.
+
+    Raises:
+        ValueError: the weight is no matrix, holds a value that is not finite, or needs a scale that float16 has not.
+    """
+    if weight.dim() != 2 or not weight.numel():
+        raise ValueError(f"weight is {tuple(weight.shape)}, but has to be a matrix (out, in) that is not empty")
+    if format not in BLOCK:
+        raise ValueError(f"format is {format!r}, but has to be one of {', '.join(BLOCK)}")
+    out, into = weight.shape
+    size = BLOCK[format]
+    padded = torch.nn.functional.pad(weight.float()[None], (0, -into % size), mode="replicate")[0]
+    blocks = padded.view(out, -1, size)
+    if not blocks.isfinite().all():
+        raise ValueError("weight holds a value that is not finite")
+    packed = {"q8_0": _pack_q8_0, "q4_0": _pack_q4_0, "q4_1": _pack_q4_1, "nf4": _pack_nf4}[format](blocks, (out, into))
+    if not packed.scales.isfinite().all() or (packed.mins is not None and not packed.mins.isfinite().all()):
+        raise ValueError(f"weight has values up to {float(weight.abs().max()):.3g}, too large for a float16 scale")
+    return packed
+
+
+def expand(packed: Packed, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The matrix in a float dtype, each value rounded once from float32.
+
+    Args:
+        out: (out, in) to write to, which also sets the dtype; so one buffer serves many matrices.
+    """
+    matrix = torch.empty(packed.shape, dtype=dtype, device=packed.quants.device) if out is None else out
+    step = max(PIECE_VALUES // packed.shape[1], 1)
+    for first in range(0, packed.shape[0], step):
+        rows = slice(first, first + step)
+        matrix[rows] = _values(packed, rows)[:, : packed.shape[1]]
+    return matrix
+
+
+def from_gguf(data: torch.Tensor, format: Literal["q8_0", "q4_0", "q4_1"], shape: tuple[int, int]) -> Packed:
+    """Take a matrix out of a GGUF file's blocks, value for value.
+
+    Args:
+        data: uint8, the tensor's bytes in the file.
+        format: the type it has there.
+        shape: (out, in); in is a multiple of 32, as GGUF demands.
+
+    Raises:
+        ValueError: the bytes are not those of such a matrix, or a scale is not finite.
+    """
+    out, into = shape
+    width = {"q8_0": 34, "q4_0": 18, "q4_1": 20}[format]
+    if into % 32 or data.numel() != out * (into // 32) * width:
+        raise ValueError(
+            f"data has {data.numel()} bytes, but {out} rows of {into} values in {format} have to be "
+            f"{out * into // 32 * width}, in rows of whole blocks"
+        )
+    blocks = data.view(out, into // 32, width)
+    scales = blocks[..., :2].contiguous().view(torch.float16)[..., 0]
+    mins = blocks[..., 2:4].contiguous().view(torch.float16)[..., 0] if format == "q4_1" else None
+    quants = blocks[..., 4 if format == "q4_1" else 2 :].reshape(out, -1)
+    if not scales.isfinite().all() or (mins is not None and not mins.isfinite().all()):
+        raise ValueError("data holds a block whose scale is not finite")
+    return Packed(format, shape, quants.view(torch.int8) if format == "q8_0" else quants, scales, mins)
+
+
+def to_gguf(packed: Packed) -> torch.Tensor:
+    """The bytes that a GGUF file has for this matrix; the inverse of from_gguf.
+
+    Raises:
+        ValueError: the format is none of GGUF's, or the rows are not whole blocks.
+    """
+    if packed.format == "nf4" or packed.shape[1] % 32:
+        raise ValueError(f"GGUF has no {packed.format} matrix of {packed.shape[1]} columns")
+    parts = [packed.scales] if packed.mins is None else [packed.scales, packed.mins]
+    headers = [part.contiguous().view(torch.uint8).view(*part.shape, 2) for part in parts]
+    quants = packed.quants.view(torch.uint8).view(*packed.scales.shape, -1)
+    return torch.cat([*headers, quants], -1).flatten()
+
+
+def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round activations (..., n) to int8 with one float32 scale a row: x ≈ q · scale. Shapes (..., n) and (..., 1)."""
+    scale = x.abs().amax(-1, keepdim=True).float() / 127
+    return (x / scale.clamp_min(torch.finfo(torch.float32).tiny)).round_().to(torch.int8), scale
+
+
+def expand_rows(quants: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The activations that quantise_rows took, in a float dtype."""
+    return (quants * scale).to(dtype)
+
+
+# --- the formats
+
+
+def _values(packed: Packed, rows: slice) -> torch.Tensor:
+    """Some rows in float32, padding included."""
+    quants, size = packed.quants[rows], BLOCK[packed.format]
+    values = torch.empty(len(quants), packed.scales.shape[1], size, device=quants.device)
+    if packed.format == "q8_0":
+        values.copy_(quants.view(values.shape))
+    else:
+        halves = quants.view(*values.shape[:2], size // 2)
+        for part, nibbles in zip(values.chunk(2, -1), (halves & 15, halves >> 4), strict=True):
+            part.copy_(_table(quants.device)[nibbles.int()] if packed.format == "nf4" else nibbles)
+    if packed.format == "q4_0":
+        values.sub_(8)
+    values.mul_(_scales(packed, rows)[..., None])
+    if packed.mins is not None:
+        values.add_(packed.mins[rows][..., None])
+    return values.flatten(1)
+
+
+def _pack_q8_0(blocks: torch.Tensor, shape: tuple[int, int]) -> Packed:
+    d = blocks.abs().amax(-1, keepdim=True) / 127
+    scaled = blocks * _inverse(d)
+    quants = (scaled.sign() * (scaled.abs() + 0.5).floor()).to(torch.int8)  # halves away from zero, as ggml does
+    return Packed("q8_0", shape, quants.flatten(1), d[..., 0].half())
+
+
+def _pack_q4_0(blocks: torch.Tensor, shape: tuple[int, int]) -> Packed:
+    d = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8  # the largest value becomes -8 exactly
+    quants = (blocks * _inverse(d) + 8.5).to(torch.uint8).clamp_max(15)
+    return Packed("q4_0", shape, _nibbles(quants), d[..., 0].half())
+
+
+def _pack_q4_1(blocks: torch.Tensor, shape: tuple[int, int]) -> Packed:
+    least = blocks.amin(-1, keepdim=True)
+    d = (blocks.amax(-1, keepdim=True) - least) / 15
+    quants = ((blocks - least) * _inverse(d) + 0.5).to(torch.uint8).clamp_max(15)
+    return Packed("q4_1", shape, _nibbles(quants), d[..., 0].half(), least[..., 0].half())
+
+
+def _pack_nf4(blocks: torch.Tensor, shape: tuple[int, int]) -> Packed:
+    largest = blocks.abs().amax(-1)
+    offset = largest.mean()
+    codes, groups = _pack_scales((largest - offset).flatten())
+    packed = Packed("nf4", shape, blocks, codes.view_as(largest), None, groups, offset)
+    scales = _scales(packed, slice(None))[
+        ..., None
+    ]  # as they will be read, so that the values make up for their rounding
+    table = _table(blocks.device)
+    bounds = (table[1:] + table[:-1]) / 2
+    quants = torch.bucketize(blocks * _inverse(scales), bounds).to(torch.uint8)
+    return packed._replace(quants=_nibbles(quants))
+
+
+def _pack_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    grouped = torch.nn.functional.pad(scales, (0, -len(scales) % GROUP)).view(-1, GROUP)
+    groups = grouped.abs().amax(-1)
+    levels = dynamic_map(scales.device)
+    codes = torch.bucketize(grouped * _inverse(groups[:, None]), (levels[1:] + levels[:-1]) / 2)
+    return codes.to(torch.uint8).flatten()[: len(scales)], groups
+
+
+def _scales(packed: Packed, rows: slice) -> torch.Tensor:
+    """First-level scales (rows, blocks)."""
+    if packed.groups is None or packed.offset is None:
+        return packed.scales[rows]
+    blocks = packed.scales.shape[1]
+    numbers = torch.arange(packed.scales.numel(), device=packed.scales.device).view(-1, blocks)[rows] // GROUP
+    return packed.groups[numbers] * dynamic_map(packed.scales.device)[packed.scales[rows].int()] + packed.offset
+
+
+def dynamic_map(device: torch.device | str = "cpu") -> torch.Tensor:
+    """The 256 values of the signed dynamic 8-bit map, ascending: seven decades, each cut twice as fine as the one below."""
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1.0, 2**decade + 1, dtype=torch.float64)
+        means = (10.0 ** (decade - 6) * (edges[1:] + edges[:-1]) / 2).tolist()
+        values += [*means, *(-mean for mean in means)]
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+def _table(device: torch.device) -> torch.Tensor:
+    return torch.tensor(NF4, device=device)
+
+
+def _inverse(scale: torch.Tensor) -> torch.Tensor:
+    return torch.where(scale == 0, 0, 1 / scale)
+
+
+def _nibbles(quants: torch.Tensor) -> torch.Tensor:
+    """(out, blocks, size) of 0..15 to (out, blocks · size / 2): a block's first half low, its second high."""
+    low, high = quants.chunk(2, -1)
+    return (low | high << 4).flatten(1)

@@ -77,9 +77,7 @@ def test_a_latecomer_takes_the_rest_along_and_gets_what_it_missed(reader, node, 
     readers[1].fetch(artifact)
     drive(lambda: all(r.result for r in readers), n, *readers)
     assert all(r.result.path.read_bytes() == CONTENT for r in readers)
-    assert (
-        artifact.chunks + missed <= n.publisher.published <= artifact.chunks + missed + 100
-    )  # on its way when it asked
+    assert artifact.chunks + missed <= n.publisher.published < 2 * artifact.chunks  # fewer than one by one
 
 
 def test_more_chunks_than_are_asked_for_at_once(reader, node, drive, artifact_file):

@@ -30,6 +30,7 @@ warmup_steps = 0
 weight_decay = 0.01
 clip_norm = 0.5
 max_tokens = 64
+slices = "own"
 timeout_s = 100
 
 [[catalog]]
@@ -67,7 +68,7 @@ def test_every_key_is_read(read):
         seed=7,
         method=Method("local"),
         adapter=Adapter(4, 8.0, ("q", "v")),
-        training=Training(3, 2, 5e-4, 0, 0.01, 0.5, 64, 100.0),
+        training=Training(3, 2, 5e-4, 0, 0.01, 0.5, 64, "own", 100.0),
     )
 
 

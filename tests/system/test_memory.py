@@ -1,5 +1,6 @@
 """What stays resident is small."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,18 +21,24 @@ def mapped(command: Command) -> str:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_an_idle_agent_takes_at_most_45_mib_and_no_torch(fleet: Fleet) -> None:
+def test_an_idle_agent_takes_at_most_45_mib_and_no_torch(
+    fleet: Fleet, record_property: Callable[[str, object], None]
+) -> None:
     agent = fleet.agent("a")
     agent.phase("connected")
+    record_property("resident MiB", round(resident_bytes(agent) / MIB, 1))
     assert resident_bytes(agent) <= 45 * MIB
     assert "torch" not in mapped(agent) and "numpy" not in mapped(agent)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_an_aggregator_without_devices_takes_at_most_60_mib_and_no_torch(fleet: Fleet) -> None:
+def test_an_aggregator_without_devices_takes_at_most_60_mib_and_no_torch(
+    fleet: Fleet, record_property: Callable[[str, object], None]
+) -> None:
     fleet.write()
     node = fleet.node()
     node.phase("collecting")
+    record_property("resident MiB", round(resident_bytes(node) / MIB, 1))
     assert resident_bytes(node) <= 60 * MIB
     assert "torch" not in mapped(node)
     assert "numpy" in mapped(node)  # the check can see a library that is there

@@ -17,6 +17,8 @@ from edge_runtime.errors import EdgeError, InputError, LinkError
 if TYPE_CHECKING:
     from edge_profiles import Profile
 
+    from edge_runtime.settings import Weights
+
 LOCAL_BROKER = "mqtt://127.0.0.1:1883"
 BROKER_HELP = "The MQTT broker: mqtt://host:port, or mqtts://user:password@host:port?ca=FILE."
 
@@ -78,6 +80,57 @@ def plan(fleet: Path, budget: str | None, board: str | None, models: Path, json:
     facts = {source: processes.prepared(source, models) for source in {one.source for one in wanted.catalog}}
     choice = choose(wanted, facts, budget_bytes, processes.runtime_bytes())
     views.show_plan(choice, budget_bytes) if not json else _print(views.plan_values(choice, budget_bytes))
+
+
+@app.command()
+@click.option("--model", required=True, help="A folder in Hugging Face's layout, a GGUF file or a hub id.")
+@click.option("--weights", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True)
+@click.option("--rank", default=16, show_default=True, help="Rank of the adapter on all linear layers.")
+@click.option("--batch", default=4, show_default=True, help="Rows of a step.")
+@click.option("--tokens", default=256, show_default=True, help="Tokens of a row.")
+@click.option(
+    "--steps", default=6, show_default=True, help="Steps to train; the time is the median after the first two."
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option(
+    "--against", type=click.Choice(["peft"]), help="Train the same with PEFT, AdamW and gradient checkpointing."
+)
+@with_models
+@as_json
+def measure(
+    model: str,
+    weights: "Weights",
+    rank: int,
+    batch: int,
+    tokens: int,
+    steps: int,
+    device: str,
+    against: str | None,
+    models: Path,
+    json: bool,
+) -> None:
+    """Train a model for a few steps and show what it took.
+
+    Predicted and measured peak memory of each phase, time a step, and the same of PEFT if wanted.
+    """
+    from edge_runtime import measure as measuring
+    from edge_runtime import views
+
+    for name, value in {"rank": rank, "batch": batch, "steps": steps}.items():
+        if value < 1:
+            raise InputError(f"--{name} is {value}, but has to be 1 or more")
+    done = measuring.measure(
+        model,
+        models,
+        weights=weights,
+        rank=rank,
+        rows=batch,
+        tokens=tokens,
+        steps=steps,
+        device=device,
+        peft=against == "peft",
+    )
+    views.show_measurement(done) if not json else _print(done)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """What the commands show a person: rich tables, and the same values as plain data for --json."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from edge_runtime.planning.search import Choice
 
 if TYPE_CHECKING:
     from edge_runtime.demo.run import Outcome
+    from edge_runtime.measure import Measurement
     from edge_runtime.status import Status
 
 MIB = 1 << 20
@@ -26,6 +28,32 @@ def show_profile(values: dict[str, Any]) -> None:
             value = ", ".join(f"{inner}: {_shown(inner, one)}" for inner, one in value.items())
         table.add_row(key.removesuffix("_bytes").replace("_", " "), _shown(key, value))
     Console().print(table)
+
+
+def show_measurement(done: "Measurement") -> None:
+    """What was predicted, term by term, and what each phase took; PEFT's figures beside ours."""
+    console = Console()
+    _show_terms(console, done.terms, done.predicted_peak_bytes)
+    table = _table("measured", "", "Edge Runtime", *(["PEFT", "ratio"] if done.peft else []))
+    taken = [done, *([done.peft] if done.peft else [])]
+    for phase in dict.fromkeys(name for one in taken for name in one.phases):
+        table.add_row(
+            f"{phase}: peak", *(format_size(one.phases[phase]) if phase in one.phases else "" for one in taken)
+        )
+    above: list[float] = [one.measured_peak_bytes - one.baseline_bytes for one in taken]
+    rows: list[tuple[str, list[float], Callable[[Any], str]]] = [
+        ("peak", [one.measured_peak_bytes for one in taken], format_size),
+        ("above the runtime's own", above, format_size),
+        ("seconds a step", [one.step_seconds for one in taken], "{:.2f}".format),
+    ]
+    for name, values, text in rows:
+        table.add_row(name, *map(text, values), *([f"{values[0] / values[1]:.2f}"] if done.peft else []))
+    console.print(table)
+    console.print(
+        f"predicted {format_size(done.predicted_peak_bytes)}, measured {format_size(done.measured_peak_bytes)}: "
+        f"{done.predicted_peak_bytes / done.measured_peak_bytes:.2f}; the runtime itself {format_size(done.baseline_bytes)}",
+        highlight=False,
+    )
 
 
 def plan_values(choice: Choice, budget_bytes: int) -> dict[str, Any]:
@@ -55,10 +83,7 @@ def show_plan(choice: Choice, budget_bytes: int) -> None:
         f"[bold]{format_size(plan.predicted_peak_bytes)}[/] of a budget of {format_size(budget_bytes)}",
         highlight=False,
     )
-    table = _table("predicted peak", "term", "size", "")
-    for term, size in sorted(plan.terms.items(), key=lambda item: -item[1]):
-        table.add_row(term, format_size(size), "█" * round(BAR * size / budget_bytes))
-    console.print(table)
+    _show_terms(console, plan.terms, budget_bytes)
     if choice.rejected:
         table = _table("preferred, but too large even with a single row", "model", "needs", "over by")
         for one in choice.rejected:
@@ -66,6 +91,13 @@ def show_plan(choice: Choice, budget_bytes: int) -> None:
             name = f"{Path(one.source).name}, {one.depth} layers, {one.weights}"
             table.add_row(name, format_size(peak), format_size(peak - budget_bytes))
         console.print(table)
+
+
+def _show_terms(console: Console, terms: dict[str, int], whole_bytes: int) -> None:
+    table = _table("predicted peak", "term", "size", "")
+    for term, size in sorted(terms.items(), key=lambda item: -item[1]):
+        table.add_row(term, format_size(size), "█" * round(BAR * size / whole_bytes))
+    console.print(table)
 
 
 def show_status(status: "Status") -> None:

@@ -6,23 +6,16 @@ Each setting runs in a real trainer process for a few steps; runtime baseline, p
 """
 
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-import msgspec
 from rich.console import Console
 from rich.table import Table
 
 from edge_runtime import processes
 from edge_runtime.demo import commands, model
-from edge_runtime.models.facts import Facts
-from edge_runtime.planning.plan import Plan
-from edge_runtime.planning.search import candidates
-from edge_runtime.settings import Adapter, Fleet, Model, Training, Weights
-from edge_runtime.training import data
-from edge_runtime.training.job import Job, Result
+from edge_runtime.measure import planned, train
+from edge_runtime.settings import Weights
 
 MIB = 1 << 20
 TOKENS = 40  # the longest of the rows
@@ -36,38 +29,6 @@ SETTINGS: list[tuple[int, Weights, int, int]] = [  # depth, weights, rank, rows
 ]
 
 
-def planned(depth: int, weights: Weights, rank: int, rows: int, tokens: int, facts: Facts) -> tuple[Fleet, Plan]:
-    """A fleet of one model, and the plan of its largest micro-batch."""
-    training = Training(steps=STEPS, rows_a_step=rows, max_tokens=tokens)
-    catalog = (Model(source="model", depth=depth, weights=(weights,)),)
-    fleet = Fleet(name="bench", catalog=catalog, adapter=Adapter(rank=rank), training=training)
-    return fleet, next(candidates(fleet, {"model": facts}, processes.runtime_bytes()))[0]
-
-
-def measure(facts: Facts, fleet: Fleet, plan: Plan, rows: commands.Rows) -> Result:
-    """Run the plan in a trainer process of its own."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        job = Job(
-            train=True,
-            facts=facts,
-            plan=plan,
-            adapter=fleet.adapter,
-            training=fleet.training,
-            method="fedit",
-            seed=0,
-            round=1,
-            rounds=1,
-            data=str(data.write_rows(folder / "train.jsonl", rows.train)),
-            evaluation={"own": str(data.write_rows(folder / "own.jsonl", rows.held_out))},
-            depths=(plan.depth,),
-        )
-        (folder / "job.json").write_bytes(msgspec.json.encode(job))
-        command = [sys.executable, "-m", "edge_runtime.training", str(folder)]
-        subprocess.run(command, env=processes.environment(), stdout=subprocess.DEVNULL, check=True, timeout=600)
-        return msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
-
-
 def main() -> None:
     """Print the table."""
     facts = processes.prepared(str(model.path()), Path.cwd())
@@ -77,8 +38,9 @@ def main() -> None:
     ratios = []
     drawn = commands.rows("kitchen", train=200, held_out=16, seed=0)
     for depth, weights, rank, rows in SETTINGS:
-        fleet, plan = planned(depth, weights, rank, rows, TOKENS, facts)
-        result = measure(facts, fleet, plan, drawn)
+        fleet, plan = planned(facts, depth, weights, rank, rows, TOKENS, STEPS)
+        with tempfile.TemporaryDirectory() as folder:
+            result = train(facts, fleet, plan, drawn.train, drawn.held_out, Path(folder))
         predicted, measured = plan.predicted_peak_bytes, result.measured_peak_bytes
         ratios.append(predicted / measured)
         sizes = (f"{predicted / MIB:.0f} MiB", f"{measured / MIB:.0f} MiB", f"{ratios[-1]:.3f}")

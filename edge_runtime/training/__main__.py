@@ -7,7 +7,9 @@ python -m edge_runtime.training --baseline   prints the runtime baseline: the pe
 import os
 import sys
 import threading
+import time
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -70,9 +72,16 @@ def run(folder: Path) -> None:
             tell(f"evaluate {name}")
             scores[name] = evaluate(model, examples_held, job.plan.rows)
     losses: list[float] = []
+    ends: list[float] = []
     payload = b""
+
+    def stepped(done: int, loss: float) -> None:
+        ends.append(time.monotonic())
+        tell("train", done, job.training.steps, loss)
+
     if job.train:
         depths = job.depths if method.merger is not None else (job.plan.depth,)
+        ends.append(time.monotonic())
         with meter.phase("train"):
             losses = step.train(
                 model,
@@ -84,7 +93,7 @@ def run(folder: Path) -> None:
                 round_=job.round,
                 rounds=job.rounds,
                 seed=job.seed,
-                progress=lambda done, loss: tell("train", done, job.training.steps, loss),
+                progress=stepped,
             )
         tell("encode")
         with meter.phase("encode"):
@@ -95,6 +104,7 @@ def run(folder: Path) -> None:
         samples=min(len(examples), job.training.steps * job.training.rows_a_step),
         evaluation=scores,
         losses=losses,
+        step_seconds=[end - begin for begin, end in pairwise(ends)],
         peaks=meter.peaks,
         seconds=meter.seconds,
         measured_peak_bytes=meter.peak_bytes,

@@ -54,11 +54,12 @@ class Score(msgspec.Struct, frozen=True):
 
 
 class Result(msgspec.Struct, frozen=True):
-    """evaluation: of the version the round started from. losses: of each step. peaks: resident bytes of each phase."""
+    """evaluation: of the version the round started from. losses, step_seconds: of each step. peaks: bytes of each phase."""
 
     samples: int
     evaluation: dict[str, Score]
     losses: list[float]
+    step_seconds: list[float]
     peaks: dict[str, int]
     seconds: dict[str, float]
     measured_peak_bytes: int

@@ -5,7 +5,7 @@ import os
 import msgspec
 import pytest
 
-from edge_runtime.benchmarks import peak
+from edge_runtime import measure
 from edge_runtime.demo import commands
 from edge_runtime.errors import BudgetError, InputError
 from edge_runtime.models.facts import Facts
@@ -145,12 +145,12 @@ def assert_close(predicted, measured):
 
 @pytest.mark.parametrize(("depth", "weights", "rows"), [(10, "bfloat16", 8), (4, "float32", 2)])
 def test_the_prediction_is_near_the_trainers_peak(
-    demo_facts, demo_tokenizer, clean_environment, record_property, depth, weights, rows
+    demo_facts, demo_tokenizer, clean_environment, tmp_path, record_property, depth, weights, rows
 ):
     drawn = commands.rows("kitchen", train=60, held_out=8, seed=0)
     longest = max(len(one.ids) for one in data.tokenize([*drawn.train, *drawn.held_out], demo_tokenizer, 512))
-    of, plan = peak.planned(depth, weights, 16, rows, longest, demo_facts)
-    measured = peak.measure(demo_facts, of, plan, drawn).measured_peak_bytes
+    of, plan = measure.planned(demo_facts, depth, weights, 16, rows, longest, steps=4)
+    measured = measure.train(demo_facts, of, plan, drawn.train, drawn.held_out, tmp_path).measured_peak_bytes
     record_property("predicted / measured", round(plan.predicted_peak_bytes / measured, 3))
     assert_close(plan.predicted_peak_bytes, measured)
     with pytest.raises(AssertionError, match="predicted"):

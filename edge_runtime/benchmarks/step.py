@@ -1,0 +1,83 @@
+"""One training step beside PEFT's: SmolLM2-135M, 4 rows of 256 tokens, bfloat16, rank 16 on all linear layers.
+
+    make bench-step
+
+Both train on the same rows in one process, a step each in turn, so that drift of the machine hits both alike.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+# from edge_kernels.apply import apply
+from rich.console import Console
+from rich.table import Table
+
+from edge_runtime import processes, settings
+from edge_runtime.adapters import attach
+from edge_runtime.benchmarks.peft import trainer
+from edge_runtime.demo import model as demo
+from edge_runtime.models import weights
+from edge_runtime.models.facts import Facts
+from edge_runtime.training import step
+from edge_runtime.training.data import Example
+
+ROWS, TOKENS, STEPS = 4, 256, 8
+SPEC = settings.Adapter(rank=16, alpha=32)
+TRAINING = settings.Training(steps=1, rows_a_step=ROWS, warmup_steps=0, learning_rate=1e-3)
+
+
+def rows_of(facts: Facts) -> list[Example]:
+    """Random tokens, all of them learned: the time of a step does not depend on what they say."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, facts.vocabulary, (ROWS, TOKENS), generator=draw)
+    return [Example(row, row) for row in ids.tolist()]
+
+
+def ours(facts: Facts, examples: list[Example]) -> Callable[[], object]:
+    """A step of the trainer, with all operators in the model."""
+    model = weights.load(facts, facts.layers, "bfloat16")
+    adapter = attach.attach(model, tuple(range(facts.layers)), SPEC, seed=0)
+    # apply(model)
+    everything = [tuple(range(facts.layers))]
+    return lambda: step.train(
+        model,
+        adapter,
+        examples,
+        TRAINING,
+        slices=everything,
+        micro_rows=ROWS,
+        round_=1,
+        rounds=1,
+        seed=0,
+        progress=lambda *_: None,
+    )
+
+
+def main() -> None:
+    """Print the table."""
+    facts = processes.prepared(str(demo.path()), Path.cwd())
+    examples = rows_of(facts)
+    peft = trainer(facts, facts.layers, "bfloat16", SPEC, TRAINING, "cpu")
+    runs: dict[str, Callable[[], object]] = {"PEFT": lambda: peft(examples), "Edge Runtime": ours(facts, examples)}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(STEPS + 2):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if number >= 2:  # the first ones build what later ones reuse
+                seconds[name].append(time.perf_counter() - began)
+    title = f"{facts.model_class}, {ROWS} x {TOKENS} tokens, bfloat16, {torch.get_num_threads()} threads"
+    table = Table("", "s a step", "p20 to p80", "against PEFT", title=title)
+    theirs = statistics.median(seconds["PEFT"])
+    for name, taken in seconds.items():
+        median, fifths = statistics.median(taken), statistics.quantiles(taken, n=5)
+        table.add_row(name, f"{median:.2f}", f"{fifths[0]:.2f} to {fifths[-1]:.2f}", f"{median / theirs:.2f}")
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()

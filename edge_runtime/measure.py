@@ -1,0 +1,156 @@
+"""Runs the real trainer in a process of its own for a few steps: what it takes beside what was predicted, and beside PEFT.
+
+The rows are text of exactly as many tokens as asked for, every token learned, so that prediction and measurement speak of
+the same batch.
+"""
+
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from edge_runtime import processes
+from edge_runtime.errors import TrainerError
+from edge_runtime.models.facts import Facts
+from edge_runtime.planning.plan import Plan
+from edge_runtime.planning.search import candidates
+from edge_runtime.settings import Adapter, Fleet, Model, Training, Weights
+from edge_runtime.training import data
+from edge_runtime.training.job import Job, Result
+
+TIMEOUT_S = 3600.0
+WARM_UP = 2  # steps that build what later ones reuse
+WORDS = ("the", "a", "of", "home", "light", "door", "garden", "water", "set", "turn", "on", "off", "seven", "please")
+
+
+class Taken(msgspec.Struct, frozen=True):
+    """What a training process took. phases: peak bytes of each; losses: of each step."""
+
+    baseline_bytes: int
+    measured_peak_bytes: int
+    step_seconds: float
+    phases: dict[str, int]
+    losses: list[float]
+
+
+class Measurement(Taken, frozen=True):
+    """The same of our trainer, with what was predicted and by what term; peft: of PEFT's, if it was run."""
+
+    predicted_peak_bytes: int
+    terms: dict[str, int]
+    peft: Taken | None = None
+
+
+def measure(
+    source: str,
+    models: Path,
+    *,
+    weights: Weights,
+    rank: int,
+    rows: int,
+    tokens: int,
+    steps: int,
+    device: str,
+    peft: bool,
+) -> Measurement:
+    """Train a model for a few steps.
+
+    Args:
+        source: as in a catalog; models: where relative paths are looked for.
+        rows, tokens: of a step, which goes through the model at once.
+        peft: run PEFT on the same rows too, in a process of its own.
+
+    Raises:
+        EdgeError: the model cannot be used, or a process failed; it says why.
+    """
+    facts = processes.prepared(source, models)
+    fleet, plan = planned(facts, facts.layers, weights, rank, rows, tokens, steps)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        result = train(facts, fleet, plan, texts(rows * steps, tokens), [], folder, device)
+        baseline = processes.runtime_bytes()
+        return Measurement(
+            baseline_bytes=baseline,
+            measured_peak_bytes=result.measured_peak_bytes,
+            step_seconds=typical(result.step_seconds),
+            phases=result.peaks,
+            losses=result.losses,
+            predicted_peak_bytes=plan.predicted_peak_bytes,
+            terms=plan.terms,
+            peft=_peft(folder) if peft else None,
+        )
+
+
+def typical(seconds: list[float]) -> float:
+    """The median of steps that are warm."""
+    return statistics.median(seconds[WARM_UP:] or seconds)
+
+
+def planned(
+    facts: Facts, depth: int, weights: Weights, rank: int, rows: int, tokens: int, steps: int
+) -> tuple[Fleet, Plan]:
+    """A fleet of one model, and the plan in which a step goes through it at once."""
+    training = Training(steps=steps, rows_a_step=rows, max_tokens=tokens)
+    catalog = (Model(source="model", depth=depth, weights=(weights,)),)
+    fleet = Fleet(name="measure", catalog=catalog, adapter=Adapter(rank=rank), training=training)
+    return fleet, next(candidates(fleet, {"model": facts}, processes.runtime_bytes()))[0]
+
+
+def texts(count: int, tokens: int) -> list[dict[str, str]]:
+    """Rows that are longer than so many tokens, and are cut to them."""
+    draw = random.Random(0)
+    return [{"text": " ".join(draw.choices(WORDS, k=tokens))} for _ in range(count)]
+
+
+def train(
+    facts: Facts,
+    fleet: Fleet,
+    plan: Plan,
+    rows: list[dict[str, str]],
+    held_out: list[dict[str, str]],
+    folder: Path,
+    device: str = "cpu",
+) -> Result:
+    """Run the plan in a trainer process whose job lies in the folder."""
+    job = Job(
+        train=True,
+        facts=facts,
+        plan=plan,
+        adapter=fleet.adapter,
+        training=fleet.training,
+        method="fedit",
+        seed=0,
+        round=1,
+        rounds=1,
+        data=str(data.write_rows(folder / "train.jsonl", rows)),
+        evaluation={"own": str(data.write_rows(folder / "own.jsonl", held_out))} if held_out else {},
+        depths=(plan.depth,),
+        device=device,
+    )
+    (folder / "job.json").write_bytes(msgspec.json.encode(job))
+    _run("edge_runtime.training", folder)
+    return msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
+
+
+def _peft(folder: Path) -> Taken:
+    return msgspec.json.decode(_run("edge_runtime.benchmarks.peft", folder).splitlines()[-1], type=Taken)
+
+
+def _run(module: str, folder: Path) -> bytes:
+    done = subprocess.run(
+        [sys.executable, "-m", module, str(folder)],
+        env=processes.environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=TIMEOUT_S,
+    )
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or [
+            f"it ended with exit code {done.returncode}"
+        ]
+        raise TrainerError(f"{module}: {said[-1]}")
+    return done.stdout

@@ -9,12 +9,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
 
 from edge_runtime import processes
-from edge_runtime.errors import TrainerError
+from edge_runtime.errors import InputError, TrainerError
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning.plan import Plan
 from edge_runtime.planning.search import candidates
@@ -67,6 +68,8 @@ def measure(
     Raises:
         EdgeError: the model cannot be used, or a process failed; it says why.
     """
+    if peft and find_spec("peft") is None:
+        raise InputError("PEFT is not installed: pip install peft")
     facts = processes.prepared(source, models)
     fleet, plan = planned(facts, facts.layers, weights, rank, rows, tokens, steps)
     with tempfile.TemporaryDirectory() as scratch:

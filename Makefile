@@ -28,6 +28,7 @@ test: .venv/.checks
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python -m edge_kernels check
 	$(BIN)/pytest
 
 bench-round: setup

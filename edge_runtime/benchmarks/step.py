@@ -11,8 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
-# from edge_kernels.apply import apply
+from edge_kernels import apply
 from rich.console import Console
 from rich.table import Table
 
@@ -41,7 +40,7 @@ def ours(facts: Facts, examples: list[Example]) -> Callable[[], object]:
     """A step of the trainer, with all operators in the model."""
     model = weights.load(facts, facts.layers, "bfloat16")
     adapter = attach.attach(model, tuple(range(facts.layers)), SPEC, seed=0)
-    # apply(model)
+    apply(model)
     everything = [tuple(range(facts.layers))]
     return lambda: step.train(
         model,

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import torch
+from edge_kernels import apply
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -64,6 +65,7 @@ def run(folder: Path) -> None:
         }
         model = weights.load(job.facts, job.plan.depth, job.plan.weights, job.device)
         adapter = attach.attach(model, kept_layers(job.plan.depth, job.facts.layers), job.adapter, job.seed)
+        apply(model)
         start = _start(job, method, attach.state(adapter))
         attach.load_state(adapter, start)
     scores = {}
@@ -185,6 +187,7 @@ def baseline_bytes() -> int:
         for dtype in (torch.float32, torch.bfloat16):
             model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
             adapter = attach.attach(model, (0,), settings.Adapter(), seed=0)
+            apply(model)
             example = data.Example([1] * 16, [1] * 16)
             training = settings.Training(steps=1, rows_a_step=1)
             step.train(

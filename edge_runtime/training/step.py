@@ -12,8 +12,7 @@ from functools import partial
 from itertools import islice
 
 import torch
-from edge_kernels import linear_cross_entropy
-from torch.utils.checkpoint import checkpoint
+from edge_kernels import checkpoint_block, linear_cross_entropy
 from transformers import PreTrainedModel
 
 from edge_runtime.adapters.attach import Adapter
@@ -134,7 +133,7 @@ def recomputed_blocks(model: PreTrainedModel) -> Iterator[None]:
     """While inside, each block keeps only its input and runs again in backward; dropout is in training mode."""
     model.train()
     for block in blocks(model):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(checkpoint_block, block.forward)
     try:
         yield
     finally:

@@ -1,6 +1,29 @@
 """Operators of low-memory fine-tuning: one file an operator, one autograd Function that states what it keeps."""
 
+from edge_kernels.adamw8bit import AdamW8bit
 from edge_kernels.adapter_linear import adapter_linear
+from edge_kernels.apply import apply
+from edge_kernels.checkpoint_block import checkpoint_block
+from edge_kernels.gated_activation import gated_activation
+from edge_kernels.layer_norm import layer_norm
 from edge_kernels.linear_cross_entropy import linear_cross_entropy
+from edge_kernels.packed_linear import packed_linear
+from edge_kernels.quant import Packed, expand, pack
+from edge_kernels.rms_norm import rms_norm
+from edge_kernels.rotary import rotary
 
-__all__ = ["adapter_linear", "linear_cross_entropy"]
+__all__ = [
+    "AdamW8bit",
+    "Packed",
+    "adapter_linear",
+    "apply",
+    "checkpoint_block",
+    "expand",
+    "gated_activation",
+    "layer_norm",
+    "linear_cross_entropy",
+    "pack",
+    "packed_linear",
+    "rms_norm",
+    "rotary",
+]

@@ -5,16 +5,23 @@
     dx = dy W + scale · ((dy B) C) A        dA = scale · ((dy B) C)ᵀ x
     dC = scale · (dy B)ᵀ (x Aᵀ)             dB = scale · dyᵀ ((x Aᵀ) Cᵀ)
 
-Kept for backward: x, and the factors in x's type. x Aᵀ is computed again. Every product but the frozen one has rank r.
+Kept for backward: W as it is, dense or packed, and x, from which x Aᵀ is computed again; with a frozen A no more than x Aᵀ
+where C or B trains, and nothing where none does. Every product but the frozen one has rank r, and the two that have its
+shape are added in its accumulator (see packed_linear).
 Source: Hu et al. 2021, arXiv 2106.09685, with a square core C between the factors.
 """
 
+import math
+
 import torch
+
+from edge_kernels.packed_linear import check_frozen, product
+from edge_kernels.quant import Packed
 
 
 def adapter_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Packed,
     A: torch.Tensor,
     C: torch.Tensor | None,
     B: torch.Tensor,
@@ -25,8 +32,9 @@ def adapter_linear(
 
     Args:
         x: (..., in) float32, float16 or bfloat16.
-        weight: (out, in) frozen, of x's dtype.
+        weight: (out, in) frozen, of x's dtype, or packed.
         A: (r, in), C: (r, r) or None for the identity, B: (out, r); any float dtype, their gradients have it too.
+            r is 1 to 256.
         scale: alpha / r.
         bias: (out,) frozen, or None.
 
@@ -34,17 +42,23 @@ def adapter_linear(
         (..., out) of x's dtype.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together; the argument is named.
+        ValueError: shapes, types or devices do not fit together, a part of a packed weight is not what its shape asks for,
+            r is out of its range, or scale is not finite; the argument is named.
     """
+    check_frozen(x, weight, bias, "weight")
     out, into = weight.shape
     rank = A.shape[0]
-    if x.shape[-1] != into:
-        raise ValueError(f"x has rows of {x.shape[-1]} but weight reads {into}")
-    if x.dtype != weight.dtype:
-        raise ValueError(f"x is {x.dtype} but weight is {weight.dtype}: hold them in one type")
     for name, factor, needed in (("A", A, (rank, into)), ("C", C, (rank, rank)), ("B", B, (out, rank))):
-        if factor is not None and tuple(factor.shape) != needed:
+        if factor is None:
+            continue
+        if tuple(factor.shape) != needed:
             raise ValueError(f"{name} is {tuple(factor.shape)} but has to be {needed}")
+        if not factor.is_floating_point() or factor.device != x.device:
+            raise ValueError(f"{name} is {factor.dtype} on {factor.device}, but has to be floats on {x.device}")
+    if not 1 <= rank <= 256:
+        raise ValueError(f"A has rank {rank}, but it has to be 1 to 256")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}, but has to be finite")
     y: torch.Tensor = _AdapterLinear.apply(x, weight, A, C, B, scale, bias)
     return y
 
@@ -53,26 +67,32 @@ class _AdapterLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, A, C, B, scale, bias):  # type: ignore[no-untyped-def]
         rows = x.reshape(-1, x.shape[-1])
-        a, b = A.to(x.dtype), (scale * B).to(x.dtype)
-        c = None if C is None else C.to(x.dtype)
-        y = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
-        z = rows @ a.T
-        y.addmm_(z if c is None else z @ c.T, b.T)
-        ctx.save_for_backward(rows, weight, a, c, b)
-        ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (A.dtype, None if C is None else C.dtype, B.dtype)
-        return y.view(*x.shape[:-1], -1)
+        z = rows @ A.to(x.dtype).T
+        low = (z if C is None else z @ C.to(x.dtype).T) * scale
+        y = product(rows, weight, low, B.to(x.dtype), bias, forward=True)
+        _, _, trains_a, trains_c, trains_b, *_ = ctx.needs_input_grad
+        kept = rows if trains_a else z if trains_c or trains_b else None
+        packed = isinstance(weight, Packed)
+        ctx.save_for_backward(kept, None if packed else weight, A, C, B)
+        ctx.packed, ctx.scale, ctx.shape = weight if packed else None, scale, x.shape
+        return y.view(*x.shape[:-1], B.shape[0])
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        rows, weight, a, c, b = ctx.saved_tensors  # b carries the scale
+        kept, weight, A, C, B = ctx.saved_tensors
+        needs_x, _, needs_a, needs_c, needs_b, *_ = ctx.needs_input_grad
         dy = dy.reshape(-1, dy.shape[-1])
-        a_type, c_type, b_type = ctx.dtypes
-        needs = ctx.needs_input_grad
-        z = rows @ a.T if needs[3] or needs[4] else None
-        dzc = dy @ b
+        a, b, c = A.to(dy.dtype), B.to(dy.dtype), None if C is None else C.to(dy.dtype)
+        dzc = (dy @ b).mul_(ctx.scale)
         dz = dzc if c is None else dzc @ c
-        dx = (dy @ weight).addmm_(dz, a).view(ctx.shape) if needs[0] else None
-        dA = (dz.T @ rows).to(a_type) if needs[2] else None
-        dC = (dzc.T @ z).to(c_type) if needs[3] else None
-        dB = (dy.T @ (z if c is None else z @ c.T)).to(b_type).mul_(ctx.scale) if needs[4] else None
+        z = None if not (needs_c or needs_b) else kept @ a.T if needs_a else kept
+        dx = dA = dC = dB = None
+        if needs_x:
+            dx = product(dy, weight if ctx.packed is None else ctx.packed, dz, a.T, forward=False).view(ctx.shape)
+        if needs_a:
+            dA = (dz.T @ kept).to(A.dtype)
+        if needs_c:
+            dC = (dzc.T @ z).to(C.dtype)
+        if needs_b:
+            dB = (dy.T @ (z if c is None else z @ c.T)).to(B.dtype).mul_(ctx.scale)
         return dx, None, dA, dC, dB, None, None

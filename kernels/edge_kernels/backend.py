@@ -19,6 +19,7 @@ import torch
 triton: Any = None
 tl: Any = types.SimpleNamespace(constexpr=int)
 if torch.backends.cuda.is_built() or {"TRITON_INTERPRET", "EDGE_KERNELS_AHEAD"} & os.environ.keys():
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as Triton had it before 3.10
     with contextlib.suppress(ImportError):
         triton, tl = import_module("triton"), import_module("triton.language")
 
@@ -65,6 +66,13 @@ class Launch(NamedTuple):
     num_stages: int = 2
     divisible: tuple[str, ...] = ()
     streamed: bool = False
+
+
+def row_tile(n: int) -> dict[str, int]:
+    """Rows and columns that one program has, where it needs whole rows of n: a tile of 2048 values or one row."""
+    columns = 1 << max(n - 1, 1).bit_length()
+    rows = max(2048 // columns, 1)
+    return {"ROWS": rows, "COLUMNS": columns, "num_warps": min(max(rows * columns // 512, 4), 16)}
 
 
 def shared_bytes(capability: int) -> int:

@@ -1,78 +1,561 @@
-"""Mean cross-entropy of a linear head, without the logits of the whole batch.
+"""Mean cross-entropy of a linear head, dense or packed, without the logits of the whole batch.
 
-    loss = mean over kept tokens of  logsumexp(l) - l[label],   l = cap(h Wᵀ),   cap(u) = softcap · tanh(u / softcap) or u
+    loss = mean over kept tokens of  logsumexp(l) - l[label],   l = cap(h Wᵀ + scale · ((h Aᵀ) Cᵀ) Bᵀ)
+    cap(u) = softcap · tanh(u / softcap) or u;   dl = (softmax(l) - 1[label]) · cap'(u);   dh = dl W + scale · ((dl B) C) A
 
-Tokens whose label is ignored are left out before the product. The rest go in chunks whose logits fit a byte budget; the
-gradient of h is made chunk by chunk in the forward pass, so that backward only scales it. Kept: dh.
-Source: Wijmans et al. 2024, arXiv 2411.09009 (why), Hsu et al. 2024, arXiv 2410.10989 (gradient in the forward pass).
+Tokens whose label is ignored are left out before the product. The rest take one of two ways.
+
+Chunks of tokens, whose logits fit a byte budget and become their own gradient in place. The gradients are made in the
+forward pass, so that backward only scales them: two products a token. Kept: dh (and dA, dC, dB).
+Tiles of tokens by vocabulary: the logits of a chunk do not exist either. The forward pass leaves one log-sum-exp a token;
+backward makes each tile again, and a kernel passes over those whose gradient is below the type's resolution: three
+products a token, less what is passed over. Kept: h, the log-sum-exps.
+
+A chunk of T tokens reads the head twice, and the products do T operations for each byte of it in 16 bits; tiles read it
+two or three times, however many tokens there are. So a dense head goes by tiles only where the budget leaves fewer than
+64 tokens a chunk. A packed head has to be expanded as well, which in torch costs as much as the product of 30 (q8_0) to
+450 (nf4) tokens, so it goes by tiles where there are fewer than 256. With an adapter, chunks: its factors' gradients
+would need atomic additions. In Triton dh is such a sum, so its last bits differ from run to run.
+Source: Wijmans et al. 2024, arXiv 2411.09009 (tiles), Hsu et al. 2024, arXiv 2410.10989 (gradient in the forward pass).
 """
+
+from collections.abc import Iterator
+from itertools import product
+from math import isfinite
+from typing import Any
 
 import torch
 
+from edge_kernels.backend import Launch, jit, on_triton, tl, triton
+from edge_kernels.quant import BLOCK, GROUP, Packed, expand
+from edge_kernels.tiles import check_packed, expand_tile, pointer_types, pointers
+
 IGNORED = -100
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PIECE = 8 << 20  # bytes of a packed head's rows that are expanded at once in torch
+FEWEST, FEWEST_PACKED = 64, 256  # tokens a chunk: with fewer, reading or expanding the head again costs a product more
 
 
 def linear_cross_entropy(
     hidden: torch.Tensor,
-    head: torch.Tensor,
+    head: torch.Tensor | Packed,
     labels: torch.Tensor,
     softcap: float | None = None,
     chunk_bytes: int = 32 << 20,
+    A: torch.Tensor | None = None,
+    C: torch.Tensor | None = None,
+    B: torch.Tensor | None = None,
+    scale: float = 1.0,
 ) -> torch.Tensor:
     """The loss, a float32 scalar; 0 when every label is ignored.
 
     Args:
-        hidden: (..., n) last hidden states, already shifted against the labels.
-        head: (vocabulary, n) frozen, of hidden's dtype.
+        hidden: (..., n) last hidden states, already shifted against the labels; float32, float16 or bfloat16.
+        head: (vocabulary, n) frozen, of hidden's dtype, or packed.
         labels: (...) int64 in 0..vocabulary-1, or IGNORED.
         softcap: bound of the logits (Gemma 2), or None.
-        chunk_bytes: float32 logits that may exist at once.
+        chunk_bytes: logits, of hidden's dtype, that may exist at once.
+        A, C, B, scale: an adapter on the head, (r, n), (r, r) or None for the identity, (vocabulary, r); any float dtype.
 
     Raises:
-        ValueError: shapes do not fit together, or a label is out of range.
+        ValueError: shapes or dtypes do not fit together, a label is out of range, or softcap, chunk_bytes or scale is no
+            usable number.
     """
+    vocabulary, width = head.shape
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(f"hidden has tokens {tuple(hidden.shape[:-1])} but labels have {tuple(labels.shape)}")
-    if hidden.shape[-1] != head.shape[1]:
-        raise ValueError(f"hidden has rows of {hidden.shape[-1]} but head reads {head.shape[1]}")
-    kept = labels != IGNORED
-    targets = labels[kept]
-    if targets.numel() and not (int(targets.min()) >= 0 and int(targets.max()) < head.shape[0]):
-        raise ValueError(
-            f"labels go from {int(targets.min())} to {int(targets.max())}, the head has {head.shape[0]} rows"
-        )
-    loss: torch.Tensor = _LinearCrossEntropy.apply(hidden[kept], head, targets, softcap, chunk_bytes)
+    if hidden.shape[-1] != width:
+        raise ValueError(f"hidden has rows of {hidden.shape[-1]} but head reads {width}")
+    if hidden.dtype not in DTYPES:
+        raise ValueError(f"hidden is {hidden.dtype} but has to be float32, float16 or bfloat16")
+    if softcap is not None and not (isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap is {softcap} but has to be above 0, or None")
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes is {chunk_bytes} but has to be above 0")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels are {labels.dtype} but have to be int64")
+    if isinstance(head, Packed):
+        check_packed("head", head)
+    elif head.dtype != hidden.dtype:
+        raise ValueError(f"hidden is {hidden.dtype} but head is {head.dtype}: hold them in one type")
+    _check_adapter(A, C, B, scale, vocabulary, width)
+
+    flat = labels.reshape(-1)
+    kept = flat != IGNORED
+    wrong = kept & ((flat < 0) | (flat >= vocabulary))
+    tokens, faults = torch.stack((kept.sum(), wrong.sum())).tolist()  # the one wait for a GPU
+    if faults:
+        lowest, highest = torch.stack(flat[kept].aminmax()).tolist()
+        raise ValueError(f"labels go from {lowest} to {highest}, the head has {vocabulary} rows")
+    index = None if tokens == len(flat) else torch.argsort(~kept, stable=True)[:tokens]
+    targets = flat if index is None else flat[index]
+    rows = hidden.reshape(-1, width)
+    if not torch.is_grad_enabled():  # else the Function would make the gradients nevertheless
+        rows, A, C, B = (None if part is None else part.detach() for part in (rows, A, C, B))
+    if A is None and tokens and _goes_by_tiles(rows, head, tokens, chunk_bytes):
+        loss: torch.Tensor = _Tiles.apply(rows, index, head, targets, softcap, chunk_bytes)
+    else:
+        loss = _Chunks.apply(rows, index, head, targets, softcap, chunk_bytes, A, C, B, scale)
     return loss
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+def _check_adapter(A: Any, C: Any, B: Any, scale: float, vocabulary: int, width: int) -> None:
+    if (A is None) != (B is None) or (A is None and C is not None):
+        raise ValueError("an adapter is A and B, and C where it has a core: give all of its factors or none")
+    if A is None:
+        return
+    rank = A.shape[0]
+    for name, factor, needed in (("A", A, (rank, width)), ("C", C, (rank, rank)), ("B", B, (vocabulary, rank))):
+        if factor is not None and tuple(factor.shape) != needed:
+            raise ValueError(f"{name} is {tuple(factor.shape)} but has to be {needed}")
+    if not isfinite(scale):
+        raise ValueError(f"scale is {scale} but has to be finite")
+
+
+def _goes_by_tiles(rows: torch.Tensor, head: torch.Tensor | Packed, tokens: int, chunk_bytes: int) -> bool:
+    step = _tokens_a_chunk(rows, head.shape[0], chunk_bytes)
+    if on_triton(rows) and rows.dtype == torch.float32:
+        return False  # exact float32 products have no tensor cores: a library's are faster than a kernel's
+    if isinstance(head, Packed):
+        return on_triton(rows) or step < min(tokens, FEWEST_PACKED)
+    return head.is_contiguous() and step < min(tokens, FEWEST)
+
+
+def _tokens_a_chunk(rows: torch.Tensor, vocabulary: int, chunk_bytes: int) -> int:
+    tokens = max(chunk_bytes // (rows.element_size() * vocabulary), 1)
+    return tokens - tokens % 8 if tokens > 8 else tokens  # whole registers for the products
+
+
+# --- chunks: the products are torch's, and what turns logits into their gradient is torch's or a kernel
+
+
+class _Chunks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, targets, softcap, chunk_bytes):  # type: ignore[no-untyped-def]
-        tokens = len(targets)
-        step = max(chunk_bytes // (4 * head.shape[0]), 1)
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for first in range(0, tokens, step):
-            piece = slice(first, min(first + step, tokens))
-            logits = (hidden[piece] @ head.T).float()
-            if softcap is not None:
-                logits.div_(softcap).tanh_().mul_(softcap)
-            wanted = targets[piece, None]
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            loss += (log_sum - logits.gather(-1, wanted)).sum()
-            if dhidden is not None:
-                slope = None if softcap is None else 1 - (logits / softcap).square()
-                dlogits = logits.sub_(log_sum).exp_()
-                dlogits.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=torch.float32))
-                if slope is not None:
-                    dlogits.mul_(slope)
-                dhidden[piece] = dlogits.div_(tokens).to(head.dtype) @ head
-                del dlogits
-            del logits  # before the next chunk is made
-        ctx.save_for_backward(dhidden)
-        return loss / max(tokens, 1)
+    def forward(ctx, rows, index, head, targets, softcap, chunk_bytes, A, C, B, scale):  # type: ignore[no-untyped-def]
+        tokens, vocabulary, device = len(targets), head.shape[0], rows.device
+        step = min(_tokens_a_chunk(rows, vocabulary, chunk_bytes), tokens)
+        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[6:9])
+        factors: list[Any] = [None if factor is None else factor.to(rows.dtype) for factor in (A, C, B)]
+        a, c, b = factors
+        dh = rows.new_empty(tokens, rows.shape[1]) if needs[0] else None
+        dA, dC, dB = (
+            torch.zeros(factor.shape, device=device) if needed else None
+            for factor, needed in zip((A, C, B), needs[1:], strict=True)
+        )
+        losses = torch.empty(tokens, device=device)
+        buffer = rows.new_empty(step, vocabulary)
+        for first in range(0, tokens, max(step, 1)):
+            chunk = slice(first, min(first + step, tokens))
+            x = rows[chunk] if index is None else rows[index[chunk]]
+            dl = logits = buffer[: len(x)]
+            for columns, weight in _pieces(head, rows.dtype):
+                torch.mm(x, weight.T, out=logits[:, columns])
+            if a is not None:
+                z = x @ a.T
+                u = scale * (z if c is None else z @ c.T)
+                logits.addmm_(u, b.T)
+            (_triton_gradient if on_triton(rows) else _torch_gradient)(
+                logits, targets[chunk], losses[chunk], softcap, any(needs), chunk_bytes
+            )
+            if dh is not None:
+                _product(dl, head, out=dh[chunk])
+            if a is not None and any(needs):
+                du = scale * (dl @ b)
+                dz = du if c is None else du @ c
+                if dh is not None:
+                    dh[chunk].addmm_(dz, a)
+                if dA is not None:
+                    dA += dz.T @ x
+                if dC is not None:
+                    dC += du.T @ z
+                if dB is not None:
+                    dB += dl.T @ u
+        ctx.save_for_backward(index, dh, dA, dC, dB)
+        ctx.tokens, ctx.like = tokens, [None if part is None else part.dtype for part in (A, C, B)]
+        ctx.shape = rows.shape
+        return losses.sum() / max(tokens, 1)
 
     @staticmethod
     def backward(ctx, dloss):  # type: ignore[no-untyped-def]
-        (dhidden,) = ctx.saved_tensors
-        return dhidden * dloss.to(dhidden.dtype), None, None, None, None
+        index, dh, *dfactors = ctx.saved_tensors
+        share = dloss / max(ctx.tokens, 1)
+        drows = None
+        if dh is not None:  # scaled in float32: a share of 1 / tokens is no normal number in float16
+            scaled = torch.mul(dh, share.view(1), out=torch.empty_like(dh))
+            drows = scaled if index is None else dh.new_zeros(ctx.shape).index_copy_(0, index, scaled)
+        factors = [None if d is None else (d * share).to(dtype) for d, dtype in zip(dfactors, ctx.like, strict=True)]
+        return drows, None, None, None, None, None, *factors, None
+
+
+def _pieces(
+    head: torch.Tensor | Packed, dtype: torch.dtype, most: int | None = None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The head in pieces of vocabulary rows, at most so many or GROUP; a packed one's are expanded, one over the other."""
+    vocabulary, width = head.shape
+    step = vocabulary if most is None else max(most, GROUP)
+    if isinstance(head, torch.Tensor):
+        for first in range(0, vocabulary, step):
+            yield slice(first, min(first + step, vocabulary)), head[first : first + step]
+        return
+    step = max(min(step, PIECE // (dtype.itemsize * width)) // GROUP, 1) * GROUP
+    buffer = torch.empty(min(step, vocabulary), width, dtype=dtype, device=head.quants.device)
+    for first in range(0, vocabulary, step):
+        rows = slice(first, min(first + step, vocabulary))
+        yield rows, expand(_some_rows(head, rows), out=buffer[: rows.stop - first])
+
+
+def _product(dl: torch.Tensor, head: torch.Tensor | Packed, out: torch.Tensor) -> None:
+    """out = dl W; the pieces of a packed head add up in float32."""
+    if isinstance(head, torch.Tensor):
+        torch.mm(dl, head, out=out)
+        return
+    total = torch.zeros(out.shape, device=out.device)
+    for columns, weight in _pieces(head, dl.dtype):
+        total += dl[:, columns] @ weight
+    out.copy_(total)
+
+
+def _some_rows(head: Packed, rows: slice) -> Packed:
+    """From a multiple of GROUP on, so that nf4's second-level scales part there too."""
+    groups = None if head.groups is None else head.groups[rows.start * head.scales.shape[1] // GROUP :]
+    mins = None if head.mins is None else head.mins[rows]
+    shape = (rows.stop - rows.start, head.shape[1])
+    return Packed(head.format, shape, head.quants[rows], head.scales[rows], mins, groups, head.offset)
+
+
+def _torch_gradient(logits, targets, losses, softcap, wanted, chunk_bytes):  # type: ignore[no-untyped-def]
+    """Write each token's loss, and where wanted its gradient over its logits: float32 within, a strip at a time.
+
+    A strip and what is made of it take half the budget. Strips that fit a core's cache are no faster, and much
+    slower where another process has one of the cores, since each short operation then waits for it.
+    """
+    step = max(chunk_bytes // ((8 if softcap is None else 24) * logits.shape[1]), 1)
+    for part in zip(logits.split(step), targets.split(step), losses.split(step), strict=True):
+        _strip_gradient(*part, softcap, wanted)
+
+
+def _strip_gradient(logits, targets, losses, softcap, wanted):  # type: ignore[no-untyped-def]
+    strip, target = logits.float(), targets[:, None]
+    if softcap is not None:
+        slope = strip.div_(softcap).tanh_().square().neg_().add_(1)
+        strip.mul_(softcap)
+    torch.log_softmax(strip, -1, out=strip)
+    losses.copy_(strip.gather(-1, target)[:, 0].neg_())
+    if wanted:
+        dl = strip.exp_()
+        dl.scatter_add_(-1, target, dl.new_full(target.shape, -1))
+        logits.copy_(dl if softcap is None else dl.mul_(slope))
+
+
+def _triton_gradient(logits, targets, losses, softcap, wanted, _chunk_bytes):  # type: ignore[no-untyped-def]
+    tokens, vocabulary = logits.shape
+    _gradient_kernel[(tokens,)](
+        logits, targets, losses, vocabulary, softcap or 1.0, CAPPED=softcap is not None, WANTED=wanted, **GRADIENT
+    )
+
+
+GRADIENT: dict[str, Any] = {"BLOCK": 4096, "num_warps": 8}
+
+
+@jit
+def _gradient_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr,
+    targets_ptr,
+    losses_ptr,
+    vocabulary,
+    softcap,
+    CAPPED: tl.constexpr,
+    WANTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a token: its loss, then its logits' gradient over the logits."""
+    row = tl.program_id(0)
+    logits_ptr += row.to(tl.int64) * vocabulary
+    target = tl.load(targets_ptr + row)
+    wanted = tl.load(logits_ptr + target).to(tl.float32)
+    if CAPPED:
+        wanted = _cap(wanted, softcap)
+    peak = tl.full((BLOCK,), -1e38, tl.float32)  # each lane keeps its own; finite, so that a lane without logits adds 0
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, vocabulary, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        logits = tl.load(logits_ptr + columns, mask=columns < vocabulary, other=float("-inf")).to(tl.float32)
+        if CAPPED:
+            logits = tl.where(columns < vocabulary, _cap(logits, softcap), float("-inf"))
+        higher = tl.maximum(peak, logits)
+        total = total * tl.exp(peak - higher) + tl.exp(logits - higher)
+        peak = higher
+    highest = tl.max(peak, axis=0)
+    log_sum = highest + tl.log(tl.sum(total * tl.exp(peak - highest), axis=0))
+    tl.store(losses_ptr + row, log_sum - wanted)
+    if WANTED:
+        for first in range(0, vocabulary, BLOCK):
+            columns = first + tl.arange(0, BLOCK)
+            inside = columns < vocabulary
+            logits = tl.load(logits_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+            if CAPPED:
+                logits = _cap(logits, softcap)
+            dl = tl.exp(logits - log_sum) - (columns == target).to(tl.float32)
+            if CAPPED:
+                dl *= 1 - (logits / softcap) * (logits / softcap)
+            tl.store(logits_ptr + columns, dl, mask=inside)
+
+
+@jit
+def _cap(logits, softcap):  # type: ignore[no-untyped-def]
+    return softcap * (1 - 2 / (tl.exp(2 * logits / softcap) + 1))  # tanh; the interpreter has no libdevice
+
+
+# --- tiles: what is kept is one log-sum-exp a token
+
+
+class _Tiles(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, index, head, targets, softcap, chunk_bytes):  # type: ignore[no-untyped-def]
+        tokens = len(targets)
+        log_sum, wanted = (torch.empty(tokens, device=rows.device) for _ in range(2))
+        for chunk, x in _groups(rows, index, tokens, head.shape[0], chunk_bytes):
+            log_sum[chunk], wanted[chunk] = (_triton_log_sum if on_triton(x) else _torch_log_sum)(
+                x, head, targets[chunk], softcap, chunk_bytes
+            )
+        ctx.save_for_backward(rows, index, targets, log_sum)
+        ctx.head, ctx.softcap, ctx.chunk_bytes = head, softcap, chunk_bytes
+        return (log_sum - wanted).sum() / tokens
+
+    @staticmethod
+    def backward(ctx, dloss):  # type: ignore[no-untyped-def]
+        rows, index, targets, log_sum = ctx.saved_tensors
+        tokens = len(targets)
+        drows = torch.empty_like(rows) if index is None else torch.zeros_like(rows)
+        for chunk, x in _groups(rows, index, tokens, ctx.head.shape[0], ctx.chunk_bytes):
+            dh = torch.zeros(x.shape, device=x.device)
+            (_triton_dhidden if on_triton(x) else _torch_dhidden)(
+                dh, x, ctx.head, targets[chunk], log_sum[chunk], ctx.softcap, ctx.chunk_bytes
+            )
+            drows[chunk if index is None else index[chunk]] = dh.mul_(dloss / tokens).to(rows.dtype)
+        return drows, None, None, None, None, None
+
+
+def _groups(
+    rows: torch.Tensor, index: torch.Tensor | None, tokens: int, vocabulary: int, chunk_bytes: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Kept tokens, so many that their gradient in float32, and in Triton the log-sum-exps of their tiles, fit the budget."""
+    step = max(chunk_bytes // (4 * max(rows.shape[1], vocabulary // 32)), 16)
+    for first in range(0, tokens, step):
+        chunk = slice(first, min(first + step, tokens))
+        yield chunk, rows[chunk] if index is None else rows[index[chunk]]
+
+
+def _torch_log_sum(x, head, targets, softcap, chunk_bytes):  # type: ignore[no-untyped-def]
+    log_sum, wanted = (torch.full((len(x),), -torch.inf, device=x.device) for _ in range(2))
+    for columns, weight in _pieces(head, x.dtype, chunk_bytes // (16 * len(x))):
+        logits = (x @ weight.T).float()
+        if softcap is not None:
+            logits.div_(softcap).tanh_().mul_(softcap)
+        torch.logaddexp(log_sum, logits.logsumexp(-1), out=log_sum)
+        place, here = _among(targets, columns)
+        wanted = torch.where(here, logits.gather(-1, place)[:, 0], wanted)
+    return log_sum, wanted
+
+
+def _torch_dhidden(dh, x, head, targets, log_sum, softcap, chunk_bytes):  # type: ignore[no-untyped-def]
+    for columns, weight in _pieces(head, x.dtype, chunk_bytes // (16 * len(x))):
+        logits = (x @ weight.T).float()
+        slope = None
+        if softcap is not None:
+            slope = logits.div_(softcap).tanh_().square().neg_().add_(1)
+            logits.mul_(softcap)
+        dl = logits.sub_(log_sum[:, None]).exp_()
+        place, here = _among(targets, columns)
+        dl.scatter_add_(-1, place, -here[:, None].float())
+        dh += (dl if slope is None else dl.mul_(slope)).to(x.dtype) @ weight
+
+
+def _among(targets: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each label is within a piece of the vocabulary, and whether it is."""
+    place = (targets - columns.start).clamp(0, columns.stop - columns.start - 1)
+    return place[:, None], place + columns.start == targets
+
+
+def _triton_log_sum(x, head, targets, softcap, _chunk_bytes):  # type: ignore[no-untyped-def]
+    format = head.format if isinstance(head, Packed) else "dense"
+    x, (tokens, width), vocabulary = x.contiguous(), x.shape, head.shape[0]
+    tile = _tile(tokens, format)
+    pieces = triton.cdiv(vocabulary, tile["V"])
+    log_sums, wanted = x.new_empty(pieces, tokens, dtype=torch.float32), torch.empty(tokens, device=x.device)
+    sizes = (tokens, vocabulary, width, softcap or 1.0)
+    _log_sum_kernel[(triton.cdiv(tokens, tile["M"]) * pieces,)](
+        x, *pointers(head), targets, log_sums, wanted, *sizes, CAPPED=softcap is not None, FORMAT=format, **tile
+    )
+    return log_sums.logsumexp(0), wanted
+
+
+def _triton_dhidden(dh, x, head, targets, log_sum, softcap, _chunk_bytes):  # type: ignore[no-untyped-def]
+    format = head.format if isinstance(head, Packed) else "dense"
+    x, (tokens, width), vocabulary = x.contiguous(), x.shape, head.shape[0]
+    tile = _tile(tokens, format)
+    sizes = (tokens, vocabulary, width, softcap or 1.0, torch.finfo(x.dtype).eps / 32)
+    _dhidden_kernel[(triton.cdiv(tokens, tile["M"]) * triton.cdiv(vocabulary, tile["V"]),)](
+        x, *pointers(head), targets, log_sum, dh, *sizes, CAPPED=softcap is not None, FORMAT=format, **tile
+    )
+
+
+def _tile(tokens: int, format: str) -> dict[str, Any]:
+    """M tokens by V logits, K of the width at a time; at most 72 KiB of shared memory, which every architecture has."""
+    return {
+        "M": 16 if tokens <= 16 else 64,
+        "V": 128 if format == "dense" else 64,  # a packed tile needs registers to be expanded in
+        "K": 64,
+        "num_warps": 4 if format == "dense" or tokens <= 16 else 8,
+        "num_stages": 3 if format == "dense" else 4,
+    }
+
+
+@jit
+def _log_sum_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    quants_ptr,
+    scales_ptr,
+    mins_ptr,
+    groups_ptr,
+    offset_ptr,
+    tables_ptr,
+    targets_ptr,
+    log_sums_ptr,
+    wanted_ptr,
+    tokens,
+    vocabulary,
+    width,
+    softcap,
+    CAPPED: tl.constexpr,
+    FORMAT: tl.constexpr,
+    M: tl.constexpr,
+    V: tl.constexpr,
+    K: tl.constexpr,
+):
+    """The log-sum-exp of a tile's logits, and the wanted logit of those tokens whose label is among them."""
+    row, column, piece = _place(tokens, M, V)
+    x_row = tl.minimum(row, tokens - 1).to(tl.int64) * width
+    head_row = tl.minimum(column, vocabulary - 1).to(tl.int64)
+    logits = tl.zeros((M, V), tl.float32)
+    for first in range(0, width, K):
+        k = first + tl.arange(0, K)
+        x = tl.load(x_ptr + x_row[:, None] + k[None, :], mask=k[None, :] < width, other=0.0)
+        weight = expand_tile(
+            quants_ptr, scales_ptr, mins_ptr, groups_ptr, offset_ptr, tables_ptr, head_row, first, width, FORMAT, V, K
+        )
+        logits = tl.dot(x, weight.to(x.dtype).T, logits, input_precision="ieee")
+    if CAPPED:
+        logits = _cap(logits, softcap)
+    logits = tl.where(column[None, :] < vocabulary, logits, float("-inf"))
+    peak = tl.max(logits, axis=1)
+    log_sum = peak + tl.log(tl.sum(tl.exp(logits - peak[:, None]), axis=1))
+    inside = row < tokens
+    tl.store(log_sums_ptr + piece.to(tl.int64) * tokens + row, log_sum, mask=inside)
+    target = tl.load(targets_ptr + row, mask=inside, other=-1)
+    hit = column[None, :] == target[:, None]
+    here = (target >= piece * V) & (target < piece * V + V)
+    tl.store(wanted_ptr + row, tl.sum(tl.where(hit, logits, 0.0), axis=1), mask=inside & here)
+
+
+@jit
+def _dhidden_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    quants_ptr,
+    scales_ptr,
+    mins_ptr,
+    groups_ptr,
+    offset_ptr,
+    tables_ptr,
+    targets_ptr,
+    log_sum_ptr,
+    dh_ptr,
+    tokens,
+    vocabulary,
+    width,
+    softcap,
+    least,
+    CAPPED: tl.constexpr,
+    FORMAT: tl.constexpr,
+    M: tl.constexpr,
+    V: tl.constexpr,
+    K: tl.constexpr,
+):
+    """Add dl W of a tile to dh, unless the sum of the tile's gradient is below `least` for every token."""
+    row, column, _ = _place(tokens, M, V)
+    x_row = tl.minimum(row, tokens - 1).to(tl.int64) * width
+    head_row = tl.minimum(column, vocabulary - 1).to(tl.int64)
+    logits = tl.zeros((M, V), tl.float32)
+    for first in range(0, width, K):
+        k = first + tl.arange(0, K)
+        x = tl.load(x_ptr + x_row[:, None] + k[None, :], mask=k[None, :] < width, other=0.0)
+        weight = expand_tile(
+            quants_ptr, scales_ptr, mins_ptr, groups_ptr, offset_ptr, tables_ptr, head_row, first, width, FORMAT, V, K
+        )
+        logits = tl.dot(x, weight.to(x.dtype).T, logits, input_precision="ieee")
+    if CAPPED:
+        logits = _cap(logits, softcap)
+    inside = row < tokens
+    log_sum = tl.load(log_sum_ptr + row, mask=inside, other=float("inf"))
+    target = tl.load(targets_ptr + row, mask=inside, other=-1)
+    dl = tl.where(column[None, :] < vocabulary, tl.exp(logits - log_sum[:, None]), 0.0)
+    # in float32: a sure token's gradient is a small difference
+    dl -= (column[None, :] == target[:, None]).to(tl.float32)
+    if tl.max(tl.sum(tl.abs(dl), axis=1), axis=0) >= least:
+        slope = 1 - (logits / softcap) * (logits / softcap) if CAPPED else 1.0
+        rounded = (dl * slope).to(x_ptr.dtype.element_ty)
+        for first in range(0, width, K):
+            k = first + tl.arange(0, K)
+            weight = expand_tile(
+                quants_ptr,
+                scales_ptr,
+                mins_ptr,
+                groups_ptr,
+                offset_ptr,
+                tables_ptr,
+                head_row,
+                first,
+                width,
+                FORMAT,
+                V,
+                K,
+            )
+            part = tl.dot(rounded, weight.to(rounded.dtype), input_precision="ieee")
+            where = dh_ptr + row.to(tl.int64)[:, None] * width + k[None, :]
+            tl.atomic_add(where, part, mask=inside[:, None] & (k[None, :] < width), sem="relaxed")
+
+
+@jit
+def _place(tokens, M: tl.constexpr, V: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows and columns of this program's tile; programs that read the same rows of the head follow one another."""
+    blocks = tl.cdiv(tokens, M)
+    piece = tl.program_id(0) // blocks
+    return (tl.program_id(0) % blocks) * M + tl.arange(0, M), piece * V + tl.arange(0, V), piece
+
+
+def ahead_of_time(capability: int) -> list[Launch]:
+    """Every configuration that the launches above choose on an architecture; with a softcap, which only adds to them."""
+    capped = {"CAPPED": True}
+    launches = []
+    for name in ("bf16", "fp16", "fp32"):
+        signature = {"logits_ptr": f"*{name}", "targets_ptr": "*i64", "losses_ptr": "*fp32"}
+        signature |= {"vocabulary": "i32", "softcap": "fp32"}
+        constants = capped | {"WANTED": True, "BLOCK": GRADIENT["BLOCK"]}
+        label = f"linear_cross_entropy {name} gradient"
+        launches.append(
+            Launch(label, _gradient_kernel, signature, constants, GRADIENT["num_warps"], divisible=("vocabulary",))
+        )
+        for format, tokens in product(("dense", *BLOCK) if name != "fp32" else (), (16, 17)):
+            tile = _tile(tokens, format)
+            parts = {part: f"*{name}" for part in pointer_types("q8_0")} if format == "dense" else pointer_types(format)
+            sizes = {"tokens": "i32", "vocabulary": "i32", "width": "i32", "softcap": "fp32"}
+            for kernel, own in (
+                (_log_sum_kernel, {"log_sums_ptr": "*fp32", "wanted_ptr": "*fp32", **sizes}),
+                (_dhidden_kernel, {"log_sum_ptr": "*fp32", "dh_ptr": "*fp32", **sizes, "least": "fp32"}),
+            ):
+                signature = {"x_ptr": f"*{name}", **parts, "targets_ptr": "*i64", **own}
+                constants = capped | {"FORMAT": format} | {axis: tile[axis] for axis in ("M", "V", "K")}
+                label = f"linear_cross_entropy {name} {kernel.__name__.strip('_')} {format} M={tile['M']}"
+                how = (tile["num_warps"], tile["num_stages"], ("width",), True)
+                launches.append(Launch(label, kernel, signature, constants, *how))
+    return launches

@@ -1,17 +1,37 @@
-"""The loss and its gradient against float64, in chunks of any size, and that the whole logits never exist."""
+"""The loss and its gradients against float64, by chunks and by tiles of any size, and that the whole logits never exist."""
+
+import os
+import sys
+from functools import partial
 
 import pytest
 import torch
 from edge_kernels import linear_cross_entropy
-from edge_kernels.linear_cross_entropy import IGNORED
+from edge_kernels.backend import on_triton
+from edge_kernels.linear_cross_entropy import IGNORED, _goes_by_tiles
+from edge_kernels.quant import BLOCK, Packed, expand, pack
+from numerics import DEVICE, ON_GPU, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
-DTYPES = [torch.float32, torch.bfloat16]
-VOCABULARY = 50
+SUBJECT = sys.modules["edge_kernels.linear_cross_entropy"]
+INTERPRETED = "TRITON_INTERPRET" in os.environ  # it gets bfloat16 wrong
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED and not ON_GPU else [torch.bfloat16])
+VOCABULARY, WIDTH, RANK = 50, 24, 3
 
 
-def plain(hidden, head, labels, softcap=None, chunk_bytes=None):
+@pytest.fixture(params=["chunks", "tiles"])
+def way(request, monkeypatch):
+    monkeypatch.setattr(SUBJECT, "_goes_by_tiles", lambda *_: request.param == "tiles")
+    return request.param
+
+
+def plain(hidden, head, labels, softcap=None, chunk_bytes=None, A=None, C=None, B=None, scale=1.0):
+    if isinstance(head, Packed):
+        head = expand(head, torch.float32).to(hidden.dtype)
     logits = hidden @ head.T
+    if A is not None:
+        z = hidden @ A.to(hidden.dtype).T
+        logits = logits + scale * (z if C is None else z @ C.to(hidden.dtype).T) @ B.to(hidden.dtype).T
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -20,67 +40,133 @@ def plain(hidden, head, labels, softcap=None, chunk_bytes=None):
 
 def assert_as_good_as(ours, torchs, truth):
     """No error against float64 truth is over twice the worst of torch's own ops in the same dtype, plus one rounding."""
-    limit = 2 * max(map(relative_error, torchs, truth)) + torch.finfo(ours[0].dtype).eps
+    limit = 2 * max(map(relative_error, torchs, truth)) + torch.finfo(ours[1].dtype).eps
     for one, two, true in zip(ours, torchs, truth, strict=True):
         assert (one.shape, one.dtype) == (two.shape, two.dtype)
         error = relative_error(one, true)
         assert error <= limit, f"relative error {error:.2e} over {limit:.2e}"
 
 
-def relative_error(seen, truth):
-    return float((seen.double() - truth).norm() / truth.norm())
-
-
-def case(shape=(3, 7), dtype=torch.float32, ignored=0.4):
+def case(shape=(3, 7), dtype=torch.float32, ignored=0.4, vocabulary=VOCABULARY, width=WIDTH):
     torch.manual_seed(0)
-    hidden, head = torch.randn(*shape, 24).to(dtype), torch.randn(VOCABULARY, 24).to(dtype)
-    labels = torch.randint(VOCABULARY, shape)
+    hidden, head = torch.randn(*shape, width), torch.randn(vocabulary, width)
+    labels = torch.randint(vocabulary, shape)
     labels[torch.rand(shape) < ignored] = IGNORED
-    return hidden, head, labels
+    return hidden.to(DEVICE, dtype), head.to(DEVICE, dtype), labels.to(DEVICE)
+
+
+def adapter(core=True, dtype=torch.float32, scale=0.7):
+    torch.manual_seed(1)
+    A, C, B = torch.randn(RANK, WIDTH), torch.randn(RANK, RANK), torch.randn(VOCABULARY, RANK)
+    factors = {"A": A, "C": C, "B": B} if core else {"A": A, "B": B}
+    return {**{name: factor.to(DEVICE, dtype) for name, factor in factors.items()}, "scale": scale}
 
 
 def outcome(fn, hidden, head, labels, softcap, **more):
+    """The loss and the gradients of hidden and of the adapter's factors; the loss is scaled after it is made."""
+    leaves = {name: part.clone().requires_grad_() for name, part in more.items() if isinstance(part, torch.Tensor)}
     leaf = hidden.clone().requires_grad_()
-    loss = fn(leaf, head, labels, softcap, **more)
+    loss = fn(leaf, head, labels, softcap, **{**more, **leaves})
     (3 * loss).backward()
-    return loss.detach(), leaf.grad
+    return [loss.detach(), leaf.grad, *(factor.grad for factor in leaves.values())]
 
 
 def check(fn, hidden, head, labels, softcap=None, **more):
+    exact = expand(head).double() if isinstance(head, Packed) else head.double()
+    doubled = {name: part.double() if isinstance(part, torch.Tensor) else part for name, part in more.items()}
     ours = outcome(fn, hidden, head, labels, softcap, **more)
-    torchs = outcome(plain, hidden, head, labels, softcap)
-    truth = outcome(plain, hidden.double(), head.double(), labels, softcap)
+    torchs = outcome(plain, hidden, head, labels, softcap, **more)
+    truth = outcome(plain, hidden.double(), exact, labels, softcap, **doubled)
     assert_as_good_as(ours, torchs, truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("tokens_a_chunk", [1, 3, 4, 10**6])
-def test_loss_and_gradient_match_float64_whatever_the_chunks(dtype, softcap, tokens_a_chunk):
+def test_loss_and_gradient_match_float64_whatever_the_chunks(way, dtype, softcap, tokens_a_chunk):
     hidden, head, labels = case(dtype=dtype)
     kept = int((labels != IGNORED).sum())
     assert tokens_a_chunk == 1 or kept % tokens_a_chunk  # the last chunk is a smaller one
-    check(linear_cross_entropy, hidden, head, labels, softcap, chunk_bytes=4 * VOCABULARY * tokens_a_chunk)
+    check(linear_cross_entropy, hidden, head, labels, softcap, chunk_bytes=dtype.itemsize * VOCABULARY * tokens_a_chunk)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", BLOCK)
+def test_a_packed_head_gives_what_its_expansion_gives(way, format, dtype, monkeypatch):
+    monkeypatch.setattr(SUBJECT, "PIECE", 1)  # the fewest rows at once
+    hidden, head, labels = case(dtype=dtype, vocabulary=600, width=70)
+    check(linear_cross_entropy, hidden, pack(head, format), labels, 5.0, chunk_bytes=dtype.itemsize * 600 * 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("core", [True, False])
+@pytest.mark.parametrize("format", [None, "q8_0"])
+def test_an_adapter_on_the_head_and_its_factors_gradients_match_float64(dtype, core, format):
+    hidden, head, labels = case(dtype=dtype)
+    head = head if format is None else pack(head, format)
+    check(linear_cross_entropy, hidden, head, labels, 5.0, chunk_bytes=4 * VOCABULARY * 5, **adapter(core))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_tiles_and_odd_sizes_match_float64(way, dtype):
+    hidden, head, labels = case((69,), dtype, vocabulary=413, width=83)
+    check(linear_cross_entropy, hidden, head, labels, chunk_bytes=dtype.itemsize * 413 * 20)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sure_tokens_keep_the_precision_of_their_small_gradients(way, dtype):
+    """Their own probability is rounded to 1 in 16 bits, and most tiles' gradients are below the type's resolution."""
+    hidden, head, labels = case((12,), dtype, vocabulary=413, ignored=0)
+    hidden = hidden + (0.5 * head[labels]).to(dtype)
+    check(linear_cross_entropy, hidden, head, labels)
+
+
+def test_even_probabilities_count_however_small_each_is(way):
+    """A vocabulary whose every probability is below what a tile may leave out: their sum is not."""
+    dtype = DTYPES[-1]
+    hidden, head, labels = case((3,), dtype, vocabulary=9000, width=16, ignored=0)
+    check(linear_cross_entropy, hidden * 1e-3, head + 1, labels)
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 3, 4)])
-def test_any_leading_axes_do(shape):
+def test_any_leading_axes_do(way, shape):
     check(linear_cross_entropy, *case(shape, ignored=0.0))
 
 
-def test_a_chunk_smaller_than_one_row_of_logits_takes_one_token():
+def test_what_is_not_contiguous_does(way):
+    hidden, head, labels = case((6, 4))
+    check(lambda h, *more, **named: linear_cross_entropy(h.mT.contiguous().mT, *more, **named), hidden, head, labels)
+    wide = torch.stack((labels, labels), -1)[..., 0]
+    check(linear_cross_entropy, hidden, head.T.contiguous().T if way == "chunks" else head, wide)
+
+
+def test_what_else_reads_hidden_keeps_its_share_of_the_gradient(way):
+    def shared(hidden, head, labels, softcap=None, fn=linear_cross_entropy):
+        return fn(hidden, head, labels, softcap) + hidden.float().square().sum() / 100
+
+    hidden, head, labels = case()
+    ours = outcome(shared, hidden, head, labels, None)
+    other = partial(shared, fn=plain)
+    truth = outcome(
+        lambda h, w, y, s: plain(h, w, y, s) + h.square().sum() / 100, hidden.double(), head.double(), labels, None
+    )
+    assert_as_good_as(ours, outcome(other, hidden, head, labels, None), truth)
+
+
+def test_a_chunk_smaller_than_one_row_of_logits_takes_one_token(way):
     check(linear_cross_entropy, *case(), chunk_bytes=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_with_every_label_ignored_loss_and_gradient_are_zero(dtype):
+def test_with_every_label_ignored_loss_and_gradients_are_zero(dtype):
     hidden, head, labels = case(dtype=dtype, ignored=1.1)
-    loss, gradient = outcome(linear_cross_entropy, hidden, head, labels, None)
+    loss, *gradients = outcome(linear_cross_entropy, hidden, head, labels, None, **adapter())
     assert loss == 0
-    assert torch.equal(gradient, torch.zeros_like(hidden))
+    assert len(gradients) == 4
+    assert not any(gradient.any() for gradient in gradients)
 
 
-def test_ignored_tokens_change_nothing_whatever_they_hold():
+def test_ignored_tokens_change_nothing_whatever_they_hold(way):
     hidden, head, labels = case()
     loss, _ = outcome(linear_cross_entropy, hidden, head, labels, None)
     hidden[labels == IGNORED] = float("nan")
@@ -89,51 +175,103 @@ def test_ignored_tokens_change_nothing_whatever_they_hold():
     assert torch.equal(gradient[labels == IGNORED], torch.zeros_like(gradient[labels == IGNORED]))
 
 
-def count_ignored(hidden, head, labels, softcap=None):
-    return linear_cross_entropy(hidden, head, labels, softcap) * (labels != IGNORED).sum() / labels.numel()
+def test_only_what_asks_for_a_gradient_gets_one(way):
+    hidden, head, labels = case()
+    assert not linear_cross_entropy(hidden, head, labels).requires_grad
+    if way == "chunks":
+        named = adapter()
+        named["B"].requires_grad_()
+        linear_cross_entropy(hidden, head, labels, **named).backward()
+        assert named["B"].grad.any()
+        assert named["A"].grad is named["C"].grad is hidden.grad is None
 
 
-def learn_ignored(hidden, head, labels, softcap=None):
-    return linear_cross_entropy(hidden, head, labels.clamp(min=0), softcap)
+def test_without_grad_mode_there_is_the_loss_alone(monkeypatch):
+    hidden, head, labels = case()
+    named = {name: part.requires_grad_() if name != "scale" else part for name, part in adapter().items()}
+    loss = linear_cross_entropy(hidden.requires_grad_(), head, labels, **named)
+    monkeypatch.setattr(SUBJECT, "_product", None)
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(hidden, head, labels, **named), loss)
 
 
-def no_gradient(hidden, head, labels, softcap=None):
-    return linear_cross_entropy(hidden.detach(), head, labels, softcap) + 0 * hidden.sum()
+def count_ignored(hidden, head, labels, softcap=None, **more):
+    return linear_cross_entropy(hidden, head, labels, softcap, **more) * (labels != IGNORED).sum() / labels.numel()
 
 
-def no_softcap(hidden, head, labels, softcap=None):
-    return linear_cross_entropy(hidden, head, labels)
+def learn_ignored(hidden, head, labels, softcap=None, **more):
+    return linear_cross_entropy(hidden, head, labels.clamp(min=0), softcap, **more)
 
 
-def forgets_what_came_back(hidden, head, labels, softcap=None):
-    loss = linear_cross_entropy(hidden, head, labels, softcap)
+def no_gradient(hidden, head, labels, softcap=None, **more):
+    return linear_cross_entropy(hidden.detach(), head, labels, softcap, **more) + 0 * hidden.sum()
+
+
+def no_softcap(hidden, head, labels, softcap=None, **more):
+    return linear_cross_entropy(hidden, head, labels, **more)
+
+
+def forgets_what_came_back(hidden, head, labels, softcap=None, **more):
+    loss = linear_cross_entropy(hidden, head, labels, softcap, **more)
     loss.register_hook(torch.ones_like)
     return loss
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fault", [count_ignored, learn_ignored, no_gradient, no_softcap, forgets_what_came_back])
-def test_the_check_sees_a_fault(fault, dtype):
+def test_the_check_sees_a_fault(way, fault, dtype):
     with pytest.raises(AssertionError, match="relative error"):
         check(fault, *case(dtype=dtype), 5.0)
 
 
-def test_the_gradient_is_that_of_finite_differences():
+def lost_scale(*given, scale, **more):
+    return linear_cross_entropy(*given, **more)
+
+
+def transposed_core(*given, C, **more):
+    return linear_cross_entropy(*given, C=C.T, **more)
+
+
+def dead_factor(*given, B, **more):
+    return linear_cross_entropy(*given, B=B.detach(), **more) + 0 * B.sum()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fault", [lost_scale, transposed_core, dead_factor])
+def test_the_check_sees_a_fault_of_the_adapter(fault, dtype):
+    with pytest.raises(AssertionError, match="relative error"):
+        check(fault, *case(dtype=dtype), 5.0, **adapter())
+
+
+def test_the_gradient_is_that_of_finite_differences(way):
     """The operator counts in float32, so the steps are wider than gradcheck's own."""
-    hidden, head, labels = (part.double() if part.is_floating_point() else part for part in case((2, 3)))
-    leaf = hidden.mul(0.1).requires_grad_()
+    hidden, head, labels = case((2, 2), width=8, ignored=0.3)
+    leaf = hidden.mul(0.1).double().requires_grad_()
 
     def agrees(fn):
-        inputs = (leaf,)
         return torch.autograd.gradcheck(
-            lambda h: fn(h, head, labels, 5.0), inputs, eps=1e-3, atol=2e-3, rtol=1e-2, raise_exception=False
+            lambda h: fn(h.float(), head, labels, 5.0), (leaf,), eps=1e-3, atol=2e-3, rtol=1e-2, raise_exception=False
         )
 
     assert agrees(linear_cross_entropy)
     assert not agrees(no_gradient)
 
 
-class LargestFloat32(TorchDispatchMode):
+@pytest.mark.parametrize(("rows", "tokens", "tiles"), [(64, 500, False), (63, 500, True), (63, 56, False)])
+def test_a_dense_head_goes_by_tiles_where_chunks_would_be_many_and_small(rows, tokens, tiles):
+    hidden, head, _ = case((tokens,), torch.float16)
+    assert _goes_by_tiles(hidden, head, tokens, 2 * VOCABULARY * rows) is tiles
+    assert not _goes_by_tiles(hidden, head.T.contiguous().T, tokens, 2 * VOCABULARY * rows)
+
+
+def test_a_packed_head_goes_by_tiles_in_triton_and_else_where_chunks_would_be_small():
+    hidden, head, _ = case((500,), torch.float16)
+    packed = pack(head, "q8_0")
+    assert _goes_by_tiles(hidden, packed, 500, 2 * VOCABULARY * 255)
+    assert _goes_by_tiles(hidden, packed, 500, 2 * VOCABULARY * 500) is on_triton(hidden)
+
+
+class LargestTensor(TorchDispatchMode):
     """Notes the most numbers that any one tensor has which an operation makes."""
 
     def __init__(self):
@@ -142,20 +280,32 @@ class LargestFloat32(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        if isinstance(made, torch.Tensor):
+        if isinstance(made, torch.Tensor) and made.is_floating_point():  # the interpreter copies bytes
             self.numbers = max(self.numbers, made.numel())
         return made
 
 
-def test_the_logits_of_the_whole_batch_never_exist():
-    hidden, head, labels = case((400,), ignored=0.0)
-    tokens_a_chunk = 30  # 1500 logits; the batch's hidden states are 9600 numbers, its logits would be 20 000
-    largest = {}
-    for name, fn in (("chunks", linear_cross_entropy), ("whole", plain)):
-        with LargestFloat32() as seen:
-            outcome(fn, hidden, head, labels, None, chunk_bytes=4 * VOCABULARY * tokens_a_chunk)
-        largest[name] = seen.numbers
-    assert largest == {"chunks": hidden.numel(), "whole": 400 * VOCABULARY}
+def largest(fn, *given, **more):
+    with LargestTensor() as seen:
+        outcome(fn, *given, None, **more)
+    return seen.numbers
+
+
+def test_the_logits_of_the_whole_batch_never_exist(way):
+    given = case((400,), ignored=0.0)
+    chunk_bytes = 4 * VOCABULARY * 30  # the batch's hidden states are 9600 numbers, its logits would be 20 000
+    assert largest(linear_cross_entropy, *given, chunk_bytes=chunk_bytes) == given[0].numel()
+    assert largest(plain, *given) == 400 * VOCABULARY
+
+
+@pytest.mark.skipif(INTERPRETED or ON_GPU, reason="kernels expand a packed head in their tiles")
+def test_a_packed_head_is_never_expanded_whole(way, monkeypatch):
+    monkeypatch.setattr(SUBJECT, "PIECE", 4 * 256 * 64)
+    hidden, head, labels = case((8,), vocabulary=4096, width=64)
+    packed = pack(head, "nf4")
+    kept = 4 * 4096  # the byte budget below, which is less than the head's 262 144 numbers
+    assert largest(linear_cross_entropy, hidden, packed, labels, chunk_bytes=4 * kept) <= kept
+    assert largest(plain, hidden, packed, labels) == head.numel()
 
 
 @pytest.mark.parametrize(
@@ -170,3 +320,31 @@ def test_the_logits_of_the_whole_batch_never_exist():
 def test_what_does_not_fit_is_named(hidden, head, labels, message):
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(torch.ones(hidden), torch.ones(head), labels)
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({"hidden": torch.ones(2, 4).double()}, "hidden is torch.float64 but has to be float32"),
+        ({"head": torch.ones(9, 4).half()}, "hidden is torch.float32 but head is torch.float16"),
+        ({"labels": torch.zeros(2)}, "labels are torch.float32 but have to be int64"),
+        (
+            {"head": pack(torch.ones(9, 4), "q8_0")._replace(shape=(10, 4))},
+            r"head.quants is .* but q8_0 of 10 x 4 needs",
+        ),
+        ({"softcap": 0.0}, "softcap is 0.0 but has to be above 0"),
+        ({"chunk_bytes": 0}, "chunk_bytes is 0 but has to be above 0"),
+        ({"A": torch.ones(2, 4)}, "give all of its factors or none"),
+        ({"A": torch.ones(2, 5), "B": torch.ones(9, 2)}, r"A is \(2, 5\) but has to be \(2, 4\)"),
+        ({"A": torch.ones(2, 4), "B": torch.ones(8, 2)}, r"B is \(8, 2\) but has to be \(9, 2\)"),
+        (
+            {"A": torch.ones(2, 4), "B": torch.ones(9, 2), "C": torch.ones(2, 3)},
+            r"C is \(2, 3\) but has to be \(2, 2\)",
+        ),
+        ({"A": torch.ones(2, 4), "B": torch.ones(9, 2), "scale": float("nan")}, "scale is nan but has to be finite"),
+    ],
+)
+def test_what_is_of_no_use_is_named(named, message):
+    given = {"hidden": torch.ones(2, 4), "head": torch.ones(9, 4), "labels": torch.zeros(2).long(), **named}
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**given)

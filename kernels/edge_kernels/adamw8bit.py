@@ -1,0 +1,405 @@
+"""AdamW on low-rank factors that steps inside backward: 8-bit moments, and no gradient that outlives its layer.
+
+    g' = g · min(1, clip / max(|g|, running))
+    m  = m + (1 - β1) (g' - m)          v = v + (1 - β2) (g'² - v)
+    p  = p (1 - lr · decay) - lr · (m / (1 - β1ᵗ)) / (sqrt(v / (1 - β2ᵗ)) + eps)
+
+Kept: one flat buffer over all factors, small ones too; every factor starts a new block of 256. A value has one byte of m
+and one of v, both 8-bit floats with 3 bits of mantissa: m = ±(2^(e - 15) (1 + f / 8) - 2^-15) of its block's largest, with 4
+bits of e, and v likewise with 5 bits and 31. So the relative precision is the same over three decades of m and four of
+sqrt(v), where a dynamic map's is coarse below the first two, and a v that is not zero never becomes it, which would make
+its update explode. A block has a float32 scale for each.
+
+m is rounded to the nearest. v is rounded at random, right on average: a step moves it by a thousandth of itself, far less
+than 8 bits resolve, and to the nearest it would stay where it is when gradients shrink. The random number is a function of
+step and place, so a resumed run is the same to the bit.
+Source: Loshchilov & Hutter 2019, arXiv 1711.05101; Dettmers et al. 2022, arXiv 2110.02861 (block-wise moments); Lv et al.
+2024, arXiv 2306.09782 (step inside backward).
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from edge_kernels.backend import Launch, jit, on_triton, tl
+
+BLOCK = 256  # values that share a scale
+PIECE = 1 << 16  # values that the torch backend has in float32 at once
+RECENT = 10  # steps over which the running norm goes
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LEAST1, LEAST2 = 2.0**-15, 2.0**-31  # what the 8-bit floats of m and v start from,
+BITS1, BITS2 = 127 - 15 << 23, 127 - 31 << 23  # as float32 has it in bits
+TINY = torch.finfo(torch.float32).tiny
+CUT = 20  # bits of float32's mantissa that they lack
+SPREAD = 0x9E3779B1  # golden ratio of 32 bits
+
+
+class AdamW8bit:
+    """Steps each factor when its gradient is complete; after `loss.backward()` every step is made and every grad is None.
+
+    Not a torch.optim.Optimizer: to construct one imports torch's compiler, over 100 MiB of memory. The learning rate is
+    `lr`, one number for all factors; set it before backward.
+
+    A factor that a backward does not reach is left alone, and each has its own count of steps for the bias correction. A
+    factor in two blocks that recompute themselves (checkpoint_block) gets its gradient in two parts and would step twice:
+    use `accumulating`.
+
+    Clipping has to do without this step's norm, which is not known before the last layer. It takes the running norm, the
+    root-mean-square of the last steps' norms (about ten; a single one counts for no more than twice the running norm, so
+    that an outlier does not hold back the steps after it), or the norm of the factor's own gradient where that is larger.
+    The first step, which Adam makes independent of the gradient's size, knows the latter alone. A step is over when
+    backward reaches a factor again, or with `step()`.
+
+    Args:
+        parameters: float32, float16 or bfloat16, contiguous, on one device. Use float32: a step is far below what bfloat16
+            resolves.
+        clip_norm: largest norm of a step's whole gradient, or None.
+
+    Raises:
+        ValueError: a parameter or a number is not as described.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        clip_norm: float | None = None,
+    ) -> None:
+        self.parameters = list(parameters)
+        _check(self.parameters, lr, betas, eps, weight_decay, clip_norm)
+        self.lr, self.betas, self.eps, self.weight_decay, self.clip_norm = lr, betas, eps, weight_decay, clip_norm
+        device = self.parameters[0].device
+        blocks = [math.ceil(p.numel() / BLOCK) for p in self.parameters]
+        *self._starts, _ = accumulate(blocks, initial=0)
+        self._first = torch.zeros(sum(blocks), BLOCK, dtype=torch.int8, device=device)
+        self._second = torch.zeros(sum(blocks), BLOCK, dtype=torch.uint8, device=device)
+        self._scales = torch.zeros(2, sum(blocks), device=device)
+        self._parts = [  # each factor's
+            (self._first[rows], self._second[rows], self._scales[0, rows], self._scales[1, rows])
+            for rows in (slice(start, start + count) for start, count in zip(self._starts, blocks, strict=True))
+        ]
+        self._one = torch.ones((), device=device)
+        self._steps = [0] * len(blocks)
+        self._stepped: set[int] = set()  # factors that had their turn in this step
+        self._rounds = 0  # steps that went into the running norm
+        self._squares = torch.zeros(2, device=device)  # of the running norm, and of this step's so far
+        self._sums: torch.Tensor | None = None
+        self._summed: set[int] = set()  # factors with a gradient in the sums
+        self._accumulating = False
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(partial(self._take, i)) for i, p in enumerate(self.parameters)
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it keeps."""
+        kept = (self._first, self._second, self._scales, self._squares, self._sums)
+        return sum(part.nbytes for part in kept if part is not None)
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Backwards in here add up and step nothing; the next one outside, or `step()`, steps with the sum.
+
+        For all micro-batches of a step but the last. The sum is float32 in a flat buffer, 4 bytes a value from the first
+        use on. A factor that the last backward does not reach keeps its sum for the next, unless `step()` follows.
+        """
+        before, self._accumulating = self._accumulating, True
+        try:
+            yield
+        finally:
+            self._accumulating = before
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """End the step: apply sums that no backward has applied, and take the norm in. Not needed otherwise."""
+        for index in sorted(self._summed):
+            self._update(index, self._sum(index))
+        self._end_step()
+
+    def close(self) -> None:
+        """Take the hooks off the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to continue as if it had not stopped, next to the constructor's arguments; no copies. lr is in."""
+        return {
+            "sizes": [p.numel() for p in self.parameters],
+            "lr": self.lr,
+            "steps": list(self._steps),
+            "stepped": sorted(self._stepped),
+            "rounds": self._rounds,
+            "first": self._first,
+            "second": self._second,
+            "scales": self._scales,
+            "squares": self._squares,
+            "sums": self._sums,
+            "summed": sorted(self._summed),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what state_dict gave.
+
+        Raises:
+            ValueError: it is of other parameters.
+        """
+        sizes = [p.numel() for p in self.parameters]
+        if state["sizes"] != sizes:
+            raise ValueError(f"state is of parameters with {state['sizes']} values, but these have {sizes}")
+        self.lr, self._steps, self._rounds = state["lr"], list(state["steps"]), state["rounds"]
+        self._stepped, self._summed = set(state["stepped"]), set(state["summed"])
+        for ours, theirs in (
+            (self._first, state["first"]),
+            (self._second, state["second"]),
+            (self._scales, state["scales"]),
+            (self._squares, state["squares"]),
+        ):
+            ours.copy_(theirs)
+        self._sums = None if state["sums"] is None else state["sums"].to(self._first.device, copy=True)
+
+    # --- the course of a step
+
+    @torch.no_grad()
+    def _take(self, index: int, parameter: torch.Tensor) -> None:
+        """The hook: backward has the whole gradient of this factor."""
+        grad, parameter.grad = parameter.grad, None
+        if grad is None:
+            return
+        if self._accumulating or index in self._summed:
+            grad = self._sum(index).add_(grad.reshape(-1))
+            self._summed.add(index)
+        if not self._accumulating:
+            self._update(index, grad)
+
+    def _update(self, index: int, grad: torch.Tensor) -> None:
+        if index in self._stepped:
+            self._end_step()
+        self._stepped.add(index)
+        self._steps[index] += 1
+        backend = _update_triton if on_triton(grad) else _update_torch
+        backend(
+            self.parameters[index].view(-1),
+            grad.reshape(-1),
+            *self._parts[index],
+            self._clip(grad),
+            self._numbers(self._steps[index]),
+            _seed(index, self._steps[index]),
+        )
+        if index in self._summed:
+            self._sum(index).zero_()
+            self._summed.remove(index)
+
+    def _numbers(self, step: int) -> tuple[float, ...]:
+        """Decay, 1 - β1, 1 - β2, lr and 1 / sqrt of v with their bias corrections, eps."""
+        beta1, beta2 = self.betas
+        size, root = self.lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
+        return 1 - self.lr * self.weight_decay, 1 - beta1, 1 - beta2, size, root, self.eps
+
+    def _clip(self, grad: torch.Tensor) -> torch.Tensor:
+        """What to multiply a gradient with. It stays on the device, where nobody has to wait for it."""
+        if self.clip_norm is None:
+            return self._one
+        square = torch.linalg.vector_norm(grad, dtype=torch.float32).square()
+        self._squares[1] += square
+        return self.clip_norm / torch.maximum(square, self._squares[0]).sqrt().clamp_min(self.clip_norm)
+
+    def _end_step(self) -> None:
+        if self._stepped and self.clip_norm is not None:
+            running, now = self._squares.unbind()
+            self._rounds += 1
+            counted = torch.where(running > 0, torch.minimum(now, 4 * running), now)
+            running.lerp_(counted, 1 / min(self._rounds, RECENT))
+            now.zero_()
+        self._stepped.clear()
+
+    def _sum(self, index: int) -> torch.Tensor:
+        """The factor's part of the flat buffer of summed gradients."""
+        if self._sums is None:
+            self._sums = torch.zeros(self._scales.shape[1], BLOCK, device=self._scales.device)
+        return self._sums[self._starts[index] :].view(-1)[: self.parameters[index].numel()]
+
+
+def _check(
+    parameters: list[torch.nn.Parameter],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    clip_norm: float | None,
+) -> None:
+    if not parameters:
+        raise ValueError("parameters has none, but at least one is needed")
+    if len({id(p) for p in parameters}) < len(parameters):
+        raise ValueError("parameters has one twice, but each has to be there once")
+    for number, p in enumerate(parameters):
+        if p.dtype not in DTYPES or not p.numel() or not p.requires_grad or not p.is_contiguous() or not p.is_leaf:
+            raise ValueError(
+                f"parameters[{number}] is {p.dtype} {tuple(p.shape)}, strides {p.stride()}, requires_grad={p.requires_grad}, "
+                "but has to be a contiguous leaf in float32, float16 or bfloat16 that wants a gradient and is not empty"
+            )
+    if len({p.device for p in parameters}) > 1:
+        raise ValueError(
+            f"parameters are on {sorted({str(p.device) for p in parameters})}, but need to share one device"
+        )
+    clip = 1.0 if clip_norm is None else clip_norm
+    for name, value, good, needed in (
+        ("lr", lr, 0 <= lr < math.inf, "finite and not negative"),
+        ("betas", betas, all(0 <= beta < 1 for beta in betas), "in 0..1, without 1"),
+        ("eps", eps, 0 < eps < math.inf, "finite and positive"),
+        ("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "finite and not negative"),
+        ("clip_norm", clip, 0 < clip < math.inf, "finite and positive, or None"),
+    ):
+        if not good:
+            raise ValueError(f"{name} is {value}, but has to be {needed}")
+
+
+def _seed(index: int, step: int) -> int:
+    """31 bits, different for each factor and step. Odd and never 1, so that Triton compiles one kernel for all of them."""
+    mixed = (index * 0x7FEB352D + step) * SPREAD & 0xFFFFFFFF
+    mixed = (mixed ^ mixed >> 15) * 0x846CA68B & 0xFFFFFFFF
+    return mixed >> 1 | 3
+
+
+# --- torch: in pieces that stay in the cache
+
+
+def _update_torch(p, g, first, second, scale1, scale2, clip, numbers, seed):  # type: ignore[no-untyped-def]
+    decay, rest1, rest2, size, root, eps = numbers
+    for start in range(0, p.numel(), PIECE):
+        values, rows = slice(start, start + PIECE), slice(start // BLOCK, (start + PIECE) // BLOCK)
+        some, codes1, codes2 = p[values], first[rows], second[rows]
+        grad = torch.nn.functional.pad(g[values].float() * clip, (0, codes1.numel() - len(some))).view(codes1.shape)
+        m = _expand(codes1.int().abs_(), BITS1, LEAST1).mul_(codes1.sign()).mul_(scale1[rows, None])
+        v = _expand(codes2.int(), BITS2, LEAST2).mul_(scale2[rows, None])
+        m.lerp_(grad, rest1)
+        v.lerp_(grad.square_(), rest2)
+        change = (m / v.sqrt().mul_(root).add_(eps)).view(-1)[: len(some)]
+        some.copy_((some.float() * decay).sub_(change, alpha=size))
+
+        negative, x = m < 0, m.abs_()
+        scale1[rows] = x.amax(1)
+        x.div_(scale1[rows, None].clamp_min(TINY))
+        code = _round(x, 1 << CUT - 1, BITS1, LEAST1)
+        codes1.copy_(torch.where(negative, -code, code))
+        scale2[rows] = v.amax(1)
+        x = v.div_(scale2[rows, None].clamp_min(TINY))
+        dice = torch.arange(start, start + x.numel(), dtype=torch.int32, device=x.device).mul_(SPREAD - (1 << 32))
+        dice = dice.add_(seed).bitwise_right_shift_(32 - CUT).bitwise_and_((1 << CUT) - 1)
+        codes2.copy_(torch.maximum(_round(x, dice.view(x.shape), BITS2, LEAST2), x > 0))
+
+
+def _expand(code, bits, least):  # type: ignore[no-untyped-def]
+    return code.bitwise_left_shift_(CUT).add_(bits).view(torch.float32).sub_(least)
+
+
+def _round(x, dice, bits, least):  # type: ignore[no-untyped-def]
+    """x in 0..1 to a code, up with the probability of what is cut off where dice is random."""
+    return (x + least).view(torch.int32).sub_(bits).add_(dice).bitwise_right_shift_(CUT)
+
+
+# --- triton: one pass, a warp a block
+
+
+def _update_triton(p, g, first, second, scale1, scale2, clip, numbers, seed):  # type: ignore[no-untyped-def]
+    grid = (math.ceil(len(scale1) / WARPS),)
+    _update_kernel[grid](
+        *(p, g, first, second, scale1, scale2, clip, p.numel(), *numbers, seed),
+        **CONSTANTS,
+        num_warps=WARPS,
+    )
+
+
+WARPS = 4
+CONSTANTS = {
+    **{"ROWS": WARPS, "BLOCK": BLOCK, "SPREAD": SPREAD, "CUT": CUT, "TINY": TINY},
+    **{"BITS1": BITS1, "BITS2": BITS2, "LEAST1": LEAST1, "LEAST2": LEAST2},
+}
+
+
+@jit
+def _update_kernel(  # type: ignore[no-untyped-def]
+    p_ptr,
+    g_ptr,
+    first_ptr,
+    second_ptr,
+    scale1_ptr,
+    scale2_ptr,
+    clip_ptr,
+    n,
+    decay,
+    rest1,
+    rest2,
+    size,
+    root,
+    eps,
+    seed,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPREAD: tl.constexpr,
+    CUT: tl.constexpr,
+    TINY: tl.constexpr,
+    BITS1: tl.constexpr,
+    BITS2: tl.constexpr,
+    LEAST1: tl.constexpr,
+    LEAST2: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    places = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    kept, inside = rows * BLOCK < n, places < n
+    whole = kept[:, None]  # the state is padded to blocks
+    g = tl.load(g_ptr + places, mask=inside, other=0.0).to(tl.float32) * tl.load(clip_ptr)
+    p = tl.load(p_ptr + places, mask=inside, other=0.0).to(tl.float32)
+    code1 = tl.load(first_ptr + places, mask=whole, other=0).to(tl.int32)
+    code2 = tl.load(second_ptr + places, mask=whole, other=0).to(tl.int32)
+    scale1 = tl.load(scale1_ptr + rows, mask=kept, other=0.0)[:, None]
+    scale2 = tl.load(scale2_ptr + rows, mask=kept, other=0.0)[:, None]
+
+    m = (((tl.abs(code1) << CUT) + BITS1).to(tl.float32, bitcast=True) - LEAST1) * scale1
+    m = tl.where(code1 < 0, -m, m)
+    v = (((code2 << CUT) + BITS2).to(tl.float32, bitcast=True) - LEAST2) * scale2
+    m += rest1 * (g - m)
+    v += rest2 * (g * g - v)
+    p = p * decay - size * m / (tl.sqrt(v) * root + eps)
+    tl.store(p_ptr + places, p, mask=inside)
+
+    scale1 = tl.max(tl.abs(m), axis=1)
+    tl.store(scale1_ptr + rows, scale1, mask=kept)
+    x = tl.abs(m) / tl.maximum(scale1, TINY)[:, None]
+    code1 = ((x + LEAST1).to(tl.int32, bitcast=True) - BITS1 + (1 << (CUT - 1))) >> CUT
+    tl.store(first_ptr + places, tl.where(m < 0, -code1, code1).to(tl.int8), mask=whole)
+
+    scale2 = tl.max(v, axis=1)
+    tl.store(scale2_ptr + rows, scale2, mask=kept)
+    x = v / tl.maximum(scale2, TINY)[:, None]
+    dice = ((places.to(tl.uint32) * SPREAD + seed.to(tl.uint32)) >> (32 - CUT)).to(tl.int32)
+    code2 = ((x + LEAST2).to(tl.int32, bitcast=True) - BITS2 + dice) >> CUT
+    tl.store(second_ptr + places, tl.where(x > 0, tl.maximum(code2, 1), 0).to(tl.uint8), mask=whole)
+
+
+def ahead_of_time(capability: int) -> list[Launch]:
+    """Every configuration that a launch takes; the same on every architecture."""
+    states = {
+        "first_ptr": "*i8",
+        "second_ptr": "*u8",
+        **dict.fromkeys(("scale1_ptr", "scale2_ptr", "clip_ptr"), "*fp32"),
+    }
+    scalars = {"n": "i32", **dict.fromkeys(("decay", "rest1", "rest2", "size", "root", "eps"), "fp32"), "seed": "i32"}
+    return [
+        Launch(
+            f"adamw8bit {p} factor, {g} gradient",
+            _update_kernel,
+            {"p_ptr": f"*{p}", "g_ptr": f"*{g}", **states, **scalars},
+            CONSTANTS,
+            num_warps=WARPS,
+            divisible=("n",),
+        )
+        for p, g in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32"), ("fp16", "fp32"))
+    ]

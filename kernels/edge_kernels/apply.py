@@ -1,0 +1,116 @@
+"""Puts the operators into a loaded Hugging Face model, module by module, and takes them out again.
+
+    norms        rms_norm, layer_norm
+    MLP          gated_activation, where the activation has a gate
+    attention    rotary, where there are rotary positions
+
+Each module gets a `forward` of its own that hides its class's; no weight moves and no class or library is changed. The
+operators treat weights as frozen, so a module whose own weight wants a gradient is refused, and so is a kind of norm or MLP
+that is not known by name here.
+"""
+
+import inspect
+import types
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from edge_kernels.gated_activation import Kind, gated_activation
+from edge_kernels.layer_norm import layer_norm
+from edge_kernels.rms_norm import rms_norm
+from edge_kernels.rotary import rotary
+
+OFFSETS = {  # of the weight in each RMS norm
+    **dict.fromkeys(("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"), 0.0),
+    **dict.fromkeys(("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"), 1.0),
+}
+GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP")
+FUSED = ("Phi3MLP",)
+UNGATED = ("PhiMLP", "GPT2MLP")  # left as they are
+KINDS: dict[str, Kind] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+ROTARY = "apply_rotary_pos_emb"
+
+Forward = Callable[..., Any]
+
+
+def apply(model: nn.Module) -> Callable[[], None]:
+    """Swap the operators into a transformers model of the Llama, Mistral, Qwen, Gemma, Phi and GPT-2 families.
+
+    Args:
+        model: loaded and frozen (adapters may train).
+
+    Returns:
+        A function that takes them out again.
+
+    Raises:
+        ValueError: a module is of a kind that is not known, or its own weight wants a gradient. Nothing was swapped then.
+    """
+    found = {name: _forward(name, module) for name, module in model.named_modules()}
+    swapped = [(model.get_submodule(name), forward) for name, forward in found.items() if forward is not None]
+    for module, forward in swapped:
+        module.forward = forward
+
+    def undo() -> None:
+        for module, _ in swapped:
+            del module.forward
+
+    return undo
+
+
+def _forward(name: str, module: nn.Module) -> Forward | None:
+    """What stands for the module's own forward; None where that stays."""
+    kind = type(module).__name__
+    if kind in OFFSETS:
+        _check_frozen(name, module)
+        eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+        return lambda x: rms_norm(x, module.weight, eps, OFFSETS[kind])
+    if isinstance(module, nn.LayerNorm):
+        _check_frozen(name, module)
+        return lambda x: layer_norm(x, module.weight, module.bias, module.eps)
+    if kind in GATED:
+        return partial(_gated, module, _activation(name, module))
+    if kind in FUSED:
+        return partial(_fused, module, _activation(name, module))
+    if kind.endswith("Attention"):
+        return _rotated(module)
+    if kind.endswith(("Norm", "MLP")) and kind not in UNGATED:
+        known = ", ".join((*OFFSETS, "LayerNorm", *GATED, *FUSED, *UNGATED))
+        raise ValueError(f"{name} is a {kind}, which is not known; known: {known}")
+    return None
+
+
+def _gated(module: Any, kind: Kind, x: torch.Tensor) -> torch.Tensor:
+    down: torch.Tensor = module.down_proj(gated_activation(module.gate_proj(x), module.up_proj(x), kind))
+    return down
+
+
+def _fused(module: Any, kind: Kind, x: torch.Tensor) -> torch.Tensor:
+    gate, up = module.gate_up_proj(x).chunk(2, -1)
+    down: torch.Tensor = module.down_proj(gated_activation(gate, up, kind))
+    return down
+
+
+def _rotated(module: nn.Module) -> Forward | None:
+    """The attention's own code, in which the name of the rotary function means ours."""
+    code = inspect.unwrap(type(module).forward)
+    if ROTARY not in code.__globals__:
+        return None
+    names = {**code.__globals__, ROTARY: lambda q, k, cos, sin, unsqueeze_dim=1: rotary(q, k, cos, sin)}
+    ours = types.FunctionType(code.__code__, names, code.__name__, code.__defaults__, code.__closure__)
+    ours.__kwdefaults__ = code.__kwdefaults__
+    return types.MethodType(ours, module)
+
+
+def _activation(name: str, module: Any) -> Kind:
+    seen = getattr(module.config, "hidden_activation", None) or module.config.hidden_act
+    if seen not in KINDS:
+        raise ValueError(f"{name} has the activation {seen}, which is not known; known: {', '.join(KINDS)}")
+    return KINDS[seen]
+
+
+def _check_frozen(name: str, module: nn.Module) -> None:
+    if any(parameter.requires_grad for parameter in module.parameters()):
+        raise ValueError(f"{name} wants a gradient, but the operators train adapters alone: freeze the model first")

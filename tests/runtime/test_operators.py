@@ -1,0 +1,163 @@
+"""The operators inside models: what a model computes with them is what it computes without."""
+
+import itertools
+from importlib import import_module
+
+import pytest
+import torch
+from edge_kernels import apply
+from torch import nn
+
+from edge_runtime import settings
+from edge_runtime.adapters import attach
+from edge_runtime.demo import commands
+from edge_runtime.models import weights
+from edge_runtime.training import data, step
+
+SPEC = settings.Adapter(rank=4)
+SWAPPED = {  # modules of a tiny model of 4 blocks: norms, MLPs with a gate, attentions with rotary positions
+    "llama": 9 + 4 + 4,
+    "mistral": 9 + 4 + 4,
+    "qwen2": 9 + 4 + 4,
+    "qwen3": 9 + 8 + 4 + 4,
+    "gemma": 9 + 4 + 4,
+    "gemma2": 17 + 4 + 4,
+    "gemma3_text": 17 + 8 + 4 + 4,
+    "phi": 5 + 0 + 4,
+    "phi3": 9 + 4 + 4,
+    "gpt2": 9 + 0 + 0,
+}
+
+
+def outcome(model):
+    """Logits, and the gradients of every factor of an adapter that is past its start."""
+    adapter = attach.attach(model, (0, 1, 2, 3), SPEC, seed=0)
+    with torch.no_grad():
+        for number, factor in enumerate(adapter.factors.values()):
+            factor.normal_(0, 0.05, generator=torch.Generator().manual_seed(number))
+    ids = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(0))
+    logits = model(ids, use_cache=False).logits
+    logits.float().log_softmax(-1)[..., 5].sum().backward()
+    return logits.detach(), {key: factor.grad for key, factor in adapter.factors.items()}
+
+
+def difference(one, two):
+    return float((one - two).norm() / two.norm())
+
+
+@pytest.mark.parametrize("family", SWAPPED)
+def test_a_model_computes_the_same_with_the_operators(tiny, family):
+    with_them = tiny(family)
+    apply(with_them)
+    assert sum("forward" in module.__dict__ for module in with_them.modules()) == SWAPPED[family]
+    seen, truth = outcome(with_them), outcome(tiny(family))
+    assert difference(seen[0], truth[0]) < 1e-5
+    assert max(difference(seen[1][key], truth[1][key]) for key in truth[1]) < 1e-4
+
+
+def test_the_comparison_sees_an_operator_that_is_wrong(tiny, monkeypatch):
+    monkeypatch.setitem(import_module("edge_kernels.apply").OFFSETS, "LlamaRMSNorm", 0.01)
+    model = tiny("llama")
+    apply(model)
+    assert difference(outcome(model)[0], outcome(tiny("llama"))[0]) > 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_taking_them_out_leaves_the_model_as_it_was(tiny, family):
+    model = tiny(family)
+    undo = apply(model)
+    undo()
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert torch.equal(outcome(model)[0], outcome(tiny(family))[0])
+
+
+class StrangeNorm(nn.Module):
+    def forward(self, x):
+        return x
+
+
+def test_a_module_that_is_not_known_is_refused_by_name_and_nothing_is_swapped(tiny):
+    model = tiny("llama")
+    model.model.layers[3].input_layernorm = StrangeNorm()
+    with pytest.raises(ValueError, match=r"model.layers.3.input_layernorm is a StrangeNorm, which is not known"):
+        apply(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_a_norm_that_is_to_be_trained_is_refused(tiny):
+    model = tiny("llama")
+    model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"model.norm wants a gradient"):
+        apply(model)
+
+
+# --- a whole training
+
+
+class PlainLora(nn.Module):
+    """The same layer in torch's own operations."""
+
+    def __init__(self, adapted):
+        super().__init__()
+        self.base, self.A, self.B, self.scale = adapted.base, adapted.A, adapted.B, adapted.scale
+
+    def forward(self, x):
+        z = x @ self.A.to(x.dtype).T
+        return torch.nn.functional.linear(x, self.base.weight, self.base.bias) + self.scale * (z @ self.B.to(x.dtype).T)
+
+
+def losses_of(facts, examples, *, operators, steps, learning_rate=1e-3):
+    model = weights.load(facts, facts.layers, "bfloat16")
+    adapter = attach.attach(model, tuple(range(facts.layers)), settings.Adapter(rank=8, alpha=16), seed=0)
+    if operators:
+        apply(model)
+        training = settings.Training(steps=steps, rows_a_step=4, learning_rate=learning_rate)
+        return step.train(
+            model,
+            adapter,
+            examples,
+            training,
+            slices=[tuple(range(facts.layers))],
+            micro_rows=4,
+            round_=1,
+            rounds=1,
+            seed=0,
+            progress=lambda *_: None,
+        )
+    for name, module in list(model.named_modules()):
+        if isinstance(module, attach.AdapterLinear):
+            model.set_submodule(name, PlainLora(module))
+    return plain_losses(model, adapter, examples, steps, learning_rate)
+
+
+def plain_losses(model, adapter, examples, steps, learning_rate):
+    """The training loop as one would write it first."""
+    training = settings.Training(steps=steps, learning_rate=learning_rate)
+    optimiser = torch.optim.AdamW(adapter.factors.values(), weight_decay=0.0)
+    rows, found = data.epochs(examples, "0/1"), []
+    for number in range(steps):
+        ids, labels = step.pad(list(itertools.islice(rows, 4)), torch.device("cpu"))
+        logits = model(ids, use_cache=False).logits[:, :-1].float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(adapter.factors.values(), 1.0)
+        for group in optimiser.param_groups:
+            group["lr"] = step.learning_rate(training, number, 1, 1)
+        optimiser.step()
+        optimiser.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.timeout(900)
+def test_sixty_steps_on_the_real_model_follow_the_same_loss(demo_facts, demo_tokenizer, record_property):
+    rows = [{"text": row["prompt"] + row["completion"]} for row in commands.rows("kitchen", 64, 1, seed=0).train]
+    examples = data.tokenize(rows, demo_tokenizer, 40)
+    plain = losses_of(demo_facts, examples, operators=False, steps=60)
+    seen = losses_of(demo_facts, examples, operators=True, steps=60)
+    assert plain[-1] < plain[0] / 2
+    apart = abs(sum(seen) - sum(plain)) / sum(plain)
+    record_property("mean loss, relative difference", round(apart, 5))
+    assert apart < 0.01
+    other = losses_of(demo_facts, examples, operators=True, steps=20, learning_rate=1.5e-3)
+    assert abs(sum(other) - sum(plain[:20])) / sum(plain[:20]) > 0.01  # another training is told apart

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_kernels import ahead
+from edge_kernels.bench import bench
 
 
 @click.group()
@@ -49,6 +50,9 @@ def check(architectures: tuple[str, ...], chosen: tuple[str, ...], file: Path | 
         file.write_text(json.dumps([dataclasses.asdict(one) for one in compiled], indent=1) + "\n")
     console.print(f"{len(compiled)} configurations, {len(faults)} faulty, {time.monotonic() - began:.0f} s")
     sys.exit(1 if faults else 0)
+
+
+main.add_command(bench)
 
 
 def _table(compiled: list[ahead.Compiled]) -> Table:

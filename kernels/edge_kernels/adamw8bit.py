@@ -45,9 +45,7 @@ class AdamW8bit:
     Not a torch.optim.Optimizer: to construct one imports torch's compiler, over 100 MiB of memory. The learning rate is
     `lr`, one number for all factors; set it before backward.
 
-    A factor that a backward does not reach is left alone, and each has its own count of steps for the bias correction. A
-    factor in two blocks that recompute themselves (checkpoint_block) gets its gradient in two parts and would step twice:
-    use `accumulating`.
+    A factor that a backward does not reach is left alone, and each has its own count of steps for the bias correction.
 
     Clipping has to do without this step's norm, which is not known before the last layer. It takes the running norm, the
     root-mean-square of the last steps' norms (about ten; a single one counts for no more than twice the running norm, so

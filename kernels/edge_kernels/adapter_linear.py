@@ -15,6 +15,7 @@ import math
 
 import torch
 
+from edge_kernels.checkpoint_block import nothing_reads
 from edge_kernels.packed_linear import check_frozen, product
 from edge_kernels.quant import Packed
 
@@ -67,14 +68,16 @@ class _AdapterLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, A, C, B, scale, bias):  # type: ignore[no-untyped-def]
         rows = x.reshape(-1, x.shape[-1])
+        _, _, trains_a, trains_c, trains_b, *_ = ctx.needs_input_grad
         z = rows @ A.to(x.dtype).T
+        kept = rows if trains_a else z if trains_c or trains_b else None
+        saved = (kept, None if isinstance(weight, Packed) else weight, A, C, B)
+        ctx.save_for_backward(*saved)
+        ctx.packed, ctx.scale, ctx.shape = weight if isinstance(weight, Packed) else None, scale, x.shape
+        if nothing_reads(sum(tensor is not None for tensor in saved)):
+            return x.new_empty(*x.shape[:-1], B.shape[0])
         low = (z if C is None else z @ C.to(x.dtype).T) * scale
         y = product(rows, weight, low, B.to(x.dtype), bias, forward=True)
-        _, _, trains_a, trains_c, trains_b, *_ = ctx.needs_input_grad
-        kept = rows if trains_a else z if trains_c or trains_b else None
-        packed = isinstance(weight, Packed)
-        ctx.save_for_backward(kept, None if packed else weight, A, C, B)
-        ctx.packed, ctx.scale, ctx.shape = weight if packed else None, scale, x.shape
         return y.view(*x.shape[:-1], B.shape[0])
 
     @staticmethod

@@ -1,24 +1,27 @@
 """A block that keeps nothing for backward but its input, and runs again there.
 
-    forward    y = block(x), without a graph             kept: x, or x in 8 bits a value and one scale a row
-    backward   y = block(x̃), with a graph;  dx, dp = dyᵀ ∂y/∂(x̃, p)
+    forward    y = block(x); each tensor that an operation would keep is counted and dropped
+    backward   when the first of them is wanted: block(x̃) as far as the last of them is made, then backward as ever
 
-x̃ is what was kept: x itself, or x rounded, with an error of at most 1/254 of the row's largest value. The forward values
-are exact either way; with "int8" the gradient is that at x̃. The second run has the random numbers and the autocast of the
-first; a random state is kept only if the first run drew from it.
-Source: Chen et al. 2016, arXiv 1604.06174.
+Kept: x, or x in 8 bits a value and one scale a row. x̃ is what was kept: x itself, or x rounded, with an error of at most
+1/254 of the row's largest value. The forward values are exact either way; with "int8" the gradient is that at x̃. The second
+run has the random numbers and the autocast of the first; a random state is kept only if the first run drew from it. What
+comes after the last kept tensor does not run again, and an operation that makes nothing else can ask `nothing_reads`.
+Source: Chen et al. 2016, arXiv 1604.06174; with hooks on saved tensors as PyTorch's non-reentrant checkpoint.
 """
 
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from edge_kernels.quant import expand_rows, quantise_rows
 
 Output: TypeAlias = torch.Tensor | tuple[Any, ...]
+_again = threading.local()  # left: tensors that the second run in this thread has still to give
 
 
 def checkpoint_block(
@@ -30,19 +33,17 @@ def checkpoint_block(
 ) -> Output:
     """Run a block; its inner activations exist only while it runs, forward and again in backward.
 
-    Parameters used inside get their gradients while backward runs the block, hooks on them fire there. It takes
-    `loss.backward()`: torch.autograd.grad does not see them, and there is no second derivative. A parameter used in
-    several such blocks gets its gradient in several parts. A block that changes a cache of keys would do so twice.
+    It has to do the same when it runs again: a block that changes a cache of keys does not.
 
     Args:
-        block: a module or function of (hidden, *args, **kwargs); gives a tensor, or a tuple that starts with one.
+        block: a module or function of (hidden, *args, **kwargs); gives a tensor, or a tuple of them and anything else.
         hidden: (..., n) of any float type.
-        args, kwargs: without gradient: masks, positions. They are kept as they are.
+        args, kwargs: masks, positions. They are kept as they are.
         keep: "input" keeps hidden, which costs nothing where something else holds it; "int8" 1 byte a value.
 
     Raises:
-        ValueError: keep is neither, hidden is of no float type, an argument besides hidden wants a gradient, or the block
-            gives neither tensor nor tuple.
+        ValueError: keep is neither, or hidden is of no float type.
+        RuntimeError: in backward, when the second run kept other tensors than the first.
     """
     if keep not in ("input", "int8"):
         raise ValueError(f'keep is {keep!r}, but has to be "input" or "int8"')
@@ -51,65 +52,82 @@ def checkpoint_block(
     trains = any(p.requires_grad for p in block.parameters()) if isinstance(block, torch.nn.Module) else True
     if not torch.is_grad_enabled() or not (trains or hidden.requires_grad):
         return block(hidden, *args, **kwargs)
-    for name, value in [*((f"args[{i}]", value) for i, value in enumerate(args)), *kwargs.items()]:
-        if _wants_gradient(value):
-            raise ValueError(f"{name} wants a gradient, but only hidden and the block's parameters get one: detach it")
-    # makes the output part of the graph where hidden is not, as after a frozen embedding
-    anchor = None if hidden.requires_grad else torch.empty(0, device=hidden.device, requires_grad=True)
-    output: Output = _CheckpointBlock.apply(hidden, anchor, partial(_call, block, args, kwargs), keep)
+    run = _Run(lambda x: block(x, *args, **kwargs), hidden, keep)
+    with saved_tensors_hooks(run.count, run.recall):
+        output = block(hidden, *args, **kwargs)
+    run.end(hidden.device)
     return output
 
 
-def _wants_gradient(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.requires_grad
-    inner: Iterable[Any] = (
-        value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    )
-    return any(map(_wants_gradient, inner))
+def nothing_reads(saved: int) -> bool:
+    """Whether a block runs again and, with so many more tensors saved, stops: then an operation's result is not needed."""
+    return getattr(_again, "left", None) == saved
 
 
-def _call(block: Callable[..., Output], args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor) -> Output:
-    output = block(hidden, *args, **kwargs)
-    if not isinstance(output, torch.Tensor | tuple):
-        raise ValueError(
-            f"block gives {type(output).__name__}, but has to give a tensor or a tuple that starts with one"
-        )
-    return output
+class _Done(Exception):
+    """Ends the second run."""
 
 
-class _CheckpointBlock(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, anchor, call, keep):  # type: ignore[no-untyped-def]
-        ctx.set_materialize_grads(False)
-        ctx.call, ctx.dtype = call, hidden.dtype
-        ctx.autocast = _autocast(hidden.device.type)
-        kept = (hidden,) if keep == "input" else quantise_rows(hidden)
-        before = _random_states(hidden.device)
-        with torch.autocast(**ctx.autocast):
-            output = call(hidden)
-        drew = any(not torch.equal(*states) for states in zip(before, _random_states(hidden.device), strict=True))
-        ctx.random = before if drew else None
-        ctx.save_for_backward(*kept)
-        return output
+class _Run:
+    """What a block keeps, and the tensors that it makes again when the first of them is asked for."""
 
-    @staticmethod
-    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        kept = ctx.saved_tensors
-        hidden = kept[0].detach() if len(kept) == 1 else expand_rows(kept[0], kept[1], ctx.dtype)
-        hidden.requires_grad_(ctx.needs_input_grad[0])
+    def __init__(self, call: Callable[[torch.Tensor], Output], hidden: torch.Tensor, keep: str) -> None:
+        self.call, self.dtype, self.wanted = call, hidden.dtype, hidden.requires_grad
+        self.kept = (hidden.detach(),) if keep == "input" else quantise_rows(hidden.detach())
+        self.autocast = _autocast(hidden.device.type)
+        self.random: list[torch.Tensor] | None = _random_states(hidden.device)
+        self.counted = 0
+        self.made: dict[int, torch.Tensor] = {}
+
+    def count(self, tensor: torch.Tensor) -> int:
+        """In the first run: a number in the tensor's place."""
+        self.counted += 1
+        return self.counted - 1
+
+    def end(self, device: torch.device) -> None:
+        """After the first run: the random state from before it is kept if it drew."""
+        if self.random is not None and all(map(torch.equal, self.random, _random_states(device))):
+            self.random = None
+
+    def recall(self, number: int) -> torch.Tensor:
+        """In backward: the tensor of a number, handed over; asked for again, the block runs once more."""
+        if number not in self.made:
+            self._run_again()
+        return self.made.pop(number)
+
+    def _run_again(self) -> None:
+        hidden = self.kept[0].detach() if len(self.kept) == 1 else expand_rows(*self.kept, self.dtype)
+        hidden.requires_grad_(self.wanted)
+        self.made = {}
+        outer, _again.left = getattr(_again, "left", None), self.counted
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autocast(**ctx.autocast))
-            if ctx.random is not None:
+            stack.enter_context(torch.autocast(**self.autocast))
+            if self.random is not None:
                 stack.enter_context(torch.random.fork_rng([hidden.device] if hidden.is_cuda else []))
-                _set_random_states(hidden.device, ctx.random)
-            output = ctx.call(hidden)
-        outputs = (output,) if isinstance(output, torch.Tensor) else output
-        pairs = [(y, dy) for y, dy in zip(outputs, grads, strict=True) if dy is not None and y.requires_grad]
-        if pairs:
-            torch.autograd.backward(*zip(*pairs, strict=True))
-        return hidden.grad, None, None, None
+                _set_random_states(hidden.device, self.random)
+            stack.enter_context(saved_tensors_hooks(self._hold, _never))
+            try:
+                self.call(hidden)
+            except _Done:
+                pass
+            finally:
+                _again.left = outer
+        if len(self.made) != self.counted:
+            raise RuntimeError(
+                f"a checkpointed block kept {self.counted} tensors when it first ran but {len(self.made)} when it ran again: "
+                "it has to do the same both times"
+            )
+
+    def _hold(self, tensor: torch.Tensor) -> None:
+        self.made[len(self.made)] = tensor.detach()
+        _again.left -= 1
+        if not _again.left:
+            raise _Done
+
+
+def _never(_: None) -> torch.Tensor:
+    raise RuntimeError("the graph of a block's second run has no backward")
 
 
 def _autocast(device: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from edge_runtime.errors import EdgeError, InputError, LinkError
 if TYPE_CHECKING:
     from edge_profiles import Profile
 
-    from edge_runtime.settings import Weights
+    from edge_runtime.settings import Boundaries, Weights
 
 LOCAL_BROKER = "mqtt://127.0.0.1:1883"
 BROKER_HELP = "The MQTT broker: mqtt://host:port, or mqtts://user:password@host:port?ca=FILE."
@@ -84,7 +84,19 @@ def plan(fleet: Path, budget: str | None, board: str | None, models: Path, json:
 
 @app.command()
 @click.option("--model", required=True, help="A folder in Hugging Face's layout, a GGUF file or a hub id.")
-@click.option("--weights", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True)
+@click.option(
+    "--weights",
+    type=click.Choice(["float32", "bfloat16", "q8_0", "q4_1", "q4_0", "nf4"]),
+    default="bfloat16",
+    show_default=True,
+)
+@click.option(
+    "--boundaries",
+    type=click.Choice(["input", "int8"]),
+    default="input",
+    show_default=True,
+    help="How each block's input is kept for backward.",
+)
 @click.option("--rank", default=16, show_default=True, help="Rank of the adapter on all linear layers.")
 @click.option("--batch", default=4, show_default=True, help="Rows of a step.")
 @click.option("--tokens", default=256, show_default=True, help="Tokens of a row.")
@@ -100,6 +112,7 @@ def plan(fleet: Path, budget: str | None, board: str | None, models: Path, json:
 def measure(
     model: str,
     weights: "Weights",
+    boundaries: "Boundaries",
     rank: int,
     batch: int,
     tokens: int,
@@ -129,6 +142,7 @@ def measure(
         steps=steps,
         device=device,
         peft=against == "peft",
+        boundaries=boundaries,
     )
     views.show_measurement(done) if not json else _print(done)
 

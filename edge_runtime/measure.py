@@ -18,8 +18,8 @@ from edge_runtime import processes
 from edge_runtime.errors import InputError, TrainerError
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning.plan import Plan
-from edge_runtime.planning.search import candidates
-from edge_runtime.settings import Adapter, Fleet, Model, Training, Weights
+from edge_runtime.planning.search import plan
+from edge_runtime.settings import Adapter, Boundaries, Fleet, Model, Training, Weights
 from edge_runtime.training import data
 from edge_runtime.training.job import Job, Result
 
@@ -57,6 +57,7 @@ def measure(
     steps: int,
     device: str,
     peft: bool,
+    boundaries: Boundaries = "input",
 ) -> Measurement:
     """Train a model for a few steps.
 
@@ -71,10 +72,10 @@ def measure(
     if peft and find_spec("peft") is None:
         raise InputError("PEFT is not installed: pip install peft")
     facts = processes.prepared(source, models)
-    fleet, plan = planned(facts, facts.layers, weights, rank, rows, tokens, steps)
+    fleet, way = planned(facts, facts.layers, weights, rank, rows, tokens, steps, boundaries)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        result = train(facts, fleet, plan, texts(rows * steps, tokens), [], folder, device)
+        result = train(facts, fleet, way, texts(rows * steps, tokens), [], folder, device)
         baseline = processes.runtime_bytes()
         return Measurement(
             baseline_bytes=baseline,
@@ -82,8 +83,8 @@ def measure(
             step_seconds=typical(result.step_seconds),
             phases=result.peaks,
             losses=result.losses,
-            predicted_peak_bytes=plan.predicted_peak_bytes,
-            terms=plan.terms,
+            predicted_peak_bytes=way.predicted_peak_bytes,
+            terms=way.terms,
             peft=_peft(folder) if peft else None,
         )
 
@@ -94,13 +95,20 @@ def typical(seconds: list[float]) -> float:
 
 
 def planned(
-    facts: Facts, depth: int, weights: Weights, rank: int, rows: int, tokens: int, steps: int
+    facts: Facts,
+    depth: int,
+    weights: Weights,
+    rank: int,
+    rows: int,
+    tokens: int,
+    steps: int,
+    boundaries: Boundaries = "input",
 ) -> tuple[Fleet, Plan]:
     """A fleet of one model, and the plan in which a step goes through it at once."""
     training = Training(steps=steps, rows_a_step=rows, max_tokens=tokens)
     catalog = (Model(source="model", depth=depth, weights=(weights,)),)
     fleet = Fleet(name="measure", catalog=catalog, adapter=Adapter(rank=rank), training=training)
-    return fleet, next(candidates(fleet, {"model": facts}, processes.runtime_bytes()))[0]
+    return fleet, plan(fleet, facts, "model", depth, weights, rows, boundaries, processes.runtime_bytes())
 
 
 def texts(count: int, tokens: int) -> list[dict[str, str]]:

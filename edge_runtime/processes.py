@@ -6,6 +6,7 @@ What they print is read here; where they fail, their last line is the reason.
 import os
 import subprocess
 import sys
+import sysconfig
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,11 +42,11 @@ def prepared(source: str, models: Path) -> Facts:
 
 
 def runtime_bytes() -> int:
-    """The runtime baseline of this device, measured once for each Python, torch and transformers (three seconds)."""
+    """The runtime baseline of this device: three seconds once, and again when a package was installed or removed."""
     if not trainer_installed():
         raise InputError(NOT_INSTALLED)
-    names = f"{sys.version_info.major}.{sys.version_info.minor}-{version('torch')}-{version('transformers')}"
-    kept = cache_folder() / f"baseline-{names}"
+    installed = Path(sysconfig.get_path("purelib")).stat().st_mtime_ns
+    kept = cache_folder() / f"baseline-{version('torch')}-{version('transformers')}-{installed:x}"
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         measured = _output(["edge_runtime.training", "--baseline"], BASELINE_TIMEOUT_S, EdgeError)

@@ -24,8 +24,9 @@ else:
     import tomli as tomllib
 
 Role = Literal["q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "fc1", "fc2"]
-Weights = Literal["float32", "bfloat16"]
-WEIGHT_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2}
+Weights = Literal["float32", "bfloat16", "q8_0", "q4_1", "q4_0", "nf4"]
+Boundaries = Literal["input", "int8"]  # how each block's input is kept for backward
+PACKED = ("q8_0", "q4_1", "q4_0", "nf4")  # block formats of edge_kernels.quant
 
 
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

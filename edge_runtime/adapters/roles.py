@@ -16,9 +16,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from edge_runtime.errors import InputError
+from edge_runtime.models.packed import PackedLinear
 from edge_runtime.settings import Role
 
-LINEAR = (nn.Linear, Conv1D)
+LINEAR = (nn.Linear, Conv1D, PackedLinear)
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text"),
     *("phi", "phi3", "gpt2"),

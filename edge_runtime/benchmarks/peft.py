@@ -31,7 +31,7 @@ def trainer(
     from peft import LoraConfig, get_peft_model
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # of gradient_checkpointing_enable, which 5.0 still needs
-    model = weights.load(facts, depth, format, device)
+    model = weights.load(facts, depth, "bfloat16" if format in settings.PACKED else format, device)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     config = LoraConfig(r=spec.rank, lora_alpha=int(spec.alpha), target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config).train()

@@ -5,15 +5,20 @@ key rows are interleaved for its rotary kernel, and Gemma's norm weights have 1 
 Source: llama.cpp's convert_hf_to_gguf.py (LlamaModel.permute, GemmaModel.modify_tensors).
 """
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import gguf
 import msgspec
 import numpy as np
 import torch
+from edge_kernels import Packed, pack
+from edge_kernels.quant import from_gguf
+from numpy.typing import NDArray
 
 from edge_runtime.errors import InputError
+from edge_runtime.models.packed import pack_pieces
 
 ARCHITECTURES = {"gemma3_text": "gemma3", "mistral": "llama"}  # where GGUF's name differs from the configuration's
 SUPPORTED = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3")
@@ -68,23 +73,58 @@ def index(path: Path, names: list[str], config: Any) -> dict[str, Tensor]:
 
 def read(path: Path, tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
     """One tensor in the given dtype; besides the result, at most PIECE_BYTES are expanded at a time."""
+    out = torch.empty((_rows(tensor), tensor.shape[-1]), dtype=dtype)
+    first = 0
+    for values in _expanded(path, tensor):
+        out[first : first + len(values)] = values
+        first += len(values)
+    out, order = out.view(tensor.shape), _order(tensor)
+    return out if order is None else out[order]
+
+
+def read_packed(path: Path, tensor: Tensor, format: str) -> Packed:
+    """One matrix in a block format: as it is where the file has it so, else expanded and packed some rows at a time."""
+    if format == "nf4":  # its scales are quantised together
+        return pack(read(path, tensor, torch.float32), "nf4")
+    if gguf.GGMLQuantizationType(tensor.kind).name.lower() == format:
+        out, into = tensor.shape
+        with path.open("rb") as stream:
+            stream.seek(tensor.offset)
+            held = _read_rows(path, stream, tensor, out)
+        weight = from_gguf(torch.from_numpy(held), format, (out, into))  # type: ignore[arg-type]
+    else:
+        weight = pack_pieces(_expanded(path, tensor), format)
+    order = _order(tensor)
+    return weight if order is None else weight.rows(order)
+
+
+def _expanded(path: Path, tensor: Tensor) -> Iterator[torch.Tensor]:
+    """The rows in float32, some at a time."""
+    rows, step = _rows(tensor), max(PIECE_BYTES // (4 * tensor.shape[-1]), 1)
     kind = gguf.GGMLQuantizationType(tensor.kind)
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    columns = tensor.shape[-1]
-    rows = int(np.prod(tensor.shape[:-1], dtype=np.int64))
-    row_bytes = columns // block * block_bytes
-    out = torch.empty((rows, columns), dtype=dtype)
-    step = max(PIECE_BYTES // (4 * columns), 1)
     with path.open("rb") as stream:
         stream.seek(tensor.offset)
         for first in range(0, rows, step):
             count = min(step, rows - first)
-            packed = np.frombuffer(stream.read(count * row_bytes), dtype=np.uint8)
-            if packed.size != count * row_bytes:
-                raise InputError(f"{path} is cut short: {count * row_bytes - packed.size} bytes are missing")
-            values = gguf.quants.dequantize(packed.reshape(count, row_bytes), kind).astype(np.float32, copy=False)
-            out[first : first + count] = torch.from_numpy(values - np.float32(tensor.added))
-    if tensor.interleaved_heads:
-        half = tensor.shape[0] // tensor.interleaved_heads // 2
-        out = out.view(tensor.interleaved_heads, half, 2, -1).transpose(1, 2).reshape(tensor.shape)
-    return out.view(tensor.shape)
+            packed = _read_rows(path, stream, tensor, count).reshape(count, -1)
+            values = gguf.quants.dequantize(packed, kind).astype(np.float32, copy=False)
+            yield torch.from_numpy(values - np.float32(tensor.added))
+
+
+def _read_rows(path: Path, stream: BinaryIO, tensor: Tensor, count: int) -> NDArray[np.uint8]:
+    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.kind)]
+    wanted = count * (tensor.shape[-1] // block * block_bytes)
+    held = np.fromfile(stream, np.uint8, wanted)
+    if held.size != wanted:
+        raise InputError(f"{path} is cut short: {wanted - held.size} bytes are missing")
+    return held
+
+
+def _rows(tensor: Tensor) -> int:
+    return int(np.prod(tensor.shape[:-1], dtype=np.int64))
+
+
+def _order(tensor: Tensor) -> torch.Tensor | None:
+    """Where each row of a tensor with interleaved heads lies in the file."""
+    heads = tensor.interleaved_heads
+    return torch.arange(tensor.shape[0]).view(heads, -1, 2).transpose(1, 2).flatten() if heads else None

@@ -1,24 +1,28 @@
 """Loads a base model, or a depth slice of it, tensor by tensor: layers that a slice drops are never read.
 
-Peak while loading: the model in its final format plus one tensor's piece (see gguf_file).
+Peak while loading: the model in its final format plus one tensor's piece (see gguf_file); in nf4 plus a matrix in float32.
 """
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import torch
+from edge_kernels import Packed
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from edge_runtime.adapters import roles
 from edge_runtime.errors import InputError
 from edge_runtime.models import gguf_file
 from edge_runtime.models.facts import Facts
+from edge_runtime.models.packed import EMBEDDING, PackedEmbedding, PackedLinear, pack_matrix
 from edge_runtime.models.slices import kept_layers
-from edge_runtime.settings import Weights
+from edge_runtime.settings import PACKED, Weights
 
 LAYER = re.compile(r"(?<=\.)\d+(?=\.)")  # the block's number is the first number in a state_dict key
 
@@ -29,10 +33,10 @@ def load(facts: Facts, depth: int, weights: Weights, device: str = "cpu") -> Pre
     Args:
         facts: of the checkpoint.
         depth: layers to keep, chosen by `kept_layers`; the model numbers them 0 to depth - 1.
-        weights: the format the base is held in.
+        weights: the format the base is held in. In a packed one its activations are bfloat16.
 
     Raises:
-        InputError: a tensor is missing or cut short; it is named.
+        InputError: a tensor is missing or cut short, or the family cannot be packed; it is named.
     """
     transformers_logging.disable_progress_bar()
     kept = kept_layers(depth, facts.layers)
@@ -42,39 +46,113 @@ def load(facts: Facts, depth: int, weights: Weights, device: str = "cpu") -> Pre
     if getattr(text, "layer_types", None):
         text.layer_types = [text.layer_types[layer] for layer in kept]
     text.use_cache = False
-    dtype = getattr(torch, weights)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    dtype = torch.bfloat16 if weights in PACKED else getattr(torch, weights)
     with torch.device("meta"):
-        names = list(kind(config).state_dict())
-    read = _reader(facts, dtype)
-    tensors = {
-        name: read(LAYER.sub(lambda number: str(kept[int(number[0])]), name, count=1)).to(device)
-        for name in names
-        if not (facts.tied_head and name == "lm_head.weight")
-    }
-    model = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
-    return model.to(device).eval().requires_grad_(False)
+        model = kind(config).to(dtype)
+    read = _Numbered(_reader(facts), kept)
+    if weights in PACKED:
+        model = _packed(model, read, dtype, weights, device)
+    else:
+        tensors = {
+            name: read.dense(name, dtype).to(device)
+            for name in model.state_dict()
+            if not (facts.tied_head and name == "lm_head.weight")
+        }
+        model = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype).to(device)
+    return model.eval().requires_grad_(False)
 
 
-def _reader(facts: Facts, dtype: torch.dtype) -> Callable[[str], torch.Tensor]:
+class _Reader(Protocol):
+    """A file of weights."""
+
+    def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor: ...
+    def packed(self, name: str, format: str) -> Packed: ...
+
+
+class _Numbered(NamedTuple):
+    """Reads a slice's tensors by the names they have in the slice."""
+
+    reader: _Reader
+    kept: tuple[int, ...]
+
+    def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        return self.reader.dense(self._whole(name), dtype)
+
+    def packed(self, name: str, format: str) -> Packed:
+        return self.reader.packed(self._whole(name), format)
+
+    def _whole(self, name: str) -> str:
+        return LAYER.sub(lambda number: str(self.kept[int(number[0])]), name, count=1)
+
+
+def _packed(model: PreTrainedModel, read: _Numbered, dtype: torch.dtype, format: str, device: str) -> PreTrainedModel:
+    """Fill a model without memory: matrices packed, the rest (norms, biases) as it is."""
+    places = {module: name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    table = read.packed(f"{places[embedding]}.weight", EMBEDDING).to(device)
+    factor = float(getattr(embedding, "scalar_embed_scale", 1.0))
+    model.set_submodule(places[embedding], PackedEmbedding(table, dtype, factor))
+    tied = model.config.get_text_config().tie_word_embeddings
+    layers = [
+        layer for block in roles.blocks(model) for layer in map(block.get_submodule, roles.linears(block).values())
+    ]
+    for layer in [*layers, head]:
+        if not isinstance(layer, nn.Linear):
+            raise InputError(f"{places[layer]} is a {type(layer).__name__}: models of this family cannot be packed")
+        name = places[layer]
+        weight = (
+            table if layer is head and tied else read.packed(f"{name}.weight", EMBEDDING if layer is head else format)
+        )
+        bias = None if layer.bias is None else read.dense(f"{name}.bias", dtype).to(device)
+        model.set_submodule(name, PackedLinear(weight.to(device), bias))
+    for name, parameter in list(model.named_parameters()):
+        owner, _, own = name.rpartition(".")
+        filled = read.dense(name, dtype).view(parameter.shape).to(device)
+        setattr(model.get_submodule(owner), own, nn.Parameter(filled, requires_grad=False))
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # rotary frequencies: in no file
+            model.set_submodule(name, type(module)(model.config.get_text_config()).to(device))
+    return model
+
+
+def _reader(facts: Facts) -> _Reader:
     path = Path(facts.weights)
     if path.suffix == ".gguf":
-        index = msgspec.json.decode(
-            (Path(facts.folder) / "tensors.json").read_bytes(), type=dict[str, gguf_file.Tensor]
-        )
-        return lambda name: gguf_file.read(path, index[name], dtype)
+        content = (Path(facts.folder) / "tensors.json").read_bytes()
+        return _Gguf(path, msgspec.json.decode(content, type=dict[str, gguf_file.Tensor]))
+    return _Safetensors(path, _safetensors_files(path))
 
-    def read(name: str) -> torch.Tensor:
-        if name not in files:
-            raise InputError(f"{path} lacks the tensor {name}")
+
+class _Gguf(NamedTuple):
+    path: Path
+    tensors: dict[str, gguf_file.Tensor]
+
+    def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        return gguf_file.read(self.path, self.tensors[name], dtype)
+
+    def packed(self, name: str, format: str) -> Packed:
+        return gguf_file.read_packed(self.path, self.tensors[name], format)
+
+
+class _Safetensors(NamedTuple):
+    path: Path
+    files: dict[str, Path]
+
+    def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        return self._read(name).to(dtype)
+
+    def packed(self, name: str, format: str) -> Packed:
+        return pack_matrix(self._read(name), format)
+
+    def _read(self, name: str) -> Any:
+        if name not in self.files:
+            raise InputError(f"{self.path} lacks the tensor {name}")
         try:
-            with safe_open(files[name], framework="pt") as stream:
-                return stream.get_tensor(name).to(dtype)
+            with safe_open(self.files[name], framework="pt") as stream:
+                return stream.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{files[name]} cannot be read: {error}") from error
-
-    files = _safetensors_files(path)
-    return read
+            raise InputError(f"{self.files[name]} cannot be read: {error}") from error
 
 
 def _safetensors_files(folder: Path) -> dict[str, Path]:

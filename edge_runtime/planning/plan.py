@@ -2,11 +2,12 @@
 
 import msgspec
 
-from edge_runtime.settings import Weights
+from edge_runtime.settings import Boundaries, Weights
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """depth: layers kept. rows: micro-batch. tokens: longest sequence. terms: predicted bytes, by what takes them."""
+    """depth: layers kept. rows: micro-batch. tokens: longest sequence. boundaries: how each block's input is kept for
+    backward. terms: predicted bytes, by what takes them."""
 
     source: str
     model_class: str
@@ -17,6 +18,7 @@ class Plan(msgspec.Struct, frozen=True):
     rows: int
     tokens: int
     terms: dict[str, int]
+    boundaries: Boundaries = "input"
 
     @property
     def predicted_peak_bytes(self) -> int:

@@ -9,7 +9,9 @@ from edge_runtime.errors import BudgetError, InputError
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning.plan import Plan
 from edge_runtime.planning.predict import terms
-from edge_runtime.settings import Fleet
+from edge_runtime.settings import PACKED, Boundaries, Fleet, Weights
+
+UNPACKED_FAMILIES = ("gpt2",)  # their linear layers are no nn.Linear
 
 
 class Choice(NamedTuple):
@@ -34,11 +36,11 @@ def choose(fleet: Fleet, facts: dict[str, Facts], budget_bytes: int, runtime_byt
     """
     rejected: list[Plan] = []
     for plans in candidates(fleet, facts, runtime_bytes):
-        for plan in plans:
-            if plan.predicted_peak_bytes <= budget_bytes:
-                return Choice(plan, rejected)
+        for way in plans:
+            if way.predicted_peak_bytes <= budget_bytes:
+                return Choice(way, rejected)
         rejected.append(plans[-1])
-    least = min(rejected, key=lambda plan: plan.predicted_peak_bytes)
+    least = min(rejected, key=lambda way: way.predicted_peak_bytes)
     raise BudgetError(
         f"a budget of {format_size(budget_bytes)} is too small for every model of the catalog; the smallest that would fit is "
         f"{least.source} with {least.depth} layers in {least.weights}, which needs {format_size(least.predicted_peak_bytes)}"
@@ -46,44 +48,73 @@ def choose(fleet: Fleet, facts: dict[str, Facts], budget_bytes: int, runtime_byt
 
 
 def candidates(fleet: Fleet, facts: dict[str, Facts], runtime_bytes: int) -> Iterator[list[Plan]]:
-    """For each model and weight format in order of preference, its plans from the largest micro-batch to a single row."""
+    """For each model and weight format in order of preference, its plans from the largest micro-batch to a single row, and
+    that with 8-bit boundaries."""
     for model in fleet.catalog:
         known = facts[model.source]
         depth = known.layers if model.depth is None else model.depth
         if not 1 <= depth <= known.layers:
             raise InputError(f"the catalog wants {depth} layers of {model.source}, which has {known.layers}")
-        if fleet.training.max_tokens > known.positions:
-            raise InputError(
-                f"[training] max_tokens is {fleet.training.max_tokens}, but {model.source} has {known.positions} positions"
-            )
         for weights in model.weights:
             yield [
-                Plan(
-                    source=model.source,
-                    model_class=known.model_class,
-                    depth=depth,
-                    layers=known.layers,
-                    weights=weights,
-                    rank=fleet.adapter.rank,
-                    rows=rows,
-                    tokens=fleet.training.max_tokens,
-                    terms=terms(
-                        known,
-                        depth=depth,
-                        weights=weights,
-                        adapter=fleet.adapter,
-                        rows=rows,
-                        tokens=fleet.training.max_tokens,
-                        runtime_bytes=runtime_bytes,
-                    ),
-                )
-                for rows in _micro_batches(fleet.training.rows_a_step)
+                plan(fleet, known, model.source, depth, weights, rows, boundaries, runtime_bytes)
+                for rows, boundaries in _ways(fleet.training.rows_a_step)
             ]
 
 
-def _micro_batches(rows_a_step: int) -> Iterator[int]:
+def plan(
+    fleet: Fleet,
+    known: Facts,
+    source: str,
+    depth: int,
+    weights: Weights,
+    rows: int,
+    boundaries: Boundaries,
+    runtime_bytes: int,
+) -> Plan:
+    """One way to train a model, with what is predicted for it.
+
+    Raises:
+        InputError: a sequence is longer than the model has positions, or its family cannot be packed.
+    """
+    if fleet.training.max_tokens > known.positions:
+        raise InputError(
+            f"[training] max_tokens is {fleet.training.max_tokens}, but {source} has {known.positions} positions"
+        )
+    if weights in PACKED and known.family in UNPACKED_FAMILIES:
+        raise InputError(
+            f"{source} is a {known.family} model, whose matrices cannot be packed: use float32 or bfloat16"
+        )
+    predicted = terms(
+        known,
+        depth=depth,
+        weights=weights,
+        adapter=fleet.adapter,
+        rows=rows,
+        rows_a_step=fleet.training.rows_a_step,
+        tokens=fleet.training.max_tokens,
+        boundaries=boundaries,
+        runtime_bytes=runtime_bytes,
+    )
+    return Plan(
+        source=source,
+        model_class=known.model_class,
+        depth=depth,
+        layers=known.layers,
+        weights=weights,
+        rank=fleet.adapter.rank,
+        rows=rows,
+        tokens=fleet.training.max_tokens,
+        terms=predicted,
+        boundaries=boundaries,
+    )
+
+
+def _ways(rows_a_step: int) -> Iterator[tuple[int, Boundaries]]:
+    """Micro-batches and boundaries, from the fastest and most exact to the smallest."""
     rows = rows_a_step
     while rows > 1:
-        yield rows
+        yield rows, "input"
         rows = -(-rows // 2)
-    yield 1
+    yield 1, "input"
+    yield 1, "int8"

@@ -5,6 +5,8 @@ the same completion exactly then, so one forward pass replaces generation.
 """
 
 import torch
+from edge_kernels import Packed, expand
+from edge_kernels.quant import GROUP
 from transformers import PreTrainedModel
 
 from edge_runtime.training.data import IGNORED, Example, batches
@@ -12,7 +14,7 @@ from edge_runtime.training.job import Score
 from edge_runtime.training.meter import release
 from edge_runtime.training.step import head, hidden_states, pad
 
-CHUNK_BYTES = 32 << 20  # of float32 logits
+CHUNK_BYTES = 16 << 20  # of float32 logits, or of the expanded head where that is more
 
 
 @torch.no_grad()
@@ -34,16 +36,24 @@ def evaluate(model: PreTrainedModel, examples: list[Example], micro_rows: int) -
 
 
 def _score(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float | None
+    hidden: torch.Tensor, weight: torch.Tensor | Packed, targets: torch.Tensor, softcap: float | None
 ) -> tuple[float, torch.Tensor]:
     """Summed loss, and whether the most likely token is the target, for each of (tokens, hidden)."""
-    step = max(CHUNK_BYTES // (4 * weight.shape[0]), 1)
-    loss, hits = 0.0, []
-    for first in range(0, len(targets), step):
-        logits = (hidden[first : first + step] @ weight.T).float()
+    vocabulary = weight.shape[0]
+    step = max(CHUNK_BYTES // (4 * max(hidden.shape)) // GROUP, 1) * GROUP
+    log_sum, wanted, best = (torch.full((len(hidden),), -torch.inf, device=hidden.device) for _ in range(3))
+    likely = torch.zeros_like(targets)
+    for first in range(0, vocabulary, step):
+        rows = slice(first, min(first + step, vocabulary))
+        matrix = expand(weight.rows(rows), hidden.dtype) if isinstance(weight, Packed) else weight[rows]
+        logits = (hidden @ matrix.T).float()
         if softcap is not None:
             logits.div_(softcap).tanh_().mul_(softcap)
-        wanted = targets[first : first + step]
-        loss += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
-        hits.append(logits.argmax(-1) == wanted)
-    return loss, torch.cat(hits) if hits else torch.ones(0, dtype=torch.bool)
+        torch.logaddexp(log_sum, logits.logsumexp(-1), out=log_sum)
+        highest, place = logits.max(-1)
+        likely = torch.where(highest > best, place + first, likely)
+        best = torch.maximum(best, highest)
+        here = (targets >= rows.start) & (targets < rows.stop)
+        at = (targets - first).clamp(0, logits.shape[1] - 1)[:, None]
+        wanted = torch.where(here, logits.gather(1, at)[:, 0], wanted)
+    return float((log_sum - wanted).sum()), likely == targets

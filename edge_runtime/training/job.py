@@ -54,7 +54,8 @@ class Score(msgspec.Struct, frozen=True):
 
 
 class Result(msgspec.Struct, frozen=True):
-    """evaluation: of the version the round started from. losses, step_seconds: of each step. peaks: bytes of each phase."""
+    """evaluation: of the version the round started from. losses: of each step but the skipped ones, whose loss was not
+    finite. step_seconds: of each step. peaks: bytes of each phase."""
 
     samples: int
     evaluation: dict[str, Score]
@@ -64,6 +65,7 @@ class Result(msgspec.Struct, frozen=True):
     seconds: dict[str, float]
     measured_peak_bytes: int
     payload_bytes: int
+    skipped: int = 0
 
 
 class Progress(msgspec.Struct, frozen=True):

@@ -1,28 +1,31 @@
 """One forward pass, and the optimiser steps of a round.
 
 Only the boundaries of the blocks are kept; a block runs again in backward. The head and the loss run in chunks over the
-labelled tokens alone. A step's rows go through in micro-batches whose losses are weighted by their tokens. Steps may take
-turns between slices of the model, so that one adapter fits them all (models/slices.py).
+labelled tokens alone. A factor steps as soon as backward has its gradient, so that no gradient outlives its layer. A step's
+rows go through in micro-batches whose losses are weighted by their tokens. Steps may take turns between slices of the
+model, so that one adapter fits them all (models/slices.py).
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 
 import torch
-from edge_kernels import checkpoint_block, linear_cross_entropy
+from edge_kernels import AdamW8bit, Packed, checkpoint_block, linear_cross_entropy
 from transformers import PreTrainedModel
 
 from edge_runtime.adapters.attach import Adapter
 from edge_runtime.adapters.roles import blocks
 from edge_runtime.errors import TrainerError
-from edge_runtime.settings import Training
+from edge_runtime.settings import Boundaries, Training
 from edge_runtime.training.data import IGNORED, Example, batches, epochs
 from edge_runtime.training.meter import release
 
 LENGTH_STEP = 8
+LOSS_CHUNK_BYTES = 16 << 20  # of logits that exist at once
+SKIPPED_IN_A_ROW = 5  # steps without a finite loss, before the round is given up
 
 
 def pad(rows: list[Example], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,7 +48,7 @@ def hidden_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
-def head(model: PreTrainedModel) -> tuple[torch.Tensor, float | None]:
+def head(model: PreTrainedModel) -> tuple[torch.Tensor | Packed, float | None]:
     """The head's weight (vocabulary, hidden) and the bound of its logits, if it has one."""
     config = model.config.get_text_config()
     return model.get_output_embeddings().weight, getattr(config, "final_logit_softcapping", None)
@@ -62,7 +65,8 @@ def train(
     round_: int,
     rounds: int,
     seed: int,
-    progress: Callable[[int, float], None],
+    progress: Callable[[int, float | None], None],
+    keep: Boundaries = "input",
 ) -> list[float]:
     """Train the adapter for one round, in place.
 
@@ -70,41 +74,57 @@ def train(
         slices: the blocks that a step goes through, one slice a step in turn.
         micro_rows: rows that go through the model at once.
         round_: counted from 1; with rounds it places this round on the learning rate's schedule.
-        progress: told the step, counted from 1, and its loss.
+        progress: told the step, counted from 1, and its loss; None where the step was skipped.
+        keep: how each block's input is kept for backward.
 
     Returns:
-        The loss of each step.
+        The loss of each step; nan where it was not finite and the step was skipped.
 
     Raises:
-        TrainerError: the loss is not finite.
+        TrainerError: the loss was not finite several times in a row.
     """
-    optimiser = torch.optim.AdamW(
-        adapter.factors.values(), lr=training.learning_rate, weight_decay=training.weight_decay
-    )
+    factors = adapter.factors.values()
+    optimiser = AdamW8bit(factors, weight_decay=training.weight_decay, clip_norm=training.clip_norm)
     rows = epochs(examples, f"{seed}/{round_}")
     weight, softcap = head(model)
     losses: list[float] = []
+
+    def mean_loss(batch: list[Example]) -> tuple[torch.Tensor, int]:
+        ids, labels = pad(batch, weight.device)
+        hidden = hidden_states(model, ids)[:, :-1]
+        loss = linear_cross_entropy(hidden, weight, labels[:, 1:], softcap, LOSS_CHUNK_BYTES)
+        return loss, int((labels[:, 1:] != IGNORED).sum())
+
     for step in range(training.steps):
-        taken = list(islice(rows, training.rows_a_step))
-        labelled = sum(label != IGNORED for row in taken for label in row.labels[1:])
+        optimiser.lr = learning_rate(training, step, round_, rounds)
+        micro = list(batches(list(islice(rows, training.rows_a_step)), micro_rows))
+        labelled = sum(label != IGNORED for batch in micro for row in batch for label in row.labels[1:])
         total = 0.0
-        with only_blocks(model, slices[step % len(slices)]), recomputed_blocks(model):
-            for batch in batches(taken, micro_rows):
-                ids, labels = pad(batch, weight.device)
-                share = int((labels[:, 1:] != IGNORED).sum()) / max(labelled, 1)
-                loss = share * linear_cross_entropy(hidden_states(model, ids)[:, :-1], weight, labels[:, 1:], softcap)
-                loss.backward()
+        with only_blocks(model, slices[step % len(slices)]), recomputed_blocks(model, keep):
+            if step == 0:
+                with optimiser.measuring():
+                    mean_loss(micro[0])[0].backward()
+            for number, batch in enumerate(micro, 1):
+                loss, count = mean_loss(batch)
+                loss = loss * (count / max(labelled, 1))
                 total += loss.item()
+                if not math.isfinite(total):
+                    break
+                with nullcontext() if number == len(micro) else optimiser.accumulating():
+                    loss.backward()
                 release()
-        if not math.isfinite(total):
-            raise TrainerError(f"the loss of step {step + 1} in round {round_} is {total}; lower the learning rate")
-        torch.nn.utils.clip_grad_norm_(adapter.factors.values(), training.clip_norm)
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(training, step, round_, rounds)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        losses.append(total)
-        progress(step + 1, total)
+        if math.isfinite(total):
+            optimiser.step()
+        else:
+            optimiser.forget()
+        losses.append(total if math.isfinite(total) else math.nan)
+        if len(losses) >= SKIPPED_IN_A_ROW and all(map(math.isnan, losses[-SKIPPED_IN_A_ROW:])):
+            raise TrainerError(
+                f"the loss was not finite {SKIPPED_IN_A_ROW} times in a row, up to step {step + 1} of round {round_}; lower the "
+                "learning rate, or look for broken weights"
+            )
+        progress(step + 1, total if math.isfinite(total) else None)
+    optimiser.close()
     return losses
 
 
@@ -129,11 +149,11 @@ def only_blocks(model: PreTrainedModel, chosen: tuple[int, ...]) -> Iterator[Non
 
 
 @contextmanager
-def recomputed_blocks(model: PreTrainedModel) -> Iterator[None]:
+def recomputed_blocks(model: PreTrainedModel, keep: Boundaries = "input") -> Iterator[None]:
     """While inside, each block keeps only its input and runs again in backward; dropout is in training mode."""
     model.train()
     for block in blocks(model):
-        block.forward = partial(checkpoint_block, block.forward)
+        block.forward = partial(checkpoint_block, block.forward, keep=keep)
     try:
         yield
     finally:

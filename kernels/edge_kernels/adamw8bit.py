@@ -1,6 +1,6 @@
 """AdamW on low-rank factors that steps inside backward: 8-bit moments, and no gradient that outlives its layer.
 
-    g' = g · min(1, clip / max(|g|, running))
+    g' = g · min(1, clip / norm)
     m  = m + (1 - β1) (g' - m)          v = v + (1 - β2) (g'² - v)
     p  = p (1 - lr · decay) - lr · (m / (1 - β1ᵗ)) / (sqrt(v / (1 - β2ᵗ)) + eps)
 
@@ -30,7 +30,7 @@ from edge_kernels.backend import Launch, jit, on_triton, tl
 
 BLOCK = 256  # values that share a scale
 PIECE = 1 << 16  # values that the torch backend has in float32 at once
-RECENT = 10  # steps over which the running norm goes
+DAMPING = 0.1  # how much of the last step's norm goes into the estimate of the present one, as a share of the whole
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LEAST1, LEAST2 = 2.0**-15, 2.0**-31  # what the 8-bit floats of m and v start from,
 BITS1, BITS2 = 127 - 15 << 23, 127 - 31 << 23  # as float32 has it in bits
@@ -47,11 +47,10 @@ class AdamW8bit:
 
     A factor that a backward does not reach is left alone, and each has its own count of steps for the bias correction.
 
-    Clipping has to do without this step's norm, which is not known before the last layer. It takes the running norm, the
-    root-mean-square of the last steps' norms (about ten; a single one counts for no more than twice the running norm, so
-    that an outlier does not hold back the steps after it), or the norm of the factor's own gradient where that is larger.
-    The first step, which Adam makes independent of the gradient's size, knows the latter alone. A step is over when
-    backward reaches a factor again, or with `step()`.
+    Clipping has to do without this step's norm, which is not known before the last layer. It is estimated from the part
+    of it that backward has passed: in a factor's last step that was a known share of the whole. The last step's norm
+    steadies the estimate. Before the first step `measuring` makes both known; without it every factor counts alike there.
+    A step is over when backward reaches a factor again, or with `step()`.
 
     Args:
         parameters: float32, float16 or bfloat16, contiguous, on one device. Use float32: a step is far below what bfloat16
@@ -87,11 +86,14 @@ class AdamW8bit:
         self._one = torch.ones((), device=device)
         self._steps = [0] * len(blocks)
         self._stepped: set[int] = set()  # factors that had their turn in this step
-        self._rounds = 0  # steps that went into the running norm
-        self._squares = torch.zeros(2, device=device)  # of the running norm, and of this step's so far
+        self._squares = torch.zeros(2, device=device)  # of the last step's norm, and of this one's so far
+        self._so_far = torch.zeros(len(blocks), device=device)  # the latter, when each factor had its turn
+        self._shares = torch.zeros(
+            len(blocks), device=device
+        )  # what it then was of the whole, in each factor's last step
         self._sums: torch.Tensor | None = None
         self._summed: set[int] = set()  # factors with a gradient in the sums
-        self._accumulating = False
+        self._accumulating = self._measuring = False
         self._hooks = [
             p.register_post_accumulate_grad_hook(partial(self._take, i)) for i, p in enumerate(self.parameters)
         ]
@@ -99,7 +101,8 @@ class AdamW8bit:
     @property
     def nbytes(self) -> int:
         """Bytes that it keeps."""
-        kept = (self._first, self._second, self._scales, self._squares, self._sums)
+        norms = (self._squares, self._so_far, self._shares)
+        kept = (self._first, self._second, self._scales, *norms, self._sums)
         return sum(part.nbytes for part in kept if part is not None)
 
     @contextmanager
@@ -115,12 +118,28 @@ class AdamW8bit:
         finally:
             self._accumulating = before
 
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """A backward in here steps nothing and keeps no gradient: it finds out the norms for the clipping of the next."""
+        self._measuring = True
+        try:
+            yield
+        finally:
+            self._measuring = False
+            self._end_step()
+
     @torch.no_grad()
     def step(self) -> None:
         """End the step: apply sums that no backward has applied, and take the norm in. Not needed otherwise."""
         for index in sorted(self._summed):
             self._update(index, self._sum(index))
         self._end_step()
+
+    def forget(self) -> None:
+        """Drop what `accumulating` has summed up, for a step that is given up."""
+        for index in self._summed:
+            self._sum(index).zero_()
+        self._summed.clear()
 
     def close(self) -> None:
         """Take the hooks off the parameters."""
@@ -134,11 +153,12 @@ class AdamW8bit:
             "lr": self.lr,
             "steps": list(self._steps),
             "stepped": sorted(self._stepped),
-            "rounds": self._rounds,
             "first": self._first,
             "second": self._second,
             "scales": self._scales,
             "squares": self._squares,
+            "so_far": self._so_far,
+            "shares": self._shares,
             "sums": self._sums,
             "summed": sorted(self._summed),
         }
@@ -152,13 +172,15 @@ class AdamW8bit:
         sizes = [p.numel() for p in self.parameters]
         if state["sizes"] != sizes:
             raise ValueError(f"state is of parameters with {state['sizes']} values, but these have {sizes}")
-        self.lr, self._steps, self._rounds = state["lr"], list(state["steps"]), state["rounds"]
+        self.lr, self._steps = state["lr"], list(state["steps"])
         self._stepped, self._summed = set(state["stepped"]), set(state["summed"])
         for ours, theirs in (
             (self._first, state["first"]),
             (self._second, state["second"]),
             (self._scales, state["scales"]),
             (self._squares, state["squares"]),
+            (self._so_far, state["so_far"]),
+            (self._shares, state["shares"]),
         ):
             ours.copy_(theirs)
         self._sums = None if state["sums"] is None else state["sums"].to(self._first.device, copy=True)
@@ -170,6 +192,10 @@ class AdamW8bit:
         """The hook: backward has the whole gradient of this factor."""
         grad, parameter.grad = parameter.grad, None
         if grad is None:
+            return
+        if self._measuring:
+            self._stepped.add(index)
+            self._clip(index, grad)
             return
         if self._accumulating or index in self._summed:
             grad = self._sum(index).add_(grad.reshape(-1))
@@ -187,7 +213,7 @@ class AdamW8bit:
             self.parameters[index].view(-1),
             grad.reshape(-1),
             *self._parts[index],
-            self._clip(grad),
+            self._clip(index, grad),
             self._numbers(self._steps[index]),
             _seed(index, self._steps[index]),
         )
@@ -201,21 +227,24 @@ class AdamW8bit:
         size, root = self.lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
         return 1 - self.lr * self.weight_decay, 1 - beta1, 1 - beta2, size, root, self.eps
 
-    def _clip(self, grad: torch.Tensor) -> torch.Tensor:
+    def _clip(self, index: int, grad: torch.Tensor) -> torch.Tensor:
         """What to multiply a gradient with. It stays on the device, where nobody has to wait for it."""
         if self.clip_norm is None:
             return self._one
-        square = torch.linalg.vector_norm(grad, dtype=torch.float32).square()
-        self._squares[1] += square
-        return self.clip_norm / torch.maximum(square, self._squares[0]).sqrt().clamp_min(self.clip_norm)
+        last, now = self._squares.unbind()
+        now += torch.linalg.vector_norm(grad, dtype=torch.float32).square()
+        self._so_far[index] = now
+        known, share = self._shares[index], len(self._stepped) / len(self.parameters)
+        whole = torch.where(known > 0, (now + DAMPING * last) / (known + DAMPING), now / share)
+        return self.clip_norm / torch.maximum(whole, now).sqrt().clamp_min(self.clip_norm)
 
     def _end_step(self) -> None:
         if self._stepped and self.clip_norm is not None:
-            running, now = self._squares.unbind()
-            self._rounds += 1
-            counted = torch.where(running > 0, torch.minimum(now, 4 * running), now)
-            running.lerp_(counted, 1 / min(self._rounds, RECENT))
+            last, now = self._squares.unbind()
+            torch.where(self._so_far > 0, self._so_far / now, self._shares, out=self._shares)
+            torch.where(now > 0, now, last, out=last)
             now.zero_()
+            self._so_far.zero_()
         self._stepped.clear()
 
     def _sum(self, index: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ products a token, less what is passed over. Kept: h, the log-sum-exps.
 A chunk of T tokens reads the head twice, and the products do T operations for each byte of it in 16 bits; tiles read it
 two or three times, however many tokens there are. So a dense head goes by tiles only where the budget leaves fewer than
 64 tokens a chunk. A packed head has to be expanded as well, which in torch costs as much as the product of 30 (q8_0) to
-450 (nf4) tokens, so it goes by tiles where there are fewer than 256. With an adapter, chunks: its factors' gradients
+450 (nf4) tokens, so it goes by tiles below about twice as many. With an adapter, chunks: its factors' gradients
 would need atomic additions. In Triton dh is such a sum, so its last bits differ from run to run.
 Source: Wijmans et al. 2024, arXiv 2411.09009 (tiles), Hsu et al. 2024, arXiv 2410.10989 (gradient in the forward pass).
 """
@@ -33,7 +33,8 @@ from edge_kernels.tiles import check_packed, expand_tile, pointer_types, pointer
 IGNORED = -100
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PIECE = 8 << 20  # bytes of a packed head's rows that are expanded at once in torch
-FEWEST, FEWEST_PACKED = 64, 256  # tokens a chunk: with fewer, reading or expanding the head again costs a product more
+FEWEST = {"dense": 64, "q8_0": 64, "q4_0": 256, "q4_1": 256, "nf4": 1024}  # tokens a chunk: with fewer, reading or
+# expanding the head twice for each costs more than another product
 
 
 def linear_cross_entropy(
@@ -117,8 +118,8 @@ def _goes_by_tiles(rows: torch.Tensor, head: torch.Tensor | Packed, tokens: int,
     if on_triton(rows) and rows.dtype == torch.float32:
         return False  # exact float32 products have no tensor cores: a library's are faster than a kernel's
     if isinstance(head, Packed):
-        return on_triton(rows) or step < min(tokens, FEWEST_PACKED)
-    return head.is_contiguous() and step < min(tokens, FEWEST)
+        return on_triton(rows) or step < min(tokens, FEWEST[head.format])
+    return head.is_contiguous() and step < min(tokens, FEWEST["dense"])
 
 
 def _tokens_a_chunk(rows: torch.Tensor, vocabulary: int, chunk_bytes: int) -> int:
@@ -201,7 +202,7 @@ def _pieces(
     buffer = torch.empty(min(step, vocabulary), width, dtype=dtype, device=head.quants.device)
     for first in range(0, vocabulary, step):
         rows = slice(first, min(first + step, vocabulary))
-        yield rows, expand(_some_rows(head, rows), out=buffer[: rows.stop - first])
+        yield rows, expand(head.rows(rows), out=buffer[: rows.stop - first])
 
 
 def _product(dl: torch.Tensor, head: torch.Tensor | Packed, out: torch.Tensor) -> None:
@@ -213,14 +214,6 @@ def _product(dl: torch.Tensor, head: torch.Tensor | Packed, out: torch.Tensor) -
     for columns, weight in _pieces(head, dl.dtype):
         total += dl[:, columns] @ weight
     out.copy_(total)
-
-
-def _some_rows(head: Packed, rows: slice) -> Packed:
-    """From a multiple of GROUP on, so that nf4's second-level scales part there too."""
-    groups = None if head.groups is None else head.groups[rows.start * head.scales.shape[1] // GROUP :]
-    mins = None if head.mins is None else head.mins[rows]
-    shape = (rows.stop - rows.start, head.shape[1])
-    return Packed(head.format, shape, head.quants[rows], head.scales[rows], mins, groups, head.offset)
 
 
 def _torch_gradient(logits, targets, losses, softcap, wanted, chunk_bytes):  # type: ignore[no-untyped-def]

@@ -49,6 +49,21 @@ class Packed(NamedTuple):
         """Bytes of all its tensors."""
         return sum(part.nbytes for part in self[2:] if part is not None)
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.quants.device
+
+    def rows(self, index: slice | torch.Tensor) -> "Packed":
+        """Some rows; of nf4 a slice that starts at a multiple of GROUP, where second-level scales part too."""
+        mins = None if self.mins is None else self.mins[index]
+        groups = self.groups
+        if groups is not None:
+            assert isinstance(index, slice) and index.start % GROUP == 0, f"nf4 rows {index} do not start at a group"
+            groups = groups[index.start * self.scales.shape[1] // GROUP :]
+        quants = self.quants[index]
+        return Packed(self.format, (len(quants), self.shape[1]), quants, self.scales[index], mins, groups, self.offset)
+
     def to(self, device: torch.device | str) -> "Packed":
         """The same matrix on another device."""
         return Packed(self.format, self.shape, *(None if part is None else part.to(device) for part in self[2:]))

@@ -279,50 +279,77 @@ def test_a_gradient_that_is_not_finite_shows():
     assert parameters[0][2, 3].isnan() and int(parameters[0].isnan().sum()) == 1
 
 
-def clip_factors(scales):
-    """What each factor's gradient was multiplied with, in steps of gradients of such sizes, and their squared norms."""
+def clip_factors(scales, measured=True):
+    """What each factor's gradient was multiplied with, in steps of gradients of such sizes, and each step's norm."""
     parameters = factors()
     optimiser, seen = AdamW8bit(parameters, clip_norm=1.0), []
     clip = optimiser._clip
-
-    def sees(grad):
-        factor = clip(grad)
-        seen.append((float(grad.double().square().sum()), float(factor)))
-        return factor
-
-    optimiser._clip = sees
-    for step, scale in enumerate(scales):
-        feed(parameters, gradients_of(parameters, step, scale))
-    return [seen[i : i + 3] for i in range(0, len(seen), 3)]
+    gradients = gradients_of(parameters, 0)
+    if measured:
+        with optimiser.measuring():
+            feed(parameters, [scales[0] * gradient for gradient in gradients])
+    optimiser._clip = lambda index, grad: seen.append(float(clip(index, grad))) or torch.tensor(seen[-1])
+    for scale in scales:
+        feed(parameters, [scale * gradient for gradient in gradients])
+    norm = float(torch.cat([gradient.double().flatten() for gradient in gradients]).norm())
+    return [seen[i : i + 3] for i in range(0, len(seen), 3)], [scale * norm for scale in scales]
 
 
 def check_clipping():
-    running = 0.0
-    for steps, seen in enumerate(clip_factors([1.0, 0.001, 2.0, 50.0, 1.0, 1.0]), 1):
-        for square, factor in seen:
-            assert factor == pytest.approx(1 / max(math.sqrt(max(square, running)), 1), rel=1e-4)
-        now = sum(square for square, _ in seen)
-        running += ((min(now, 4 * running) if running else now) - running) / steps
+    """Gradients that keep their proportions are clipped to the norm, whatever their size was before, but for damping."""
+    found, norms = clip_factors([2.0, 2.0, 2.0, 20.0, 20.0, 1.0])
+    for step, factors_ in enumerate(found):
+        last = norms[max(step - 1, 0)]
+        low, high = sorted((last, norms[step]))
+        for factor in factors_:
+            assert low * 0.999 <= 1 / factor <= high * 1.001
+        if low == high:
+            assert factors_ == pytest.approx([1 / norms[step]] * 3, rel=1e-4)
+    assert found[3][-1] == pytest.approx(1 / norms[3], rel=0.3)  # the last factor of a step ten times as large
 
 
-def test_clipping_takes_the_running_norm_or_the_own_one():
+def test_clipping_estimates_the_norm_from_the_part_that_has_passed():
     check_clipping()
-    assert all(factor == 1 for seen in clip_factors([0.01] * 3) for _, factor in seen)
+    assert all(factor == 1 for step in clip_factors([0.001] * 3)[0] for factor in step)
 
 
-def test_the_check_sees_a_running_norm_that_stands_still(monkeypatch):
+def test_the_check_sees_a_norm_that_stands_still(monkeypatch):
     monkeypatch.setattr(AdamW8bit, "_end_step", lambda self: self._stepped.clear())
     with pytest.raises(AssertionError):
         check_clipping()
 
 
-def test_a_first_gradient_of_zero_does_not_stop_the_running_norm():
+def test_measuring_steps_nothing_and_keeps_no_gradient():
+    parameters = factors()
+    optimiser = AdamW8bit(parameters, clip_norm=1.0)
+    before = [p.detach().clone() for p in parameters]
+    with optimiser.measuring():
+        feed(parameters, gradients_of(parameters, 0))
+    assert all(torch.equal(p, old) and p.grad is None for p, old in zip(parameters, before, strict=True))
+    assert optimiser.state_dict()["steps"] == [0, 0, 0]
+    assert float(optimiser._squares[0]) > 0
+
+
+def test_a_first_gradient_of_zero_does_not_stop_the_estimate():
     parameters = factors()
     optimiser = AdamW8bit(parameters, clip_norm=1.0)
     feed(parameters, [torch.zeros_like(p) for p in parameters])
     for step in range(3):
         feed(parameters, gradients_of(parameters, step))
+    optimiser.step()
     assert float(optimiser._squares[0]) > 1
+
+
+def test_a_sum_can_be_forgotten():
+    parameters, twins = factors(), factors()
+    optimiser = AdamW8bit(parameters)
+    AdamW8bit(twins)
+    with optimiser.accumulating():
+        feed(parameters, gradients_of(parameters, 1))
+    optimiser.forget()
+    feed(parameters, gradients_of(parameters, 2))
+    feed(twins, gradients_of(twins, 2))
+    assert all(map(torch.equal, parameters, twins))
 
 
 def test_micro_batches_add_up_to_one_step():
@@ -396,7 +423,7 @@ def test_a_resumed_run_is_the_same_to_the_bit():
         assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two, name
 
 
-@pytest.mark.parametrize("lost", ["first", "second", "scales", "steps", "squares", "sums"])
+@pytest.mark.parametrize("lost", ["first", "second", "scales", "steps", "squares", "so_far", "sums"])
 def test_the_check_sees_a_part_of_the_state_that_was_not_taken_over(lost):
     parameters = factors()
     optimiser = AdamW8bit(parameters, clip_norm=1.0)
@@ -416,7 +443,7 @@ def test_state_is_two_bytes_a_value_and_the_scales():
     parameters = [nn.Parameter(torch.zeros(64, 256, device=DEVICE)), nn.Parameter(torch.zeros(16, 16, device=DEVICE))]
     optimiser = AdamW8bit(parameters)
     values = 64 * 256 + 16 * 16
-    assert optimiser.nbytes == 2 * values + 8 * values // BLOCK + 8
+    assert optimiser.nbytes == 2 * values + 8 * values // BLOCK + 8 + 8 * len(parameters)
     feed(parameters, [torch.ones_like(p) for p in parameters])
     assert optimiser.nbytes < 2.04 * values
     with optimiser.accumulating():

@@ -1,5 +1,7 @@
 """The norm against float64, what it keeps, and what it refuses; with TRITON_INTERPRET=1 its kernels."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from edge_kernels.backend import on_triton
@@ -37,7 +39,7 @@ def test_values_and_gradient_are_as_good_as_torchs(dtype, shape, offset):
 
 
 def test_many_rows_are_taken_in_pieces(monkeypatch):
-    monkeypatch.setattr("edge_kernels.rms_norm.PIECE", 16)
+    monkeypatch.setattr(import_module("edge_kernels.rms_norm"), "PIECE", 16)
     check(rms_norm, shape=(13, 7))
 
 

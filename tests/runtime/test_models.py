@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,11 +13,14 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from edge_kernels import expand
 from safetensors.torch import load_file, save_file
 
+from edge_runtime.adapters import roles
 from edge_runtime.demo import model as demo
 from edge_runtime.errors import InputError
 from edge_runtime.models import gguf_file, weights
+from edge_runtime.models.packed import PackedLinear
 from edge_runtime.models.prepare import prepare
 from edge_runtime.models.slices import kept_layers, nested_blocks
 
@@ -326,3 +330,65 @@ def test_the_weights_alone_make_the_class_and_every_file_makes_the_facts(tiny_fo
     assert len({facts.model_class for facts in found}) == 1
     assert found[0].model_class.startswith("model@")
     assert found[0].folder == found[1].folder != found[2].folder
+
+
+# --- packed
+
+
+@torch.no_grad()
+def logits_of(facts, depth, format):
+    ids = torch.arange(100, 132)[None]
+    return weights.load(facts, depth, format)(ids, use_cache=False).logits.float()
+
+
+def test_a_gguf_files_own_blocks_give_the_logits_of_the_expanded_ones(demo_facts):
+    packed = logits_of(demo_facts, 3, "q4_1")
+    assert torch.allclose(packed, logits_of(demo_facts, 3, "bfloat16"), rtol=0.02, atol=0.05)
+    assert not torch.allclose(packed, logits_of(demo_facts, 2, "bfloat16"), rtol=0.02, atol=0.05)
+
+
+def test_a_gguf_matrix_keeps_its_bytes_and_another_format_is_near(demo_facts):
+    index = msgspec.json.decode(
+        (Path(demo_facts.folder) / "tensors.json").read_bytes(), type=dict[str, gguf_file.Tensor]
+    )
+    path, tensor = Path(demo_facts.weights), index["model.layers.0.self_attn.q_proj.weight"]
+    dense = gguf_file.read(path, tensor, torch.float32)
+    assert tensor.interleaved_heads
+    assert torch.equal(expand(gguf_file.read_packed(path, tensor, "q4_1")), dense)
+    for format, error in (("q8_0", 0.01), ("q4_0", 0.12), ("nf4", 0.12)):
+        found = expand(gguf_file.read_packed(path, tensor, format))
+        assert float((found - dense).norm() / dense.norm()) < error
+
+
+@pytest.mark.parametrize("format", ["q8_0", "q4_1", "q4_0", "nf4"])
+def test_a_folders_matrices_are_packed_while_loading(tiny_facts, format):
+    model = weights.load(tiny_facts, 2, format)
+    layer = roles.blocks(model)[0].mlp.up_proj
+    assert isinstance(layer, PackedLinear) and layer.weight.format == format
+    assert model.get_input_embeddings().weight.format == model.get_output_embeddings().weight.format == "q8_0"
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    seen, truth = logits_of(tiny_facts, 2, format), logits_of(tiny_facts, 2, "float32")
+    assert float((seen - truth).norm() / truth.norm()) < (0.05 if format == "q8_0" else 0.4)
+
+
+def test_an_embedding_expands_only_the_rows_it_is_asked_for(tiny_facts, monkeypatch):
+    embedding = weights.load(tiny_facts, 2, "q4_0").get_input_embeddings()
+    expanded = []
+    whole = import_module("edge_runtime.models.packed")
+    monkeypatch.setattr(whole, "expand", lambda packed, dtype: expanded.append(packed.shape) or expand(packed, dtype))
+    ids = torch.tensor([[5, 7, 5]])
+    rows = embedding(ids)
+    assert expanded == [(3, rows.shape[-1])]
+    assert torch.equal(rows[0], expand(embedding.weight)[ids[0]].bfloat16())
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt2"])
+def test_every_other_family_computes_nearly_the_same_packed(tiny, facts_of, family, tmp_path):
+    model = tiny(family)
+    model.save_pretrained(tmp_path)
+    facts = facts_of(model, folder=str(tmp_path), weights=str(tmp_path))
+    ids = IDS % 90
+    with torch.no_grad():
+        truth = model(ids, use_cache=False).logits
+        seen = weights.load(facts, 4, "q8_0")(ids, use_cache=False).logits.float()
+    assert float((seen - truth).norm() / truth.norm()) < 0.1

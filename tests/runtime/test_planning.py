@@ -51,11 +51,10 @@ def plans(of):
 
 
 def test_model_comes_before_format_and_format_before_micro_batch():
-    order = [(plan.source, plan.depth, plan.weights, plan.rows) for plan in plans(fleet())]
+    order = [(plan.source, plan.depth, plan.weights, plan.rows, plan.boundaries) for plan in plans(fleet())]
     models = [("large", 30), ("large", 10), ("small", 6)]
-    expected = [
-        (*model, weights, rows) for model in models for weights in ("float32", "bfloat16") for rows in (8, 4, 2, 1)
-    ]
+    ways = [*((rows, "input") for rows in (8, 4, 2, 1)), (1, "int8")]
+    expected = [(*model, weights, *way) for model in models for weights in ("float32", "bfloat16") for way in ways]
     assert order == expected
 
 
@@ -91,7 +90,7 @@ def test_a_budget_that_is_too_small_is_told_the_smallest_that_is_not():
 @pytest.mark.parametrize("rows", [1, 3, 16])
 def test_the_micro_batch_goes_from_a_whole_step_to_a_single_row(rows):
     seen = [plan.rows for plan in plans(fleet(Model("small", weights=("float32",)), rows_a_step=rows))]
-    assert seen == {1: [1], 3: [3, 2, 1], 16: [16, 8, 4, 2, 1]}[rows]
+    assert seen == {1: [1, 1], 3: [3, 2, 1, 1], 16: [16, 8, 4, 2, 1, 1]}[rows]  # the last with 8-bit boundaries
 
 
 @pytest.mark.parametrize(
@@ -143,7 +142,7 @@ def assert_close(predicted, measured):
     assert 0.97 <= predicted / measured <= 1.15, f"predicted {predicted / MIB:.0f} MiB, measured {measured / MIB:.0f}"
 
 
-@pytest.mark.parametrize(("depth", "weights", "rows"), [(10, "bfloat16", 8), (4, "float32", 2)])
+@pytest.mark.parametrize(("depth", "weights", "rows"), [(10, "bfloat16", 8), (4, "float32", 2), (10, "q4_1", 8)])
 def test_the_prediction_is_near_the_trainers_peak(
     demo_facts, demo_tokenizer, clean_environment, tmp_path, record_property, depth, weights, rows
 ):

@@ -1,0 +1,234 @@
+"""What the trainer process does: one job, or the measurement of its own baseline."""
+
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from edge_kernels import apply
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from edge_runtime import codec, methods, settings
+from edge_runtime.adapters import attach, export
+from edge_runtime.errors import EdgeError, InputError
+from edge_runtime.methods.interface import Method
+from edge_runtime.models import weights
+from edge_runtime.models.slices import kept_layers, nested_blocks
+from edge_runtime.training import data, step
+from edge_runtime.training.evaluate import evaluate
+from edge_runtime.training.job import Job, Progress, Result
+from edge_runtime.training.lean import without_compiler
+from edge_runtime.training.meter import Meter, release
+
+
+def run(folder: Path) -> None:
+    """Do the job of a folder.
+
+    Raises:
+        InputError: the data, the model or the starting state is not what it has to be.
+        TrainerError: training went wrong.
+    """
+    job = msgspec.json.decode((folder / "job.json").read_bytes(), type=Job)
+    method = methods.by_name(job.method)
+    if job.device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "this device has a GPU, but the installed torch cannot use it: install its CUDA build, or use --device cpu"
+        )
+    meter = Meter(job.device)
+    if job.threads:
+        torch.set_num_threads(job.threads)
+
+    def tell(phase: str, done: int = 0, of: int = 0, loss: float | None = None) -> None:
+        sys.stdout.buffer.write(msgspec.json.encode(Progress(phase, done, of, loss, meter.current_bytes())) + b"\n")
+        sys.stdout.buffer.flush()
+
+    tell("load")
+    with meter.phase("load"):
+        rows = data.read_rows(Path(job.data))
+        tokenizer = AutoTokenizer.from_pretrained(job.facts.folder)
+        examples = data.tokenize(rows, tokenizer, job.plan.tokens) if job.train else []
+        held_out = {
+            name: data.tokenize(data.read_rows(Path(path)), tokenizer, job.plan.tokens)
+            for name, path in job.evaluation.items()
+        }
+        del tokenizer
+        release()
+        with without_compiler():  # torch's operations on tensors without memory would import it
+            model = weights.load(job.facts, job.plan.depth, job.plan.weights, job.device)
+        adapter = attach.attach(model, kept_layers(job.plan.depth, job.facts.layers), job.adapter, job.seed)
+        apply(model)
+        start = _start(job, method, attach.state(adapter))
+        attach.load_state(adapter, start)
+    scores = {}
+    with meter.phase("evaluate"):
+        for name, examples_held in held_out.items():
+            tell(f"evaluate {name}")
+            scores[name] = evaluate(model, examples_held, job.plan.rows)
+    losses: list[float] = []
+    ends: list[float] = []
+    payload = b""
+
+    def stepped(done: int, loss: float | None) -> None:
+        ends.append(time.monotonic())
+        tell("train", done, job.training.steps, loss)
+
+    if job.train:
+        depths = job.depths if method.merger is not None else (job.plan.depth,)
+        ends.append(time.monotonic())
+        with meter.phase("train"):
+            losses = step.train(
+                model,
+                adapter,
+                examples,
+                job.training,
+                slices=nested_blocks(depths, job.plan.depth, job.facts.layers),
+                micro_rows=job.plan.rows,
+                round_=job.round,
+                rounds=job.rounds,
+                seed=job.seed,
+                progress=stepped,
+                keep=job.plan.boundaries,
+            )
+        del model
+        release()
+        tell("encode")
+        with meter.phase("encode"):
+            payload = _write(folder, job, method, start, attach.state(adapter))
+    elif job.export is not None:
+        export.to_peft(start, job.facts, job.adapter, adapter.paths, Path(job.export))
+    result = Result(
+        samples=min(len(examples), job.training.steps * job.training.rows_a_step),
+        evaluation=scores,
+        losses=[loss for loss in losses if math.isfinite(loss)],
+        skipped=sum(map(math.isnan, losses)),
+        step_seconds=[end - begin for begin, end in pairwise(ends)],
+        peaks=meter.peaks,
+        seconds=meter.seconds,
+        measured_peak_bytes=meter.peak_bytes,
+        payload_bytes=len(payload),
+    )
+    _replace(folder / "result.json", msgspec.json.encode(result))
+    tell("done")
+
+
+def _start(job: Job, method: Method, initial: attach.State) -> attach.State:
+    """The state a round starts from: version 0, then what the fleet shares, then what is private."""
+    state = dict(initial)
+    shapes = {key: value.shape for key, value in state.items()}
+    if job.start is not None:
+        shared = codec.decode(Path(job.start).read_bytes())
+        state |= {key: value for key, value in shared.items() if key in state and method.exchanged(key)}
+    if job.private is not None:
+        state |= _load(job.private)
+    attach.check_keys(state, shapes)
+    return state
+
+
+def _write(folder: Path, job: Job, method: Method, start: attach.State, trained: attach.State) -> bytes:
+    """Write what the round made: payload and residual of the exchanged factors, the state of the private ones."""
+    private = {key: value for key, value in trained.items() if not method.exchanged(key)}
+    delta = {key: trained[key] - start[key] for key in trained if method.exchanged(key)}
+    if private:
+        _save(folder / "state.bin", private)
+    if not delta:
+        return b""
+    owed = [_load(job.residual)] if job.residual is not None else []
+    owed += [codec.decode(Path(job.unsent).read_bytes())] if job.unsent is not None else []
+    for kept in owed:
+        delta = {key: value + kept[key] if key in kept else value for key, value in delta.items()}
+    payload = codec.encode(delta)
+    sent = codec.decode(payload)
+    _save(folder / "residual.bin", {key: delta[key] - sent[key] for key in delta})
+    _replace(folder / "payload.bin", payload)
+    return payload
+
+
+def _load(path: str) -> attach.State:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}, which an earlier round left, cannot be read: {error}; start with a new --state"
+        ) from error
+
+
+def _save(path: Path, tensors: Mapping[str, NDArray[np.float32]]) -> None:
+    fresh = path.with_suffix(".part")
+    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, fresh)
+    fresh.replace(path)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    fresh = path.with_suffix(".part")
+    with fresh.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    fresh.replace(path)
+
+
+def baseline_bytes() -> int:
+    """Peak resident bytes of a trainer whose model is negligible: libraries, and the code that a step is the first to touch."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    meter = Meter("cpu")
+    with meter.phase("train"):
+        for dtype in (torch.float32, torch.bfloat16):
+            model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+            adapter = attach.attach(model, (0,), settings.Adapter(), seed=0)
+            apply(model)
+            example = data.Example([1] * 16, [1] * 16)
+            training = settings.Training(steps=1, rows_a_step=1)
+            step.train(
+                model,
+                adapter,
+                [example],
+                training,
+                slices=[(0,)],
+                micro_rows=1,
+                round_=1,
+                rounds=1,
+                seed=0,
+                progress=lambda *_: None,
+            )
+            evaluate(model, [example], 1)
+    return meter.peak_bytes
+
+
+def main() -> int:
+    """Run the job named on the command line; one sentence on stderr and an exit code where it fails."""
+    if sys.argv[1:] == ["--baseline"]:
+        sys.stdout.write(f"{baseline_bytes()}\n")
+        return 0
+    if "--attended" in sys.argv[2:]:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
+    try:
+        run(Path(sys.argv[1]))
+    except EdgeError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    except OSError as error:
+        sys.stderr.write(f"{InputError(f'cannot write the result: {error}')}\n")
+        return InputError.exit_code
+    return 0
+
+
+def _end_with_stdin() -> None:
+    os.read(0, 1)  # unbuffered: a lock of sys.stdin held here would stand in the way of a normal exit
+    os._exit(1)

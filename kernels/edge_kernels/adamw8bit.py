@@ -86,6 +86,7 @@ class AdamW8bit:
         self._one = torch.ones((), device=device)
         self._steps = [0] * len(blocks)
         self._stepped: set[int] = set()  # factors that had their turn in this step
+        self._waiting: dict[int, torch.Tensor] = {}  # gradients, clipped, of factors that will step together
         self._squares = torch.zeros(2, device=device)  # of the last step's norm, and of this one's so far
         self._so_far = torch.zeros(len(blocks), device=device)  # the latter, when each factor had its turn
         self._shares = torch.zeros(
@@ -133,6 +134,7 @@ class AdamW8bit:
         """End the step: apply sums that no backward has applied, and take the norm in. Not needed otherwise."""
         for index in sorted(self._summed):
             self._update(index, self._sum(index))
+        self._apply()
         self._end_step()
 
     def forget(self) -> None:
@@ -140,6 +142,7 @@ class AdamW8bit:
         for index in self._summed:
             self._sum(index).zero_()
         self._summed.clear()
+        self._waiting.clear()
 
     def close(self) -> None:
         """Take the hooks off the parameters."""
@@ -201,25 +204,52 @@ class AdamW8bit:
             grad = self._sum(index).add_(grad.reshape(-1))
             self._summed.add(index)
         if not self._accumulating:
+            torch.autograd.Variable._execution_engine.queue_callback(self._apply)  # at the end of this backward
             self._update(index, grad)
 
     def _update(self, index: int, grad: torch.Tensor) -> None:
+        """Step a factor. In torch it waits for others, as many as make a piece: on a small one operations cost more than
+        they compute."""
         if index in self._stepped:
             self._end_step()
         self._stepped.add(index)
         self._steps[index] += 1
-        backend = _update_triton if on_triton(grad) else _update_torch
-        backend(
-            self.parameters[index].view(-1),
-            grad.reshape(-1),
-            *self._parts[index],
-            self._clip(index, grad),
-            self._numbers(self._steps[index]),
-            _seed(index, self._steps[index]),
-        )
+        clip = self._clip(index, grad)
+        if on_triton(grad):
+            numbers, seed = self._numbers(self._steps[index]), _seed(index, self._steps[index])
+            _update_triton(self.parameters[index].view(-1), grad.reshape(-1), *self._parts[index], clip, numbers, seed)
+        else:
+            self._waiting[index] = grad.reshape(-1) * clip
+            if sum(waiting.numel() for waiting in self._waiting.values()) >= PIECE:
+                self._apply()
         if index in self._summed:
             self._sum(index).zero_()
             self._summed.remove(index)
+
+    @torch.no_grad()
+    def _apply(self) -> None:
+        """Step the factors that wait, those of one count of steps and type together."""
+        groups: dict[tuple[int, torch.dtype], list[int]] = {}
+        for index in self._waiting:
+            groups.setdefault((self._steps[index], self.parameters[index].dtype), []).append(index)
+        for (steps, _), group in groups.items():
+            values = [self.parameters[index].view(-1) for index in group]
+            padding = [-len(value) % BLOCK for value in values]
+            flat, grad = (
+                torch.cat([torch.nn.functional.pad(one, (0, more)) for one, more in zip(ones, padding, strict=True)])
+                for ones in (values, [self._waiting[index] for index in group])
+            )
+            parts = [self._parts[index] for index in group]
+            state = [torch.cat(some) for some in zip(*parts, strict=True)]
+            first, second, scale1, scale2 = state
+            numbers, seed = self._numbers(steps), _seed(group[0], steps)
+            _update_torch(flat, grad, first, second, scale1, scale2, numbers, seed)
+            rows = [len(part[2]) for part in parts]
+            for value, new in zip(values, flat.split([BLOCK * count for count in rows]), strict=True):
+                value.copy_(new[: len(value)])
+            for olds, new in zip(zip(*parts, strict=True), state, strict=True):
+                torch._foreach_copy_(list(olds), list(new.split(rows)))
+        self._waiting.clear()
 
     def _numbers(self, step: int) -> tuple[float, ...]:
         """Decay, 1 - β1, 1 - β2, lr and 1 / sqrt of v with their bias corrections, eps."""
@@ -298,17 +328,17 @@ def _seed(index: int, step: int) -> int:
 # --- torch: in pieces that stay in the cache
 
 
-def _update_torch(p, g, first, second, scale1, scale2, clip, numbers, seed):  # type: ignore[no-untyped-def]
+def _update_torch(p, g, first, second, scale1, scale2, numbers, seed):  # type: ignore[no-untyped-def]
     decay, rest1, rest2, size, root, eps = numbers
     for start in range(0, p.numel(), PIECE):
         values, rows = slice(start, start + PIECE), slice(start // BLOCK, (start + PIECE) // BLOCK)
         some, codes1, codes2 = p[values], first[rows], second[rows]
-        grad = torch.nn.functional.pad(g[values].float() * clip, (0, codes1.numel() - len(some))).view(codes1.shape)
+        grad = g[values].float().view(codes1.shape)
         m = _expand(codes1.int().abs_(), BITS1, LEAST1).mul_(codes1.sign()).mul_(scale1[rows, None])
         v = _expand(codes2.int(), BITS2, LEAST2).mul_(scale2[rows, None])
         m.lerp_(grad, rest1)
         v.lerp_(grad.square_(), rest2)
-        change = (m / v.sqrt().mul_(root).add_(eps)).view(-1)[: len(some)]
+        change = (m / v.sqrt().mul_(root).add_(eps)).view(-1)
         some.copy_((some.float() * decay).sub_(change, alpha=size))
 
         negative, x = m < 0, m.abs_()

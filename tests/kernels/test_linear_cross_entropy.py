@@ -267,8 +267,9 @@ def test_a_dense_head_goes_by_tiles_where_chunks_would_be_many_and_small(rows, t
 def test_a_packed_head_goes_by_tiles_in_triton_and_else_where_chunks_would_be_small():
     hidden, head, _ = case((500,), torch.float16)
     packed = pack(head, "q8_0")
-    assert _goes_by_tiles(hidden, packed, 500, 2 * VOCABULARY * 255)
-    assert _goes_by_tiles(hidden, packed, 500, 2 * VOCABULARY * 500) is on_triton(hidden)
+    assert _goes_by_tiles(hidden, packed, 500, 2 * VOCABULARY * 63)
+    assert _goes_by_tiles(hidden, packed, 500, 2 * VOCABULARY * 255) is on_triton(hidden)
+    assert _goes_by_tiles(hidden, pack(head, "q4_1"), 500, 2 * VOCABULARY * 255)  # dearer to expand
 
 
 class LargestTensor(TorchDispatchMode):

@@ -1,11 +1,12 @@
 """Predicts the peak memory of training from the model's facts alone; nothing is loaded.
 
-    peak = runtime + weights + adapter + the largest of
+    peak = runtime + kernels + weights + adapter + the largest of
            boundaries + block      backward through a block
            boundaries + loss       between forward and backward
            encode                  what is sent is made, after training
 
     runtime     a trainer that trained a model of almost nothing (measured once on the device, see `baseline`)
+    kernels     what the matrix library builds and keeps for the shapes that a long run meets
     weights     frozen parameters kept, in their format; packed ones with the matrix that is expanded while it is used
     adapter     10 B a parameter: factor and the state the round started from in float32, two moments in 8 bits each; 4 B
                 more where several micro-batches make a step, whose gradients are summed
@@ -24,6 +25,7 @@ from edge_runtime.settings import PACKED, Adapter, Boundaries, Weights
 MIB = 1 << 20
 VALUE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "q8_0": 34 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32, "nf4": 0.516}
 ADAPTER_BYTES, SUM_BYTES, ENCODE_BYTES = 10, 4, 13
+KERNEL_BYTES = 48 * MIB  # after 40 steps of rows of many lengths; a short run has fewer
 LOSS_CHUNK_BYTES = 16 * MIB  # of logits, as the trainer has it
 LOSS = {"float32": (6 * MIB, 1.5), "bfloat16": (22 * MIB, 2.8), "packed": (32 * MIB, 2.8)}  # always; times the chunk
 
@@ -59,6 +61,7 @@ def terms(
     encode = {"encode": ENCODE_BYTES * values}
     return {
         "runtime": runtime_bytes,
+        "kernels": KERNEL_BYTES,
         "weights": _weights(facts, depth, weights),
         "adapter": factor_bytes * values,
         **max(training, encode, key=lambda terms: sum(terms.values())),

@@ -29,7 +29,7 @@ import torch
 from edge_kernels.backend import Launch, jit, on_triton, tl
 
 BLOCK = 256  # values that share a scale
-PIECE = 1 << 16  # values that the torch backend has in float32 at once
+PIECE = 1 << 17  # values that the torch backend has in float32 at once
 DAMPING = 0.1  # how much of the last step's norm goes into the estimate of the present one, as a share of the whole
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LEAST1, LEAST2 = 2.0**-15, 2.0**-31  # what the 8-bit floats of m and v start from,
@@ -79,14 +79,11 @@ class AdamW8bit:
         self._first = torch.zeros(sum(blocks), BLOCK, dtype=torch.int8, device=device)
         self._second = torch.zeros(sum(blocks), BLOCK, dtype=torch.uint8, device=device)
         self._scales = torch.zeros(2, sum(blocks), device=device)
-        self._parts = [  # each factor's
-            (self._first[rows], self._second[rows], self._scales[0, rows], self._scales[1, rows])
-            for rows in (slice(start, start + count) for start, count in zip(self._starts, blocks, strict=True))
-        ]
+        self._rows = torch.arange(sum(blocks), device=device).split(blocks)  # each factor's blocks
         self._one = torch.ones((), device=device)
         self._steps = [0] * len(blocks)
         self._stepped: set[int] = set()  # factors that had their turn in this step
-        self._waiting: dict[int, torch.Tensor] = {}  # gradients, clipped, of factors that will step together
+        self._waiting: dict[int, torch.Tensor] = {}  # gradients of factors that will step together
         self._squares = torch.zeros(2, device=device)  # of the last step's norm, and of this one's so far
         self._so_far = torch.zeros(len(blocks), device=device)  # the latter, when each factor had its turn
         self._shares = torch.zeros(
@@ -198,7 +195,7 @@ class AdamW8bit:
             return
         if self._measuring:
             self._stepped.add(index)
-            self._clip(index, grad)
+            self._clip({index: grad})
             return
         if self._accumulating or index in self._summed:
             grad = self._sum(index).add_(grad.reshape(-1))
@@ -211,20 +208,15 @@ class AdamW8bit:
         """Step a factor. In torch it waits for others, as many as make a piece: on a small one operations cost more than
         they compute."""
         if index in self._stepped:
+            self._apply()
             self._end_step()
+        if sum(waiting.numel() for waiting in self._waiting.values()) + grad.numel() > PIECE:
+            self._apply()
         self._stepped.add(index)
         self._steps[index] += 1
-        clip = self._clip(index, grad)
+        self._waiting[index] = grad.reshape(-1)
         if on_triton(grad):
-            numbers, seed = self._numbers(self._steps[index]), _seed(index, self._steps[index])
-            _update_triton(self.parameters[index].view(-1), grad.reshape(-1), *self._parts[index], clip, numbers, seed)
-        else:
-            self._waiting[index] = grad.reshape(-1) * clip
-            if sum(waiting.numel() for waiting in self._waiting.values()) >= PIECE:
-                self._apply()
-        if index in self._summed:
-            self._sum(index).zero_()
-            self._summed.remove(index)
+            self._apply()
 
     @torch.no_grad()
     def _apply(self) -> None:
@@ -232,23 +224,21 @@ class AdamW8bit:
         groups: dict[tuple[int, torch.dtype], list[int]] = {}
         for index in self._waiting:
             groups.setdefault((self._steps[index], self.parameters[index].dtype), []).append(index)
+        clip = self._clip(self._waiting) if self._waiting else self._one
         for (steps, _), group in groups.items():
             values = [self.parameters[index].view(-1) for index in group]
-            padding = [-len(value) % BLOCK for value in values]
-            flat, grad = (
-                torch.cat([torch.nn.functional.pad(one, (0, more)) for one, more in zip(ones, padding, strict=True)])
-                for ones in (values, [self._waiting[index] for index in group])
-            )
-            parts = [self._parts[index] for index in group]
-            state = [torch.cat(some) for some in zip(*parts, strict=True)]
-            first, second, scale1, scale2 = state
+            grads = [self._waiting[index] for index in group]
+            rows = torch.cat([self._rows[index] for index in group])
             numbers, seed = self._numbers(steps), _seed(group[0], steps)
-            _update_torch(flat, grad, first, second, scale1, scale2, numbers, seed)
-            rows = [len(part[2]) for part in parts]
-            for value, new in zip(values, flat.split([BLOCK * count for count in rows]), strict=True):
-                value.copy_(new[: len(value)])
-            for olds, new in zip(zip(*parts, strict=True), state, strict=True):
-                torch._foreach_copy_(list(olds), list(new.split(rows)))
+            state = self._first, self._second, *self._scales
+            if on_triton(rows):
+                part = slice(self._starts[group[0]], self._starts[group[0]] + len(rows))
+                _update_triton(values[0], grads[0], [one[part] for one in state], clip, numbers, seed)
+            else:
+                _update_torch(values, grads, state, rows, clip, numbers, seed)
+        for index in self._summed & self._waiting.keys():
+            self._sum(index).zero_()
+        self._summed -= self._waiting.keys()
         self._waiting.clear()
 
     def _numbers(self, step: int) -> tuple[float, ...]:
@@ -257,13 +247,16 @@ class AdamW8bit:
         size, root = self.lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
         return 1 - self.lr * self.weight_decay, 1 - beta1, 1 - beta2, size, root, self.eps
 
-    def _clip(self, index: int, grad: torch.Tensor) -> torch.Tensor:
-        """What to multiply a gradient with. It stays on the device, where nobody has to wait for it."""
+    def _clip(self, grads: dict[int, torch.Tensor]) -> torch.Tensor:
+        """What to multiply gradients with that have their turn together. It stays on the device, where nobody has to wait
+        for it."""
         if self.clip_norm is None:
             return self._one
         last, now = self._squares.unbind()
-        now += torch.linalg.vector_norm(grad, dtype=torch.float32).square()
-        self._so_far[index] = now
+        *_, index = grads
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads.values()]
+        now += torch.stack(norms).square().sum()
+        self._so_far[list(grads)] = now
         known, share = self._shares[index], len(self._stepped) / len(self.parameters)
         whole = torch.where(known > 0, (now + DAMPING * last) / (known + DAMPING), now / share)
         return self.clip_norm / torch.maximum(whole, now).sqrt().clamp_min(self.clip_norm)
@@ -328,29 +321,38 @@ def _seed(index: int, step: int) -> int:
 # --- torch: in pieces that stay in the cache
 
 
-def _update_torch(p, g, first, second, scale1, scale2, numbers, seed):  # type: ignore[no-untyped-def]
+def _update_torch(values, grads, state, rows, clip, numbers, seed):  # type: ignore[no-untyped-def]
+    """Step factors as if they were one. rows: of the state, for each block of theirs."""
     decay, rest1, rest2, size, root, eps = numbers
-    for start in range(0, p.numel(), PIECE):
-        values, rows = slice(start, start + PIECE), slice(start // BLOCK, (start + PIECE) // BLOCK)
-        some, codes1, codes2 = p[values], first[rows], second[rows]
-        grad = g[values].float().view(codes1.shape)
-        m = _expand(codes1.int().abs_(), BITS1, LEAST1).mul_(codes1.sign()).mul_(scale1[rows, None])
-        v = _expand(codes2.int(), BITS2, LEAST2).mul_(scale2[rows, None])
+    flat, grad_flat = (torch.cat([_whole_blocks(one) for one in ones]).view(-1, BLOCK) for ones in (values, grads))
+    for start in range(0, len(rows), PIECE // BLOCK):
+        piece = slice(start, start + PIECE // BLOCK)
+        p, grad, at = flat[piece], grad_flat[piece].float() * clip, rows[piece]
+        codes1, codes2, scale1, scale2 = (part[at] for part in state)
+        m = _expand(codes1.int().abs_(), BITS1, LEAST1).mul_(codes1.sign_()).mul_(scale1[:, None])
+        v = _expand(codes2.int(), BITS2, LEAST2).mul_(scale2[:, None])
         m.lerp_(grad, rest1)
         v.lerp_(grad.square_(), rest2)
-        change = (m / v.sqrt().mul_(root).add_(eps)).view(-1)
-        some.copy_((some.float() * decay).sub_(change, alpha=size))
+        change = m / v.sqrt().mul_(root).add_(eps)
+        p.copy_((p.float() * decay).sub_(change, alpha=size))
 
-        negative, x = m < 0, m.abs_()
-        scale1[rows] = x.amax(1)
-        x.div_(scale1[rows, None].clamp_min(TINY))
-        code = _round(x, 1 << CUT - 1, BITS1, LEAST1)
-        codes1.copy_(torch.where(negative, -code, code))
-        scale2[rows] = v.amax(1)
-        x = v.div_(scale2[rows, None].clamp_min(TINY))
-        dice = torch.arange(start, start + x.numel(), dtype=torch.int32, device=x.device).mul_(SPREAD - (1 << 32))
-        dice = dice.add_(seed).bitwise_right_shift_(32 - CUT).bitwise_and_((1 << CUT) - 1)
-        codes2.copy_(torch.maximum(_round(x, dice.view(x.shape), BITS2, LEAST2), x > 0))
+        largest = [one.abs().amax(1) for one in (m, v)]
+        sign, x = m.sign(), m.abs_().div_(largest[0][:, None].clamp_min(TINY))
+        codes1 = _round(x, 1 << CUT - 1, BITS1, LEAST1) * sign
+        x = v.div_(largest[1][:, None].clamp_min(TINY))
+        dice = torch.arange(start * BLOCK, start * BLOCK + x.numel(), dtype=torch.int32, device=x.device)
+        dice = dice.mul_(SPREAD - (1 << 32)).add_(seed).bitwise_right_shift_(32 - CUT).bitwise_and_((1 << CUT) - 1)
+        codes2 = torch.maximum(_round(x, dice.view(x.shape), BITS2, LEAST2), x > 0)
+        for part, new in zip(state, (codes1, codes2, *largest), strict=True):
+            part[at] = new.to(part.dtype)
+    sizes = [math.ceil(one.numel() / BLOCK) for one in values]
+    for value, new in zip(values, flat.split(sizes), strict=True):
+        value.copy_(new.view(-1)[: len(value)])
+
+
+def _whole_blocks(flat):  # type: ignore[no-untyped-def]
+    more = -len(flat) % BLOCK
+    return torch.nn.functional.pad(flat, (0, more)) if more else flat
 
 
 def _expand(code, bits, least):  # type: ignore[no-untyped-def]
@@ -365,10 +367,10 @@ def _round(x, dice, bits, least):  # type: ignore[no-untyped-def]
 # --- triton: one pass, a warp a block
 
 
-def _update_triton(p, g, first, second, scale1, scale2, clip, numbers, seed):  # type: ignore[no-untyped-def]
-    grid = (math.ceil(len(scale1) / WARPS),)
+def _update_triton(p, g, state, clip, numbers, seed):  # type: ignore[no-untyped-def]
+    grid = (math.ceil(len(state[0]) / WARPS),)
     _update_kernel[grid](
-        *(p, g, first, second, scale1, scale2, clip, p.numel(), *numbers, seed),
+        *(p, g, *state, clip, p.numel(), *numbers, seed),
         **CONSTANTS,
         num_warps=WARPS,
     )

@@ -113,7 +113,7 @@ def test_the_check_sees_moments_that_are_lost(monkeypatch):
 
         def forgets(index, grad):
             update(index, grad)
-            optimiser._parts[index][3].zero_()  # the scale of v
+            optimiser._scales[1, optimiser._rows[index]] = 0  # the scale of v
 
         optimiser._update = forgets
         return optimiser
@@ -122,12 +122,14 @@ def test_the_check_sees_moments_that_are_lost(monkeypatch):
 
 
 def second_moments(optimiser, index):
-    code, scale = optimiser._parts[index][1], optimiser._parts[index][3]
+    rows = optimiser._rows[index]
+    code, scale = optimiser._second[rows], optimiser._scales[1, rows]
     return module._expand(code.int(), module.BITS2, module.LEAST2) * scale[:, None]
 
 
 def first_moments(optimiser, index):
-    code, scale = optimiser._parts[index][0], optimiser._parts[index][2]
+    rows = optimiser._rows[index]
+    code, scale = optimiser._first[rows], optimiser._scales[0, rows]
     return module._expand(code.int().abs(), module.BITS1, module.LEAST1) * code.sign() * scale[:, None]
 
 
@@ -237,7 +239,7 @@ def test_a_factor_that_backward_does_not_reach_is_left_alone():
         a, _, b = gradients_of(parameters, step)
         feed(parameters, [a, None, b])
     assert torch.equal(parameters[1], before)
-    assert not optimiser._parts[1][2].any()
+    assert not optimiser._scales[:, optimiser._rows[1]].any()
     assert optimiser.state_dict()["steps"] == [3, 0, 3]
     gradient = gradients_of(parameters, 3)[1]
     feed(parameters, [None, gradient, None])  # its own first step: full size
@@ -292,9 +294,11 @@ def clip_factors(scales, measured=True):
     if measured:
         with optimiser.measuring():
             feed(parameters, [scales[0] * gradient for gradient in gradients])
-    optimiser._clip = lambda index, grad: seen.append(float(clip(index, grad))) or torch.tensor(seen[-1])
-    for scale in scales:
-        feed(parameters, [scale * gradient for gradient in gradients])
+    optimiser._clip = lambda grads: seen.append(float(clip(grads))) or torch.tensor(seen[-1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PIECE", BLOCK)  # each factor by itself
+        for scale in scales:
+            feed(parameters, [scale * gradient for gradient in gradients])
     norm = float(torch.cat([gradient.double().flatten() for gradient in gradients]).norm())
     return [seen[i : i + 3] for i in range(0, len(seen), 3)], [scale * norm for scale in scales]
 
@@ -428,7 +432,8 @@ def test_a_resumed_run_is_the_same_to_the_bit():
 
 
 @pytest.mark.parametrize("lost", ["first", "second", "scales", "steps", "squares", "so_far", "sums"])
-def test_the_check_sees_a_part_of_the_state_that_was_not_taken_over(lost):
+def test_the_check_sees_a_part_of_the_state_that_was_not_taken_over(monkeypatch, lost):
+    monkeypatch.setattr(module, "PIECE", BLOCK)  # each factor by itself: the first ones are clipped by an estimate
     parameters = factors()
     optimiser = AdamW8bit(parameters, clip_norm=1.0)
     course(parameters, optimiser, range(4))

@@ -143,18 +143,19 @@ def train(
         device=device,
     )
     (folder / "job.json").write_bytes(msgspec.json.encode(job))
-    _run("edge_runtime.training", folder)
+    _run("edge_runtime.training", folder, processes.environment())
     return msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
 
 
 def _peft(folder: Path) -> Taken:
-    return msgspec.json.decode(_run("edge_runtime.benchmarks.peft", folder).splitlines()[-1], type=Taken)
+    written = _run("edge_runtime.benchmarks.peft", folder, None)  # in the environment that its users have
+    return msgspec.json.decode(written.splitlines()[-1], type=Taken)
 
 
-def _run(module: str, folder: Path) -> bytes:
+def _run(module: str, folder: Path, environment: dict[str, str] | None) -> bytes:
     done = subprocess.run(
         [sys.executable, "-m", module, str(folder)],
-        env=processes.environment(),
+        env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         timeout=TIMEOUT_S,

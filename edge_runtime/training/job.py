@@ -3,6 +3,7 @@
 job.json       Job, read by `python -m edge_runtime.training FOLDER`
 result.json    Result, written last: where it is, everything else is there too
 payload.bin    the encoded delta, where the method exchanges something
+start.bin      while it trains: the exchanged factors it started from (float32 safetensors)
 residual.bin   what rounding lost (float32 safetensors), for the next round
 state.bin      the factors that stay private (float32 safetensors)
 """

@@ -1,11 +1,12 @@
 """What the trainer process does: one job, or the measurement of its own baseline."""
 
+import errno
 import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,13 +15,13 @@ import numpy as np
 import torch
 from edge_kernels import apply
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from edge_runtime import codec, methods, settings
 from edge_runtime.adapters import attach, export
-from edge_runtime.errors import EdgeError, InputError
+from edge_runtime.errors import EdgeError, InputError, TrainerError
 from edge_runtime.methods.interface import Method
 from edge_runtime.models import weights
 from edge_runtime.models.slices import kept_layers, nested_blocks
@@ -29,6 +30,9 @@ from edge_runtime.training.evaluate import evaluate
 from edge_runtime.training.job import Job, Progress, Result
 from edge_runtime.training.lean import without_compiler
 from edge_runtime.training.meter import Meter, release
+
+START = "start.bin"  # the exchanged factors as the round found them; in memory they would be one adapter more
+DISK_WAIT_S, DISK_POLL_S = 600.0, 5.0
 
 
 def run(folder: Path) -> None:
@@ -69,6 +73,10 @@ def run(folder: Path) -> None:
         apply(model)
         start = _start(job, method, attach.state(adapter))
         attach.load_state(adapter, start)
+        if job.train:
+            _save(folder / START, {key: value for key, value in start.items() if method.exchanged(key)}, tell)
+            start.clear()
+        release()
     scores = {}
     with meter.phase("evaluate"):
         for name, examples_held in held_out.items():
@@ -103,7 +111,7 @@ def run(folder: Path) -> None:
         release()
         tell("encode")
         with meter.phase("encode"):
-            payload = _write(folder, job, method, start, attach.state(adapter))
+            payload = _write(folder, job, method, adapter, tell)
     elif job.export is not None:
         export.to_peft(start, job.facts, job.adapter, adapter.paths, Path(job.export))
     result = Result(
@@ -117,7 +125,7 @@ def run(folder: Path) -> None:
         measured_peak_bytes=meter.peak_bytes,
         payload_bytes=len(payload),
     )
-    _replace(folder / "result.json", msgspec.json.encode(result))
+    _replace(folder / "result.json", msgspec.json.encode(result), tell)
     tell("done")
 
 
@@ -134,22 +142,34 @@ def _start(job: Job, method: Method, initial: attach.State) -> attach.State:
     return state
 
 
-def _write(folder: Path, job: Job, method: Method, start: attach.State, trained: attach.State) -> bytes:
-    """Write what the round made: payload and residual of the exchanged factors, the state of the private ones."""
+def _write(folder: Path, job: Job, method: Method, adapter: attach.Adapter, tell: Callable[[str], None]) -> bytes:
+    """Write what the round made: payload and residual of the exchanged factors, the state of the private ones.
+
+    The factors themselves become delta and then residual: whatever is of their size exists once.
+    """
+    trained = {key: factor.detach().float().cpu().numpy() for key, factor in adapter.factors.items()}
     private = {key: value for key, value in trained.items() if not method.exchanged(key)}
-    delta = {key: trained[key] - start[key] for key in trained if method.exchanged(key)}
+    delta = {key: value for key, value in trained.items() if method.exchanged(key)}
     if private:
-        _save(folder / "state.bin", private)
+        _save(folder / "state.bin", private, tell)
     if not delta:
         return b""
+    with safe_open(folder / START, framework="np") as start:
+        for key, value in delta.items():
+            value -= start.get_tensor(key)
+    (folder / START).unlink()
     owed = [_load(job.residual)] if job.residual is not None else []
     owed += [codec.decode(Path(job.unsent).read_bytes())] if job.unsent is not None else []
     for kept in owed:
-        delta = {key: value + kept[key] if key in kept else value for key, value in delta.items()}
+        for key in kept.keys() & delta.keys():
+            delta[key] += kept[key]
+    del owed
     payload = codec.encode(delta)
     sent = codec.decode(payload)
-    _save(folder / "residual.bin", {key: delta[key] - sent[key] for key in delta})
-    _replace(folder / "payload.bin", payload)
+    for key, value in delta.items():
+        value -= sent.pop(key)
+    _save(folder / "residual.bin", delta, tell)
+    _replace(folder / "payload.bin", payload, tell)
     return payload
 
 
@@ -162,19 +182,41 @@ def _load(path: str) -> attach.State:
         ) from error
 
 
-def _save(path: Path, tensors: Mapping[str, NDArray[np.float32]]) -> None:
-    fresh = path.with_suffix(".part")
-    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, fresh)
-    fresh.replace(path)
+def _save(path: Path, tensors: Mapping[str, NDArray[np.float32]], tell: Callable[[str], None]) -> None:
+    contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+    _when_there_is_room(lambda fresh: save_file(contiguous, fresh), path, tell)
 
 
-def _replace(path: Path, content: bytes) -> None:
-    fresh = path.with_suffix(".part")
-    with fresh.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    fresh.replace(path)
+def _replace(path: Path, content: bytes, tell: Callable[[str], None]) -> None:
+    def write(fresh: Path) -> None:
+        with fresh.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    _when_there_is_room(write, path, tell)
+
+
+def _when_there_is_room(write: Callable[[Path], None], path: Path, tell: Callable[[str], None]) -> None:
+    """Write a file whole or not at all. A full disk is waited for: what a round has learned is worth it.
+
+    Raises:
+        TrainerError: it stayed full for DISK_WAIT_S.
+    """
+    fresh, until = path.with_suffix(".part"), time.monotonic() + DISK_WAIT_S
+    while True:
+        try:
+            write(fresh)
+            fresh.replace(path)
+            return
+        except (OSError, SafetensorError) as error:  # safetensors has system errors as text alone
+            fresh.unlink(missing_ok=True)
+            if getattr(error, "errno", None) != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
+                raise
+            if time.monotonic() > until:
+                raise TrainerError(f"{path.parent} is on a disk that has been full for {DISK_WAIT_S:.0f} s") from error
+            tell("wait for disk space")
+            time.sleep(DISK_POLL_S)
 
 
 def baseline_bytes() -> int:

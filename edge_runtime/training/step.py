@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from edge_kernels import AdamW8bit, Packed, checkpoint_block, linear_cross_entropy
@@ -25,6 +26,7 @@ from edge_runtime.training.meter import release
 
 LENGTH_STEP = 8
 LOSS_CHUNK_BYTES = 16 << 20  # of logits that exist at once
+RELEASE_EVERY = 4  # blocks that run before freed heap goes back to the system
 SKIPPED_IN_A_ROW = 5  # steps without a finite loss, before the round is given up
 
 
@@ -150,16 +152,26 @@ def only_blocks(model: PreTrainedModel, chosen: tuple[int, ...]) -> Iterator[Non
 
 @contextmanager
 def recomputed_blocks(model: PreTrainedModel, keep: Boundaries = "input") -> Iterator[None]:
-    """While inside, each block keeps only its input and runs again in backward; dropout is in training mode."""
+    """While inside, each block keeps only its input and runs again in backward; dropout is in training mode.
+
+    Each block's input lies between what its operations used, and the holes on both sides are too small for the next
+    block's: every few blocks they go back to the system.
+    """
     model.train()
-    for block in blocks(model):
-        block.forward = partial(checkpoint_block, block.forward, keep=keep)
+    for number, block in enumerate(blocks(model)):
+        forward = partial(_after_release, block.forward) if number % RELEASE_EVERY == 0 else block.forward
+        block.forward = partial(checkpoint_block, forward, keep=keep)
     try:
         yield
     finally:
         for block in blocks(model):
             del block.forward
         model.eval()
+
+
+def _after_release(forward: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    release()
+    return forward(*args, **kwargs)
 
 
 def learning_rate(training: Training, step: int, round_: int, rounds: int) -> float:

@@ -67,9 +67,9 @@ def _forward_torch(gate, up, kind):  # type: ignore[no-untyped-def]
 def _backward_torch(dy, gate, up, kind):  # type: ignore[no-untyped-def]
     dgate = dy * up
     if kind == "silu":
-        dgate = torch.ops.aten.silu_backward(dgate, gate)
+        torch.ops.aten.silu_backward(dgate, gate, grad_input=dgate)
     else:
-        dgate = torch.ops.aten.gelu_backward(dgate, gate, approximate=GELU[kind])
+        torch.ops.aten.gelu_backward(dgate, gate, approximate=GELU[kind], grad_input=dgate)
     return dgate, _activated(gate, kind).mul_(dy)
 
 

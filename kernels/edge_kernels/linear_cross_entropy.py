@@ -223,12 +223,15 @@ def _torch_gradient(logits, targets, losses, softcap, wanted, chunk_bytes):  # t
     slower where another process has one of the cores, since each short operation then waits for it.
     """
     step = max(chunk_bytes // ((8 if softcap is None else 24) * logits.shape[1]), 1)
+    buffer = logits.new_empty(
+        min(step, len(logits)), logits.shape[1], dtype=torch.promote_types(logits.dtype, torch.float32)
+    )
     for part in zip(logits.split(step), targets.split(step), losses.split(step), strict=True):
-        _strip_gradient(*part, softcap, wanted)
+        _strip_gradient(buffer[: len(part[0])], *part, softcap, wanted)
 
 
-def _strip_gradient(logits, targets, losses, softcap, wanted):  # type: ignore[no-untyped-def]
-    strip, target = logits.float(), targets[:, None]
+def _strip_gradient(strip, logits, targets, losses, softcap, wanted):  # type: ignore[no-untyped-def]
+    strip, target = strip.copy_(logits), targets[:, None]
     if softcap is not None:
         slope = strip.div_(softcap).tanh_().square().neg_().add_(1)
         strip.mul_(softcap)

@@ -12,13 +12,14 @@ one float32 (double quantisation).
 Source: ggml's block formats; Dettmers et al. 2023, arXiv 2305.14314 (nf4), 2022, arXiv 2110.02861 (dynamic map).
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 
 Format = Literal["q8_0", "q4_0", "q4_1", "nf4"]
 BLOCK: dict[str, int] = {"q8_0": 32, "q4_0": 32, "q4_1": 32, "nf4": 64}
-PIECE_VALUES = 1 << 20  # expanded in float32 at once
+PIECE_VALUES = 1 << 18  # in float32 at once: a core's cache, and a heap's small change
 GROUP = 256  # nf4 scales that share a second-level scale
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
@@ -102,9 +103,7 @@ def expand(packed: Packed, dtype: torch.dtype = torch.float32, out: torch.Tensor
         out: (out, in) to write to, which also sets the dtype; so one buffer serves many matrices.
     """
     matrix = torch.empty(packed.shape, dtype=dtype, device=packed.quants.device) if out is None else out
-    step = max(PIECE_VALUES // packed.shape[1], 1)
-    for first in range(0, packed.shape[0], step):
-        rows = slice(first, first + step)
+    for rows in _pieces(packed.shape):
         matrix[rows] = _values(packed, rows)[:, : packed.shape[1]]
     return matrix
 
@@ -152,16 +151,31 @@ def to_gguf(packed: Packed) -> torch.Tensor:
 
 def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Round activations (..., n) to int8 with one float32 scale a row: x ≈ q · scale. Shapes (..., n) and (..., 1)."""
-    scale = x.abs().amax(-1, keepdim=True).float() / 127
-    return (x / scale.clamp_min(torch.finfo(torch.float32).tiny)).round_().to(torch.int8), scale
+    rows = x.reshape(-1, x.shape[-1])
+    quants = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(len(rows), 1, device=x.device)
+    for some in _pieces(rows.shape):
+        scale[some] = rows[some].abs().amax(-1, keepdim=True).float() / 127
+        quants[some] = (rows[some] / scale[some].clamp_min(torch.finfo(torch.float32).tiny)).round_()
+    return quants.view(x.shape), scale.view(*x.shape[:-1], 1)
 
 
 def expand_rows(quants: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The activations that quantise_rows took, in a float dtype."""
-    return (quants * scale).to(dtype)
+    x = torch.empty(quants.shape, dtype=dtype, device=quants.device)
+    rows, scales = quants.reshape(-1, quants.shape[-1]), scale.reshape(-1, 1)
+    for some in _pieces(rows.shape):
+        x.view(rows.shape)[some] = rows[some] * scales[some]
+    return x
 
 
 # --- the formats
+
+
+def _pieces(shape: Sequence[int]) -> Iterator[slice]:
+    """The rows of a matrix, PIECE_VALUES at a time."""
+    step = max(PIECE_VALUES // shape[1], 1)
+    return (slice(first, first + step) for first in range(0, shape[0], step))
 
 
 def _values(packed: Packed, rows: slice) -> torch.Tensor:

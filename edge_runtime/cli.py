@@ -84,6 +84,7 @@ def plan(fleet: Path, budget: str | None, board: str | None, models: Path, json:
 
 @app.command()
 @click.option("--model", required=True, help="A folder in Hugging Face's layout, a GGUF file or a hub id.")
+@click.option("--random-weights", is_flag=True, help="Draw the weights: the model's folder needs a config.json alone.")
 @click.option(
     "--weights",
     type=click.Choice(["float32", "bfloat16", "q8_0", "q4_1", "q4_0", "nf4"]),
@@ -111,6 +112,7 @@ def plan(fleet: Path, budget: str | None, board: str | None, models: Path, json:
 @as_json
 def measure(
     model: str,
+    random_weights: bool,
     weights: "Weights",
     boundaries: "Boundaries",
     rank: int,
@@ -143,6 +145,7 @@ def measure(
         device=device,
         peft=against == "peft",
         boundaries=boundaries,
+        random_weights=random_weights,
     )
     views.show_measurement(done) if not json else _print(done)
 

@@ -58,12 +58,14 @@ def measure(
     device: str,
     peft: bool,
     boundaries: Boundaries = "input",
+    random_weights: bool = False,
 ) -> Measurement:
     """Train a model for a few steps.
 
     Args:
         source: as in a catalog; models: where relative paths are looked for.
         rows, tokens: of a step, which goes through the model at once.
+        random_weights: draw the model that the source's config.json describes.
         peft: run PEFT on the same rows too, in a process of its own.
 
     Raises:
@@ -71,7 +73,7 @@ def measure(
     """
     if peft and find_spec("peft") is None:
         raise InputError("PEFT is not installed: pip install peft")
-    facts = processes.prepared(source, models)
+    facts = processes.prepared(source, models, random_weights=random_weights)
     fleet, way = planned(facts, facts.layers, weights, rank, rows, tokens, steps, boundaries)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -36,10 +36,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("EDGE_RUNTIME_CACHE", default))
 
 
-def prepared(source: str, models: Path) -> Facts:
-    """The facts of a catalog's source, after it was found or fetched; raises InputError with the process's reason."""
+def prepared(source: str, models: Path, *, random_weights: bool = False) -> Facts:
+    """The facts of a catalog's source, after it was found or fetched; raises InputError with the process's reason.
+
+    random_weights: as `edge_runtime.models.prepare` has it.
+    """
     cache = cache_folder() / "models"
     command = ["edge_runtime.models.prepare", source, "--models", str(models), "--cache", str(cache)]
+    command += ["--random-weights"] if random_weights else []
     return msgspec.json.decode(_output(command, PREPARE_TIMEOUT_S, InputError), type=Facts)
 
 

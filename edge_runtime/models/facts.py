@@ -14,7 +14,8 @@ class Facts(msgspec.Struct, frozen=True):
     """One checkpoint.
 
     model_class: id and revision; only devices of one class share A and B.
-    folder: configuration and tokenizer; weights: where the tensors are, a GGUF file or a folder of safetensors files.
+    folder: configuration and tokenizer. weights: where the tensors are, a GGUF file or a folder of safetensors files; empty
+    for random ones.
     linears: (out, in) of each linear layer of a block, by role. fused: attention and MLP forms, for the workspace's size.
     """
 

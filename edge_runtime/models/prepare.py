@@ -1,6 +1,6 @@
 """Makes a catalog's source ready on this device: finds or fetches it, and writes down its facts.
 
-    python -m edge_runtime.models.prepare SOURCE --models DIR --cache DIR      prints the facts as JSON
+    python -m edge_runtime.models.prepare SOURCE --models DIR --cache DIR [--random-weights]     prints the facts as JSON
 
 A process of its own, because reading a configuration needs torch and transformers, which the resident agent must not
 import. What it finds is kept under the cache by the checkpoint's digest: configuration, tokenizer, facts.json and, for a
@@ -27,32 +27,39 @@ LOCK_TIMEOUT_S = 600.0
 FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")  # of a model folder
 
 
-def prepare(source: str, models: Path, cache: Path) -> Facts:
+def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = False) -> Facts:
     """Find the source, and write its facts to the cache unless they are there.
 
     Args:
         source: a folder in Hugging Face's layout, a GGUF file, or a hub id "owner/name[@revision]".
         models: where relative paths are looked for.
         cache: where configurations, tokenizers and facts are kept.
+        random_weights: the source is a folder of which config.json alone is read; its model is drawn at random, and its
+            tokenizer knows no more than words apart. For measuring a shape one has no weights of.
 
     Raises:
         InputError: there is no such source, it cannot be read, or its architecture is not one we know.
     """
     path = find(source, models)
     weights, others = ([path], []) if path.is_file() else _files(path)
+    if random_weights:
+        if path.is_file():
+            raise InputError(f"{path} has weights of its own: random ones need a folder with a config.json")
+        weights, others = [path / "config.json"], []
     if not weights:
         raise InputError(f"{path} has no .safetensors file: give a folder in Hugging Face's layout or a GGUF file")
     name, revision = _name(path), _digest(weights, cache)[:12]
-    ready = cache / "-".join([name, revision, *([_digest(others, cache)[:12]] if others else [])])
+    kind = ["random"] if random_weights else [_digest(others, cache)[:12]] if others else []
+    ready = cache / "-".join([name, revision, *kind])
     with FileLock(
         ready.with_suffix(".lock"), timeout=LOCK_TIMEOUT_S
     ):  # several agents of one machine may share the cache
         if not ready.exists():
             with tempfile.TemporaryDirectory(dir=cache) as scratch:
-                _write(path, Path(scratch) / ready.name, ready, f"{name}@{revision}")
+                _write(path, Path(scratch) / ready.name, ready, f"{name}@{revision}", random_weights)
                 (Path(scratch) / ready.name).rename(ready)
     facts = msgspec.json.decode((ready / "facts.json").read_bytes(), type=Facts)
-    return msgspec.structs.replace(facts, weights=str(path))  # the file may have moved since
+    return msgspec.structs.replace(facts, weights="" if random_weights else str(path))  # the file may have moved since
 
 
 def find(source: str, models: Path) -> Path:
@@ -98,7 +105,7 @@ def _download(source: str) -> Path:
         ) from error
 
 
-def _write(path: Path, work: Path, ready: Path, model_class: str) -> None:
+def _write(path: Path, work: Path, ready: Path, model_class: str, random_weights: bool) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -111,7 +118,9 @@ def _write(path: Path, work: Path, ready: Path, model_class: str) -> None:
         _refuse_remote_code(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **where)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
+        tokenizer = (
+            _words() if random_weights else AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
+        )
     except Exception as error:  # transformers raises many kinds here; each means the same to the user
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"the model at {path} cannot be read: {reason[0]}") from error
@@ -127,6 +136,16 @@ def _write(path: Path, work: Path, ready: Path, model_class: str) -> None:
         (work / "tensors.json").write_bytes(msgspec.json.encode(gguf_file.index(path, names, config)))
     facts = facts_.read(config, linears, model_class=model_class, folder=str(ready), weights=str(path))
     (work / "facts.json").write_bytes(msgspec.json.encode(facts))
+
+
+def _words() -> Any:
+    """A tokenizer that takes words apart at spaces and knows none of them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"?": 0, "<end>": 1}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", eos_token="<end>")
 
 
 def _refuse_remote_code(folder: Path) -> None:
@@ -165,9 +184,10 @@ def main() -> int:
     parser.add_argument("source")
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--random-weights", action="store_true")
     options = parser.parse_args()
     try:
-        facts = prepare(options.source, options.models, options.cache)
+        facts = prepare(options.source, options.models, options.cache, random_weights=options.random_weights)
     except EdgeError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

@@ -5,6 +5,8 @@ Peak while loading: the model in its final format plus one tensor's piece (see g
 
 import json
 import re
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +22,7 @@ from edge_runtime.adapters import roles
 from edge_runtime.errors import InputError
 from edge_runtime.models import gguf_file
 from edge_runtime.models.facts import Facts
-from edge_runtime.models.packed import EMBEDDING, PackedEmbedding, PackedLinear, pack_matrix
+from edge_runtime.models.packed import EMBEDDING, PIECE_VALUES, PackedEmbedding, PackedLinear, pack_matrix, pack_pieces
 from edge_runtime.models.slices import kept_layers
 from edge_runtime.settings import PACKED, Weights
 
@@ -50,7 +52,7 @@ def load(facts: Facts, depth: int, weights: Weights, device: str = "cpu") -> Pre
     dtype = torch.bfloat16 if weights in PACKED else getattr(torch, weights)
     with torch.device("meta"):
         model = kind(config).to(dtype)
-    read = _Numbered(_reader(facts), kept)
+    read: _Reader = _Numbered(_reader(facts), kept) if facts.weights else _Random(_shapes(model))
     if weights in PACKED:
         model = _packed(model, read, dtype, weights, device)
     else:
@@ -86,7 +88,7 @@ class _Numbered(NamedTuple):
         return LAYER.sub(lambda number: str(self.kept[int(number[0])]), name, count=1)
 
 
-def _packed(model: PreTrainedModel, read: _Numbered, dtype: torch.dtype, format: str, device: str) -> PreTrainedModel:
+def _packed(model: PreTrainedModel, read: _Reader, dtype: torch.dtype, format: str, device: str) -> PreTrainedModel:
     """Fill a model without memory: matrices packed, the rest (norms, biases) as it is."""
     places = {module: name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -153,6 +155,39 @@ class _Safetensors(NamedTuple):
                 return stream.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{self.files[name]} cannot be read: {error}") from error
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+class _Random(NamedTuple):
+    """Normal values about as large as trained ones, the same in every run; ones where a norm has its scale."""
+
+    shapes: dict[str, torch.Size]
+
+    def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        values, filled = torch.empty(self.shapes[name], dtype=dtype), 0
+        for piece in self._pieces(name):
+            values.view(-1)[filled : filled + piece.numel()] = piece.view(-1)
+            filled += piece.numel()
+        return values
+
+    def packed(self, name: str, format: str) -> Packed:
+        return (
+            pack_pieces(self._pieces(name), format)
+            if format != "nf4"
+            else pack_matrix(self.dense(name, torch.float32), format)
+        )
+
+    def _pieces(self, name: str) -> Iterator[torch.Tensor]:
+        *rows, width = self.shapes[name]
+        if not rows:
+            yield torch.full((width,), float(name.endswith("norm.weight")))
+            return
+        draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        for piece in torch.empty(rows[0]).split(max(PIECE_VALUES // width, 1)):
+            yield torch.empty(len(piece), width).normal_(0.0, 0.02, generator=draw)
 
 
 def _safetensors_files(folder: Path) -> dict[str, Path]:

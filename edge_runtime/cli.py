@@ -71,10 +71,11 @@ def plan(fleet: Path, budget: str | None, board: str | None, models: Path, json:
     from edge_profiles import board as board_named
     from edge_profiles import default_budget_bytes, profile_of
 
-    from edge_runtime import processes, settings, views
+    from edge_runtime import methods, processes, settings, views
     from edge_runtime.planning.search import choose
 
     wanted = settings.load(fleet)
+    methods.of(wanted)  # what the node would refuse is not planned
     device = profile_of(board_named(board)) if board else _probe()
     budget_bytes = _size(budget) if budget else default_budget_bytes(device)
     facts = {source: processes.prepared(source, models) for source in {one.source for one in wanted.catalog}}

@@ -110,7 +110,8 @@ def planned(
     training = Training(steps=steps, rows_a_step=rows, max_tokens=tokens)
     catalog = (Model(source="model", depth=depth, weights=(weights,)),)
     fleet = Fleet(name="measure", catalog=catalog, adapter=Adapter(rank=rank), training=training)
-    return fleet, plan(fleet, facts, "model", depth, weights, rows, boundaries, processes.runtime_bytes())
+    runtime = processes.runtime_bytes()
+    return fleet, plan(fleet, facts, "model", depth, weights, tokens, rank, rows, boundaries, runtime)
 
 
 def texts(count: int, tokens: int) -> list[dict[str, str]]:
@@ -133,7 +134,7 @@ def train(
         train=True,
         facts=facts,
         plan=plan,
-        adapter=fleet.adapter,
+        adapter=msgspec.structs.replace(fleet.adapter, rank=plan.rank),
         training=fleet.training,
         method="fedit",
         seed=0,

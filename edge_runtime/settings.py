@@ -2,8 +2,8 @@
 
     [fleet]     name, rounds, quorum, deadline_s, seed
     [method]    name and its settings
-    [adapter]   rank, alpha, roles
-    [training]  steps, rows_a_step, learning_rate, max_tokens, ...
+    [adapter]   rank, lower, alpha, roles
+    [training]  steps, rows_a_step, learning_rate, max_tokens, shorter, ...
     [[catalog]] models in order of preference: source, depth, weights
 
 The node sends all of it to the devices in its round message, so a device is configured by the broker's address alone.
@@ -11,6 +11,7 @@ The node sends all of it to the devices in its round message, so a device is con
 
 import difflib
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -49,9 +50,13 @@ class Method(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Adapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The adapter every device trains: y = W x + (alpha / rank) B C A x on each linear layer of these roles."""
+    """The adapter every device trains: y = W x + (alpha / rank) B C A x on each linear layer of these roles.
+
+    lower: ranks, falling, that a device may take where `rank` does not fit; only a method that exchanges nothing takes them.
+    """
 
     rank: int = 16
+    lower: tuple[int, ...] = ()
     alpha: float = 32.0
     roles: tuple[Role, ...] = get_args(Role)
 
@@ -60,6 +65,7 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One round of local training.
 
     steps: optimiser steps a round. rows_a_step: rows whose gradients make one step. max_tokens: longer rows are cut.
+    shorter: lengths, falling, that a device may cut to where max_tokens does not fit.
     slices: whose loss a step takes, the device's own slice's, or in turn ("nested") also that of every smaller slice the
     catalog has of the same checkpoint, so that what travels fits the smaller devices too (models/slices.py).
     learning_rate: the peak; it warms up over warmup_steps and falls along a cosine to a tenth over all rounds.
@@ -72,6 +78,7 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     max_tokens: int = 512
+    shorter: tuple[int, ...] = ()
     slices: Literal["own", "nested"] = "nested"
     timeout_s: float = 3600.0
 
@@ -157,6 +164,12 @@ def _check(fleet: Fleet) -> None:
         ("[fleet] deadline_s", fleet.deadline_s, 0 < fleet.deadline_s < float("inf"), "a number of seconds above 0"),
         ("[fleet] extensions", fleet.extensions, fleet.extensions >= 0, "0 or more"),
         ("[adapter] rank", adapter.rank, 1 <= adapter.rank <= 256, "1 to 256"),
+        (
+            "[adapter] lower",
+            adapter.lower,
+            _fall((adapter.rank, *adapter.lower), 1),
+            f"ranks that fall, from below rank ({adapter.rank}) to 1 or more",
+        ),
         ("[adapter] alpha", adapter.alpha, 0 < adapter.alpha < float("inf"), "a number above 0"),
         ("[adapter] roles", adapter.roles, len(adapter.roles) >= 1, "at least one role"),
         ("[training] steps", training.steps, training.steps >= 1, "1 or more"),
@@ -166,6 +179,12 @@ def _check(fleet: Fleet) -> None:
         ("[training] weight_decay", training.weight_decay, 0 <= training.weight_decay < 1, "0 or more, and below 1"),
         ("[training] clip_norm", training.clip_norm, 0 < training.clip_norm < float("inf"), "a number above 0"),
         ("[training] max_tokens", training.max_tokens, training.max_tokens >= 8, "8 or more"),
+        (
+            "[training] shorter",
+            training.shorter,
+            _fall((training.max_tokens, *training.shorter), 8),
+            f"lengths that fall, from below max_tokens ({training.max_tokens}) to 8 or more",
+        ),
         ("[training] timeout_s", training.timeout_s, 0 < training.timeout_s < float("inf"), "seconds above 0"),
     ]
     for model in fleet.catalog:
@@ -177,3 +196,8 @@ def _check(fleet: Fleet) -> None:
     for name, seen, holds, needed in rules:
         if not holds:
             raise InputError(f"{name} is {seen}, but has to be {needed}")
+
+
+def _fall(numbers: tuple[int, ...], least: int) -> bool:
+    """Whether each is below the one before, and those after the first are no less than `least`."""
+    return all(above > below >= least for above, below in pairwise(numbers))

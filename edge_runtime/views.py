@@ -58,38 +58,39 @@ def show_measurement(done: "Measurement") -> None:
 
 def plan_values(choice: Choice, budget_bytes: int) -> dict[str, Any]:
     """The winner and what was too large, as plain data."""
+
+    def too_large(plan: Plan) -> dict[str, Any]:
+        told = ("source", "depth", "weights", "tokens", "rank", "rows", "boundaries", "predicted_peak_bytes")
+        over = plan.predicted_peak_bytes - budget_bytes
+        return {**{name: getattr(plan, name) for name in told}, "over_budget_bytes": over}
+
     return {
         "budget_bytes": budget_bytes,
         "plan": choice.fits,
         "predicted_peak_bytes": choice.fits.predicted_peak_bytes,
-        "rejected": [
-            {
-                "source": plan.source,
-                "depth": plan.depth,
-                "weights": plan.weights,
-                "predicted_peak_bytes": plan.predicted_peak_bytes,
-                "over_budget_bytes": plan.predicted_peak_bytes - budget_bytes,
-            }
-            for plan in choice.rejected
-        ],
+        "rejected": [too_large(plan) for plan in choice.rejected],
+        "better": too_large(choice.better) if choice.better else None,
     }
 
 
 def show_plan(choice: Choice, budget_bytes: int) -> None:
-    """The winner's peak, term by term, and what would not fit."""
+    """The winner's peak, term by term; what would not fit, the next better plan of the winner's own model last."""
     console, plan = Console(), choice.fits
     console.print(
-        f"{_model(plan)}, rank {plan.rank}, micro-batches of {plan.rows} x {plan.tokens} tokens: "
+        f"{_model(plan)}, {_batches(plan)}: "
         f"[bold]{format_size(plan.predicted_peak_bytes)}[/] of a budget of {format_size(budget_bytes)}",
         highlight=False,
     )
     _show_terms(console, plan.terms, budget_bytes)
-    if choice.rejected:
-        table = _table("preferred, but too large even with a single row", "model", "needs", "over by")
-        for one in choice.rejected:
+    preferred = [*choice.rejected]
+    if choice.better and choice.better not in preferred:
+        preferred.append(choice.better)
+    if preferred:
+        table = _table("preferred, but too large", "model", "at", "needs", "over by")
+        for one in preferred:
             peak = one.predicted_peak_bytes
             name = f"{Path(one.source).name}, {one.depth} layers, {one.weights}"
-            table.add_row(name, format_size(peak), format_size(peak - budget_bytes))
+            table.add_row(name, _batches(one), format_size(peak), format_size(peak - budget_bytes))
         console.print(table)
 
 
@@ -171,6 +172,11 @@ def _table(title: str, *columns: str) -> Table:
 
 def _model(plan: Plan) -> str:
     return f"{Path(plan.source).name}, {plan.depth} of {plan.layers} layers, {plan.weights}"
+
+
+def _batches(plan: Plan) -> str:
+    kept = ", boundaries in 8 bits" if plan.boundaries == "int8" else ""
+    return f"rank {plan.rank}, micro-batches of {plan.rows} x {plan.tokens} tokens{kept}"
 
 
 def _mib(size: int) -> str:

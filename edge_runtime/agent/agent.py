@@ -209,7 +209,7 @@ class Agent:
             train=self._round.state == "open",
             facts=self._planned.facts,
             plan=plan,
-            adapter=fleet.adapter,
+            adapter=msgspec.structs.replace(fleet.adapter, rank=plan.rank),
             training=fleet.training,
             method=fleet.method.name,
             seed=fleet.seed,
@@ -374,4 +374,5 @@ class Agent:
 
 
 def _summary(plan: Plan) -> str:
-    return f"{Path(plan.source).name}, {plan.depth} of {plan.layers} layers, {plan.weights}, micro-batch {plan.rows}"
+    model = f"{Path(plan.source).name}, {plan.depth} of {plan.layers} layers, {plan.weights}"
+    return f"{model}, rank {plan.rank}, micro-batches of {plan.rows} x {plan.tokens} tokens"

@@ -63,10 +63,10 @@ class Node:
         """Open the state; nothing is sent yet.
 
         Raises:
-            InputError: the fleet's method is not known.
+            InputError: the fleet's method is not known, or cannot merge the ranks its devices may take.
         """
         self.fleet, self.options, self._tell = fleet, options, tell
-        self._method = methods.by_name(fleet.method.name)
+        self._method = methods.of(fleet)
         self._store = Store(options.state / "node.db")
         self._key = signing.load_or_create_key(options.state / "node.key")
         self._journal = Journal(self._store.connection, options.state)

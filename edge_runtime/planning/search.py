@@ -1,8 +1,13 @@
-"""Picks what a device trains: the first model of the catalog that fits its budget, then the best format, then the micro-batch."""
+"""Picks what a device trains within its budget.
+
+The first model of the catalog that fits, then the most precise weights, the longest sequence, the highest rank, and last the
+largest micro-batch.
+"""
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import msgspec
 from edge_profiles import format_size
 
 from edge_runtime.errors import BudgetError, InputError
@@ -15,10 +20,15 @@ UNPACKED_FAMILIES = ("gpt2",)  # their linear layers are no nn.Linear
 
 
 class Choice(NamedTuple):
-    """fits: the winner. rejected: for each model and format that was preferred, the smallest plan of it, which is too large."""
+    """What fits, and what was preferred but is too large.
+
+    fits: the winner. rejected: the smallest plan of each model and format before the winner's. better: the plan of the
+    winner's model that comes right before it; None where the winner is the first of its model.
+    """
 
     fits: Plan
     rejected: list[Plan]
+    better: Plan | None
 
 
 def choose(fleet: Fleet, facts: dict[str, Facts], budget_bytes: int, runtime_bytes: int) -> Choice:
@@ -32,33 +42,45 @@ def choose(fleet: Fleet, facts: dict[str, Facts], budget_bytes: int, runtime_byt
 
     Raises:
         BudgetError: nothing fits; it says the smallest budget that would do.
-        InputError: a depth or length that a model has not.
+        InputError: a depth that a model has not, or lengths that are all too long for it.
     """
     rejected: list[Plan] = []
+    before: Plan | None = None
     for plans in candidates(fleet, facts, runtime_bytes):
         for way in plans:
             if way.predicted_peak_bytes <= budget_bytes:
-                return Choice(way, rejected)
-        rejected.append(plans[-1])
+                same = before is not None and (before.source, before.depth) == (way.source, way.depth)
+                return Choice(way, rejected, before if same else None)
+            before = way
+        rejected.append(min(plans, key=lambda way: way.predicted_peak_bytes))
     least = min(rejected, key=lambda way: way.predicted_peak_bytes)
     raise BudgetError(
         f"a budget of {format_size(budget_bytes)} is too small for every model of the catalog; the smallest that would fit is "
-        f"{least.source} with {least.depth} layers in {least.weights}, which needs {format_size(least.predicted_peak_bytes)}"
+        f"{least.source} with {least.depth} layers in {least.weights}, rank {least.rank} and {least.tokens} tokens, which needs "
+        f"{format_size(least.predicted_peak_bytes)}"
     )
 
 
 def candidates(fleet: Fleet, facts: dict[str, Facts], runtime_bytes: int) -> Iterator[list[Plan]]:
-    """For each model and weight format in order of preference, its plans from the largest micro-batch to a single row, and
-    that with 8-bit boundaries."""
+    """For each model and weight format in order of preference, its plans in order of preference: from the longest sequence,
+    highest rank and largest micro-batch to the shortest, the lowest and a single row with 8-bit boundaries.
+
+    Lengths above a model's positions are left out, unless all are.
+    """
+    training, adapter = fleet.training, fleet.adapter
+    lengths = (training.max_tokens, *training.shorter)
     for model in fleet.catalog:
         known = facts[model.source]
         depth = known.layers if model.depth is None else model.depth
         if not 1 <= depth <= known.layers:
             raise InputError(f"the catalog wants {depth} layers of {model.source}, which has {known.layers}")
+        possible = [tokens for tokens in lengths if tokens <= known.positions] or lengths[-1:]
         for weights in model.weights:
             yield [
-                plan(fleet, known, model.source, depth, weights, rows, boundaries, runtime_bytes)
-                for rows, boundaries in _ways(fleet.training.rows_a_step)
+                plan(fleet, known, model.source, depth, weights, tokens, rank, rows, boundaries, runtime_bytes)
+                for tokens in possible
+                for rank in (adapter.rank, *adapter.lower)
+                for rows, boundaries in _ways(training.rows_a_step)
             ]
 
 
@@ -68,6 +90,8 @@ def plan(
     source: str,
     depth: int,
     weights: Weights,
+    tokens: int,
+    rank: int,
     rows: int,
     boundaries: Boundaries,
     runtime_bytes: int,
@@ -77,10 +101,9 @@ def plan(
     Raises:
         InputError: a sequence is longer than the model has positions, or its family cannot be packed.
     """
-    if fleet.training.max_tokens > known.positions:
-        raise InputError(
-            f"[training] max_tokens is {fleet.training.max_tokens}, but {source} has {known.positions} positions"
-        )
+    if tokens > known.positions:
+        key = "shorter goes down to" if tokens in fleet.training.shorter else "max_tokens is"
+        raise InputError(f"[training] {key} {tokens}, but {source} has {known.positions} positions")
     if weights in PACKED and known.family in UNPACKED_FAMILIES:
         raise InputError(
             f"{source} is a {known.family} model, whose matrices cannot be packed: use float32 or bfloat16"
@@ -89,10 +112,10 @@ def plan(
         known,
         depth=depth,
         weights=weights,
-        adapter=fleet.adapter,
+        adapter=msgspec.structs.replace(fleet.adapter, rank=rank),
         rows=rows,
         rows_a_step=fleet.training.rows_a_step,
-        tokens=fleet.training.max_tokens,
+        tokens=tokens,
         boundaries=boundaries,
         runtime_bytes=runtime_bytes,
     )
@@ -102,9 +125,9 @@ def plan(
         depth=depth,
         layers=known.layers,
         weights=weights,
-        rank=fleet.adapter.rank,
+        rank=rank,
         rows=rows,
-        tokens=fleet.training.max_tokens,
+        tokens=tokens,
         terms=predicted,
         boundaries=boundaries,
     )

@@ -4,8 +4,9 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
-from edge_runtime import methods
+from edge_runtime import cli, methods, settings
 from edge_runtime.errors import InputError
 
 SHAPES = {"layers.0.q.A": (4, 32), "layers.0.q.B": (48, 4), "layers.7.q.A": (4, 32), "layers.7.q.B": (48, 4)}
@@ -129,3 +130,21 @@ def test_fedit_shares_both_factors_and_local_shares_nothing():
 def test_an_unknown_method_is_answered_with_the_known_ones():
     with pytest.raises(InputError, match="there is no method `fedavg`; known: local, fedit"):
         methods.by_name("fedavg")
+
+
+@pytest.mark.parametrize("command", [("plan",), ("aggregator", "--state", "node")])
+def test_ranks_that_a_method_cannot_merge_are_refused_before_anything_is_read_or_said(command, tmp_path):
+    path = tmp_path / "fleet.toml"
+    path.write_text('[fleet]\nname = "f"\n[adapter]\nrank = 8\nlower = [4]\n[[catalog]]\nsource = "nowhere"\n')
+    refused = CliRunner().invoke(cli.app, [*command, "--fleet", str(path)]).exception
+    assert isinstance(refused, InputError)
+    assert "lower is (4,), but has to be left out with fedit, which merges factors of one rank, 8" in str(refused)
+
+
+def test_unequal_ranks_are_for_methods_that_exchange_nothing():
+    unequal = settings.Fleet("f", (settings.Model("m"),), adapter=settings.Adapter(rank=8, lower=(4,)))
+    with pytest.raises(InputError, match="lower is"):
+        methods.of(unequal)
+    alone = settings.Method("local")
+    assert methods.of(settings.Fleet("f", unequal.catalog, method=alone, adapter=unequal.adapter)).name == "local"
+    assert methods.of(settings.Fleet("f", unequal.catalog)).name == "fedit"

@@ -5,7 +5,7 @@ import os
 import msgspec
 import pytest
 
-from edge_runtime import measure
+from edge_runtime import measure, views
 from edge_runtime.demo import commands
 from edge_runtime.errors import BudgetError, InputError
 from edge_runtime.models.facts import Facts
@@ -37,13 +37,16 @@ FACTS = {"large": LARGE, "small": SMALL}
 CATALOG = (Model("large"), Model("large", depth=10), Model("small"))
 
 
-def fleet(*catalog, rank=4, **training):
+def fleet(*catalog, rank=4, lower=(), **training):
     return Fleet(
         name="f",
         catalog=catalog or CATALOG,
-        adapter=Adapter(rank=rank),
+        adapter=Adapter(rank=rank, lower=lower),
         training=Training(**{"rows_a_step": 8, "max_tokens": 64, **training}),
     )
+
+
+STEPS_DOWN = {"rank": 256, "lower": (64, 4), "shorter": (32, 8)}  # ranks whose factors weigh as much as a row
 
 
 def plans(of):
@@ -58,16 +61,85 @@ def test_model_comes_before_format_and_format_before_micro_batch():
     assert order == expected
 
 
-def test_each_budget_gets_the_first_plan_in_that_order_that_fits():
-    of = fleet()
+def test_within_a_format_length_comes_before_rank_and_rank_before_micro_batch():
+    of = fleet(Model("small"), rows_a_step=2, **STEPS_DOWN)
+    order = [(plan.weights, plan.tokens, plan.rank, plan.rows, plan.boundaries) for plan in plans(of)]
+    ways = [(2, "input"), (1, "input"), (1, "int8")]
+    assert order == [
+        (weights, tokens, rank, *way)
+        for weights in ("float32", "bfloat16")
+        for tokens in (64, 32, 8)
+        for rank in (256, 64, 4)
+        for way in ways
+    ]
+
+
+def test_a_plan_is_predicted_with_its_own_rank_and_length():
+    stepping = plans(fleet(Model("small", weights=("float32",)), **STEPS_DOWN))
+    for rank, tokens in [(256, 64), (4, 64), (256, 8)]:
+        alone = plans(fleet(Model("small", weights=("float32",)), rank=rank, max_tokens=tokens))
+        assert [plan for plan in stepping if (plan.rank, plan.tokens) == (rank, tokens)] == alone
+
+
+@pytest.mark.parametrize("of", [fleet(), fleet(**STEPS_DOWN)])
+def test_each_budget_gets_the_first_plan_in_that_order_that_fits(of):
     ordered = plans(of)
+    smallest = [min(group, key=lambda plan: plan.predicted_peak_bytes) for group in candidates(of, FACTS, RUNTIME)]
     for wanted in ordered:
         budget = wanted.predicted_peak_bytes
         first = next(plan for plan in ordered if plan.predicted_peak_bytes <= budget)
         chosen = choose(of, FACTS, budget, RUNTIME)
         assert chosen.fits == first
-        assert all(plan.predicted_peak_bytes > budget and plan.rows == 1 for plan in chosen.rejected)
-    assert choose(of, FACTS, 1 << 40, RUNTIME) == (ordered[0], [])
+        assert chosen.rejected == smallest[: len(chosen.rejected)]
+        assert all(plan.predicted_peak_bytes > budget for plan in chosen.rejected)
+    assert choose(of, FACTS, 1 << 40, RUNTIME) == (ordered[0], [], None)
+
+
+def test_a_budget_decides_what_is_given_up_first():
+    """Micro-batch, then rank, then length, then format, then model: each only where what comes before is not enough."""
+    of = fleet(**STEPS_DOWN)
+    seen = [choose(of, FACTS, plan.predicted_peak_bytes, RUNTIME).fits for plan in plans(of)]
+    kinds = {(plan.source, plan.depth, plan.weights, plan.tokens, plan.rank) for plan in seen}
+    assert {("large", 30, "float32", 64, rank) for rank in (256, 64, 4)} <= kinds
+    assert ("large", 30, "float32", 8, 4) in kinds
+    assert ("small", 6, "bfloat16", 8, 4) in kinds
+
+
+def test_the_next_better_plan_of_the_winners_model_is_told():
+    of = fleet(Model("large"), Model("small"), **STEPS_DOWN)
+    ordered = plans(of)
+    told = 0
+    for wanted in ordered:
+        chosen = choose(of, FACTS, wanted.predicted_peak_bytes, RUNTIME)
+        before = ordered[ordered.index(chosen.fits) - 1] if chosen.fits != ordered[0] else None
+        if before is None or before.source != chosen.fits.source:
+            assert chosen.better is None
+        else:
+            assert chosen.better == before and before.predicted_peak_bytes > wanted.predicted_peak_bytes
+            told += 1
+    assert told
+
+
+def test_what_is_shown_names_length_and_rank_of_what_was_too_large(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    of = fleet(Model("small"), rank=256, lower=(4,), shorter=(8,), rows_a_step=2)
+    groups = list(candidates(of, FACTS, RUNTIME))
+    best = next(plan for plan in groups[1] if plan.rank == 4)
+    chosen = choose(of, FACTS, best.predicted_peak_bytes, RUNTIME)
+    assert chosen.fits == best and chosen.better == groups[1][2]
+    views.show_plan(chosen, best.predicted_peak_bytes)
+    shown = capsys.readouterr().out
+    assert "small, 6 of 6 layers, bfloat16, rank 4, micro-batches of 2 x 64 tokens: " in shown
+    table = shown[shown.index("preferred, but too large") :].splitlines()
+    (smallest,) = [line for line in table if "float32" in line]
+    (better,) = [line for line in table if "bfloat16" in line]
+    assert "rank 4, micro-batches of 1 x 8 tokens, boundaries in 8 bits" in smallest
+    assert "rank 256, micro-batches of 1 x 64 tokens, boundaries in 8 bits" in better
+    values = views.plan_values(chosen, best.predicted_peak_bytes)
+    assert [(one["tokens"], one["rank"]) for one in values["rejected"]] == [(8, 4)]
+    over = groups[1][2].predicted_peak_bytes - best.predicted_peak_bytes
+    assert (values["better"]["rank"], values["better"]["over_budget_bytes"]) == (256, over)
+    assert views.plan_values(choose(of, FACTS, 1 << 40, RUNTIME), 1 << 40)["better"] is None
 
 
 def test_one_byte_less_gets_the_next_plan():
@@ -78,12 +150,12 @@ def test_one_byte_less_gets_the_next_plan():
 
 
 def test_a_budget_that_is_too_small_is_told_the_smallest_that_is_not():
-    of = fleet()
+    of = fleet(**STEPS_DOWN)
     least = min(plans(of), key=lambda plan: plan.predicted_peak_bytes)
     with pytest.raises(BudgetError) as refused:
         choose(of, FACTS, least.predicted_peak_bytes - 1, RUNTIME)
     said = str(refused.value)
-    assert f"{least.source} with {least.depth} layers in {least.weights}, which needs" in said
+    assert "small with 6 layers in bfloat16, rank 4 and 8 tokens, which needs" in said
     assert choose(of, FACTS, least.predicted_peak_bytes, RUNTIME).fits == least
 
 
@@ -104,6 +176,19 @@ def test_the_micro_batch_goes_from_a_whole_step_to_a_single_row(rows):
 def test_what_a_model_has_not_is_refused(of, message):
     with pytest.raises(InputError, match=message):
         choose(of, FACTS, 1 << 40, RUNTIME)
+
+
+def test_lengths_above_a_models_positions_are_left_out_for_it_alone():
+    short = msgspec.structs.replace(SMALL, model_class="short@1", positions=40)
+    of = fleet(Model("large"), Model("short"), shorter=(40, 8))
+    lengths = {
+        group[0].source: list(dict.fromkeys(plan.tokens for plan in group))
+        for group in candidates(of, {**FACTS, "short": short}, RUNTIME)
+    }
+    assert lengths == {"large": [64, 40, 8], "short": [40, 8]}
+    too_short = msgspec.structs.replace(short, positions=7)
+    with pytest.raises(InputError, match="shorter goes down to 8, but short has 7 positions"):
+        list(candidates(of, {**FACTS, "short": too_short}, RUNTIME))
 
 
 @pytest.mark.parametrize(

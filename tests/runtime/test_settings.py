@@ -19,6 +19,7 @@ name = "local"
 
 [adapter]
 rank = 4
+lower = [3, 1]
 alpha = 8
 roles = ["q", "v"]
 
@@ -30,6 +31,7 @@ warmup_steps = 0
 weight_decay = 0.01
 clip_norm = 0.5
 max_tokens = 64
+shorter = [32, 8]
 slices = "own"
 timeout_s = 100
 
@@ -67,8 +69,8 @@ def test_every_key_is_read(read):
         extensions=1,
         seed=7,
         method=Method("local"),
-        adapter=Adapter(4, 8.0, ("q", "v")),
-        training=Training(3, 2, 5e-4, 0, 0.01, 0.5, 64, "own", 100.0),
+        adapter=Adapter(4, (3, 1), 8.0, ("q", "v")),
+        training=Training(3, 2, 5e-4, 0, 0.01, 0.5, 64, (32, 8), "own", 100.0),
     )
 
 
@@ -92,7 +94,7 @@ def test_a_name_and_a_model_are_enough(read):
         ),
         ("[trainning]\nsteps = 1", "has no key `trainning`; did you mean `training`"),
         ("[fleet]\ncatalog = []", r"\[fleet\] has no key `catalog`; known keys: deadline_s, extensions, name, "),
-        ("[adapter]\nzzz = 1", r"\[adapter\] has no key `zzz`; known keys: alpha, rank, roles"),
+        ("[adapter]\nzzz = 1", r"\[adapter\] has no key `zzz`; known keys: alpha, lower, rank, roles"),
     ],
 )
 def test_a_wrong_key_is_answered_with_the_nearest_right_one(read, line, message):
@@ -131,6 +133,10 @@ def test_a_value_of_the_wrong_type_is_named(read, line, message):
         ("fleet", "extensions", "-1"),
         ("adapter", "rank", "0"),
         ("adapter", "rank", "257"),
+        ("adapter", "lower", "[16]"),
+        ("adapter", "lower", "[4, 8]"),
+        ("adapter", "lower", "[4, 4]"),
+        ("adapter", "lower", "[4, 0]"),
         ("adapter", "alpha", "0"),
         ("adapter", "alpha", "inf"),
         ("adapter", "roles", "[]"),
@@ -144,6 +150,10 @@ def test_a_value_of_the_wrong_type_is_named(read, line, message):
         ("training", "clip_norm", "0"),
         ("training", "clip_norm", "nan"),
         ("training", "max_tokens", "7"),
+        ("training", "shorter", "[512]"),
+        ("training", "shorter", "[64, 128]"),
+        ("training", "shorter", "[64, 64]"),
+        ("training", "shorter", "[64, 7]"),
         ("training", "timeout_s", "0"),
     ],
 )
@@ -152,6 +162,25 @@ def test_a_value_out_of_range_is_named_with_what_is_needed(read, table, key, wro
     text = SMALLEST.replace("[fleet]\n", line) if table == "fleet" else line + SMALLEST
     with pytest.raises(InputError, match=rf"\[{table}\] {key} is .*, but has to be"):
         read(text)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "[adapter]\nlower = [8, 16]",
+            "[adapter] lower is (8, 16), but has to be ranks that fall, from below rank (16) to 1 or more",
+        ),
+        (
+            "[training]\nmax_tokens = 64\nshorter = [32, 4]",
+            "[training] shorter is (32, 4), but has to be lengths that fall, from below max_tokens (64) to 8 or more",
+        ),
+    ],
+)
+def test_steps_down_that_do_not_go_down_are_told_from_where(read, line, message):
+    with pytest.raises(InputError) as refused:
+        read(f"{line}\n{SMALLEST}")
+    assert str(refused.value).endswith(message)
 
 
 @pytest.mark.parametrize(

@@ -110,8 +110,19 @@ def planned(
     training = Training(steps=steps, rows_a_step=rows, max_tokens=tokens)
     catalog = (Model(source="model", depth=depth, weights=(weights,)),)
     fleet = Fleet(name="measure", catalog=catalog, adapter=Adapter(rank=rank), training=training)
-    runtime = processes.runtime_bytes()
-    return fleet, plan(fleet, facts, "model", depth, weights, tokens, rank, rows, boundaries, runtime)
+    way = plan(
+        fleet,
+        facts,
+        "model",
+        depth,
+        weights,
+        tokens=tokens,
+        rank=rank,
+        rows=rows,
+        boundaries=boundaries,
+        runtime_bytes=processes.runtime_bytes(),
+    )
+    return fleet, way
 
 
 def texts(count: int, tokens: int) -> list[dict[str, str]]:

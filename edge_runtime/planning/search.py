@@ -77,7 +77,18 @@ def candidates(fleet: Fleet, facts: dict[str, Facts], runtime_bytes: int) -> Ite
         possible = [tokens for tokens in lengths if tokens <= known.positions] or lengths[-1:]
         for weights in model.weights:
             yield [
-                plan(fleet, known, model.source, depth, weights, tokens, rank, rows, boundaries, runtime_bytes)
+                plan(
+                    fleet,
+                    known,
+                    model.source,
+                    depth,
+                    weights,
+                    tokens=tokens,
+                    rank=rank,
+                    rows=rows,
+                    boundaries=boundaries,
+                    runtime_bytes=runtime_bytes,
+                )
                 for tokens in possible
                 for rank in (adapter.rank, *adapter.lower)
                 for rows, boundaries in _ways(training.rows_a_step)
@@ -90,6 +101,7 @@ def plan(
     source: str,
     depth: int,
     weights: Weights,
+    *,
     tokens: int,
     rank: int,
     rows: int,

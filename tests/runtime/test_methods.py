@@ -133,7 +133,8 @@ def test_an_unknown_method_is_answered_with_the_known_ones():
 
 
 @pytest.mark.parametrize("command", [("plan",), ("aggregator", "--state", "node")])
-def test_ranks_that_a_method_cannot_merge_are_refused_before_anything_is_read_or_said(command, tmp_path):
+def test_ranks_that_a_method_cannot_merge_are_refused_before_anything_is_read_or_said(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where a node that went on would keep its state
     path = tmp_path / "fleet.toml"
     path.write_text('[fleet]\nname = "f"\n[adapter]\nrank = 8\nlower = [4]\n[[catalog]]\nsource = "nowhere"\n')
     refused = CliRunner().invoke(cli.app, [*command, "--fleet", str(path)]).exception

@@ -106,18 +106,17 @@ def test_a_budget_decides_what_is_given_up_first():
 
 
 def test_the_next_better_plan_of_the_winners_model_is_told():
-    of = fleet(Model("large"), Model("small"), **STEPS_DOWN)
+    of = fleet(Model("large", weights=("float32",)), Model("small"), **STEPS_DOWN)
     ordered = plans(of)
-    told = 0
+    of_which = set()
     for wanted in ordered:
         chosen = choose(of, FACTS, wanted.predicted_peak_bytes, RUNTIME)
-        before = ordered[ordered.index(chosen.fits) - 1] if chosen.fits != ordered[0] else None
-        if before is None or before.source != chosen.fits.source:
-            assert chosen.better is None
-        else:
-            assert chosen.better == before and before.predicted_peak_bytes > wanted.predicted_peak_bytes
-            told += 1
-    assert told
+        at = ordered.index(chosen.fits)
+        first = at == 0 or ordered[at - 1].source != chosen.fits.source
+        assert chosen.better == (None if first else ordered[at - 1])
+        assert first or chosen.better.predicted_peak_bytes > wanted.predicted_peak_bytes
+        of_which.add((chosen.fits.source, first))
+    assert of_which == {(source, first) for source in ("large", "small") for first in (True, False)}
 
 
 def test_what_is_shown_names_length_and_rank_of_what_was_too_large(capsys, monkeypatch):

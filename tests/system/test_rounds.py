@@ -80,6 +80,23 @@ def test_local_sends_nothing_and_goes_on_from_its_own_state(fleet: Fleet, tiny_m
     assert after.evaluation["own"].loss < before.evaluation["own"].loss
 
 
+def test_a_device_trains_and_exports_the_rank_and_length_of_its_plan(
+    fleet: Fleet, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGE_RUNTIME_CACHE", str(fleet.cache))
+    fleet.write((str(tiny_model), 4), method="local")
+    path = fleet.folder / "fleet.toml"
+    text = path.read_text().replace("rank = 2", "rank = 8\nlower = [3]")
+    path.write_text(text.replace("max_tokens = 32", "max_tokens = 32\nshorter = [16]"))
+    smallest = budget_for_depth(fleet, tiny_model, 4)
+    node, agent = fleet.node("--until-finished"), fleet.agent("a", "--until-finished", "--budget", smallest)
+    assert (node.end(), agent.end()) == (0, 0)
+    job = json.loads((fleet.folder / "a" / "work" / "finished" / "job.json").read_text())
+    assert (job["plan"]["rank"], job["adapter"]["rank"], job["plan"]["tokens"]) == (3, 3, 16)
+    exported = json.loads((fleet.folder / "a" / "adapter" / "adapter_config.json").read_text())
+    assert exported["r"] == 3
+
+
 def test_a_late_joiner_takes_part_from_the_global_version(fleet: Fleet, tiny_model: Path) -> None:
     fleet.write((str(tiny_model), 4), rounds=2)
     node = fleet.node("--until-finished")

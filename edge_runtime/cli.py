@@ -99,6 +99,9 @@ def plan(fleet: Path, budget: str | None, board: str | None, models: Path, json:
     show_default=True,
     help="How each block's input is kept for backward.",
 )
+@click.option(
+    "--stream", "streamed", is_flag=True, help="Leave packed weights in files, and read each block when it runs."
+)
 @click.option("--rank", default=16, show_default=True, help="Rank of the adapter on all linear layers.")
 @click.option("--batch", default=4, show_default=True, help="Rows of a step.")
 @click.option("--tokens", default=256, show_default=True, help="Tokens of a row.")
@@ -116,6 +119,7 @@ def measure(
     random_weights: bool,
     weights: "Weights",
     boundaries: "Boundaries",
+    streamed: bool,
     rank: int,
     batch: int,
     tokens: int,
@@ -146,6 +150,7 @@ def measure(
         device=device,
         peft=against == "peft",
         boundaries=boundaries,
+        streamed=streamed,
         random_weights=random_weights,
     )
     views.show_measurement(done) if not json else _print(done)

@@ -29,13 +29,14 @@ WORDS = ("the", "a", "of", "home", "light", "door", "garden", "water", "set", "t
 
 
 class Taken(msgspec.Struct, frozen=True):
-    """What a training process took. phases: peak bytes of each; losses: of each step."""
+    """What a training process took. phases: peak bytes of each; losses: of each step; load_seconds: until it can train."""
 
     baseline_bytes: int
     measured_peak_bytes: int
     step_seconds: float
     phases: dict[str, int]
     losses: list[float]
+    load_seconds: float
 
 
 class Measurement(Taken, frozen=True):
@@ -58,6 +59,7 @@ def measure(
     device: str,
     peft: bool,
     boundaries: Boundaries = "input",
+    streamed: bool = False,
     random_weights: bool = False,
 ) -> Measurement:
     """Train a model for a few steps.
@@ -74,7 +76,7 @@ def measure(
     if peft and find_spec("peft") is None:
         raise InputError("PEFT is not installed: pip install peft")
     facts = processes.prepared(source, models, random_weights=random_weights)
-    fleet, way = planned(facts, facts.layers, weights, rank, rows, tokens, steps, boundaries)
+    fleet, way = planned(facts, facts.layers, weights, rank, rows, tokens, steps, boundaries, streamed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         result = train(facts, fleet, way, texts(rows * steps, tokens), [], folder, device)
@@ -85,6 +87,7 @@ def measure(
             step_seconds=typical(result.step_seconds),
             phases=result.peaks,
             losses=result.losses,
+            load_seconds=result.seconds["load"],
             predicted_peak_bytes=way.predicted_peak_bytes,
             terms=way.terms,
             peft=_peft(folder) if peft else None,
@@ -105,6 +108,7 @@ def planned(
     tokens: int,
     steps: int,
     boundaries: Boundaries = "input",
+    streamed: bool = False,
 ) -> tuple[Fleet, Plan]:
     """A fleet of one model, and the plan in which a step goes through it at once."""
     training = Training(steps=steps, rows_a_step=rows, max_tokens=tokens)
@@ -120,7 +124,9 @@ def planned(
         rank=rank,
         rows=rows,
         boundaries=boundaries,
+        streamed=streamed,
         runtime_bytes=processes.runtime_bytes(),
+        lengths=1,
     )
     return fleet, way
 

@@ -1,53 +1,61 @@
-"""Predicted beside measured peak memory of the trainer, on the demo's model and rows.
+"""Predicted beside measured peak memory of the trainer: two models, three weight formats, two ranks, two lengths.
 
     make bench-peak
 
-Each setting runs in a real trainer process for a few steps; runtime baseline, prediction, measurement and their ratio.
+Each setting runs in a real trainer process for a few steps. SmolLM2-135M's steps have 4 rows, those of Gemma-3-270M's shape,
+whose weights are drawn at random, one.
 """
 
+import argparse
 import statistics
-import tempfile
+from itertools import product
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from edge_runtime import processes
-from edge_runtime.demo import commands, model
-from edge_runtime.measure import planned, train
+from edge_runtime.benchmarks.memory import GEMMA, MIB, SMOLLM2
+from edge_runtime.measure import measure
 from edge_runtime.settings import Weights
 
-MIB = 1 << 20
-TOKENS = 40  # the longest of the rows
-STEPS = 4
-SETTINGS: list[tuple[int, Weights, int, int]] = [  # depth, weights, rank, rows
-    (depth, weights, rank, rows)
-    for depth in (10, 30)
-    for weights in ("float32", "bfloat16")
-    for rank in (4, 16)
-    for rows in (2, 8)
-]
+FORMATS: tuple[Weights, ...] = ("bfloat16", "q8_0", "q4_1")
+RANKS = (16, 4)
 
 
 def main() -> None:
     """Print the table."""
-    facts = processes.prepared(str(model.path()), Path.cwd())
+    parser = argparse.ArgumentParser(prog="python -m edge_runtime.benchmarks.peak")
+    parser.add_argument("--steps", type=int, default=3)
+    steps = parser.parse_args().steps
     console = Console(width=100)
-    title = f"{facts.model_class}, {TOKENS} tokens a row, runtime baseline {processes.runtime_bytes() / MIB:.0f} MiB"
-    table = Table(*("layers", "weights", "rank", "rows", "predicted", "measured", "ratio", "s a step"), title=title)
+    title = f"runtime baseline {processes.runtime_bytes() / MIB:.0f} MiB, {steps} steps"
+    table = Table(*("model", "rows x tokens", "weights", "rank", "predicted", "measured", "ratio"), title=title)
     ratios = []
-    drawn = commands.rows("kitchen", train=200, held_out=16, seed=0)
-    for depth, weights, rank, rows in SETTINGS:
-        fleet, plan = planned(facts, depth, weights, rank, rows, TOKENS, STEPS)
-        with tempfile.TemporaryDirectory() as folder:
-            result = train(facts, fleet, plan, drawn.train, drawn.held_out, Path(folder))
-        predicted, measured = plan.predicted_peak_bytes, result.measured_peak_bytes
-        ratios.append(predicted / measured)
-        sizes = (f"{predicted / MIB:.0f} MiB", f"{measured / MIB:.0f} MiB", f"{ratios[-1]:.3f}")
-        table.add_row(str(depth), weights, str(rank), str(rows), *sizes, f"{result.seconds['train'] / STEPS:.2f}")
+    for (source, rows, lengths), weights, rank in product(
+        ((SMOLLM2, 4, (256, 64)), (GEMMA, 1, (512, 128))), FORMATS, RANKS
+    ):
+        for tokens in lengths:
+            done = measure(
+                str(source),
+                Path.cwd(),
+                weights=weights,
+                rank=rank,
+                rows=rows,
+                tokens=tokens,
+                steps=steps,
+                device="cpu",
+                peft=False,
+                random_weights=source == GEMMA,
+            )
+            predicted, measured = done.predicted_peak_bytes, done.measured_peak_bytes
+            ratios.append(predicted / measured)
+            sizes = (f"{predicted / MIB:.0f} MiB", f"{measured / MIB:.0f} MiB", f"{ratios[-1]:.3f}")
+            table.add_row(source.name.partition(".")[0], f"{rows} x {tokens}", weights, str(rank), *sizes)
     console.print(table)
     console.print(
-        f"predicted / measured: {min(ratios):.3f} to {max(ratios):.3f}, median {statistics.median(ratios):.3f}"
+        f"{len(ratios)} settings, predicted / measured: {min(ratios):.3f} to {max(ratios):.3f}, "
+        f"median {statistics.median(ratios):.3f}"
     )
 
 

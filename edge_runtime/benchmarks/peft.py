@@ -64,7 +64,9 @@ def main() -> None:
             began = time.monotonic()
             losses.append(run(list(islice(rows, job.training.rows_a_step))))
             seconds.append(time.monotonic() - began)
-    taken = Taken(processes.runtime_bytes(), meter.peak_bytes, typical(seconds), meter.peaks, losses)
+    taken = Taken(
+        processes.runtime_bytes(), meter.peak_bytes, typical(seconds), meter.peaks, losses, meter.seconds["load"]
+    )
     sys.stdout.write(msgspec.json.encode(taken).decode() + "\n")
 
 

@@ -93,7 +93,7 @@ def read_packed(path: Path, tensor: Tensor, format: str) -> Packed:
             held = _read_rows(path, stream, tensor, out)
         weight = from_gguf(torch.from_numpy(held), format, (out, into))  # type: ignore[arg-type]
     else:
-        weight = pack_pieces(_expanded(path, tensor), format)
+        weight = pack_pieces(_expanded(path, tensor), format, _rows(tensor))
     order = _order(tensor)
     return weight if order is None else weight.rows(order)
 

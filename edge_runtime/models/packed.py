@@ -39,18 +39,25 @@ class PackedEmbedding(nn.Module):
         return rows if self.factor == 1.0 else rows * torch.tensor(self.factor, dtype=self.dtype)
 
 
-def pack_pieces(pieces: Iterable[torch.Tensor], format: str) -> Packed:
-    """Pack a matrix that comes some rows at a time, so that it is never whole in float32. Not for nf4, whose rows are
-    not independent of one another."""
-    parts = [pack(piece, format) for piece in pieces]  # type: ignore[arg-type]
-    mins = [part.mins for part in parts if part.mins is not None]
-    shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
-    quants, scales = (torch.cat([part[index] for part in parts]) for index in (2, 3))
-    return Packed(parts[0].format, shape, quants, scales, torch.cat(mins) if mins else None)
+def pack_pieces(pieces: Iterable[torch.Tensor], format: str, rows: int) -> Packed:
+    """Pack a matrix of so many rows that comes some at a time, so that it is never whole in float32, nor twice packed. Not for
+    nf4, whose rows are not independent of one another."""
+    whole, filled = None, 0
+    for piece in pieces:
+        part = pack(piece, format)  # type: ignore[arg-type]
+        if whole is None:
+            held = (None if one is None else one.new_empty(rows, *one.shape[1:]) for one in part.parts)
+            whole = Packed(part.format, (rows, part.shape[1]), *held)
+        for all_, some in zip(whole.parts, part.parts, strict=True):
+            if all_ is not None and some is not None:
+                all_[filled : filled + len(some)] = some
+        filled += len(piece)
+    assert whole is not None and filled == rows, f"{filled} of {rows} rows"
+    return whole
 
 
 def pack_matrix(matrix: torch.Tensor, format: str) -> Packed:
     """Pack a matrix of any float type."""
     if format == "nf4":
         return pack(matrix, "nf4")
-    return pack_pieces(matrix.split(max(PIECE_VALUES // matrix.shape[1], 1)), format)
+    return pack_pieces(matrix.split(max(PIECE_VALUES // matrix.shape[1], 1)), format, len(matrix))

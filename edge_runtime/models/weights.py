@@ -7,6 +7,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from edge_runtime.adapters import roles
 from edge_runtime.errors import InputError
-from edge_runtime.models import gguf_file
+from edge_runtime.models import gguf_file, stream
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.packed import EMBEDDING, PIECE_VALUES, PackedEmbedding, PackedLinear, pack_matrix, pack_pieces
 from edge_runtime.models.slices import kept_layers
@@ -29,13 +30,14 @@ from edge_runtime.settings import PACKED, Weights
 LAYER = re.compile(r"(?<=\.)\d+(?=\.)")  # the block's number is the first number in a state_dict key
 
 
-def load(facts: Facts, depth: int, weights: Weights, device: str = "cpu") -> PreTrainedModel:
+def load(facts: Facts, depth: int, weights: Weights, device: str = "cpu", *, streamed: bool = False) -> PreTrainedModel:
     """The frozen base model of a plan, in evaluation mode.
 
     Args:
         facts: of the checkpoint.
         depth: layers to keep, chosen by `kept_layers`; the model numbers them 0 to depth - 1.
         weights: the format the base is held in. In a packed one its activations are bfloat16.
+        streamed: leave the blocks' matrices, which are packed then, in files beside the facts (see `stream`).
 
     Raises:
         InputError: a tensor is missing or cut short, or the family cannot be packed; it is named.
@@ -54,7 +56,8 @@ def load(facts: Facts, depth: int, weights: Weights, device: str = "cpu") -> Pre
         model = kind(config).to(dtype)
     read: _Reader = _Numbered(_reader(facts), kept) if facts.weights else _Random(_shapes(model))
     if weights in PACKED:
-        model = _packed(model, read, dtype, weights, device)
+        files = [Path(facts.folder) / f"streamed-{weights}" / f"{layer}.safetensors" for layer in kept]
+        model = _packed(model, read, dtype, weights, device, files if streamed else [])
     else:
         tensors = {
             name: read.dense(name, dtype).to(device)
@@ -88,26 +91,42 @@ class _Numbered(NamedTuple):
         return LAYER.sub(lambda number: str(self.kept[int(number[0])]), name, count=1)
 
 
-def _packed(model: PreTrainedModel, read: _Reader, dtype: torch.dtype, format: str, device: str) -> PreTrainedModel:
-    """Fill a model without memory: matrices packed, the rest (norms, biases) as it is."""
+def _packed(
+    model: PreTrainedModel, read: _Reader, dtype: torch.dtype, format: str, device: str, files: list[Path]
+) -> PreTrainedModel:
+    """Fill a model without memory: matrices packed, the rest (norms, biases) as it is. files: one for each block's matrices,
+    or none."""
     places = {module: name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     table = read.packed(f"{places[embedding]}.weight", EMBEDDING).to(device)
     factor = float(getattr(embedding, "scalar_embed_scale", 1.0))
     model.set_submodule(places[embedding], PackedEmbedding(table, dtype, factor))
     tied = model.config.get_text_config().tie_word_embeddings
+
+    linears = [list(roles.linears(block).values()) for block in roles.blocks(model)]
     layers = [
-        layer for block in roles.blocks(model) for layer in map(block.get_submodule, roles.linears(block).values())
+        layer
+        for block, paths in zip(roles.blocks(model), linears, strict=True)
+        for layer in map(block.get_submodule, paths)
     ]
     for layer in [*layers, head]:
         if not isinstance(layer, nn.Linear):
             raise InputError(f"{places[layer]} is a {type(layer).__name__}: models of this family cannot be packed")
-        name = places[layer]
-        weight = (
-            table if layer is head and tied else read.packed(f"{name}.weight", EMBEDDING if layer is head else format)
-        )
-        bias = None if layer.bias is None else read.dense(f"{name}.bias", dtype).to(device)
-        model.set_submodule(name, PackedLinear(weight.to(device), bias))
+
+    def place(layer: nn.Module, weight: Packed) -> None:
+        bias = None if layer.bias is None else read.dense(f"{places[layer]}.bias", dtype).to(device)
+        model.set_submodule(places[layer], PackedLinear(weight, bias))
+
+    place(head, table if tied else read.packed(f"{places[head]}.weight", EMBEDDING).to(device))
+    for number, (block, paths) in enumerate(zip(roles.blocks(model), linears, strict=True)):
+        names = {path: places[block.get_submodule(path)] for path in paths}
+        for path, name in names.items():
+            shape = tuple(block.get_submodule(path).weight.shape)
+            held = stream.empty(format, shape, device) if files else read.packed(f"{name}.weight", format).to(device)
+            place(block.get_submodule(path), held)
+        if files:
+            read_all = {path: partial(read.packed, f"{name}.weight", format) for path, name in names.items()}
+            stream.stream(block, read_all, files[number], device)
     for name, parameter in list(model.named_parameters()):
         owner, _, own = name.rpartition(".")
         filled = read.dense(name, dtype).view(parameter.shape).to(device)
@@ -175,7 +194,7 @@ class _Random(NamedTuple):
 
     def packed(self, name: str, format: str) -> Packed:
         return (
-            pack_pieces(self._pieces(name), format)
+            pack_pieces(self._pieces(name), format, self.shapes[name][0])
             if format != "nf4"
             else pack_matrix(self.dense(name, torch.float32), format)
         )

@@ -7,7 +7,7 @@ from edge_runtime.settings import Boundaries, Weights
 
 class Plan(msgspec.Struct, frozen=True):
     """depth: layers kept. rows: micro-batch. tokens: longest sequence. boundaries: how each block's input is kept for
-    backward. terms: predicted bytes, by what takes them."""
+    backward. streamed: the blocks' packed matrices stay in files. terms: predicted bytes, by what takes them."""
 
     source: str
     model_class: str
@@ -19,6 +19,7 @@ class Plan(msgspec.Struct, frozen=True):
     tokens: int
     terms: dict[str, int]
     boundaries: Boundaries = "input"
+    streamed: bool = False
 
     @property
     def predicted_peak_bytes(self) -> int:

@@ -13,7 +13,7 @@ from edge_profiles import format_size
 from edge_runtime.errors import BudgetError, InputError
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning.plan import Plan
-from edge_runtime.planning.predict import terms
+from edge_runtime.planning.predict import LENGTH_STEP, terms
 from edge_runtime.settings import PACKED, Boundaries, Fleet, Weights
 
 UNPACKED_FAMILIES = ("gpt2",)  # their linear layers are no nn.Linear
@@ -63,7 +63,8 @@ def choose(fleet: Fleet, facts: dict[str, Facts], budget_bytes: int, runtime_byt
 
 def candidates(fleet: Fleet, facts: dict[str, Facts], runtime_bytes: int) -> Iterator[list[Plan]]:
     """For each model and weight format in order of preference, its plans in order of preference: from the longest sequence,
-    highest rank and largest micro-batch to the shortest, the lowest and a single row with 8-bit boundaries.
+    highest rank and largest micro-batch to the shortest, the lowest and a single row with 8-bit
+    boundaries and, where they are packed, streamed weights.
 
     Lengths above a model's positions are left out, unless all are.
     """
@@ -87,11 +88,12 @@ def candidates(fleet: Fleet, facts: dict[str, Facts], runtime_bytes: int) -> Ite
                     rank=rank,
                     rows=rows,
                     boundaries=boundaries,
+                    streamed=streamed,
                     runtime_bytes=runtime_bytes,
                 )
                 for tokens in possible
                 for rank in (adapter.rank, *adapter.lower)
-                for rows, boundaries in _ways(training.rows_a_step)
+                for rows, boundaries, streamed in _ways(training.rows_a_step, weights)
             ]
 
 
@@ -106,12 +108,18 @@ def plan(
     rank: int,
     rows: int,
     boundaries: Boundaries,
+    streamed: bool,
     runtime_bytes: int,
+    lengths: int | None = None,
 ) -> Plan:
     """One way to train a model, with what is predicted for it.
 
+    Args:
+        lengths: of the rows, after padding; None: all there are up to `tokens`.
+
     Raises:
-        InputError: a sequence is longer than the model has positions, or its family cannot be packed.
+        InputError: a sequence is longer than the model has positions, its family cannot be packed, or weights that are not
+            packed are to be streamed.
     """
     if tokens > known.positions:
         key = "shorter goes down to" if tokens in fleet.training.shorter else "max_tokens is"
@@ -120,6 +128,8 @@ def plan(
         raise InputError(
             f"{source} is a {known.family} model, whose matrices cannot be packed: use float32 or bfloat16"
         )
+    if streamed and weights not in PACKED:
+        raise InputError(f"weights in {weights} cannot be streamed: use one of {', '.join(PACKED)}")
     predicted = terms(
         known,
         depth=depth,
@@ -129,6 +139,8 @@ def plan(
         rows_a_step=fleet.training.rows_a_step,
         tokens=tokens,
         boundaries=boundaries,
+        streamed=streamed,
+        lengths=lengths or -(-tokens // LENGTH_STEP),
         runtime_bytes=runtime_bytes,
     )
     return Plan(
@@ -142,14 +154,17 @@ def plan(
         tokens=tokens,
         terms=predicted,
         boundaries=boundaries,
+        streamed=streamed,
     )
 
 
-def _ways(rows_a_step: int) -> Iterator[tuple[int, Boundaries]]:
-    """Micro-batches and boundaries, from the fastest and most exact to the smallest."""
+def _ways(rows_a_step: int, weights: Weights) -> Iterator[tuple[int, Boundaries, bool]]:
+    """Micro-batches, boundaries and whether the weights are streamed, from the fastest and most exact to the smallest."""
     rows = rows_a_step
     while rows > 1:
-        yield rows, "input"
+        yield rows, "input", False
         rows = -(-rows // 2)
-    yield 1, "input"
-    yield 1, "int8"
+    yield 1, "input", False
+    yield 1, "int8", False
+    if weights in PACKED:
+        yield 1, "int8", True

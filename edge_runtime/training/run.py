@@ -1,6 +1,7 @@
 """What the trainer process does: one job, or the measurement of its own baseline."""
 
 import errno
+import gc
 import math
 import os
 import sys
@@ -68,7 +69,8 @@ def run(folder: Path) -> None:
         del tokenizer
         release()
         with without_compiler():  # torch's operations on tensors without memory would import it
-            model = weights.load(job.facts, job.plan.depth, job.plan.weights, job.device)
+            plan = job.plan
+            model = weights.load(job.facts, plan.depth, plan.weights, job.device, streamed=plan.streamed)
         adapter = attach.attach(model, kept_layers(job.plan.depth, job.facts.layers), job.adapter, job.seed)
         apply(model)
         start = _start(job, method, attach.state(adapter))
@@ -106,8 +108,10 @@ def run(folder: Path) -> None:
                 seed=job.seed,
                 progress=stepped,
                 keep=job.plan.boundaries,
+                loss_chunk_bytes=step.LOSS_CHUNK_BYTES // (2 if job.plan.streamed else 1),
             )
         del model
+        gc.collect()  # its modules and their functions refer to each other
         release()
         tell("encode")
         with meter.phase("encode"):

@@ -20,12 +20,11 @@ from transformers import PreTrainedModel
 from edge_runtime.adapters.attach import Adapter
 from edge_runtime.adapters.roles import blocks
 from edge_runtime.errors import TrainerError
+from edge_runtime.planning.predict import LENGTH_STEP, LOSS_CHUNK_BYTES
 from edge_runtime.settings import Boundaries, Training
 from edge_runtime.training.data import IGNORED, Example, batches, epochs
 from edge_runtime.training.meter import release
 
-LENGTH_STEP = 8
-LOSS_CHUNK_BYTES = 16 << 20  # of logits that exist at once
 RELEASE_EVERY = 4  # blocks that run before freed heap goes back to the system
 SKIPPED_IN_A_ROW = 5  # steps without a finite loss, before the round is given up
 
@@ -69,6 +68,7 @@ def train(
     seed: int,
     progress: Callable[[int, float | None], None],
     keep: Boundaries = "input",
+    loss_chunk_bytes: int = LOSS_CHUNK_BYTES,
 ) -> list[float]:
     """Train the adapter for one round, in place.
 
@@ -78,6 +78,7 @@ def train(
         round_: counted from 1; with rounds it places this round on the learning rate's schedule.
         progress: told the step, counted from 1, and its loss; None where the step was skipped.
         keep: how each block's input is kept for backward.
+        loss_chunk_bytes: of logits that exist at once.
 
     Returns:
         The loss of each step; nan where it was not finite and the step was skipped.
@@ -94,7 +95,7 @@ def train(
     def mean_loss(batch: list[Example]) -> tuple[torch.Tensor, int]:
         ids, labels = pad(batch, weight.device)
         hidden = hidden_states(model, ids)[:, :-1]
-        loss = linear_cross_entropy(hidden, weight, labels[:, 1:], softcap, LOSS_CHUNK_BYTES)
+        loss = linear_cross_entropy(hidden, weight, labels[:, 1:], softcap, loss_chunk_bytes)
         return loss, int((labels[:, 1:] != IGNORED).sum())
 
     for step in range(training.steps):
@@ -158,14 +159,17 @@ def recomputed_blocks(model: PreTrainedModel, keep: Boundaries = "input") -> Ite
     block's: every few blocks they go back to the system.
     """
     model.train()
+    before = [vars(block).get("forward") for block in blocks(model)]
     for number, block in enumerate(blocks(model)):
         forward = partial(_after_release, block.forward) if number % RELEASE_EVERY == 0 else block.forward
         block.forward = partial(checkpoint_block, forward, keep=keep)
     try:
         yield
     finally:
-        for block in blocks(model):
+        for block, own in zip(blocks(model), before, strict=True):
             del block.forward
+            if own is not None:
+                block.forward = own
         model.eval()
 
 

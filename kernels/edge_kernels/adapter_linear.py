@@ -71,9 +71,9 @@ class _AdapterLinear(torch.autograd.Function):
         _, _, trains_a, trains_c, trains_b, *_ = ctx.needs_input_grad
         z = rows @ A.to(x.dtype).T
         kept = rows if trains_a else z if trains_c or trains_b else None
-        saved = (kept, None if isinstance(weight, Packed) else weight, A, C, B)
+        saved = (kept, A, C, B, *(weight.parts if isinstance(weight, Packed) else (weight,)))
         ctx.save_for_backward(*saved)
-        ctx.packed, ctx.scale, ctx.shape = weight if isinstance(weight, Packed) else None, scale, x.shape
+        ctx.form, ctx.scale, ctx.shape = weight[:2] if isinstance(weight, Packed) else None, scale, x.shape
         if nothing_reads(sum(tensor is not None for tensor in saved)):
             return x.new_empty(*x.shape[:-1], B.shape[0])
         low = (z if C is None else z @ C.to(x.dtype).T) * scale
@@ -82,7 +82,8 @@ class _AdapterLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        kept, weight, A, C, B = ctx.saved_tensors
+        kept, A, C, B, *frozen = ctx.saved_tensors
+        weight = frozen[0] if ctx.form is None else Packed(*ctx.form, *frozen)
         needs_x, _, needs_a, needs_c, needs_b, *_ = ctx.needs_input_grad
         dy = dy.reshape(-1, dy.shape[-1])
         a, b, c = A.to(dy.dtype), B.to(dy.dtype), None if C is None else C.to(dy.dtype)
@@ -91,7 +92,7 @@ class _AdapterLinear(torch.autograd.Function):
         z = None if not (needs_c or needs_b) else kept @ a.T if needs_a else kept
         dx = dA = dC = dB = None
         if needs_x:
-            dx = product(dy, weight if ctx.packed is None else ctx.packed, dz, a.T, forward=False).view(ctx.shape)
+            dx = product(dy, weight, dz, a.T, forward=False).view(ctx.shape)
         if needs_a:
             dA = (dz.T @ kept).to(A.dtype)
         if needs_c:

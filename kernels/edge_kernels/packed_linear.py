@@ -71,14 +71,16 @@ def check_frozen(x: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Ten
 class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, packed, bias):  # type: ignore[no-untyped-def]
-        ctx.packed = packed
+        ctx.save_for_backward(*packed.parts)
+        ctx.form = packed[:2]
         y = product(x.reshape(-1, x.shape[-1]), packed, bias=bias, forward=True)
         return y.view(*x.shape[:-1], packed.shape[0])
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        dx = product(dy.reshape(-1, dy.shape[-1]), ctx.packed, forward=False)
-        return dx.view(*dy.shape[:-1], ctx.packed.shape[1]), None, None
+        packed = Packed(*ctx.form, *ctx.saved_tensors)
+        dx = product(dy.reshape(-1, dy.shape[-1]), packed, forward=False)
+        return dx.view(*dy.shape[:-1], packed.shape[1]), None, None
 
 
 def product(

@@ -48,12 +48,17 @@ class Packed(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
-        return sum(part.nbytes for part in self[2:] if part is not None)
+        return sum(part.nbytes for part in self.parts if part is not None)
 
     @property
     def device(self) -> torch.device:
         """Where its tensors are."""
         return self.quants.device
+
+    @property
+    def parts(self) -> tuple[torch.Tensor | None, ...]:
+        """Its tensors: what an autograd Function keeps, so that a checkpointed block lets go of them too."""
+        return self[2:]
 
     def rows(self, index: slice | torch.Tensor) -> "Packed":
         """Some rows; of nf4 a slice that starts at a multiple of GROUP, where second-level scales part too."""
@@ -67,7 +72,7 @@ class Packed(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Packed":
         """The same matrix on another device."""
-        return Packed(self.format, self.shape, *(None if part is None else part.to(device) for part in self[2:]))
+        return Packed(self.format, self.shape, *(None if part is None else part.to(device) for part in self.parts))
 
 
 def pack(weight: torch.Tensor, format: Format) -> Packed:

@@ -38,6 +38,24 @@ def test_both_train_the_same_and_say_what_they_took(tiny_folder, cache):
     assert seen["predicted_peak_bytes"] == sum(seen["terms"].values())
 
 
+def test_a_shape_without_weights_is_drawn_at_random_and_may_be_streamed(tiny_folder, cache, tmp_path):
+    shape = tmp_path / "shape"
+    shape.mkdir()
+    (shape / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
+    size = ("--batch", "1", "--tokens", "16", "--steps", "3", "--rank", "2", "--weights", "q4_1")
+    taken = []
+    for more in ((), ("--stream",)):
+        done = measure(shape, "--random-weights", *size, *more)
+        assert done.returncode == 0, done.stderr
+        taken.append(json.loads(done.stdout))
+    assert taken[0]["losses"] == taken[1]["losses"] and len(taken[0]["losses"]) == 3
+    assert taken[1]["terms"]["weights"] < taken[0]["terms"]["weights"]
+    refused = measure(shape, *size)
+    assert refused.returncode == 2 and "has no .safetensors file" in refused.stderr
+    refused = measure(tiny_folder, "--stream", "--tokens", "16")
+    assert refused.returncode == 2 and "weights in bfloat16 cannot be streamed: use one of q8_0, q4_1" in refused.stderr
+
+
 def test_what_cannot_be_measured_is_refused_in_a_sentence(tiny_folder, cache):
     done = measure(tiny_folder, "--steps", "0")
     assert (done.returncode, done.stderr.strip()) == (2, "edge-runtime: --steps is 0, but has to be 1 or more")

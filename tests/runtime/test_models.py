@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -14,15 +15,18 @@ import numpy as np
 import pytest
 import torch
 from edge_kernels import expand
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from edge_runtime.adapters import roles
+from edge_runtime import settings
+from edge_runtime.adapters import attach, roles
 from edge_runtime.demo import model as demo
 from edge_runtime.errors import InputError
 from edge_runtime.models import gguf_file, weights
 from edge_runtime.models.packed import PackedLinear
 from edge_runtime.models.prepare import prepare
 from edge_runtime.models.slices import kept_layers, nested_blocks
+from edge_runtime.training import step
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2")
@@ -392,3 +396,45 @@ def test_every_other_family_computes_nearly_the_same_packed(tiny, facts_of, fami
         truth = model(ids, use_cache=False).logits
         seen = weights.load(facts, 4, "q8_0")(ids, use_cache=False).logits.float()
     assert float((seen - truth).norm() / truth.norm()) < 0.1
+
+
+# --- streamed
+
+
+def test_streamed_blocks_compute_the_same_from_files_of_the_checkpoints_layers(tiny_facts, tmp_path):
+    facts = msgspec.structs.replace(tiny_facts, folder=str(shutil.copytree(tiny_facts.folder, tmp_path / "facts")))
+    ids = torch.arange(5, 37)[None] % 90
+    held = weights.load(facts, 2, "q4_1")
+    for _ in range(2):  # the second time the files are there
+        streamed = weights.load(facts, 2, "q4_1", streamed=True)
+        with torch.no_grad():
+            assert torch.equal(streamed(ids, use_cache=False).logits, held(ids, use_cache=False).logits)
+    files = sorted(file.name for file in (tmp_path / "facts" / "streamed-q4_1").glob("*.safetensors"))
+    assert files == ["0.safetensors", f"{facts.layers - 1}.safetensors"]
+    (tmp_path / "facts" / "streamed-q4_1" / files[0]).write_bytes(b"")
+    with pytest.raises(SafetensorError), torch.no_grad():
+        streamed(ids, use_cache=False)
+
+
+def test_a_streamed_block_lets_go_of_its_matrices_until_it_runs_again(tiny_facts, tmp_path):
+    facts = msgspec.structs.replace(tiny_facts, folder=str(shutil.copytree(tiny_facts.folder, tmp_path / "facts")))
+    seen = {}
+    for streamed in (False, True):
+        model = weights.load(facts, 2, "q8_0", streamed=streamed)
+        adapter = attach.attach(model, (0, facts.layers - 1), settings.Adapter(rank=2), seed=0)
+        with torch.no_grad():
+            adapter.factors["layers.0.q.B"].fill_(0.01)
+        read = []
+        for block in roles.blocks(model):
+            block.mlp.register_forward_pre_hook(
+                lambda mlp, _, read=read: read.append(weakref.ref(mlp.up_proj.base.weight.quants))
+            )
+        with step.recomputed_blocks(model):
+            loss = step.hidden_states(model, torch.arange(5, 21)[None]).float().square().mean()
+            alive = [tensor() is not None for tensor in read]
+            loss.backward()
+        seen[streamed] = {key: factor.grad.clone() for key, factor in adapter.factors.items()}
+        assert alive == [not streamed] * 2
+        assert len(read) == 4  # each block again in backward
+    assert all(torch.equal(seen[True][key], seen[False][key]) for key in seen[True])
+    assert seen[True]["layers.0.q.A"].any()

@@ -1,6 +1,8 @@
 """Training and evaluation on tiny random models against torch's own, and the trainer as the process it is on a device."""
 
+import errno
 import math
+import os
 import subprocess
 import sys
 from unittest import mock
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from edge_kernels import AdamW8bit
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from edge_runtime import codec, processes, settings
@@ -20,7 +23,7 @@ from edge_runtime.models import weights
 from edge_runtime.models.facts import adapter_shapes
 from edge_runtime.models.slices import kept_layers
 from edge_runtime.planning.plan import Plan
-from edge_runtime.training import data, step
+from edge_runtime.training import data, run, step
 from edge_runtime.training.data import IGNORED, Example
 from edge_runtime.training.evaluate import evaluate
 from edge_runtime.training.job import Job, Progress, Result
@@ -429,3 +432,36 @@ def test_a_private_state_of_another_shape_is_refused_by_name(trainer, tiny_facts
     _, process = trainer("a", tiny_facts, method="local", private=str(tmp_path / "state.bin"))
     assert process.returncode == 2
     assert process.stderr.decode() == "layers.0.q.A is (2, 32) in the adapter state, but has to be (4, 32)\n"
+
+
+# --- a full disk
+
+
+@pytest.mark.parametrize("times", [2, 1000])
+def test_a_full_disk_is_waited_for_but_not_for_ever(tmp_path, monkeypatch, times):
+    monkeypatch.setattr(run, "DISK_POLL_S", 0.001)
+    monkeypatch.setattr(run, "DISK_WAIT_S", 0.5)
+    told, tries = [], iter(range(times))
+
+    def save(tensors, path):
+        path.write_bytes(b"half")
+        if next(tries, None) is not None:
+            raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(errno.ENOSPC)} (os error 28)")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(run, "save_file", save)
+    factors = {"layers.0.q.A": np.ones((2, 3), np.float32)}
+    if times == 1000:
+        with pytest.raises(TrainerError, match="on a disk that has been full for"):
+            run._save(tmp_path / "residual.bin", factors, told.append)
+        assert not list(tmp_path.iterdir())
+    else:
+        run._save(tmp_path / "residual.bin", factors, told.append)
+        assert told == ["wait for disk space"] * 2
+        assert np.array_equal(load_file(tmp_path / "residual.bin")["layers.0.q.A"], factors["layers.0.q.A"])
+
+
+def test_another_failure_to_write_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "save_file", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "denied")))
+    with pytest.raises(PermissionError):
+        run._save(tmp_path / "residual.bin", {}, lambda _: None)

@@ -60,7 +60,17 @@ def plan_values(choice: Choice, budget_bytes: int) -> dict[str, Any]:
     """The winner and what was too large, as plain data."""
 
     def too_large(plan: Plan) -> dict[str, Any]:
-        told = ("source", "depth", "weights", "tokens", "rank", "rows", "boundaries", "predicted_peak_bytes")
+        told = (
+            "source",
+            "depth",
+            "weights",
+            "tokens",
+            "rank",
+            "rows",
+            "boundaries",
+            "streamed",
+            "predicted_peak_bytes",
+        )
         over = plan.predicted_peak_bytes - budget_bytes
         return {**{name: getattr(plan, name) for name in told}, "over_budget_bytes": over}
 
@@ -176,7 +186,8 @@ def _model(plan: Plan) -> str:
 
 def _batches(plan: Plan) -> str:
     kept = ", boundaries in 8 bits" if plan.boundaries == "int8" else ""
-    return f"rank {plan.rank}, micro-batches of {plan.rows} x {plan.tokens} tokens{kept}"
+    streamed = ", weights streamed" if plan.streamed else ""
+    return f"rank {plan.rank}, micro-batches of {plan.rows} x {plan.tokens} tokens{kept}{streamed}"
 
 
 def _mib(size: int) -> str:

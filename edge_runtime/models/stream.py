@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from edge_kernels import Packed
 from filelock import FileLock
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from edge_runtime.errors import InputError
 from edge_runtime.models.packed import PackedLinear
 
 LOCK_TIMEOUT_S = 600.0
@@ -30,6 +31,9 @@ def stream(block: nn.Module, matrices: Mapping[str, Callable[[], Packed]], file:
         block: whose linear layers at these paths are PackedLinear already, without weights.
         matrices: reads each layer's matrix, for a file that is not there yet.
         file: what earlier runs wrote is taken as it is.
+
+    Raises:
+        InputError: when the block runs and the file cannot be read.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(
@@ -53,11 +57,14 @@ def _run(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    with safe_open(file, framework="pt", device=device) as tensors:
-        names = set(tensors.keys())
-        for layer, (path, empty) in layers.items():
-            keys = [f"{path}.{part}" for part in Packed._fields[2:]]
-            layer.weight = Packed(*empty[:2], *(tensors.get_tensor(key) if key in names else None for key in keys))
+    try:
+        with safe_open(file, framework="pt", device=device) as tensors:
+            names = set(tensors.keys())
+            for layer, (path, empty) in layers.items():
+                keys = [f"{path}.{part}" for part in Packed._fields[2:]]
+                layer.weight = Packed(*empty[:2], *(tensors.get_tensor(key) if key in names else None for key in keys))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}, made of the model's weights, cannot be read: {error}; remove it") from error
     try:
         return forward(*args, **kwargs)
     finally:

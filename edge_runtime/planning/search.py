@@ -63,8 +63,8 @@ def choose(fleet: Fleet, facts: dict[str, Facts], budget_bytes: int, runtime_byt
 
 def candidates(fleet: Fleet, facts: dict[str, Facts], runtime_bytes: int) -> Iterator[list[Plan]]:
     """For each model and weight format in order of preference, its plans in order of preference: from the longest sequence,
-    highest rank and largest micro-batch to the shortest, the lowest and a single row with 8-bit
-    boundaries and, where they are packed, streamed weights.
+    highest rank and largest micro-batch to the shortest, the lowest and a single row with 8-bit boundaries and, where they
+    are packed, streamed weights.
 
     Lengths above a model's positions are left out, unless all are.
     """

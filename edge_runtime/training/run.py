@@ -76,8 +76,7 @@ def run(folder: Path) -> None:
         start = _start(job, method, attach.state(adapter))
         attach.load_state(adapter, start)
         if job.train:
-            _save(folder / START, {key: value for key, value in start.items() if method.exchanged(key)}, tell)
-            start.clear()
+            _put_aside(start, method, folder, tell)
         release()
     scores = {}
     with meter.phase("evaluate"):
@@ -144,6 +143,14 @@ def _start(job: Job, method: Method, initial: attach.State) -> attach.State:
         state |= _load(job.private)
     attach.check_keys(state, shapes)
     return state
+
+
+def _put_aside(start: attach.State, method: Method, folder: Path, tell: Callable[[str], None]) -> None:
+    """Move what the delta will be counted from to a file; what stays private is not needed again."""
+    exchanged = {key: value for key, value in start.items() if method.exchanged(key)}
+    if exchanged:
+        _save(folder / START, exchanged, tell)
+    start.clear()
 
 
 def _write(folder: Path, job: Job, method: Method, adapter: attach.Adapter, tell: Callable[[str], None]) -> bytes:

@@ -87,8 +87,7 @@ def show_plan(choice: Choice, budget_bytes: int) -> None:
     """The winner's peak, term by term; what would not fit, the next better plan of the winner's own model last."""
     console, plan = Console(), choice.fits
     console.print(
-        f"{_model(plan)}, {_batches(plan)}: "
-        f"[bold]{format_size(plan.predicted_peak_bytes)}[/] of a budget of {format_size(budget_bytes)}",
+        f"{plan.summary}: [bold]{format_size(plan.predicted_peak_bytes)}[/] of a budget of {format_size(budget_bytes)}",
         highlight=False,
     )
     _show_terms(console, plan.terms, budget_bytes)
@@ -100,7 +99,7 @@ def show_plan(choice: Choice, budget_bytes: int) -> None:
         for one in preferred:
             peak = one.predicted_peak_bytes
             name = f"{Path(one.source).name}, {one.depth} layers, {one.weights}"
-            table.add_row(name, _batches(one), format_size(peak), format_size(peak - budget_bytes))
+            table.add_row(name, one.way, format_size(peak), format_size(peak - budget_bytes))
         console.print(table)
 
 
@@ -178,16 +177,6 @@ def _table(title: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column)
     return table
-
-
-def _model(plan: Plan) -> str:
-    return f"{Path(plan.source).name}, {plan.depth} of {plan.layers} layers, {plan.weights}"
-
-
-def _batches(plan: Plan) -> str:
-    kept = ", boundaries in 8 bits" if plan.boundaries == "int8" else ""
-    streamed = ", weights streamed" if plan.streamed else ""
-    return f"rank {plan.rank}, micro-batches of {plan.rows} x {plan.tokens} tokens{kept}{streamed}"
 
 
 def _mib(size: int) -> str:

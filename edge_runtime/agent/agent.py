@@ -31,7 +31,6 @@ from edge_runtime.agent.reports import Reports
 from edge_runtime.agent.store import Store
 from edge_runtime.agent.trainer import Ended, Trainer
 from edge_runtime.errors import BudgetError, EdgeError, InputError, LinkError, TrainerError
-from edge_runtime.planning.plan import Plan
 from edge_runtime.rounds import CODEC, NOOP, ROUND_DOMAIN, Report, Round
 from edge_runtime.training.job import Job, Progress, Result
 
@@ -229,7 +228,7 @@ class Agent:
         self._attempt += 1
         folder = work.folder_of(self._work, job.round) if job.train else self._work / "finished"
         self._trainer = Trainer(job, folder, self._session.put)
-        self._say("starting", text=_summary(plan))
+        self._say("starting", text=plan.summary)
 
     def _on_ended(self, ended: Ended) -> None:
         assert self._round is not None and self._planned is not None
@@ -371,8 +370,3 @@ class Agent:
             f"no round of fleet `{self.options.fleet}` was announced at {self.options.broker} within "
             f"{self.options.wait_s:g} s; {there}; check --fleet, or start `edge-runtime aggregator` there"
         )
-
-
-def _summary(plan: Plan) -> str:
-    model = f"{Path(plan.source).name}, {plan.depth} of {plan.layers} layers, {plan.weights}"
-    return f"{model}, rank {plan.rank}, micro-batches of {plan.rows} x {plan.tokens} tokens"

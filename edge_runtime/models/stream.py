@@ -60,16 +60,18 @@ def _run(
     try:
         with safe_open(file, framework="pt", device=device) as tensors:
             names = set(tensors.keys())
-            for layer, (path, empty) in layers.items():
+            for layer, (path, without) in layers.items():
                 keys = [f"{path}.{part}" for part in Packed._fields[2:]]
-                layer.weight = Packed(*empty[:2], *(tensors.get_tensor(key) if key in names else None for key in keys))
+                layer.weight = Packed(
+                    *without[:2], *(tensors.get_tensor(key) if key in names else None for key in keys)
+                )
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}, made of the model's weights, cannot be read: {error}; remove it") from error
     try:
         return forward(*args, **kwargs)
     finally:
-        for layer, (_, empty) in layers.items():
-            layer.weight = empty
+        for layer, (_, without) in layers.items():
+            layer.weight = without
 
 
 def _write(matrices: Mapping[str, Packed], file: Path) -> None:

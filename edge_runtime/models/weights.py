@@ -54,7 +54,8 @@ def load(facts: Facts, depth: int, weights: Weights, device: str = "cpu", *, str
     dtype = torch.bfloat16 if weights in PACKED else getattr(torch, weights)
     with torch.device("meta"):
         model = kind(config).to(dtype)
-    read: _Reader = _Numbered(_reader(facts), kept) if facts.weights else _Random(_shapes(model))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    read: _Reader = _Numbered(_reader(facts), kept) if facts.weights else _Random(shapes)
     if weights in PACKED:
         files = [Path(facts.folder) / f"streamed-{weights}" / f"{layer}.safetensors" for layer in kept]
         model = _packed(model, read, dtype, weights, device, files if streamed else [])
@@ -174,10 +175,6 @@ class _Safetensors(NamedTuple):
                 return stream.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{self.files[name]} cannot be read: {error}") from error
-
-
-def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 class _Random(NamedTuple):

@@ -1,5 +1,7 @@
 """A plan: which model a device trains, in which format, and the peak memory that is predicted for it."""
 
+from pathlib import Path
+
 import msgspec
 
 from edge_runtime.settings import Boundaries, Weights
@@ -25,3 +27,15 @@ class Plan(msgspec.Struct, frozen=True):
     def predicted_peak_bytes(self) -> int:
         """The sum of the terms."""
         return sum(self.terms.values())
+
+    @property
+    def summary(self) -> str:
+        """The model, its format and how it is trained, for people."""
+        return f"{Path(self.source).name}, {self.depth} of {self.layers} layers, {self.weights}, {self.way}"
+
+    @property
+    def way(self) -> str:
+        """How the model is trained, for people."""
+        kept = ", boundaries in 8 bits" if self.boundaries == "int8" else ""
+        streamed = ", weights streamed" if self.streamed else ""
+        return f"rank {self.rank}, micro-batches of {self.rows} x {self.tokens} tokens{kept}{streamed}"

@@ -22,57 +22,53 @@ The factors were fitted to measured peaks; `make bench-peak` prints prediction b
 
 from edge_runtime.models.facts import Facts, adapter_shapes
 from edge_runtime.models.slices import kept_layers
-from edge_runtime.settings import PACKED, Adapter, Boundaries, Weights
+from edge_runtime.planning.plan import Plan
+from edge_runtime.settings import PACKED, Role, Weights
 
 MIB = 1 << 20
 VALUE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "q8_0": 34 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32, "nf4": 0.516}
 ADAPTER_BYTES, SUM_BYTES, ENCODE_BYTES = 6, 4, 9
 KERNEL_BYTES, MOST_LENGTHS = 8 * MIB, 6  # of a length of rows; the library's cache holds that of so many
-LOSS_CHUNK_BYTES = 16 * MIB  # of logits that the trainer has at once; half of it where weights are streamed
+LOSS_CHUNK_BYTES = 16 * MIB  # of logits at once, unless memory is short
 LOSS_COPIES = 2.6
 BLOCK_COPIES = {"float32": 1.6, "bfloat16": 1.85, "packed": 1.25}
 LENGTH_STEP = 8  # rows are padded to multiples of it
 
 
 def terms(
-    facts: Facts,
-    *,
-    depth: int,
-    weights: Weights,
-    adapter: Adapter,
-    rows: int,
-    rows_a_step: int,
-    tokens: int,
-    boundaries: Boundaries,
-    streamed: bool,
-    lengths: int,
-    runtime_bytes: int,
+    facts: Facts, plan: Plan, *, roles: tuple[Role, ...], rows_a_step: int, lengths: int, runtime_bytes: int
 ) -> dict[str, int]:
     """Predicted bytes by what takes them; their sum is the predicted peak.
 
     Args:
-        depth: layers kept. rows: micro-batch. tokens: longest sequence. boundaries: how a block's input is kept.
+        plan: all but its terms.
+        roles: of the layers that the adapter is on.
         lengths: of rows that a run meets, after padding.
         runtime_bytes: the measured baseline of this device.
     """
-    width = 4 if weights == "float32" else 2  # of activations
-    batch = rows * tokens
-    shapes = adapter_shapes(facts, kept_layers(depth, facts.layers), adapter.roles, adapter.rank)
-    factor_bytes = ADAPTER_BYTES + (SUM_BYTES if rows < rows_a_step else 0)
-    values = sum(rows_ * columns for rows_, columns in shapes.values())
-    kept = facts.hidden + 4 if boundaries == "int8" else width * facts.hidden
-    copies = BLOCK_COPIES["packed" if weights in PACKED else weights]
+    width = 4 if plan.weights == "float32" else 2  # of activations
+    batch = plan.rows * plan.tokens
+    shapes = adapter_shapes(facts, kept_layers(plan.depth, facts.layers), roles, plan.rank)
+    factor_bytes = ADAPTER_BYTES + (SUM_BYTES if plan.rows < rows_a_step else 0)
+    values = sum(rows * columns for rows, columns in shapes.values())
+    kept = facts.hidden + 4 if plan.boundaries == "int8" else width * facts.hidden
+    copies = BLOCK_COPIES["packed" if plan.weights in PACKED else plan.weights]
     block = int(copies * width * batch * (17 * facts.hidden + 7 * facts.intermediate))
-    loss = int(LOSS_COPIES * min(width * batch * facts.vocabulary, LOSS_CHUNK_BYTES // (2 if streamed else 1)))
-    training = {"boundaries": batch * kept * depth, **({"block": block} if block > loss else {"loss": loss})}
+    loss = int(LOSS_COPIES * min(width * batch * facts.vocabulary, loss_chunk_bytes(plan)))
+    training = {"boundaries": batch * kept * plan.depth, **({"block": block} if block > loss else {"loss": loss})}
     encode = {"encode": ENCODE_BYTES * values}
     return {
         "runtime": runtime_bytes,
         "kernels": KERNEL_BYTES * (1 + min(lengths, MOST_LENGTHS)),
-        "weights": _weights(facts, 1 if streamed else depth, weights),
+        "weights": _weights(facts, 1 if plan.streamed else plan.depth, plan.weights),
         "adapter": factor_bytes * values,
         **max(training, encode, key=lambda terms: sum(terms.values())),
     }
+
+
+def loss_chunk_bytes(plan: Plan) -> int:
+    """Of logits that the trainer has at once."""
+    return LOSS_CHUNK_BYTES // 2 if plan.streamed else LOSS_CHUNK_BYTES
 
 
 def _weights(facts: Facts, depth: int, weights: Weights) -> int:

@@ -130,20 +130,7 @@ def plan(
         )
     if streamed and weights not in PACKED:
         raise InputError(f"weights in {weights} cannot be streamed: use one of {', '.join(PACKED)}")
-    predicted = terms(
-        known,
-        depth=depth,
-        weights=weights,
-        adapter=msgspec.structs.replace(fleet.adapter, rank=rank),
-        rows=rows,
-        rows_a_step=fleet.training.rows_a_step,
-        tokens=tokens,
-        boundaries=boundaries,
-        streamed=streamed,
-        lengths=lengths or -(-tokens // LENGTH_STEP),
-        runtime_bytes=runtime_bytes,
-    )
-    return Plan(
+    way = Plan(
         source=source,
         model_class=known.model_class,
         depth=depth,
@@ -152,10 +139,19 @@ def plan(
         rank=rank,
         rows=rows,
         tokens=tokens,
-        terms=predicted,
+        terms={},
         boundaries=boundaries,
         streamed=streamed,
     )
+    predicted = terms(
+        known,
+        way,
+        roles=fleet.adapter.roles,
+        rows_a_step=fleet.training.rows_a_step,
+        lengths=lengths or -(-tokens // LENGTH_STEP),
+        runtime_bytes=runtime_bytes,
+    )
+    return msgspec.structs.replace(way, terms=predicted)
 
 
 def _ways(rows_a_step: int, weights: Weights) -> Iterator[tuple[int, Boundaries, bool]]:

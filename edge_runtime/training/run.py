@@ -26,6 +26,7 @@ from edge_runtime.errors import EdgeError, InputError, TrainerError
 from edge_runtime.methods.interface import Method
 from edge_runtime.models import weights
 from edge_runtime.models.slices import kept_layers, nested_blocks
+from edge_runtime.planning.predict import loss_chunk_bytes
 from edge_runtime.training import data, step
 from edge_runtime.training.evaluate import evaluate
 from edge_runtime.training.job import Job, Progress, Result
@@ -107,7 +108,7 @@ def run(folder: Path) -> None:
                 seed=job.seed,
                 progress=stepped,
                 keep=job.plan.boundaries,
-                loss_chunk_bytes=step.LOSS_CHUNK_BYTES // (2 if job.plan.streamed else 1),
+                loss_chunk_bytes=loss_chunk_bytes(job.plan),
             )
         del model
         gc.collect()  # its modules and their functions refer to each other

@@ -221,10 +221,12 @@ class AdamW8bit:
     @torch.no_grad()
     def _apply(self) -> None:
         """Step the factors that wait, those of one count of steps and type together."""
+        if not self._waiting:
+            return
         groups: dict[tuple[int, torch.dtype], list[int]] = {}
         for index in self._waiting:
             groups.setdefault((self._steps[index], self.parameters[index].dtype), []).append(index)
-        clip = self._clip(self._waiting) if self._waiting else self._one
+        clip = self._clip(self._waiting)
         for (steps, _), group in groups.items():
             values = [self.parameters[index].view(-1) for index in group]
             grads = [self._waiting[index] for index in group]

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import types
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -66,6 +67,12 @@ class Launch(NamedTuple):
     num_stages: int = 2
     divisible: tuple[str, ...] = ()
     streamed: bool = False
+
+
+def row_pieces(shape: Sequence[int], values: int) -> Iterator[slice]:
+    """The rows of a matrix, so many values at a time: what a backend in torch has in float32 at once."""
+    step = max(values // shape[1], 1)
+    return (slice(first, first + step) for first in range(0, shape[0], step))
 
 
 def row_tile(n: int) -> dict[str, int]:

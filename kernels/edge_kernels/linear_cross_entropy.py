@@ -231,7 +231,7 @@ def _torch_gradient(logits, targets, losses, softcap, wanted, chunk_bytes):  # t
 
 
 def _strip_gradient(strip, logits, targets, losses, softcap, wanted):  # type: ignore[no-untyped-def]
-    strip, target = strip.copy_(logits), targets[:, None]
+    strip, target = logits if logits.dtype == strip.dtype else strip.copy_(logits), targets[:, None]
     if softcap is not None:
         slope = strip.div_(softcap).tanh_().square().neg_().add_(1)
         strip.mul_(softcap)

@@ -12,10 +12,11 @@ one float32 (double quantisation).
 Source: ggml's block formats; Dettmers et al. 2023, arXiv 2305.14314 (nf4), 2022, arXiv 2110.02861 (dynamic map).
 """
 
-from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
+
+from edge_kernels.backend import row_pieces
 
 Format = Literal["q8_0", "q4_0", "q4_1", "nf4"]
 BLOCK: dict[str, int] = {"q8_0": 32, "q4_0": 32, "q4_1": 32, "nf4": 64}
@@ -108,7 +109,7 @@ def expand(packed: Packed, dtype: torch.dtype = torch.float32, out: torch.Tensor
         out: (out, in) to write to, which also sets the dtype; so one buffer serves many matrices.
     """
     matrix = torch.empty(packed.shape, dtype=dtype, device=packed.quants.device) if out is None else out
-    for rows in _pieces(packed.shape):
+    for rows in row_pieces(packed.shape, PIECE_VALUES):
         matrix[rows] = _values(packed, rows)[:, : packed.shape[1]]
     return matrix
 
@@ -159,7 +160,7 @@ def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     quants = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(len(rows), 1, device=x.device)
-    for some in _pieces(rows.shape):
+    for some in row_pieces(rows.shape, PIECE_VALUES):
         scale[some] = rows[some].abs().amax(-1, keepdim=True).float() / 127
         quants[some] = (rows[some] / scale[some].clamp_min(torch.finfo(torch.float32).tiny)).round_()
     return quants.view(x.shape), scale.view(*x.shape[:-1], 1)
@@ -169,18 +170,12 @@ def expand_rows(quants: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -
     """The activations that quantise_rows took, in a float dtype."""
     x = torch.empty(quants.shape, dtype=dtype, device=quants.device)
     rows, scales = quants.reshape(-1, quants.shape[-1]), scale.reshape(-1, 1)
-    for some in _pieces(rows.shape):
+    for some in row_pieces(rows.shape, PIECE_VALUES):
         x.view(rows.shape)[some] = rows[some] * scales[some]
     return x
 
 
 # --- the formats
-
-
-def _pieces(shape: Sequence[int]) -> Iterator[slice]:
-    """The rows of a matrix, PIECE_VALUES at a time."""
-    step = max(PIECE_VALUES // shape[1], 1)
-    return (slice(first, first + step) for first in range(0, shape[0], step))
 
 
 def _values(packed: Packed, rows: slice) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from edge_kernels.backend import Launch, jit, on_triton, row_tile, tl, triton
+from edge_kernels.backend import Launch, jit, on_triton, row_pieces, row_tile, tl, triton
 
 PIECE = 1 << 17  # values that the torch backend has in float32 at once: a core's cache, and a heap's small change
 
@@ -72,7 +72,7 @@ def _forward_torch(x, weight, eps, offset):  # type: ignore[no-untyped-def]
     wide = torch.promote_types(x.dtype, torch.float32)
     y, rstd = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(len(x), dtype=wide)
     weight = weight.to(wide) + offset
-    for rows in _pieces(x):
+    for rows in row_pieces(x.shape, PIECE):
         some = x[rows].to(wide)
         rstd[rows] = (torch.linalg.vecdot(some, some) / x.shape[1]).add_(eps).rsqrt_()
         y[rows] = (some * rstd[rows, None]).mul_(weight)
@@ -82,16 +82,11 @@ def _forward_torch(x, weight, eps, offset):  # type: ignore[no-untyped-def]
 def _backward_torch(dy, x, weight, rstd, offset):  # type: ignore[no-untyped-def]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     weight = weight.to(rstd.dtype) + offset
-    for rows in _pieces(x):
+    for rows in row_pieces(x.shape, PIECE):
         x_hat, g = x[rows] * rstd[rows, None], dy[rows] * weight
         mean = torch.linalg.vecdot(g, x_hat) / x.shape[1]
         dx[rows] = g.addcmul_(x_hat, mean[:, None], value=-1).mul_(rstd[rows, None])
     return dx
-
-
-def _pieces(x: torch.Tensor) -> list[slice]:
-    step = max(PIECE // x.shape[1], 1)
-    return [slice(first, first + step) for first in range(0, len(x), step)]
 
 
 # --- triton: a tile of whole rows a program

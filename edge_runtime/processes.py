@@ -21,8 +21,9 @@ BASELINE_TIMEOUT_S = 120.0
 NOT_INSTALLED = "this needs the trainer's packages, which are not installed: pip install 'edge-runtime[agent]'"
 TRAINER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "2000000",  # larger blocks go straight back to the system when freed; each costs page faults
-    # Before 2.38 glibc keeps what aligned blocks leave over in these two caches, and no block fits where it was before.
-    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",
+    # One heap for all threads: with several, peaks differ by 50 MiB from run to run. And before 2.38 glibc keeps what aligned
+    # blocks leave over in the two caches, and no block fits where it was before.
+    "GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",  # else each new shape's kernel stays, some 50 MiB after ten steps
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",

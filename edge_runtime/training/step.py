@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
-from edge_kernels import AdamW8bit, Packed, checkpoint_block, linear_cross_entropy
+from edge_kernels import AdamW8bit, Kept, Packed, checkpoint_block, linear_cross_entropy
 from transformers import PreTrainedModel
 
 from edge_runtime.adapters.attach import Adapter
@@ -25,7 +24,6 @@ from edge_runtime.settings import Boundaries, Training
 from edge_runtime.training.data import IGNORED, Example, batches, epochs
 from edge_runtime.training.meter import release
 
-RELEASE_EVERY = 4  # blocks that run before freed heap goes back to the system
 SKIPPED_IN_A_ROW = 5  # steps without a finite loss, before the round is given up
 
 
@@ -95,6 +93,7 @@ def train(
     def mean_loss(batch: list[Example]) -> tuple[torch.Tensor, int]:
         ids, labels = pad(batch, weight.device)
         hidden = hidden_states(model, ids)[:, :-1]
+        release()  # what the forward pass freed fits little of what comes now, and here is the peak
         loss = linear_cross_entropy(hidden, weight, labels[:, 1:], softcap, loss_chunk_bytes)
         return loss, int((labels[:, 1:] != IGNORED).sum())
 
@@ -115,7 +114,6 @@ def train(
                     break
                 with nullcontext() if number == len(micro) else optimiser.accumulating():
                     loss.backward()
-                release()
         if math.isfinite(total):
             optimiser.step()
         else:
@@ -153,16 +151,12 @@ def only_blocks(model: PreTrainedModel, chosen: tuple[int, ...]) -> Iterator[Non
 
 @contextmanager
 def recomputed_blocks(model: PreTrainedModel, keep: Boundaries = "input") -> Iterator[None]:
-    """While inside, each block keeps only its input and runs again in backward; dropout is in training mode.
-
-    Each block's input lies between what its operations used, and the holes on both sides are too small for the next
-    block's: every few blocks they go back to the system.
-    """
+    """While inside, each block keeps only its input and runs again in backward; dropout is in training mode."""
     model.train()
     before = [vars(block).get("forward") for block in blocks(model)]
-    for number, block in enumerate(blocks(model)):
-        forward = partial(_after_release, block.forward) if number % RELEASE_EVERY == 0 else block.forward
-        block.forward = partial(checkpoint_block, forward, keep=keep)
+    kept = Kept(len(before))
+    for block in blocks(model):
+        block.forward = partial(checkpoint_block, block.forward, keep=keep, kept=kept)
     try:
         yield
     finally:
@@ -171,11 +165,6 @@ def recomputed_blocks(model: PreTrainedModel, keep: Boundaries = "input") -> Ite
             if own is not None:
                 block.forward = own
         model.eval()
-
-
-def _after_release(forward: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-    release()
-    return forward(*args, **kwargs)
 
 
 def learning_rate(training: Training, step: int, round_: int, rounds: int) -> float:

@@ -3,7 +3,7 @@
 from edge_kernels.adamw8bit import AdamW8bit
 from edge_kernels.adapter_linear import adapter_linear
 from edge_kernels.apply import apply
-from edge_kernels.checkpoint_block import checkpoint_block
+from edge_kernels.checkpoint_block import Kept, checkpoint_block
 from edge_kernels.gated_activation import gated_activation
 from edge_kernels.layer_norm import layer_norm
 from edge_kernels.linear_cross_entropy import linear_cross_entropy
@@ -14,6 +14,7 @@ from edge_kernels.rotary import rotary
 
 __all__ = [
     "AdamW8bit",
+    "Kept",
     "Packed",
     "adapter_linear",
     "apply",

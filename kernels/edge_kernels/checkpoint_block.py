@@ -24,11 +24,31 @@ Output: TypeAlias = torch.Tensor | tuple[Any, ...]
 _again = threading.local()  # left: tensors that the second run in this thread has still to give
 
 
+class Kept:
+    """What the blocks of a pass keep, one kind in one piece of memory.
+
+    Each in memory of its own would lie among what its block's operations make and free, and leave holes on both sides that
+    the next block's do not fit.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self._places: dict[tuple[Any, ...], list[torch.Tensor]] = {}
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor in the next place for its like; a piece goes when the last block has let go of its place."""
+        places = self._places.setdefault((tensor.shape, tensor.dtype, tensor.device), [])
+        if not places:
+            places.extend(tensor.new_empty(self._blocks, *tensor.shape).unbind())
+        return places.pop().copy_(tensor)
+
+
 def checkpoint_block(
     block: Callable[..., Output],
     hidden: torch.Tensor,
     *args: Any,
     keep: Literal["input", "int8"] = "input",
+    kept: Kept | None = None,
     **kwargs: Any,
 ) -> Output:
     """Run a block; its inner activations exist only while it runs, forward and again in backward.
@@ -40,6 +60,7 @@ def checkpoint_block(
         hidden: (..., n) of any float type.
         args, kwargs: masks, positions. They are kept as they are.
         keep: "input" keeps hidden, which costs nothing where something else holds it; "int8" 1 byte a value.
+        kept: where a copy of it goes; None keeps it where it is.
 
     Raises:
         ValueError: keep is neither, or hidden is of no float type.
@@ -52,7 +73,10 @@ def checkpoint_block(
     trains = any(p.requires_grad for p in block.parameters()) if isinstance(block, torch.nn.Module) else True
     if not torch.is_grad_enabled() or not (trains or hidden.requires_grad):
         return block(hidden, *args, **kwargs)
-    run = _Run(lambda x: block(x, *args, **kwargs), hidden, keep)
+    boundary = (hidden.detach(),) if keep == "input" else quantise_rows(hidden.detach())
+    if kept is not None:
+        boundary = tuple(map(kept.copy, boundary))
+    run = _Run(lambda x: block(x, *args, **kwargs), hidden, boundary)
     with saved_tensors_hooks(run.count, run.recall):
         output = block(hidden, *args, **kwargs)
     run.end(hidden.device)
@@ -71,9 +95,10 @@ class _Done(Exception):
 class _Run:
     """What a block keeps, and the tensors that it makes again when the first of them is asked for."""
 
-    def __init__(self, call: Callable[[torch.Tensor], Output], hidden: torch.Tensor, keep: str) -> None:
-        self.call, self.dtype, self.wanted = call, hidden.dtype, hidden.requires_grad
-        self.kept = (hidden.detach(),) if keep == "input" else quantise_rows(hidden.detach())
+    def __init__(
+        self, call: Callable[[torch.Tensor], Output], hidden: torch.Tensor, boundary: tuple[torch.Tensor, ...]
+    ) -> None:
+        self.call, self.dtype, self.wanted, self.boundary = call, hidden.dtype, hidden.requires_grad, boundary
         self.autocast = _autocast(hidden.device.type)
         self.random: list[torch.Tensor] | None = _random_states(hidden.device)
         self.counted = 0
@@ -96,7 +121,7 @@ class _Run:
         return self.made.pop(number)
 
     def _run_again(self) -> None:
-        hidden = self.kept[0].detach() if len(self.kept) == 1 else expand_rows(*self.kept, self.dtype)
+        hidden = self.boundary[0].detach() if len(self.boundary) == 1 else expand_rows(*self.boundary, self.dtype)
         hidden.requires_grad_(self.wanted)
         self.made = {}
         outer, _again.left = getattr(_again, "left", None), self.counted

@@ -8,7 +8,7 @@ from importlib import import_module
 import pytest
 import torch
 from edge_kernels.adamw8bit import AdamW8bit
-from edge_kernels.checkpoint_block import checkpoint_block
+from edge_kernels.checkpoint_block import Kept, checkpoint_block
 from edge_kernels.quant import expand_rows, quantise_rows
 from numerics import DEVICE, assert_as_good_as, relative_error
 from torch import nn
@@ -79,6 +79,18 @@ def test_two_blocks_in_a_row():
     second = llama()[0]
     nn.init.normal_(second.mlp.up_proj.weight, std=0.1)
     check(checkpoint_block, [first, second], hidden, kwargs)
+
+
+@pytest.mark.parametrize("keep", ["input", "int8"])
+def test_blocks_that_keep_in_one_piece_of_memory(runs, keep):
+    blocks, hidden, kwargs = [llama()[0] for _ in range(3)], *llama()[1:]
+    run = partial(checkpoint_block, keep=keep, kept=Kept(3))
+    seen, expected = outcome(run, blocks, hidden, kwargs), outcome(partial(run, kept=None), blocks, hidden, kwargs)
+    assert all(map(torch.equal, seen, expected))
+    for parts in zip(*(run.boundary for run in runs[:3]), strict=True):
+        first, *others = (part.untyped_storage().data_ptr() for part in parts)
+        assert others == [first, first] and len({part.data_ptr() for part in parts}) == 3
+    assert len({run.boundary[0].untyped_storage().data_ptr() for run in runs}) == 4  # without it: one each
 
 
 def test_dropout_is_the_same_again():

@@ -29,3 +29,9 @@ class TrainerError(EdgeError):
     """The trainer process ended without a result."""
 
     exit_code = 5
+
+
+class MemoryShortError(TrainerError):
+    """The trainer needs more memory than it may take; with a smaller plan it may do."""
+
+    exit_code = 6

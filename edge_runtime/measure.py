@@ -18,7 +18,8 @@ from edge_runtime import processes
 from edge_runtime.errors import InputError, TrainerError
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning.plan import Plan
-from edge_runtime.planning.search import plan
+from edge_runtime.planning.predict import MLP_TOKENS
+from edge_runtime.planning.search import Way, plan
 from edge_runtime.settings import Adapter, Boundaries, Fleet, Model, Training, Weights
 from edge_runtime.training import data
 from edge_runtime.training.job import Job, Result
@@ -122,9 +123,7 @@ def planned(
         weights,
         tokens=tokens,
         rank=rank,
-        rows=rows,
-        boundaries=boundaries,
-        streamed=streamed,
+        way=Way(rows, boundaries, None if streamed else MLP_TOKENS, streamed),
         runtime_bytes=processes.runtime_bytes(),
         lengths=1,
     )

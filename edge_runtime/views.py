@@ -99,7 +99,7 @@ def show_plan(choice: Choice, budget_bytes: int) -> None:
         for one in preferred:
             peak = one.predicted_peak_bytes
             name = f"{Path(one.source).name}, {one.depth} layers, {one.weights}"
-            table.add_row(name, one.way, format_size(peak), format_size(peak - budget_bytes))
+            table.add_row(name, one.how, format_size(peak), format_size(peak - budget_bytes))
         console.print(table)
 
 

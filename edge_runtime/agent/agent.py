@@ -30,7 +30,7 @@ from edge_runtime.agent.planner import Planned, Unplanned
 from edge_runtime.agent.reports import Reports
 from edge_runtime.agent.store import Store
 from edge_runtime.agent.trainer import Ended, Trainer
-from edge_runtime.errors import BudgetError, EdgeError, InputError, LinkError, TrainerError
+from edge_runtime.errors import BudgetError, EdgeError, InputError, LinkError, MemoryShortError, TrainerError
 from edge_runtime.rounds import CODEC, NOOP, ROUND_DOMAIN, Report, Round
 from edge_runtime.training.job import Job, Progress, Result
 
@@ -224,6 +224,7 @@ class Agent:
             export=str(self._adapter) if self._round.state == "finished" else None,
             threads=self.options.threads,
             device=self.options.device,
+            budget_bytes=self._budget_bytes,
         )
         self._attempt += 1
         folder = work.folder_of(self._work, job.round) if job.train else self._work / "finished"
@@ -243,7 +244,7 @@ class Agent:
         elif self._attempt >= ATTEMPTS:
             self._give_up(TrainerError(reason))
         else:
-            if ended.exit_code == -9:  # out of memory, most likely: plan smaller
+            if ended.exit_code in (-9, MemoryShortError.exit_code):  # killed for memory, most likely, or said so
                 self._budget_bytes = min(self._budget_bytes, int(SMALLER * self._planned.plan.predicted_peak_bytes))
             self._say("again", text=reason)
             self._plan()

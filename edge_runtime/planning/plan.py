@@ -9,7 +9,8 @@ from edge_runtime.settings import Boundaries, Weights
 
 class Plan(msgspec.Struct, frozen=True):
     """depth: layers kept. rows: micro-batch. tokens: longest sequence. boundaries: how each block's input is kept for
-    backward. streamed: the blocks' packed matrices stay in files. terms: predicted bytes, by what takes them."""
+    backward. mlp_tokens: that go through an MLP at once, None: all. streamed: the blocks' packed matrices stay in files.
+    terms: predicted bytes, by what takes them."""
 
     source: str
     model_class: str
@@ -21,6 +22,7 @@ class Plan(msgspec.Struct, frozen=True):
     tokens: int
     terms: dict[str, int]
     boundaries: Boundaries = "input"
+    mlp_tokens: int | None = None
     streamed: bool = False
 
     @property
@@ -31,11 +33,13 @@ class Plan(msgspec.Struct, frozen=True):
     @property
     def summary(self) -> str:
         """The model, its format and how it is trained, for people."""
-        return f"{Path(self.source).name}, {self.depth} of {self.layers} layers, {self.weights}, {self.way}"
+        return f"{Path(self.source).name}, {self.depth} of {self.layers} layers, {self.weights}, {self.how}"
 
     @property
-    def way(self) -> str:
+    def how(self) -> str:
         """How the model is trained, for people."""
         kept = ", boundaries in 8 bits" if self.boundaries == "int8" else ""
+        tiles = self.mlp_tokens is not None and self.mlp_tokens < self.rows * self.tokens
+        tiled = f", MLPs in tiles of {self.mlp_tokens}" if tiles else ""
         streamed = ", weights streamed" if self.streamed else ""
-        return f"rank {self.rank}, micro-batches of {self.rows} x {self.tokens} tokens{kept}{streamed}"
+        return f"rank {self.rank}, micro-batches of {self.rows} x {self.tokens} tokens{kept}{tiled}{streamed}"

@@ -32,6 +32,8 @@ KERNEL_BYTES, MOST_LENGTHS = 8 * MIB, 6  # of a length of rows; the library's ca
 LOSS_CHUNK_BYTES = 16 * MIB  # of logits at once, unless memory is short
 LOSS_COPIES = 2.6
 BLOCK_COPIES = {"float32": 1.6, "bfloat16": 1.85, "packed": 1.25}
+MLP_TOKENS, FEWER_MLP_TOKENS = 1024, 256  # that go through an MLP at once: at no cost, and where memory is short
+UNGATED_FAMILIES = ("gpt2", "phi")  # their MLPs do not come in tiles
 LENGTH_STEP = 8  # rows are padded to multiples of it
 
 
@@ -53,7 +55,8 @@ def terms(
     values = sum(rows * columns for rows, columns in shapes.values())
     kept = facts.hidden + 4 if plan.boundaries == "int8" else width * facts.hidden
     copies = BLOCK_COPIES["packed" if plan.weights in PACKED else plan.weights]
-    block = int(copies * width * batch * (17 * facts.hidden + 7 * facts.intermediate))
+    at_once = batch if facts.family in UNGATED_FAMILIES else min(batch, plan.mlp_tokens or batch)
+    block = int(copies * width * (batch * 17 * facts.hidden + at_once * 7 * facts.intermediate))
     loss = int(LOSS_COPIES * min(width * batch * facts.vocabulary, loss_chunk_bytes(plan)))
     training = {"boundaries": batch * kept * plan.depth, **({"block": block} if block > loss else {"loss": loss})}
     encode = {"encode": ENCODE_BYTES * values}

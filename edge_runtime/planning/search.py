@@ -13,10 +13,19 @@ from edge_profiles import format_size
 from edge_runtime.errors import BudgetError, InputError
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning.plan import Plan
-from edge_runtime.planning.predict import LENGTH_STEP, terms
-from edge_runtime.settings import PACKED, Boundaries, Fleet, Weights
+from edge_runtime.planning.predict import FEWER_MLP_TOKENS, KERNEL_BYTES, LENGTH_STEP, MLP_TOKENS, terms
+from edge_runtime.settings import PACKED, Boundaries, Fleet, Role, Weights
 
 UNPACKED_FAMILIES = ("gpt2",)  # their linear layers are no nn.Linear
+
+
+class Way(NamedTuple):
+    """How rows go through a model, as a plan has it."""
+
+    rows: int
+    boundaries: Boundaries = "input"
+    mlp_tokens: int | None = MLP_TOKENS
+    streamed: bool = False
 
 
 class Choice(NamedTuple):
@@ -63,8 +72,8 @@ def choose(fleet: Fleet, facts: dict[str, Facts], budget_bytes: int, runtime_byt
 
 def candidates(fleet: Fleet, facts: dict[str, Facts], runtime_bytes: int) -> Iterator[list[Plan]]:
     """For each model and weight format in order of preference, its plans in order of preference: from the longest sequence,
-    highest rank and largest micro-batch to the shortest, the lowest and a single row with 8-bit boundaries and, where they
-    are packed, streamed weights.
+    highest rank and largest micro-batch to the shortest, the lowest and a single row with 8-bit boundaries, MLPs in small
+    tiles and, where they are packed, streamed weights.
 
     Lengths above a model's positions are left out, unless all are.
     """
@@ -86,14 +95,12 @@ def candidates(fleet: Fleet, facts: dict[str, Facts], runtime_bytes: int) -> Ite
                     weights,
                     tokens=tokens,
                     rank=rank,
-                    rows=rows,
-                    boundaries=boundaries,
-                    streamed=streamed,
+                    way=way,
                     runtime_bytes=runtime_bytes,
                 )
                 for tokens in possible
                 for rank in (adapter.rank, *adapter.lower)
-                for rows, boundaries, streamed in _ways(training.rows_a_step, weights)
+                for way in _ways(training.rows_a_step, weights, tokens)
             ]
 
 
@@ -106,9 +113,7 @@ def plan(
     *,
     tokens: int,
     rank: int,
-    rows: int,
-    boundaries: Boundaries,
-    streamed: bool,
+    way: Way,
     runtime_bytes: int,
     lengths: int | None = None,
 ) -> Plan:
@@ -128,39 +133,58 @@ def plan(
         raise InputError(
             f"{source} is a {known.family} model, whose matrices cannot be packed: use float32 or bfloat16"
         )
-    if streamed and weights not in PACKED:
+    if way.streamed and weights not in PACKED:
         raise InputError(f"weights in {weights} cannot be streamed: use one of {', '.join(PACKED)}")
-    way = Plan(
+    made = Plan(
         source=source,
         model_class=known.model_class,
         depth=depth,
         layers=known.layers,
         weights=weights,
         rank=rank,
-        rows=rows,
         tokens=tokens,
         terms={},
-        boundaries=boundaries,
-        streamed=streamed,
+        **way._asdict(),
     )
-    predicted = terms(
-        known,
-        way,
-        roles=fleet.adapter.roles,
-        rows_a_step=fleet.training.rows_a_step,
-        lengths=lengths or -(-tokens // LENGTH_STEP),
-        runtime_bytes=runtime_bytes,
-    )
-    return msgspec.structs.replace(way, terms=predicted)
+    return _predicted(known, made, fleet.adapter.roles, fleet.training.rows_a_step, runtime_bytes, lengths)
 
 
-def _ways(rows_a_step: int, weights: Weights) -> Iterator[tuple[int, Boundaries, bool]]:
-    """Micro-batches, boundaries and whether the weights are streamed, from the fastest and most exact to the smallest."""
+def lower(known: Facts, plan: Plan, *, roles: tuple[Role, ...], rows_a_step: int) -> list[Plan]:
+    """The plans that a running trainer can go on with, each in less memory than the one before: smaller micro-batches, then
+    8-bit boundaries, then small tiles of the MLP. Model, weights, rank and length stay."""
+    found = [plan]
+    for way in _ways(rows_a_step, plan.weights, plan.tokens):
+        made = msgspec.structs.replace(plan, **way._asdict())
+        made = _predicted(known, made, roles, rows_a_step, plan.terms["runtime"])
+        kernels = plan.terms["kernels"] + KERNEL_BYTES * len(found)  # those of the lengths so far stay
+        made = msgspec.structs.replace(made, terms=made.terms | {"kernels": kernels})
+        if way.streamed == plan.streamed and made.predicted_peak_bytes < found[-1].predicted_peak_bytes:
+            found.append(made)
+    return found[1:]
+
+
+def _predicted(
+    known: Facts,
+    made: Plan,
+    roles: tuple[Role, ...],
+    rows_a_step: int,
+    runtime_bytes: int,
+    lengths: int | None = None,
+) -> Plan:
+    lengths = lengths or -(-made.tokens // LENGTH_STEP)
+    predicted = terms(known, made, roles=roles, rows_a_step=rows_a_step, lengths=lengths, runtime_bytes=runtime_bytes)
+    return msgspec.structs.replace(made, terms=predicted)
+
+
+def _ways(rows_a_step: int, weights: Weights, tokens: int) -> Iterator[Way]:
+    """From the fastest and most exact to the smallest. Streamed weights are gone when a tile would run again."""
     rows = rows_a_step
     while rows > 1:
-        yield rows, "input", False
+        yield Way(rows)
         rows = -(-rows // 2)
-    yield 1, "input", False
-    yield 1, "int8", False
+    yield Way(1)
+    yield Way(1, "int8")
+    if tokens > FEWER_MLP_TOKENS:
+        yield Way(1, "int8", FEWER_MLP_TOKENS)
     if weights in PACKED:
-        yield 1, "int8", True
+        yield Way(1, "int8", None, True)

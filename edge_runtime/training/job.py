@@ -22,6 +22,7 @@ class Job(msgspec.Struct, frozen=True):
     evaluation: held-out files by name. start: the global version (encoded), None for version 0. private: state.bin of an
     earlier round. residual: residual.bin of the last settled round. unsent: a payload that the node refused, to be sent
     again. export: folder for the adapter in PEFT's form, after an evaluation alone. threads: CPU threads, 0 for all.
+    budget_bytes: what the process may take while it trains; None: all there is.
     """
 
     train: bool
@@ -43,6 +44,7 @@ class Job(msgspec.Struct, frozen=True):
     export: str | None = None
     threads: int = 0
     device: str = "cpu"
+    budget_bytes: int | None = None
 
 
 class Score(msgspec.Struct, frozen=True):
@@ -56,7 +58,7 @@ class Score(msgspec.Struct, frozen=True):
 
 class Result(msgspec.Struct, frozen=True):
     """evaluation: of the version the round started from. losses: of each step but the skipped ones, whose loss was not
-    finite. step_seconds: of each step. peaks: bytes of each phase."""
+    finite. step_seconds: of each step. peaks: bytes of each phase. eased: how the steps went on when memory got short."""
 
     samples: int
     evaluation: dict[str, Score]
@@ -67,6 +69,7 @@ class Result(msgspec.Struct, frozen=True):
     measured_peak_bytes: int
     payload_bytes: int
     skipped: int = 0
+    eased: list[str] = []
 
 
 class Progress(msgspec.Struct, frozen=True):

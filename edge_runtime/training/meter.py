@@ -33,17 +33,27 @@ class Meter:
         self.cuda = device.startswith("cuda")
         self.peaks: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
+        self._highest = 0  # of the laps of this phase
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measure what runs inside; a phase that runs twice keeps its higher peak and adds its times."""
         self._reset()
+        self._highest = 0
         started = monotonic()
         try:
             yield
         finally:
-            self.peaks[name] = max(self.peaks.get(name, 0), self._peak())
+            self.lap()
+            self.peaks[name] = max(self.peaks.get(name, 0), self._highest)
             self.seconds[name] = self.seconds.get(name, 0.0) + monotonic() - started
+
+    def lap(self) -> int:
+        """The peak since the phase or its last lap began; the phase's own is the highest of them."""
+        peak = self._peak()
+        self._highest = max(self._highest, peak)
+        self._reset()
+        return peak
 
     @property
     def peak_bytes(self) -> int:

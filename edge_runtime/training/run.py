@@ -22,15 +22,18 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from edge_runtime import codec, methods, settings
 from edge_runtime.adapters import attach, export
-from edge_runtime.errors import EdgeError, InputError, TrainerError
+from edge_runtime.errors import EdgeError, InputError, MemoryShortError, TrainerError
 from edge_runtime.methods.interface import Method
 from edge_runtime.models import weights
 from edge_runtime.models.slices import kept_layers, nested_blocks
+from edge_runtime.planning.plan import Plan
 from edge_runtime.planning.predict import loss_chunk_bytes
+from edge_runtime.planning.search import lower
 from edge_runtime.training import data, step
 from edge_runtime.training.evaluate import evaluate
 from edge_runtime.training.job import Job, Progress, Result
 from edge_runtime.training.lean import without_compiler
+from edge_runtime.training.limit import Limit
 from edge_runtime.training.meter import Meter, release
 
 START = "start.bin"  # the exchanged factors as the round found them; in memory they would be one adapter more
@@ -73,7 +76,7 @@ def run(folder: Path) -> None:
             plan = job.plan
             model = weights.load(job.facts, plan.depth, plan.weights, job.device, streamed=plan.streamed)
         adapter = attach.attach(model, kept_layers(job.plan.depth, job.facts.layers), job.adapter, job.seed)
-        apply(model)
+        undo = apply(model, plan.mlp_tokens)
         start = _start(job, method, attach.state(adapter))
         attach.load_state(adapter, start)
         if job.train:
@@ -92,6 +95,20 @@ def run(folder: Path) -> None:
         ends.append(time.monotonic())
         tell("train", done, job.training.steps, loss)
 
+    eased: list[str] = []
+    limit = _limit(job, meter)
+
+    def ease() -> Plan | None:
+        nonlocal undo
+        way = limit.ease() if limit is not None else None
+        if way is not None:
+            undo()
+            undo = apply(model, way.mlp_tokens)
+            eased.append(way.how)
+            release()
+            meter.lap()  # what comes is measured without what was
+        return way
+
     if job.train:
         depths = job.depths if method.merger is not None else (job.plan.depth,)
         ends.append(time.monotonic())
@@ -107,10 +124,11 @@ def run(folder: Path) -> None:
                 rounds=job.rounds,
                 seed=job.seed,
                 progress=stepped,
+                ease=ease,
                 keep=job.plan.boundaries,
                 loss_chunk_bytes=loss_chunk_bytes(job.plan),
             )
-        del model
+        del model, undo
         gc.collect()  # its modules and their functions refer to each other
         release()
         tell("encode")
@@ -123,6 +141,7 @@ def run(folder: Path) -> None:
         evaluation=scores,
         losses=[loss for loss in losses if math.isfinite(loss)],
         skipped=sum(map(math.isnan, losses)),
+        eased=eased,
         step_seconds=[end - begin for begin, end in pairwise(ends)],
         peaks=meter.peaks,
         seconds=meter.seconds,
@@ -131,6 +150,13 @@ def run(folder: Path) -> None:
     )
     _replace(folder / "result.json", msgspec.json.encode(result), tell)
     tell("done")
+
+
+def _limit(job: Job, meter: Meter) -> Limit | None:
+    if job.budget_bytes is None:
+        return None
+    ways = lower(job.facts, job.plan, roles=job.adapter.roles, rows_a_step=job.training.rows_a_step)
+    return Limit(job.budget_bytes, job.plan, ways, meter.lap)
 
 
 def _start(job: Job, method: Method, initial: attach.State) -> attach.State:
@@ -277,6 +303,9 @@ def main() -> int:
     except EdgeError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        sys.stderr.write(f"{MemoryShortError(f'out of memory: {str(error).partition(chr(10))[0]}')}\n")
+        return MemoryShortError.exit_code
     except OSError as error:
         sys.stderr.write(f"{InputError(f'cannot write the result: {error}')}\n")
         return InputError.exit_code

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from edge_runtime.adapters.attach import Adapter
 from edge_runtime.adapters.roles import blocks
 from edge_runtime.errors import TrainerError
+from edge_runtime.planning.plan import Plan
 from edge_runtime.planning.predict import LENGTH_STEP, LOSS_CHUNK_BYTES
 from edge_runtime.settings import Boundaries, Training
 from edge_runtime.training.data import IGNORED, Example, batches, epochs
@@ -65,6 +66,7 @@ def train(
     rounds: int,
     seed: int,
     progress: Callable[[int, float | None], None],
+    ease: Callable[[], Plan | None] = lambda: None,
     keep: Boundaries = "input",
     loss_chunk_bytes: int = LOSS_CHUNK_BYTES,
 ) -> list[float]:
@@ -75,6 +77,7 @@ def train(
         micro_rows: rows that go through the model at once.
         round_: counted from 1; with rounds it places this round on the learning rate's schedule.
         progress: told the step, counted from 1, and its loss; None where the step was skipped.
+        ease: asked after each step how to go on in less memory; None: as before.
         keep: how each block's input is kept for backward.
         loss_chunk_bytes: of logits that exist at once.
 
@@ -82,7 +85,7 @@ def train(
         The loss of each step; nan where it was not finite and the step was skipped.
 
     Raises:
-        TrainerError: the loss was not finite several times in a row.
+        TrainerError: the loss was not finite several times in a row, or what ease raises.
     """
     factors = adapter.factors.values()
     optimiser = AdamW8bit(factors, weight_decay=training.weight_decay, clip_norm=training.clip_norm)
@@ -125,6 +128,9 @@ def train(
                 "learning rate, or look for broken weights"
             )
         progress(step + 1, total if math.isfinite(total) else None)
+        eased = ease()
+        if eased is not None:
+            micro_rows, keep = eased.rows, eased.boundaries
     optimiser.close()
     return losses
 

@@ -5,6 +5,7 @@ from edge_kernels.adapter_linear import adapter_linear
 from edge_kernels.apply import apply
 from edge_kernels.checkpoint_block import Kept, checkpoint_block
 from edge_kernels.gated_activation import gated_activation
+from edge_kernels.in_tiles import in_tiles
 from edge_kernels.layer_norm import layer_norm
 from edge_kernels.linear_cross_entropy import linear_cross_entropy
 from edge_kernels.packed_linear import packed_linear
@@ -21,6 +22,7 @@ __all__ = [
     "checkpoint_block",
     "expand",
     "gated_activation",
+    "in_tiles",
     "layer_norm",
     "linear_cross_entropy",
     "pack",

@@ -1,7 +1,7 @@
 """Puts the operators into a loaded Hugging Face model, module by module, and takes them out again.
 
     norms        rms_norm, layer_norm
-    MLP          gated_activation, where the activation has a gate
+    MLP          gated_activation, where the activation has a gate; in tiles of tokens
     attention    rotary, where there are rotary positions
 
 Each module gets a `forward` of its own that hides its class's; no weight moves and no class or library is changed. The
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from edge_kernels.gated_activation import Kind, gated_activation
+from edge_kernels.in_tiles import in_tiles
 from edge_kernels.layer_norm import layer_norm
 from edge_kernels.rms_norm import rms_norm
 from edge_kernels.rotary import rotary
@@ -36,11 +37,13 @@ ROTARY = "apply_rotary_pos_emb"
 Forward = Callable[..., Any]
 
 
-def apply(model: nn.Module) -> Callable[[], None]:
+def apply(model: nn.Module, mlp_tokens: int | None = None) -> Callable[[], None]:
     """Swap the operators into a transformers model of the Llama, Mistral, Qwen, Gemma, Phi and GPT-2 families.
 
     Args:
         model: loaded and frozen (adapters may train).
+        mlp_tokens: that go through an MLP with a gate at once; None: all. In tiles, its weights have to stay where they are
+            from forward to backward.
 
     Returns:
         A function that takes them out again.
@@ -48,7 +51,7 @@ def apply(model: nn.Module) -> Callable[[], None]:
     Raises:
         ValueError: a module is of a kind that is not known, or its own weight wants a gradient. Nothing was swapped then.
     """
-    found = {name: _forward(name, module) for name, module in model.named_modules()}
+    found = {name: _forward(name, module, mlp_tokens) for name, module in model.named_modules()}
     swapped = [(model.get_submodule(name), forward) for name, forward in found.items() if forward is not None]
     for module, forward in swapped:
         module.forward = forward
@@ -60,7 +63,7 @@ def apply(model: nn.Module) -> Callable[[], None]:
     return undo
 
 
-def _forward(name: str, module: nn.Module) -> Forward | None:
+def _forward(name: str, module: nn.Module, mlp_tokens: int | None) -> Forward | None:
     """What stands for the module's own forward; None where that stays."""
     kind = type(module).__name__
     if kind in OFFSETS:
@@ -71,15 +74,21 @@ def _forward(name: str, module: nn.Module) -> Forward | None:
         _check_frozen(name, module)
         return lambda x: layer_norm(x, module.weight, module.bias, module.eps)
     if kind in GATED:
-        return partial(_gated, module, _activation(name, module))
+        return _tiled(module, partial(_gated, module, _activation(name, module)), mlp_tokens)
     if kind in FUSED:
-        return partial(_fused, module, _activation(name, module))
+        return _tiled(module, partial(_fused, module, _activation(name, module)), mlp_tokens)
     if kind.endswith("Attention"):
         return _rotated(module)
     if kind.endswith(("Norm", "MLP")) and kind not in UNGATED:
         known = ", ".join((*OFFSETS, "LayerNorm", *GATED, *FUSED, *UNGATED))
         raise ValueError(f"{name} is a {kind}, which is not known; known: {known}")
     return None
+
+
+def _tiled(module: nn.Module, forward: Forward, tokens: int | None) -> Forward:
+    if tokens is None:
+        return forward
+    return lambda x: in_tiles(forward, x, tokens, [p for p in module.parameters() if p.requires_grad])
 
 
 def _gated(module: Any, kind: Kind, x: torch.Tensor) -> torch.Tensor:

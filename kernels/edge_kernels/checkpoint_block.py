@@ -121,7 +121,8 @@ class _Run:
         return self.made.pop(number)
 
     def _run_again(self) -> None:
-        hidden = self.boundary[0].detach() if len(self.boundary) == 1 else expand_rows(*self.boundary, self.dtype)
+        x, *scale = self.boundary
+        hidden = expand_rows(x, scale[0], self.dtype) if scale else x.detach()
         hidden.requires_grad_(self.wanted)
         self.made = {}
         outer, _again.left = getattr(_again, "left", None), self.counted

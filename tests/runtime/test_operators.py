@@ -6,10 +6,11 @@ from importlib import import_module
 import pytest
 import torch
 from edge_kernels import apply
+from peft import PeftModel
 from torch import nn
 
 from edge_runtime import settings
-from edge_runtime.adapters import attach
+from edge_runtime.adapters import attach, export
 from edge_runtime.demo import commands
 from edge_runtime.models import weights
 from edge_runtime.training import data, step
@@ -45,10 +46,11 @@ def difference(one, two):
     return float((one - two).norm() / two.norm())
 
 
+@pytest.mark.parametrize("mlp_tokens", [None, 5])
 @pytest.mark.parametrize("family", SWAPPED)
-def test_a_model_computes_the_same_with_the_operators(tiny, family):
+def test_a_model_computes_the_same_with_the_operators(tiny, family, mlp_tokens):
     with_them = tiny(family)
-    apply(with_them)
+    apply(with_them, mlp_tokens)
     assert sum("forward" in module.__dict__ for module in with_them.modules()) == SWAPPED[family]
     seen, truth = outcome(with_them), outcome(tiny(family))
     assert difference(seen[0], truth[0]) < 1e-5
@@ -106,9 +108,12 @@ class PlainLora(nn.Module):
         return torch.nn.functional.linear(x, self.base.weight, self.base.bias) + self.scale * (z @ self.B.to(x.dtype).T)
 
 
-def losses_of(facts, examples, *, operators, steps, learning_rate=1e-3):
-    model = weights.load(facts, facts.layers, "bfloat16")
-    adapter = attach.attach(model, tuple(range(facts.layers)), settings.Adapter(rank=8, alpha=16), seed=0)
+REAL_SPEC = settings.Adapter(rank=8, alpha=16)
+
+
+def losses_of(facts, examples, *, operators, steps, learning_rate=1e-3, form="bfloat16"):
+    model = weights.load(facts, facts.layers, form)
+    adapter = attach.attach(model, tuple(range(facts.layers)), REAL_SPEC, seed=0)
     if operators:
         apply(model)
         training = settings.Training(steps=steps, rows_a_step=4, learning_rate=learning_rate)
@@ -127,20 +132,20 @@ def losses_of(facts, examples, *, operators, steps, learning_rate=1e-3):
     for name, module in list(model.named_modules()):
         if isinstance(module, attach.AdapterLinear):
             model.set_submodule(name, PlainLora(module))
-    return plain_losses(model, adapter, examples, steps, learning_rate)
+    return plain_losses(model, list(adapter.factors.values()), examples, steps, learning_rate)
 
 
-def plain_losses(model, adapter, examples, steps, learning_rate):
+def plain_losses(model, trained, examples, steps, learning_rate=1e-3):
     """The training loop as one would write it first."""
     training = settings.Training(steps=steps, learning_rate=learning_rate)
-    optimiser = torch.optim.AdamW(adapter.factors.values(), weight_decay=0.0)
+    optimiser = torch.optim.AdamW(trained, weight_decay=0.0)
     rows, found = data.epochs(examples, "0/1"), []
     for number in range(steps):
         ids, labels = step.pad(list(itertools.islice(rows, 4)), torch.device("cpu"))
         logits = model(ids, use_cache=False).logits[:, :-1].float()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(adapter.factors.values(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for group in optimiser.param_groups:
             group["lr"] = step.learning_rate(training, number, 1, 1)
         optimiser.step()
@@ -161,3 +166,21 @@ def test_sixty_steps_on_the_real_model_follow_the_same_loss(demo_facts, demo_tok
     assert apart < 0.01
     other = losses_of(demo_facts, examples, operators=True, steps=20, learning_rate=1.5e-3)
     assert abs(sum(other) - sum(plain[:20])) / sum(plain[:20]) > 0.01  # another training is told apart
+
+
+@pytest.mark.timeout(900)
+def test_sixty_steps_on_packed_weights_follow_pefts_on_the_same_weights_expanded(
+    demo_facts, demo_tokenizer, tmp_path, record_property
+):
+    rows = [{"text": row["prompt"] + row["completion"]} for row in commands.rows("kitchen", 64, 1, seed=0).train]
+    examples = data.tokenize(rows, demo_tokenizer, 40)
+    seen = losses_of(demo_facts, examples, operators=True, steps=60, form="q4_1")
+    model = weights.load(demo_facts, demo_facts.layers, "bfloat16")
+    adapter = attach.attach(weights.load(demo_facts, demo_facts.layers, "q4_1"), tuple(range(30)), REAL_SPEC, seed=0)
+    export.to_peft(attach.state(adapter), demo_facts, REAL_SPEC, adapter.paths, tmp_path)
+    peft = PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
+    theirs = plain_losses(peft, [p for p in peft.parameters() if p.requires_grad], examples, 60)
+    assert theirs[-1] < theirs[0] / 2
+    apart = abs(sum(seen) - sum(theirs)) / sum(theirs)
+    record_property("mean loss, relative difference", round(apart, 5))
+    assert apart < 0.01

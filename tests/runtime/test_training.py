@@ -15,7 +15,7 @@ from edge_kernels import AdamW8bit
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from edge_runtime import codec, processes, settings
+from edge_runtime import codec, measure, processes, settings
 from edge_runtime.adapters import attach, roles
 from edge_runtime.adapters.initial import initial
 from edge_runtime.errors import TrainerError
@@ -52,10 +52,15 @@ def adapted(model, spec=SPEC):
     return adapter
 
 
-def train(model, adapter, examples, micro_rows=4, slices=None, progress=lambda *_: None, **training):
+def plan_of(**how):
+    names = {"source": "m", "model_class": "m@1", "depth": 4, "layers": 4, "weights": "float32", "rank": SPEC.rank}
+    return Plan(**{**names, "tokens": 32, "terms": {}, **how})
+
+
+def train(model, adapter, examples, micro_rows=4, slices=None, progress=lambda *_: None, ease=lambda: None, **training):
     wanted = settings.Training(**{"steps": 1, "rows_a_step": 8, "learning_rate": 1e-2, **training})
     everything = [tuple(range(len(roles.blocks(model))))]
-    where = {"slices": slices or everything, "round_": 1, "rounds": 1, "seed": 0, "progress": progress}
+    where = {"slices": slices or everything, "round_": 1, "rounds": 1, "seed": 0, "progress": progress, "ease": ease}
     return step.train(model, adapter, examples, wanted, micro_rows=micro_rows, **where)
 
 
@@ -194,6 +199,31 @@ def test_dropout_is_drawn_alike_when_a_block_runs_again(tiny):
     assert relative_difference(gradients[1], gradients[0]) < 1e-6
 
 
+def test_eased_steps_make_the_same_round(tiny):
+    """Smaller micro-batches give the same steps; 8-bit boundaries nearly."""
+    plans = {micro_rows: plan_of(rows=micro_rows) for micro_rows in (4, 2)}
+    plans["int8"] = plan_of(rows=2, boundaries="int8")
+    seen = {}
+    for name, answers in {"as before": [], "smaller": [4, 2], "int8": ["int8"], "other": []}.items():
+        model, asked = tiny("llama"), iter(answers)
+        adapter = adapted(model)
+        rate = {"learning_rate": 2e-2} if name == "other" else {}
+        losses = train(
+            model,
+            adapter,
+            draw_examples(8),
+            micro_rows=8,
+            steps=4,
+            ease=lambda asked=asked: plans.get(next(asked, None)),
+            **rate,
+        )
+        seen[name] = losses
+    assert seen["smaller"] == pytest.approx(seen["as before"], rel=1e-5)
+    assert seen["int8"] == pytest.approx(seen["as before"], rel=1e-2)
+    assert seen["int8"] != pytest.approx(seen["as before"], rel=1e-6)
+    assert seen["other"][-1] != pytest.approx(seen["as before"][-1], rel=1e-2)
+
+
 def test_a_step_whose_loss_is_not_finite_is_skipped(tiny, monkeypatch):
     operator, calls = step.linear_cross_entropy, []
 
@@ -291,8 +321,7 @@ def trainer(tmp_path):
     def run(name, facts, depth=4, rows=ROWS, **changes):
         folder = tmp_path / name
         folder.mkdir()
-        names = {"source": "m", "model_class": facts.model_class, "layers": facts.layers, "weights": "float32"}
-        plan = Plan(**names, depth=depth, rank=SPEC.rank, rows=4, tokens=32, terms={})
+        plan = plan_of(model_class=facts.model_class, layers=facts.layers, depth=depth, rows=4)
         job = Job(
             **{
                 "train": True,
@@ -326,6 +355,23 @@ def result(ended):
 
 def decoded(ended):
     return codec.decode((ended[0] / "payload.bin").read_bytes())
+
+
+def test_a_round_that_comes_near_its_budget_goes_on_in_less_memory(trainer, demo_facts):
+    """Found out on the real model: what a free run takes is the budget of the next."""
+    rows = [{"text": " ".join(["memory"] * 200)}] * 12
+    training = settings.Training(steps=4, rows_a_step=12, max_tokens=128)
+    _, plan = measure.planned(demo_facts, 3, "bfloat16", SPEC.rank, 12, 128, 4)
+    same = {"depth": 3, "rows": rows, "training": training, "plan": plan, "evaluation": {}}
+    free = result(trainer("free", demo_facts, **same))
+    assert free.eased == []
+    peak = free.peaks["train"]
+    eased = result(trainer("eased", demo_facts, **same, budget_bytes=int(0.99 * peak)))
+    assert eased.eased and "micro-batches of" in eased.eased[0]
+    assert eased.losses == pytest.approx(free.losses, rel=0.02)
+    _, short = trainer("short", demo_facts, **same, budget_bytes=peak // 2)
+    assert short.returncode == 6
+    assert b"of a budget of" in short.stderr
 
 
 def test_one_round_on_a_slice_of_the_demos_model(trainer, demo_facts):

@@ -21,7 +21,7 @@ from edge_runtime.planning.plan import Plan
 from edge_runtime.planning.search import plan
 from edge_runtime.settings import Adapter, Boundaries, Fleet, Model, Training, Weights
 from edge_runtime.training import data
-from edge_runtime.training.job import Job, Result
+from edge_runtime.training.job import Job, PhaseMemory, Result
 
 TIMEOUT_S = 3600.0
 WARM_UP = 2  # steps that build what later ones reuse
@@ -29,12 +29,12 @@ WORDS = ("the", "a", "of", "home", "light", "door", "garden", "water", "set", "t
 
 
 class Taken(msgspec.Struct, frozen=True):
-    """What a training process took. phases: peak bytes of each; losses: of each step; load_seconds: until it can train."""
+    """What a training process took. losses: of each step; load_seconds: until it can train."""
 
     baseline_bytes: int
     measured_peak_bytes: int
     step_seconds: float
-    phases: dict[str, int]
+    phases: dict[str, PhaseMemory]
     losses: list[float]
     load_seconds: float
 
@@ -85,7 +85,7 @@ def measure(
             baseline_bytes=baseline,
             measured_peak_bytes=result.measured_peak_bytes,
             step_seconds=typical(result.step_seconds),
-            phases=result.peaks,
+            phases=result.phases,
             losses=result.losses,
             load_seconds=result.seconds["load"],
             predicted_peak_bytes=way.predicted_peak_bytes,

@@ -65,7 +65,7 @@ def main() -> None:
             losses.append(run(list(islice(rows, job.training.rows_a_step))))
             seconds.append(time.monotonic() - began)
     taken = Taken(
-        processes.runtime_bytes(), meter.peak_bytes, typical(seconds), meter.peaks, losses, meter.seconds["load"]
+        processes.runtime_bytes(), meter.peak_bytes, typical(seconds), meter.phases, losses, meter.seconds["load"]
     )
     sys.stdout.write(msgspec.json.encode(taken).decode() + "\n")
 

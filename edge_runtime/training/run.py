@@ -124,7 +124,7 @@ def run(folder: Path) -> None:
         losses=[loss for loss in losses if math.isfinite(loss)],
         skipped=sum(map(math.isnan, losses)),
         step_seconds=[end - begin for begin, end in pairwise(ends)],
-        peaks=meter.peaks,
+        phases=meter.phases,
         seconds=meter.seconds,
         measured_peak_bytes=meter.peak_bytes,
         payload_bytes=len(payload),

@@ -6,8 +6,10 @@ import sys
 
 import pytest
 
-from edge_runtime.measure import texts
+from edge_runtime import views
+from edge_runtime.measure import Measurement, Taken, texts
 from edge_runtime.training import data
+from edge_runtime.training.job import PhaseMemory
 
 MIB = 1 << 20
 
@@ -32,10 +34,28 @@ def test_both_train_the_same_and_say_what_they_took(tiny_folder, cache):
     }
     for taken in (seen, seen["peft"]):
         assert len(taken["losses"]) == 4 and taken["step_seconds"] > 0
-        assert taken["measured_peak_bytes"] == max(taken["phases"].values())
+        assert taken["measured_peak_bytes"] == max(phase["peak_bytes"] for phase in taken["phases"].values())
         assert taken["baseline_bytes"] > 200 * MIB
     assert seen["losses"][0] == pytest.approx(seen["peft"]["losses"][0], rel=0.01)  # both start from the base model
     assert seen["predicted_peak_bytes"] == sum(seen["terms"].values())
+
+
+def test_the_table_has_the_views_that_are_there(capsys):
+    taken = {
+        "baseline_bytes": MIB,
+        "measured_peak_bytes": 3 * MIB,
+        "step_seconds": 1.0,
+        "losses": [],
+        "load_seconds": 1.0,
+    }
+    peft = Taken(**taken, phases={"load": PhaseMemory(4 * MIB, anonymous_bytes=7 * MIB)})
+    phases = {"load": PhaseMemory(2 * MIB, driver_bytes=5 * MIB), "train": PhaseMemory(3 * MIB)}
+    done = Measurement(**taken, phases=phases, predicted_peak_bytes=3 * MIB, terms={"weights": 3 * MIB}, peft=peft)
+    views.show_measurement(done)
+    lines = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    cells = [[cell.strip() for cell in line] for line in lines]
+    assert ["load", "2 MiB", "-", "5 MiB"] in cells and ["PEFT: load", "4 MiB", "7 MiB", "-"] in cells
+    assert ["peak", "3 MiB", "3 MiB", "1.00"] in cells
 
 
 def test_a_shape_without_weights_is_drawn_at_random_and_may_be_streamed(tiny_folder, cache, tmp_path):

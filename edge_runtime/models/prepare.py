@@ -110,8 +110,10 @@ def _write(path: Path, work: Path, ready: Path, model_class: str, random_weights
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from edge_runtime.adapters import roles
-    from edge_runtime.models import gguf_file
+    from edge_runtime.models import gguf_file, whole
 
+    for file in [path] if path.is_file() else [] if random_weights else whole.files(path):
+        whole.tensors(file)
     where: dict[str, Any] = {"gguf_file": path.name} if path.is_file() else {}
     folder = path.parent if path.is_file() else path
     if not where:

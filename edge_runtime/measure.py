@@ -61,6 +61,7 @@ def measure(
     boundaries: Boundaries = "input",
     streamed: bool = False,
     random_weights: bool = False,
+    gpu_cap_bytes: int | None = None,
 ) -> Measurement:
     """Train a model for a few steps.
 
@@ -69,6 +70,7 @@ def measure(
         rows, tokens: of a step, which goes through the model at once.
         random_weights: draw the model that the source's config.json describes.
         peft: run PEFT on the same rows too, in a process of its own.
+        gpu_cap_bytes: of the GPU, for each of the two processes.
 
     Raises:
         EdgeError: the model cannot be used, or a process failed; it says why.
@@ -79,7 +81,7 @@ def measure(
     fleet, way = planned(facts, facts.layers, weights, rank, rows, tokens, steps, boundaries, streamed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        result = train(facts, fleet, way, texts(rows * steps, tokens), [], folder, device)
+        result = train(facts, fleet, way, texts(rows * steps, tokens), [], folder, device, gpu_cap_bytes)
         baseline = processes.runtime_bytes()
         return Measurement(
             baseline_bytes=baseline,
@@ -145,6 +147,7 @@ def train(
     held_out: list[dict[str, str]],
     folder: Path,
     device: str = "cpu",
+    gpu_cap_bytes: int | None = None,
 ) -> Result:
     """Run the plan in a trainer process whose job lies in the folder."""
     job = Job(
@@ -161,6 +164,7 @@ def train(
         evaluation={"own": str(data.write_rows(folder / "own.jsonl", held_out))} if held_out else {},
         depths=(plan.depth,),
         device=device,
+        gpu_cap_bytes=gpu_cap_bytes,
     )
     (folder / "job.json").write_bytes(msgspec.json.encode(job))
     _run("edge_runtime.training", folder, processes.environment())

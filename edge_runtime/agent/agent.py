@@ -224,6 +224,7 @@ class Agent:
             export=str(self._adapter) if self._round.state == "finished" else None,
             threads=self.options.threads,
             device=self.options.device,
+            gpu_cap_bytes=self.options.gpu_cap_bytes,
         )
         self._attempt += 1
         folder = work.folder_of(self._work, job.round) if job.train else self._work / "finished"

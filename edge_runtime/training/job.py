@@ -22,6 +22,7 @@ class Job(msgspec.Struct, frozen=True):
     evaluation: held-out files by name. start: the global version (encoded), None for version 0. private: state.bin of an
     earlier round. residual: residual.bin of the last settled round. unsent: a payload that the node refused, to be sent
     again. export: folder for the adapter in PEFT's form, after an evaluation alone. threads: CPU threads, 0 for all.
+    gpu_cap_bytes: of the GPU, for torch's allocator; None for all there is.
     """
 
     train: bool
@@ -43,6 +44,7 @@ class Job(msgspec.Struct, frozen=True):
     export: str | None = None
     threads: int = 0
     device: str = "cpu"
+    gpu_cap_bytes: int | None = None
 
 
 class Score(msgspec.Struct, frozen=True):

@@ -28,6 +28,7 @@ from edge_runtime.models import weights
 from edge_runtime.models.slices import kept_layers, nested_blocks
 from edge_runtime.planning.predict import loss_chunk_bytes
 from edge_runtime.training import data, step
+from edge_runtime.training.cap import cap_gpu
 from edge_runtime.training.evaluate import evaluate
 from edge_runtime.training.job import Job, Progress, Result
 from edge_runtime.training.lean import without_compiler
@@ -50,6 +51,8 @@ def run(folder: Path) -> None:
         raise InputError(
             "this device has a GPU, but the installed torch cannot use it: install its CUDA build, or use --device cpu"
         )
+    if job.gpu_cap_bytes is not None:
+        cap_gpu(job.gpu_cap_bytes)
     meter = Meter(job.device)
     if job.threads:
         torch.set_num_threads(job.threads)

@@ -1,6 +1,7 @@
 """`edge-runtime measure`: the real trainer and PEFT, each in a process of its own, on the same rows."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -14,9 +15,11 @@ from edge_runtime.training.job import PhaseMemory
 MIB = 1 << 20
 
 
-def measure(folder, *more):
-    command = [sys.executable, "-m", "edge_runtime.cli", "measure", "--model", str(folder), "--json"]
-    return subprocess.run([*command, *more], capture_output=True, text=True, timeout=200)
+def measure(folder, *more, environment=None):
+    command = [sys.executable, "-m", "edge_runtime.cli", "measure", "--model", str(folder), "--json", *more]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=200, env={**os.environ, **(environment or {})}
+    )
 
 
 def test_rows_are_as_long_as_asked_for(demo_tokenizer):
@@ -74,6 +77,19 @@ def test_a_shape_without_weights_is_drawn_at_random_and_may_be_streamed(tiny_fol
     assert refused.returncode == 2 and "has no .safetensors file" in refused.stderr
     refused = measure(tiny_folder, "--stream", "--tokens", "16")
     assert refused.returncode == 2 and "weights in bfloat16 cannot be streamed: use one of q8_0, q4_1" in refused.stderr
+
+
+def test_a_board_is_stood_for_by_a_larger_gpu_alone(tiny_folder, cache):
+    for board, said in (
+        ("rtx-3060-12g", "'rtx-3060-12g' is not known: did you mean rtx-3060-12gb"),
+        ("raspberry-pi-5-8gb", "raspberry-pi-5-8gb has no GPU whose memory could be capped"),
+        ("rtx-3060-12gb", "this machine has no GPU that could be capped to the memory of rtx-3060-12gb"),
+    ):
+        done = measure(tiny_folder, "--board", board, environment={"CUDA_VISIBLE_DEVICES": ""})
+        assert done.returncode == 2 and said in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    done = measure(tiny_folder, "--device", "cuda", environment={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 2 and "--device is cuda, but no GPU was found" in done.stderr
 
 
 def test_what_cannot_be_measured_is_refused_in_a_sentence(tiny_folder, cache):

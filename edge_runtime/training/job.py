@@ -60,7 +60,7 @@ class PhaseMemory(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one phase took, in bytes; None where the system or the device has no such figure.
 
     peak_bytes: what counts against the budget (see training/meter.py).
-    anonymous_bytes, file_bytes: of the resident size when the phase ended; mapped files, shared memory among them, are apart.
+    anonymous_bytes, file_mapped_bytes: what the resident size was made of when the phase ended; shared memory is the latter's.
     cgroup_peak_bytes: of the nearest cgroup since it was made, with page cache and all its processes.
     resident_peak_bytes: in RAM, beside a GPU; without one it is the peak.
     allocated_peak_bytes, reserved_peak_bytes: of torch's CUDA allocator, what tensors took and what it held for them.
@@ -69,7 +69,7 @@ class PhaseMemory(msgspec.Struct, frozen=True, omit_defaults=True):
 
     peak_bytes: int
     anonymous_bytes: int | None = None
-    file_bytes: int | None = None
+    file_mapped_bytes: int | None = None
     cgroup_peak_bytes: int | None = None
     resident_peak_bytes: int | None = None
     allocated_peak_bytes: int | None = None

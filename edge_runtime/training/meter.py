@@ -83,7 +83,7 @@ class Meter:
             peak_bytes=(reserved or 0) + (resident if self._in_ram else 0),
             resident_peak_bytes=resident if self.cuda else None,
             anonymous_bytes=_status("RssAnon") or None,
-            file_bytes=_status("RssFile") + _status("RssShmem") or None,
+            file_mapped_bytes=_status("RssFile") + _status("RssShmem") or None,
             cgroup_peak_bytes=cgroups.peak_memory(),
             allocated_peak_bytes=allocated,
             reserved_peak_bytes=reserved,

@@ -38,24 +38,24 @@ def test_mapped_files_are_told_from_anonymous_memory(tmp_path):
         return mapped
 
     idle, mapped, held = measured(lambda: None), measured(read), measured(lambda: b"\1" * (32 * MIB))
-    assert mapped.file_bytes - idle.file_bytes == pytest.approx(32 * MIB, abs=4 * MIB)
+    assert mapped.file_mapped_bytes - idle.file_mapped_bytes == pytest.approx(32 * MIB, abs=4 * MIB)
     assert mapped.anonymous_bytes - idle.anonymous_bytes < 8 * MIB
     assert held.anonymous_bytes - idle.anonymous_bytes == pytest.approx(32 * MIB, abs=8 * MIB)
 
 
 def test_without_a_gpu_its_figures_are_left_out():
     told = msgspec.to_builtins(measured(lambda: None)).keys() - {"cgroup_peak_bytes"}
-    assert told == {"peak_bytes", "anonymous_bytes", "file_bytes"}
+    assert told == {"peak_bytes", "anonymous_bytes", "file_mapped_bytes"}
 
 
 def test_a_phase_that_runs_twice_keeps_the_higher_of_each_figure(monkeypatch):
-    seen = iter([PhaseMemory(5, anonymous_bytes=3, file_bytes=2), PhaseMemory(4, anonymous_bytes=4)])
+    seen = iter([PhaseMemory(5, anonymous_bytes=3, file_mapped_bytes=2), PhaseMemory(4, anonymous_bytes=4)])
     of = meter.Meter("cpu")
     monkeypatch.setattr(of, "_memory", lambda: next(seen))
     for _ in range(2):
         with of.phase("train"):
             pass
-    assert of.phases == {"train": PhaseMemory(5, anonymous_bytes=4, file_bytes=2)}
+    assert of.phases == {"train": PhaseMemory(5, anonymous_bytes=4, file_mapped_bytes=2)}
 
 
 @pytest.fixture

@@ -141,7 +141,7 @@ def measure(
     from edge_runtime import measure as measuring
     from edge_runtime import views
 
-    for name, value in {"rank": rank, "batch": batch, "steps": steps}.items():
+    for name, value in {"rank": rank, "batch": batch, "tokens": tokens, "steps": steps}.items():
         if value < 1:
             raise InputError(f"--{name} is {value}, but has to be 1 or more")
     found = _probe()

@@ -5,6 +5,7 @@ the same batch.
 """
 
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -78,6 +79,8 @@ def measure(
     if peft and find_spec("peft") is None:
         raise InputError("PEFT is not installed: pip install peft")
     facts = processes.prepared(source, models, random_weights=random_weights)
+    if tokens > facts.positions:
+        raise InputError(f"rows of {tokens} tokens are too long: {source} has {facts.positions} positions")
     fleet, way = planned(facts, facts.layers, weights, rank, rows, tokens, steps, boundaries, streamed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -184,6 +187,8 @@ def _run(module: str, folder: Path, environment: dict[str, str] | None) -> bytes
         capture_output=True,
         timeout=TIMEOUT_S,
     )
+    if done.returncode == -signal.SIGKILL:
+        raise TrainerError(f"{module} was killed, most likely because the machine ran out of memory")
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines() or [
             f"it ended with exit code {done.returncode}"

@@ -20,6 +20,7 @@ from edge_runtime.errors import InputError
 WIDTHS = dict(enumerate((1, 1, 2, 2, 4, 4, 4, 1, None, None, 8, 8, 8)))  # bytes of a GGUF value by its kind
 STRING, ARRAY = 8, 9
 VERSIONS, DIMENSIONS = (2, 3), 4
+KINDS = {int(kind): kind for kind in gguf.GGMLQuantizationType}
 
 
 def tensors(path: Path) -> list[str]:
@@ -34,7 +35,7 @@ def tensors(path: Path) -> list[str]:
         with path.open("rb") as stream:
             header = _Header(path, stream, size)
             places = _gguf(header) if path.suffix == ".gguf" else _safetensors(header)
-    except (OSError, ValueError) as error:  # msgspec's and UnicodeDecodeError are ValueErrors
+    except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors too
         raise InputError(f"{path} cannot be read: {error}") from error
     whole = max((end for _, end in places.values()), default=0)
     for name, (first, end) in sorted(places.items(), key=lambda item: item[1]):
@@ -133,7 +134,9 @@ def _gguf(header: _Header) -> dict[str, tuple[int, int]]:
         if (dimensions := header.number("I")) > DIMENSIONS:
             raise ValueError(f"{name} has {dimensions} dimensions, but GGUF allows {DIMENSIONS}")
         values = math.prod(header.number("Q") for _ in range(dimensions))
-        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(header.number("I"))]
+        if (kind := header.number("I")) not in KINDS:
+            raise ValueError(f"{name} is of kind {kind}, which the installed gguf package does not know")
+        block, block_bytes = gguf.GGML_QUANT_SIZES[KINDS[kind]]
         first = header.number("Q")
         found[name] = (first, first + values // block * block_bytes)
     start = -(-header.at // alignment) * alignment

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
+from edge_runtime import measure as measuring
 from edge_runtime import views
+from edge_runtime.errors import TrainerError
 from edge_runtime.measure import Measurement, Taken, texts
 from edge_runtime.training import data
 from edge_runtime.training.job import PhaseMemory
@@ -92,8 +94,16 @@ def test_a_board_is_stood_for_by_a_larger_gpu_alone(tiny_folder, cache):
     assert done.returncode == 2 and "--device is cuda, but no GPU was found" in done.stderr
 
 
+def test_a_trainer_that_was_killed_is_said_to_be(tmp_path):
+    (tmp_path / "killed.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    with pytest.raises(TrainerError, match="killed was killed, most likely because the machine ran out of memory"):
+        measuring._run("killed", tmp_path, {**os.environ, "PYTHONPATH": str(tmp_path)})
+
+
 def test_what_cannot_be_measured_is_refused_in_a_sentence(tiny_folder, cache):
-    done = measure(tiny_folder, "--steps", "0")
-    assert (done.returncode, done.stderr.strip()) == (2, "edge-runtime: --steps is 0, but has to be 1 or more")
+    for option in ("--steps", "--tokens"):
+        done = measure(tiny_folder, option, "0")
+        assert (done.returncode, done.stderr.strip()) == (2, f"edge-runtime: {option} is 0, but has to be 1 or more")
     done = measure(tiny_folder, "--tokens", "4096")
-    assert done.returncode == 2 and "max_tokens is 4096, but model has 64 positions" in done.stderr
+    said = f"edge-runtime: rows of 4096 tokens are too long: {tiny_folder} has 64 positions"
+    assert (done.returncode, done.stderr.strip()) == (2, said)

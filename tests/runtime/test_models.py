@@ -357,6 +357,55 @@ def test_a_folder_that_is_no_model_is_refused(copied, tmp_path, spoil, message):
         prepare(str(copied), tmp_path, tmp_path / "cache")
 
 
+def test_an_unknown_kind_of_model_is_named(copied, tmp_path):
+    (copied / "config.json").write_text('{"model_type": "nosuch"}')
+    with pytest.raises(InputError, match=r"the model at .*copied cannot be read: .*`nosuch`"):
+        prepare(str(copied), tmp_path, tmp_path / "cache")
+
+
+def test_a_folder_without_a_tokenizer_is_refused_in_one_line(copied, tmp_path):
+    for file in copied.glob("*token*"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"cannot be read: .*tokenizer .*[^:]$") as caught:
+        prepare(str(copied), tmp_path, tmp_path / "cache")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("source", ["models/nowhere", "no where/at all"])
+def test_what_is_neither_here_nor_on_the_hub_is_refused_in_one_line(source, tmp_path, monkeypatch):
+    hub, fetch = import_module("huggingface_hub"), import_module("huggingface_hub").snapshot_download
+
+    def offline(repository, **more):
+        if " " in repository:
+            return fetch(repository, **more)
+        raise hub.errors.LocalEntryNotFoundError("Got: no network\n\nPlease check your\nconnection.")
+
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    with pytest.raises(InputError) as caught:
+        prepare(source, tmp_path, tmp_path / "cache")
+    said = str(caught.value)
+    assert said.startswith(f"there is no model at {source}, nor in {tmp_path}, and it cannot be fetched from the hub")
+    assert len(said.splitlines()) == 1 and ("Please check" in said or "Repo id must use" in said)
+
+
+def test_a_gguf_tensor_in_a_format_that_cannot_be_expanded_is_refused(demo_facts, monkeypatch):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(demo_facts.folder)
+    where = (demo.path(), ["model.norm.weight"], config)
+    assert gguf_file.index(*where)["model.norm.weight"].shape == (demo_facts.hidden,)
+    monkeypatch.setattr(gguf_file, "_expandable", lambda kind: kind.name != "F32")
+    with pytest.raises(InputError, match=r"output_norm\.weight is held in F32, which cannot be expanded"):
+        gguf_file.index(*where)
+
+
+@pytest.mark.parametrize(
+    ("kind", "can"), [("F32", True), ("Q4_K", True), ("IQ2_XXS", True), ("I32", False), ("Q8_K", False)]
+)
+def test_what_the_gguf_package_expands(kind, can):
+    assert gguf_file._expandable(gguf.GGMLQuantizationType[kind]) is can
+
+
 @pytest.mark.parametrize("source", ["./nowhere", "nowhere", "nowhere.gguf", "/nowhere/at/all", "a/b/c"])
 def test_no_such_model(source, tmp_path):
     with pytest.raises(InputError, match=r"there is no model at .*: copy it there or name a hub id"):

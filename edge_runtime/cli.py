@@ -31,6 +31,9 @@ within_budget = click.option(
     "--budget",
     help="Memory the trainer may take, such as 900MiB; default: most of what is free, as the README of device_profiles says.",
 )
+as_board = click.option(
+    "--board", help="Hold the trainer to what this board, such as jetson-orin-nano-8gb, leaves it; needs a larger GPU."
+)
 with_models = click.option(
     "--models",
     type=click.Path(path_type=Path),
@@ -109,6 +112,7 @@ def plan(fleet: Path, budget: str | None, board: str | None, models: Path, json:
     "--steps", default=6, show_default=True, help="Steps to train; the time is the median after the first two."
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@as_board
 @click.option(
     "--against", type=click.Choice(["peft"]), help="Train the same with PEFT, AdamW and gradient checkpointing."
 )
@@ -125,6 +129,7 @@ def measure(
     tokens: int,
     steps: int,
     device: str,
+    board: str | None,
     against: str | None,
     models: Path,
     json: bool,
@@ -136,9 +141,10 @@ def measure(
     from edge_runtime import measure as measuring
     from edge_runtime import views
 
-    for name, value in {"rank": rank, "batch": batch, "steps": steps}.items():
+    for name, value in {"rank": rank, "batch": batch, "tokens": tokens, "steps": steps}.items():
         if value < 1:
             raise InputError(f"--{name} is {value}, but has to be 1 or more")
+    found = _probe()
     done = measuring.measure(
         model,
         models,
@@ -147,11 +153,12 @@ def measure(
         rows=batch,
         tokens=tokens,
         steps=steps,
-        device=device,
+        device=_device(device, found),
         peft=against == "peft",
         boundaries=boundaries,
         streamed=streamed,
         random_weights=random_weights,
+        gpu_cap_bytes=_cap(board, device, found),
     )
     views.show_measurement(done) if not json else _print(done)
 
@@ -235,6 +242,7 @@ def aggregator(fleet: Path, state: Path, broker: str, node: str, until_finished:
 @with_models
 @click.option("--threads", default=0, help="CPU threads of the trainer; default: all cores.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@as_board
 @click.option("--wait", default=120.0, show_default=True, help="Seconds to wait for the fleet's first round.")
 @click.option("--until-finished", is_flag=True, help="End when the fleet has finished.")
 @click.option("--noop", hidden=True)
@@ -250,6 +258,7 @@ def agent(
     models: Path,
     threads: int,
     device: str,
+    board: str | None,
     wait: float,
     until_finished: bool,
     noop: str | None,
@@ -259,23 +268,27 @@ def agent(
 
     Everything but its data comes from the fleet's node.
     """
-    from edge_profiles import default_budget_bytes
+    from edge_profiles import board as board_named
+    from edge_profiles import default_budget_bytes, profile_of
 
     from edge_runtime.agent.agent import Agent
     from edge_runtime.agent.options import Event, Options
 
     found = _probe()
+    cap_bytes = _cap(board, device, found)
+    given = profile_of(board_named(board)) if board else found
     options = Options(
         broker=broker,
         fleet=fleet,
         id=id,
         data=data,
         state=state,
-        budget_bytes=_size(budget) if budget else default_budget_bytes(found),
+        budget_bytes=_size(budget) if budget else default_budget_bytes(given),
         evaluation=_evaluation(evaluation),
         models=models,
         threads=threads,
         device=_device(device, found),
+        gpu_cap_bytes=cap_bytes,
         wait_s=wait,
         until_finished=until_finished,
         noop_bytes=_size(noop) if noop else 0,
@@ -387,6 +400,18 @@ def _device(wanted: str, found: "Profile") -> str:
     if wanted == "cuda" and found.gpu is None:
         raise InputError("--device is cuda, but no GPU was found: `edge-runtime profile` shows what is there")
     return ("cuda" if found.gpu else "cpu") if wanted == "auto" else wanted
+
+
+def _cap(board: str | None, device: str, found: "Profile") -> int | None:
+    from edge_profiles import board as board_named
+    from edge_profiles import gpu_cap_bytes
+
+    if board is None:
+        return None
+    cap_bytes = gpu_cap_bytes(board_named(board), found)
+    if device == "cpu":
+        raise InputError("--board caps a GPU's memory, but --device is cpu: use --device cuda")
+    return cap_bytes
 
 
 def _evaluation(given: tuple[str, ...]) -> dict[str, Path]:

@@ -5,6 +5,7 @@ the same batch.
 """
 
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from edge_runtime.planning.predict import MLP_TOKENS
 from edge_runtime.planning.search import Way, plan
 from edge_runtime.settings import Adapter, Boundaries, Fleet, Model, Training, Weights
 from edge_runtime.training import data
-from edge_runtime.training.job import Job, Result
+from edge_runtime.training.job import Job, PhaseMemory, Result
 
 TIMEOUT_S = 3600.0
 WARM_UP = 2  # steps that build what later ones reuse
@@ -30,12 +31,12 @@ WORDS = ("the", "a", "of", "home", "light", "door", "garden", "water", "set", "t
 
 
 class Taken(msgspec.Struct, frozen=True):
-    """What a training process took. phases: peak bytes of each; losses: of each step; load_seconds: until it can train."""
+    """What a training process took. losses: of each step; load_seconds: until it can train."""
 
     baseline_bytes: int
     measured_peak_bytes: int
     step_seconds: float
-    phases: dict[str, int]
+    phases: dict[str, PhaseMemory]
     losses: list[float]
     load_seconds: float
 
@@ -62,6 +63,7 @@ def measure(
     boundaries: Boundaries = "input",
     streamed: bool = False,
     random_weights: bool = False,
+    gpu_cap_bytes: int | None = None,
 ) -> Measurement:
     """Train a model for a few steps.
 
@@ -70,6 +72,7 @@ def measure(
         rows, tokens: of a step, which goes through the model at once.
         random_weights: draw the model that the source's config.json describes.
         peft: run PEFT on the same rows too, in a process of its own.
+        gpu_cap_bytes: of the GPU, for each of the two processes.
 
     Raises:
         EdgeError: the model cannot be used, or a process failed; it says why.
@@ -77,16 +80,18 @@ def measure(
     if peft and find_spec("peft") is None:
         raise InputError("PEFT is not installed: pip install peft")
     facts = processes.prepared(source, models, random_weights=random_weights)
+    if tokens > facts.positions:
+        raise InputError(f"rows of {tokens} tokens are too long: {source} has {facts.positions} positions")
     fleet, way = planned(facts, facts.layers, weights, rank, rows, tokens, steps, boundaries, streamed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        result = train(facts, fleet, way, texts(rows * steps, tokens), [], folder, device)
+        result = train(facts, fleet, way, texts(rows * steps, tokens), [], folder, device, gpu_cap_bytes)
         baseline = processes.runtime_bytes()
         return Measurement(
             baseline_bytes=baseline,
             measured_peak_bytes=result.measured_peak_bytes,
             step_seconds=typical(result.step_seconds),
-            phases=result.peaks,
+            phases=result.phases,
             losses=result.losses,
             load_seconds=result.seconds["load"],
             predicted_peak_bytes=way.predicted_peak_bytes,
@@ -144,6 +149,7 @@ def train(
     held_out: list[dict[str, str]],
     folder: Path,
     device: str = "cpu",
+    gpu_cap_bytes: int | None = None,
 ) -> Result:
     """Run the plan in a trainer process whose job lies in the folder."""
     job = Job(
@@ -160,6 +166,7 @@ def train(
         evaluation={"own": str(data.write_rows(folder / "own.jsonl", held_out))} if held_out else {},
         depths=(plan.depth,),
         device=device,
+        gpu_cap_bytes=gpu_cap_bytes,
     )
     (folder / "job.json").write_bytes(msgspec.json.encode(job))
     _run("edge_runtime.training", folder, processes.environment())
@@ -179,6 +186,8 @@ def _run(module: str, folder: Path, environment: dict[str, str] | None) -> bytes
         capture_output=True,
         timeout=TIMEOUT_S,
     )
+    if done.returncode == -signal.SIGKILL:
+        raise TrainerError(f"{module} was killed, most likely because the machine ran out of memory")
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines() or [
             f"it ended with exit code {done.returncode}"

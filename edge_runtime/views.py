@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from edge_profiles import format_size
 from rich.console import Console
 from rich.table import Table
@@ -31,15 +32,19 @@ def show_profile(values: dict[str, Any]) -> None:
 
 
 def show_measurement(done: "Measurement") -> None:
-    """What was predicted, term by term, and what each phase took; PEFT's figures beside ours."""
+    """What was predicted, term by term, and what each phase took as every view of memory has it; PEFT's figures beside ours."""
     console = Console()
     _show_terms(console, done.terms, done.predicted_peak_bytes)
-    table = _table("measured", "", "Edge Runtime", *(["PEFT", "ratio"] if done.peft else []))
+    phases = {name: msgspec.structs.asdict(phase) for name, phase in done.phases.items()}
+    if done.peft:
+        phases |= {f"PEFT: {name}": msgspec.structs.asdict(phase) for name, phase in done.peft.phases.items()}
+    known = [key for key in next(iter(phases.values())) if any(sizes[key] is not None for sizes in phases.values())]
+    table = _table("measured", "phase", *(key.removesuffix("_bytes").replace("_", " ") for key in known))
+    for name, sizes in phases.items():
+        table.add_row(name, *(_shown(key, sizes[key]) for key in known))
+    console.print(table)
+    table = _table("", "", "Edge Runtime", *(["PEFT", "ratio"] if done.peft else []))
     taken = [done, *([done.peft] if done.peft else [])]
-    for phase in dict.fromkeys(name for one in taken for name in one.phases):
-        table.add_row(
-            f"{phase}: peak", *(format_size(one.phases[phase]) if phase in one.phases else "" for one in taken)
-        )
     above: list[float] = [one.measured_peak_bytes - one.baseline_bytes for one in taken]
     rows: list[tuple[str, list[float], Callable[[Any], str]]] = [
         ("peak", [one.measured_peak_bytes for one in taken], format_size),

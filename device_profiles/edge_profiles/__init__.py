@@ -1,6 +1,7 @@
 """What a machine offers a trainer, and the boards this project knows. Needs psutil and msgspec; imports no torch."""
 
 from edge_profiles.budget import default_budget_bytes
+from edge_profiles.cap import gpu_cap_bytes
 from edge_profiles.errors import ProfileError
 from edge_profiles.known import Board, board, boards, profile_of
 from edge_profiles.machine import probe
@@ -16,6 +17,7 @@ __all__ = [
     "boards",
     "default_budget_bytes",
     "format_size",
+    "gpu_cap_bytes",
     "parse_size",
     "probe",
     "profile_of",

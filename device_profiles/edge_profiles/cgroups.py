@@ -5,7 +5,8 @@
 
 Every level from the process's own folder up to the mount counts, for a parent's limit binds its children. Inside a
 container the path is often the host's and not to be seen; then the mount itself holds the limit. A file that is missing
-or reads "max" sets no limit. Page cache that the kernel would drop (inactive_file) does not count as used.
+or reads "max" sets no limit. Page cache that the kernel would drop (inactive_file) does not count as used. The most ever
+held is in memory.peak (v1: memory.max_usage_in_bytes).
 Source: Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
 """
 
@@ -34,6 +35,18 @@ def limit_memory(total_bytes: int, available_bytes: int, root: Path = Path("/"))
             left = limit - max((_number(folder / used) or 0) - _statistic(folder / "memory.stat", cache), 0)
             total_bytes, available_bytes = min(total_bytes, limit), min(available_bytes, max(left, 0))
     return total_bytes, available_bytes
+
+
+def peak_memory(root: Path = Path("/")) -> int | None:
+    """Return the most bytes that the nearest cgroup with a count has held since it was made, or None where none has one.
+
+    With page cache, and with all its processes; Linux has memory.peak since 5.19.
+    """
+    for folder in _folders(root, "memory"):
+        for name in ("memory.peak", "memory.max_usage_in_bytes"):
+            if (peak := _number(folder / name)) is not None:
+                return peak
+    return None
 
 
 def limit_cores(cores: int, root: Path = Path("/")) -> int:

@@ -225,6 +225,7 @@ class Agent:
             threads=self.options.threads,
             device=self.options.device,
             budget_bytes=self._budget_bytes,
+            gpu_cap_bytes=self.options.gpu_cap_bytes,
         )
         self._attempt += 1
         folder = work.folder_of(self._work, job.round) if job.train else self._work / "finished"

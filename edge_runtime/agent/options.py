@@ -7,7 +7,8 @@ import msgspec
 
 
 class Options(NamedTuple):
-    """evaluation: held-out files by name. noop_bytes: send that much noise each round instead of training, for benchmarks."""
+    """evaluation: held-out files by name. gpu_cap_bytes: of the GPU, for each trainer. noop_bytes: send that much noise each
+    round instead of training, for benchmarks."""
 
     broker: str
     fleet: str
@@ -19,6 +20,7 @@ class Options(NamedTuple):
     models: Path
     threads: int
     device: str
+    gpu_cap_bytes: int | None
     wait_s: float
     until_finished: bool
     noop_bytes: int

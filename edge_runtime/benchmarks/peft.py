@@ -19,6 +19,7 @@ from edge_runtime.measure import Taken, typical
 from edge_runtime.models import weights
 from edge_runtime.models.facts import Facts
 from edge_runtime.training import data, step
+from edge_runtime.training.cap import cap_gpu
 from edge_runtime.training.data import Example
 from edge_runtime.training.job import Job
 from edge_runtime.training.meter import Meter
@@ -53,6 +54,8 @@ def trainer(
 def main() -> None:
     """Do the job of the folder named on the command line."""
     job = msgspec.json.decode((Path(sys.argv[1]) / "job.json").read_bytes(), type=Job)
+    if job.gpu_cap_bytes is not None:
+        cap_gpu(job.gpu_cap_bytes)
     meter = Meter(job.device)
     with meter.phase("load"):
         tokenizer = AutoTokenizer.from_pretrained(job.facts.folder)
@@ -65,7 +68,7 @@ def main() -> None:
             losses.append(run(list(islice(rows, job.training.rows_a_step))))
             seconds.append(time.monotonic() - began)
     taken = Taken(
-        processes.runtime_bytes(), meter.peak_bytes, typical(seconds), meter.peaks, losses, meter.seconds["load"]
+        processes.runtime_bytes(), meter.peak_bytes, typical(seconds), meter.phases, losses, meter.seconds["load"]
     )
     sys.stdout.write(msgspec.json.encode(taken).decode() + "\n")
 

@@ -5,6 +5,7 @@ key rows are interleaved for its rotary kernel, and Gemma's norm weights have 1 
 Source: llama.cpp's convert_hf_to_gguf.py (LlamaModel.permute, GemmaModel.modify_tensors).
 """
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,7 +44,7 @@ def index(path: Path, names: list[str], config: Any) -> dict[str, Tensor]:
         config: its transformers configuration.
 
     Raises:
-        InputError: an architecture that is not in SUPPORTED, a missing tensor, or a file cut short (named with its bytes).
+        InputError: an architecture that is not in SUPPORTED, a missing tensor, or one in a format that cannot be expanded.
     """
     architecture = ARCHITECTURES.get(config.model_type, config.model_type)
     if architecture not in SUPPORTED:
@@ -51,15 +52,16 @@ def index(path: Path, names: list[str], config: Any) -> dict[str, Tensor]:
     number = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     gguf_names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     held = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    size = path.stat().st_size
     found = {}
     for name in names:
         inner = gguf_names.get_name(name, try_suffixes=(".weight", ".bias"))
         if inner not in held:
             raise InputError(f"{path} lacks the tensor {inner or name}")
         tensor = held[inner]
-        if tensor.data_offset + tensor.n_bytes > size:
-            raise InputError(f"{path} ends at byte {size}, but {inner} goes to {tensor.data_offset + tensor.n_bytes}")
+        if not _expandable(tensor.tensor_type):
+            raise InputError(
+                f"{path}: {inner} is held in {tensor.tensor_type.name}, which cannot be expanded to numbers"
+            )
         heads = 0
         if architecture == "llama" and ".attn_q." in inner:
             heads = config.num_attention_heads
@@ -69,6 +71,16 @@ def index(path: Path, names: list[str], config: Any) -> dict[str, Tensor]:
         shape = tuple(int(n) for n in reversed(tensor.shape))
         found[name] = Tensor(int(tensor.data_offset), int(tensor.tensor_type), shape, heads, added)
     return found
+
+
+@functools.cache
+def _expandable(kind: gguf.GGMLQuantizationType) -> bool:
+    """Whether the `gguf` package expands blocks of this kind; it says so only when it is asked for one."""
+    try:
+        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def read(path: Path, tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -76,7 +76,7 @@ def find(source: str, models: Path) -> Path:
     a_path = source.startswith((".", "/", "~")) or source.endswith(".gguf")
     if a_path or source.count("/") != 1:
         raise InputError(f"there is no model at {source}, nor in {models}: copy it there or name a hub id (owner/name)")
-    return _download(source)
+    return _download(source, models)
 
 
 def _files(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -92,16 +92,23 @@ def _name(path: Path) -> str:
     return path.stem if path.is_file() else path.name
 
 
-def _download(source: str) -> Path:
+def _download(source: str, models: Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, _, revision = source.partition("@")
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OSError,
+        ValueError,
+    ) as error:  # an id that cannot be one: ValueError
+        reason = " ".join(str(error).split()).rstrip(".")  # the hub's reasons go over several lines
         raise InputError(
-            f"cannot fetch {source} from the hub: {error}; copy it into the models folder instead"
+            f"there is no model at {source}, nor in {models}, and it cannot be fetched from the hub either: {reason}; copy it "
+            "there instead"
         ) from error
 
 
@@ -110,8 +117,10 @@ def _write(path: Path, work: Path, ready: Path, model_class: str, random_weights
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from edge_runtime.adapters import roles
-    from edge_runtime.models import gguf_file
+    from edge_runtime.models import gguf_file, whole
 
+    for file in [path] if path.is_file() else [] if random_weights else whole.files(path):
+        whole.tensors(file)
     where: dict[str, Any] = {"gguf_file": path.name} if path.is_file() else {}
     folder = path.parent if path.is_file() else path
     if not where:
@@ -122,8 +131,8 @@ def _write(path: Path, work: Path, ready: Path, model_class: str, random_weights
             _words() if random_weights else AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
         )
     except Exception as error:  # transformers raises many kinds here; each means the same to the user
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"the model at {path} cannot be read: {reason[0]}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"the model at {path} cannot be read: {reason}") from error
     work.mkdir()
     config.save_pretrained(work)
     tokenizer.save_pretrained(work)

@@ -3,7 +3,6 @@
 Peak while loading: the model in its final format plus one tensor's piece (see gguf_file); in nf4 plus a matrix in float32.
 """
 
-import json
 import re
 import zlib
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from edge_runtime.adapters import roles
 from edge_runtime.errors import InputError
-from edge_runtime.models import gguf_file, stream
+from edge_runtime.models import gguf_file, stream, whole
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.packed import EMBEDDING, PIECE_VALUES, PackedEmbedding, PackedLinear, pack_matrix, pack_pieces
 from edge_runtime.models.slices import kept_layers
@@ -40,7 +39,8 @@ def load(facts: Facts, depth: int, weights: Weights, device: str = "cpu", *, str
         streamed: leave the blocks' matrices, which are packed then, in files beside the facts (see `stream`).
 
     Raises:
-        InputError: a tensor is missing or cut short, or the family cannot be packed; it is named.
+        InputError: a tensor is missing, a file is cut short, or the family cannot be packed; it is named. What is cut short
+            is refused before any weight is read.
     """
     transformers_logging.disable_progress_bar()
     kept = kept_layers(depth, facts.layers)
@@ -141,9 +141,10 @@ def _packed(
 def _reader(facts: Facts) -> _Reader:
     path = Path(facts.weights)
     if path.suffix == ".gguf":
+        whole.tensors(path)
         content = (Path(facts.folder) / "tensors.json").read_bytes()
         return _Gguf(path, msgspec.json.decode(content, type=dict[str, gguf_file.Tensor]))
-    return _Safetensors(path, _safetensors_files(path))
+    return _Safetensors(path, {name: file for file in whole.files(path) for name in whole.tensors(file)})
 
 
 class _Gguf(NamedTuple):
@@ -204,17 +205,3 @@ class _Random(NamedTuple):
         draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         for piece in torch.empty(rows[0]).split(max(PIECE_VALUES // width, 1)):
             yield torch.empty(len(piece), width).normal_(0.0, 0.02, generator=draw)
-
-
-def _safetensors_files(folder: Path) -> dict[str, Path]:
-    listing = folder / "model.safetensors.index.json"
-    if listing.exists():
-        return {name: folder / file for name, file in json.loads(listing.read_text())["weight_map"].items()}
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as stream:
-                found.update(dict.fromkeys(stream.keys(), file))
-        except SafetensorError as error:
-            raise InputError(f"{file} cannot be read: {error}") from error
-    return found

@@ -23,6 +23,7 @@ class Job(msgspec.Struct, frozen=True):
     earlier round. residual: residual.bin of the last settled round. unsent: a payload that the node refused, to be sent
     again. export: folder for the adapter in PEFT's form, after an evaluation alone. threads: CPU threads, 0 for all.
     budget_bytes: what the process may take while it trains; None: all there is.
+    gpu_cap_bytes: of the GPU, for torch's allocator; None for all there is.
     """
 
     train: bool
@@ -45,6 +46,7 @@ class Job(msgspec.Struct, frozen=True):
     threads: int = 0
     device: str = "cpu"
     budget_bytes: int | None = None
+    gpu_cap_bytes: int | None = None
 
 
 class Score(msgspec.Struct, frozen=True):
@@ -56,15 +58,36 @@ class Score(msgspec.Struct, frozen=True):
     rows: int
 
 
+class PhaseMemory(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one phase took, in bytes; None where the system or the device has no such figure.
+
+    peak_bytes: what counts against the budget (see training/meter.py).
+    anonymous_bytes, file_mapped_bytes: what the resident size was made of when the phase ended; shared memory is the latter's.
+    cgroup_peak_bytes: of the nearest cgroup since it was made, with page cache and all its processes.
+    resident_peak_bytes: in RAM, beside a GPU; without one it is the peak.
+    allocated_peak_bytes, reserved_peak_bytes: of torch's CUDA allocator, what tensors took and what it held for them.
+    driver_bytes: taken of the GPU when the phase ended, with CUDA's own and every other process's.
+    """
+
+    peak_bytes: int
+    anonymous_bytes: int | None = None
+    file_mapped_bytes: int | None = None
+    cgroup_peak_bytes: int | None = None
+    resident_peak_bytes: int | None = None
+    allocated_peak_bytes: int | None = None
+    reserved_peak_bytes: int | None = None
+    driver_bytes: int | None = None
+
+
 class Result(msgspec.Struct, frozen=True):
     """evaluation: of the version the round started from. losses: of each step but the skipped ones, whose loss was not
-    finite. step_seconds: of each step. peaks: bytes of each phase. eased: how the steps went on when memory got short."""
+    finite. step_seconds: of each step. eased: how the steps went on when memory got short."""
 
     samples: int
     evaluation: dict[str, Score]
     losses: list[float]
     step_seconds: list[float]
-    peaks: dict[str, int]
+    phases: dict[str, PhaseMemory]
     seconds: dict[str, float]
     measured_peak_bytes: int
     payload_bytes: int

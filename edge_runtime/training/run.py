@@ -30,6 +30,7 @@ from edge_runtime.planning.plan import Plan
 from edge_runtime.planning.predict import loss_chunk_bytes
 from edge_runtime.planning.search import lower
 from edge_runtime.training import data, step
+from edge_runtime.training.cap import cap_gpu
 from edge_runtime.training.evaluate import evaluate
 from edge_runtime.training.job import Job, Progress, Result
 from edge_runtime.training.lean import without_compiler
@@ -53,6 +54,8 @@ def run(folder: Path) -> None:
         raise InputError(
             "this device has a GPU, but the installed torch cannot use it: install its CUDA build, or use --device cpu"
         )
+    if job.gpu_cap_bytes is not None:
+        cap_gpu(job.gpu_cap_bytes)
     meter = Meter(job.device)
     if job.threads:
         torch.set_num_threads(job.threads)
@@ -143,7 +146,7 @@ def run(folder: Path) -> None:
         skipped=sum(map(math.isnan, losses)),
         eased=eased,
         step_seconds=[end - begin for begin, end in pairwise(ends)],
-        peaks=meter.peaks,
+        phases=meter.phases,
         seconds=meter.seconds,
         measured_peak_bytes=meter.peak_bytes,
         payload_bytes=len(payload),

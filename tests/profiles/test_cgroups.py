@@ -103,3 +103,14 @@ def test_the_cpu_quota_counts_and_is_rounded_up(tmp_path):
 def test_a_quota_never_leaves_less_than_one_core_and_max_is_none(tmp_path, quota):
     root = v2(tmp_path, **{"sys/fs/cgroup/system.slice/edge.service/cpu.max": quota})
     assert cgroups.limit_cores(8, root) == (1 if quota.startswith("5000") else 8)
+
+
+def test_the_peak_is_the_nearest_cgroups(tmp_path):
+    root = v2(tmp_path, **{"sys/fs/cgroup/system.slice/memory.peak": f"{3 * GIB}\n"})
+    assert cgroups.peak_memory(root) == 3 * GIB  # where its own folder has none
+    (root / "sys/fs/cgroup/system.slice/edge.service/memory.peak").write_text(f"{2 * GIB}\n")
+    assert cgroups.peak_memory(root) == 2 * GIB
+    old = v1(tmp_path / "v1")
+    assert cgroups.peak_memory(old) is cgroups.peak_memory(tmp_path / "none") is None
+    (old / "sys/fs/cgroup/memory/docker/abc/memory.max_usage_in_bytes").write_text(f"{GIB}\n")
+    assert cgroups.peak_memory(old) == GIB

@@ -1,6 +1,7 @@
 """Depth slices, and base models from a GGUF file and from a folder, against what gguf and transformers make of the same files."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from edge_runtime import settings
 from edge_runtime.adapters import attach, roles
 from edge_runtime.demo import model as demo
 from edge_runtime.errors import InputError
-from edge_runtime.models import gguf_file, weights
+from edge_runtime.models import gguf_file, weights, whole
 from edge_runtime.models.packed import PackedLinear
 from edge_runtime.models.prepare import prepare
 from edge_runtime.models.slices import kept_layers, nested_blocks
@@ -165,24 +166,52 @@ def test_transformers_reads_the_same_model_from_the_gguf_file(demo_facts):
         assert (ours(IDS).logits - truth).abs().max() > 1e-2 * truth.abs().max()
 
 
-@pytest.fixture
-def cut(tmp_path):
-    """The demo's file without its last fifth."""
+def cut_short(path, left, places):
+    """What is said of a file of which so many bytes are left. places: (first byte, end, name) of its tensors."""
+    if left < min(places)[0]:
+        return f"{path} is cut short or damaged: it has {left} bytes, and its header alone"
+    first, end, name = min(place for place in places if place[1] > left)
+    needs = max(end for _, end, _ in places)
+    lacks = f"the first tensor that is not all there is {name}, bytes {first} to {end}"
+    return f"{path} is cut short: it has {left} bytes and needs {needs}; {lacks}; copy the file again"
+
+
+@pytest.mark.parametrize("where", ["begin", "header", "data", "middle", "last byte"])
+def test_a_gguf_file_cut_short_is_refused_before_any_weight_is_read(demo_facts, where, tmp_path, monkeypatch):
+    held = gguf.GGUFReader(demo.path()).tensors
+    places = [(int(one.data_offset), int(one.data_offset + one.n_bytes), one.name) for one in held]
+    assert whole.tensors(demo.path()) == [name for _, _, name in places]
+    start, end = min(places)[0], max(places)[1]
+    left = {"begin": 3, "header": start // 2, "data": start + 1, "middle": end // 2, "last byte": end - 1}[where]
     path = tmp_path / "cut.gguf"
-    content = demo.path().read_bytes()
-    path.write_bytes(content[: len(content) * 4 // 5])
-    return path
-
-
-def test_a_gguf_file_cut_short_is_refused_before_it_is_used(cut, tmp_path):
-    with pytest.raises(InputError, match=r"cut\.gguf cannot be read"):
-        prepare(str(cut), tmp_path, tmp_path / "cache")
+    with demo.path().open("rb") as stream:
+        path.write_bytes(stream.read(left))
+    said = re.escape(cut_short(path, left, places))
+    with pytest.raises(InputError, match=said):
+        prepare(str(path), tmp_path, tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == ["digests"]  # nothing half made
+    monkeypatch.setattr(gguf_file, "read", None)
+    monkeypatch.setattr(gguf_file, "read_packed", None)
+    for format in ("bfloat16", "q4_1"):
+        with pytest.raises(InputError, match=said):  # it was whole when it was prepared
+            weights.load(msgspec.structs.replace(demo_facts, weights=str(path)), 30, format)
 
 
-def test_a_gguf_file_cut_short_since_it_was_prepared_is_refused(demo_facts, cut):
-    with pytest.raises(InputError, match=r"cut\.gguf is cut short: \d+ bytes are missing"):
-        weights.load(msgspec.structs.replace(demo_facts, weights=str(cut)), 30, "bfloat16")
+def test_a_damaged_gguf_header_is_refused(tmp_path):
+    with demo.path().open("rb") as stream:
+        content = stream.read(200_000)
+    kind = content.index(b"general.architecture") + len("general.architecture")
+    key = kind - len("general.architecture") - 8
+    for at, bytes_, said in (
+        (0, b"GGML", "it does not begin with GGUF"),
+        (4, b"\0\0\0\3", "its version is 50331648, but has to be one of"),  # the other byte order
+        (key, b"\xff" * 8, "needs 18446744073709551"),
+        (kind, b"\x63", "a value in its header is of kind 99"),
+    ):
+        path = tmp_path / "damaged.gguf"
+        path.write_bytes(content[:at] + bytes_ + content[at + len(bytes_) :])
+        with pytest.raises(InputError, match=rf"damaged\.gguf .*{said}"):
+            prepare(str(path), tmp_path, tmp_path / "cache")
 
 
 # --- folders in Hugging Face's layout
@@ -234,14 +263,48 @@ def test_a_missing_tensor_is_named(tiny, facts_of, tmp_path):
 
 
 @pytest.mark.parametrize("shard", ["1GB", "20KB"])
-@pytest.mark.parametrize("left", [0, 5000])
-def test_a_safetensors_file_cut_short_is_refused(tiny, facts_of, shard, left, tmp_path):
-    model = tiny("llama")
-    model.save_pretrained(tmp_path, max_shard_size=shard)
-    file = sorted(tmp_path.glob("*.safetensors"))[0]
-    file.write_bytes(file.read_bytes()[:left])
-    with pytest.raises(InputError, match=rf"{file.name} cannot be read"):
-        weights.load(facts_of(model, folder=str(tmp_path), weights=str(tmp_path)), 4, "float32")
+@pytest.mark.parametrize("where", ["empty", "header", "data", "middle", "last byte"])
+def test_a_safetensors_file_cut_short_is_refused_before_any_weight_is_read(
+    tiny, facts_of, shard, where, tmp_path, monkeypatch
+):
+    model, folder = tiny("llama"), tmp_path / "model"
+    model.save_pretrained(folder, max_shard_size=shard)
+    file = sorted(folder.glob("*.safetensors"))[-1]
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    listed = json.loads(content[8:start])
+    places = [
+        (start + entry["data_offsets"][0], start + entry["data_offsets"][1], name)
+        for name, entry in listed.items()
+        if name != "__metadata__"
+    ]
+    assert sorted(whole.tensors(file)) == sorted(load_file(file))
+    end = len(content)
+    left = {"empty": 0, "header": 100, "data": start + 1, "middle": (start + end) // 2, "last byte": end - 1}[where]
+    file.write_bytes(content[:left])
+    said = re.escape(cut_short(file, left, places))
+    with pytest.raises(InputError, match=said):
+        prepare(str(folder), tmp_path, tmp_path / "cache")
+    monkeypatch.setattr(weights, "safe_open", None)
+    with pytest.raises(InputError, match=said):
+        weights.load(facts_of(model, folder=str(folder), weights=str(folder)), 4, "float32")
+
+
+def test_a_damaged_safetensors_header_or_index_is_refused(tiny, tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    file = sorted((tmp_path / "model").glob("*.safetensors"))[0]
+    content, listing = file.read_bytes(), tmp_path / "model" / "model.safetensors.index.json"
+    for spoilt, said in (
+        (content[:9] + b"&" + content[10:], "cannot be read: JSON is malformed"),
+        (b"\xff" * 8 + content[8:], "is cut short or damaged"),
+        (content.replace(b'"data_offsets"', b'"data_offset_"', 1), "cannot be read: Object missing required field"),
+    ):
+        file.write_bytes(spoilt)
+        with pytest.raises(InputError, match=f"{file.name} {said}"):
+            prepare("model", tmp_path, tmp_path / "cache")
+    listing.write_text("{}")
+    with pytest.raises(InputError, match=rf"{listing.name} cannot be read: .*weight_map"):
+        prepare("model", tmp_path, tmp_path / "cache")
 
 
 def test_a_shard_that_is_not_there_is_named(tiny, facts_of, tmp_path):
@@ -292,6 +355,55 @@ def test_a_folder_that_is_no_model_is_refused(copied, tmp_path, spoil, message):
     spoil(copied)
     with pytest.raises(InputError, match=message):
         prepare(str(copied), tmp_path, tmp_path / "cache")
+
+
+def test_an_unknown_kind_of_model_is_named(copied, tmp_path):
+    (copied / "config.json").write_text('{"model_type": "nosuch"}')
+    with pytest.raises(InputError, match=r"the model at .*copied cannot be read: .*`nosuch`"):
+        prepare(str(copied), tmp_path, tmp_path / "cache")
+
+
+def test_a_folder_without_a_tokenizer_is_refused_in_one_line(copied, tmp_path):
+    for file in copied.glob("*token*"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"cannot be read: .*tokenizer .*[^:]$") as caught:
+        prepare(str(copied), tmp_path, tmp_path / "cache")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("source", ["models/nowhere", "no where/at all"])
+def test_what_is_neither_here_nor_on_the_hub_is_refused_in_one_line(source, tmp_path, monkeypatch):
+    hub, fetch = import_module("huggingface_hub"), import_module("huggingface_hub").snapshot_download
+
+    def offline(repository, **more):
+        if " " in repository:
+            return fetch(repository, **more)
+        raise hub.errors.LocalEntryNotFoundError("Got: no network\n\nPlease check your\nconnection.")
+
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    with pytest.raises(InputError) as caught:
+        prepare(source, tmp_path, tmp_path / "cache")
+    said = str(caught.value)
+    assert said.startswith(f"there is no model at {source}, nor in {tmp_path}, and it cannot be fetched from the hub")
+    assert len(said.splitlines()) == 1 and ("Please check" in said or "Repo id must use" in said)
+
+
+def test_a_gguf_tensor_in_a_format_that_cannot_be_expanded_is_refused(demo_facts, monkeypatch):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(demo_facts.folder)
+    where = (demo.path(), ["model.norm.weight"], config)
+    assert gguf_file.index(*where)["model.norm.weight"].shape == (demo_facts.hidden,)
+    monkeypatch.setattr(gguf_file, "_expandable", lambda kind: kind.name != "F32")
+    with pytest.raises(InputError, match=r"output_norm\.weight is held in F32, which cannot be expanded"):
+        gguf_file.index(*where)
+
+
+@pytest.mark.parametrize(
+    ("kind", "can"), [("F32", True), ("Q4_K", True), ("IQ2_XXS", True), ("I32", False), ("Q8_K", False)]
+)
+def test_what_the_gguf_package_expands(kind, can):
+    assert gguf_file._expandable(gguf.GGMLQuantizationType[kind]) is can
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "nowhere", "nowhere.gguf", "/nowhere/at/all", "a/b/c"])

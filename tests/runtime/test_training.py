@@ -365,7 +365,7 @@ def test_a_round_that_comes_near_its_budget_goes_on_in_less_memory(trainer, demo
     same = {"depth": 3, "rows": rows, "training": training, "plan": plan, "evaluation": {}}
     free = result(trainer("free", demo_facts, **same))
     assert free.eased == []
-    peak = free.peaks["train"]
+    peak = free.phases["train"].peak_bytes
     eased = result(trainer("eased", demo_facts, **same, budget_bytes=int(0.99 * peak)))
     assert eased.eased and "micro-batches of" in eased.eased[0]
     assert eased.losses == pytest.approx(free.losses, rel=0.02)
@@ -381,8 +381,8 @@ def test_one_round_on_a_slice_of_the_demos_model(trainer, demo_facts):
     assert {key: value.shape for key, value in decoded(ended).items()} == expected
     assert done.payload_bytes == (ended[0] / "payload.bin").stat().st_size
     assert (done.samples, done.evaluation["own"].rows, len(done.losses)) == (18, 4, 3)
-    assert set(done.peaks) == set(done.seconds) == {"load", "evaluate", "train", "encode"}
-    assert done.measured_peak_bytes == max(done.peaks.values()) > 100 << 20
+    assert set(done.phases) == set(done.seconds) == {"load", "evaluate", "train", "encode"}
+    assert done.measured_peak_bytes == max(phase.peak_bytes for phase in done.phases.values()) > 100 << 20
     assert not (ended[0] / "state.bin").exists()
     told = [msgspec.json.decode(line, type=Progress) for line in ended[1].stdout.splitlines()]
     assert [one.phase for one in told] == ["load", "evaluate own", *["train"] * 3, "encode", "done"]

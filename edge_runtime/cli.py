@@ -76,11 +76,19 @@ def plan(fleet: Path, budget: str | None, board: str | None, models: Path, json:
 
     wanted = settings.load(fleet)
     methods.of(wanted)  # what the node would refuse is not planned
-    device = profile_of(board_named(board)) if board else _probe()
+    if board and wanted.training.step_deadline_s is not None:
+        raise InputError(
+            "[training] step_deadline_s cannot be kept for a board one does not have: how fast it is was never measured; "
+            "leave the key out to plan for the board's memory alone"
+        )
+    here = _probe()
+    device = profile_of(board_named(board)) if board else here
     budget_bytes = _size(budget) if budget else default_budget_bytes(device)
     facts = {source: processes.prepared(source, models) for source in {one.source for one in wanted.catalog}}
-    choice = choose(wanted, facts, budget_bytes, processes.runtime_bytes())
-    views.show_plan(choice, budget_bytes) if not json else _print(views.plan_values(choice, budget_bytes))
+    rates = processes.rates(_device("auto", here))
+    choice = choose(wanted, facts, budget_bytes, processes.runtime_bytes(), rates)
+    limits = budget_bytes, wanted.training.step_deadline_s
+    views.show_plan(choice, *limits) if not json else _print(views.plan_values(choice, *limits))
 
 
 @app.command()

@@ -292,7 +292,7 @@ def trainer(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         names = {"source": "m", "model_class": facts.model_class, "layers": facts.layers, "weights": "float32"}
-        plan = Plan(**names, depth=depth, rank=SPEC.rank, rows=4, tokens=32, terms={})
+        plan = Plan(**names, depth=depth, rank=SPEC.rank, rows=4, tokens=32, terms={}, step_seconds=1.0)
         job = Job(
             **{
                 "train": True,

@@ -38,6 +38,14 @@ with_models = click.option(
     help="Folder in which relative paths of the catalog are looked for.",
 )
 
+on_device = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where the trainer runs.",
+)
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def app() -> None:
@@ -62,8 +70,9 @@ def profile(json: bool) -> None:
 @within_budget
 @click.option("--board", help="Plan for a board one does not have, such as jetson-orin-nano-8gb.")
 @with_models
+@on_device
 @as_json
-def plan(fleet: Path, budget: str | None, board: str | None, models: Path, json: bool) -> None:
+def plan(fleet: Path, budget: str | None, board: str | None, models: Path, device: str, json: bool) -> None:
     """Show which model fits, and why no larger one.
 
     Of the fleet's catalog, on this device or on a board one does not have.
@@ -82,10 +91,10 @@ def plan(fleet: Path, budget: str | None, board: str | None, models: Path, json:
             "leave the key out to plan for the board's memory alone"
         )
     here = _probe()
-    device = profile_of(board_named(board)) if board else here
-    budget_bytes = _size(budget) if budget else default_budget_bytes(device)
+    planned = profile_of(board_named(board)) if board else here
+    budget_bytes = _size(budget) if budget else default_budget_bytes(planned)
     facts = {source: processes.prepared(source, models) for source in {one.source for one in wanted.catalog}}
-    rates = processes.rates(_device("auto", here))
+    rates = processes.rates(_device(device, here))
     choice = choose(wanted, facts, budget_bytes, processes.runtime_bytes(), rates)
     limits = budget_bytes, wanted.training.step_deadline_s
     views.show_plan(choice, *limits) if not json else _print(views.plan_values(choice, *limits))
@@ -242,7 +251,7 @@ def aggregator(fleet: Path, state: Path, broker: str, node: str, until_finished:
 )
 @with_models
 @click.option("--threads", default=0, help="CPU threads of the trainer; default: all cores.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@on_device
 @click.option("--wait", default=120.0, show_default=True, help="Seconds to wait for the fleet's first round.")
 @click.option("--until-finished", is_flag=True, help="End when the fleet has finished.")
 @click.option("--noop", hidden=True)

@@ -51,15 +51,17 @@ def prepared(source: str, models: Path, *, random_weights: bool = False) -> Fact
 
 def runtime_bytes() -> int:
     """The runtime baseline of this device: three seconds once, and again when a package was installed or removed."""
-    return int(_measured_once("baseline", ["edge_runtime.training", "--baseline"]))
+    return int(_measured_once("baseline", ["edge_runtime.training", "--baseline"], EdgeError))
 
 
 def rates(device: str, threads: int = 0) -> Rates:
     """What this device does in a second: two seconds once, and again when a package was installed or removed.
 
-    device: "cpu" or "cuda". threads: of the trainer; 0 for torch's default.
+    device: "cpu" or "cuda". threads: of the trainer; 0 for torch's default. Raises InputError where torch cannot use the device.
     """
-    written = _measured_once(f"rates-{device}-{threads}", ["edge_runtime.planning.probe", device, str(threads)])
+    written = _measured_once(
+        f"rates-{device}-{threads}", ["edge_runtime.planning.probe", device, str(threads)], InputError
+    )
     return msgspec.json.decode(written, type=Rates)
 
 
@@ -73,7 +75,7 @@ def trainer_installed() -> bool:
     return find_spec("torch") is not None and find_spec("transformers") is not None
 
 
-def _measured_once(name: str, module: list[str]) -> bytes:
+def _measured_once(name: str, module: list[str], error: type[EdgeError]) -> bytes:
     """What the module prints, from the cache where these packages have printed it before."""
     if not trainer_installed():
         raise InputError(NOT_INSTALLED)
@@ -81,7 +83,7 @@ def _measured_once(name: str, module: list[str]) -> bytes:
     kept = cache_folder() / f"{name}-{version('torch')}-{version('transformers')}-{installed:x}"
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
-        measured = _output(module, MEASURE_TIMEOUT_S, EdgeError)
+        measured = _output(module, MEASURE_TIMEOUT_S, error)
         fresh = kept.with_suffix(f".{os.getpid()}")
         fresh.write_bytes(measured)
         fresh.replace(kept)

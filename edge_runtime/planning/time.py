@@ -1,18 +1,20 @@
 """Predicts the seconds of an optimiser step from the model's facts and the device's measured rates; nothing is loaded.
 
-    step = (blocks + head) / matmul rate + (adapter) / (THIN · matmul rate)
-           + bytes moved / copy rate + calls
+    step = FLOP / rate of matrix products + bytes / rate of a large copy + calls
 
-    blocks      2 FLOP a parameter and token, three times: forward, again in backward, and for dx; causal attention beside them
-    head        three products of the vocabulary; every token is taken to be labelled
-    adapter     4.5 products of each factor and token: two forward, two again, x Aᵀ once more, two for dx, two for dA and dB
-    bytes       element-wise work on a block's activations and on the logits; packed matrices, expanded three times a
-                micro-batch; streamed ones, read three times; the factors' moments
-    calls       what starting a block's operations takes, whatever their size
+    FLOP        blocks and head: 2 a parameter and token, three times: forward, again in backward, and for dx; the head for the
+                loss, its gradient and perhaps once more, with every token labelled
+                causal attention, at ATTENTION of the rate
+                adapter: nine products with A or B, at THIN of the rate: two forward, two again, x Aᵀ once more, two for dx,
+                two for dA and dB
+    bytes       element-wise work on a block's activations and on the logits
+                matrices, three times a micro-batch: read, or expanded where they are packed; streamed ones are read besides
+    calls       what starting a block's operations takes, once a micro-batch, and its factors' optimiser, once a step
 
-Rows are taken to be as long as the plan allows, and the slice as deep. The constants were fitted on two cores of one CPU (AMD
-EPYC, SmolLM2-135M and Gemma-3-270M's shape, 64 to 512 tokens); there a prediction is within about a third of the measured
-median. `edge-runtime measure` shows both. GPUs were not measured, and a file is taken to be in the page cache.
+Rows are taken to be as long as the plan allows, the slice as deep, and a streamed file to be in the page cache. The constants
+were fitted to steps of five settings on two cores of an AMD EPYC (SmolLM2-135M and Gemma-3-270M's shape, 256 and 512 tokens a
+row, bfloat16 and q4_1); a prediction is within about a third of those, which tests/runtime/test_time.py has. Nothing else was
+measured: no GPU, no float32. `edge-runtime measure` shows prediction and measurement side by side.
 """
 
 import msgspec
@@ -23,11 +25,10 @@ from edge_runtime.planning.plan import Plan
 from edge_runtime.planning.predict import VALUE_BYTES
 from edge_runtime.settings import PACKED, Role
 
-THIN = 0.35  # of the matmul rate, in products with an adapter's factor
-BLOCK_PASSES, LOSS_PASSES = 6.0, 12.0  # over what the formula counts of a block's rows, and over the logits
-EXPAND_BYTES = {"q8_0": 4.0, "q4_1": 16.0, "q4_0": 16.0, "nf4": 40.0}  # a value: a copy of so many takes as long
-STEP_BYTES = 100  # of copies, a trained parameter
-CALL_S = 1e-3  # a block and micro-batch
+ATTENTION, THIN = 0.25, 0.5  # of the rate of matrix products
+BLOCK_PASSES, LOSS_PASSES = 4, 25  # over the rows that predict.py counts in a block, and over the logits
+EXPAND_BYTES = {"q8_0": 10, "q4_1": 24, "q4_0": 24, "nf4": 80}  # a value takes as long as a copy that moves so many
+CALL_S = 6e-3  # a block
 
 
 class Rates(msgspec.Struct, frozen=True):
@@ -52,15 +53,14 @@ def step_seconds(facts: Facts, plan: Plan, *, roles: tuple[Role, ...], rows_a_st
     shapes = adapter_shapes(facts, kept_layers(plan.depth, facts.layers), roles, plan.rank)
     factors = sum(rows * columns for rows, columns in shapes.values())
     blocks = plan.depth * facts.block_parameters
-    attention = (
-        1.5 * plan.tokens * plan.depth * facts.heads * facts.head_dim
-    )  # half of the pairs, and 2.5 times in backward
+    attention = plan.depth * 1.5 * plan.tokens * facts.heads * facts.head_dim  # half of the pairs; backward 2.5 times
     head = facts.vocabulary * facts.hidden
-    products = 6 * tokens * (blocks + attention + head) + 9 * tokens * factors / THIN
+    products = 6 * tokens * (blocks + head + attention / ATTENTION) + 9 * tokens * factors / THIN
     rows = plan.depth * (17 * facts.hidden + 7 * facts.intermediate)
-    moved = width * tokens * (BLOCK_PASSES * rows + LOSS_PASSES * facts.vocabulary) + STEP_BYTES * factors
+    moved = width * tokens * (BLOCK_PASSES * rows + LOSS_PASSES * facts.vocabulary)
+    moved += 3 * micro_batches * blocks * EXPAND_BYTES.get(plan.weights, width)
     if plan.weights in PACKED:
-        read = VALUE_BYTES[plan.weights] if plan.streamed else 0
-        moved += 3 * micro_batches * blocks * (EXPAND_BYTES[plan.weights] + read)
         moved += 3 * micro_batches * head * EXPAND_BYTES["q8_0"]
-    return products / flops + moved / rates.copy_bytes + CALL_S * micro_batches * plan.depth
+    if plan.streamed:
+        moved += 3 * micro_batches * blocks * VALUE_BYTES[plan.weights]
+    return products / flops + moved / rates.copy_bytes + CALL_S * plan.depth * (micro_batches + 1)

@@ -57,7 +57,7 @@ def step_seconds(facts: Facts, plan: Plan, *, roles: tuple[Role, ...], rows_a_st
     head = facts.vocabulary * facts.hidden
     products = 6 * tokens * (blocks + head + attention / ATTENTION) + 9 * tokens * factors / THIN
     rows = plan.depth * (17 * facts.hidden + 7 * facts.intermediate)
-    moved = width * tokens * (BLOCK_PASSES * rows + LOSS_PASSES * facts.vocabulary)
+    moved: float = width * tokens * (BLOCK_PASSES * rows + LOSS_PASSES * facts.vocabulary)
     moved += 3 * micro_batches * blocks * EXPAND_BYTES.get(plan.weights, width)
     if plan.weights in PACKED:
         moved += 3 * micro_batches * head * EXPAND_BYTES["q8_0"]

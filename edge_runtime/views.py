@@ -96,8 +96,7 @@ def show_plan(choice: Choice, budget_bytes: int, deadline_s: float | None) -> No
     console, plan = Console(), choice.fits
     console.print(
         f"{plan.summary}: [bold]{format_size(plan.predicted_peak_bytes)}[/] of a budget of {format_size(budget_bytes)}, "
-        f"about [bold]{plan.step_seconds:.3g} s[/] a step on this machine"
-        + (f" of {deadline_s:g} s" if deadline_s is not None else ""),
+        f"about [bold]{plan.step_seconds:.3g} s[/]{'' if deadline_s is None else f' of {deadline_s:g} s'} a step on this machine",
         highlight=False,
     )
     _show_terms(console, plan.terms, budget_bytes)

@@ -178,7 +178,7 @@ def test_each_deadline_gets_the_first_plan_that_fits_and_is_in_time(of):
     winners = set()
     for budget in budgets:
         small = [plan for plan in ordered if plan.predicted_peak_bytes <= budget]
-        for longest in small:
+        for longest in small[::9]:
             chosen = choose(in_time(of, longest), FACTS, budget, RUNTIME, RATES)
             assert chosen.fits == next(plan for plan in small if plan.step_seconds <= longest.step_seconds)
             winners.add((chosen.fits.source, chosen.fits.depth, chosen.fits.weights))
@@ -212,14 +212,15 @@ def test_what_was_too_slow_is_told_by_seconds_and_what_was_too_large_by_bytes(ca
     assert slow["over_deadline_s"] == fastest.step_seconds - deadline > 0
     views.show_plan(chosen, budget, deadline)
     shown = capsys.readouterr().out
-    assert f"about {small[0].step_seconds:.3g} s a step on this machine" in shown
+    assert f"about {small[0].step_seconds:.3g} s of {deadline:g} s a step on this machine" in shown
     table = shown[shown.index("preferred, but too large or too slow") :].splitlines()
     (line,) = [line for line in table if "large, 30 layers, bfloat16" in line]
     assert line.rstrip(" │").endswith(f" {slow['over_deadline_s']:.3g} s") and " and " not in line
     (line,) = [line for line in table if "large, 30 layers, float32" in line]
     assert f"MiB and {large['over_deadline_s']:.3g} s" in line
     views.show_plan(choose(of, FACTS, budget, RUNTIME, RATES), budget, None)
-    assert "too slow" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "s a step on this machine" in shown and "too slow" not in shown
 
 
 def test_where_no_step_is_in_time_the_fastest_is_told():

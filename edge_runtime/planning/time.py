@@ -26,8 +26,8 @@ from edge_runtime.planning.predict import VALUE_BYTES
 from edge_runtime.settings import PACKED, Role
 
 ATTENTION, THIN = 0.25, 0.5  # of the rate of matrix products
-BLOCK_PASSES, LOSS_PASSES = 4, 25  # over the rows that predict.py counts in a block, and over the logits
-EXPAND_BYTES = {"q8_0": 10, "q4_1": 24, "q4_0": 24, "nf4": 80}  # a value takes as long as a copy that moves so many
+BLOCK_PASSES, LOSS_PASSES = 10, 60  # over the rows that predict.py counts in a block, and over the logits
+EXPAND_BYTES = {"q8_0": 24, "q4_1": 60, "q4_0": 60, "nf4": 190}  # a value takes as long as a copy that moves so many
 CALL_S = 6e-3  # a block
 
 

@@ -9,7 +9,7 @@ from edge_runtime.planning.search import plan
 from edge_runtime.planning.time import Rates
 from edge_runtime.settings import Adapter, Fleet, Model, Training
 
-RATES = Rates(bfloat16_flops=390e9, float32_flops=180e9, copy_bytes=17e9)  # two cores of an AMD EPYC
+RATES = Rates(bfloat16_flops=389e9, float32_flops=167e9, copy_bytes=41e9)  # the probe, on two cores of an AMD EPYC
 SMOLLM2 = Facts(
     model_class="smollm2@1",
     folder="",

@@ -41,6 +41,14 @@ with_models = click.option(
     help="Folder in which relative paths of the catalog are looked for.",
 )
 
+on_device = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where the trainer runs.",
+)
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def app() -> None:
@@ -65,8 +73,9 @@ def profile(json: bool) -> None:
 @within_budget
 @click.option("--board", help="Plan for a board one does not have, such as jetson-orin-nano-8gb.")
 @with_models
+@on_device
 @as_json
-def plan(fleet: Path, budget: str | None, board: str | None, models: Path, json: bool) -> None:
+def plan(fleet: Path, budget: str | None, board: str | None, models: Path, device: str, json: bool) -> None:
     """Show which model fits, and why no larger one.
 
     Of the fleet's catalog, on this device or on a board one does not have.
@@ -79,11 +88,19 @@ def plan(fleet: Path, budget: str | None, board: str | None, models: Path, json:
 
     wanted = settings.load(fleet)
     methods.of(wanted)  # what the node would refuse is not planned
-    device = profile_of(board_named(board)) if board else _probe()
-    budget_bytes = _size(budget) if budget else default_budget_bytes(device)
+    if board and wanted.training.step_deadline_s is not None:
+        raise InputError(
+            "[training] step_deadline_s cannot be kept for a board one does not have: how fast it is was never measured; "
+            "leave the key out to plan for the board's memory alone"
+        )
+    here = _probe()
+    planned = profile_of(board_named(board)) if board else here
+    budget_bytes = _size(budget) if budget else default_budget_bytes(planned)
     facts = {source: processes.prepared(source, models) for source in {one.source for one in wanted.catalog}}
-    choice = choose(wanted, facts, budget_bytes, processes.runtime_bytes())
-    views.show_plan(choice, budget_bytes) if not json else _print(views.plan_values(choice, budget_bytes))
+    rates = processes.rates(_device(device, here))
+    choice = choose(wanted, facts, budget_bytes, processes.runtime_bytes(), rates)
+    limits = budget_bytes, wanted.training.step_deadline_s
+    views.show_plan(choice, *limits) if not json else _print(views.plan_values(choice, *limits))
 
 
 @app.command()
@@ -241,7 +258,7 @@ def aggregator(fleet: Path, state: Path, broker: str, node: str, until_finished:
 )
 @with_models
 @click.option("--threads", default=0, help="CPU threads of the trainer; default: all cores.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@on_device
 @as_board
 @click.option("--wait", default=120.0, show_default=True, help="Seconds to wait for the fleet's first round.")
 @click.option("--until-finished", is_flag=True, help="End when the fleet has finished.")

@@ -20,7 +20,7 @@ class LinkError(EdgeError):
 
 
 class BudgetError(EdgeError):
-    """No plan fits the memory budget."""
+    """No plan fits the memory budget, or the deadline of a step."""
 
     exit_code = 4
 

@@ -45,6 +45,7 @@ class Measurement(Taken, frozen=True):
     """The same of our trainer, with what was predicted and by what term; peft: of PEFT's, if it was run."""
 
     predicted_peak_bytes: int
+    predicted_step_seconds: float
     terms: dict[str, int]
     peft: Taken | None = None
 
@@ -82,7 +83,7 @@ def measure(
     facts = processes.prepared(source, models, random_weights=random_weights)
     if tokens > facts.positions:
         raise InputError(f"rows of {tokens} tokens are too long: {source} has {facts.positions} positions")
-    fleet, way = planned(facts, facts.layers, weights, rank, rows, tokens, steps, boundaries, streamed)
+    fleet, way = planned(facts, facts.layers, weights, rank, rows, tokens, steps, boundaries, streamed, device)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         result = train(facts, fleet, way, texts(rows * steps, tokens), [], folder, device, gpu_cap_bytes)
@@ -95,6 +96,7 @@ def measure(
             losses=result.losses,
             load_seconds=result.seconds["load"],
             predicted_peak_bytes=way.predicted_peak_bytes,
+            predicted_step_seconds=way.step_seconds,
             terms=way.terms,
             peft=_peft(folder) if peft else None,
         )
@@ -115,6 +117,7 @@ def planned(
     steps: int,
     boundaries: Boundaries = "input",
     streamed: bool = False,
+    device: str = "cpu",
 ) -> tuple[Fleet, Plan]:
     """A fleet of one model, and the plan in which a step goes through it at once."""
     training = Training(steps=steps, rows_a_step=rows, max_tokens=tokens)
@@ -130,6 +133,7 @@ def planned(
         rank=rank,
         way=Way(rows, boundaries, None if streamed else MLP_TOKENS, streamed),
         runtime_bytes=processes.runtime_bytes(),
+        rates=processes.rates(device),
         lengths=1,
     )
     return fleet, way

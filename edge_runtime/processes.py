@@ -1,4 +1,4 @@
-"""Runs the processes that may import torch on behalf of those that must not: preparing a model, measuring the baseline.
+"""Runs the processes that may import torch on behalf of those that must not: preparing a model, measuring the device.
 
 What they print is read here; where they fail, their last line is the reason.
 """
@@ -15,9 +15,10 @@ import msgspec
 
 from edge_runtime.errors import EdgeError, InputError
 from edge_runtime.models.facts import Facts
+from edge_runtime.planning.time import Rates
 
 PREPARE_TIMEOUT_S = 3600.0  # a hub download may be gigabytes
-BASELINE_TIMEOUT_S = 120.0
+MEASURE_TIMEOUT_S = 120.0
 NOT_INSTALLED = "this needs the trainer's packages, which are not installed: pip install 'edge-runtime[agent]'"
 TRAINER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "2000000",  # larger blocks go straight back to the system when freed; each costs page faults
@@ -32,7 +33,7 @@ TRAINER_ENVIRONMENT = {
 
 
 def cache_folder() -> Path:
-    """Where prepared models and the measured baseline are kept: $EDGE_RUNTIME_CACHE, else under the user's cache."""
+    """Where prepared models and what was measured of the device are kept: $EDGE_RUNTIME_CACHE, else under the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "edge-runtime"
     return Path(os.environ.get("EDGE_RUNTIME_CACHE", default))
 
@@ -50,17 +51,18 @@ def prepared(source: str, models: Path, *, random_weights: bool = False) -> Fact
 
 def runtime_bytes() -> int:
     """The runtime baseline of this device: three seconds once, and again when a package was installed or removed."""
-    if not trainer_installed():
-        raise InputError(NOT_INSTALLED)
-    installed = Path(sysconfig.get_path("purelib")).stat().st_mtime_ns
-    kept = cache_folder() / f"baseline-{version('torch')}-{version('transformers')}-{installed:x}"
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        measured = _output(["edge_runtime.training", "--baseline"], BASELINE_TIMEOUT_S, EdgeError)
-        fresh = kept.with_suffix(f".{os.getpid()}")
-        fresh.write_bytes(measured)
-        fresh.replace(kept)
-    return int(kept.read_text())
+    return int(_measured_once("baseline", ["edge_runtime.training", "--baseline"], EdgeError))
+
+
+def rates(device: str, threads: int = 0) -> Rates:
+    """What this device does in a second: two seconds once, and again when a package was installed or removed.
+
+    device: "cpu" or "cuda". threads: of the trainer; 0 for torch's default. Raises InputError where torch cannot use the device.
+    """
+    written = _measured_once(
+        f"rates-{device}-{threads}", ["edge_runtime.planning.probe", device, str(threads)], InputError
+    )
+    return msgspec.json.decode(written, type=Rates)
 
 
 def environment() -> dict[str, str]:
@@ -71,6 +73,21 @@ def environment() -> dict[str, str]:
 def trainer_installed() -> bool:
     """Whether the packages of a trainer process are there; a node does without them."""
     return find_spec("torch") is not None and find_spec("transformers") is not None
+
+
+def _measured_once(name: str, module: list[str], error: type[EdgeError]) -> bytes:
+    """What the module prints, from the cache where these packages have printed it before."""
+    if not trainer_installed():
+        raise InputError(NOT_INSTALLED)
+    installed = Path(sysconfig.get_path("purelib")).stat().st_mtime_ns
+    kept = cache_folder() / f"{name}-{version('torch')}-{version('transformers')}-{installed:x}"
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        measured = _output(module, MEASURE_TIMEOUT_S, error)
+        fresh = kept.with_suffix(f".{os.getpid()}")
+        fresh.write_bytes(measured)
+        fresh.replace(kept)
+    return kept.read_bytes()
 
 
 def _output(module: list[str], timeout_s: float, error: type[EdgeError]) -> bytes:

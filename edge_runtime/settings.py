@@ -66,6 +66,7 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     steps: optimiser steps a round. rows_a_step: rows whose gradients make one step. max_tokens: longer rows are cut.
     shorter: lengths, falling, that a device may cut to where max_tokens does not fit.
+    step_deadline_s: what a device takes is predicted to make a step within so many seconds; None: however long it takes.
     slices: whose loss a step takes, the device's own slice's, or in turn ("nested") also that of every smaller slice the
     catalog has of the same checkpoint, so that what travels fits the smaller devices too (models/slices.py).
     learning_rate: the peak; it warms up over warmup_steps and falls along a cosine to a tenth over all rounds.
@@ -81,6 +82,7 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shorter: tuple[int, ...] = ()
     slices: Literal["own", "nested"] = "nested"
     timeout_s: float = 3600.0
+    step_deadline_s: float | None = None
 
 
 class Fleet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -186,6 +188,12 @@ def _check(fleet: Fleet) -> None:
             f"lengths that fall, from below max_tokens ({training.max_tokens}) to 8 or more",
         ),
         ("[training] timeout_s", training.timeout_s, 0 < training.timeout_s < float("inf"), "seconds above 0"),
+        (
+            "[training] step_deadline_s",
+            training.step_deadline_s,
+            training.step_deadline_s is None or 0 < training.step_deadline_s < float("inf"),
+            "seconds above 0",
+        ),
     ]
     for model in fleet.catalog:
         depth = model.depth if model.depth is not None else 1

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_runtime.planning.plan import Plan
-from edge_runtime.planning.search import Choice
+from edge_runtime.planning.search import Choice, over_deadline_s
 
 if TYPE_CHECKING:
     from edge_runtime.demo.run import Outcome
@@ -56,15 +56,17 @@ def show_measurement(done: "Measurement") -> None:
     console.print(table)
     console.print(
         f"predicted {format_size(done.predicted_peak_bytes)}, measured {format_size(done.measured_peak_bytes)}: "
-        f"{done.predicted_peak_bytes / done.measured_peak_bytes:.2f}; the runtime itself {format_size(done.baseline_bytes)}",
+        f"{done.predicted_peak_bytes / done.measured_peak_bytes:.2f}; the runtime itself {format_size(done.baseline_bytes)}\n"
+        f"a step predicted to take {done.predicted_step_seconds:.2f} s, measured {done.step_seconds:.2f} s: "
+        f"{done.predicted_step_seconds / done.step_seconds:.2f}",
         highlight=False,
     )
 
 
-def plan_values(choice: Choice, budget_bytes: int) -> dict[str, Any]:
-    """The winner and what was too large, as plain data."""
+def plan_values(choice: Choice, budget_bytes: int, deadline_s: float | None) -> dict[str, Any]:
+    """The winner and what was too large or too slow, as plain data; what is over neither limit by 0."""
 
-    def too_large(plan: Plan) -> dict[str, Any]:
+    def over(plan: Plan) -> dict[str, Any]:
         told = (
             "source",
             "depth",
@@ -75,24 +77,31 @@ def plan_values(choice: Choice, budget_bytes: int) -> dict[str, Any]:
             "boundaries",
             "streamed",
             "predicted_peak_bytes",
+            "step_seconds",
         )
-        over = plan.predicted_peak_bytes - budget_bytes
-        return {**{name: getattr(plan, name) for name in told}, "over_budget_bytes": over}
+        over_bytes, over_s = max(0, plan.predicted_peak_bytes - budget_bytes), over_deadline_s(plan, deadline_s)
+        return {
+            **{name: getattr(plan, name) for name in told},
+            "over_budget_bytes": over_bytes,
+            "over_deadline_s": over_s,
+        }
 
     return {
         "budget_bytes": budget_bytes,
+        "step_deadline_s": deadline_s,
         "plan": choice.fits,
         "predicted_peak_bytes": choice.fits.predicted_peak_bytes,
-        "rejected": [too_large(plan) for plan in choice.rejected],
-        "better": too_large(choice.better) if choice.better else None,
+        "rejected": [over(plan) for plan in choice.rejected],
+        "better": over(choice.better) if choice.better else None,
     }
 
 
-def show_plan(choice: Choice, budget_bytes: int) -> None:
-    """The winner's peak, term by term; what would not fit, the next better plan of the winner's own model last."""
+def show_plan(choice: Choice, budget_bytes: int, deadline_s: float | None) -> None:
+    """The winner's peak, term by term, and its time; what was too large or slow, of the winner's own model last."""
     console, plan = Console(), choice.fits
     console.print(
-        f"{plan.summary}: [bold]{format_size(plan.predicted_peak_bytes)}[/] of a budget of {format_size(budget_bytes)}",
+        f"{plan.summary}: [bold]{format_size(plan.predicted_peak_bytes)}[/] of a budget of {format_size(budget_bytes)}, "
+        f"about [bold]{plan.step_seconds:.3g} s[/]{'' if deadline_s is None else f' of {deadline_s:g} s'} a step on this machine",
         highlight=False,
     )
     _show_terms(console, plan.terms, budget_bytes)
@@ -100,11 +109,14 @@ def show_plan(choice: Choice, budget_bytes: int) -> None:
     if choice.better and choice.better not in preferred:
         preferred.append(choice.better)
     if preferred:
-        table = _table("preferred, but too large", "model", "at", "needs", "over by")
+        slow = " or too slow" if any(over_deadline_s(one, deadline_s) for one in preferred) else ""
+        table = _table(f"preferred, but too large{slow}", "model", "at", "needs", "a step", "over by")
         for one in preferred:
-            peak = one.predicted_peak_bytes
+            peak, over_s = one.predicted_peak_bytes, over_deadline_s(one, deadline_s)
+            over = [format_size(peak - budget_bytes)] if peak > budget_bytes else []
+            over += [f"{over_s:.3g} s"] if over_s else []
             name = f"{Path(one.source).name}, {one.depth} layers, {one.weights}"
-            table.add_row(name, one.how, format_size(peak), format_size(peak - budget_bytes))
+            table.add_row(name, one.how, format_size(peak), f"{one.step_seconds:.3g} s", " and ".join(over))
         console.print(table)
 
 

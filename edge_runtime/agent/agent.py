@@ -173,7 +173,10 @@ class Agent:
         if self._planning:  # an earlier round's plan is on its way, and is this one's too
             return
         self._planning = True
-        planner.start(self._round.fleet, self._budget_bytes, self.options.models, self._session.put)
+        options = self.options
+        planner.start(
+            self._round.fleet, self._budget_bytes, options.models, options.device, options.threads, self._session.put
+        )
 
     def _begin(self) -> None:
         """Say what this device will train (the node pins the key of a first report), and get the global version."""

@@ -31,17 +31,26 @@ class Unplanned(NamedTuple):
     error: EdgeError
 
 
-def start(fleet: Fleet, budget_bytes: int, models: Path, put: Callable[[Planned | Unplanned], None]) -> None:
+def start(
+    fleet: Fleet,
+    budget_bytes: int,
+    models: Path,
+    device: str,
+    threads: int,
+    put: Callable[[Planned | Unplanned], None],
+) -> None:
     """Begin; put is called from the thread, once.
 
     Args:
         models: where relative paths of the catalog are looked for.
+        device, threads: the trainer's.
     """
 
     def plan() -> None:
         try:
             facts = {source: processes.prepared(source, models) for source in {model.source for model in fleet.catalog}}
-            fits = choose(fleet, facts, budget_bytes, processes.runtime_bytes()).fits
+            rates = processes.rates(device, threads)
+            fits = choose(fleet, facts, budget_bytes, processes.runtime_bytes(), rates).fits
             put(Planned(fleet, budget_bytes, fits, facts[fits.source]))
         except EdgeError as error:
             put(Unplanned(error))

@@ -1,1 +1,1 @@
-"""Predicted peak memory, and the search for the largest model that fits a budget. Imports no torch."""
+"""Predicted peak memory and time, and the search for the largest model that fits a budget. Only the probe imports torch."""

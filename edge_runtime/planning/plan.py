@@ -10,7 +10,7 @@ from edge_runtime.settings import Boundaries, Weights
 class Plan(msgspec.Struct, frozen=True):
     """depth: layers kept. rows: micro-batch. tokens: longest sequence. boundaries: how each block's input is kept for
     backward. mlp_tokens: that go through an MLP at once, None: all. streamed: the blocks' packed matrices stay in files.
-    terms: predicted bytes, by what takes them."""
+    terms: predicted bytes, by what takes them. step_seconds: predicted, of an optimiser step on this device."""
 
     source: str
     model_class: str
@@ -21,6 +21,7 @@ class Plan(msgspec.Struct, frozen=True):
     rows: int
     tokens: int
     terms: dict[str, int]
+    step_seconds: float
     boundaries: Boundaries = "input"
     mlp_tokens: int | None = None
     streamed: bool = False

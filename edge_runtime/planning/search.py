@@ -1,7 +1,7 @@
 """Picks what a device trains within its budget.
 
 The first model of the catalog that fits, then the most precise weights, the longest sequence, the highest rank, and last the
-largest micro-batch.
+largest micro-batch. Where the fleet has a deadline for a step, only of the plans that are predicted to be in time.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from edge_runtime.errors import BudgetError, InputError
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning.plan import Plan
 from edge_runtime.planning.predict import FEWER_MLP_TOKENS, KERNEL_BYTES, LENGTH_STEP, MLP_TOKENS, terms
+from edge_runtime.planning.time import Rates, step_seconds
 from edge_runtime.settings import PACKED, Boundaries, Fleet, Role, Weights
 
 UNPACKED_FAMILIES = ("gpt2",)  # their linear layers are no nn.Linear
@@ -29,10 +30,11 @@ class Way(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What fits, and what was preferred but is too large.
+    """What fits, and what was preferred but is too large or too slow.
 
-    fits: the winner. rejected: the smallest plan of each model and format before the winner's. better: the plan of the
-    winner's model that comes right before it; None where the winner is the first of its model.
+    fits: the winner. rejected: of each model and format before the winner's the smallest plan, or the fastest of those that
+    are small enough. better: the plan of the winner's model that comes right before it; None where the winner is the first
+    of its model.
     """
 
     fits: Plan
@@ -40,37 +42,71 @@ class Choice(NamedTuple):
     better: Plan | None
 
 
-def choose(fleet: Fleet, facts: dict[str, Facts], budget_bytes: int, runtime_bytes: int) -> Choice:
-    """The best plan within a budget.
+def choose(fleet: Fleet, facts: dict[str, Facts], budget_bytes: int, runtime_bytes: int, rates: Rates) -> Choice:
+    """The best plan within a budget, and within the fleet's deadline for a step if it has one.
 
     Args:
         fleet: its catalog is in order of preference.
         facts: of each source in the catalog.
         budget_bytes: what the trainer process may take at its peak, the runtime included.
-        runtime_bytes: the measured baseline of this device.
+        runtime_bytes: the measured baseline of this device. rates: measured too.
 
     Raises:
-        BudgetError: nothing fits; it says the smallest budget that would do.
+        BudgetError: nothing fits; it says the smallest budget that would do, or the shortest step that is possible.
         InputError: a depth that a model has not, or lengths that are all too long for it.
     """
     rejected: list[Plan] = []
+    every: list[Plan] = []
     before: Plan | None = None
-    for plans in candidates(fleet, facts, runtime_bytes):
+    deadline_s = fleet.training.step_deadline_s
+    for plans in candidates(fleet, facts, runtime_bytes, rates):
+        every.extend(plans)
         for way in plans:
-            if way.predicted_peak_bytes <= budget_bytes:
+            if way.predicted_peak_bytes <= budget_bytes and over_deadline_s(way, deadline_s) == 0:
                 same = before is not None and (before.source, before.depth) == (way.source, way.depth)
                 return Choice(way, rejected, before if same else None)
             before = way
-        rejected.append(min(plans, key=lambda way: way.predicted_peak_bytes))
-    least = min(rejected, key=lambda way: way.predicted_peak_bytes)
-    raise BudgetError(
-        f"a budget of {format_size(budget_bytes)} is too small for every model of the catalog; the smallest that would fit is "
-        f"{least.source} with {least.depth} layers in {least.weights}, rank {least.rank} and {least.tokens} tokens, which needs "
-        f"{format_size(least.predicted_peak_bytes)}"
+        small = [way for way in plans if way.predicted_peak_bytes <= budget_bytes]
+        rejected.append(min(small, key=_seconds) if small else min(plans, key=_bytes))
+    raise BudgetError(_why_none(every, budget_bytes, deadline_s))
+
+
+def over_deadline_s(way: Plan, deadline_s: float | None) -> float:
+    """Seconds that a step is predicted to take beyond the deadline; 0 where it is in time."""
+    return 0.0 if deadline_s is None else max(0.0, way.step_seconds - deadline_s)
+
+
+def _why_none(every: list[Plan], budget_bytes: int, deadline_s: float | None) -> str:
+    small = [way for way in every if way.predicted_peak_bytes <= budget_bytes]
+    in_time = [way for way in every if over_deadline_s(way, deadline_s) == 0]
+    if small or not in_time:
+        fastest = min(small or every, key=_seconds)
+        within = f" in a budget of {format_size(budget_bytes)}" if small else ""
+        return (
+            f"no model of the catalog makes a step within {deadline_s:g} s{within}; the fastest would be {_named(fastest)}, "
+            f"which takes {fastest.step_seconds:.3g} s"
+        )
+    least = min(in_time, key=_bytes)
+    too_slow = "" if len(in_time) == len(every) else f" and makes a step within {deadline_s:g} s"
+    return (
+        f"a budget of {format_size(budget_bytes)} is too small for every model of the catalog; the smallest that would fit"
+        f"{too_slow} is {_named(least)}, which needs {format_size(least.predicted_peak_bytes)}"
     )
 
 
-def candidates(fleet: Fleet, facts: dict[str, Facts], runtime_bytes: int) -> Iterator[list[Plan]]:
+def _named(way: Plan) -> str:
+    return f"{way.source} with {way.depth} layers in {way.weights}, rank {way.rank} and {way.tokens} tokens"
+
+
+def _bytes(way: Plan) -> int:
+    return way.predicted_peak_bytes
+
+
+def _seconds(way: Plan) -> float:
+    return way.step_seconds
+
+
+def candidates(fleet: Fleet, facts: dict[str, Facts], runtime_bytes: int, rates: Rates) -> Iterator[list[Plan]]:
     """For each model and weight format in order of preference, its plans in order of preference: from the longest sequence,
     highest rank and largest micro-batch to the shortest, the lowest and a single row with 8-bit boundaries, MLPs in small
     tiles and, where they are packed, streamed weights.
@@ -97,6 +133,7 @@ def candidates(fleet: Fleet, facts: dict[str, Facts], runtime_bytes: int) -> Ite
                     rank=rank,
                     way=way,
                     runtime_bytes=runtime_bytes,
+                    rates=rates,
                 )
                 for tokens in possible
                 for rank in (adapter.rank, *adapter.lower)
@@ -115,6 +152,7 @@ def plan(
     rank: int,
     way: Way,
     runtime_bytes: int,
+    rates: Rates,
     lengths: int | None = None,
 ) -> Plan:
     """One way to train a model, with what is predicted for it.
@@ -144,36 +182,34 @@ def plan(
         rank=rank,
         tokens=tokens,
         terms={},
+        step_seconds=0.0,
         **way._asdict(),
     )
-    return _predicted(known, made, fleet.adapter.roles, fleet.training.rows_a_step, runtime_bytes, lengths)
+    roles, rows_a_step = fleet.adapter.roles, fleet.training.rows_a_step
+    predicted = terms(
+        known,
+        made,
+        roles=roles,
+        rows_a_step=rows_a_step,
+        lengths=lengths or -(-tokens // LENGTH_STEP),
+        runtime_bytes=runtime_bytes,
+    )
+    seconds = step_seconds(known, made, roles=roles, rows_a_step=rows_a_step, rates=rates)
+    return msgspec.structs.replace(made, terms=predicted, step_seconds=seconds)
 
 
 def lower(known: Facts, plan: Plan, *, roles: tuple[Role, ...], rows_a_step: int) -> list[Plan]:
     """The plans that a running trainer can go on with, each in less memory than the one before: smaller micro-batches, then
-    8-bit boundaries, then small tiles of the MLP. Model, weights, rank and length stay."""
-    found = [plan]
+    8-bit boundaries, then small tiles of the MLP. Model, weights, rank and length stay; the time a step is not predicted."""
+    found, runtime_bytes = [plan], plan.terms["runtime"]
     for way in _ways(rows_a_step, plan.weights, plan.tokens):
         made = msgspec.structs.replace(plan, **way._asdict())
-        made = _predicted(known, made, roles, rows_a_step, plan.terms["runtime"])
-        kernels = plan.terms["kernels"] + KERNEL_BYTES * len(found)  # those of the lengths so far stay
-        made = msgspec.structs.replace(made, terms=made.terms | {"kernels": kernels})
+        predicted = terms(known, made, roles=roles, rows_a_step=rows_a_step, lengths=1, runtime_bytes=runtime_bytes)
+        predicted["kernels"] = plan.terms["kernels"] + KERNEL_BYTES * len(found)  # those of the lengths so far stay
+        made = msgspec.structs.replace(made, terms=predicted)
         if way.streamed == plan.streamed and made.predicted_peak_bytes < found[-1].predicted_peak_bytes:
             found.append(made)
     return found[1:]
-
-
-def _predicted(
-    known: Facts,
-    made: Plan,
-    roles: tuple[Role, ...],
-    rows_a_step: int,
-    runtime_bytes: int,
-    lengths: int | None = None,
-) -> Plan:
-    lengths = lengths or -(-made.tokens // LENGTH_STEP)
-    predicted = terms(known, made, roles=roles, rows_a_step=rows_a_step, lengths=lengths, runtime_bytes=runtime_bytes)
-    return msgspec.structs.replace(made, terms=predicted)
 
 
 def _ways(rows_a_step: int, weights: Weights, tokens: int) -> Iterator[Way]:

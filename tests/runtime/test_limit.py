@@ -11,7 +11,7 @@ MIB = 1 << 20
 
 def plan(size, rows):
     names = {"source": "m", "model_class": "m@1", "depth": 4, "layers": 4, "weights": "bfloat16", "rank": 4}
-    return Plan(**names, rows=rows, tokens=32, terms={"all": size * MIB})
+    return Plan(**names, rows=rows, tokens=32, terms={"all": size * MIB}, step_seconds=1.0)
 
 
 FIRST, LOWER = plan(1000, 8), [plan(900, 4), plan(800, 2), plan(600, 1)]

@@ -43,6 +43,7 @@ def test_both_train_the_same_and_say_what_they_took(tiny_folder, cache):
         assert taken["baseline_bytes"] > 200 * MIB
     assert seen["losses"][0] == pytest.approx(seen["peft"]["losses"][0], rel=0.01)  # both start from the base model
     assert seen["predicted_peak_bytes"] == sum(seen["terms"].values())
+    assert 0 < seen["predicted_step_seconds"] < 1
 
 
 def test_the_table_has_the_views_that_are_there(capsys):

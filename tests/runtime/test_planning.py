@@ -4,17 +4,20 @@ import os
 
 import msgspec
 import pytest
+from edge_profiles import format_size
 
 from edge_runtime import measure, views
 from edge_runtime.demo import commands
 from edge_runtime.errors import BudgetError, InputError
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning.search import candidates, choose
+from edge_runtime.planning.time import Rates
 from edge_runtime.settings import Adapter, Fleet, Model, Training
 from edge_runtime.training import data
 
 MIB = 1 << 20
 RUNTIME = 300 * MIB
+RATES = Rates(bfloat16_flops=389e9, float32_flops=167e9, copy_bytes=41e9)  # the probe, on two cores of an AMD EPYC
 LARGE = Facts(
     model_class="large@1",
     folder="",
@@ -50,7 +53,7 @@ STEPS_DOWN = {"rank": 256, "lower": (64, 4), "shorter": (32, 8)}  # ranks whose 
 
 
 def plans(of):
-    return [plan for group in candidates(of, FACTS, RUNTIME) for plan in group]
+    return [plan for group in candidates(of, FACTS, RUNTIME, RATES) for plan in group]
 
 
 def test_model_comes_before_format_and_format_before_micro_batch():
@@ -84,21 +87,23 @@ def test_a_plan_is_predicted_with_its_own_rank_and_length():
 @pytest.mark.parametrize("of", [fleet(), fleet(**STEPS_DOWN)])
 def test_each_budget_gets_the_first_plan_in_that_order_that_fits(of):
     ordered = plans(of)
-    smallest = [min(group, key=lambda plan: plan.predicted_peak_bytes) for group in candidates(of, FACTS, RUNTIME)]
+    smallest = [
+        min(group, key=lambda plan: plan.predicted_peak_bytes) for group in candidates(of, FACTS, RUNTIME, RATES)
+    ]
     for wanted in ordered:
         budget = wanted.predicted_peak_bytes
         first = next(plan for plan in ordered if plan.predicted_peak_bytes <= budget)
-        chosen = choose(of, FACTS, budget, RUNTIME)
+        chosen = choose(of, FACTS, budget, RUNTIME, RATES)
         assert chosen.fits == first
         assert chosen.rejected == smallest[: len(chosen.rejected)]
         assert all(plan.predicted_peak_bytes > budget for plan in chosen.rejected)
-    assert choose(of, FACTS, 1 << 40, RUNTIME) == (ordered[0], [], None)
+    assert choose(of, FACTS, 1 << 40, RUNTIME, RATES) == (ordered[0], [], None)
 
 
 def test_a_budget_decides_what_is_given_up_first():
     """Micro-batch, then rank, then length, then format, then model: each only where what comes before is not enough."""
     of = fleet(**STEPS_DOWN)
-    seen = [choose(of, FACTS, plan.predicted_peak_bytes, RUNTIME).fits for plan in plans(of)]
+    seen = [choose(of, FACTS, plan.predicted_peak_bytes, RUNTIME, RATES).fits for plan in plans(of)]
     kinds = {(plan.source, plan.depth, plan.weights, plan.tokens, plan.rank) for plan in seen}
     assert {("large", 30, "float32", 64, rank) for rank in (256, 64, 4)} <= kinds
     assert ("large", 30, "float32", 8, 4) in kinds
@@ -110,7 +115,7 @@ def test_the_next_better_plan_of_the_winners_model_is_told():
     ordered = plans(of)
     of_which = set()
     for wanted in ordered:
-        chosen = choose(of, FACTS, wanted.predicted_peak_bytes, RUNTIME)
+        chosen = choose(of, FACTS, wanted.predicted_peak_bytes, RUNTIME, RATES)
         at = ordered.index(chosen.fits)
         first = at == 0 or ordered[at - 1].source != chosen.fits.source
         assert chosen.better == (None if first else ordered[at - 1])
@@ -122,11 +127,11 @@ def test_the_next_better_plan_of_the_winners_model_is_told():
 def test_what_is_shown_names_length_and_rank_of_what_was_too_large(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     of = fleet(Model("small"), rank=256, lower=(4,), shorter=(8,), rows_a_step=2)
-    groups = list(candidates(of, FACTS, RUNTIME))
+    groups = list(candidates(of, FACTS, RUNTIME, RATES))
     best = next(plan for plan in groups[1] if plan.rank == 4)
-    chosen = choose(of, FACTS, best.predicted_peak_bytes, RUNTIME)
+    chosen = choose(of, FACTS, best.predicted_peak_bytes, RUNTIME, RATES)
     assert chosen.fits == best and chosen.better == groups[1][2]
-    views.show_plan(chosen, best.predicted_peak_bytes)
+    views.show_plan(chosen, best.predicted_peak_bytes, None)
     shown = capsys.readouterr().out
     assert "small, 6 of 6 layers, bfloat16, rank 4, micro-batches of 2 x 64 tokens: " in shown
     table = shown[shown.index("preferred, but too large") :].splitlines()
@@ -134,28 +139,117 @@ def test_what_is_shown_names_length_and_rank_of_what_was_too_large(capsys, monke
     (better,) = [line for line in table if "bfloat16" in line]
     assert "rank 4, micro-batches of 1 x 8 tokens, boundaries in 8 bits" in smallest
     assert "rank 256, micro-batches of 1 x 64 tokens, boundaries in 8 bits" in better
-    values = views.plan_values(chosen, best.predicted_peak_bytes)
+    values = views.plan_values(chosen, best.predicted_peak_bytes, None)
     assert [(one["tokens"], one["rank"]) for one in values["rejected"]] == [(8, 4)]
     over = groups[1][2].predicted_peak_bytes - best.predicted_peak_bytes
     assert (values["better"]["rank"], values["better"]["over_budget_bytes"]) == (256, over)
-    assert views.plan_values(choose(of, FACTS, 1 << 40, RUNTIME), 1 << 40)["better"] is None
+    assert views.plan_values(choose(of, FACTS, 1 << 40, RUNTIME, RATES), 1 << 40, None)["better"] is None
 
 
 def test_one_byte_less_gets_the_next_plan():
     of = fleet(Model("large", weights=("float32",)))
     first, second = plans(of)[:2]
-    assert choose(of, FACTS, first.predicted_peak_bytes, RUNTIME).fits == first
-    assert choose(of, FACTS, first.predicted_peak_bytes - 1, RUNTIME).fits == second
+    assert choose(of, FACTS, first.predicted_peak_bytes, RUNTIME, RATES).fits == first
+    assert choose(of, FACTS, first.predicted_peak_bytes - 1, RUNTIME, RATES).fits == second
 
 
 def test_a_budget_that_is_too_small_is_told_the_smallest_that_is_not():
     of = fleet(**STEPS_DOWN)
     least = min(plans(of), key=lambda plan: plan.predicted_peak_bytes)
     with pytest.raises(BudgetError) as refused:
-        choose(of, FACTS, least.predicted_peak_bytes - 1, RUNTIME)
+        choose(of, FACTS, least.predicted_peak_bytes - 1, RUNTIME, RATES)
     said = str(refused.value)
     assert "small with 6 layers in bfloat16, rank 4 and 8 tokens, which needs" in said
-    assert choose(of, FACTS, least.predicted_peak_bytes, RUNTIME).fits == least
+    assert choose(of, FACTS, least.predicted_peak_bytes, RUNTIME, RATES).fits == least
+
+
+# --- a deadline for a step
+
+
+def in_time(of, longest):
+    """The same fleet, with the seconds of a plan as its deadline."""
+    training = msgspec.structs.replace(of.training, step_deadline_s=longest.step_seconds)
+    return msgspec.structs.replace(of, training=training)
+
+
+@pytest.mark.parametrize("of", [fleet(), fleet(Model("large", weights=("bfloat16", "q4_1")), *CATALOG, **STEPS_DOWN)])
+def test_each_deadline_gets_the_first_plan_that_fits_and_is_in_time(of):
+    ordered = plans(of)
+    budgets = sorted(plan.predicted_peak_bytes for plan in ordered)[:: len(ordered) // 4 - 1]
+    winners = set()
+    for budget in budgets:
+        small = [plan for plan in ordered if plan.predicted_peak_bytes <= budget]
+        for longest in small[:: 1 + len(small) // 12]:
+            chosen = choose(in_time(of, longest), FACTS, budget, RUNTIME, RATES)
+            assert chosen.fits == next(plan for plan in small if plan.step_seconds <= longest.step_seconds)
+            winners.add((chosen.fits.source, chosen.fits.depth, chosen.fits.weights))
+    assert len(winners) > 3
+
+
+def test_a_deadline_picks_a_smaller_model_or_another_format():
+    of = fleet(Model("large", weights=("float32", "bfloat16")), Model("small"))
+    large, bfloat16, small = (group[0] for group in list(candidates(of, FACTS, RUNTIME, RATES))[:3])
+    assert choose(of, FACTS, 1 << 40, RUNTIME, RATES).fits == large
+    assert choose(in_time(of, bfloat16), FACTS, 1 << 40, RUNTIME, RATES).fits == bfloat16
+    slower = Rates(*(rate / 2 for rate in msgspec.structs.astuple(RATES)))
+    chosen = choose(in_time(of, bfloat16), FACTS, 1 << 40, RUNTIME, slower).fits
+    assert chosen.source == small.source and chosen.step_seconds <= bfloat16.step_seconds
+
+
+def test_what_was_too_slow_is_told_by_seconds_and_what_was_too_large_by_bytes(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "220")
+    of = fleet(Model("large", weights=("float32", "bfloat16")), Model("small", weights=("bfloat16",)))
+    first, second, small = candidates(of, FACTS, RUNTIME, RATES)
+    budget = max(plan.predicted_peak_bytes for plan in second)
+    limited = in_time(of, small[0])
+    deadline = limited.training.step_deadline_s
+    chosen = choose(limited, FACTS, budget, RUNTIME, RATES)
+    fastest = min(second, key=lambda plan: plan.step_seconds)
+    assert chosen.fits == small[0]
+    assert chosen.rejected == [min(first, key=lambda plan: plan.predicted_peak_bytes), fastest]
+    large, slow = views.plan_values(chosen, budget, deadline)["rejected"]
+    assert large["over_budget_bytes"] == chosen.rejected[0].predicted_peak_bytes - budget > 0
+    assert slow["over_budget_bytes"] == 0
+    assert slow["over_deadline_s"] == fastest.step_seconds - deadline > 0
+    views.show_plan(chosen, budget, deadline)
+    shown = capsys.readouterr().out
+    assert f"about {small[0].step_seconds:.3g} s of {deadline:g} s a step on this machine" in shown
+    table = shown[shown.index("preferred, but too large or too slow") :].splitlines()
+    (line,) = [line for line in table if "large, 30 layers, bfloat16" in line]
+    assert line.rstrip(" │").endswith(f" {slow['over_deadline_s']:.3g} s") and " and " not in line
+    (line,) = [line for line in table if "large, 30 layers, float32" in line]
+    assert f"MiB and {large['over_deadline_s']:.3g} s" in line
+    views.show_plan(choose(of, FACTS, budget, RUNTIME, RATES), budget, None)
+    shown = capsys.readouterr().out
+    assert "s a step on this machine" in shown and "too slow" not in shown
+
+
+def test_where_no_step_is_in_time_the_fastest_is_told():
+    of = fleet(**STEPS_DOWN)
+    fastest = min(plans(of), key=lambda plan: plan.step_seconds)
+    limited = in_time(of, msgspec.structs.replace(fastest, step_seconds=0.99 * fastest.step_seconds))
+    name = f"{fastest.source} with {fastest.depth} layers in {fastest.weights}, rank {fastest.rank} and 8 tokens"
+    with pytest.raises(BudgetError) as refused:
+        choose(limited, FACTS, 1 << 40, RUNTIME, RATES)
+    within = f"no model of the catalog makes a step within {limited.training.step_deadline_s:g} s"
+    takes = f"; the fastest would be {name}, which takes {fastest.step_seconds:.3g} s"
+    assert str(refused.value) == f"{within} in a budget of 1 TiB{takes}"
+    with pytest.raises(BudgetError) as refused:
+        choose(limited, FACTS, 1, RUNTIME, RATES)
+    assert str(refused.value) == within + takes
+    assert choose(in_time(of, fastest), FACTS, 1 << 40, RUNTIME, RATES).fits == fastest
+
+
+def test_a_budget_that_is_too_small_is_told_the_smallest_that_is_in_time_as_well():
+    of = fleet(Model("large", weights=("float32", "q4_1")))
+    ordered = plans(of)
+    quick = min(ordered, key=lambda plan: plan.step_seconds)
+    least = min(ordered, key=lambda plan: plan.predicted_peak_bytes)
+    assert least.step_seconds > quick.step_seconds
+    with pytest.raises(BudgetError) as refused:
+        choose(in_time(of, quick), FACTS, least.predicted_peak_bytes - 1, RUNTIME, RATES)
+    assert "the smallest that would fit and makes a step within" in str(refused.value)
+    assert str(refused.value).endswith(f"which needs {format_size(quick.predicted_peak_bytes)}")
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16])
@@ -174,7 +268,7 @@ def test_the_micro_batch_goes_from_a_whole_step_to_a_single_row(rows):
 )
 def test_what_a_model_has_not_is_refused(of, message):
     with pytest.raises(InputError, match=message):
-        choose(of, FACTS, 1 << 40, RUNTIME)
+        choose(of, FACTS, 1 << 40, RUNTIME, RATES)
 
 
 def test_lengths_above_a_models_positions_are_left_out_for_it_alone():
@@ -182,12 +276,12 @@ def test_lengths_above_a_models_positions_are_left_out_for_it_alone():
     of = fleet(Model("large"), Model("short"), shorter=(40, 8))
     lengths = {
         group[0].source: list(dict.fromkeys(plan.tokens for plan in group))
-        for group in candidates(of, {**FACTS, "short": short}, RUNTIME)
+        for group in candidates(of, {**FACTS, "short": short}, RUNTIME, RATES)
     }
     assert lengths == {"large": [64, 40, 8], "short": [40, 8]}
     too_short = msgspec.structs.replace(short, positions=7)
     with pytest.raises(InputError, match="shorter goes down to 8, but short has 7 positions"):
-        list(candidates(of, {**FACTS, "short": too_short}, RUNTIME))
+        list(candidates(of, {**FACTS, "short": too_short}, RUNTIME, RATES))
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ max_tokens = 64
 shorter = [32, 8]
 slices = "own"
 timeout_s = 100
+step_deadline_s = 2.5
 
 [[catalog]]
 source = "large.gguf"
@@ -70,7 +71,7 @@ def test_every_key_is_read(read):
         seed=7,
         method=Method("local"),
         adapter=Adapter(4, (3, 1), 8.0, ("q", "v")),
-        training=Training(3, 2, 5e-4, 0, 0.01, 0.5, 64, (32, 8), "own", 100.0),
+        training=Training(3, 2, 5e-4, 0, 0.01, 0.5, 64, (32, 8), "own", 100.0, 2.5),
     )
 
 
@@ -111,6 +112,10 @@ def test_a_wrong_key_is_answered_with_the_nearest_right_one(read, line, message)
         ("[training]\nlearning_rate = '1e-3'", "Expected `float`, got `str` - at `$.training.learning_rate`"),
         ("[adapter]\nroles = ['query']", "Invalid enum value 'query' - at `$.adapter.roles[0]`"),
         ("[[catalog]]\nsource = 'n'\nweights = ['int3']", "Invalid enum value 'int3' - at `$.catalog[1].weights[0]`"),
+        (
+            "[training]\nstep_deadline_s = 'soon'",
+            "Expected `float | null`, got `str` - at `$.training.step_deadline_s`",
+        ),
         ("[[catalog]]\ndepth = 3", "Object missing required field `source` - at `$.catalog[1]`"),
     ],
 )
@@ -155,6 +160,10 @@ def test_a_value_of_the_wrong_type_is_named(read, line, message):
         ("training", "shorter", "[64, 64]"),
         ("training", "shorter", "[64, 7]"),
         ("training", "timeout_s", "0"),
+        ("training", "step_deadline_s", "0"),
+        ("training", "step_deadline_s", "-2"),
+        ("training", "step_deadline_s", "inf"),
+        ("training", "step_deadline_s", "nan"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_is_needed(read, table, key, wrong):

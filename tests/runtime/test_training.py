@@ -54,7 +54,7 @@ def adapted(model, spec=SPEC):
 
 def plan_of(**how):
     names = {"source": "m", "model_class": "m@1", "depth": 4, "layers": 4, "weights": "float32", "rank": SPEC.rank}
-    return Plan(**{**names, "tokens": 32, "terms": {}, **how})
+    return Plan(**{**names, "tokens": 32, "terms": {}, "step_seconds": 1.0, **how})
 
 
 def train(model, adapter, examples, micro_rows=4, slices=None, progress=lambda *_: None, ease=lambda: None, **training):

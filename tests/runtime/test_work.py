@@ -21,5 +21,5 @@ CATALOG = (Model("a"), Model("a", depth=20), Model("b", depth=15), Model("a", de
 )
 def test_a_device_trains_the_smaller_slices_of_its_checkpoint(source, depth, slices, depths):
     fleet = Fleet("f", CATALOG, training=Training(slices=slices))
-    plan = Plan(source, "class", depth, 30, "float32", rank=4, rows=1, tokens=8, terms={})
+    plan = Plan(source, "class", depth, 30, "float32", rank=4, rows=1, tokens=8, terms={}, step_seconds=1.0)
     assert work.depths(fleet, plan) == depths

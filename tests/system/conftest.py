@@ -30,6 +30,7 @@ def real_model(cache: Path) -> str:
         patch.setenv("EDGE_RUNTIME_CACHE", str(cache))
         processes.prepared(str(model.path()), Path())
         processes.runtime_bytes()
+        processes.rates("cpu", 1)  # the tests' agents train on one thread
     return str(model.path())
 
 

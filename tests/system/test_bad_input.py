@@ -87,6 +87,13 @@ def test_an_unknown_board_and_a_bad_size_are_refused(tmp_path: Path) -> None:
     assert_one_sentence(Command("plan", "--fleet", str(path), "--budget", "lots"), 2, "lots")
 
 
+def test_a_deadline_is_not_promised_for_a_board_that_was_never_measured(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.toml"
+    path.write_text('[fleet]\nname = "x"\n[training]\nstep_deadline_s = 2\n[[catalog]]\nsource = "m"\n')
+    plan = Command("plan", "--fleet", str(path), "--board", "jetson-orin-nano-8gb")
+    assert_one_sentence(plan, 2, "step_deadline_s", "a board one does not have", "leave the key out")
+
+
 def test_plan_and_profile_speak_json(fleet: Fleet, tiny_model: Path) -> None:
     fleet.write((str(tiny_model), 4))
     fleet_file = str(fleet.folder / "fleet.toml")

@@ -10,7 +10,7 @@ from fleet import Command, Fleet
 
 OPTIONS = {
     "profile": ["--json"],
-    "plan": ["--fleet", "--budget", "--board", "--models", "--json"],
+    "plan": ["--fleet", "--budget", "--board", "--models", "--device", "--json"],
     "broker": ["--port", "--state", "--kind"],
     "aggregator": ["--fleet", "--state", "--broker", "--node", "--until-finished", "--json"],
     "agent": [

@@ -54,7 +54,8 @@ def budget_of_depth(fleet: Fleet, model: str, depth: int) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDGE_RUNTIME_CACHE", str(fleet.cache))
         facts = {model: processes.prepared(model, Path())}
-        plans = list(candidates(settings.load(fleet.folder / "fleet.toml"), facts, processes.runtime_bytes()))
+        measured = processes.runtime_bytes(), processes.rates("cpu", 1)
+        plans = list(candidates(settings.load(fleet.folder / "fleet.toml"), facts, *measured))
     return next(one[-1].predicted_peak_bytes for one in plans if one[-1].depth == depth)
 
 

@@ -20,9 +20,8 @@ def budget_for_depth(fleet: Fleet, model: Path, depth: int) -> str:
 
     wanted = settings.load(fleet.folder / "fleet.toml")
     facts = {str(model): processes.prepared(str(model), model)}
-    peaks = {
-        plans[0].depth: plans[-1].predicted_peak_bytes for plans in candidates(wanted, facts, processes.runtime_bytes())
-    }
+    measured = processes.runtime_bytes(), processes.rates("cpu", 1)
+    peaks = {plans[0].depth: plans[-1].predicted_peak_bytes for plans in candidates(wanted, facts, *measured)}
     return str(peaks[depth])
 
 

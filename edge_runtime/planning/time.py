@@ -1,0 +1,66 @@
+"""Predicts the seconds of an optimiser step from the model's facts and the device's measured rates; nothing is loaded.
+
+    step = FLOP / rate of matrix products + bytes / rate of a large copy + calls
+
+    FLOP        blocks and head: 2 a parameter and token, three times: forward, again in backward, and for dx; the head for the
+                loss, its gradient and perhaps once more, with every token labelled
+                causal attention, at ATTENTION of the rate
+                adapter: nine products with A or B, at THIN of the rate: two forward, two again, x Aᵀ once more, two for dx,
+                two for dA and dB
+    bytes       element-wise work on a block's activations and on the logits
+                matrices, three times a micro-batch: read, or expanded where they are packed; streamed ones are read besides
+    calls       what starting a block's operations takes, once a micro-batch, and its factors' optimiser, once a step
+
+Rows are taken to be as long as the plan allows, the slice as deep, and a streamed file to be in the page cache. The constants
+were fitted to steps of five settings on two cores of an AMD EPYC (SmolLM2-135M and Gemma-3-270M's shape, 256 and 512 tokens a
+row, bfloat16 and q4_1); a prediction is within about a third of those, which tests/runtime/test_time.py has. Nothing else was
+measured: no GPU, no float32. `edge-runtime measure` shows prediction and measurement side by side.
+"""
+
+import msgspec
+
+from edge_runtime.models.facts import Facts, adapter_shapes
+from edge_runtime.models.slices import kept_layers
+from edge_runtime.planning.plan import Plan
+from edge_runtime.planning.predict import VALUE_BYTES
+from edge_runtime.settings import PACKED, Role
+
+ATTENTION, THIN = 0.25, 0.5  # of the rate of matrix products
+BLOCK_PASSES, LOSS_PASSES = 10, 60  # over the rows that predict.py counts in a block, and over the logits
+EXPAND_BYTES = {"q8_0": 24, "q4_1": 60, "q4_0": 60, "nf4": 190}  # a value takes as long as a copy that moves so many
+CALL_S = 6e-3  # a block
+
+
+class Rates(msgspec.Struct, frozen=True):
+    """What a device does in a second (`edge_runtime.planning.probe`): FLOP of matrix products, by their type, and bytes that
+    a large copy reads and writes."""
+
+    bfloat16_flops: float
+    float32_flops: float
+    copy_bytes: float
+
+
+def step_seconds(facts: Facts, plan: Plan, *, roles: tuple[Role, ...], rows_a_step: int, rates: Rates) -> float:
+    """Predicted seconds of an optimiser step.
+
+    Args:
+        plan: all but its terms and seconds.
+        roles: of the layers that the adapter is on.
+        rates: of the device, with as many threads as the trainer has.
+    """
+    tokens, micro_batches = rows_a_step * plan.tokens, -(-rows_a_step // plan.rows)
+    width, flops = (4, rates.float32_flops) if plan.weights == "float32" else (2, rates.bfloat16_flops)
+    shapes = adapter_shapes(facts, kept_layers(plan.depth, facts.layers), roles, plan.rank)
+    factors = sum(rows * columns for rows, columns in shapes.values())
+    blocks = plan.depth * facts.block_parameters
+    attention = plan.depth * 1.5 * plan.tokens * facts.heads * facts.head_dim  # half of the pairs; backward 2.5 times
+    head = facts.vocabulary * facts.hidden
+    products = 6 * tokens * (blocks + head + attention / ATTENTION) + 9 * tokens * factors / THIN
+    rows = plan.depth * (17 * facts.hidden + 7 * facts.intermediate)
+    moved: float = width * tokens * (BLOCK_PASSES * rows + LOSS_PASSES * facts.vocabulary)
+    moved += 3 * micro_batches * blocks * EXPAND_BYTES.get(plan.weights, width)
+    if plan.weights in PACKED:
+        moved += 3 * micro_batches * head * EXPAND_BYTES["q8_0"]
+    if plan.streamed:
+        moved += 3 * micro_batches * blocks * VALUE_BYTES[plan.weights]
+    return products / flops + moved / rates.copy_bytes + CALL_S * plan.depth * (micro_batches + 1)

@@ -1,0 +1,164 @@
+"""The predicted time of a step: what it grows with, how near it is to what was measured, and the probe that it rests on."""
+
+import msgspec
+import pytest
+
+from edge_runtime import processes
+from edge_runtime.models.facts import Facts
+from edge_runtime.planning.search import plan
+from edge_runtime.planning.time import Rates
+from edge_runtime.settings import Adapter, Fleet, Model, Training
+
+RATES = Rates(bfloat16_flops=389e9, float32_flops=167e9, copy_bytes=41e9)  # the probe, on two cores of an AMD EPYC
+SMOLLM2 = Facts(
+    model_class="smollm2@1",
+    folder="",
+    weights="",
+    family="llama",
+    layers=30,
+    hidden=576,
+    heads=9,
+    kv_heads=3,
+    head_dim=64,
+    intermediate=1536,
+    vocabulary=49152,
+    positions=2048,
+    tied_head=True,
+    linears={"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576)}
+    | {"gate": (1536, 576), "up": (1536, 576), "down": (576, 1536)},
+)
+GEMMA = msgspec.structs.replace(
+    SMOLLM2,
+    model_class="gemma@1",
+    family="gemma3_text",
+    layers=18,
+    hidden=640,
+    heads=4,
+    kv_heads=1,
+    head_dim=256,
+    intermediate=2048,
+    vocabulary=262144,
+    linears={"q": (1024, 640), "k": (256, 640), "v": (256, 640), "o": (640, 1024)}
+    | {"gate": (2048, 640), "up": (2048, 640), "down": (640, 2048)},
+)
+
+
+def seconds(
+    facts=SMOLLM2,
+    weights="bfloat16",
+    *,
+    step=4,
+    rows=4,
+    tokens=256,
+    rank=16,
+    depth=None,
+    way=("input", False),
+    rates=RATES,
+):
+    """Predicted, of a step of so many rows in micro-batches of `rows`."""
+    training = Training(rows_a_step=step, max_tokens=tokens)
+    return plan(
+        Fleet("f", (Model("m"),), adapter=Adapter(rank=rank), training=training),
+        facts,
+        "m",
+        depth or facts.layers,
+        weights,
+        tokens=tokens,
+        rank=rank,
+        rows=rows,
+        boundaries=way[0],
+        streamed=way[1],
+        runtime_bytes=0,
+        rates=rates,
+    ).step_seconds
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "q4_1"])
+def test_a_machine_that_is_faster_in_what_a_plan_needs_makes_a_shorter_step(weights):
+    other = "bfloat16_flops" if weights == "float32" else "float32_flops"
+    for name in Rates.__struct_fields__:
+        faster = seconds(weights=weights, rates=msgspec.structs.replace(RATES, **{name: 2 * getattr(RATES, name)}))
+        assert faster == seconds(weights=weights) if name == other else faster < seconds(weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        ({"depth": 10}, {"depth": 11}),
+        ({"rank": 4}, {"rank": 16}),
+        ({"step": 4}, {"step": 8}),
+        ({"tokens": 64}, {"tokens": 128}),
+        ({"rows": 4, "weights": "q4_1"}, {"rows": 1, "weights": "q4_1"}),  # the weights are expanded for each
+        ({"weights": "bfloat16"}, {"weights": "q4_1"}),
+        ({"weights": "q8_0"}, {"weights": "nf4"}),
+        ({"weights": "q4_1"}, {"weights": "q4_1", "way": ("int8", True)}),
+        ({"facts": SMOLLM2}, {"facts": msgspec.structs.replace(SMOLLM2, vocabulary=262144)}),
+    ],
+)
+def test_more_work_is_predicted_to_take_longer(less, more):
+    assert seconds(**less) < seconds(**more)
+
+
+def test_packed_weights_pay_for_small_micro_batches_more_than_dense_ones():
+    packed, dense = (seconds(weights=weights, rows=1) - seconds(weights=weights) for weights in ("q4_1", "bfloat16"))
+    assert packed > 3 * dense > 0
+
+
+# --- against what was measured
+
+MEASURED = [  # seconds: medians of real trainer processes on two cores of an AMD EPYC, rank 16 on all linear layers
+    (3.5, {}),
+    (4.2, {"weights": "q4_1"}),
+    (2.0, {"weights": "q4_1", "step": 1, "rows": 1, "way": ("int8", True)}),
+    (4.3, {"facts": GEMMA, "step": 1, "rows": 1, "tokens": 512}),
+    (5.0, {"facts": GEMMA, "step": 1, "rows": 1, "tokens": 512, "weights": "q4_1"}),
+]
+
+
+def assert_near(predicted, measured):
+    assert 2 / 3 <= predicted / measured <= 4 / 3, f"predicted {predicted:.2f} s, measured {measured:.2f} s"
+
+
+@pytest.mark.parametrize(("measured", "what"), MEASURED)
+def test_the_prediction_is_within_a_third_of_what_was_measured(measured, what):
+    assert_near(seconds(**what), measured)
+    twice = Rates(*(2 * rate for rate in msgspec.structs.astuple(RATES)))
+    with pytest.raises(AssertionError, match="predicted"):
+        assert_near(seconds(**what, rates=twice), measured)
+
+
+# --- the probe
+
+
+@pytest.fixture
+def printed(monkeypatch, tmp_path):
+    """The commands whose output was not in the cache; each prints other rates."""
+    commands = []
+
+    def output(module, *_):
+        commands.append(module)
+        return msgspec.json.encode(Rates(float(len(commands)), 1.0, 1.0))
+
+    monkeypatch.setenv("EDGE_RUNTIME_CACHE", str(tmp_path))
+    monkeypatch.setattr(processes, "_output", output)
+    return commands
+
+
+def test_a_device_is_measured_once(printed):
+    first = processes.rates("cpu")
+    assert processes.rates("cpu") == first
+    assert printed == [["edge_runtime.planning.probe", "cpu", "0"]]
+
+
+def test_other_devices_threads_and_packages_are_measured_anew(printed, monkeypatch):
+    seen = [processes.rates("cpu"), processes.rates("cpu", 1), processes.rates("cuda")]
+    monkeypatch.setattr(processes, "version", lambda package: "another")
+    seen += [processes.rates("cpu"), processes.rates("cpu")]
+    assert [one.bfloat16_flops for one in seen] == [1, 2, 3, 4, 4]
+
+
+def test_the_probe_measures_rates_that_a_machine_can_have(tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGE_RUNTIME_CACHE", str(tmp_path))
+    for rate in msgspec.structs.astuple(processes.rates("cpu", 1)):
+        assert 1e8 < rate < 1e15
+    assert [path.name.startswith("rates-cpu-1-") for path in tmp_path.iterdir()] == [True]

@@ -36,7 +36,7 @@ from edge_runtime.training.job import Job, Progress, Result
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3  # trainer processes a round
-SMALLER = 0.8  # of the peak predicted for a plan that was killed: the next one's budget
+SMALLER = 0.8  # of what was predicted above the runtime for a plan that memory was short for: the next one's budget
 CONNECT_TIMEOUT_S = 15.0
 IDLE_S = 5.0
 
@@ -227,7 +227,7 @@ class Agent:
             export=str(self._adapter) if self._round.state == "finished" else None,
             threads=self.options.threads,
             device=self.options.device,
-            budget_bytes=self._budget_bytes,
+            budget_bytes=self.options.budget_bytes,
             gpu_cap_bytes=self.options.gpu_cap_bytes,
         )
         self._attempt += 1
@@ -249,7 +249,9 @@ class Agent:
             self._give_up(TrainerError(reason))
         else:
             if ended.exit_code in (-9, MemoryShortError.exit_code):  # killed for memory, most likely, or said so
-                self._budget_bytes = min(self._budget_bytes, int(SMALLER * self._planned.plan.predicted_peak_bytes))
+                plan = self._planned.plan
+                runtime, peak = plan.terms["runtime"], plan.predicted_peak_bytes
+                self._budget_bytes = min(self._budget_bytes, int(runtime + SMALLER * (peak - runtime)))
             self._say("again", text=reason)
             self._plan()
 

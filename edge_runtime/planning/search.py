@@ -205,7 +205,7 @@ def lower(known: Facts, plan: Plan, *, roles: tuple[Role, ...], rows_a_step: int
     for way in _ways(rows_a_step, plan.weights, plan.tokens):
         made = msgspec.structs.replace(plan, **way._asdict())
         predicted = terms(known, made, roles=roles, rows_a_step=rows_a_step, lengths=1, runtime_bytes=runtime_bytes)
-        predicted["kernels"] = plan.terms["kernels"] + KERNEL_BYTES * len(found)  # those of the lengths so far stay
+        predicted["kernels"] = plan.terms["kernels"] + KERNEL_BYTES * (way.rows != plan.rows)  # those so far stay
         made = msgspec.structs.replace(made, terms=predicted)
         if way.streamed == plan.streamed and made.predicted_peak_bytes < found[-1].predicted_peak_bytes:
             found.append(made)

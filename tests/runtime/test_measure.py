@@ -56,7 +56,8 @@ def test_the_table_has_the_views_that_are_there(capsys):
     }
     peft = Taken(**taken, phases={"load": PhaseMemory(4 * MIB, anonymous_bytes=7 * MIB)})
     phases = {"load": PhaseMemory(2 * MIB, driver_bytes=5 * MIB), "train": PhaseMemory(3 * MIB)}
-    done = Measurement(**taken, phases=phases, predicted_peak_bytes=3 * MIB, terms={"weights": 3 * MIB}, peft=peft)
+    predicted = {"predicted_peak_bytes": 3 * MIB, "predicted_step_seconds": 2.0, "terms": {"weights": 3 * MIB}}
+    done = Measurement(**taken, **predicted, phases=phases, peft=peft)
     views.show_measurement(done)
     lines = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
     cells = [[cell.strip() for cell in line] for line in lines]

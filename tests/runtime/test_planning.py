@@ -10,7 +10,7 @@ from edge_runtime import measure, views
 from edge_runtime.demo import commands
 from edge_runtime.errors import BudgetError, InputError
 from edge_runtime.models.facts import Facts
-from edge_runtime.planning.search import candidates, choose
+from edge_runtime.planning.search import candidates, choose, lower
 from edge_runtime.planning.time import Rates
 from edge_runtime.settings import Adapter, Fleet, Model, Training
 from edge_runtime.training import data
@@ -256,6 +256,55 @@ def test_a_budget_that_is_too_small_is_told_the_smallest_that_is_in_time_as_well
 def test_the_micro_batch_goes_from_a_whole_step_to_a_single_row(rows):
     seen = [plan.rows for plan in plans(fleet(Model("small", weights=("float32",)), rows_a_step=rows))]
     assert seen == {1: [1, 1], 3: [3, 2, 1, 1], 16: [16, 8, 4, 2, 1, 1]}[rows]  # the last with 8-bit boundaries
+
+
+def test_small_tiles_of_the_mlp_come_last_and_where_rows_are_longer_than_they_are():
+    of = fleet(Model("small", weights=("q4_1",)), rows_a_step=1, max_tokens=512, shorter=(256,))
+    ways = [(plan.tokens, plan.boundaries, plan.mlp_tokens, plan.streamed) for plan in plans(of)]
+    assert ways == [
+        *((512, kept, tile, False) for kept, tile in [("input", 1024), ("int8", 1024), ("int8", 256)]),
+        (512, "int8", None, True),
+        *((256, kept, 1024, False) for kept in ("input", "int8")),
+        (256, "int8", None, True),
+    ]
+
+
+def test_an_mlp_without_a_gate_is_not_predicted_in_tiles():
+    longer = fleet(Model("small", weights=("bfloat16",)), rows_a_step=4, max_tokens=2048)
+    tiled, whole = (
+        next(candidates(longer, {"small": msgspec.structs.replace(SMALL, family=family)}, RUNTIME, RATES))[0]
+        for family in ("llama", "phi")
+    )
+    assert tiled.terms["block"] < whole.terms["block"]
+    assert "MLPs in tiles of 1024" in tiled.how
+
+
+def test_a_running_plan_is_lowered_in_the_order_that_costs_least():
+    of = fleet(Model("large", weights=("bfloat16",)), rank=16, rows_a_step=8, max_tokens=2048)
+    first = plans(of)[0]
+    ways = lower(LARGE, first, roles=of.adapter.roles, rows_a_step=8)
+    assert [(way.rows, way.boundaries, way.mlp_tokens) for way in ways] == [
+        *((rows, "input", 1024) for rows in (4, 2, 1)),
+        (1, "int8", 1024),
+        (1, "int8", 256),
+    ]
+    sizes = [way.predicted_peak_bytes for way in (first, *ways)]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
+    same = {name: getattr(first, name) for name in ("source", "depth", "weights", "rank", "tokens", "streamed")}
+    assert all({name: getattr(way, name) for name in same} == same for way in ways)
+    assert lower(LARGE, ways[-1], roles=of.adapter.roles, rows_a_step=8) == []
+    streamed = plans(fleet(Model("large", weights=("q4_1",)), rows_a_step=8, max_tokens=512))[-1]
+    assert streamed.streamed and lower(LARGE, streamed, roles=of.adapter.roles, rows_a_step=8) == []
+
+
+def test_smaller_micro_batches_that_would_need_more_for_their_sums_are_no_way_down():
+    of = fleet(Model("large", weights=("bfloat16",)), rank=256, rows_a_step=8, max_tokens=8)
+    first = plans(of)[0]
+    assert all(
+        way.predicted_peak_bytes < first.predicted_peak_bytes
+        for way in lower(LARGE, first, roles=of.adapter.roles, rows_a_step=8)
+    )
+    assert plans(of)[1].predicted_peak_bytes > first.predicted_peak_bytes
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 
 from edge_runtime import processes
 from edge_runtime.models.facts import Facts
-from edge_runtime.planning.search import plan
+from edge_runtime.planning.search import Way, plan
 from edge_runtime.planning.time import Rates
 from edge_runtime.settings import Adapter, Fleet, Model, Training
 
@@ -52,7 +52,7 @@ def seconds(
     tokens=256,
     rank=16,
     depth=None,
-    way=("input", False),
+    way=None,
     rates=RATES,
 ):
     """Predicted, of a step of so many rows in micro-batches of `rows`."""
@@ -65,9 +65,7 @@ def seconds(
         weights,
         tokens=tokens,
         rank=rank,
-        rows=rows,
-        boundaries=way[0],
-        streamed=way[1],
+        way=way or Way(rows),
         runtime_bytes=0,
         rates=rates,
     ).step_seconds
@@ -91,7 +89,7 @@ def test_a_machine_that_is_faster_in_what_a_plan_needs_makes_a_shorter_step(weig
         ({"rows": 4, "weights": "q4_1"}, {"rows": 1, "weights": "q4_1"}),  # the weights are expanded for each
         ({"weights": "bfloat16"}, {"weights": "q4_1"}),
         ({"weights": "q8_0"}, {"weights": "nf4"}),
-        ({"weights": "q4_1"}, {"weights": "q4_1", "way": ("int8", True)}),
+        ({"weights": "q4_1"}, {"weights": "q4_1", "way": Way(4, "int8", None, True)}),
         ({"facts": SMOLLM2}, {"facts": msgspec.structs.replace(SMOLLM2, vocabulary=262144)}),
     ],
 )
@@ -109,7 +107,7 @@ def test_packed_weights_pay_for_small_micro_batches_more_than_dense_ones():
 MEASURED = [  # seconds: medians of real trainer processes on two cores of an AMD EPYC, rank 16 on all linear layers
     (3.5, {}),
     (4.2, {"weights": "q4_1"}),
-    (2.0, {"weights": "q4_1", "step": 1, "rows": 1, "way": ("int8", True)}),
+    (2.0, {"weights": "q4_1", "step": 1, "way": Way(1, "int8", None, True)}),
     (4.3, {"facts": GEMMA, "step": 1, "rows": 1, "tokens": 512}),
     (5.0, {"facts": GEMMA, "step": 1, "rows": 1, "tokens": 512, "weights": "q4_1"}),
 ]

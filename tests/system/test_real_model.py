@@ -1,14 +1,16 @@
 """Two devices that hold different depths of a real model, for two rounds: what is merged, weighed, kept and shown."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fleet import Fleet
-from records import job, master, remembered, reports, sent
+from records import committed, job, master, remembered, reports, sent
 
 from edge_runtime import processes, settings
 from edge_runtime.adapters.initial import initial
@@ -130,3 +132,41 @@ def test_the_demo_reads_its_outcome_from_such_a_fleet(ran: Ran) -> None:
 def test_the_demo_names_a_round_that_did_not_close(ran: Ran) -> None:
     fleet, budgets = ran
     assert "2 of 3 rounds closed" in demo._outcome("fedit", 3, budgets, fleet.folder, 1.0).faults
+
+
+def test_a_trainer_that_is_killed_for_memory_is_followed_by_a_smaller_one_in_the_same_round(
+    fleet: Fleet, real_model: str
+) -> None:
+    fleet.write((real_model, 12), (real_model, 3), steps=6)
+    node = fleet.node("--until-finished")
+    agent = fleet.agent("a", "--until-finished")
+    assert "12 of 30 layers" in agent.phase("starting")["text"]
+    agent.phase("train")
+    for trainer in agent.children():
+        os.kill(trainer, signal.SIGKILL)
+    again = agent.phase("again")
+    assert "exit code -9" in again["text"]
+    smaller = agent.phase("starting")
+    assert "3 of 30 layers" in smaller["text"] and smaller["round"] == again["round"] == 1
+    assert (agent.end(), node.end()) == (0, 0)
+    assert committed(fleet) == [("a", 1)]
+
+
+def test_a_trainer_that_takes_more_than_its_budget_says_so_and_a_smaller_plan_finishes_the_round(
+    fleet: Fleet, real_model: str, tmp_path: Path
+) -> None:
+    """The device believes that its libraries take nothing, so every plan takes far more than was predicted."""
+    shutil.copytree(fleet.cache, tmp_path / "cache")
+    (baseline,) = (tmp_path / "cache").glob("baseline-*")
+    real = int(baseline.read_text())
+    baseline.write_text("1000000")
+    fleet.cache = tmp_path / "cache"
+    fleet.write((real_model, 20), (real_model, 3), steps=4)
+    node = fleet.node("--until-finished")
+    agent = fleet.agent("a", "--until-finished", "--budget", str(real + (320 << 20)))
+    assert "20 of 30 layers" in agent.phase("starting")["text"]
+    said = agent.phase("again")["text"]
+    assert "a step took" in said and "of a budget of" in said
+    assert "3 of 30 layers" in agent.phase("starting")["text"]
+    assert (agent.end(), node.end()) == (0, 0)
+    assert committed(fleet) == [("a", 1)]

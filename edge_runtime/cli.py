@@ -80,8 +80,6 @@ def plan(fleet: Path, budget: str | None, board: str | None, models: Path, devic
 
     Of the fleet's catalog, on this device or on a board one does not have.
     """
-    from edge_profiles import board as board_named
-    from edge_profiles import default_budget_bytes, profile_of
 
     from edge_runtime import methods, processes, settings, views
     from edge_runtime.planning.search import choose
@@ -94,8 +92,7 @@ def plan(fleet: Path, budget: str | None, board: str | None, models: Path, devic
             "leave the key out to plan for the board's memory alone"
         )
     here = _probe()
-    planned = profile_of(board_named(board)) if board else here
-    budget_bytes = _size(budget) if budget else default_budget_bytes(planned)
+    budget_bytes = _budget(budget, board, here)
     facts = {source: processes.prepared(source, models) for source in {one.source for one in wanted.catalog}}
     rates = processes.rates(_device(device, here))
     choice = choose(wanted, facts, budget_bytes, processes.runtime_bytes(), rates)
@@ -285,22 +282,19 @@ def agent(
 
     Everything but its data comes from the fleet's node.
     """
-    from edge_profiles import board as board_named
-    from edge_profiles import default_budget_bytes, profile_of
 
     from edge_runtime.agent.agent import Agent
     from edge_runtime.agent.options import Event, Options
 
     found = _probe()
     cap_bytes = _cap(board, device, found)
-    given = profile_of(board_named(board)) if board else found
     options = Options(
         broker=broker,
         fleet=fleet,
         id=id,
         data=data,
         state=state,
-        budget_bytes=_size(budget) if budget else default_budget_bytes(given),
+        budget_bytes=_budget(budget, board, found),
         evaluation=_evaluation(evaluation),
         models=models,
         threads=threads,
@@ -411,6 +405,15 @@ def _size(text: str) -> int:
     from edge_profiles import parse_size
 
     return parse_size(text)
+
+
+def _budget(given: str | None, board: str | None, found: "Profile") -> int:
+    """What was given, else the default of the board or of this machine."""
+    from edge_profiles import board as board_named
+    from edge_profiles import default_budget_bytes, profile_of
+
+    profile = profile_of(board_named(board)) if board else found
+    return _size(given) if given else default_budget_bytes(profile)
 
 
 def _device(wanted: str, found: "Profile") -> str:

@@ -75,6 +75,7 @@ def plan_values(choice: Choice, budget_bytes: int, deadline_s: float | None) -> 
             "rank",
             "rows",
             "boundaries",
+            "mlp_tokens",
             "streamed",
             "predicted_peak_bytes",
             "step_seconds",

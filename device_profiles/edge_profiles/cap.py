@@ -1,7 +1,7 @@
 """How far to hold a process back on a large GPU so that it has no more than a board would leave it."""
 
 from edge_profiles.errors import ProfileError
-from edge_profiles.known import Board, boards
+from edge_profiles.known import Board, boards, profile_of
 from edge_profiles.profile import Profile
 from edge_profiles.sizes import format_size
 
@@ -14,17 +14,17 @@ def gpu_cap_bytes(board: Board, machine: Profile) -> int:
     Raises:
         ProfileError: the board has no GPU, the machine has none, or the machine's has less than the board leaves.
     """
-    if board.gpu is None:
+    there = profile_of(board).gpu
+    if there is None:
         able = ", ".join(name for name, one in boards().items() if one.gpu is not None)
         raise ProfileError(f"board {board.name} has no GPU whose memory could be capped; boards with one: {able}")
-    total, reserved = board.memory_bytes, board.reserved_bytes
-    if board.gpu.memory_bytes is not None:
-        total, reserved = board.gpu.memory_bytes, board.gpu.reserved_bytes
+    left = there.memory_available_bytes
+    assert left is not None  # a board says what it reserves
     if machine.gpu is None:
         raise ProfileError(f"this machine has no GPU that could be capped to the memory of {board.name}")
-    if machine.gpu.memory_total_bytes < total - reserved:
+    if machine.gpu.memory_total_bytes < left:
         raise ProfileError(
             f"{machine.gpu.name} has {format_size(machine.gpu.memory_total_bytes)}, but {board.name} leaves a process "
-            f"{format_size(total - reserved)}: choose a smaller board or a larger GPU"
+            f"{format_size(left)}: choose a smaller board or a larger GPU"
         )
-    return total - reserved
+    return left

@@ -99,12 +99,7 @@ def _download(source: str, models: Path) -> Path:
     repository, _, revision = source.partition("@")
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES)))
-    except (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OSError,
-        ValueError,
-    ) as error:  # an id that cannot be one: ValueError
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:  # ValueError: no hub id
         reason = " ".join(str(error).split()).rstrip(".")  # the hub's reasons go over several lines
         raise InputError(
             f"there is no model at {source}, nor in {models}, and it cannot be fetched from the hub either: {reason}; copy it "

@@ -36,9 +36,8 @@ def stream(block: nn.Module, matrices: Mapping[str, Callable[[], Packed]], file:
         InputError: when the block runs and the file cannot be read.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(
-        file.with_suffix(".lock"), timeout=LOCK_TIMEOUT_S
-    ):  # several agents of one machine may share the cache
+    # several agents of one machine may share the cache
+    with FileLock(file.with_suffix(".lock"), timeout=LOCK_TIMEOUT_S):
         if not file.exists():
             _write({path: read() for path, read in matrices.items()}, file)
     forms = {}

@@ -31,6 +31,7 @@ ADAPTER_BYTES, SUM_BYTES, ENCODE_BYTES = 6, 4, 9
 KERNEL_BYTES, MOST_LENGTHS = 8 * MIB, 6  # of a length of rows; the library's cache holds that of so many
 LOSS_CHUNK_BYTES = 16 * MIB  # of logits at once, unless memory is short
 LOSS_COPIES = 2.6
+HIDDEN_ROWS, INTERMEDIATE_ROWS = 17, 7  # a token, of a block's activations and their gradients
 BLOCK_COPIES = {"float32": 1.6, "bfloat16": 1.5, "packed": 1.8}
 MLP_TOKENS, FEWER_MLP_TOKENS = 1024, 256  # that go through an MLP at once: at no cost, and where memory is short
 UNGATED_FAMILIES = ("gpt2", "phi")  # their MLPs do not come in tiles
@@ -50,13 +51,13 @@ def terms(
     """
     width = 4 if plan.weights == "float32" else 2  # of activations
     batch = plan.rows * plan.tokens
-    shapes = adapter_shapes(facts, kept_layers(plan.depth, facts.layers), roles, plan.rank)
     factor_bytes = ADAPTER_BYTES + (SUM_BYTES if plan.rows < rows_a_step else 0)
-    values = sum(rows * columns for rows, columns in shapes.values())
+    values = factor_values(facts, plan, roles)
     kept = facts.hidden + 4 if plan.boundaries == "int8" else width * facts.hidden
     copies = BLOCK_COPIES["packed" if plan.weights in PACKED else plan.weights]
     at_once = batch if facts.family in UNGATED_FAMILIES else min(batch, plan.mlp_tokens or batch)
-    block = int(copies * width * (batch * 17 * facts.hidden + at_once * 7 * facts.intermediate))
+    rows = batch * HIDDEN_ROWS * facts.hidden + at_once * INTERMEDIATE_ROWS * facts.intermediate
+    block = int(copies * width * rows)
     loss = int(LOSS_COPIES * min(width * batch * facts.vocabulary, loss_chunk_bytes(plan)))
     training = {"boundaries": batch * kept * plan.depth, **({"block": block} if block > loss else {"loss": loss})}
     encode = {"encode": ENCODE_BYTES * values}
@@ -67,6 +68,12 @@ def terms(
         "adapter": factor_bytes * values,
         **max(training, encode, key=lambda terms: sum(terms.values())),
     }
+
+
+def factor_values(facts: Facts, plan: Plan, roles: tuple[Role, ...]) -> int:
+    """Values of the adapter's factors."""
+    shapes = adapter_shapes(facts, kept_layers(plan.depth, facts.layers), roles, plan.rank)
+    return sum(rows * columns for rows, columns in shapes.values())
 
 
 def loss_chunk_bytes(plan: Plan) -> int:

@@ -19,10 +19,9 @@ measured: no GPU, no float32. `edge-runtime measure` shows prediction and measur
 
 import msgspec
 
-from edge_runtime.models.facts import Facts, adapter_shapes
-from edge_runtime.models.slices import kept_layers
+from edge_runtime.models.facts import Facts
 from edge_runtime.planning.plan import Plan
-from edge_runtime.planning.predict import VALUE_BYTES
+from edge_runtime.planning.predict import HIDDEN_ROWS, INTERMEDIATE_ROWS, VALUE_BYTES, factor_values
 from edge_runtime.settings import PACKED, Role
 
 ATTENTION, THIN = 0.25, 0.5  # of the rate of matrix products
@@ -50,13 +49,12 @@ def step_seconds(facts: Facts, plan: Plan, *, roles: tuple[Role, ...], rows_a_st
     """
     tokens, micro_batches = rows_a_step * plan.tokens, -(-rows_a_step // plan.rows)
     width, flops = (4, rates.float32_flops) if plan.weights == "float32" else (2, rates.bfloat16_flops)
-    shapes = adapter_shapes(facts, kept_layers(plan.depth, facts.layers), roles, plan.rank)
-    factors = sum(rows * columns for rows, columns in shapes.values())
+    factors = factor_values(facts, plan, roles)
     blocks = plan.depth * facts.block_parameters
     attention = plan.depth * 1.5 * plan.tokens * facts.heads * facts.head_dim  # half of the pairs; backward 2.5 times
     head = facts.vocabulary * facts.hidden
     products = 6 * tokens * (blocks + head + attention / ATTENTION) + 9 * tokens * factors / THIN
-    rows = plan.depth * (17 * facts.hidden + 7 * facts.intermediate)
+    rows = plan.depth * (HIDDEN_ROWS * facts.hidden + INTERMEDIATE_ROWS * facts.intermediate)
     moved: float = width * tokens * (BLOCK_PASSES * rows + LOSS_PASSES * facts.vocabulary)
     moved += 3 * micro_batches * blocks * EXPAND_BYTES.get(plan.weights, width)
     if plan.weights in PACKED:

@@ -4,12 +4,12 @@ import os
 
 import msgspec
 import pytest
+from architectures import RATES, SMOLLM2
 from edge_profiles import format_size
 
 from edge_runtime import measure, views
 from edge_runtime.demo import commands
 from edge_runtime.errors import BudgetError, InputError
-from edge_runtime.models.facts import Facts
 from edge_runtime.planning.search import candidates, choose, lower
 from edge_runtime.planning.time import Rates
 from edge_runtime.settings import Adapter, Fleet, Model, Training
@@ -17,24 +17,7 @@ from edge_runtime.training import data
 
 MIB = 1 << 20
 RUNTIME = 300 * MIB
-RATES = Rates(bfloat16_flops=389e9, float32_flops=167e9, copy_bytes=41e9)  # the probe, on two cores of an AMD EPYC
-LARGE = Facts(
-    model_class="large@1",
-    folder="",
-    weights="",
-    family="llama",
-    layers=30,
-    hidden=576,
-    heads=9,
-    kv_heads=3,
-    head_dim=64,
-    intermediate=1536,
-    vocabulary=49152,
-    positions=2048,
-    tied_head=True,
-    linears={"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576)}
-    | {"gate": (1536, 576), "up": (1536, 576), "down": (576, 1536)},
-)
+LARGE = msgspec.structs.replace(SMOLLM2, model_class="large@1")
 SMALL = msgspec.structs.replace(LARGE, model_class="small@1", layers=6)
 FACTS = {"large": LARGE, "small": SMALL}
 CATALOG = (Model("large"), Model("large", depth=10), Model("small"))

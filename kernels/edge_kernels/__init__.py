@@ -3,6 +3,7 @@
 from edge_kernels.adamw8bit import AdamW8bit
 from edge_kernels.adapter_linear import adapter_linear
 from edge_kernels.apply import apply
+from edge_kernels.attention import attention
 from edge_kernels.checkpoint_block import Kept, checkpoint_block
 from edge_kernels.gated_activation import gated_activation
 from edge_kernels.in_tiles import in_tiles
@@ -19,6 +20,7 @@ __all__ = [
     "Packed",
     "adapter_linear",
     "apply",
+    "attention",
     "checkpoint_block",
     "expand",
     "gated_activation",

@@ -2,7 +2,7 @@
 
     norms        rms_norm, layer_norm
     MLP          gated_activation, where the activation has a gate; in tiles of tokens
-    attention    rotary, where there are rotary positions
+    attention    rotary, where there are rotary positions; attention, on a CPU where nothing but later keys is masked
 
 Each module gets a `forward` of its own that hides its class's; no weight moves and no class or library is changed. The
 operators treat weights as frozen, so a module whose own weight wants a gradient is refused, and so is a kind of norm or MLP
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from edge_kernels.attention import attention
 from edge_kernels.gated_activation import Kind, gated_activation
 from edge_kernels.in_tiles import in_tiles
 from edge_kernels.layer_norm import layer_norm
@@ -32,7 +33,7 @@ GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2ML
 FUSED = ("Phi3MLP",)
 UNGATED = ("PhiMLP", "GPT2MLP")  # left as they are
 KINDS: dict[str, Kind] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-ROTARY = "apply_rotary_pos_emb"
+ROTARY, INTERFACES = "apply_rotary_pos_emb", "ALL_ATTENTION_FUNCTIONS"  # transformers' names, in an attention's file
 
 Forward = Callable[..., Any]
 
@@ -78,7 +79,7 @@ def _forward(name: str, module: nn.Module, mlp_tokens: int | None) -> Forward | 
     if kind in FUSED:
         return _tiled(module, partial(_fused, module, _activation(name, module)), mlp_tokens)
     if kind.endswith("Attention"):
-        return _rotated(module)
+        return _attention(module)
     if kind.endswith(("Norm", "MLP")) and kind not in UNGATED:
         known = ", ".join((*OFFSETS, "LayerNorm", *GATED, *FUSED, *UNGATED))
         raise ValueError(f"{name} is a {kind}, which is not known; known: {known}")
@@ -102,15 +103,35 @@ def _fused(module: Any, kind: Kind, x: torch.Tensor) -> torch.Tensor:
     return down
 
 
-def _rotated(module: nn.Module) -> Forward | None:
-    """The attention's own code, in which the name of the rotary function means ours."""
+def _attention(module: nn.Module) -> Forward | None:
+    """The attention's own code, in which the names of the rotary function and of torch's attention mean ours."""
     code = inspect.unwrap(type(module).forward)
-    if ROTARY not in code.__globals__:
+    if not {ROTARY, INTERFACES} & code.__globals__.keys():
         return None
     names = {**code.__globals__, ROTARY: lambda q, k, cos, sin, unsqueeze_dim=1: rotary(q, k, cos, sin)}
+    if INTERFACES in names:
+        names[INTERFACES] = _Interfaces(names[INTERFACES])
     ours = types.FunctionType(code.__code__, names, code.__name__, code.__defaults__, code.__closure__)
     ours.__kwdefaults__ = code.__kwdefaults__
     return types.MethodType(ours, module)
+
+
+class _Interfaces:
+    """Attention functions by name: torch's on a CPU gives way to ours where it can."""
+
+    def __init__(self, theirs: Any) -> None:
+        self._theirs = theirs
+
+    def get_interface(self, name: str, default: Forward) -> Forward:
+        found: Forward = self._theirs.get_interface(name, default)
+        return partial(_attend, found) if name == "sdpa" else found
+
+
+def _attend(theirs, module, q, k, v, mask, dropout=0.0, scaling=None, **rest):  # type: ignore[no-untyped-def]
+    causal = rest.get("is_causal") or (rest.get("is_causal") is None and module.is_causal)
+    if q.is_cuda or mask is not None or dropout or not causal or q.shape[2] != k.shape[2] or rest.get("softcap"):
+        return theirs(module, q, k, v, mask, dropout=dropout, scaling=scaling, **rest)
+    return attention(q, k, v, scaling or q.shape[-1] ** -0.5).transpose(1, 2).contiguous(), None
 
 
 def _activation(name: str, module: Any) -> Kind:

@@ -16,7 +16,7 @@ from edge_runtime.models import weights
 from edge_runtime.training import data, step
 
 SPEC = settings.Adapter(rank=4)
-SWAPPED = {  # modules of a tiny model of 4 blocks: norms, MLPs with a gate, attentions with rotary positions
+SWAPPED = {  # modules of a tiny model of 4 blocks: norms, MLPs with a gate, attentions
     "llama": 9 + 4 + 4,
     "mistral": 9 + 4 + 4,
     "qwen2": 9 + 4 + 4,
@@ -26,7 +26,7 @@ SWAPPED = {  # modules of a tiny model of 4 blocks: norms, MLPs with a gate, att
     "gemma3_text": 17 + 8 + 4 + 4,
     "phi": 5 + 0 + 4,
     "phi3": 9 + 4 + 4,
-    "gpt2": 9 + 0 + 0,
+    "gpt2": 9 + 0 + 4,
 }
 
 

@@ -3,20 +3,23 @@
     loss = mean over kept tokens of  logsumexp(l) - l[label],   l = cap(h Wᵀ + scale · ((h Aᵀ) Cᵀ) Bᵀ)
     cap(u) = softcap · tanh(u / softcap) or u;   dl = (softmax(l) - 1[label]) · cap'(u);   dh = dl W + scale · ((dl B) C) A
 
-Tokens whose label is ignored are left out before the product. The rest take one of two ways.
+Tokens whose label is ignored are left out before the product. The rest take one of three ways.
 
-Chunks of tokens, whose logits fit a byte budget and become their own gradient in place. The gradients are made in the
-forward pass, so that backward only scales them: two products a token. Kept: dh (and dA, dC, dB).
-Tiles of tokens by vocabulary: the logits of a chunk do not exist either. The forward pass leaves one log-sum-exp a token;
-backward makes each tile again, and a kernel passes over those whose gradient is below the type's resolution: three
+A sweep over the vocabulary, in torch: logits of a piece of it, whose softmax without the label goes through the second
+product at once and joins a running mean of the head's rows, so that the head is read, or expanded, once:
+    dh = (1 - p) · (mean of W by softmax without the label - W[label]),   loss = softplus(logsumexp without label - l[label])
+Gradients are made in the forward pass: two products a token. Kept: dh.
+Chunks of tokens, in Triton and with an adapter: their logits fit a byte budget and become their own gradient in place. Two
+products a token, which read the head for each chunk. Kept: dh (and dA, dC, dB).
+Tiles of tokens by vocabulary, in Triton: the logits of a chunk do not exist either. The forward pass leaves one log-sum-exp
+a token; backward makes each tile again, and a kernel passes over those whose gradient is below the type's resolution: three
 products a token, less what is passed over. Kept: h, the log-sum-exps.
 
-A chunk of T tokens reads the head twice, and the products do T operations for each byte of it in 16 bits; tiles read it
-two or three times, however many tokens there are. So a dense head goes by tiles only where the budget leaves fewer than
-64 tokens a chunk. A packed head has to be expanded as well, which in torch costs as much as the product of 30 (q8_0) to
-450 (nf4) tokens, so it goes by tiles below about twice as many. With an adapter, chunks: its factors' gradients
-would need atomic additions. In Triton dh is such a sum, so its last bits differ from run to run.
-Source: Wijmans et al. 2024, arXiv 2411.09009 (tiles), Hsu et al. 2024, arXiv 2410.10989 (gradient in the forward pass).
+A chunk of T tokens does T operations for each byte of a head in 16 bits that it reads; tiles read it two or three times,
+however many tokens there are. So a dense head goes by tiles only where the budget leaves fewer than 64 tokens a chunk, a
+packed one always. In Triton dh is a sum of atomic additions there, so its last bits differ from run to run.
+Source: Milakov & Gimelshein 2018, arXiv 1805.02867 (running softmax); Wijmans et al. 2024, arXiv 2411.09009 (tiles); Hsu et
+al. 2024, arXiv 2410.10989 (gradient in the forward pass).
 """
 
 from collections.abc import Iterator
@@ -32,9 +35,9 @@ from edge_kernels.tiles import check_packed, expand_tile, pointer_types, pointer
 
 IGNORED = -100
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-PIECE = 8 << 20  # bytes of a packed head's rows that are expanded at once in torch
-FEWEST = {"dense": 64, "q8_0": 64, "q4_0": 256, "q4_1": 256, "nf4": 1024}  # tokens a chunk: with fewer, reading or
-# expanding the head twice for each costs more than another product
+PIECE = 4 << 20  # bytes of a packed head's rows that are expanded at once in torch
+FEWEST = 64  # tokens a chunk: with fewer, reading the head twice for each costs more than another product
+NEVER = -1e30  # a logit whose exponential is 0 beside any other's
 
 
 def linear_cross_entropy(
@@ -93,10 +96,10 @@ def linear_cross_entropy(
     rows = hidden.reshape(-1, width)
     if not torch.is_grad_enabled():  # else the Function would make the gradients nevertheless
         rows, A, C, B = (None if part is None else part.detach() for part in (rows, A, C, B))
-    if A is None and tokens and _goes_by_tiles(rows, head, tokens, chunk_bytes):
-        loss: torch.Tensor = _Tiles.apply(rows, index, head, targets, softcap, chunk_bytes)
-    else:
-        loss = _Chunks.apply(rows, index, head, targets, softcap, chunk_bytes, A, C, B, scale)
+    way = _Chunks if A is not None or not tokens else _way(rows, head, tokens, chunk_bytes)
+    loss: torch.Tensor = way.apply(
+        rows, index, head, targets, softcap, chunk_bytes, *((A, C, B, scale) if way is _Chunks else ())
+    )
     return loss
 
 
@@ -113,18 +116,98 @@ def _check_adapter(A: Any, C: Any, B: Any, scale: float, vocabulary: int, width:
         raise ValueError(f"scale is {scale} but has to be finite")
 
 
-def _goes_by_tiles(rows: torch.Tensor, head: torch.Tensor | Packed, tokens: int, chunk_bytes: int) -> bool:
-    step = _tokens_a_chunk(rows, head.shape[0], chunk_bytes)
-    if on_triton(rows) and rows.dtype == torch.float32:
-        return False  # exact float32 products have no tensor cores: a library's are faster than a kernel's
-    if isinstance(head, Packed):
-        return on_triton(rows) or step < min(tokens, FEWEST[head.format])
-    return head.is_contiguous() and step < min(tokens, FEWEST["dense"])
+def _way(rows: torch.Tensor, head: torch.Tensor | Packed, tokens: int, chunk_bytes: int) -> Any:
+    if not on_triton(rows):
+        return _Sweep
+    if rows.dtype == torch.float32:
+        return _Chunks  # exact float32 products have no tensor cores: a library's are faster than a kernel's
+    few = _tokens_a_chunk(rows, head.shape[0], chunk_bytes) < min(tokens, FEWEST)
+    return _Tiles if isinstance(head, Packed) or (few and head.is_contiguous()) else _Chunks
 
 
 def _tokens_a_chunk(rows: torch.Tensor, vocabulary: int, chunk_bytes: int) -> int:
     tokens = max(chunk_bytes // (rows.element_size() * vocabulary), 1)
     return tokens - tokens % 8 if tokens > 8 else tokens  # whole registers for the products
+
+
+# --- a sweep over the vocabulary, in torch
+
+
+class _Sweep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, index, head, targets, softcap, chunk_bytes):  # type: ignore[no-untyped-def]
+        tokens, width = len(targets), rows.shape[1]
+        dh = rows.new_empty(tokens, width) if ctx.needs_input_grad[0] else None
+        losses = torch.empty(tokens, device=rows.device)
+        step = max(chunk_bytes // (8 * width), 1)  # whose gradient in float32 is half the budget
+        for first in range(0, tokens, step):
+            chunk = slice(first, first + step)
+            x = rows[chunk] if index is None else rows[index[chunk]]
+            _sweep(x, head, targets[chunk], softcap, chunk_bytes, losses[chunk], None if dh is None else dh[chunk])
+        ctx.save_for_backward(index, dh)
+        ctx.shape = rows.shape
+        return losses.mean()
+
+    @staticmethod
+    def backward(ctx, dloss):  # type: ignore[no-untyped-def]
+        index, dh = ctx.saved_tensors
+        return _placed(dh, dloss / len(dh), index, ctx.shape), None, None, None, None, None
+
+
+def _sweep(x, head, targets, softcap, chunk_bytes, losses, dh):  # type: ignore[no-untyped-def]
+    """Fill in the loss of each token and, unless it is None, its gradient."""
+    log_sum, wanted = (
+        torch.full((len(x),), fill, device=x.device) for fill in (-torch.inf, 0.0)
+    )  # without the label's
+    mean = None if dh is None else torch.zeros(x.shape, device=x.device)
+    buffer = None
+    for columns, weight in _pieces(head, x.dtype, chunk_bytes // (x.element_size() * len(x))):
+        buffer = x.new_empty(len(x) * len(weight)) if buffer is None else buffer  # no later piece is larger
+        logits = torch.mm(x, weight.T, out=buffer[: len(x) * len(weight)].view(len(x), -1))
+        place = targets - columns.start
+        here = (place >= 0) & (place < len(weight))
+        place.clamp_(0, len(weight) - 1)
+        piece = _softmax_in_place(logits, place, here, wanted, softcap, chunk_bytes)
+        joint = torch.logaddexp(log_sum, piece)
+        if mean is not None:
+            mean.mul_((log_sum - joint).exp_()[:, None]).addcmul_(logits @ weight, (piece - joint).exp_()[:, None])
+            dh[here] = weight[place[here]]
+        log_sum = joint
+    losses.copy_(torch.nn.functional.softplus(log_sum - wanted))
+    if mean is not None:
+        slope = 1.0 if softcap is None else 1 - (wanted / softcap).square_()[:, None]
+        dh.copy_(mean.sub_(slope * dh).mul_(torch.sigmoid(log_sum - wanted)[:, None]))
+
+
+def _softmax_in_place(logits, place, here, wanted, softcap, chunk_bytes):  # type: ignore[no-untyped-def]
+    """Logits of a piece into their softmax without the label, times cap'; its log-sum-exps. Notes the label's logit.
+
+    In float32, a strip of tokens at a time, which takes half the budget. Strips that fit a core's cache are no faster, and
+    much slower where another process has one of the cores, since each short operation then waits for it.
+    """
+    step = max(chunk_bytes // (8 * logits.shape[1]), 1)
+    sums = torch.empty(len(logits), device=logits.device)
+    for part in zip(*(x.split(step) for x in (logits, place[:, None], here[:, None], wanted, sums)), strict=True):
+        some, column, among, label, log_sum = part
+        strip, slope = some.float(), None
+        if softcap is not None:
+            strip.div_(softcap).tanh_()
+            slope = strip.square().neg_().add_(1)
+            strip.mul_(softcap)
+        seen = strip.gather(-1, column)
+        label.copy_(torch.where(among, seen, label[:, None])[:, 0])
+        strip.scatter_(-1, column, torch.where(among, NEVER, seen))
+        highest = strip.amax(-1)
+        torch.softmax(strip, -1, out=strip)
+        torch.sub(highest, strip.amax(-1).log_(), out=log_sum)
+        some.copy_(strip if slope is None else strip.mul_(slope))
+    return sums
+
+
+def _placed(dh, share, index, shape):  # type: ignore[no-untyped-def]
+    """share · dh among all rows; scaled in float32: a share of 1 / tokens is no normal number in float16."""
+    scaled = torch.mul(dh, share.view(1), out=torch.empty_like(dh))
+    return scaled if index is None else dh.new_zeros(shape).index_copy_(0, index, scaled)
 
 
 # --- chunks: the products are torch's, and what turns logits into their gradient is torch's or a kernel
@@ -180,10 +263,7 @@ class _Chunks(torch.autograd.Function):
     def backward(ctx, dloss):  # type: ignore[no-untyped-def]
         index, dh, *dfactors = ctx.saved_tensors
         share = dloss / max(ctx.tokens, 1)
-        drows = None
-        if dh is not None:  # scaled in float32: a share of 1 / tokens is no normal number in float16
-            scaled = torch.mul(dh, share.view(1), out=torch.empty_like(dh))
-            drows = scaled if index is None else dh.new_zeros(ctx.shape).index_copy_(0, index, scaled)
+        drows = None if dh is None else _placed(dh, share, index, ctx.shape)
         factors = [None if d is None else (d * share).to(dtype) for d, dtype in zip(dfactors, ctx.like, strict=True)]
         return drows, None, None, None, None, None, *factors, None
 
@@ -302,7 +382,7 @@ def _cap(logits, softcap):  # type: ignore[no-untyped-def]
     return softcap * (1 - 2 / (tl.exp(2 * logits / softcap) + 1))  # tanh; the interpreter has no libdevice
 
 
-# --- tiles: what is kept is one log-sum-exp a token
+# --- tiles, in Triton: what is kept is one log-sum-exp a token
 
 
 class _Tiles(torch.autograd.Function):
@@ -311,9 +391,7 @@ class _Tiles(torch.autograd.Function):
         tokens = len(targets)
         log_sum, wanted = (torch.empty(tokens, device=rows.device) for _ in range(2))
         for chunk, x in _groups(rows, index, tokens, head.shape[0], chunk_bytes):
-            log_sum[chunk], wanted[chunk] = (_triton_log_sum if on_triton(x) else _torch_log_sum)(
-                x, head, targets[chunk], softcap, chunk_bytes
-            )
+            log_sum[chunk], wanted[chunk] = _log_sum(x, head, targets[chunk], softcap)
         ctx.save_for_backward(rows, index, targets, log_sum)
         ctx.head, ctx.softcap, ctx.chunk_bytes = head, softcap, chunk_bytes
         return (log_sum - wanted).sum() / tokens
@@ -325,9 +403,7 @@ class _Tiles(torch.autograd.Function):
         drows = torch.empty_like(rows) if index is None else torch.zeros_like(rows)
         for chunk, x in _groups(rows, index, tokens, ctx.head.shape[0], ctx.chunk_bytes):
             dh = torch.zeros(x.shape, device=x.device)
-            (_triton_dhidden if on_triton(x) else _torch_dhidden)(
-                dh, x, ctx.head, targets[chunk], log_sum[chunk], ctx.softcap, ctx.chunk_bytes
-            )
+            _dhidden(dh, x, ctx.head, targets[chunk], log_sum[chunk], ctx.softcap)
             drows[chunk if index is None else index[chunk]] = dh.mul_(dloss / tokens).to(rows.dtype)
         return drows, None, None, None, None, None
 
@@ -335,45 +411,14 @@ class _Tiles(torch.autograd.Function):
 def _groups(
     rows: torch.Tensor, index: torch.Tensor | None, tokens: int, vocabulary: int, chunk_bytes: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Kept tokens, so many that their gradient in float32, and in Triton the log-sum-exps of their tiles, fit the budget."""
+    """Kept tokens, so many that their gradient in float32 and the log-sum-exps of their tiles fit the budget."""
     step = max(chunk_bytes // (4 * max(rows.shape[1], vocabulary // 32)), 16)
     for first in range(0, tokens, step):
         chunk = slice(first, min(first + step, tokens))
         yield chunk, rows[chunk] if index is None else rows[index[chunk]]
 
 
-def _torch_log_sum(x, head, targets, softcap, chunk_bytes):  # type: ignore[no-untyped-def]
-    log_sum, wanted = (torch.full((len(x),), -torch.inf, device=x.device) for _ in range(2))
-    for columns, weight in _pieces(head, x.dtype, chunk_bytes // (16 * len(x))):
-        logits = (x @ weight.T).float()
-        if softcap is not None:
-            logits.div_(softcap).tanh_().mul_(softcap)
-        torch.logaddexp(log_sum, logits.logsumexp(-1), out=log_sum)
-        place, here = _among(targets, columns)
-        wanted = torch.where(here, logits.gather(-1, place)[:, 0], wanted)
-    return log_sum, wanted
-
-
-def _torch_dhidden(dh, x, head, targets, log_sum, softcap, chunk_bytes):  # type: ignore[no-untyped-def]
-    for columns, weight in _pieces(head, x.dtype, chunk_bytes // (16 * len(x))):
-        logits = (x @ weight.T).float()
-        slope = None
-        if softcap is not None:
-            slope = logits.div_(softcap).tanh_().square().neg_().add_(1)
-            logits.mul_(softcap)
-        dl = logits.sub_(log_sum[:, None]).exp_()
-        place, here = _among(targets, columns)
-        dl.scatter_add_(-1, place, -here[:, None].float())
-        dh += (dl if slope is None else dl.mul_(slope)).to(x.dtype) @ weight
-
-
-def _among(targets: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each label is within a piece of the vocabulary, and whether it is."""
-    place = (targets - columns.start).clamp(0, columns.stop - columns.start - 1)
-    return place[:, None], place + columns.start == targets
-
-
-def _triton_log_sum(x, head, targets, softcap, _chunk_bytes):  # type: ignore[no-untyped-def]
+def _log_sum(x, head, targets, softcap):  # type: ignore[no-untyped-def]
     format = head.format if isinstance(head, Packed) else "dense"
     x, (tokens, width), vocabulary = x.contiguous(), x.shape, head.shape[0]
     tile = _tile(tokens, format)
@@ -386,7 +431,7 @@ def _triton_log_sum(x, head, targets, softcap, _chunk_bytes):  # type: ignore[no
     return log_sums.logsumexp(0), wanted
 
 
-def _triton_dhidden(dh, x, head, targets, log_sum, softcap, _chunk_bytes):  # type: ignore[no-untyped-def]
+def _dhidden(dh, x, head, targets, log_sum, softcap):  # type: ignore[no-untyped-def]
     format = head.format if isinstance(head, Packed) else "dense"
     x, (tokens, width), vocabulary = x.contiguous(), x.shape, head.shape[0]
     tile = _tile(tokens, format)

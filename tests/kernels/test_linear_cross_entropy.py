@@ -1,4 +1,4 @@
-"""The loss and its gradients against float64, by chunks and by tiles of any size, and that the whole logits never exist."""
+"""The loss and its gradients against float64, each way with pieces of any size, and that the whole logits never exist."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 from edge_kernels import linear_cross_entropy
 from edge_kernels.backend import on_triton
-from edge_kernels.linear_cross_entropy import IGNORED, _goes_by_tiles
+from edge_kernels.linear_cross_entropy import IGNORED, _way
 from edge_kernels.quant import BLOCK, Packed, expand, pack
 from numerics import DEVICE, ON_GPU, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,9 +19,10 @@ DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED and not ON_GPU else
 VOCABULARY, WIDTH, RANK = 50, 24, 3
 
 
-@pytest.fixture(params=["chunks", "tiles"])
+@pytest.fixture(params=["chunks", "tiles" if on_triton(torch.ones(1, device=DEVICE)) else "sweep"])
 def way(request, monkeypatch):
-    monkeypatch.setattr(SUBJECT, "_goes_by_tiles", lambda *_: request.param == "tiles")
+    function = {"chunks": "_Chunks", "tiles": "_Tiles", "sweep": "_Sweep"}[request.param]
+    monkeypatch.setattr(SUBJECT, "_way", lambda *_: getattr(SUBJECT, function))
     return request.param
 
 
@@ -137,7 +138,7 @@ def test_what_is_not_contiguous_does(way):
     hidden, head, labels = case((6, 4))
     check(lambda h, *more, **named: linear_cross_entropy(h.mT.contiguous().mT, *more, **named), hidden, head, labels)
     wide = torch.stack((labels, labels), -1)[..., 0]
-    check(linear_cross_entropy, hidden, head.T.contiguous().T if way == "chunks" else head, wide)
+    check(linear_cross_entropy, hidden, head if way == "tiles" else head.T.contiguous().T, wide)
 
 
 def test_what_else_reads_hidden_keeps_its_share_of_the_gradient(way):
@@ -193,6 +194,18 @@ def test_without_grad_mode_there_is_the_loss_alone(monkeypatch):
     monkeypatch.setattr(SUBJECT, "_product", None)
     with torch.no_grad():
         assert torch.equal(linear_cross_entropy(hidden, head, labels, **named), loss)
+
+
+def test_a_sweep_without_grad_mode_makes_no_gradient(monkeypatch):
+    sweep, gradients = SUBJECT._sweep, []
+    monkeypatch.setattr(SUBJECT, "_way", lambda *_: SUBJECT._Sweep)
+    monkeypatch.setattr(SUBJECT, "_sweep", lambda *given: gradients.append(given[-1]) or sweep(*given))
+    hidden, head, labels = case()
+    loss = linear_cross_entropy(hidden.requires_grad_(), head, labels)
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(hidden, head, labels), loss)
+    assert gradients[0] is not None
+    assert gradients[1:] == [None]
 
 
 def count_ignored(hidden, head, labels, softcap=None, **more):
@@ -257,19 +270,26 @@ def test_the_gradient_is_that_of_finite_differences(way):
     assert not agrees(no_gradient)
 
 
+@pytest.mark.skipif(not on_triton(torch.ones(1, device=DEVICE)), reason="tiles are Triton's")
 @pytest.mark.parametrize(("rows", "tokens", "tiles"), [(64, 500, False), (63, 500, True), (63, 56, False)])
 def test_a_dense_head_goes_by_tiles_where_chunks_would_be_many_and_small(rows, tokens, tiles):
     hidden, head, _ = case((tokens,), torch.float16)
-    assert _goes_by_tiles(hidden, head, tokens, 2 * VOCABULARY * rows) is tiles
-    assert not _goes_by_tiles(hidden, head.T.contiguous().T, tokens, 2 * VOCABULARY * rows)
+    assert (_way(hidden, head, tokens, 2 * VOCABULARY * rows) is SUBJECT._Tiles) is tiles
+    assert _way(hidden, head.T.contiguous().T, tokens, 2 * VOCABULARY * rows) is SUBJECT._Chunks
+    assert _way(hidden, pack(head, "q8_0"), tokens, 2 * VOCABULARY * rows) is SUBJECT._Tiles
+    assert _way(hidden.float(), pack(head, "q8_0"), tokens, 2 * VOCABULARY * rows) is SUBJECT._Chunks
 
 
-def test_a_packed_head_goes_by_tiles_in_triton_and_else_where_chunks_would_be_small():
-    hidden, head, _ = case((500,), torch.float16)
-    packed = pack(head, "q8_0")
-    assert _goes_by_tiles(hidden, packed, 500, 2 * VOCABULARY * 63)
-    assert _goes_by_tiles(hidden, packed, 500, 2 * VOCABULARY * 255) is on_triton(hidden)
-    assert _goes_by_tiles(hidden, pack(head, "q4_1"), 500, 2 * VOCABULARY * 255)  # dearer to expand
+@pytest.mark.skipif(INTERPRETED or ON_GPU, reason="kernels expand a packed head in their tiles")
+def test_a_packed_head_is_expanded_once(monkeypatch):
+    expanded = []
+    monkeypatch.setattr(
+        SUBJECT, "expand", lambda packed, **more: expanded.append(packed.shape[0]) or expand(packed, **more)
+    )
+    monkeypatch.setattr(SUBJECT, "PIECE", 1)
+    hidden, head, labels = case((40,), vocabulary=600)
+    check(linear_cross_entropy, hidden, pack(head, "q8_0"), labels, chunk_bytes=40 * 4 * 256)
+    assert sum(expanded) == 600
 
 
 class LargestTensor(TorchDispatchMode):

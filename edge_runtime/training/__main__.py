@@ -6,9 +6,9 @@ python -m edge_runtime.training --baseline   prints the runtime baseline: the pe
 
 import sys
 
-from edge_runtime.training.lean import without_compiler
+from edge_runtime.training.lean import lean_imports
 
-with without_compiler():
+with lean_imports():
     from edge_runtime.training.run import main
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Imports transformers without torch's compiler, which a trainer never uses and which is 95 MiB of a process that has it.
+"""Imports transformers without two parts of torch that a trainer never uses: its compiler, 95 MiB of a process that has it,
+and its distributed tensors with the computer algebra they bring, 48 MiB.
 
 transformers asks for torch._dynamo in two ways: it marks functions with decorators of it, which change nothing where nothing
 is compiled, and it takes one class out of a module of its own. Both work with the package's folder alone, its start left
-out. Afterwards everything is as if it had not been imported: who really needs the compiler gets it.
+out. Distributed tensors it leaves out by itself with a torch that was built without them, as some of a Jetson's are.
+Afterwards everything is as if it had not been imported: who really needs the compiler gets it.
 """
 
 import sys
@@ -13,24 +15,28 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed
 
-NAME = "torch._dynamo"
+COMPILER = "torch._dynamo"
 
 
 @contextmanager
-def without_compiler() -> Iterator[None]:
-    """While inside, importing torch's compiler gives a package whose functions are decorators that do nothing."""
-    if NAME in sys.modules:  # too late to leave it out
+def lean_imports() -> Iterator[None]:
+    """While inside, torch's compiler is a package whose functions are decorators that do nothing, and torch not distributed."""
+    if COMPILER in sys.modules:  # too late to leave it out
         yield
         return
-    package: Any = ModuleType(NAME)
+    package: Any = ModuleType(COMPILER)
     package.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]
     package.__getattr__ = _decorator
-    sys.modules[NAME] = package
+    sys.modules[COMPILER] = package
+    available = torch.distributed.is_available
+    torch.distributed.is_available = lambda: False
     try:
         yield
     finally:
-        for name in [name for name in sys.modules if name == NAME or name.startswith(f"{NAME}.")]:
+        torch.distributed.is_available = available
+        for name in [name for name in sys.modules if name == COMPILER or name.startswith(f"{COMPILER}.")]:
             del sys.modules[name]
         vars(torch).pop("_dynamo", None)
 

@@ -33,7 +33,7 @@ from edge_runtime.training import data, step
 from edge_runtime.training.cap import cap_gpu
 from edge_runtime.training.evaluate import evaluate
 from edge_runtime.training.job import Job, Progress, Result
-from edge_runtime.training.lean import without_compiler
+from edge_runtime.training.lean import lean_imports
 from edge_runtime.training.limit import Limit
 from edge_runtime.training.meter import Meter, release
 
@@ -75,7 +75,7 @@ def run(folder: Path) -> None:
         }
         del tokenizer
         release()
-        with without_compiler():  # torch's operations on tensors without memory would import it
+        with lean_imports():  # torch's operations on tensors without memory would import it
             plan = job.plan
             model = weights.load(job.facts, plan.depth, plan.weights, job.device, streamed=plan.streamed)
         adapter = attach.attach(model, kept_layers(job.plan.depth, job.facts.layers), job.adapter, job.seed)

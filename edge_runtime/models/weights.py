@@ -15,7 +15,9 @@ import torch
 from edge_kernels import Packed
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from edge_runtime.adapters import roles
@@ -52,21 +54,30 @@ def load(facts: Facts, depth: int, weights: Weights, device: str = "cpu", *, str
     text.use_cache = False
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     dtype = torch.bfloat16 if weights in PACKED else getattr(torch, weights)
-    with torch.device("meta"):
-        model = kind(config).to(dtype)
+    with _WithoutMemory(), no_init_weights():
+        model = kind(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     read: _Reader = _Numbered(_reader(facts), kept) if facts.weights else _Random(shapes)
     if weights in PACKED:
         files = [Path(facts.folder) / f"streamed-{weights}" / f"{layer}.safetensors" for layer in kept]
-        model = _packed(model, read, dtype, weights, device, files if streamed else [])
-    else:
-        tensors = {
-            name: read.dense(name, dtype).to(device)
-            for name in model.state_dict()
-            if not (facts.tied_head and name == "lm_head.weight")
-        }
-        model = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype).to(device)
+        _pack(model, read, dtype, weights, device, files if streamed else [])
+    for name, parameter in list(model.named_parameters()):
+        if facts.tied_head and name == "lm_head.weight":
+            continue
+        owner, _, own = name.rpartition(".")
+        filled = read.dense(name, dtype).view(parameter.shape).to(device)
+        setattr(model.get_submodule(owner), own, nn.Parameter(filled, requires_grad=False))
+    if weights not in PACKED:
+        model.tie_weights()  # the head above
+    model.to(device)  # rotary frequencies, which are in no file
     return model.eval().requires_grad_(False)
+
+
+class _WithoutMemory(TorchFunctionMode):
+    """What is made empty, to be filled, takes no memory; torch's own device for that brings its compiler, 80 MiB."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return func(*args, **((kwargs or {}) | ({"device": "meta"} if func is torch.empty else {})))
 
 
 class _Reader(Protocol):
@@ -92,11 +103,10 @@ class _Numbered(NamedTuple):
         return LAYER.sub(lambda number: str(self.kept[int(number[0])]), name, count=1)
 
 
-def _packed(
+def _pack(
     model: PreTrainedModel, read: _Reader, dtype: torch.dtype, format: str, device: str, files: list[Path]
-) -> PreTrainedModel:
-    """Fill a model without memory: matrices packed, the rest (norms, biases) as it is. files: one for each block's matrices,
-    or none."""
+) -> None:
+    """Put packed matrices into a model without memory. files: one for each block's matrices, or none."""
     places = {module: name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     table = read.packed(f"{places[embedding]}.weight", EMBEDDING).to(device)
@@ -128,14 +138,6 @@ def _packed(
         if files:
             read_all = {path: partial(read.packed, f"{name}.weight", format) for path, name in names.items()}
             stream.stream(block, read_all, files[number], device)
-    for name, parameter in list(model.named_parameters()):
-        owner, _, own = name.rpartition(".")
-        filled = read.dense(name, dtype).view(parameter.shape).to(device)
-        setattr(model.get_submodule(owner), own, nn.Parameter(filled, requires_grad=False))
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # rotary frequencies: in no file
-            model.set_submodule(name, type(module)(model.config.get_text_config()).to(device))
-    return model
 
 
 def _reader(facts: Facts) -> _Reader:

@@ -75,8 +75,8 @@ def run(folder: Path) -> None:
         }
         del tokenizer
         release()
-        with lean_imports():  # torch's operations on tensors without memory would import it
-            plan = job.plan
+        plan = job.plan
+        with lean_imports():  # the code of the model's family
             model = weights.load(job.facts, plan.depth, plan.weights, job.device, streamed=plan.streamed)
         adapter = attach.attach(model, kept_layers(job.plan.depth, job.facts.layers), job.adapter, job.seed)
         undo = apply(model, plan.mlp_tokens)

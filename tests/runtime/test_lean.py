@@ -4,6 +4,9 @@ import json
 import subprocess
 import sys
 
+import msgspec
+import pytest
+
 IMPORT = "from transformers import LlamaForCausalLM"
 LEFT_OUT = ["torch._dynamo.eval_frame", "torch.distributed.tensor", "sympy"]
 LEAN = f"from edge_runtime.training.lean import lean_imports\nwith lean_imports():\n    {IMPORT}"
@@ -25,3 +28,18 @@ def test_the_compiler_and_distributed_tensors_are_left_out():
 def test_afterwards_both_are_there_for_who_needs_them():
     asked = "[torch.distributed.is_available(), torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item()]"
     assert after(LEAN, asked) == [True, 2.0]
+
+
+@pytest.mark.parametrize("weights", ["float32", "q8_0"])
+def test_loading_a_model_brings_neither(tiny_facts, tmp_path, weights):
+    (tmp_path / "facts.json").write_bytes(msgspec.json.encode(tiny_facts))
+    loaded = f"""
+import msgspec
+from edge_runtime.training.lean import lean_imports
+with lean_imports():
+    from edge_runtime.models import weights
+    from edge_runtime.models.facts import Facts
+    facts = msgspec.json.decode(open({str(tmp_path / "facts.json")!r}).read(), type=Facts)
+    weights.load(facts, facts.layers, {weights!r})
+"""
+    assert after(loaded, f"[name for name in {LEFT_OUT} if name in sys.modules]") == []

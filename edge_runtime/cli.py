@@ -335,7 +335,9 @@ def status(broker: str, fleet: str, json: bool) -> None:
 
 
 @app.command()
-@click.option("--method", default="fedit", show_default=True, help="fedit, or local as the control.")
+@click.option(
+    "--method", default="fedit", show_default=True, help="As in [method] of a fleet file; local is the control."
+)
 @click.option("--broker", help="Use a broker that already runs, at this URL.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Keep state, logs and adapters in this folder.")
 @click.option("--json", "json", type=click.Path(path_type=Path), help="Write the result to this file.")

@@ -160,7 +160,7 @@ def train(
         train=True,
         facts=facts,
         plan=plan,
-        adapter=msgspec.structs.replace(fleet.adapter, rank=plan.rank),
+        adapter=fleet.adapter.at(plan.rank),
         training=fleet.training,
         method="fedit",
         seed=0,

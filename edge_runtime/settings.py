@@ -52,13 +52,18 @@ class Method(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Adapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The adapter every device trains: y = W x + (alpha / rank) B C A x on each linear layer of these roles.
 
-    lower: ranks, falling, that a device may take where `rank` does not fit; only a method that exchanges nothing takes them.
+    lower: ranks, falling, that a device may take where `rank` does not fit; only for methods that merge unequal ranks or
+    exchange nothing.
     """
 
     rank: int = 16
     lower: tuple[int, ...] = ()
     alpha: float = 32.0
     roles: tuple[Role, ...] = get_args(Role)
+
+    def at(self, rank: int) -> "Adapter":
+        """A device's own, of this rank; alpha / rank stays the fleet's."""
+        return msgspec.structs.replace(self, rank=rank, alpha=self.alpha * rank / self.rank)
 
 
 class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -17,12 +17,14 @@ from edge_runtime import settings
 from edge_runtime.adapters import roles
 from edge_runtime.adapters.initial import initial
 from edge_runtime.errors import InputError
+from edge_runtime.methods.interface import Factor
 
 State = dict[str, NDArray[np.float32]]
 
 
 class Adapter(NamedTuple):
-    """The factors attached to a model. paths: the module each (layer, role) stands for, by canonical key without factor."""
+    """The factors attached to a model; those that train require a gradient. paths: the module each (layer, role) stands for,
+    by canonical key without factor."""
 
     factors: dict[str, nn.Parameter]
     paths: dict[str, str]
@@ -31,31 +33,36 @@ class Adapter(NamedTuple):
 
 
 class AdapterLinear(nn.Module):
-    """One frozen linear layer with its factors A and B in float32."""
+    """One frozen linear layer with its factors A, B and perhaps C in float32."""
 
-    def __init__(self, base: nn.Module, A: nn.Parameter, B: nn.Parameter, scale: float) -> None:
+    def __init__(
+        self, base: nn.Module, scale: float, A: nn.Parameter, B: nn.Parameter, C: nn.Parameter | None = None
+    ) -> None:
         super().__init__()
-        self.base, self.A, self.B, self.scale = base, A, B, scale
+        self.base, self.scale, self.A, self.B, self.C = base, scale, A, B, C
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
         weight = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
-        return adapter_linear(x, weight, self.A, None, self.B, self.scale, self.base.bias)
+        return adapter_linear(x, weight, self.A, self.C, self.B, self.scale, self.base.bias)
 
 
-def attach(model: nn.Module, layers: tuple[int, ...], spec: settings.Adapter, seed: int) -> Adapter:
+def attach(
+    model: nn.Module, layers: tuple[int, ...], spec: settings.Adapter, factors: Mapping[str, Factor], seed: int
+) -> Adapter:
     """Replace the model's linear layers of the wanted roles by adapted ones, in place.
 
     Args:
         model: a loaded transformers model of len(layers) blocks.
         layers: the blocks' numbers in the whole checkpoint.
         spec: rank, alpha and roles.
-        seed: what A starts from.
+        factors: what the method says of each.
+        seed: what those that are drawn start from.
 
     Raises:
         InputError: the model's form is not known, or it has none of the roles.
     """
-    factors: dict[str, nn.Parameter] = {}
+    attached: dict[str, nn.Parameter] = {}
     paths: dict[str, str] = {}
     places = {module: name for name, module in model.named_modules()}
     for layer, block in zip(layers, roles.blocks(model), strict=True):
@@ -65,15 +72,17 @@ def attach(model: nn.Module, layers: tuple[int, ...], spec: settings.Adapter, se
             base = block.get_submodule(path)
             out, into = roles.widths(base)
             key = f"layers.{layer}.{role}"
-            for factor, shape in (("A", (spec.rank, into)), ("B", (out, spec.rank))):
-                value = torch.from_numpy(initial(f"{key}.{factor}", shape, seed))
-                factors[f"{key}.{factor}"] = nn.Parameter(value.to(base.weight.device))
+            shapes = {"A": (spec.rank, into), "B": (out, spec.rank), "C": (spec.rank, spec.rank)}
+            own = {}
+            for name, factor in factors.items():
+                value = torch.from_numpy(initial(f"{key}.{name}", shapes[name], seed, factor.start))
+                own[name] = nn.Parameter(value.to(base.weight.device), requires_grad=factor.trained)
+                attached[f"{key}.{name}"] = own[name]
             paths[key] = places[base]
-            adapted = AdapterLinear(base, factors[f"{key}.A"], factors[f"{key}.B"], spec.alpha / spec.rank)
-            block.set_submodule(path, adapted)
-    if not factors:
+            block.set_submodule(path, AdapterLinear(base, spec.alpha / spec.rank, **own))
+    if not attached:
         raise InputError(f"the model has no linear layer of the roles {', '.join(spec.roles)}")
-    return Adapter(factors, paths, spec.rank, spec.alpha)
+    return Adapter(attached, paths, spec.rank, spec.alpha)
 
 
 def state(adapter: Adapter) -> State:

@@ -3,9 +3,9 @@
     adapter_config.json          rank, alpha, modules
     adapter_model.safetensors    base_model.model.<module>.lora_A.weight = A, base_model.model.<module>.lora_B.weight = B
 
-PEFT computes y = W x + (lora_alpha / r) B A x, which is the form of this project, so nothing is converted and nothing is
-lost. A fused layer (qkv, gate_up) has one A and one B there as here. The folder fits the model the adapter was trained
-on; where that is a depth slice, its module paths number the slice's own layers.
+PEFT computes y = W x + (lora_alpha / r) B A x, which is the form of this project but for the core C that some methods have
+between B and A: B C takes B's place. Nothing is lost. A fused layer (qkv, gate_up) has one A and one B there as here. The
+folder fits the model the adapter was trained on; where that is a depth slice, its module paths number the slice's own layers.
 """
 
 import json
@@ -29,7 +29,7 @@ def to_peft(
     """Write the folder, or replace the adapter in it.
 
     Args:
-        state: A (rank, in) and B (out, rank) of every adapted layer, by canonical key.
+        state: A (rank, in), B (out, rank) and perhaps C (rank, rank) of every adapted layer, by canonical key.
         facts: of the checkpoint.
         spec: rank and alpha.
         paths: the module each layers.<i>.<role> stands for, as `attach` returns them.
@@ -38,7 +38,8 @@ def to_peft(
     Raises:
         InputError: a factor is missing, unexpected or of another shape; it is named.
     """
-    check_keys(state, _shapes(facts, spec.rank, paths))
+    core = any(key.endswith(".C") for key in state)
+    check_keys(state, _shapes(facts, spec.rank, paths, core))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -52,19 +53,23 @@ def to_peft(
         "inference_mode": True,
     }
     tensors = {
-        f"base_model.model.{path}.lora_{factor}.weight": np.ascontiguousarray(state[f"{key}.{factor}"], np.float32)
+        f"base_model.model.{path}.lora_{name}.weight": np.ascontiguousarray(factor, np.float32)
         for key, path in paths.items()
-        for factor in ("A", "B")
+        for name, factor in (
+            ("A", state[f"{key}.A"]),
+            ("B", state[f"{key}.B"] @ state[f"{key}.C"] if core else state[f"{key}.B"]),
+        )
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _shapes(facts: Facts, rank: int, paths: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+def _shapes(facts: Facts, rank: int, paths: Mapping[str, str], core: bool) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     widths = {str(role): width for role, width in facts.linears.items()}
     for key in paths:
         out, into = widths[key.rsplit(".", 1)[1]]
         shapes |= {f"{key}.A": (rank, into), f"{key}.B": (out, rank)}
+        shapes |= {f"{key}.C": (rank, rank)} if core else {}
     return shapes

@@ -211,7 +211,7 @@ class Agent:
             train=self._round.state == "open",
             facts=self._planned.facts,
             plan=plan,
-            adapter=msgspec.structs.replace(fleet.adapter, rank=plan.rank),
+            adapter=fleet.adapter.at(plan.rank),
             training=fleet.training,
             method=fleet.method.name,
             seed=fleet.seed,

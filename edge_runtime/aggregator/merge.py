@@ -19,7 +19,7 @@ from edge_runtime import codec
 from edge_runtime.adapters.initial import initial
 from edge_runtime.aggregator.store import Version
 from edge_runtime.errors import InputError
-from edge_runtime.methods.interface import Method
+from edge_runtime.methods.interface import Contribution, Method
 from edge_runtime.settings import Fleet
 
 KEY = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.([a-z0-9_]+)\.([A-Z])")
@@ -52,22 +52,22 @@ def _check_shapes(
     shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, tuple[int, ...]], fleet: Fleet, method: Method
 ) -> None:
     """Refuse what is no adapter of this fleet; the node holds no model, so what a class's first device sent is the measure."""
-    rank = fleet.adapter.rank
+    adapter, ranks = fleet.adapter, set()
     if not shapes:
         raise InputError("the delta holds no factor")
     for key, shape in shapes.items():
         parts = KEY.fullmatch(key)
-        if (
-            not parts
-            or parts[2] not in fleet.adapter.roles
-            or parts[3] not in method.factors
-            or not method.exchanged(key)
-        ):
+        if not parts or parts[2] not in adapter.roles or parts[3] not in method.factors or not method.exchanged(key):
             raise InputError(f"the delta holds {key[:80]}, which this fleet's adapter does not exchange")
-        wide = shape[1] if parts[3] == "A" and len(shape) == 2 else shape[0] if len(shape) == 2 else 0
-        needed = (rank, wide) if parts[3] == "A" else (wide, rank)
-        if shape != known.get(key, needed) or not 1 <= wide <= WIDEST:
-            raise InputError(f"{key} is {shape} in the delta, but has to be {known.get(key, f'of rank {rank}')}")
+        across = 1 if parts[3] == "A" else 0  # the axis of the layer's width
+        rank, wide = (shape[1 - across], shape[across]) if len(shape) == 2 else (0, 0)
+        needed = rank if parts[3] == "C" else known[key][across] if key in known else wide
+        if rank not in (adapter.rank, *adapter.lower) or wide != needed or not 1 <= wide <= WIDEST:
+            of = f"of rank {' or '.join(map(str, (adapter.rank, *adapter.lower)))}"
+            raise InputError(f"{key} is {shape} in the delta, but has to be {known.get(key, of)}")
+        ranks.add(rank)
+    if len(ranks) > 1:
+        raise InputError(f"the delta has factors of ranks {sorted(ranks)}, but one device has one")
     if sum(rows * columns for rows, columns in shapes.values()) > LARGEST_ADAPTER:
         raise InputError(f"the delta has more than {LARGEST_ADAPTER} values")
 
@@ -87,15 +87,24 @@ def merge(
     versions = []
     for model_class in sorted({update.manifest.model_class for update in updates}):
         merger = method.merger()
+        state = load_file(masters[model_class].master) if model_class in masters else {}
         for update in updates:
             if update.manifest.model_class == model_class:
-                merger.add(codec.decode(update.payload.read_bytes()), update.manifest.samples)
-        before = load_file(masters[model_class].master) if model_class in masters else {}
-        after = dict(before)
+                delta = codec.decode(update.payload.read_bytes())
+                for key in delta.keys() - state.keys():
+                    state[key] = _version_0(key, delta[key].shape, fleet, method)
+                merger.add(Contribution(state, delta, update.manifest.samples))
         for key, step in merger.merged().items():
-            after[key] = (before[key] if key in before else initial(key, step.shape, fleet.seed)) + step
-        versions.append(_write(model_class, after, round_, folder))
+            state[key] += step
+        versions.append(_write(model_class, state, round_, folder))
     return versions
+
+
+def _version_0(key: str, shape: tuple[int, ...], fleet: Fleet, method: Method) -> NDArray[np.float32]:
+    """What a factor starts from, in the fleet's full rank, whichever the device has."""
+    rank, factor = fleet.adapter.rank, key[-1]
+    full = {"A": (rank, shape[1]), "B": (shape[0], rank), "C": (rank, rank)}[factor]
+    return initial(key, full, fleet.seed, method.factors[factor].start)
 
 
 def _write(model_class: str, state: dict[str, NDArray[np.float32]], round_: int, folder: Path) -> Version:

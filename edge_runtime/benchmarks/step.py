@@ -1,13 +1,17 @@
-"""One training step beside PEFT's: SmolLM2-135M, 4 rows of 256 tokens, bfloat16, rank 16 on all linear layers.
+"""One training step beside PEFT's: SmolLM2-135M, 4 rows of 256 tokens, rank 16 on all linear layers.
 
     make bench-step
+    make bench-step ARGS="--weights q4_1"
 
-Both train on the same rows in one process, a step each in turn, so that drift of the machine hits both alike.
+Both train on the same rows in one process, a step each in turn, so that drift of the machine hits both alike. PEFT has its
+weights in bfloat16; so have ours, unless another format is asked for.
 """
 
+import argparse
 import statistics
 import time
 from pathlib import Path
+from typing import get_args
 
 import torch
 from edge_kernels import apply
@@ -18,6 +22,7 @@ from edge_runtime import processes, settings
 from edge_runtime.adapters import attach
 from edge_runtime.benchmarks.peft import trainer
 from edge_runtime.demo import model as demo
+from edge_runtime.methods import fedit
 from edge_runtime.models import weights
 from edge_runtime.models.facts import Facts
 from edge_runtime.training import step
@@ -35,11 +40,11 @@ def rows_of(facts: Facts) -> list[Example]:
     return [Example(row, row) for row in ids.tolist()]
 
 
-def measured(facts: Facts, examples: list[Example]) -> dict[str, list[float]]:
+def measured(facts: Facts, examples: list[Example], format: settings.Weights) -> dict[str, list[float]]:
     """Seconds of each warm step: ours in one round of training, and between two of its steps one of PEFT's."""
     peft = trainer(facts, facts.layers, "bfloat16", SPEC, TRAINING, "cpu")
-    model = weights.load(facts, facts.layers, "bfloat16")
-    adapter = attach.attach(model, tuple(range(facts.layers)), SPEC, seed=0)
+    model = weights.load(facts, facts.layers, format)
+    adapter = attach.attach(model, tuple(range(facts.layers)), SPEC, fedit.METHOD.factors, seed=0)
     apply(model)
     seconds: dict[str, list[float]] = {"PEFT": [], "Edge Runtime": []}
     began = time.perf_counter()
@@ -70,10 +75,13 @@ def measured(facts: Facts, examples: list[Example]) -> dict[str, list[float]]:
 
 def main() -> None:
     """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", choices=get_args(settings.Weights), default="bfloat16")
+    format = parser.parse_args().weights
     facts = processes.prepared(str(demo.path()), Path.cwd())
     examples = rows_of(facts)
-    seconds = measured(facts, examples)
-    title = f"{facts.model_class}, {ROWS} x {TOKENS} tokens, bfloat16, {torch.get_num_threads()} threads"
+    seconds = measured(facts, examples, format)
+    title = f"{facts.model_class}, {ROWS} x {TOKENS} tokens, {format}, {torch.get_num_threads()} threads"
     table = Table("", "s a step", "p20 to p80", "against PEFT", title=title)
     theirs = statistics.median(seconds["PEFT"])
     for name, taken in seconds.items():

@@ -7,12 +7,9 @@ Zhang et al. 2023 (arXiv 2305.05644, FedIT) with the depth rule of Diao et al. 2
 A mean of factors is not the factors of the mean product; the method is known to be biased there.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
-from numpy.typing import NDArray
 
-from edge_runtime.methods.interface import Factor, Method, Tensors
+from edge_runtime.methods.interface import Contribution, Factor, Method, Tensors
 
 
 class HoldersMean:
@@ -22,15 +19,15 @@ class HoldersMean:
         self._sums: Tensors = {}
         self._samples: dict[str, int] = {}
 
-    def add(self, delta: Mapping[str, NDArray[np.float32]], samples: int) -> None:
-        """Take in one device's delta, weighted by the rows it trained on."""
-        for key, value in delta.items():
+    def add(self, made: Contribution) -> None:
+        """Take in what one device made, weighted by the rows it trained on."""
+        for key, value in made.delta.items():
             if key in self._sums:
-                self._sums[key] += samples * value
-                self._samples[key] += samples
+                self._sums[key] += made.samples * value
+                self._samples[key] += made.samples
             else:
-                self._sums[key] = samples * value
-                self._samples[key] = samples
+                self._sums[key] = made.samples * value
+                self._samples[key] = made.samples
 
     def merged(self) -> Tensors:
         """The mean delta of every tensor over the devices that sent it."""
@@ -38,5 +35,10 @@ class HoldersMean:
 
 
 METHOD = Method(
-    "fedit", {"A": Factor(trained=True, shared="class"), "B": Factor(trained=True, shared="class")}, HoldersMean
+    "fedit",
+    {
+        "A": Factor(trained=True, shared="class", start="drawn"),
+        "B": Factor(trained=True, shared="class", start="zero"),
+    },
+    HoldersMean,
 )

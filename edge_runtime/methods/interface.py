@@ -1,39 +1,63 @@
 """What a federated method is: a statement about each factor, and a merge on the node."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+Start = Literal["drawn", "zero"]
 Tensors = dict[str, NDArray[np.float32]]
 
 
 class Factor(NamedTuple):
-    """trained: by the device; frozen otherwise. shared: with nobody, within the model class, or across the fleet."""
+    """trained: by the device; frozen otherwise. shared: with nobody, within the model class, or across the fleet. start: what
+    it is in version 0, drawn evenly from the fleet's seed or nothing (adapters/initial.py)."""
 
     trained: bool
     shared: Literal["private", "class", "fleet"]
+    start: Start
+
+
+class Contribution(NamedTuple):
+    """What a device made of a round. before: the global version that the round started from, of every key in the delta; a
+    device of lower rank started from the leading part of it. samples: rows it trained on."""
+
+    before: Mapping[str, NDArray[np.float32]]
+    delta: Mapping[str, NDArray[np.float32]]
+    samples: int
 
 
 class Merger(Protocol):
     """A running merge of one round and class: its memory does not grow with the number of updates."""
 
-    def add(self, delta: Mapping[str, NDArray[np.float32]], samples: int) -> None:
-        """Take in one device's delta, weighted by the rows it trained on."""
+    def add(self, made: Contribution) -> None:
+        """Take in what one device made."""
 
     def merged(self) -> Tensors:
         """What to add to the global version, for every key that some device sent."""
 
 
 class Method(NamedTuple):
-    """factors: by name, A and B (a core C that is not named is the identity). merger: None where nothing is exchanged."""
+    """factors: A and B, and C where there is a core between them; else that is the identity. merger: None where nothing is
+    exchanged. unequal: whether devices of lower ranks may take part, which hold the leading rows of A and columns of B."""
 
     name: str
     factors: dict[str, Factor]
     merger: Callable[[], Merger] | None
+    unequal: bool = False
 
     def exchanged(self, key: str) -> bool:
         """Whether the factor with this canonical key travels."""
-        factor = self.factors[key.rsplit(".", 1)[1]]
+        factor = self.factors[key[-1]]
         return factor.trained and factor.shared != "private"
+
+    def kept(self, key: str) -> bool:
+        """Whether the device trains the factor for itself alone."""
+        factor = self.factors[key[-1]]
+        return factor.trained and factor.shared == "private"
+
+
+def leading(shape: Sequence[int]) -> tuple[slice, ...]:
+    """Where a factor of a lower rank has its values in one of a higher."""
+    return tuple(map(slice, shape))

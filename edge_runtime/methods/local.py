@@ -3,5 +3,11 @@
 from edge_runtime.methods.interface import Factor, Method
 
 METHOD = Method(
-    "local", {"A": Factor(trained=True, shared="private"), "B": Factor(trained=True, shared="private")}, None
+    "local",
+    {
+        "A": Factor(trained=True, shared="private", start="drawn"),
+        "B": Factor(trained=True, shared="private", start="zero"),
+    },
+    None,
+    unequal=True,
 )

@@ -3,6 +3,7 @@
 Nothing here imports torch: the agent reads facts from the JSON that `edge_runtime.models.prepare` wrote once.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -46,15 +47,15 @@ class Facts(msgspec.Struct, frozen=True):
 
 
 def adapter_shapes(
-    facts: Facts, layers: tuple[int, ...], roles: tuple[Role, ...], rank: int
+    facts: Facts, layers: tuple[int, ...], roles: tuple[Role, ...], rank: int, factors: Iterable[str]
 ) -> dict[str, tuple[int, int]]:
-    """Canonical keys and shapes of the factors A (rank x in) and B (out x rank) of a device's adapter."""
+    """Canonical keys and shapes of a device's adapter: of the factors A (rank x in), B (out x rank) and C (rank x rank)."""
     shapes: dict[str, tuple[int, int]] = {}
     for layer in layers:
         for role, (out, into) in facts.linears.items():
             if role in roles:
-                shapes[f"layers.{layer}.{role}.A"] = (rank, into)
-                shapes[f"layers.{layer}.{role}.B"] = (out, rank)
+                widths = {"A": (rank, into), "B": (out, rank), "C": (rank, rank)}
+                shapes |= {f"layers.{layer}.{role}.{factor}": widths[factor] for factor in factors}
     return shapes
 
 

@@ -9,8 +9,8 @@
     kernels     what the matrix library builds and keeps for each length of rows that a run meets
     weights     frozen parameters kept, in their format; packed ones with the matrix that is expanded while it is used;
                 streamed ones a block at a time
-    adapter     6 B a parameter: factor in float32, two moments in 8 bits each; 4 B more where several micro-batches make a
-                step, whose gradients are summed
+    adapter     6 B a parameter that is trained: factor in float32, two moments in 8 bits each; 4 B more where several
+                micro-batches make a step, whose gradients are summed; 4 B one that is frozen
     boundaries  each block's input for the tokens of a micro-batch, as it is or in 8 bits
     block       one block's activations and their gradients while it runs again, 17 hidden and 7 intermediate rows a token,
                 and what the heap cannot reuse of them
@@ -20,6 +20,9 @@
 The factors were fitted to measured peaks; `make bench-peak` prints prediction beside measurement.
 """
 
+from collections.abc import Callable
+
+from edge_runtime.methods.interface import Method
 from edge_runtime.models.facts import Facts, adapter_shapes
 from edge_runtime.models.slices import kept_layers
 from edge_runtime.planning.plan import Plan
@@ -27,7 +30,7 @@ from edge_runtime.settings import PACKED, Role, Weights
 
 MIB = 1 << 20
 VALUE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "q8_0": 34 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32, "nf4": 0.516}
-ADAPTER_BYTES, SUM_BYTES, ENCODE_BYTES = 6, 4, 9
+ADAPTER_BYTES, SUM_BYTES, FROZEN_BYTES, ENCODE_BYTES = 6, 4, 4, 9
 KERNEL_BYTES, MOST_LENGTHS = 8 * MIB, 6  # of a length of rows; the library's cache holds that of so many
 LOSS_CHUNK_BYTES = 8 * MIB  # of logits at once, unless memory is short
 LOSS_COPIES = 2.6
@@ -39,12 +42,20 @@ LENGTH_STEP = 8  # rows are padded to multiples of it
 
 
 def terms(
-    facts: Facts, plan: Plan, *, roles: tuple[Role, ...], rows_a_step: int, lengths: int, runtime_bytes: int
+    facts: Facts,
+    plan: Plan,
+    *,
+    method: Method,
+    roles: tuple[Role, ...],
+    rows_a_step: int,
+    lengths: int,
+    runtime_bytes: int,
 ) -> dict[str, int]:
     """Predicted bytes by what takes them; their sum is the predicted peak.
 
     Args:
         plan: all but its terms.
+        method: what it trains, freezes and sends.
         roles: of the layers that the adapter is on.
         lengths: of rows that a run meets, after padding.
         runtime_bytes: the measured baseline of this device.
@@ -52,7 +63,9 @@ def terms(
     width = 4 if plan.weights == "float32" else 2  # of activations
     batch = plan.rows * plan.tokens
     factor_bytes = ADAPTER_BYTES + (SUM_BYTES if plan.rows < rows_a_step else 0)
-    values = factor_values(facts, plan, roles)
+    adapter = factor_values(facts, plan, roles, method, lambda key: True)
+    trained = factor_values(facts, plan, roles, method, lambda key: method.factors[key[-1]].trained)
+    sent = factor_values(facts, plan, roles, method, method.exchanged)
     kept = facts.hidden + 4 if plan.boundaries == "int8" else width * facts.hidden
     copies = BLOCK_COPIES["packed" if plan.weights in PACKED else plan.weights]
     at_once = batch if facts.family in UNGATED_FAMILIES else min(batch, plan.mlp_tokens or batch)
@@ -60,20 +73,22 @@ def terms(
     block = int(copies * width * rows)
     loss = int(LOSS_COPIES * min(width * batch * facts.vocabulary, loss_chunk_bytes(plan)))
     training = {"boundaries": batch * kept * plan.depth, **({"block": block} if block > loss else {"loss": loss})}
-    encode = {"encode": ENCODE_BYTES * values}
+    encode = {"encode": ENCODE_BYTES * sent}
     return {
         "runtime": runtime_bytes,
         "kernels": KERNEL_BYTES * (1 + min(lengths, MOST_LENGTHS)),
         "weights": _weights(facts, 1 if plan.streamed else plan.depth, plan.weights),
-        "adapter": factor_bytes * values,
+        "adapter": factor_bytes * trained + FROZEN_BYTES * (adapter - trained),
         **max(training, encode, key=lambda terms: sum(terms.values())),
     }
 
 
-def factor_values(facts: Facts, plan: Plan, roles: tuple[Role, ...]) -> int:
-    """Values of the adapter's factors."""
-    shapes = adapter_shapes(facts, kept_layers(plan.depth, facts.layers), roles, plan.rank)
-    return sum(rows * columns for rows, columns in shapes.values())
+def factor_values(
+    facts: Facts, plan: Plan, roles: tuple[Role, ...], method: Method, counts: Callable[[str], bool]
+) -> int:
+    """Values of those of the adapter's factors whose canonical keys count."""
+    shapes = adapter_shapes(facts, kept_layers(plan.depth, facts.layers), roles, plan.rank, method.factors)
+    return sum(rows * columns for key, (rows, columns) in shapes.items() if counts(key))
 
 
 def loss_chunk_bytes(plan: Plan) -> int:

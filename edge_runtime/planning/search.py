@@ -10,7 +10,9 @@ from typing import NamedTuple
 import msgspec
 from edge_profiles import format_size
 
+from edge_runtime import methods
 from edge_runtime.errors import BudgetError, InputError
+from edge_runtime.methods.interface import Method
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning.plan import Plan
 from edge_runtime.planning.predict import FEWER_MLP_TOKENS, KERNEL_BYTES, LENGTH_STEP, MLP_TOKENS, terms
@@ -185,26 +187,35 @@ def plan(
         step_seconds=0.0,
         **way._asdict(),
     )
-    roles, rows_a_step = fleet.adapter.roles, fleet.training.rows_a_step
+    roles, rows_a_step, method = fleet.adapter.roles, fleet.training.rows_a_step, methods.by_name(fleet.method.name)
     predicted = terms(
         known,
         made,
+        method=method,
         roles=roles,
         rows_a_step=rows_a_step,
         lengths=lengths or -(-tokens // LENGTH_STEP),
         runtime_bytes=runtime_bytes,
     )
-    seconds = step_seconds(known, made, roles=roles, rows_a_step=rows_a_step, rates=rates)
+    seconds = step_seconds(known, made, method=method, roles=roles, rows_a_step=rows_a_step, rates=rates)
     return msgspec.structs.replace(made, terms=predicted, step_seconds=seconds)
 
 
-def lower(known: Facts, plan: Plan, *, roles: tuple[Role, ...], rows_a_step: int) -> list[Plan]:
+def lower(known: Facts, plan: Plan, *, method: Method, roles: tuple[Role, ...], rows_a_step: int) -> list[Plan]:
     """The plans that a running trainer can go on with, each in less memory than the one before: smaller micro-batches, then
     8-bit boundaries, then small tiles of the MLP. Model, weights, rank and length stay; the time a step is not predicted."""
     found, runtime_bytes = [plan], plan.terms["runtime"]
     for way in _ways(rows_a_step, plan.weights, plan.tokens):
         made = msgspec.structs.replace(plan, **way._asdict())
-        predicted = terms(known, made, roles=roles, rows_a_step=rows_a_step, lengths=1, runtime_bytes=runtime_bytes)
+        predicted = terms(
+            known,
+            made,
+            method=method,
+            roles=roles,
+            rows_a_step=rows_a_step,
+            lengths=1,
+            runtime_bytes=runtime_bytes,
+        )
         predicted["kernels"] = plan.terms["kernels"] + KERNEL_BYTES * (way.rows != plan.rows)  # those so far stay
         made = msgspec.structs.replace(made, terms=predicted)
         if way.streamed == plan.streamed and made.predicted_peak_bytes < found[-1].predicted_peak_bytes:

@@ -19,6 +19,7 @@ measured: no GPU, no float32. `edge-runtime measure` shows prediction and measur
 
 import msgspec
 
+from edge_runtime.methods.interface import Method
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning.plan import Plan
 from edge_runtime.planning.predict import HIDDEN_ROWS, INTERMEDIATE_ROWS, VALUE_BYTES, factor_values
@@ -39,17 +40,20 @@ class Rates(msgspec.Struct, frozen=True):
     copy_bytes: float
 
 
-def step_seconds(facts: Facts, plan: Plan, *, roles: tuple[Role, ...], rows_a_step: int, rates: Rates) -> float:
+def step_seconds(
+    facts: Facts, plan: Plan, *, method: Method, roles: tuple[Role, ...], rows_a_step: int, rates: Rates
+) -> float:
     """Predicted seconds of an optimiser step.
 
     Args:
         plan: all but its terms and seconds.
+        method: whose factors they are.
         roles: of the layers that the adapter is on.
         rates: of the device, with as many threads as the trainer has.
     """
     tokens, micro_batches = rows_a_step * plan.tokens, -(-rows_a_step // plan.rows)
     width, flops = (4, rates.float32_flops) if plan.weights == "float32" else (2, rates.bfloat16_flops)
-    factors = factor_values(facts, plan, roles)
+    factors = factor_values(facts, plan, roles, method, lambda key: True)
     blocks = plan.depth * facts.block_parameters
     attention = plan.depth * 1.5 * plan.tokens * facts.heads * facts.head_dim  # half of the pairs; backward 2.5 times
     head = facts.vocabulary * facts.hidden

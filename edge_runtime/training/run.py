@@ -23,7 +23,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from edge_runtime import codec, methods, settings
 from edge_runtime.adapters import attach, export
 from edge_runtime.errors import EdgeError, InputError, MemoryShortError, TrainerError
-from edge_runtime.methods.interface import Method
+from edge_runtime.methods import fedit
+from edge_runtime.methods.interface import Method, leading
 from edge_runtime.models import weights
 from edge_runtime.models.slices import kept_layers, nested_blocks
 from edge_runtime.planning.plan import Plan
@@ -78,7 +79,7 @@ def run(folder: Path) -> None:
         plan = job.plan
         with lean_imports():  # the code of the model's family
             model = weights.load(job.facts, plan.depth, plan.weights, job.device, streamed=plan.streamed)
-        adapter = attach.attach(model, kept_layers(job.plan.depth, job.facts.layers), job.adapter, job.seed)
+        adapter = attach.attach(model, kept_layers(plan.depth, job.facts.layers), job.adapter, method.factors, job.seed)
         undo = apply(model, plan.mlp_tokens)
         start = _start(job, method, attach.state(adapter))
         attach.load_state(adapter, start)
@@ -99,7 +100,7 @@ def run(folder: Path) -> None:
         tell("train", done, job.training.steps, loss)
 
     eased: list[str] = []
-    limit = _limit(job, meter)
+    limit = _limit(job, method, meter)
 
     def ease() -> Plan | None:
         nonlocal undo
@@ -155,10 +156,10 @@ def run(folder: Path) -> None:
     tell("done")
 
 
-def _limit(job: Job, meter: Meter) -> Limit | None:
+def _limit(job: Job, method: Method, meter: Meter) -> Limit | None:
     if job.budget_bytes is None:
         return None
-    ways = lower(job.facts, job.plan, roles=job.adapter.roles, rows_a_step=job.training.rows_a_step)
+    ways = lower(job.facts, job.plan, method=method, roles=job.adapter.roles, rows_a_step=job.training.rows_a_step)
     return Limit(job.budget_bytes, job.plan, ways, meter.lap)
 
 
@@ -168,7 +169,9 @@ def _start(job: Job, method: Method, initial: attach.State) -> attach.State:
     shapes = {key: value.shape for key, value in state.items()}
     if job.start is not None:
         shared = codec.decode(Path(job.start).read_bytes())
-        state |= {key: value for key, value in shared.items() if key in state and method.exchanged(key)}
+        for key, value in shared.items():
+            if key in state and method.exchanged(key):
+                state[key] = value[leading(shapes[key])] if method.unequal else value
     if job.private is not None:
         state |= _load(job.private)
     attach.check_keys(state, shapes)
@@ -189,7 +192,7 @@ def _write(folder: Path, job: Job, method: Method, adapter: attach.Adapter, tell
     The factors themselves become delta and then residual: whatever is of their size exists once.
     """
     trained = {key: factor.detach().float().cpu().numpy() for key, factor in adapter.factors.items()}
-    private = {key: value for key, value in trained.items() if not method.exchanged(key)}
+    private = {key: value for key, value in trained.items() if method.kept(key)}
     delta = {key: value for key, value in trained.items() if method.exchanged(key)}
     if private:
         _save(folder / "state.bin", private, tell)
@@ -202,8 +205,9 @@ def _write(folder: Path, job: Job, method: Method, adapter: attach.Adapter, tell
     owed = [_load(job.residual)] if job.residual is not None else []
     owed += [codec.decode(Path(job.unsent).read_bytes())] if job.unsent is not None else []
     for kept in owed:
-        for key in kept.keys() & delta.keys():
-            delta[key] += kept[key]
+        for key in kept.keys() & delta.keys():  # they may be of another rank
+            both = leading(tuple(map(min, delta[key].shape, kept[key].shape)))
+            delta[key][both] += kept[key][both]
     del owed
     payload = codec.encode(delta)
     sent = codec.decode(payload)
@@ -274,7 +278,7 @@ def baseline_bytes() -> int:
     with meter.phase("train"):
         for dtype in (torch.float32, torch.bfloat16):
             model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
-            adapter = attach.attach(model, (0,), settings.Adapter(), seed=0)
+            adapter = attach.attach(model, (0,), settings.Adapter(), fedit.METHOD.factors, seed=0)
             apply(model)
             example = data.Example([1] * 16, [1] * 16)
             training = settings.Training(steps=1, rows_a_step=1)

@@ -87,7 +87,7 @@ def train(
     Raises:
         TrainerError: the loss was not finite several times in a row, or what ease raises.
     """
-    factors = adapter.factors.values()
+    factors = [factor for factor in adapter.factors.values() if factor.requires_grad]
     optimiser = AdamW8bit(factors, weight_decay=training.weight_decay, clip_norm=training.clip_norm)
     rows = epochs(examples, f"{seed}/{round_}")
     weight, softcap = head(model)

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from edge_runtime import cli, methods, settings
 from edge_runtime.errors import InputError
+from edge_runtime.methods.interface import Contribution
 
 SHAPES = {"layers.0.q.A": (4, 32), "layers.0.q.B": (48, 4), "layers.7.q.A": (4, 32), "layers.7.q.B": (48, 4)}
 
@@ -21,7 +22,7 @@ def merged(updates):
     """What fedit makes of (delta, samples) pairs."""
     merger = methods.by_name("fedit").merger()
     for one, samples in updates:
-        merger.add(one, samples)
+        merger.add(Contribution({}, one, samples))
     return merger.merged()
 
 
@@ -94,37 +95,170 @@ def test_a_round_without_updates_changes_nothing():
     assert merged([]) == {}
 
 
+ONE_UPDATE = 2 * 256 * 256 * 4
+
+
 def grown_bytes(merger, updates):
     """Memory the merger holds more after many updates than after the first."""
-    big = {"layers.0.q.A": np.ones((256, 256), np.float32)}
+    big = {"layers.0.q.A": np.ones((256, 256), np.float32), "layers.0.q.B": np.ones((256, 256), np.float32)}
     tracemalloc.start()
-    merger.add({key: value.copy() for key, value in big.items()}, 1)
+    merger.add(Contribution(big, {key: value.copy() for key, value in big.items()}, 1))
     first = tracemalloc.get_traced_memory()[0]
     for _ in range(updates - 1):
-        merger.add({key: value.copy() for key, value in big.items()}, 1)
+        merger.add(Contribution(big, {key: value.copy() for key, value in big.items()}, 1))
     grown = tracemalloc.get_traced_memory()[0] - first
     tracemalloc.stop()
     return grown
 
 
-def test_memory_does_not_grow_with_the_number_of_updates():
+@pytest.mark.parametrize("name", [name for name, method in methods.METHODS.items() if method.merger is not None])
+def test_memory_does_not_grow_with_the_number_of_updates(name):
+    assert grown_bytes(methods.by_name(name).merger(), 40) < ONE_UPDATE / 10
+
+
+def test_the_measure_of_memory_sees_a_merge_that_keeps_all():
     class KeepsAll:
         def __init__(self):
             self.kept = []
 
-        def add(self, delta, samples):
-            self.kept.append((delta, samples))
+        def add(self, made):
+            self.kept.append(made)
 
-    one_update = 256 * 256 * 4
-    assert grown_bytes(methods.by_name("fedit").merger(), 40) < one_update / 10
-    assert grown_bytes(KeepsAll(), 40) > 38 * one_update
+    assert grown_bytes(KeepsAll(), 40) > 38 * ONE_UPDATE
 
 
-def test_fedit_shares_both_factors_and_local_shares_nothing():
-    assert all(methods.by_name("fedit").exchanged(key) for key in SHAPES)
-    local = methods.by_name("local")
-    assert not any(local.exchanged(key) for key in SHAPES)
-    assert local.merger is None
+FACTORS = {  # what each method sends, keeps and freezes
+    "local": ("", "AB", ""),
+    "fedit": ("AB", "", ""),
+    "ffa": ("B", "", "A"),
+    "fedsa": ("A", "B", ""),
+    "fedsb": ("C", "", "AB"),
+    "hetlora": ("AB", "", ""),
+}
+
+
+def test_each_factor_is_sent_kept_or_frozen():
+    assert FACTORS.keys() == methods.METHODS.keys()
+    for name, (sent, kept, frozen) in FACTORS.items():
+        method = methods.by_name(name)
+        assert sorted(method.factors) == sorted(sent + kept + frozen)
+        for factor in method.factors:
+            key = f"layers.0.q.{factor}"
+            assert (method.exchanged(key), method.kept(key)) == (factor in sent, factor in kept)
+        assert (method.merger is None) is not sent
+        assert "zero" in {factor.start for factor in method.factors.values()}  # version 0 changes nothing
+
+
+def products(factors):
+    """B C A in float64, where a core that is not there is the identity."""
+    exact = {name: value.astype(np.float64) for name, value in factors.items()}
+    return exact["B"] @ exact.get("C", np.eye(4)) @ exact["A"]
+
+
+@pytest.mark.parametrize(("name", "exact"), [("ffa", True), ("fedsb", True), ("fedit", False)])
+def test_the_product_of_what_is_merged_is_the_mean_product_where_one_factor_alone_moves(name, exact):
+    method = methods.by_name(name)
+    shapes = {"A": (4, 32), "B": (48, 4), "C": (4, 4)}
+    draw = np.random.default_rng(0)
+    start = {factor: draw.normal(0, 1, shapes[factor]).astype(np.float32) for factor in method.factors}
+    updates = [
+        ({f: draw.normal(0, 1, shapes[f]).astype(np.float32) for f in start if method.exchanged(f"x.{f}")}, samples)
+        for samples in (200, 31, 1)
+    ]
+    merger = method.merger()
+    for one, samples in updates:
+        merger.add(Contribution({}, one, samples))
+    after = products({f: start[f] + merger.merged().get(f, 0) for f in start})
+    mean = sum(n * products({f: start[f] + one.get(f, 0) for f in start}) for one, n in updates) / 232
+    assert bool(np.abs(after - mean).max() < 1e-4) is exact
+
+
+# --- hetlora
+
+
+def device(seed, rank, before, keys=tuple(SHAPES)):
+    """A delta of a device of this rank."""
+    draw = np.random.default_rng(seed)
+    shapes = {key: (rank, 32) if key.endswith("A") else (48, rank) for key in keys}
+    return Contribution(before, {key: draw.normal(0, 1, shape).astype(np.float32) for key, shape in shapes.items()}, 9)
+
+
+def hetlora(made):
+    merger = methods.by_name("hetlora").merger()
+    for one in made:
+        merger.add(one)
+    return {key: one[key] for one in [merger.merged()] for key in sorted(one)}
+
+
+def filled_up(made):
+    """What the devices hold after the round, zeros where they hold nothing, and the norm of each one's product; float64."""
+    held, norms = [], []
+    for one in made:
+        after = {}
+        for key, step in one.delta.items():
+            after[key] = np.zeros(one.before[key].shape)
+            where = tuple(map(slice, step.shape))
+            after[key][where] = one.before[key].astype(np.float64)[where] + step
+        blocks = [after[f"{layer}.B"] @ after[f"{layer}.A"] for layer in {key[:-2] for key in after}]
+        held.append(after)
+        norms.append(np.sqrt(sum(np.sum(block**2) for block in blocks)))
+    return held, norms
+
+
+def dense_hetlora(made):
+    held, norms = filled_up(made)
+    steps = {}
+    for key in sorted({key for one in held for key in one}):
+        holders = [(one[key], norm) for one, norm in zip(held, norms, strict=True) if key in one]
+        mean = sum(norm * value for value, norm in holders) / sum(norm for _, norm in holders)
+        steps[key] = mean - made[0].before[key]
+    return steps
+
+
+def test_hetlora_is_the_mean_of_what_is_filled_up_weighted_by_the_norm_of_the_product():
+    before = delta(9)
+    shallow = [key for key in SHAPES if key.startswith("layers.0.")]
+    made = [device(0, 4, before), device(1, 2, before), device(2, 1, before, shallow)]
+    seen, truth = hetlora(made), dense_hetlora(made)
+    assert_same(seen, truth)
+    equal = [one._replace(delta={**one.delta, "layers.0.q.B": 2 * one.delta["layers.0.q.B"]}) for one in made]
+    with pytest.raises(AssertionError):  # the weights do depend on the products
+        assert_same(hetlora(equal[:1] + made[1:]), truth)
+
+
+def test_equal_devices_that_hold_all_are_followed():
+    before, same = delta(9), device(0, 4, delta(9))
+    assert_same(hetlora([same] * 3), dict(same.delta))
+    alone = device(1, 2, before)
+    step = hetlora([alone])["layers.0.q.A"]
+    np.testing.assert_allclose(step[:2], alone.delta["layers.0.q.A"], atol=1e-6)
+    np.testing.assert_allclose(step[2:], -before["layers.0.q.A"][2:], atol=1e-6)  # what nobody holds goes
+
+
+def shares(made):
+    """What each device counts in the mean of one A, where all start from zero."""
+    held = np.stack([one.delta["layers.0.q.A"].ravel() for one in made], axis=1)
+    return np.linalg.lstsq(held, hetlora(made)["layers.0.q.A"].ravel(), rcond=None)[0]
+
+
+def test_a_device_counts_the_same_however_its_factors_share_its_product():
+    """B G and G⁻¹ A are the same adapter."""
+    before = {key: np.zeros(shape, np.float32) for key, shape in SHAPES.items()}
+    one, other = device(0, 4, before), device(1, 4, before)
+    gauge = np.random.default_rng(3).normal(0, 1, (4, 4))
+    turned = {
+        key: (np.linalg.inv(gauge) @ value if key.endswith("A") else value @ gauge).astype(np.float32)
+        for key, value in one.delta.items()
+    }
+    np.testing.assert_allclose(shares([one._replace(delta=turned), other]), shares([one, other]), rtol=1e-4)
+    larger = one._replace(delta={key: 2 * value for key, value in one.delta.items()})
+    assert shares([larger, other])[0] > 1.3 * shares([one, other])[0]
+
+
+def test_devices_that_changed_nothing_leave_the_version_as_it_is():
+    before = {key: np.zeros(shape, np.float32) for key, shape in SHAPES.items()}
+    nothing = Contribution(before, {key: np.zeros_like(value) for key, value in before.items()}, 3)
+    assert hetlora([nothing, nothing]) == {}
 
 
 def test_an_unknown_method_is_answered_with_the_known_ones():
@@ -142,10 +276,11 @@ def test_ranks_that_a_method_cannot_merge_are_refused_before_anything_is_read_or
     assert "lower is (4,), but has to be left out with fedit, which merges factors of one rank, 8" in str(refused)
 
 
-def test_unequal_ranks_are_for_methods_that_exchange_nothing():
+def test_unequal_ranks_are_for_methods_that_can_merge_them_or_exchange_nothing():
     unequal = settings.Fleet("f", (settings.Model("m"),), adapter=settings.Adapter(rank=8, lower=(4,)))
-    with pytest.raises(InputError, match="lower is"):
+    with pytest.raises(InputError, match="devices of unequal ranks need `local` or `hetlora`"):
         methods.of(unequal)
-    alone = settings.Method("local")
-    assert methods.of(settings.Fleet("f", unequal.catalog, method=alone, adapter=unequal.adapter)).name == "local"
+    for name in ("local", "hetlora"):
+        of = settings.Fleet("f", unequal.catalog, method=settings.Method(name), adapter=unequal.adapter)
+        assert methods.of(of).name == name
     assert methods.of(settings.Fleet("f", unequal.catalog)).name == "fedit"

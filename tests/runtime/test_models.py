@@ -22,12 +22,14 @@ from edge_runtime import settings
 from edge_runtime.adapters import attach, roles
 from edge_runtime.demo import model as demo
 from edge_runtime.errors import InputError
+from edge_runtime.methods import fedit
 from edge_runtime.models import gguf_file, weights, whole
 from edge_runtime.models.packed import PackedLinear
 from edge_runtime.models.prepare import prepare
 from edge_runtime.models.slices import kept_layers, nested_blocks
 from edge_runtime.training import step
 
+FACTORS = fedit.METHOD.factors
 IDS = torch.arange(3, 43).reshape(2, 20)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2")
 
@@ -535,7 +537,7 @@ def test_a_streamed_block_lets_go_of_its_matrices_until_it_runs_again(tiny_facts
     seen = {}
     for streamed in (False, True):
         model = weights.load(facts, 2, "q8_0", streamed=streamed)
-        adapter = attach.attach(model, (0, facts.layers - 1), settings.Adapter(rank=2), seed=0)
+        adapter = attach.attach(model, (0, facts.layers - 1), settings.Adapter(rank=2), FACTORS, seed=0)
         with torch.no_grad():
             adapter.factors["layers.0.q.B"].fill_(0.01)
         read = []

@@ -10,9 +10,10 @@ from edge_profiles import format_size
 from edge_runtime import measure, views
 from edge_runtime.demo import commands
 from edge_runtime.errors import BudgetError, InputError
+from edge_runtime.methods import fedit
 from edge_runtime.planning.search import candidates, choose, lower
 from edge_runtime.planning.time import Rates
-from edge_runtime.settings import Adapter, Fleet, Model, Training
+from edge_runtime.settings import Adapter, Fleet, Method, Model, Training
 from edge_runtime.training import data
 
 MIB = 1 << 20
@@ -265,7 +266,7 @@ def test_an_mlp_without_a_gate_is_not_predicted_in_tiles():
 def test_a_running_plan_is_lowered_in_the_order_that_costs_least():
     of = fleet(Model("large", weights=("bfloat16",)), rank=16, rows_a_step=8, max_tokens=2048)
     first = plans(of)[0]
-    ways = lower(LARGE, first, roles=of.adapter.roles, rows_a_step=8)
+    ways = lower(LARGE, first, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=8)
     assert [(way.rows, way.boundaries, way.mlp_tokens) for way in ways] == [
         *((rows, "input", 1024) for rows in (4, 2, 1)),
         (1, "int8", 1024),
@@ -275,9 +276,11 @@ def test_a_running_plan_is_lowered_in_the_order_that_costs_least():
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
     same = {name: getattr(first, name) for name in ("source", "depth", "weights", "rank", "tokens", "streamed")}
     assert all({name: getattr(way, name) for name in same} == same for way in ways)
-    assert lower(LARGE, ways[-1], roles=of.adapter.roles, rows_a_step=8) == []
+    assert lower(LARGE, ways[-1], method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=8) == []
     streamed = plans(fleet(Model("large", weights=("q4_1",)), rows_a_step=8, max_tokens=512))[-1]
-    assert streamed.streamed and lower(LARGE, streamed, roles=of.adapter.roles, rows_a_step=8) == []
+    assert (
+        streamed.streamed and lower(LARGE, streamed, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=8) == []
+    )
 
 
 def test_smaller_micro_batches_that_would_need_more_for_their_sums_are_no_way_down():
@@ -285,7 +288,7 @@ def test_smaller_micro_batches_that_would_need_more_for_their_sums_are_no_way_do
     first = plans(of)[0]
     assert all(
         way.predicted_peak_bytes < first.predicted_peak_bytes
-        for way in lower(LARGE, first, roles=of.adapter.roles, rows_a_step=8)
+        for way in lower(LARGE, first, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=8)
     )
     assert plans(of)[1].predicted_peak_bytes > first.predicted_peak_bytes
 
@@ -364,3 +367,14 @@ def test_the_prediction_is_near_the_trainers_peak(
     assert_close(plan.predicted_peak_bytes, measured)
     with pytest.raises(AssertionError, match="predicted"):
         assert_close(plan.predicted_peak_bytes - plan.terms["weights"], measured)
+
+
+def test_what_a_method_freezes_or_keeps_takes_less():
+    def predicted(method):
+        of = fleet(Model("large", weights=("bfloat16",)), rank=64)
+        return plans(msgspec.structs.replace(of, method=Method(method)))[-1].terms["adapter"]
+
+    values = predicted("local") / 10  # both factors are trained, and summed over micro-batches
+    assert predicted("fedit") == predicted("fedsa") == 10 * values
+    assert 4 * values < predicted("fedsb") < 4.5 * values  # both are frozen, and a core is small
+    assert predicted("fedsb") < predicted("ffa") < predicted("fedit")

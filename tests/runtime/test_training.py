@@ -16,10 +16,11 @@ from edge_kernels import AdamW8bit
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from edge_runtime import codec, processes, settings
+from edge_runtime import codec, methods, processes, settings
 from edge_runtime.adapters import attach, roles
 from edge_runtime.adapters.initial import initial
 from edge_runtime.errors import TrainerError
+from edge_runtime.methods import fedit
 from edge_runtime.models import weights
 from edge_runtime.models.facts import adapter_shapes
 from edge_runtime.models.slices import kept_layers
@@ -30,6 +31,7 @@ from edge_runtime.training.evaluate import evaluate
 from edge_runtime.training.job import Job, Progress, Result
 from edge_runtime.training.meter import Meter
 
+FACTORS = fedit.METHOD.factors
 SPEC = settings.Adapter(rank=4, alpha=8.0)
 LAYERS = (0, 1, 2, 3)
 
@@ -47,7 +49,7 @@ def draw_examples(count, seed=0):
 
 def adapted(model, spec=SPEC):
     """The model with an adapter that is past its start, so that A has a gradient too."""
-    adapter = attach.attach(model, LAYERS, spec, seed=0)
+    adapter = attach.attach(model, LAYERS, spec, FACTORS, seed=0)
     draw = np.random.default_rng(1)
     start = {key: draw.normal(0, 0.05, value.shape).astype(np.float32) for key, value in attach.state(adapter).items()}
     attach.load_state(adapter, start)
@@ -106,7 +108,7 @@ def test_a_step_through_a_slice_is_the_step_of_that_slice_alone(tiny, family):
     losses = train(deep, adapter, examples, steps=2, slices=[kept, (0, 1, 2, 3)])
     shallow = tiny(family)
     with step.only_blocks(shallow, kept):
-        alone = attach.attach(shallow, kept, SPEC, seed=0)
+        alone = attach.attach(shallow, kept, SPEC, FACTORS, seed=0)
         attach.load_state(alone, {key: before[key] for key in alone.factors})
         assert train(shallow, alone, examples, steps=1, slices=[(0, 1)]) == pytest.approx(losses[:1], abs=1e-6)
     assert len(roles.blocks(deep)) == len(roles.blocks(shallow)) == deep.config.num_hidden_layers == 4
@@ -364,7 +366,7 @@ TERMS = {"runtime": 350 << 20, "kernels": 40 << 20, "block": 1 << 30}  # of a pl
 
 def test_a_round_that_comes_near_its_budget_goes_on_in_less_memory(trainer, demo_facts, tmp_path, monkeypatch):
     training = settings.Training(steps=3, rows_a_step=4, max_tokens=32)
-    plan = plan_of(model_class=demo_facts.model_class, layers=30, depth=2, rows=4, terms=TERMS)
+    plan = plan_of(model_class=demo_facts.model_class, layers=30, depth=2, rows=4, terms=TERMS, tokens=256)
     limits = {"budget_bytes": 1 << 40, "training": training, "plan": plan}
     folder, _ = far = trainer("far", demo_facts, depth=2, **limits)
     assert result(far).eased == []
@@ -376,7 +378,7 @@ def test_a_round_that_comes_near_its_budget_goes_on_in_less_memory(trainer, demo
     monkeypatch.setattr(Meter, "lap", lambda meter: lap(meter) if meter._phase != "train" else next(peaks, lap(meter)))
     run.run(near)
     eased = result((near, subprocess.CompletedProcess([], 0)))
-    assert eased.eased == ["rank 4, micro-batches of 1 x 32 tokens, boundaries in 8 bits"]
+    assert eased.eased == ["rank 4, micro-batches of 1 x 256 tokens, boundaries in 8 bits"]
     assert eased.losses == pytest.approx(result(far).losses, rel=1e-2)
 
 
@@ -393,7 +395,7 @@ def test_a_trainer_whose_steps_take_more_than_its_budget_says_what_they_took(tra
 def test_one_round_on_a_slice_of_the_demos_model(trainer, demo_facts):
     ended = trainer("a", demo_facts, depth=2)
     done = result(ended)
-    expected = adapter_shapes(demo_facts, (0, 29), SPEC.roles, SPEC.rank)
+    expected = adapter_shapes(demo_facts, (0, 29), SPEC.roles, SPEC.rank, FACTORS)
     assert {key: value.shape for key, value in decoded(ended).items()} == expected
     assert done.payload_bytes == (ended[0] / "payload.bin").stat().st_size
     assert (done.samples, done.evaluation["own"].rows, len(done.losses)) == (18, 4, 3)
@@ -439,7 +441,7 @@ def test_what_is_owed_travels_with_the_next_delta_and_nothing_is_lost(trainer, t
 def test_a_round_starts_from_the_global_version(trainer, tiny_facts, tmp_path):
     """An evaluation alone: its loss is that of the model with exactly this adapter."""
     draw = np.random.default_rng(0)
-    shapes = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, SPEC.rank)
+    shapes = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, SPEC.rank, FACTORS)
     (tmp_path / "start").write_bytes(
         codec.encode({key: draw.normal(0, 0.1, shape).astype(np.float32) for key, shape in shapes.items()})
     )
@@ -451,7 +453,7 @@ def test_a_round_starts_from_the_global_version(trainer, tiny_facts, tmp_path):
 
     examples = data.tokenize(ROWS[:4], AutoTokenizer.from_pretrained(tiny_facts.folder), 32)
     model = weights.load(tiny_facts, 3, "float32")
-    adapter = attach.attach(model, kept_layers(3, 4), SPEC, seed=5)
+    adapter = attach.attach(model, kept_layers(3, 4), SPEC, FACTORS, seed=5)
     untrained = evaluate(model, examples, 4)
     version = codec.decode((tmp_path / "start").read_bytes())
     attach.load_state(adapter, {key: version[key] for key in adapter.factors})
@@ -465,9 +467,9 @@ def test_under_local_the_state_stays_on_the_device_and_goes_on_from_there(traine
     assert not (first[0] / "payload.bin").exists() and not (first[0] / "residual.bin").exists()
     kept = load_file(first[0] / "state.bin")
     assert {key: value.shape for key, value in kept.items()} == adapter_shapes(
-        tiny_facts, LAYERS, SPEC.roles, SPEC.rank
+        tiny_facts, LAYERS, SPEC.roles, SPEC.rank, FACTORS
     )
-    assert all(not np.array_equal(kept[key], initial(key, kept[key].shape, 5)) for key in kept)
+    assert all(not np.array_equal(kept[key], initial(key, kept[key].shape, 5, FACTORS[key[-1]].start)) for key in kept)
     second = trainer("second", tiny_facts, method="local", private=str(first[0] / "state.bin"), round=2)
     before, after = result(first).evaluation["own"].loss, result(second).evaluation["own"].loss
     assert after < before
@@ -527,3 +529,67 @@ def test_another_failure_to_write_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "save_file", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "denied")))
     with pytest.raises(PermissionError):
         run._save(tmp_path / "residual.bin", {}, lambda _: None)
+
+
+SENT = {"fedit": "AB", "ffa": "B", "fedsa": "A", "fedsb": "C"}
+KEPT = {"fedsa": "B"}
+
+
+@pytest.mark.parametrize("method", SENT)
+def test_a_round_sends_what_the_method_shares_and_keeps_what_is_private(trainer, tiny_facts, method):
+    folder, _ = first = trainer("first", tiny_facts, method=method)
+    result(first)
+    factors = methods.by_name(method).factors
+    shapes = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, SPEC.rank, factors)
+    assert {key: value.shape for key, value in decoded(first).items()} == {
+        key: shape for key, shape in shapes.items() if key[-1] in SENT[method]
+    }
+    assert all(np.abs(value).max() > 0 for value in decoded(first).values())
+    kept = load_file(folder / "state.bin") if method in KEPT else {}
+    assert (folder / "state.bin").exists() is bool(kept)
+    assert {key: value.shape for key, value in kept.items()} == {
+        key: shape for key, shape in shapes.items() if key[-1] in KEPT.get(method, "")
+    }
+
+
+def test_the_private_part_goes_on_beside_the_shared_one(trainer, tiny_facts, tmp_path):
+    first = trainer("first", tiny_facts, method="fedsa")
+    before = result(first).evaluation["own"].loss
+    draws = {
+        key: initial(key, value.shape, 5, "drawn") + value for key, value in decoded(first).items()
+    }  # what a node with this device alone publishes
+    (tmp_path / "start").write_bytes(codec.encode(draws))
+    private = str(first[0] / "state.bin")
+    second = trainer("second", tiny_facts, method="fedsa", start=str(tmp_path / "start"), private=private, round=2)
+    forgot = trainer("forgot", tiny_facts, method="fedsa", start=str(tmp_path / "start"), round=2)
+    assert result(second).evaluation["own"].loss < before
+    assert result(forgot).evaluation["own"].loss == pytest.approx(before, rel=1e-6)
+
+
+def test_a_device_of_lower_rank_starts_from_the_leading_part_of_the_version(trainer, tiny_facts, tmp_path):
+    """Its loss is that of the version whose other rows and columns are zero, and what it is owed in another rank counts."""
+    draw = np.random.default_rng(0)
+    shapes = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, SPEC.rank, FACTORS)
+    version = {key: draw.normal(0, 0.1, shape).astype(np.float32) for key, shape in shapes.items()}
+    cut = {key: value * (np.arange(SPEC.rank) < 1)[:, None] for key, value in version.items() if key.endswith("A")}
+    for name, state in (("version", version), ("zeros", {**version, **cut})):
+        (tmp_path / name).write_bytes(codec.encode(state))
+    start, low = str(tmp_path / "version"), SPEC.at(1)
+    (tmp_path / "owed").mkdir()
+    owed = {key: np.full(shape, 1e-3, np.float32) for key, shape in shapes.items()}
+    save_file(owed, tmp_path / "owed" / "residual.bin")
+
+    first = trainer("low", tiny_facts, method="hetlora", adapter=low, start=start)
+    same = trainer("cut", tiny_facts, start=str(tmp_path / "zeros"), train=False)
+    other = trainer("whole", tiny_facts, start=start, train=False)
+    loss = result(first).evaluation["own"].loss
+    assert loss == pytest.approx(result(same).evaluation["own"].loss, rel=1e-3)
+    assert loss != pytest.approx(result(other).evaluation["own"].loss, rel=1e-3)
+    assert {min(value.shape) for value in decoded(first).values()} == {1}
+    residual = str(tmp_path / "owed" / "residual.bin")
+    again = trainer("again", tiny_facts, method="hetlora", adapter=low, start=start, residual=residual)
+    kept = {key: [load_file(folder / "residual.bin")[key] for folder, _ in (first, again)] for key in shapes}
+    for key, sent in decoded(again).items():
+        np.testing.assert_allclose(
+            sent + kept[key][1], decoded(first)[key] + kept[key][0] + 1e-3, rtol=0, atol=1e-7, err_msg=key
+        )

@@ -13,7 +13,9 @@ from fleet import Fleet
 from safetensors.numpy import load_file
 
 from edge_runtime import codec
+from edge_runtime.adapters.initial import initial
 from edge_runtime.aggregator.store import Store
+from edge_runtime.methods import fedit
 from edge_runtime.rounds import Report
 
 
@@ -35,6 +37,11 @@ def master(fleet: Fleet, round_: int) -> dict[str, np.ndarray]:
     """The float32 global version of the only model class after a round."""
     (path,) = (fleet.folder / "node" / "versions").glob(f"{round_:05d}-*.safetensors")
     return load_file(path)
+
+
+def version_0(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """What a factor of a fleet with fedit and seed 0 starts from."""
+    return initial(key, shape, 0, fedit.METHOD.factors[key[-1]].start)
 
 
 def sent(fleet: Fleet, device: str, round_: int, work: str = "work") -> dict[str, np.ndarray]:

@@ -8,10 +8,9 @@ from crafted import crafted
 from edge_broker import topics
 from edge_broker.transfer import Rejected
 from fleet import Fleet
-from records import committed, master, sent
+from records import committed, master, sent, version_0
 
 from edge_runtime import codec
-from edge_runtime.adapters.initial import initial
 
 
 def payload_of(key: str, shape: tuple[int, ...], scale: float = 1.0) -> bytes:
@@ -41,7 +40,7 @@ def test_a_round_closes_with_the_honest_device_alone(fleet: Fleet, real_model: s
     assert committed(fleet) == [("honest", 1)]
     delta = sent(fleet, "honest", 1)
     for key, value in master(fleet, 1).items():
-        np.testing.assert_allclose(value, initial(key, value.shape, 0) + delta[key], atol=1e-6)
+        np.testing.assert_allclose(value, version_0(key, value.shape) + delta[key], atol=1e-6)
 
 
 @pytest.mark.parametrize(

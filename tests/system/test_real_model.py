@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fleet import Fleet
-from records import committed, job, master, remembered, reports, sent
+from records import committed, job, master, remembered, reports, sent, version_0
 
 from edge_runtime import processes, settings
-from edge_runtime.adapters.initial import initial
 from edge_runtime.demo import run as demo
 from edge_runtime.planning.search import candidates
 
@@ -78,7 +77,7 @@ def test_the_first_version_is_the_initial_one_plus_the_weighted_mean(ran: Ran) -
     merged, steps = master(ran[0], 1), mean(ran[0], 1, "kept")
     assert merged.keys() == steps.keys()
     for key, step in steps.items():
-        np.testing.assert_allclose(merged[key], initial(key, step.shape, 0) + step, atol=1e-6, err_msg=key)
+        np.testing.assert_allclose(merged[key], version_0(key, step.shape) + step, atol=1e-6, err_msg=key)
 
 
 def test_the_second_version_adds_the_mean_of_its_round_to_the_first(ran: Ran) -> None:
@@ -91,7 +90,7 @@ def test_an_unweighted_mean_would_be_seen(ran: Ran) -> None:
     fleet, merged = ran[0], master(ran[0], 1)
     deep, shallow = sent(fleet, DEEP, 1, "kept"), sent(fleet, SHALLOW, 1, "kept")
     off = [
-        np.abs(merged[key] - initial(key, deep[key].shape, 0) - (deep[key] + shallow[key]) / 2).max() for key in shallow
+        np.abs(merged[key] - version_0(key, deep[key].shape) - (deep[key] + shallow[key]) / 2).max() for key in shallow
     ]
     assert max(off) > 1e-4
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fleet import Fleet
-from records import master, reports, sent
+from records import master, reports, sent, version_0
 
 from edge_runtime import codec
-from edge_runtime.adapters.initial import initial
 
 
 def budget_for_depth(fleet: Fleet, model: Path, depth: int) -> str:
@@ -42,7 +41,7 @@ def test_each_tensor_becomes_the_mean_over_the_devices_that_hold_it(
     assert merged.keys() == a.keys()
     for key, value in merged.items():
         step = (a[key] + b[key]) / 2 if key in b else a[key]
-        np.testing.assert_allclose(value, initial(key, step.shape, 0) + step, atol=1e-6, err_msg=key)
+        np.testing.assert_allclose(value, version_0(key, step.shape) + step, atol=1e-6, err_msg=key)
     assert any(np.abs(a[key] - b[key]).max() > 1e-4 for key in b), (
         "the devices sent the same, so the mean proves nothing"
     )

@@ -1,0 +1,19 @@
+"""ffa: A is drawn once and frozen; the mean of B inside a model class.
+
+    B <- B + Σ_k p_k dB_k,   p_k = n_k / Σ n over the devices k that hold the tensor
+
+With one A for all, the mean of the products is the product of the mean: the merge is exact. Half of the bytes of `fedit`.
+Source: Sun et al. 2024, arXiv 2403.12313 (FFA-LoRA).
+"""
+
+from edge_runtime.methods.fedit import HoldersMean
+from edge_runtime.methods.interface import Factor, Method
+
+METHOD = Method(
+    "ffa",
+    {
+        "A": Factor(trained=False, shared="class", start="drawn"),
+        "B": Factor(trained=True, shared="class", start="zero"),
+    },
+    HoldersMean,
+)

@@ -1,0 +1,66 @@
+"""Deltas of unequal ranks on the node: what is refused, and the version that comes of them."""
+
+import types
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from edge_runtime import codec, methods, settings
+from edge_runtime.adapters.initial import initial
+from edge_runtime.aggregator import merge
+from edge_runtime.errors import InputError
+
+HETLORA = methods.by_name("hetlora")
+FLEET = settings.Fleet(
+    "f",
+    (settings.Model("m"),),
+    method=settings.Method("hetlora"),
+    adapter=settings.Adapter(rank=4, lower=(2,), roles=("q",)),
+    seed=3,
+)
+
+
+def payload(rank_a, rank_b, seed=0):
+    draw = np.random.default_rng(seed)
+    shapes = {"layers.0.q.A": (rank_a, 32), "layers.0.q.B": (48, rank_b)}
+    return codec.encode({key: draw.normal(0, 1, shape).astype(np.float32) for key, shape in shapes.items()})
+
+
+def update(path, content):
+    path.write_bytes(content)
+    return types.SimpleNamespace(manifest=types.SimpleNamespace(model_class="m@1", samples=5), payload=path)
+
+
+@pytest.mark.parametrize("rank", [4, 2])
+def test_a_delta_of_any_of_the_fleets_ranks_is_taken_whatever_the_others_have(rank):
+    known = {"layers.0.q.A": (4, 32), "layers.0.q.B": (48, 4)}
+    assert merge.check(payload(rank, rank), known, FLEET, HETLORA).keys() == known.keys()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "known", "reason"),
+    [
+        ((3, 3), {}, r"layers.0.q.A is \(3, 32\) in the delta, but has to be of rank 4 or 2"),
+        ((4, 2), {}, r"the delta has factors of ranks \[2, 4\], but one device has one"),
+        ((2, 2), {"layers.0.q.A": (4, 31)}, r"layers.0.q.A is \(2, 32\) in the delta, but has to be \(4, 31\)"),
+    ],
+)
+def test_what_is_of_no_rank_or_another_width_is_refused(ranks, known, reason):
+    with pytest.raises(InputError, match=reason):
+        merge.check(payload(*ranks), known, FLEET, HETLORA)
+
+
+def test_the_version_has_the_fleets_rank_and_goes_on_from_the_last(tmp_path):
+    low = [update(tmp_path / "low", payload(2, 2))]
+    (first,) = merge.merge(low, {}, FLEET, HETLORA, 1, tmp_path / "1")
+    after = load_file(first.master)
+    sent = codec.decode(low[0].payload.read_bytes())
+    start = initial("layers.0.q.A", (4, 32), 3, "drawn")
+    np.testing.assert_allclose(after["layers.0.q.A"][:2], start[:2] + sent["layers.0.q.A"], atol=1e-6)
+    assert not np.abs(after["layers.0.q.A"][2:]).max() > 1e-6  # nobody holds it
+    assert after["layers.0.q.B"].shape == (48, 4)
+
+    both = [*low, update(tmp_path / "high", payload(4, 4, seed=1))]
+    (second,) = merge.merge(both, {"m@1": first}, FLEET, HETLORA, 2, tmp_path / "2")
+    assert np.abs(load_file(second.master)["layers.0.q.A"][2:]).mean() > 0.1

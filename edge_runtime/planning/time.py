@@ -2,13 +2,14 @@
 
     step = FLOP / rate of matrix products + bytes / rate of a large copy + calls
 
-    FLOP        blocks and head: 2 a parameter and token, three times: forward, again in backward, and for dx; the head for the
-                loss, its gradient and perhaps once more, with every token labelled
+    FLOP        blocks: 2 a parameter and token, three times: forward, again in backward, and for dx; the head twice: for the
+                loss and its gradient, with every token labelled
                 causal attention, at ATTENTION of the rate
                 adapter: nine products with A or B, at THIN of the rate: two forward, two again, x Aᵀ once more, two for dx,
                 two for dA and dB
     bytes       element-wise work on a block's activations and on the logits
-                matrices, three times a micro-batch: read, or expanded where they are packed; streamed ones are read besides
+                matrices, three times a micro-batch: read, or expanded where they are packed; streamed ones are read besides;
+                a packed head is expanded once
     calls       what starting a block's operations takes, once a micro-batch, and its factors' optimiser, once a step
 
 Rows are taken to be as long as the plan allows, the slice as deep, and a streamed file to be in the page cache. The constants
@@ -57,12 +58,12 @@ def step_seconds(
     blocks = plan.depth * facts.block_parameters
     attention = plan.depth * 1.5 * plan.tokens * facts.heads * facts.head_dim  # half of the pairs; backward 2.5 times
     head = facts.vocabulary * facts.hidden
-    products = 6 * tokens * (blocks + head + attention / ATTENTION) + 9 * tokens * factors / THIN
+    products = tokens * (6 * (blocks + attention / ATTENTION) + 4 * head) + 9 * tokens * factors / THIN
     rows = plan.depth * (HIDDEN_ROWS * facts.hidden + INTERMEDIATE_ROWS * facts.intermediate)
     moved: float = width * tokens * (BLOCK_PASSES * rows + LOSS_PASSES * facts.vocabulary)
     moved += 3 * micro_batches * blocks * EXPAND_BYTES.get(plan.weights, width)
     if plan.weights in PACKED:
-        moved += 3 * micro_batches * head * EXPAND_BYTES["q8_0"]
+        moved += micro_batches * head * EXPAND_BYTES["q8_0"]
     if plan.streamed:
         moved += 3 * micro_batches * blocks * VALUE_BYTES[plan.weights]
     return products / flops + moved / rates.copy_bytes + CALL_S * plan.depth * (micro_batches + 1)

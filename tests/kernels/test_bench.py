@@ -46,9 +46,11 @@ def test_bytes_and_flops_of_an_adapter_linear():
 def test_bytes_and_flops_of_others():
     M, H, inner, V = 32, 64, 96, 100
     head = case_of("linear_cross_entropy", "dense")
-    assert (head.bytes, head.flops) == (2 * 2 * V * H + 2 * 2 * M * H + 8 * M, 4 * M * V * H)
+    assert (head.bytes, head.flops) == (2 * V * H + 2 * 2 * M * H + 8 * M, 4 * M * V * H)
     assert case_of("gated_activation", "silu").bytes == 2 * 8 * M * inner
     assert case_of("rotary", "").bytes == 2 * 2 * (2 * M * 6 * 16 + 2 * M * 16)
+    seen = case_of("attention", "")  # 4 heads, 2 key heads of 16
+    assert (seen.bytes, seen.flops) == (2 * 2 * M * 16 * (4 + 2 + 2 + 4), 14 * (M * M // 2) * 4 * 16)
     assert case_of("checkpoint_block", "").flops == cases.BLOCKS * (3 + 2 + 3) * 2 * M * H * inner  # down once forward
 
 

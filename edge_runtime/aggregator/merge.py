@@ -7,7 +7,8 @@ The master stays in float32, so rounding what is published does not add up over 
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -82,22 +83,25 @@ def merge(
         masters: the versions before the round.
         folder: where the new versions are written.
     """
-    assert method.merger is not None
+    assert method.merge is not None
     folder.mkdir(parents=True, exist_ok=True)
     versions = []
     for model_class in sorted({update.manifest.model_class for update in updates}):
-        merger = method.merger()
+        own = [update for update in updates if update.manifest.model_class == model_class]
         state = load_file(masters[model_class].master) if model_class in masters else {}
-        for update in updates:
-            if update.manifest.model_class == model_class:
-                delta = codec.decode(update.payload.read_bytes())
-                for key in delta.keys() - state.keys():
-                    state[key] = _version_0(key, delta[key].shape, fleet, method)
-                merger.add(Contribution(state, delta, update.manifest.samples))
-        for key, step in merger.merged().items():
+        for update in own:
+            for key, shape in codec.shapes(update.payload.read_bytes()).items():
+                if key not in state:
+                    state[key] = _version_0(key, shape, fleet, method)
+        for key, step in method.merge(partial(_contributions, own, state)).items():
             state[key] += step
         versions.append(_write(model_class, state, round_, folder))
     return versions
+
+
+def _contributions(updates: list[Update], before: Mapping[str, NDArray[np.float32]]) -> Iterator[Contribution]:
+    for update in updates:
+        yield Contribution(before, codec.decode(update.payload.read_bytes()), update.manifest.samples)
 
 
 def _version_0(key: str, shape: tuple[int, ...], fleet: Fleet, method: Method) -> NDArray[np.float32]:

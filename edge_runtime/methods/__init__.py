@@ -1,11 +1,11 @@
 """Federated methods, one file each: what is trained, what is shared with whom, and how the node merges it."""
 
 from edge_runtime.errors import InputError
-from edge_runtime.methods import fedit, fedsa, fedsb, ffa, hetlora, local
+from edge_runtime.methods import fedit, fedsa, fedsb, ffa, flexlora, hetlora, local
 from edge_runtime.methods.interface import Method
 from edge_runtime.settings import Fleet
 
-METHODS = {module.METHOD.name: module.METHOD for module in (local, fedit, ffa, fedsa, fedsb, hetlora)}
+METHODS = {module.METHOD.name: module.METHOD for module in (local, fedit, ffa, fedsa, fedsb, hetlora, flexlora)}
 
 
 def by_name(name: str) -> Method:

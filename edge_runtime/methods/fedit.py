@@ -7,31 +7,26 @@ Zhang et al. 2023 (arXiv 2305.05644, FedIT) with the depth rule of Diao et al. 2
 A mean of factors is not the factors of the mean product; the method is known to be biased there.
 """
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 
 from edge_runtime.methods.interface import Contribution, Factor, Method, Tensors
 
 
-class HoldersMean:
-    """Running weighted sums; two arrays a tensor at most, whatever the number of devices."""
-
-    def __init__(self) -> None:
-        self._sums: Tensors = {}
-        self._samples: dict[str, int] = {}
-
-    def add(self, made: Contribution) -> None:
-        """Take in what one device made, weighted by the rows it trained on."""
+def holders_mean(contributions: Callable[[], Iterable[Contribution]]) -> Tensors:
+    """The mean delta of every tensor over the devices that sent it; one sum a tensor, whatever the number of devices."""
+    sums: Tensors = {}
+    samples: dict[str, int] = {}
+    for made in contributions():
         for key, value in made.delta.items():
-            if key in self._sums:
-                self._sums[key] += made.samples * value
-                self._samples[key] += made.samples
+            if key in sums:
+                sums[key] += made.samples * value
+                samples[key] += made.samples
             else:
-                self._sums[key] = made.samples * value
-                self._samples[key] = made.samples
-
-    def merged(self) -> Tensors:
-        """The mean delta of every tensor over the devices that sent it."""
-        return {key: value / np.float32(self._samples[key]) for key, value in self._sums.items()}
+                sums[key] = made.samples * value
+                samples[key] = made.samples
+    return {key: value / np.float32(samples[key]) for key, value in sums.items()}
 
 
 METHOD = Method(
@@ -40,5 +35,5 @@ METHOD = Method(
         "A": Factor(trained=True, shared="class", start="drawn"),
         "B": Factor(trained=True, shared="class", start="zero"),
     },
-    HoldersMean,
+    holders_mean,
 )

@@ -7,7 +7,7 @@ product any more, and nobody needs it: no two devices have the same model.
 Source: Guo et al. 2024, arXiv 2410.01463 (FedSA-LoRA).
 """
 
-from edge_runtime.methods.fedit import HoldersMean
+from edge_runtime.methods.fedit import holders_mean
 from edge_runtime.methods.interface import Factor, Method
 
 METHOD = Method(
@@ -16,5 +16,5 @@ METHOD = Method(
         "A": Factor(trained=True, shared="class", start="drawn"),
         "B": Factor(trained=True, shared="private", start="zero"),
     },
-    HoldersMean,
+    holders_mean,
 )

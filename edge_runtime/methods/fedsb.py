@@ -8,7 +8,7 @@ fleet's seed, so that nothing but C ever travels. This start is ours, and weaker
 Source: Singhal et al. 2025, arXiv 2502.15436 (Fed-SB).
 """
 
-from edge_runtime.methods.fedit import HoldersMean
+from edge_runtime.methods.fedit import holders_mean
 from edge_runtime.methods.interface import Factor, Method
 
 METHOD = Method(
@@ -18,5 +18,5 @@ METHOD = Method(
         "C": Factor(trained=True, shared="class", start="zero"),
         "B": Factor(trained=False, shared="class", start="drawn"),
     },
-    HoldersMean,
+    holders_mean,
 )

@@ -6,7 +6,7 @@ With one A for all, the mean of the products is the product of the mean: the mer
 Source: Sun et al. 2024, arXiv 2403.12313 (FFA-LoRA).
 """
 
-from edge_runtime.methods.fedit import HoldersMean
+from edge_runtime.methods.fedit import holders_mean
 from edge_runtime.methods.interface import Factor, Method
 
 METHOD = Method(
@@ -15,5 +15,5 @@ METHOD = Method(
         "A": Factor(trained=False, shared="class", start="drawn"),
         "B": Factor(trained=True, shared="class", start="zero"),
     },
-    HoldersMean,
+    holders_mean,
 )

@@ -8,48 +8,39 @@ A device's rank is what its memory allows; the paper's pruning of ranks while tr
 Source: Cho et al. 2024, arXiv 2401.06432 (HetLoRA).
 """
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 
 from edge_runtime.methods.interface import Contribution, Factor, Method, Tensors, leading
 
 
-class NormWeightedMean:
-    """Running sums in the class's full rank; two arrays a tensor at most, whatever the number of devices."""
-
-    def __init__(self) -> None:
-        self._sums: Tensors = {}
-        self._weights: dict[str, float] = {}
-
-    def add(self, made: Contribution) -> None:
-        """Take in what one device made, weighted by the norm of its product."""
-        weight = _norm(made)
-        for key, delta in made.delta.items():
-            before, held = made.before[key], leading(delta.shape)
-            if key not in self._sums:
-                self._sums[key], self._weights[key] = np.zeros_like(before), 0.0
-            step = -before  # what the device does not hold counts as zero
-            step[held] = delta
-            self._sums[key] += np.float32(weight) * step
-            self._weights[key] += weight
-
-    def merged(self) -> Tensors:
-        """The mean of every tensor over the devices that sent it, less what it was before."""
-        return {key: value / np.float32(self._weights[key]) for key, value in self._sums.items() if self._weights[key]}
+def norm_weighted_mean(contributions: Callable[[], Iterable[Contribution]]) -> Tensors:
+    """The mean of every tensor over the devices that sent it, less what it was before; one sum a tensor in full rank."""
+    before: Tensors = {}
+    sums: Tensors = {}
+    weights: dict[str, float] = {}
+    for made in contributions():
+        after = made.after()
+        weight = _norm(after)
+        for key, value in after.items():
+            if key not in sums:
+                before[key], weights[key] = made.before[key], 0.0
+                sums[key] = np.zeros_like(made.before[key])
+            value *= np.float32(weight)
+            sums[key][leading(value.shape)] += value
+            weights[key] += weight
+    return {key: value / np.float32(weights[key]) - before[key] for key, value in sums.items() if weights[key]}
 
 
-def _norm(made: Contribution) -> float:
-    """‖B A‖ of a device's adapter after the round, in float64."""
+def _norm(state: Tensors) -> float:
+    """‖B A‖ of an adapter: ‖B A‖² is the sum of A Aᵀ by Bᵀ B, entry by entry."""
     squared = 0.0
-    for key in made.delta:
-        if key.endswith(".A") and key[:-1] + "B" in made.delta:
-            A, B = (_after(made, key[:-1] + factor) for factor in "AB")
-            squared += float(np.sum((A @ A.T) * (B.T @ B)))
-    return float(np.sqrt(max(squared, 0.0)))
-
-
-def _after(made: Contribution, key: str) -> np.ndarray:
-    delta = made.delta[key]
-    return (made.before[key][leading(delta.shape)] + delta).astype(np.float64)
+    for key, A in state.items():
+        B = state.get(key[:-1] + "B")
+        if key.endswith(".A") and B is not None:
+            squared += float(np.sum((A @ A.T) * (B.T @ B), dtype=np.float64))
+    return max(squared, 0.0) ** 0.5
 
 
 METHOD = Method(
@@ -58,6 +49,6 @@ METHOD = Method(
         "A": Factor(trained=True, shared="class", start="drawn"),
         "B": Factor(trained=True, shared="class", start="zero"),
     },
-    NormWeightedMean,
+    norm_weighted_mean,
     unequal=True,
 )

@@ -1,13 +1,18 @@
 """What a federated method is: a statement about each factor, and a merge on the node."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 Start = Literal["drawn", "zero"]
 Tensors = dict[str, NDArray[np.float32]]
+
+
+def leading(shape: Sequence[int]) -> tuple[slice, ...]:
+    """Where a factor of a lower rank has its values in one of a higher."""
+    return tuple(map(slice, shape))
 
 
 class Factor(NamedTuple):
@@ -27,25 +32,27 @@ class Contribution(NamedTuple):
     delta: Mapping[str, NDArray[np.float32]]
     samples: int
 
+    def after(self) -> Tensors:
+        """What the device held when the round ended, in its own rank."""
+        return {key: self.before[key][leading(delta.shape)] + delta for key, delta in self.delta.items()}
 
-class Merger(Protocol):
-    """A running merge of one round and class: its memory does not grow with the number of updates."""
 
-    def add(self, made: Contribution) -> None:
-        """Take in what one device made."""
-
-    def merged(self) -> Tensors:
-        """What to add to the global version, for every key that some device sent."""
+# What a round of one class changes, for every key that some device sent: to be added to the global version. The
+# contributions can be gone through more than once, and only one of them is in memory at a time.
+Merge: TypeAlias = Callable[[Callable[[], Iterable[Contribution]]], Tensors]
 
 
 class Method(NamedTuple):
-    """factors: A and B, and C where there is a core between them; else that is the identity. merger: None where nothing is
-    exchanged. unequal: whether devices of lower ranks may take part, which hold the leading rows of A and columns of B."""
+    """factors: A and B, and C where there is a core between them; else that is the identity. merge: None where nothing is
+    exchanged. unequal: whether devices of lower ranks may take part, which hold the leading rows of A and columns of B.
+    refactored: whether a new version has its product in other factors, so that what rounding lost of the last is worth nothing.
+    """
 
     name: str
     factors: dict[str, Factor]
-    merger: Callable[[], Merger] | None
+    merge: Merge | None
     unequal: bool = False
+    refactored: bool = False
 
     def exchanged(self, key: str) -> bool:
         """Whether the factor with this canonical key travels."""
@@ -56,8 +63,3 @@ class Method(NamedTuple):
         """Whether the device trains the factor for itself alone."""
         factor = self.factors[key[-1]]
         return factor.trained and factor.shared == "private"
-
-
-def leading(shape: Sequence[int]) -> tuple[slice, ...]:
-    """Where a factor of a lower rank has its values in one of a higher."""
-    return tuple(map(slice, shape))

@@ -114,7 +114,7 @@ def run(folder: Path) -> None:
         return way
 
     if job.train:
-        depths = job.depths if method.merger is not None else (job.plan.depth,)
+        depths = job.depths if method.merge is not None else (job.plan.depth,)
         ends.append(time.monotonic())
         with meter.phase("train"):
             losses = step.train(
@@ -202,7 +202,7 @@ def _write(folder: Path, job: Job, method: Method, adapter: attach.Adapter, tell
         for key, value in delta.items():
             value -= start.get_tensor(key)
     (folder / START).unlink()
-    owed = [_load(job.residual)] if job.residual is not None else []
+    owed = [_load(job.residual)] if job.residual is not None and not method.refactored else []
     owed += [codec.decode(Path(job.unsent).read_bytes())] if job.unsent is not None else []
     for kept in owed:
         for key in kept.keys() & delta.keys():  # they may be of another rank

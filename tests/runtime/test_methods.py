@@ -8,9 +8,13 @@ from click.testing import CliRunner
 
 from edge_runtime import cli, methods, settings
 from edge_runtime.errors import InputError
+from edge_runtime.methods import fedit
 from edge_runtime.methods.interface import Contribution
 
 SHAPES = {"layers.0.q.A": (4, 32), "layers.0.q.B": (48, 4), "layers.7.q.A": (4, 32), "layers.7.q.B": (48, 4)}
+
+
+ZEROS = {key: np.zeros(shape, np.float32) for key, shape in SHAPES.items()}
 
 
 def delta(seed, keys=tuple(SHAPES)):
@@ -20,10 +24,7 @@ def delta(seed, keys=tuple(SHAPES)):
 
 def merged(updates):
     """What fedit makes of (delta, samples) pairs."""
-    merger = methods.by_name("fedit").merger()
-    for one, samples in updates:
-        merger.add(Contribution({}, one, samples))
-    return merger.merged()
+    return fedit.METHOD.merge(lambda: (Contribution(ZEROS, one, samples) for one, samples in updates))
 
 
 def reference(updates):
@@ -98,33 +99,29 @@ def test_a_round_without_updates_changes_nothing():
 ONE_UPDATE = 2 * 256 * 256 * 4
 
 
-def grown_bytes(merger, updates):
-    """Memory the merger holds more after many updates than after the first."""
-    big = {"layers.0.q.A": np.ones((256, 256), np.float32), "layers.0.q.B": np.ones((256, 256), np.float32)}
+def peak_bytes(merge, updates):
+    """Memory that merging so many updates takes at its peak, each update a fresh one."""
+    big = {key: np.ones((256, 256), np.float32) for key in ("layers.0.q.A", "layers.0.q.B")}
+
+    def contributions():
+        for _ in range(updates):
+            yield Contribution(big, {key: value.copy() for key, value in big.items()}, 1)
+
     tracemalloc.start()
-    merger.add(Contribution(big, {key: value.copy() for key, value in big.items()}, 1))
-    first = tracemalloc.get_traced_memory()[0]
-    for _ in range(updates - 1):
-        merger.add(Contribution(big, {key: value.copy() for key, value in big.items()}, 1))
-    grown = tracemalloc.get_traced_memory()[0] - first
+    merge(contributions)
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return grown
+    return peak
 
 
-@pytest.mark.parametrize("name", [name for name, method in methods.METHODS.items() if method.merger is not None])
+@pytest.mark.parametrize("name", [name for name, method in methods.METHODS.items() if method.merge is not None])
 def test_memory_does_not_grow_with_the_number_of_updates(name):
-    assert grown_bytes(methods.by_name(name).merger(), 40) < ONE_UPDATE / 10
+    merge = methods.by_name(name).merge
+    assert peak_bytes(merge, 40) - peak_bytes(merge, 2) < ONE_UPDATE / 2
 
 
 def test_the_measure_of_memory_sees_a_merge_that_keeps_all():
-    class KeepsAll:
-        def __init__(self):
-            self.kept = []
-
-        def add(self, made):
-            self.kept.append(made)
-
-    assert grown_bytes(KeepsAll(), 40) > 38 * ONE_UPDATE
+    assert peak_bytes(lambda contributions: list(contributions()), 40) > 38 * ONE_UPDATE
 
 
 FACTORS = {  # what each method sends, keeps and freezes
@@ -134,6 +131,7 @@ FACTORS = {  # what each method sends, keeps and freezes
     "fedsa": ("A", "B", ""),
     "fedsb": ("C", "", "AB"),
     "hetlora": ("AB", "", ""),
+    "flexlora": ("AB", "", ""),
 }
 
 
@@ -145,7 +143,7 @@ def test_each_factor_is_sent_kept_or_frozen():
         for factor in method.factors:
             key = f"layers.0.q.{factor}"
             assert (method.exchanged(key), method.kept(key)) == (factor in sent, factor in kept)
-        assert (method.merger is None) is not sent
+        assert (method.merge is None) is not sent
         assert "zero" in {factor.start for factor in method.factors.values()}  # version 0 changes nothing
 
 
@@ -165,10 +163,8 @@ def test_the_product_of_what_is_merged_is_the_mean_product_where_one_factor_alon
         ({f: draw.normal(0, 1, shapes[f]).astype(np.float32) for f in start if method.exchanged(f"x.{f}")}, samples)
         for samples in (200, 31, 1)
     ]
-    merger = method.merger()
-    for one, samples in updates:
-        merger.add(Contribution({}, one, samples))
-    after = products({f: start[f] + merger.merged().get(f, 0) for f in start})
+    step = method.merge(lambda: (Contribution({}, one, samples) for one, samples in updates))
+    after = products({f: start[f] + step.get(f, 0) for f in start})
     mean = sum(n * products({f: start[f] + one.get(f, 0) for f in start}) for one, n in updates) / 232
     assert bool(np.abs(after - mean).max() < 1e-4) is exact
 
@@ -184,10 +180,7 @@ def device(seed, rank, before, keys=tuple(SHAPES)):
 
 
 def hetlora(made):
-    merger = methods.by_name("hetlora").merger()
-    for one in made:
-        merger.add(one)
-    return {key: one[key] for one in [merger.merged()] for key in sorted(one)}
+    return methods.by_name("hetlora").merge(lambda: iter(made))
 
 
 def filled_up(made):
@@ -243,7 +236,7 @@ def shares(made):
 
 def test_a_device_counts_the_same_however_its_factors_share_its_product():
     """B G and G⁻¹ A are the same adapter."""
-    before = {key: np.zeros(shape, np.float32) for key, shape in SHAPES.items()}
+    before = ZEROS
     one, other = device(0, 4, before), device(1, 4, before)
     gauge = np.random.default_rng(3).normal(0, 1, (4, 4))
     turned = {
@@ -259,6 +252,63 @@ def test_devices_that_changed_nothing_leave_the_version_as_it_is():
     before = {key: np.zeros(shape, np.float32) for key, shape in SHAPES.items()}
     nothing = Contribution(before, {key: np.zeros_like(value) for key, value in before.items()}, 3)
     assert hetlora([nothing, nothing]) == {}
+
+
+# --- flexlora
+
+
+def flexlora(made):
+    return methods.by_name("flexlora").merge(lambda: iter(made))
+
+
+def mean_products(made):
+    """The dense mean of each layer's products over its holders, weighted by rows, in float64."""
+    found = {}
+    for layer in {key[:-2] for one in made for key in one.delta}:
+        holders = [(one.after(), one.samples) for one in made if f"{layer}.A" in one.delta]
+        dense = [(after[f"{layer}.B"].astype(np.float64) @ after[f"{layer}.A"], n) for after, n in holders]
+        found[layer] = sum(n * product for product, n in dense) / sum(n for _, n in dense)
+    return found
+
+
+def product(step, before, layer, rank):
+    B, A = (before[f"{layer}.{factor}"].astype(np.float64) + step[f"{layer}.{factor}"] for factor in "BA")
+    return B[:, :rank] @ A[:rank]
+
+
+@pytest.mark.parametrize("ranks", [(4,), (4, 2, 2), (4, 4, 4, 2, 1)])  # of sums below, at and beyond a sketch's columns
+def test_flexlora_has_the_best_factors_of_the_mean_product_in_every_rank(ranks):
+    before = delta(9)
+    shallow = [key for key in SHAPES if key.startswith("layers.0.")]
+    made = [device(seed, rank, before)._replace(samples=50 + seed) for seed, rank in enumerate(ranks)]
+    made.append(device(99, 1, before, shallow))
+    step = flexlora(made)
+    for layer, dense in mean_products(made).items():
+        u, s, vt = np.linalg.svd(dense)
+        for rank in (4, 2, 1):
+            best = np.linalg.norm(dense - (u[:, :rank] * s[:rank]) @ vt[:rank])
+            seen = np.linalg.norm(dense - product(step, before, layer, rank))
+            assert best - 1e-4 <= seen <= 1.02 * best + 1e-4
+            other = np.linalg.norm(
+                dense - product({key: 0.9 * value for key, value in step.items()}, before, layer, rank)
+            )
+            assert other > 1.02 * best + 1e-4  # the comparison sees other factors
+        rows = before[f"{layer}.A"] + step[f"{layer}.A"]
+        np.testing.assert_allclose(rows @ rows.T, np.eye(4), atol=1e-5)  # none is dead
+
+
+def test_equal_devices_keep_their_product_and_turning_one_inside_its_rank_changes_nothing():
+    before, one = delta(9), device(0, 2, delta(9))
+    alone, many = flexlora([one]), flexlora([one] * 3)
+    gauge = np.random.default_rng(3).normal(0, 1, (2, 2))
+    turned = {}
+    for key, value in one.after().items():
+        after = np.linalg.inv(gauge) @ value if key.endswith("A") else value @ gauge
+        turned[key] = (after - before[key][tuple(map(slice, after.shape))]).astype(np.float32)
+    for layer, dense in mean_products([one]).items():
+        for step in (alone, many, flexlora([one._replace(delta=turned)])):
+            np.testing.assert_allclose(product(step, before, layer, 4), dense, atol=1e-3)
+            np.testing.assert_allclose(product(step, before, layer, 2), dense, atol=1e-3)  # all of it is in rank 2
 
 
 def test_an_unknown_method_is_answered_with_the_known_ones():
@@ -278,9 +328,9 @@ def test_ranks_that_a_method_cannot_merge_are_refused_before_anything_is_read_or
 
 def test_unequal_ranks_are_for_methods_that_can_merge_them_or_exchange_nothing():
     unequal = settings.Fleet("f", (settings.Model("m"),), adapter=settings.Adapter(rank=8, lower=(4,)))
-    with pytest.raises(InputError, match="devices of unequal ranks need `local` or `hetlora`"):
+    with pytest.raises(InputError, match="devices of unequal ranks need `local` or `hetlora` or `flexlora`"):
         methods.of(unequal)
-    for name in ("local", "hetlora"):
+    for name in ("local", "hetlora", "flexlora"):
         of = settings.Fleet("f", unequal.catalog, method=settings.Method(name), adapter=unequal.adapter)
         assert methods.of(of).name == name
     assert methods.of(settings.Fleet("f", unequal.catalog)).name == "fedit"

@@ -593,3 +593,16 @@ def test_a_device_of_lower_rank_starts_from_the_leading_part_of_the_version(trai
         np.testing.assert_allclose(
             sent + kept[key][1], decoded(first)[key] + kept[key][0] + 1e-3, rtol=0, atol=1e-7, err_msg=key
         )
+
+
+def test_what_rounding_lost_of_other_factors_is_not_added(trainer, tiny_facts, tmp_path):
+    shapes = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, SPEC.rank, FACTORS)
+    save_file({key: np.full(shape, 1e-2, np.float32) for key, shape in shapes.items()}, tmp_path / "residual.bin")
+    payloads = {
+        (method, residual): (trainer(f"{method}{bool(residual)}", tiny_facts, method=method, residual=residual)[0])
+        for method in ("fedit", "flexlora")
+        for residual in (None, str(tmp_path / "residual.bin"))
+    }
+    sent = {key: (folder / "payload.bin").read_bytes() for key, folder in payloads.items()}
+    assert len({sent["flexlora", residual] for _, residual in sent}) == 1
+    assert len({sent["fedit", residual] for _, residual in sent}) == 2

@@ -116,3 +116,47 @@ def test_bytes_are_those_that_went_through_the_session(fleet: Fleet) -> None:
     assert 300_000 < found[("a", 1)].bytes_up < 310_000
     assert found[("a", 1)].bytes_down < 5_000  # nothing to fetch yet
     assert 300_000 < found[("a", 2)].bytes_down < 310_000
+
+
+@pytest.mark.parametrize(("method", "factor", "kept"), [("ffa", "B", ""), ("fedsa", "A", "B"), ("fedsb", "C", "")])
+def test_what_a_method_shares_travels_and_what_it_keeps_goes_on_from_round_to_round(
+    fleet: Fleet, tiny_model: Path, method: str, factor: str, kept: str
+) -> None:
+    fleet.write((str(tiny_model), 4), method=method, rounds=2, quorum=2)
+    node = fleet.node("--until-finished")
+    agents = [fleet.agent(name, "--until-finished") for name in ("a", "b")]
+    assert (node.end(), *(agent.end() for agent in agents)) == (0, 0, 0)
+    deltas = [sent(fleet, name, 2) for name in ("a", "b")]
+    assert {key[-1] for state in (master(fleet, 1), master(fleet, 2), *deltas) for key in state} == {factor}
+    job = json.loads((fleet.folder / "a" / "work" / "round-2" / "job.json").read_text())
+    assert job["start"] is not None
+    assert (job["private"] is not None) is bool(kept)
+    before, after = (reports(fleet, state)["a", round_] for state, round_ in (("trained", 1), ("finished", 2)))
+    assert before.result is not None and after.result is not None
+    assert after.result.evaluation["own"].loss < before.result.evaluation["own"].loss
+
+
+@pytest.mark.parametrize("method", ["hetlora", "flexlora"])
+def test_devices_of_unequal_ranks_learn_together(
+    fleet: Fleet, tiny_model: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGE_RUNTIME_CACHE", str(fleet.cache))
+    fleet.write((str(tiny_model), 4), method=method, rounds=2, quorum=2)
+    file = fleet.folder / "fleet.toml"
+    file.write_text(file.read_text().replace("rank = 2", "rank = 8\nlower = [2]"))
+    node = fleet.node("--until-finished")
+    small = budget_for_depth(fleet, tiny_model, 4)  # the last plan's, of the lowest rank
+    agents = [fleet.agent("high", "--until-finished"), fleet.agent("low", "--until-finished", "--budget", small)]
+    assert (node.end(), *(agent.end() for agent in agents)) == (0, 0, 0)
+    first, high, low, merged = master(fleet, 1), sent(fleet, "high", 2), sent(fleet, "low", 2), master(fleet, 2)
+    key = "layers.0.q"
+    assert [len(state[f"{key}.A"]) for state in (first, high, low, merged)] == [8, 8, 2, 8]
+    if method == "flexlora":
+        products = []
+        for delta in (high, low):
+            rank = len(delta[f"{key}.A"])
+            products.append(
+                (first[f"{key}.B"][:, :rank] + delta[f"{key}.B"]) @ (first[f"{key}.A"][:rank] + delta[f"{key}.A"])
+            )
+        np.testing.assert_allclose(merged[f"{key}.B"] @ merged[f"{key}.A"], sum(products) / 2, atol=1e-3)
+        assert np.abs(sum(products)).max() > 1e-2

@@ -9,8 +9,6 @@ A mean of factors is not the factors of the mean product; the method is known to
 
 from collections.abc import Callable, Iterable
 
-import numpy as np
-
 from edge_runtime.methods.interface import Contribution, Factor, Method, Tensors
 
 
@@ -26,7 +24,7 @@ def holders_mean(contributions: Callable[[], Iterable[Contribution]]) -> Tensors
             else:
                 sums[key] = made.samples * value
                 samples[key] = made.samples
-    return {key: value / np.float32(samples[key]) for key, value in sums.items()}
+    return {key: value / float(samples[key]) for key, value in sums.items()}
 
 
 METHOD = Method(

@@ -15,10 +15,7 @@ Source: Bai et al. 2024, arXiv 2402.11505 (FlexLoRA); Halko et al. 2011, arXiv 0
 from collections.abc import Callable, Iterable, Iterator
 from zlib import crc32
 
-import numpy as np
-from numpy.typing import NDArray
-
-from edge_runtime.methods.interface import Contribution, Factor, Method, Tensors
+from edge_runtime.methods.interface import Array, Contribution, Factor, Method, Tensors
 
 OVER = 2  # columns of a sketch, of the factors' rank
 Contributions = Callable[[], Iterable[Contribution]]
@@ -26,6 +23,8 @@ Contributions = Callable[[], Iterable[Contribution]]
 
 def mean_product(contributions: Contributions) -> Tensors:
     """The step from the factors that were to those of the mean product."""
+    import numpy as np
+
     before: Tensors = {}
     samples: dict[str, int] = {}
     sketches: Tensors = {}
@@ -43,13 +42,13 @@ def mean_product(contributions: Contributions) -> Tensors:
     for layer, small in _transposed_times(contributions, ranges).items():
         old = {factor: before[f"{layer}.{factor}"] for factor in "AB"}
         rank = len(old["A"])
-        u, s, vt = np.linalg.svd(small.T / np.float32(samples[layer]), full_matrices=False)
+        u, s, vt = np.linalg.svd(small.T / samples[layer], full_matrices=False)
         steps[f"{layer}.A"] = vt[:rank] - old["A"]
         steps[f"{layer}.B"] = (ranges[layer] @ (u[:, :rank] * s[:rank])) - old["B"]
     return steps
 
 
-def _layers(made: Contribution) -> Iterator[tuple[str, NDArray[np.float32], NDArray[np.float32]]]:
+def _layers(made: Contribution) -> Iterator[tuple[str, Array, Array]]:
     """Each layer of which the device sent both factors, and what it held of them after the round."""
     after = made.after()
     for key, A in after.items():
@@ -76,7 +75,7 @@ def _transposed_times(contributions: Contributions, left: Tensors) -> Tensors:
     return sums
 
 
-def _add(sums: Tensors, layer: str, value: NDArray[np.float32]) -> None:
+def _add(sums: Tensors, layer: str, value: Array) -> None:
     if layer in sums:
         sums[layer] += value
     else:
@@ -85,6 +84,8 @@ def _add(sums: Tensors, layer: str, value: NDArray[np.float32]) -> None:
 
 def _bases(sketches: Tensors) -> Tensors:
     """Orthonormal columns that span each sketch."""
+    import numpy as np
+
     return {layer: np.linalg.qr(sketch)[0] for layer, sketch in sketches.items()}
 
 

@@ -10,8 +10,6 @@ Source: Cho et al. 2024, arXiv 2401.06432 (HetLoRA).
 
 from collections.abc import Callable, Iterable
 
-import numpy as np
-
 from edge_runtime.methods.interface import Contribution, Factor, Method, Tensors, leading
 
 
@@ -26,11 +24,11 @@ def norm_weighted_mean(contributions: Callable[[], Iterable[Contribution]]) -> T
         for key, value in after.items():
             if key not in sums:
                 before[key], weights[key] = made.before[key], 0.0
-                sums[key] = np.zeros_like(made.before[key])
-            value *= np.float32(weight)
+                sums[key] = 0 * made.before[key]
+            value *= weight
             sums[key][leading(value.shape)] += value
             weights[key] += weight
-    return {key: value / np.float32(weights[key]) - before[key] for key, value in sums.items() if weights[key]}
+    return {key: value / weights[key] - before[key] for key, value in sums.items() if weights[key]}
 
 
 def _norm(state: Tensors) -> float:
@@ -39,7 +37,7 @@ def _norm(state: Tensors) -> float:
     for key, A in state.items():
         B = state.get(key[:-1] + "B")
         if key.endswith(".A") and B is not None:
-            squared += float(np.sum((A @ A.T) * (B.T @ B), dtype=np.float64))
+            squared += float(((A @ A.T) * (B.T @ B)).sum(dtype="float64"))
     return max(squared, 0.0) ** 0.5
 
 

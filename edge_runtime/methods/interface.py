@@ -1,13 +1,18 @@
-"""What a federated method is: a statement about each factor, and a merge on the node."""
+"""What a federated method is: a statement about each factor, and a merge on the node.
+
+An agent plans with the statements and never merges, so nothing in this package imports numpy before a merge needs it.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Start = Literal["drawn", "zero"]
-Tensors = dict[str, NDArray[np.float32]]
+Array: TypeAlias = "NDArray[np.float32]"
+Tensors: TypeAlias = "dict[str, Array]"
 
 
 def leading(shape: Sequence[int]) -> tuple[slice, ...]:
@@ -28,8 +33,8 @@ class Contribution(NamedTuple):
     """What a device made of a round. before: the global version that the round started from, of every key in the delta; a
     device of lower rank started from the leading part of it. samples: rows it trained on."""
 
-    before: Mapping[str, NDArray[np.float32]]
-    delta: Mapping[str, NDArray[np.float32]]
+    before: Mapping[str, Array]
+    delta: Mapping[str, Array]
     samples: int
 
     def after(self) -> Tensors:

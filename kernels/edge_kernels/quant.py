@@ -20,7 +20,7 @@ from edge_kernels.backend import row_pieces
 
 Format = Literal["q8_0", "q4_0", "q4_1", "nf4"]
 BLOCK: dict[str, int] = {"q8_0": 32, "q4_0": 32, "q4_1": 32, "nf4": 64}
-PIECE_VALUES = 1 << 20  # in float32 at once: with fewer, starting the threads costs as much as the work
+PIECE_VALUES = 1 << 18  # in float32 at once: a core's cache, and a heap's small change
 GROUP = 256  # nf4 scales that share a second-level scale
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),

@@ -65,11 +65,13 @@ def _check_shapes(
         needed = rank if parts[3] == "C" else known[key][across] if key in known else wide
         if rank not in (adapter.rank, *adapter.lower) or wide != needed or not 1 <= wide <= WIDEST:
             of = f"of rank {' or '.join(map(str, (adapter.rank, *adapter.lower)))}"
-            raise InputError(f"{key} is {shape} in the delta, but has to be {known.get(key, of)}")
+            of += f", for a layer {known[key][across]} wide" if key in known else ""
+            raise InputError(f"{key} is {shape} in the delta, but has to be {of}")
         ranks.add(rank)
     if len(ranks) > 1:
         raise InputError(f"the delta has factors of ranks {sorted(ranks)}, but one device has one")
-    if sum(rows * columns for rows, columns in shapes.values()) > LARGEST_ADAPTER:
+    full = -(-adapter.rank // min(ranks))  # a merge has them in the fleet's rank
+    if full * sum(rows * columns for rows, columns in shapes.values()) > LARGEST_ADAPTER:
         raise InputError(f"the delta has more than {LARGEST_ADAPTER} values")
 
 

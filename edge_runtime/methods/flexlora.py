@@ -7,8 +7,8 @@ are of unit length whatever M's rank is: none of them is dead for the next round
 
 M is never made. Its range is found by sketches, M times a few columns, which are sums over devices of small products: one
 pass over the updates finds Q from random columns, two more improve it (a power iteration), and the last takes QᵀM, whose SVD
-is small. So memory does not grow with the number of devices, and every update is read four times. A sketch has twice as many
-columns as the factors have ranks: up to there M is exact, beyond it nearly.
+is small. So memory does not grow with the number of devices; every update is read five times, once to count. A sketch has
+twice as many columns as the factors have ranks: up to there M is exact, beyond it nearly.
 Source: Bai et al. 2024, arXiv 2402.11505 (FlexLoRA); Halko et al. 2011, arXiv 0909.4061 (randomised SVD).
 """
 
@@ -41,10 +41,13 @@ def mean_product(contributions: Contributions) -> Tensors:
     steps: Tensors = {}
     for layer, small in _transposed_times(contributions, ranges).items():
         old = {factor: before[f"{layer}.{factor}"] for factor in "AB"}
-        rank = len(old["A"])
         u, s, vt = np.linalg.svd(small.T / samples[layer], full_matrices=False)
-        steps[f"{layer}.A"] = vt[:rank] - old["A"]
-        steps[f"{layer}.B"] = (ranges[layer] @ (u[:, :rank] * s[:rank])) - old["B"]
+        rank = min(
+            len(old["A"]), len(s)
+        )  # a layer narrower than the rank has fewer directions: the rest of A stays, B's is 0
+        steps[f"{layer}.A"], steps[f"{layer}.B"] = np.zeros_like(old["A"]), -old["B"]
+        steps[f"{layer}.A"][:rank] = vt[:rank] - old["A"][:rank]
+        steps[f"{layer}.B"][:, :rank] += ranges[layer] @ (u[:, :rank] * s[:rank])
     return steps
 
 

@@ -3,8 +3,9 @@
     A <- Σ_k w_k [A_k; 0],   B <- Σ_k w_k [B_k 0],   w_k = ‖B_k A_k‖ / Σ ‖B A‖ over the devices k that hold the layer
 
 A device of rank r starts from the first r rows of A and columns of B. What it does not hold shrinks by its share, as the
-paper has it; ‖B_k A_k‖² is taken over all layers of a device, from its Gram matrices and never from the product.
-A device's rank is what its memory allows; the paper's pruning of ranks while training is not built.
+paper has it; what no device of the round holds stays, or it would be zero in A and B and never learn again. ‖B_k A_k‖² is taken
+over all layers of a device, from its Gram matrices and never from the product. A device's rank is what its memory allows; the
+paper's pruning of ranks while training is not built.
 Source: Cho et al. 2024, arXiv 2401.06432 (HetLoRA).
 """
 
@@ -18,6 +19,7 @@ def norm_weighted_mean(contributions: Callable[[], Iterable[Contribution]]) -> T
     before: Tensors = {}
     sums: Tensors = {}
     weights: dict[str, float] = {}
+    held: dict[str, tuple[int, ...]] = {}  # the shape of the highest rank
     for made in contributions():
         after = made.after()
         weight = _norm(after)
@@ -28,7 +30,14 @@ def norm_weighted_mean(contributions: Callable[[], Iterable[Contribution]]) -> T
             value *= weight
             sums[key][leading(value.shape)] += value
             weights[key] += weight
-    return {key: value / weights[key] - before[key] for key, value in sums.items() if weights[key]}
+            held[key] = max(held.get(key, value.shape), value.shape)
+    steps: Tensors = {}
+    for key, total in sums.items():
+        if weights[key]:
+            where = leading(held[key])
+            steps[key] = 0 * total
+            steps[key][where] = total[where] / weights[key] - before[key][where]
+    return steps
 
 
 def _norm(state: Tensors) -> float:

@@ -50,7 +50,7 @@ Merge: TypeAlias = Callable[[Callable[[], Iterable[Contribution]]], Tensors]
 class Method(NamedTuple):
     """factors: A and B, and C where there is a core between them; else that is the identity. merge: None where nothing is
     exchanged. unequal: whether devices of lower ranks may take part, which hold the leading rows of A and columns of B.
-    refactored: whether a new version has its product in other factors, so that what rounding lost of the last is worth nothing.
+    refactored: whether a new version has its product in other factors, so that what is owed of an earlier round is worth nothing.
     """
 
     name: str

@@ -65,7 +65,11 @@ def load(facts: Facts, depth: int, weights: Weights, device: str = "cpu", *, str
         if facts.tied_head and name == "lm_head.weight":
             continue
         owner, _, own = name.rpartition(".")
-        filled = read.dense(name, dtype).view(parameter.shape).to(device)
+        filled = read.dense(name, dtype)
+        if filled.numel() != parameter.numel():
+            needed = tuple(parameter.shape)
+            raise InputError(f"{name} is {tuple(filled.shape)} in {facts.weights}, but this model needs {needed}")
+        filled = filled.view(parameter.shape).to(device)
         setattr(model.get_submodule(owner), own, nn.Parameter(filled, requires_grad=False))
     if weights not in PACKED:
         model.tie_weights()  # the head above

@@ -173,9 +173,19 @@ def _start(job: Job, method: Method, initial: attach.State) -> attach.State:
             if key in state and method.exchanged(key):
                 state[key] = value[leading(shapes[key])] if method.unequal else value
     if job.private is not None:
-        state |= _load(job.private)
+        _overlay(state, _load(job.private), np.copyto)
     attach.check_keys(state, shapes)
     return state
+
+
+def _overlay(state: attach.State, kept: attach.State, put: Callable[..., object]) -> None:
+    """Put what is kept of an earlier round where the state has it: a plan since then may have other layers or another rank,
+    and what is of layers of another width belongs to another model."""
+    for key in kept.keys() & state.keys():
+        width = 1 if key.endswith(".A") else 0
+        if key.endswith(".C") or kept[key].shape[width] == state[key].shape[width]:
+            both = leading(tuple(map(min, state[key].shape, kept[key].shape)))
+            put(state[key][both], kept[key][both])
 
 
 def _put_aside(start: attach.State, method: Method, folder: Path, tell: Callable[[str], None]) -> None:
@@ -202,13 +212,9 @@ def _write(folder: Path, job: Job, method: Method, adapter: attach.Adapter, tell
         for key, value in delta.items():
             value -= start.get_tensor(key)
     (folder / START).unlink()
-    owed = [_load(job.residual)] if job.residual is not None and not method.refactored else []
-    owed += [codec.decode(Path(job.unsent).read_bytes())] if job.unsent is not None else []
-    for kept in owed:
-        for key in kept.keys() & delta.keys():  # they may be of another rank
-            both = leading(tuple(map(min, delta[key].shape, kept[key].shape)))
-            delta[key][both] += kept[key][both]
-    del owed
+    for owed, read in ((job.residual, _load), (job.unsent, lambda path: codec.decode(Path(path).read_bytes()))):
+        if owed is not None and not method.refactored:
+            _overlay(delta, read(owed), lambda into, value: np.add(into, value, out=into))
     payload = codec.encode(delta)
     sent = codec.decode(payload)
     for key, value in delta.items():

@@ -6,7 +6,8 @@
 Tokens whose label is ignored are left out before the product. The rest take one of three ways.
 
 A sweep over the vocabulary, in torch: logits of a piece of it, whose softmax without the label goes through the second
-product at once and joins a running mean of the head's rows, so that the head is read, or expanded, once:
+product at once and joins a running mean of the head's rows, so that the head is read, or expanded, once for as many tokens
+as leave half of a byte budget to their gradients:
     dh = (1 - p) · (mean of W by softmax without the label - W[label]),   loss = softplus(logsumexp without label - l[label])
 Gradients are made in the forward pass: two products a token. Kept: dh.
 Chunks of tokens, in Triton and with an adapter: their logits fit a byte budget and become their own gradient in place. Two
@@ -156,9 +157,8 @@ class _Sweep(torch.autograd.Function):
 
 def _sweep(x, head, targets, softcap, chunk_bytes, losses, dh):  # type: ignore[no-untyped-def]
     """Fill in the loss of each token and, unless it is None, its gradient."""
-    log_sum, wanted = (
-        torch.full((len(x),), fill, device=x.device) for fill in (-torch.inf, 0.0)
-    )  # without the label's
+    log_sum = torch.full((len(x),), -torch.inf, device=x.device)  # without the label's
+    wanted = torch.zeros(len(x), device=x.device)
     mean = None if dh is None else torch.zeros(x.shape, device=x.device)
     buffer = None
     for columns, weight in _pieces(head, x.dtype, chunk_bytes // (x.element_size() * len(x))):

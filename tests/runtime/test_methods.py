@@ -198,7 +198,7 @@ def filled_up(made):
     return held, norms
 
 
-def dense_hetlora(made):
+def dense_hetlora(made):  # devices of the full rank among them
     held, norms = filled_up(made)
     steps = {}
     for key in sorted({key for one in held for key in one}):
@@ -225,7 +225,9 @@ def test_equal_devices_that_hold_all_are_followed():
     alone = device(1, 2, before)
     step = hetlora([alone])["layers.0.q.A"]
     np.testing.assert_allclose(step[:2], alone.delta["layers.0.q.A"], atol=1e-6)
-    np.testing.assert_allclose(step[2:], -before["layers.0.q.A"][2:], atol=1e-6)  # what nobody holds goes
+    assert not step[2:].any()  # what nobody holds stays
+    both = hetlora([alone, device(2, 3, before)])["layers.0.q.A"]
+    assert both[2].any() and not both[3].any()
 
 
 def shares(made):
@@ -295,6 +297,18 @@ def test_flexlora_has_the_best_factors_of_the_mean_product_in_every_rank(ranks):
             assert other > 1.02 * best + 1e-4  # the comparison sees other factors
         rows = before[f"{layer}.A"] + step[f"{layer}.A"]
         np.testing.assert_allclose(rows @ rows.T, np.eye(4), atol=1e-5)  # none is dead
+
+
+def test_a_layer_narrower_than_the_rank_keeps_its_product_and_no_row_is_dead():
+    draw = np.random.default_rng(0)
+    before, made = (
+        {f"x.{f}": draw.normal(0, 1, s).astype(np.float32) for f, s in (("A", (4, 32)), ("B", (3, 4)))} for _ in "12"
+    )
+    one = Contribution(before, made, 5)
+    step = flexlora([one])
+    np.testing.assert_allclose(product(step, before, "x", 4), mean_products([one])["x"], atol=1e-4)
+    assert np.linalg.norm(before["x.A"] + step["x.A"], axis=1).min() > 0.5
+    assert np.array_equal(before["x.B"][:, 3:] + step["x.B"][:, 3:], np.zeros((3, 1)))
 
 
 def test_equal_devices_keep_their_product_and_turning_one_inside_its_rank_changes_nothing():

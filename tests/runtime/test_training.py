@@ -491,11 +491,11 @@ def test_what_an_earlier_round_left_broken_is_named(trainer, tiny_facts, tmp_pat
     assert process.stderr.decode().startswith(f"{tmp_path / 'left.bin'}, which an earlier round left, cannot be read")
 
 
-def test_a_private_state_of_another_shape_is_refused_by_name(trainer, tiny_facts, tmp_path):
-    save_file({"layers.0.q.A": np.ones((2, 32), np.float32)}, tmp_path / "state.bin")
-    _, process = trainer("a", tiny_facts, method="local", private=str(tmp_path / "state.bin"))
-    assert process.returncode == 2
-    assert process.stderr.decode() == "layers.0.q.A is (2, 32) in the adapter state, but has to be (4, 32)\n"
+def test_the_private_state_of_another_model_is_left_aside(trainer, tiny_facts, tmp_path):
+    save_file({"layers.0.q.A": np.ones((SPEC.rank, 5), np.float32)}, tmp_path / "state.bin")
+    other = trainer("other", tiny_facts, method="local", private=str(tmp_path / "state.bin"), train=False)
+    anew = trainer("anew", tiny_facts, method="local", train=False)
+    assert result(other).evaluation == result(anew).evaluation
 
 
 # --- a full disk
@@ -593,6 +593,29 @@ def test_a_device_of_lower_rank_starts_from_the_leading_part_of_the_version(trai
         np.testing.assert_allclose(
             sent + kept[key][1], decoded(first)[key] + kept[key][0] + 1e-3, rtol=0, atol=1e-7, err_msg=key
         )
+
+
+@pytest.mark.parametrize(("rank", "depth"), [(1, 4), (2, 2)])
+def test_private_factors_follow_a_device_to_another_rank_or_depth(trainer, tiny_facts, rank, depth):
+    first = trainer("first", tiny_facts, method="local")
+    result(first)
+    private = str(first[0] / "state.bin")
+    second = trainer("second", tiny_facts, depth=depth, method="local", adapter=SPEC.at(rank), private=private)
+    anew = trainer("anew", tiny_facts, depth=depth, method="local", adapter=SPEC.at(rank))
+    assert result(second).evaluation["own"].loss != pytest.approx(result(anew).evaluation["own"].loss, rel=1e-4)
+    kept = load_file(second[0] / "state.bin")
+    assert {key: value.shape for key, value in kept.items()} == adapter_shapes(
+        tiny_facts, kept_layers(depth, 4), SPEC.roles, rank, FACTORS
+    )
+
+
+def test_what_is_of_a_layer_of_another_width_is_not_taken(trainer, tiny_facts, tmp_path):
+    owed = {"layers.0.q.A": np.ones((SPEC.rank, 5), np.float32), "layers.0.q.B": np.ones((5, SPEC.rank), np.float32)}
+    save_file(owed, tmp_path / "residual.bin")
+    plain = trainer("plain", tiny_facts)
+    other = trainer("other", tiny_facts, residual=str(tmp_path / "residual.bin"))
+    assert [result(ended).payload_bytes for ended in (plain, other)]
+    assert (plain[0] / "payload.bin").read_bytes() == (other[0] / "payload.bin").read_bytes()
 
 
 def test_what_rounding_lost_of_other_factors_is_not_added(trainer, tiny_facts, tmp_path):

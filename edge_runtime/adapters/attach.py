@@ -17,7 +17,7 @@ from edge_runtime import settings
 from edge_runtime.adapters import roles
 from edge_runtime.adapters.initial import initial
 from edge_runtime.errors import InputError
-from edge_runtime.methods.interface import Factor
+from edge_runtime.methods.interface import Factor, factor_shape
 
 State = dict[str, NDArray[np.float32]]
 
@@ -72,10 +72,10 @@ def attach(
             base = block.get_submodule(path)
             out, into = roles.widths(base)
             key = f"layers.{layer}.{role}"
-            shapes = {"A": (spec.rank, into), "B": (out, spec.rank), "C": (spec.rank, spec.rank)}
             own = {}
             for name, factor in factors.items():
-                value = torch.from_numpy(initial(f"{key}.{name}", shapes[name], seed, factor.start))
+                shape = factor_shape(name, spec.rank, into, out)
+                value = torch.from_numpy(initial(f"{key}.{name}", shape, seed, factor.start))
                 own[name] = nn.Parameter(value.to(base.weight.device), requires_grad=factor.trained)
                 attached[f"{key}.{name}"] = own[name]
             paths[key] = places[base]

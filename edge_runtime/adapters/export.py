@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from edge_runtime.adapters.attach import check_keys
+from edge_runtime.methods.interface import factor_shape
 from edge_runtime.models.facts import Facts
 from edge_runtime.settings import Adapter
 
@@ -70,6 +71,5 @@ def _shapes(facts: Facts, rank: int, paths: Mapping[str, str], core: bool) -> di
     widths = {str(role): width for role, width in facts.linears.items()}
     for key in paths:
         out, into = widths[key.rsplit(".", 1)[1]]
-        shapes |= {f"{key}.A": (rank, into), f"{key}.B": (out, rank)}
-        shapes |= {f"{key}.C": (rank, rank)} if core else {}
+        shapes |= {f"{key}.{name}": factor_shape(name, rank, into, out) for name in ("ABC" if core else "AB")}
     return shapes

@@ -9,7 +9,7 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.methods.interface import Start
+from edge_runtime.methods.interface import Start, width_axis
 
 
 def initial(key: str, shape: tuple[int, ...], seed: int, start: Start) -> NDArray[np.float32]:
@@ -25,6 +25,5 @@ def initial(key: str, shape: tuple[int, ...], seed: int, start: Start) -> NDArra
         return np.zeros(shape, np.float32)
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     draw = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-    return ((2 * draw.random(shape, dtype=np.float32) - 1) / np.sqrt(shape[0 if key.endswith(".B") else 1])).astype(
-        np.float32
-    )
+    width = shape[width_axis(key)]
+    return ((2 * draw.random(shape, dtype=np.float32) - 1) / np.sqrt(width)).astype(np.float32)

@@ -20,7 +20,7 @@ from edge_runtime import codec
 from edge_runtime.adapters.initial import initial
 from edge_runtime.aggregator.store import Version
 from edge_runtime.errors import InputError
-from edge_runtime.methods.interface import Contribution, Method
+from edge_runtime.methods.interface import Contribution, Method, factor_shape, width_axis
 from edge_runtime.settings import Fleet
 
 KEY = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.([a-z0-9_]+)\.([A-Z])")
@@ -60,7 +60,7 @@ def _check_shapes(
         parts = KEY.fullmatch(key)
         if not parts or parts[2] not in adapter.roles or parts[3] not in method.factors or not method.exchanged(key):
             raise InputError(f"the delta holds {key[:80]}, which this fleet's adapter does not exchange")
-        across = 1 if parts[3] == "A" else 0  # the axis of the layer's width
+        across = width_axis(key)
         rank, wide = (shape[1 - across], shape[across]) if len(shape) == 2 else (0, 0)
         needed = rank if parts[3] == "C" else known[key][across] if key in known else wide
         if rank not in (adapter.rank, *adapter.lower) or wide != needed or not 1 <= wide <= WIDEST:
@@ -91,26 +91,29 @@ def merge(
     for model_class in sorted({update.manifest.model_class for update in updates}):
         own = [update for update in updates if update.manifest.model_class == model_class]
         state = load_file(masters[model_class].master) if model_class in masters else {}
-        for update in own:
-            for key, shape in codec.shapes(update.payload.read_bytes()).items():
-                if key not in state:
-                    state[key] = _version_0(key, shape, fleet, method)
-        for key, step in method.merge(partial(_contributions, own, state)).items():
+        for key, step in method.merge(partial(_contributions, own, state, fleet, method)).items():
             state[key] += step
         versions.append(_write(model_class, state, round_, folder))
     return versions
 
 
-def _contributions(updates: list[Update], before: Mapping[str, NDArray[np.float32]]) -> Iterator[Contribution]:
+def _contributions(
+    updates: list[Update], before: dict[str, NDArray[np.float32]], fleet: Fleet, method: Method
+) -> Iterator[Contribution]:
+    """The updates one after another; what no version has yet is put into `before` when it is first met."""
     for update in updates:
-        yield Contribution(before, codec.decode(update.payload.read_bytes()), update.manifest.samples)
+        delta = codec.decode(update.payload.read_bytes())
+        for key, value in delta.items():
+            if key not in before:
+                before[key] = _version_0(key, value.shape, fleet, method)
+        yield Contribution(before, delta, update.manifest.samples)
 
 
 def _version_0(key: str, shape: tuple[int, ...], fleet: Fleet, method: Method) -> NDArray[np.float32]:
     """What a factor starts from, in the fleet's full rank, whichever the device has."""
-    rank, factor = fleet.adapter.rank, key[-1]
-    full = {"A": (rank, shape[1]), "B": (shape[0], rank), "C": (rank, rank)}[factor]
-    return initial(key, full, fleet.seed, method.factors[factor].start)
+    width = shape[width_axis(key)]
+    full = factor_shape(key, fleet.adapter.rank, width, width)
+    return initial(key, full, fleet.seed, method.factors[key[-1]].start)
 
 
 def _write(model_class: str, state: dict[str, NDArray[np.float32]], round_: int, folder: Path) -> Version:

@@ -7,23 +7,17 @@ Zhang et al. 2023 (arXiv 2305.05644, FedIT) with the depth rule of Diao et al. 2
 A mean of factors is not the factors of the mean product; the method is known to be biased there.
 """
 
-from collections.abc import Callable, Iterable
-
-from edge_runtime.methods.interface import Contribution, Factor, Method, Tensors
+from edge_runtime.methods.interface import Contributions, Factor, Method, Tensors, add_to
 
 
-def holders_mean(contributions: Callable[[], Iterable[Contribution]]) -> Tensors:
+def holders_mean(contributions: Contributions) -> Tensors:
     """The mean delta of every tensor over the devices that sent it; one sum a tensor, whatever the number of devices."""
     sums: Tensors = {}
     samples: dict[str, int] = {}
     for made in contributions():
         for key, value in made.delta.items():
-            if key in sums:
-                sums[key] += made.samples * value
-                samples[key] += made.samples
-            else:
-                sums[key] = made.samples * value
-                samples[key] = made.samples
+            add_to(sums, key, made.samples * value)
+            samples[key] = samples.get(key, 0) + made.samples
     return {key: value / float(samples[key]) for key, value in sums.items()}
 
 

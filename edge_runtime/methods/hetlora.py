@@ -9,12 +9,11 @@ paper's pruning of ranks while training is not built.
 Source: Cho et al. 2024, arXiv 2401.06432 (HetLoRA).
 """
 
-from collections.abc import Callable, Iterable
+from edge_runtime.methods import fedit
+from edge_runtime.methods.interface import Contributions, Method, Tensors, leading
 
-from edge_runtime.methods.interface import Contribution, Factor, Method, Tensors, leading
 
-
-def norm_weighted_mean(contributions: Callable[[], Iterable[Contribution]]) -> Tensors:
+def norm_weighted_mean(contributions: Contributions) -> Tensors:
     """The mean of every tensor over the devices that sent it, less what it was before; one sum a tensor in full rank."""
     before: Tensors = {}
     sums: Tensors = {}
@@ -52,10 +51,7 @@ def _norm(state: Tensors) -> float:
 
 METHOD = Method(
     "hetlora",
-    {
-        "A": Factor(trained=True, shared="class", start="drawn"),
-        "B": Factor(trained=True, shared="class", start="zero"),
-    },
+    fedit.METHOD.factors,
     norm_weighted_mean,
     unequal=True,
 )

@@ -15,9 +15,27 @@ Array: TypeAlias = "NDArray[np.float32]"
 Tensors: TypeAlias = "dict[str, Array]"
 
 
+def factor_shape(key: str, rank: int, into: int, out: int) -> tuple[int, int]:
+    """Of A (rank, in), B (out, rank) or C (rank, rank), which a key ends with."""
+    return {"A": (rank, into), "B": (out, rank), "C": (rank, rank)}[key[-1]]
+
+
+def width_axis(key: str) -> int:
+    """The axis of a factor that is as long as its layer is wide; both of C are its rank."""
+    return 0 if key.endswith("B") else 1
+
+
 def leading(shape: Sequence[int]) -> tuple[slice, ...]:
     """Where a factor of a lower rank has its values in one of a higher."""
     return tuple(map(slice, shape))
+
+
+def add_to(sums: "Tensors", key: str, value: "Array") -> None:
+    """Add to one of several running sums, which takes the array itself for its start."""
+    if key in sums:
+        sums[key] += value
+    else:
+        sums[key] = value
 
 
 class Factor(NamedTuple):
@@ -42,9 +60,10 @@ class Contribution(NamedTuple):
         return {key: self.before[key][leading(delta.shape)] + delta for key, delta in self.delta.items()}
 
 
-# What a round of one class changes, for every key that some device sent: to be added to the global version. The
-# contributions can be gone through more than once, and only one of them is in memory at a time.
-Merge: TypeAlias = Callable[[Callable[[], Iterable[Contribution]]], Tensors]
+# A round's, of one class: they can be gone through more than once, and only one of them is in memory at a time.
+Contributions: TypeAlias = Callable[[], Iterable[Contribution]]
+# What a round of one class changes, for every key that some device sent: to be added to the global version.
+Merge: TypeAlias = Callable[[Contributions], Tensors]
 
 
 class Method(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from edge_runtime.methods.interface import factor_shape
 from edge_runtime.settings import Role
 
 
@@ -54,8 +55,7 @@ def adapter_shapes(
     for layer in layers:
         for role, (out, into) in facts.linears.items():
             if role in roles:
-                widths = {"A": (rank, into), "B": (out, rank), "C": (rank, rank)}
-                shapes |= {f"layers.{layer}.{role}.{factor}": widths[factor] for factor in factors}
+                shapes |= {f"layers.{layer}.{role}.{name}": factor_shape(name, rank, into, out) for name in factors}
     return shapes
 
 

@@ -20,8 +20,6 @@
 The factors were fitted to measured peaks; `make bench-peak` prints prediction beside measurement.
 """
 
-from collections.abc import Callable
-
 from edge_runtime.methods.interface import Method
 from edge_runtime.models.facts import Facts, adapter_shapes
 from edge_runtime.models.slices import kept_layers
@@ -63,9 +61,10 @@ def terms(
     width = 4 if plan.weights == "float32" else 2  # of activations
     batch = plan.rows * plan.tokens
     factor_bytes = ADAPTER_BYTES + (SUM_BYTES if plan.rows < rows_a_step else 0)
-    adapter = factor_values(facts, plan, roles, method, lambda key: True)
-    trained = factor_values(facts, plan, roles, method, lambda key: method.factors[key[-1]].trained)
-    sent = factor_values(facts, plan, roles, method, method.exchanged)
+    values = factor_values(facts, plan, roles, method)
+    adapter = sum(values.values())
+    trained = sum(values[name] for name, factor in method.factors.items() if factor.trained)
+    sent = sum(values[name] for name in method.factors if method.exchanged(name))
     kept = facts.hidden + 4 if plan.boundaries == "int8" else width * facts.hidden
     copies = BLOCK_COPIES["packed" if plan.weights in PACKED else plan.weights]
     at_once = batch if facts.family in UNGATED_FAMILIES else min(batch, plan.mlp_tokens or batch)
@@ -83,12 +82,13 @@ def terms(
     }
 
 
-def factor_values(
-    facts: Facts, plan: Plan, roles: tuple[Role, ...], method: Method, counts: Callable[[str], bool]
-) -> int:
-    """Values of those of the adapter's factors whose canonical keys count."""
+def factor_values(facts: Facts, plan: Plan, roles: tuple[Role, ...], method: Method) -> dict[str, int]:
+    """Values of each of the adapter's factors, over all layers."""
+    values = dict.fromkeys(method.factors, 0)
     shapes = adapter_shapes(facts, kept_layers(plan.depth, facts.layers), roles, plan.rank, method.factors)
-    return sum(rows * columns for key, (rows, columns) in shapes.items() if counts(key))
+    for key, (rows, columns) in shapes.items():
+        values[key[-1]] += rows * columns
+    return values
 
 
 def loss_chunk_bytes(plan: Plan) -> int:

@@ -54,7 +54,7 @@ def step_seconds(
     """
     tokens, micro_batches = rows_a_step * plan.tokens, -(-rows_a_step // plan.rows)
     width, flops = (4, rates.float32_flops) if plan.weights == "float32" else (2, rates.bfloat16_flops)
-    factors = factor_values(facts, plan, roles, method, lambda key: True)
+    factors = sum(factor_values(facts, plan, roles, method).values())
     blocks = plan.depth * facts.block_parameters
     attention = plan.depth * 1.5 * plan.tokens * facts.heads * facts.head_dim  # half of the pairs; backward 2.5 times
     head = facts.vocabulary * facts.hidden

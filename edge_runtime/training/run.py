@@ -24,7 +24,7 @@ from edge_runtime import codec, methods, settings
 from edge_runtime.adapters import attach, export
 from edge_runtime.errors import EdgeError, InputError, MemoryShortError, TrainerError
 from edge_runtime.methods import fedit
-from edge_runtime.methods.interface import Method, leading
+from edge_runtime.methods.interface import Method, leading, width_axis
 from edge_runtime.models import weights
 from edge_runtime.models.slices import kept_layers, nested_blocks
 from edge_runtime.planning.plan import Plan
@@ -182,7 +182,7 @@ def _overlay(state: attach.State, kept: attach.State, put: Callable[..., object]
     """Put what is kept of an earlier round where the state has it: a plan since then may have other layers or another rank,
     and what is of layers of another width belongs to another model."""
     for key in kept.keys() & state.keys():
-        width = 1 if key.endswith(".A") else 0
+        width = width_axis(key)
         if key.endswith(".C") or kept[key].shape[width] == state[key].shape[width]:
             both = leading(tuple(map(min, state[key].shape, kept[key].shape)))
             put(state[key][both], kept[key][both])

@@ -128,7 +128,7 @@ class _Interfaces:
 
 
 def _attend(theirs, module, q, k, v, mask, dropout=0.0, scaling=None, **rest):  # type: ignore[no-untyped-def]
-    causal = rest.get("is_causal") or (rest.get("is_causal") is None and module.is_causal)
+    causal = module.is_causal if rest.get("is_causal") is None else rest["is_causal"]
     if q.is_cuda or mask is not None or dropout or not causal or q.shape[2] != k.shape[2] or rest.get("softcap"):
         return theirs(module, q, k, v, mask, dropout=dropout, scaling=scaling, **rest)
     return attention(q, k, v, scaling or q.shape[-1] ** -0.5).transpose(1, 2).contiguous(), None

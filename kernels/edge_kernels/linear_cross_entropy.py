@@ -131,6 +131,31 @@ def _tokens_a_chunk(rows: torch.Tensor, vocabulary: int, chunk_bytes: int) -> in
     return tokens - tokens % 8 if tokens > 8 else tokens  # whole registers for the products
 
 
+def _groups(
+    rows: torch.Tensor, index: torch.Tensor | None, tokens: int, step: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The kept tokens, so many at a time: where they are among them, and their rows."""
+    step = max(step, 1)
+    for first in range(0, tokens, step):
+        chunk = slice(first, min(first + step, tokens))
+        yield chunk, rows[chunk] if index is None else rows[index[chunk]]
+
+
+def _tokens_a_strip(logits: torch.Tensor, softcap: float | None, chunk_bytes: int) -> int:
+    """Tokens whose logits in float32, and what is made of them, take half the budget. Strips that fit a core's cache are no
+    faster, and much slower where another process has one of the cores, since each short operation then waits for it."""
+    return max(chunk_bytes // ((8 if softcap is None else 24) * logits.shape[1]), 1)
+
+
+def _cap_in_place(logits: torch.Tensor, softcap: float | None) -> torch.Tensor | None:
+    """cap(u) over u; cap'(u), or None where nothing is capped."""
+    if softcap is None:
+        return None
+    slope = logits.div_(softcap).tanh_().square().neg_().add_(1)
+    logits.mul_(softcap)
+    return slope
+
+
 # --- a sweep over the vocabulary, in torch
 
 
@@ -140,10 +165,9 @@ class _Sweep(torch.autograd.Function):
         tokens, width = len(targets), rows.shape[1]
         dh = rows.new_empty(tokens, width) if ctx.needs_input_grad[0] else None
         losses = torch.empty(tokens, device=rows.device)
-        step = max(chunk_bytes // (8 * width), 1)  # whose gradient in float32 is half the budget
-        for first in range(0, tokens, step):
-            chunk = slice(first, first + step)
-            x = rows[chunk] if index is None else rows[index[chunk]]
+        for chunk, x in _groups(
+            rows, index, tokens, chunk_bytes // (8 * width)
+        ):  # their float32 gradient is half of it
             _sweep(x, head, targets[chunk], softcap, chunk_bytes, losses[chunk], None if dh is None else dh[chunk])
         ctx.save_for_backward(index, dh)
         ctx.shape = rows.shape
@@ -182,18 +206,14 @@ def _sweep(x, head, targets, softcap, chunk_bytes, losses, dh):  # type: ignore[
 def _softmax_in_place(logits, place, here, wanted, softcap, chunk_bytes):  # type: ignore[no-untyped-def]
     """Logits of a piece into their softmax without the label, times cap'; its log-sum-exps. Notes the label's logit.
 
-    In float32, a strip of tokens at a time, which takes half the budget. Strips that fit a core's cache are no faster, and
-    much slower where another process has one of the cores, since each short operation then waits for it.
+    In float32, a strip of tokens at a time.
     """
-    step = max(chunk_bytes // (8 * logits.shape[1]), 1)
+    step = _tokens_a_strip(logits, softcap, chunk_bytes)
     sums = torch.empty(len(logits), device=logits.device)
     for part in zip(*(x.split(step) for x in (logits, place[:, None], here[:, None], wanted, sums)), strict=True):
         some, column, among, label, log_sum = part
-        strip, slope = some.float(), None
-        if softcap is not None:
-            strip.div_(softcap).tanh_()
-            slope = strip.square().neg_().add_(1)
-            strip.mul_(softcap)
+        strip = some.float()
+        slope = _cap_in_place(strip, softcap)
         seen = strip.gather(-1, column)
         label.copy_(torch.where(among, seen, label[:, None])[:, 0])
         strip.scatter_(-1, column, torch.where(among, NEVER, seen))
@@ -228,9 +248,7 @@ class _Chunks(torch.autograd.Function):
         )
         losses = torch.empty(tokens, device=device)
         buffer = rows.new_empty(step, vocabulary)
-        for first in range(0, tokens, max(step, 1)):
-            chunk = slice(first, min(first + step, tokens))
-            x = rows[chunk] if index is None else rows[index[chunk]]
+        for chunk, x in _groups(rows, index, tokens, step):
             dl = logits = buffer[: len(x)]
             for columns, weight in _pieces(head, rows.dtype):
                 torch.mm(x, weight.T, out=logits[:, columns])
@@ -297,12 +315,8 @@ def _product(dl: torch.Tensor, head: torch.Tensor | Packed, out: torch.Tensor) -
 
 
 def _torch_gradient(logits, targets, losses, softcap, wanted, chunk_bytes):  # type: ignore[no-untyped-def]
-    """Write each token's loss, and where wanted its gradient over its logits: float32 within, a strip at a time.
-
-    A strip and what is made of it take half the budget. Strips that fit a core's cache are no faster, and much
-    slower where another process has one of the cores, since each short operation then waits for it.
-    """
-    step = max(chunk_bytes // ((8 if softcap is None else 24) * logits.shape[1]), 1)
+    """Write each token's loss, and where wanted its gradient over its logits: float32 within, a strip at a time."""
+    step = _tokens_a_strip(logits, softcap, chunk_bytes)
     buffer = logits.new_empty(
         min(step, len(logits)), logits.shape[1], dtype=torch.promote_types(logits.dtype, torch.float32)
     )
@@ -312,15 +326,13 @@ def _torch_gradient(logits, targets, losses, softcap, wanted, chunk_bytes):  # t
 
 def _strip_gradient(strip, logits, targets, losses, softcap, wanted):  # type: ignore[no-untyped-def]
     strip, target = logits if logits.dtype == strip.dtype else strip.copy_(logits), targets[:, None]
-    if softcap is not None:
-        slope = strip.div_(softcap).tanh_().square().neg_().add_(1)
-        strip.mul_(softcap)
+    slope = _cap_in_place(strip, softcap)
     torch.log_softmax(strip, -1, out=strip)
     losses.copy_(strip.gather(-1, target)[:, 0].neg_())
     if wanted:
         dl = strip.exp_()
         dl.scatter_add_(-1, target, dl.new_full(target.shape, -1))
-        logits.copy_(dl if softcap is None else dl.mul_(slope))
+        logits.copy_(dl if slope is None else dl.mul_(slope))
 
 
 def _triton_gradient(logits, targets, losses, softcap, wanted, _chunk_bytes):  # type: ignore[no-untyped-def]
@@ -390,7 +402,7 @@ class _Tiles(torch.autograd.Function):
     def forward(ctx, rows, index, head, targets, softcap, chunk_bytes):  # type: ignore[no-untyped-def]
         tokens = len(targets)
         log_sum, wanted = (torch.empty(tokens, device=rows.device) for _ in range(2))
-        for chunk, x in _groups(rows, index, tokens, head.shape[0], chunk_bytes):
+        for chunk, x in _groups(rows, index, tokens, _tokens_a_tile_group(rows, head.shape[0], chunk_bytes)):
             log_sum[chunk], wanted[chunk] = _log_sum(x, head, targets[chunk], softcap)
         ctx.save_for_backward(rows, index, targets, log_sum)
         ctx.head, ctx.softcap, ctx.chunk_bytes = head, softcap, chunk_bytes
@@ -401,21 +413,17 @@ class _Tiles(torch.autograd.Function):
         rows, index, targets, log_sum = ctx.saved_tensors
         tokens = len(targets)
         drows = torch.empty_like(rows) if index is None else torch.zeros_like(rows)
-        for chunk, x in _groups(rows, index, tokens, ctx.head.shape[0], ctx.chunk_bytes):
+        step = _tokens_a_tile_group(rows, ctx.head.shape[0], ctx.chunk_bytes)
+        for chunk, x in _groups(rows, index, tokens, step):
             dh = torch.zeros(x.shape, device=x.device)
             _dhidden(dh, x, ctx.head, targets[chunk], log_sum[chunk], ctx.softcap)
             drows[chunk if index is None else index[chunk]] = dh.mul_(dloss / tokens).to(rows.dtype)
         return drows, None, None, None, None, None
 
 
-def _groups(
-    rows: torch.Tensor, index: torch.Tensor | None, tokens: int, vocabulary: int, chunk_bytes: int
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Kept tokens, so many that their gradient in float32 and the log-sum-exps of their tiles fit the budget."""
-    step = max(chunk_bytes // (4 * max(rows.shape[1], vocabulary // 32)), 16)
-    for first in range(0, tokens, step):
-        chunk = slice(first, min(first + step, tokens))
-        yield chunk, rows[chunk] if index is None else rows[index[chunk]]
+def _tokens_a_tile_group(rows: torch.Tensor, vocabulary: int, chunk_bytes: int) -> int:
+    """So many that their gradient in float32 and the log-sum-exps of their tiles fit the budget."""
+    return max(chunk_bytes // (4 * max(rows.shape[1], vocabulary // 32)), 16)
 
 
 def _log_sum(x, head, targets, softcap):  # type: ignore[no-untyped-def]

@@ -411,11 +411,8 @@ def _attention(shape: Shape, tokens: int, kind: str) -> Made:
         return {OURS: both(lambda q, k, v: attention(q, k, v, scale)), "torch": both(plain)}
 
     pairs = tokens * tokens // 2  # of a query and a key that it sees
-    return (
-        2 * SIZE * values,
-        7 * 2 * pairs * shape.heads * shape.width,
-        prepare,
-    )  # q, k, v, o both ways; 2 and 5 products
+    products = 2 + 5  # forward and backward; q, k, v and o move both ways
+    return 2 * SIZE * values, products * 2 * pairs * shape.heads * shape.width, prepare
 
 
 # --- the optimiser: all factors of a model

@@ -165,9 +165,8 @@ class _Sweep(torch.autograd.Function):
         tokens, width = len(targets), rows.shape[1]
         dh = rows.new_empty(tokens, width) if ctx.needs_input_grad[0] else None
         losses = torch.empty(tokens, device=rows.device)
-        for chunk, x in _groups(
-            rows, index, tokens, chunk_bytes // (8 * width)
-        ):  # their float32 gradient is half of it
+        step = chunk_bytes // (8 * width)  # whose gradient in float32 is half the budget
+        for chunk, x in _groups(rows, index, tokens, step):
             _sweep(x, head, targets[chunk], softcap, chunk_bytes, losses[chunk], None if dh is None else dh[chunk])
         ctx.save_for_backward(index, dh)
         ctx.shape = rows.shape

@@ -554,3 +554,13 @@ def test_a_streamed_block_lets_go_of_its_matrices_until_it_runs_again(tiny_facts
         assert len(read) == 4  # each block again in backward
     assert all(torch.equal(seen[True][key], seen[False][key]) for key in seen[True])
     assert seen[True]["layers.0.q.A"].any()
+
+
+def test_a_tensor_of_another_size_is_refused_by_name(tiny_facts, tmp_path):
+    config = json.loads((Path(tiny_facts.folder) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 1}))
+    other = msgspec.structs.replace(tiny_facts, folder=str(tmp_path))
+    with pytest.raises(
+        InputError, match=r"embed_tokens.weight is \(\d+, \d+\) in .*, but this model needs \(\d+, \d+\)"
+    ):
+        weights.load(other, other.layers, "float32")

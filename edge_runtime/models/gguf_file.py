@@ -8,7 +8,7 @@ Source: llama.cpp's convert_hf_to_gguf.py (LlamaModel.permute, GemmaModel.modify
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import gguf
 import msgspec
@@ -83,31 +83,38 @@ def _expandable(kind: gguf.GGMLQuantizationType) -> bool:
     return True
 
 
-def read(path: Path, tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """One tensor in the given dtype; besides the result, at most PIECE_BYTES are expanded at a time."""
-    out = torch.empty((_rows(tensor), tensor.shape[-1]), dtype=dtype)
-    first = 0
-    for values in _expanded(path, tensor):
-        out[first : first + len(values)] = values
-        first += len(values)
-    out, order = out.view(tensor.shape), _order(tensor)
-    return out if order is None else out[order]
+class Reader(NamedTuple):
+    """Tensors of a GGUF file by the model's own names."""
 
+    path: Path
+    tensors: dict[str, Tensor]
 
-def read_packed(path: Path, tensor: Tensor, format: str) -> Packed:
-    """One matrix in a block format: as it is where the file has it so, else expanded and packed some rows at a time."""
-    if format == "nf4":  # its scales are quantised together
-        return pack(read(path, tensor, torch.float32), "nf4")
-    if gguf.GGMLQuantizationType(tensor.kind).name.lower() == format:
-        out, into = tensor.shape
-        with path.open("rb") as stream:
-            stream.seek(tensor.offset)
-            held = _read_rows(path, stream, tensor, out)
-        weight = from_gguf(torch.from_numpy(held), format, (out, into))  # type: ignore[arg-type]
-    else:
-        weight = pack_pieces(_expanded(path, tensor), format, _rows(tensor))
-    order = _order(tensor)
-    return weight if order is None else weight.rows(order)
+    def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """One tensor in the given dtype; besides the result, at most PIECE_BYTES are expanded at a time."""
+        tensor = self.tensors[name]
+        out = torch.empty((_rows(tensor), tensor.shape[-1]), dtype=dtype)
+        first = 0
+        for values in _expanded(self.path, tensor):
+            out[first : first + len(values)] = values
+            first += len(values)
+        out, order = out.view(tensor.shape), _order(tensor)
+        return out if order is None else out[order]
+
+    def packed(self, name: str, format: str) -> Packed:
+        """One matrix in a block format: as it is where the file has it so, else expanded and packed some rows at a time."""
+        if format == "nf4":  # its scales are quantised together
+            return pack(self.dense(name, torch.float32), "nf4")
+        tensor = self.tensors[name]
+        if gguf.GGMLQuantizationType(tensor.kind).name.lower() == format:
+            out, into = tensor.shape
+            with self.path.open("rb") as stream:
+                stream.seek(tensor.offset)
+                held = _read_rows(self.path, stream, tensor, out)
+            weight = from_gguf(torch.from_numpy(held), format, (out, into))  # type: ignore[arg-type]
+        else:
+            weight = pack_pieces(_expanded(self.path, tensor), format, _rows(tensor))
+        order = _order(tensor)
+        return weight if order is None else weight.rows(order)
 
 
 def _expanded(path: Path, tensor: Tensor) -> Iterator[torch.Tensor]:

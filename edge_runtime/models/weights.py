@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from edge_runtime.adapters import roles
 from edge_runtime.errors import InputError
-from edge_runtime.models import gguf_file, stream, whole
+from edge_runtime.models import stream, whole
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.packed import EMBEDDING, PIECE_VALUES, PackedEmbedding, PackedLinear, pack_matrix, pack_pieces
 from edge_runtime.models.slices import kept_layers
@@ -147,21 +147,12 @@ def _pack(
 def _reader(facts: Facts) -> _Reader:
     path = Path(facts.weights)
     if path.suffix == ".gguf":
+        from edge_runtime.models import gguf_file  # whose library is 2 MiB
+
         whole.tensors(path)
         content = (Path(facts.folder) / "tensors.json").read_bytes()
-        return _Gguf(path, msgspec.json.decode(content, type=dict[str, gguf_file.Tensor]))
+        return gguf_file.Reader(path, msgspec.json.decode(content, type=dict[str, gguf_file.Tensor]))
     return _Safetensors(path, {name: file for file in whole.files(path) for name in whole.tensors(file)})
-
-
-class _Gguf(NamedTuple):
-    path: Path
-    tensors: dict[str, gguf_file.Tensor]
-
-    def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        return gguf_file.read(self.path, self.tensors[name], dtype)
-
-    def packed(self, name: str, format: str) -> Packed:
-        return gguf_file.read_packed(self.path, self.tensors[name], format)
 
 
 class _Safetensors(NamedTuple):

@@ -12,7 +12,6 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import gguf
 import msgspec
 
 from edge_runtime.errors import InputError
@@ -20,7 +19,6 @@ from edge_runtime.errors import InputError
 WIDTHS = dict(enumerate((1, 1, 2, 2, 4, 4, 4, 1, None, None, 8, 8, 8)))  # bytes of a GGUF value by its kind
 STRING, ARRAY = 8, 9
 VERSIONS, DIMENSIONS = (2, 3), 4
-KINDS = {int(kind): kind for kind in gguf.GGMLQuantizationType}
 
 
 def tensors(path: Path) -> list[str]:
@@ -115,6 +113,9 @@ def _safetensors(header: _Header) -> dict[str, tuple[int, int]]:
 
 
 def _gguf(header: _Header) -> dict[str, tuple[int, int]]:
+    import gguf  # 2 MiB that a trainer of other files does without
+
+    kinds = {int(kind): kind for kind in gguf.GGMLQuantizationType}
     if header.take(4) != b"GGUF":
         raise ValueError("it does not begin with GGUF")
     if (version := header.number("I")) not in VERSIONS:
@@ -134,9 +135,9 @@ def _gguf(header: _Header) -> dict[str, tuple[int, int]]:
         if (dimensions := header.number("I")) > DIMENSIONS:
             raise ValueError(f"{name} has {dimensions} dimensions, but GGUF allows {DIMENSIONS}")
         values = math.prod(header.number("Q") for _ in range(dimensions))
-        if (kind := header.number("I")) not in KINDS:
+        if (kind := header.number("I")) not in kinds:
             raise ValueError(f"{name} is of kind {kind}, which the installed gguf package does not know")
-        block, block_bytes = gguf.GGML_QUANT_SIZES[KINDS[kind]]
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kinds[kind]]
         first = header.number("Q")
         found[name] = (first, first + values // block * block_bytes)
     start = -(-header.at // alignment) * alignment

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 IMPORT = "from transformers import LlamaForCausalLM"
-LEFT_OUT = ["torch._dynamo.eval_frame", "torch.distributed.tensor", "sympy"]
+LEFT_OUT = ["torch._dynamo.eval_frame", "torch.distributed.tensor", "sympy", "accelerate"]
 LEAN = f"from edge_runtime.training.lean import lean_imports\nwith lean_imports():\n    {IMPORT}"
 
 
@@ -19,19 +19,20 @@ def after(code, asked):
     return json.loads(done.stdout)
 
 
-def test_the_compiler_and_distributed_tensors_are_left_out():
+def test_what_no_trainer_uses_is_left_out():
     loaded = f"[name for name in {LEFT_OUT} if name in sys.modules]"
     assert after(LEAN, loaded) == []
     assert after(IMPORT, loaded) == LEFT_OUT
 
 
-def test_afterwards_both_are_there_for_who_needs_them():
-    asked = "[torch.distributed.is_available(), torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item()]"
-    assert after(LEAN, asked) == [True, 2.0]
+def test_afterwards_all_is_there_for_who_needs_them():
+    compiled = "torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item()"
+    asked = f"[torch.distributed.is_available(), __import__('accelerate').__name__, {compiled}]"
+    assert after(LEAN, asked) == [True, "accelerate", 2.0]
 
 
 @pytest.mark.parametrize("weights", ["float32", "q8_0"])
-def test_loading_a_model_brings_neither(tiny_facts, tmp_path, weights):
+def test_loading_a_model_brings_none_of_it(tiny_facts, tmp_path, weights):
     (tmp_path / "facts.json").write_bytes(msgspec.json.encode(tiny_facts))
     loaded = f"""
 import msgspec

@@ -136,11 +136,11 @@ def test_interleaved_rows_are_put_back_in_a_bias_as_in_a_weight(tmp_path, shape)
     truth = torch.arange(8 * shape[-1] if len(shape) > 1 else 8, dtype=torch.float32).view(shape)
     path = tmp_path / "rows"
     path.write_bytes(interleaved(truth.view(8, -1), 2).numpy().tobytes())
-    lies = gguf_file.Tensor(0, gguf.GGMLQuantizationType.F32, shape, interleaved_heads=2)
-    assert torch.equal(gguf_file.read(path, lies, torch.float32), truth)
-    assert not torch.equal(
-        gguf_file.read(path, msgspec.structs.replace(lies, interleaved_heads=0), torch.float32), truth
-    )
+    kind = gguf.GGMLQuantizationType.F32
+    tensors = {str(heads): gguf_file.Tensor(0, kind, shape, interleaved_heads=heads) for heads in (0, 2)}
+    read = gguf_file.Reader(path, tensors)
+    assert torch.equal(read.dense("2", torch.float32), truth)
+    assert not torch.equal(read.dense("0", torch.float32), truth)
 
 
 def test_the_whole_model_knows_the_capital_of_france(demo_facts, demo_tokenizer):
@@ -192,8 +192,7 @@ def test_a_gguf_file_cut_short_is_refused_before_any_weight_is_read(demo_facts, 
     with pytest.raises(InputError, match=said):
         prepare(str(path), tmp_path, tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == ["digests"]  # nothing half made
-    monkeypatch.setattr(gguf_file, "read", None)
-    monkeypatch.setattr(gguf_file, "read_packed", None)
+    monkeypatch.setattr(gguf_file, "Reader", None)
     for format in ("bfloat16", "q4_1"):
         with pytest.raises(InputError, match=said):  # it was whole when it was prepared
             weights.load(msgspec.structs.replace(demo_facts, weights=str(path)), 30, format)
@@ -468,12 +467,12 @@ def test_a_gguf_matrix_keeps_its_bytes_and_another_format_is_near(demo_facts):
     index = msgspec.json.decode(
         (Path(demo_facts.folder) / "tensors.json").read_bytes(), type=dict[str, gguf_file.Tensor]
     )
-    path, tensor = Path(demo_facts.weights), index["model.layers.0.self_attn.q_proj.weight"]
-    dense = gguf_file.read(path, tensor, torch.float32)
-    assert tensor.interleaved_heads
-    assert torch.equal(expand(gguf_file.read_packed(path, tensor, "q4_1")), dense)
+    name, read = "model.layers.0.self_attn.q_proj.weight", gguf_file.Reader(Path(demo_facts.weights), index)
+    dense = read.dense(name, torch.float32)
+    assert index[name].interleaved_heads
+    assert torch.equal(expand(read.packed(name, "q4_1")), dense)
     for format, error in (("q8_0", 0.01), ("q4_0", 0.12), ("nf4", 0.12)):
-        found = expand(gguf_file.read_packed(path, tensor, format))
+        found = expand(read.packed(name, format))
         assert float((found - dense).norm() / dense.norm()) < error
 
 

@@ -203,6 +203,40 @@ def broker(port: int, state: Path, kind: str) -> None:
 
 
 @app.command()
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("--seeds", help="Seeds to run, such as 0,1,2; default: the file's.")
+@click.option("--arms", help="Arms to run, separated by commas; default: all.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for runs, table and pictures; default: docs/study/<spec>."
+)
+@click.option("--data", type=click.Path(path_type=Path), default=Path(), help="Folder of the study's data files.")
+@with_models
+@click.option("--workers", default=0, help="Runs at a time, one core each; default: as many as there are cores.")
+def study(
+    spec: Path, seeds: str | None, arms: str | None, out: Path | None, data: Path, models: Path, workers: int
+) -> None:
+    """Compare methods on virtual devices: a grid of arms by seeds.
+
+    Runs that are done are kept, so a study that was stopped goes on where it was. SPEC is a file such as those in studies/.
+    """
+    import os
+
+    from edge_runtime.study import grid
+    from edge_runtime.study import spec as specs
+
+    wanted = specs.load(spec)
+    chosen = specs.chosen(wanted, seeds, arms)
+    folder = out or Path("docs/study") / spec.stem
+    grid.run(chosen, data, models, folder, workers or os.cpu_count() or 1, _say)
+    from edge_runtime.study import report
+
+    found = grid.kept(wanted, folder)
+    report.write(wanted, found, spec.stem, folder)
+    report.show(wanted, found, spec.stem)
+    _say(f"written: {folder / 'README.md'}")
+
+
+@app.command()
 @from_fleet_file
 @click.option(
     "--state",

@@ -162,7 +162,7 @@ def train(
         plan=plan,
         adapter=fleet.adapter.at(plan.rank),
         training=fleet.training,
-        method="fedit",
+        method=fleet.method,
         seed=0,
         round=1,
         rounds=1,

@@ -16,13 +16,16 @@ from edge_runtime.training.job import Result
 ROUND_DOMAIN = "edge/1/round"
 REPORT_DOMAIN = "edge/1/report"
 CODEC = "int8-block64-zstd"  # of deltas and global versions: codec.py
+FLEET = (
+    "*"  # in a model class's place: what all classes share, for devices of a class that has no version of its own yet
+)
 NOOP = "noop"  # codec and model class of the benchmark's rounds without training
 
 
 class Round(msgspec.Struct, frozen=True):
     """versions: the global version a round starts from, by model class; a class that is not there starts at version 0.
 
-    A finished fleet has no open round; its versions are the last ones.
+    anchors: the public texts of a fleet that distils. A finished fleet has no open round; its versions are the last ones.
     """
 
     node: str
@@ -30,6 +33,7 @@ class Round(msgspec.Struct, frozen=True):
     round: int
     fleet: Fleet
     versions: dict[str, Artifact]
+    anchors: Artifact | None = None
 
 
 class Report(msgspec.Struct, frozen=True):

@@ -3,7 +3,9 @@
     [fleet]     name, rounds, quorum, deadline_s, seed
     [method]    name and its settings
     [adapter]   rank, lower, alpha, roles
+    [head]      shared: of text and label rows, where there is a head for them
     [training]  steps, rows_a_step, learning_rate, max_tokens, shorter, ...
+    [codistill] anchors, rows, weight: of learning from what other devices predict
     [[catalog]] models in order of preference: source, depth, weights
 
 The node sends all of it to the devices in its round message, so a device is configured by the broker's address alone.
@@ -44,9 +46,34 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Method(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which federated method, by its name in edge_runtime.methods."""
+    """Which federated method, by its name in edge_runtime.methods, and settings of its own, which its file describes."""
 
     name: str = "fedit"
+    settings: dict[str, Any] = {}
+
+
+class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the fleet has a [head], rows of text and label are learned by a linear head over the labels, and not as text.
+
+    shared: each label's row within the model class, or with nobody.
+    """
+
+    shared: Literal["class", "private"] = "class"
+
+
+class Codistill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the fleet has a [codistill], devices of all models learn what the others predict of public texts.
+
+    anchors: a .jsonl file on the node whose rows have a text; texts: how many of them, the first. rows: of them in a step,
+    beside the device's own; weight: of their mean loss beside that of its own. across: between models; or, for comparison,
+    among devices of one model alone.
+    """
+
+    anchors: str
+    texts: int = 300
+    rows: int = 8
+    weight: float = 1.0
+    across: bool = True
 
 
 class Adapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -107,10 +134,14 @@ class Fleet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     method: Method = Method()
     adapter: Adapter = Adapter()
     training: Training = Training()
+    head: Head | None = None
+    codistill: Codistill | None = None
 
 
 def load(path: Path) -> Fleet:
     """Read and check a fleet file.
+
+    Relative paths in it start from its own folder.
 
     Raises:
         InputError: the file is missing, is not TOML, or has a key or value that does not fit, which is named.
@@ -122,30 +153,42 @@ def load(path: Path) -> Fleet:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid TOML: {error}") from error
     try:
-        return parse(tables)
+        fleet = parse(tables)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    if fleet.codistill is None:
+        return fleet
+    anchors = str(path.parent / fleet.codistill.anchors)  # from the fleet file's folder
+    return msgspec.structs.replace(fleet, codistill=msgspec.structs.replace(fleet.codistill, anchors=anchors))
 
 
 def parse(tables: dict[str, Any]) -> Fleet:
     """Make a Fleet of the tables of a fleet file; raises InputError naming the key, the value seen and what is needed."""
     fields = dict(tables)
     head = fields.pop("fleet", {})
-    for name in ("fleet", "method", "adapter", "training"):
+    for name in ("fleet", "method", "adapter", "training", "head", "codistill"):
         if not isinstance(tables.get(name, {}), dict):
             raise InputError(f"`{name}` is a table: write [{name}] on a line of its own and its keys below")
-    allowed = {"fleet", "catalog", "method", "adapter", "training"}
+    allowed = {"fleet", "catalog", "method", "adapter", "training", "head", "codistill"}
     own = set(Fleet.__struct_fields__) - allowed
-    _refuse_unknown(fields, allowed, "")
-    _refuse_unknown(head, own, "[fleet] ")
-    for table, kind in (("method", Method), ("adapter", Adapter), ("training", Training)):
-        _refuse_unknown(fields.get(table, {}), set(kind.__struct_fields__), f"[{table}] ")
+    refuse_unknown(fields, allowed, "")
+    refuse_unknown(head, own, "[fleet] ")
+    method = fields.get("method", {})
+    fields["method"] = {"settings": {key: value for key, value in method.items() if key != "name"}}
+    fields["method"] |= {"name": method["name"]} if "name" in method else {}
+    for table, kind in (
+        ("adapter", Adapter),
+        ("training", Training),
+        ("head", Head),
+        ("codistill", Codistill),
+    ):
+        refuse_unknown(fields.get(table, {}), set(kind.__struct_fields__), f"[{table}] ")
     if not isinstance(fields.get("catalog", []), list):
         raise InputError(
             "`catalog` is a list of models: write [[catalog]] on a line of its own and the model's keys below"
         )
     for entry in fields.get("catalog", []):
-        _refuse_unknown(entry, set(Model.__struct_fields__), "[[catalog]] ")
+        refuse_unknown(entry, set(Model.__struct_fields__), "[[catalog]] ")
     try:
         fleet = msgspec.convert({**fields, **head}, Fleet)
     except msgspec.ValidationError as error:
@@ -154,7 +197,8 @@ def parse(tables: dict[str, Any]) -> Fleet:
     return fleet
 
 
-def _refuse_unknown(table: Any, allowed: set[str], where: str) -> None:
+def refuse_unknown(table: Any, allowed: set[str], where: str) -> None:
+    """Raise InputError naming the first key that is not known, and the known one that it is most like."""
     for key in table if isinstance(table, dict) else ():
         if key not in allowed:
             near = difflib.get_close_matches(key, allowed, 1)

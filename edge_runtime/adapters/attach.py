@@ -1,10 +1,10 @@
 """Puts an adapter on the linear layers of a loaded model, and carries its state in and out by canonical keys.
 
-Keys are layers.<i>.<role>.<factor> with the layer numbers of the whole checkpoint, so slices of one checkpoint agree.
+Keys have the layer numbers of the whole checkpoint, so slices of one checkpoint agree (methods/interface.py).
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +17,16 @@ from edge_runtime import settings
 from edge_runtime.adapters import roles
 from edge_runtime.adapters.initial import initial
 from edge_runtime.errors import InputError
-from edge_runtime.methods.interface import Factor, factor_shape
+from edge_runtime.methods.interface import Factor, Method
 
 State = dict[str, NDArray[np.float32]]
+
+
+class Head(NamedTuple):
+    """A linear head over labels. weight: (labels, hidden)."""
+
+    labels: tuple[str, ...]
+    weight: nn.Parameter
 
 
 class Adapter(NamedTuple):
@@ -30,25 +37,50 @@ class Adapter(NamedTuple):
     paths: dict[str, str]
     rank: int
     alpha: float
+    head: Head | None = None
+
+    def trained(self) -> list[nn.Parameter]:
+        """Every parameter that wants a gradient."""
+        every = [*self.factors.values(), *([self.head.weight] if self.head else [])]
+        return [parameter for parameter in every if parameter.requires_grad]
+
+    def rows(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each tensor of the state by its canonical key; a label's row of the head as (1, hidden)."""
+        yield from self.factors.items()
+        if self.head is not None:
+            for number, label in enumerate(self.head.labels):
+                yield f"labels.{label}.H", self.head.weight[number : number + 1]
 
 
 class AdapterLinear(nn.Module):
-    """One frozen linear layer with its factors A, B and perhaps C in float32."""
+    """One frozen linear layer with its factors in float32; core: makes C of them, None where that is the identity."""
 
     def __init__(
-        self, base: nn.Module, scale: float, A: nn.Parameter, B: nn.Parameter, C: nn.Parameter | None = None
+        self,
+        base: nn.Module,
+        scale: float,
+        factors: Mapping[str, nn.Parameter],
+        core: Callable[[Mapping[str, Any]], torch.Tensor | None],
     ) -> None:
         super().__init__()
-        self.base, self.scale, self.A, self.B, self.C = base, scale, A, B, C
+        self.base, self.scale, self.factors, self.core = base, scale, nn.ParameterDict(factors), core
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
         weight = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
-        return adapter_linear(x, weight, self.A, self.C, self.B, self.scale, self.base.bias)
+        A, B = self.factors["A"], self.factors["B"]
+        return adapter_linear(x, weight, A, self.core(self.factors), B, self.scale, self.base.bias)
 
 
 def attach(
-    model: nn.Module, layers: tuple[int, ...], spec: settings.Adapter, factors: Mapping[str, Factor], seed: int
+    model: nn.Module,
+    layers: tuple[int, ...],
+    spec: settings.Adapter,
+    method: Method,
+    seed: int,
+    *,
+    whole: int | None = None,
+    labels: tuple[str, ...] = (),
 ) -> Adapter:
     """Replace the model's linear layers of the wanted roles by adapted ones, in place.
 
@@ -56,8 +88,10 @@ def attach(
         model: a loaded transformers model of len(layers) blocks.
         layers: the blocks' numbers in the whole checkpoint.
         spec: rank, alpha and roles.
-        factors: what the method says of each.
+        method: what it says of each factor.
         seed: what those that are drawn start from.
+        whole: layers of the checkpoint; None: these are all.
+        labels: that a head tells apart; none: no head.
 
     Raises:
         InputError: the model's form is not known, or it has none of the roles.
@@ -71,30 +105,47 @@ def attach(
                 continue
             base = block.get_submodule(path)
             out, into = roles.widths(base)
-            key = f"layers.{layer}.{role}"
-            own = {}
-            for name, factor in factors.items():
-                shape = factor_shape(name, spec.rank, into, out)
-                value = torch.from_numpy(initial(f"{key}.{name}", shape, seed, factor.start))
-                own[name] = nn.Parameter(value.to(base.weight.device), requires_grad=factor.trained)
-                attached[f"{key}.{name}"] = own[name]
-            paths[key] = places[base]
-            block.set_submodule(path, AdapterLinear(base, spec.alpha / spec.rank, **own))
+            sizes = {**method.sizes(spec.rank), "rank": spec.rank, "in": into, "out": out}
+            keys = method.keys(layer, whole or len(layers), role)
+            for name, key in keys.items():
+                if key not in attached:  # one of a stage is there already
+                    attached[key] = _parameter(key, method.factors[name], sizes, seed, base.weight.device)
+            paths[f"layers.{layer}.{role}"] = places[base]
+            own = {name: attached[key] for name, key in keys.items()}
+            block.set_submodule(path, AdapterLinear(base, spec.alpha / spec.rank, own, method.made_core))
     if not attached:
         raise InputError(f"the model has no linear layer of the roles {', '.join(spec.roles)}")
-    return Adapter(attached, paths, spec.rank, spec.alpha)
+    head = None
+    if labels:
+        weight = model.get_input_embeddings().weight
+        zeros = torch.zeros(len(labels), weight.shape[1], device=weight.device)
+        head = Head(labels, nn.Parameter(zeros))
+    return Adapter(attached, paths, spec.rank, spec.alpha, head)
+
+
+def detach(model: nn.Module) -> None:
+    """Put the model's own linear layers back."""
+    for block in roles.blocks(model):
+        adapted = {path: module for path, module in block.named_modules() if isinstance(module, AdapterLinear)}
+        for path, module in adapted.items():
+            block.set_submodule(path, module.base)
+
+
+def _parameter(key: str, factor: Factor, sizes: Mapping[str, int], seed: int, device: torch.device) -> nn.Parameter:
+    value = torch.from_numpy(initial(key, factor.shape(sizes), seed, factor))
+    return nn.Parameter(value.to(device), requires_grad=factor.trained)
 
 
 def state(adapter: Adapter) -> State:
     """A float32 copy of every factor."""
-    return {key: factor.detach().float().cpu().numpy().copy() for key, factor in adapter.factors.items()}
+    return {key: factor.detach().float().cpu().numpy().copy() for key, factor in adapter.rows()}
 
 
 def load_state(adapter: Adapter, values: Mapping[str, NDArray[np.float32]]) -> None:
     """Set every factor; raises InputError naming a key that is missing, unexpected or of another shape."""
-    check_keys(values, {key: tuple(factor.shape) for key, factor in adapter.factors.items()})
+    check_keys(values, {key: tuple(factor.shape) for key, factor in adapter.rows()})
     with torch.no_grad():
-        for key, factor in adapter.factors.items():
+        for key, factor in adapter.rows():
             factor.copy_(torch.from_numpy(values[key]))
 
 

@@ -2,6 +2,7 @@
 
     adapter_config.json          rank, alpha, modules
     adapter_model.safetensors    base_model.model.<module>.lora_A.weight = A, base_model.model.<module>.lora_B.weight = B
+    label_head.safetensors       where labels have a head: weight (labels, hidden), their names in the metadata as JSON
 
 PEFT computes y = W x + (lora_alpha / r) B A x, which is the form of this project but for the core C that some methods have
 between B and A: B C takes B's place. Nothing is lost. A fused layer (qkv, gate_up) has one A and one B there as here. The
@@ -13,34 +14,43 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.torch import save_file
 
 from edge_runtime.adapters.attach import check_keys
-from edge_runtime.methods.interface import factor_shape
-from edge_runtime.models.facts import Facts
+from edge_runtime.methods.interface import Method, kind_of, label_of
+from edge_runtime.models.facts import Facts, adapter_shapes
 from edge_runtime.settings import Adapter
 
+HEAD = "label_head.safetensors"
 CONV1D_FAMILIES = ("gpt2",)  # they store W as (in, out), so PEFT has to turn B A round where it merges it into W
 
 
 def to_peft(
-    state: Mapping[str, NDArray[np.float32]], facts: Facts, spec: Adapter, paths: Mapping[str, str], folder: Path
+    state: Mapping[str, NDArray[np.float32]],
+    facts: Facts,
+    spec: Adapter,
+    method: Method,
+    paths: Mapping[str, str],
+    folder: Path,
 ) -> None:
     """Write the folder, or replace the adapter in it.
 
     Args:
-        state: A (rank, in), B (out, rank) and perhaps C (rank, rank) of every adapted layer, by canonical key.
+        state: every factor of the adapted layers and of a head over labels, by canonical key.
         facts: of the checkpoint.
-        spec: rank and alpha.
+        spec: rank, alpha and roles.
+        method: what a layer's core is made of.
         paths: the module each layers.<i>.<role> stands for, as `attach` returns them.
         folder: made where it is not there.
 
     Raises:
         InputError: a factor is missing, unexpected or of another shape; it is named.
     """
-    core = any(key.endswith(".C") for key in state)
-    check_keys(state, _shapes(facts, spec.rank, paths, core))
+    layers = sorted({int(key.split(".")[1]) for key in paths})
+    labels = {key: (1, facts.hidden) for key in state if kind_of(key) == "labels"}
+    check_keys(state, adapter_shapes(facts, tuple(layers), spec.roles, spec.rank, method) | labels)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -53,23 +63,17 @@ def to_peft(
         "target_modules": sorted(paths.values()),
         "inference_mode": True,
     }
-    tensors = {
-        f"base_model.model.{path}.lora_{name}.weight": np.ascontiguousarray(factor, np.float32)
-        for key, path in paths.items()
-        for name, factor in (
-            ("A", state[f"{key}.A"]),
-            ("B", state[f"{key}.B"] @ state[f"{key}.C"] if core else state[f"{key}.B"]),
-        )
-    }
+    tensors = {}
+    for key, path in paths.items():
+        _, layer, role = key.split(".")
+        keys = method.keys(int(layer), facts.layers, role)
+        factors = {name: torch.from_numpy(state[of]) for name, of in keys.items()}
+        core = method.made_core(factors)
+        tensors[f"base_model.model.{path}.lora_A.weight"] = factors["A"].contiguous()
+        tensors[f"base_model.model.{path}.lora_B.weight"] = factors["B"] @ core if core is not None else factors["B"]
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    if labels:
+        rows = {label_of(key): torch.from_numpy(state[key]) for key in sorted(labels)}
+        save_file({"weight": torch.cat(list(rows.values()))}, folder / HEAD, {"labels": json.dumps(list(rows))})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _shapes(facts: Facts, rank: int, paths: Mapping[str, str], core: bool) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    widths = {str(role): width for role, width in facts.linears.items()}
-    for key in paths:
-        out, into = widths[key.rsplit(".", 1)[1]]
-        shapes |= {f"{key}.{name}": factor_shape(name, rank, into, out) for name in ("ABC" if core else "AB")}
-    return shapes

@@ -9,21 +9,20 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.methods.interface import Start, width_axis
+from edge_runtime.methods.interface import Factor
 
 
-def initial(key: str, shape: tuple[int, ...], seed: int, start: Start) -> NDArray[np.float32]:
+def initial(key: str, shape: tuple[int, ...], seed: int, factor: Factor) -> NDArray[np.float32]:
     """The start value of one factor.
 
     Args:
-        key: canonical key, layers.<i>.<role>.<factor>.
-        shape: (rank, in) for A, (out, rank) for B, (rank, rank) for C.
+        key: canonical key.
+        shape: in the fleet's full rank or a device's.
         seed: the fleet's.
-        start: what the method says of the factor.
+        factor: what the method says of it.
     """
-    if start == "zero":
+    if factor.start == "zero":
         return np.zeros(shape, np.float32)
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     draw = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-    width = shape[width_axis(key)]
-    return ((2 * draw.random(shape, dtype=np.float32) - 1) / np.sqrt(width)).astype(np.float32)
+    return ((2 * draw.random(shape, dtype=np.float32) - 1) / np.sqrt(shape[factor.width])).astype(np.float32)

@@ -18,6 +18,7 @@ import msgspec
 from edge_broker import messages, signing, topics
 from edge_broker.errors import BadMessage
 from edge_broker.errors import LinkError as BrokerError
+from edge_broker.messages import Artifact
 from edge_broker.outbox import Outbox
 from edge_broker.presence import PresenceSpec
 from edge_broker.session import Connected, Message, Own, Session
@@ -31,7 +32,7 @@ from edge_runtime.agent.reports import Reports
 from edge_runtime.agent.store import Store
 from edge_runtime.agent.trainer import Ended, Trainer
 from edge_runtime.errors import BudgetError, EdgeError, InputError, LinkError, MemoryShortError, TrainerError
-from edge_runtime.rounds import CODEC, NOOP, ROUND_DOMAIN, Report, Round
+from edge_runtime.rounds import CODEC, FLEET, NOOP, ROUND_DOMAIN, Report, Round
 from edge_runtime.training.job import Job, Progress, Result
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ class Agent:
         self._node_key = ""  # of the node that announced it
         self._planned: Planned | None = None
         self._planning = False
+        self._wanted: dict[str, Artifact] = {}  # what the round starts from, and where what is here of it lies
+        self._got: dict[str, Path] = {}
         self._trainer: Trainer | None = None
         self._attempt = 0
         self._budget_bytes = options.budget_bytes
@@ -115,7 +118,8 @@ class Agent:
             self._after_transfer(settled)
         fetched = self._fetcher.handle(item)
         if isinstance(fetched, Fetched):
-            self._train(fetched.path)
+            named = {name: fetched.path for name, one in self._wanted.items() if one.digest == fetched.artifact.digest}
+            self._fetch({**self._got, **named})
         elif isinstance(fetched, Failed):
             self._fail(fetched.reason)
         if isinstance(item, Connected):
@@ -186,22 +190,32 @@ class Agent:
             self._uploader.offer_now()
             self._say("waiting", text="for the node's word on the last update, on which the next one builds")
             return
-        version = self._round.versions.get(self._planned.plan.model_class if self._planned else NOOP)
-        if version is None:
-            self._train(None)
-            return
-        self._say("fetching", text=f"{version.size} bytes")
-        work.forget_versions(self.options.state / "versions", version.digest)
-        try:
-            fetched = self._fetcher.fetch(version)
-        except BrokerError as error:
-            self._fail(str(error))
-            return
-        if fetched is not None:
-            self._train(fetched.path)
+        versions = self._round.versions
+        version = versions.get(self._planned.plan.model_class if self._planned else NOOP, versions.get(FLEET))
+        wanted = {"start": version, "anchors": self._round.anchors}
+        self._wanted = {name: artifact for name, artifact in wanted.items() if artifact is not None}
+        work.forget_others(self.options.state / "versions", {artifact.digest for artifact in self._wanted.values()})
+        self._fetch({})
 
-    def _train(self, start: Path | None) -> None:
-        """Start the round's job: from the global version in `start`, or from version 0."""
+    def _fetch(self, got: dict[str, Path]) -> None:
+        """Get what the round starts from, one file after another; then train."""
+        self._got = got
+        for name, artifact in self._wanted.items():
+            if name in got:
+                continue
+            self._say("fetching", text=f"{artifact.size} bytes")
+            try:
+                fetched = self._fetcher.fetch(artifact)
+            except BrokerError as error:
+                self._fail(str(error))
+                return
+            if fetched is None:
+                return
+            self._got[name] = fetched.path
+        self._train()
+
+    def _train(self) -> None:
+        """Start the round's job: from the global version, or from version 0 where there is none."""
         assert self._round is not None
         if self._planned is None:
             self._send_noise()
@@ -213,14 +227,17 @@ class Agent:
             plan=plan,
             adapter=fleet.adapter.at(plan.rank),
             training=fleet.training,
-            method=fleet.method.name,
+            method=fleet.method,
+            head=fleet.head,
+            codistill=fleet.codistill,
             seed=fleet.seed,
             round=self._round.round,
             rounds=fleet.rounds,
             data=str(self._rows.data),
             evaluation={name: str(path) for name, path in self._rows.evaluation.items()},
             depths=work.depths(fleet, plan),
-            start=str(start) if start else None,
+            start=str(self._got["start"]) if "start" in self._got else None,
+            anchors=str(self._got["anchors"]) if "anchors" in self._got else None,
             private=work.current(self._work, self._store, "private"),
             residual=work.current(self._work, self._store, "residual"),
             unsent=work.current(self._work, self._store, "unsent"),

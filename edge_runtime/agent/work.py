@@ -78,10 +78,10 @@ def settle(work: Path, store: Store, settled: Committed | Rejected) -> None:
         store.set("unsent", None if isinstance(settled, Committed) else str(round_))
 
 
-def forget_versions(folder: Path, digest: str) -> None:
-    """Delete the global versions of earlier rounds; a round starts from one alone."""
+def forget_others(folder: Path, digests: set[str]) -> None:
+    """Delete what earlier rounds have fetched, but for files of these digests."""
     for path in folder.glob("*"):
-        if not path.name.startswith(digest):
+        if path.name.partition(".")[0] not in digests:
             path.unlink(missing_ok=True)
 
 

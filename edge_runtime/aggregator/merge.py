@@ -1,4 +1,4 @@
-"""Checks a delta, and merges a round: class by class, one update in memory at a time.
+"""Checks a delta, and merges a round: class by class, then across them, one update in memory at a time.
 
     master_r = master_{r-1} + merged(deltas)        published: encode(master_r), which devices decode and start from
 
@@ -6,6 +6,7 @@ The master stays in float32, so rounding what is published does not add up over 
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -20,10 +21,14 @@ from edge_runtime import codec
 from edge_runtime.adapters.initial import initial
 from edge_runtime.aggregator.store import Version
 from edge_runtime.errors import InputError
-from edge_runtime.methods.interface import Contribution, Method, factor_shape, width_axis
+from edge_runtime.methods.interface import WIDTHS, Contribution, Method, kind_of, name_of
+from edge_runtime.rounds import FLEET
 from edge_runtime.settings import Fleet
 
-KEY = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.([a-z0-9_]+)\.([A-Z])")
+KEY = re.compile(
+    r"(layers|stages)\.(0|[1-9][0-9]{0,3})\.(?P<role>[a-z0-9_]+)\.[A-Za-z]+|(labels|anchors)\.[^\x00-\x1f]{1,80}\.[A-Z]"
+)
+STATE = ("layers", "stages", "labels")  # what has a start and is added to; the rest is told anew each round
 WIDEST = 1 << 20  # rows or columns of a factor
 LARGEST_ADAPTER = 1 << 28  # values
 LARGEST_NORM = 1e4  # of one factor's delta; a trained one has a few units
@@ -53,77 +58,112 @@ def _check_shapes(
     shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, tuple[int, ...]], fleet: Fleet, method: Method
 ) -> None:
     """Refuse what is no adapter of this fleet; the node holds no model, so what a class's first device sent is the measure."""
-    adapter, ranks = fleet.adapter, set()
+    allowed, ranks = (fleet.adapter.rank, *fleet.adapter.lower), set()
     if not shapes:
         raise InputError("the delta holds no factor")
     for key, shape in shapes.items():
-        parts = KEY.fullmatch(key)
-        if not parts or parts[2] not in adapter.roles or parts[3] not in method.factors or not method.exchanged(key):
+        if not _exchanged(key, fleet, method):
             raise InputError(f"the delta holds {key[:80]}, which this fleet's adapter does not exchange")
-        across = width_axis(key)
-        rank, wide = (shape[1 - across], shape[across]) if len(shape) == 2 else (0, 0)
-        needed = rank if parts[3] == "C" else known[key][across] if key in known else wide
-        if rank not in (adapter.rank, *adapter.lower) or wide != needed or not 1 <= wide <= WIDEST:
-            of = f"of rank {' or '.join(map(str, (adapter.rank, *adapter.lower)))}"
-            of += f", for a layer {known[key][across]} wide" if key in known else ""
-            raise InputError(f"{key} is {shape} in the delta, but has to be {of}")
-        ranks.add(rank)
+        axes = method.factor(key).axes
+        sizes = dict(zip(axes, shape, strict=False))
+        widths = dict(zip(axes, known.get(key, shape), strict=False))
+        rank = sizes.get("rank", allowed[0])
+        full = {**method.sizes(rank), "one": 1, "rank": rank, **{axis: widths.get(axis, 0) for axis in WIDTHS}}
+        fits = len(shape) == len(axes) and rank in allowed and shape == method.factor(key).shape(full)
+        if not fits or any(not 1 <= sizes[axis] <= WIDEST for axis in axes):
+            of = f"of rank {' or '.join(map(str, allowed))}" if "rank" in axes else "as the fleet has it"
+            needed = [f"for a layer {widths[axis]} wide" for axis in axes if axis in WIDTHS and key in known]
+            raise InputError(f"{key} is {shape} in the delta, but has to be {', '.join([of, *needed])}")
+        ranks |= {rank} if "rank" in axes else set()
     if len(ranks) > 1:
         raise InputError(f"the delta has factors of ranks {sorted(ranks)}, but one device has one")
-    full = -(-adapter.rank // min(ranks))  # a merge has them in the fleet's rank
-    if full * sum(rows * columns for rows, columns in shapes.values()) > LARGEST_ADAPTER:
+    full_rank = -(-fleet.adapter.rank // min(ranks, default=fleet.adapter.rank))  # a merge has them in the fleet's rank
+    if full_rank * sum(map(math.prod, shapes.values())) > LARGEST_ADAPTER:
         raise InputError(f"the delta has more than {LARGEST_ADAPTER} values")
 
 
+def _exchanged(key: str, fleet: Fleet, method: Method) -> bool:
+    """Whether a key is one that devices of this fleet send."""
+    parts = KEY.fullmatch(key)
+    name = name_of(key)
+    if not parts or name not in method.factors or not method.exchanged(key):
+        return False
+    role = parts["role"]
+    return method.factors[name].of == kind_of(key) and (role is None or role in fleet.adapter.roles)
+
+
 def merge(
-    updates: list[Update], masters: Mapping[str, Version], fleet: Fleet, method: Method, round_: int, folder: Path
+    updates: list[Update], versions: Mapping[str, Version], fleet: Fleet, method: Method, round_: int, folder: Path
 ) -> list[Version]:
-    """The global version of every class after a round.
+    """The global version of every class after a round, and what the fleet shares across them.
 
     Args:
         updates: the committed ones of the round; their content was checked before.
-        masters: the versions before the round.
+        versions: before the round.
         folder: where the new versions are written.
     """
-    assert method.merge is not None
     folder.mkdir(parents=True, exist_ok=True)
-    versions = []
-    for model_class in sorted({update.manifest.model_class for update in updates}):
-        own = [update for update in updates if update.manifest.model_class == model_class]
-        state = load_file(masters[model_class].master) if model_class in masters else {}
-        for key, step in method.merge(partial(_contributions, own, state, fleet, method)).items():
-            state[key] += step
-        versions.append(_write(model_class, state, round_, folder))
-    return versions
+    before = {of: load_file(version.master) if of in versions else {} for of, version in versions.items()}
+    own = {update.manifest.model_class for update in updates}
+    states = {of: before.get(of, {}) for of in sorted({*before, *own} - {FLEET})}
+    shared = before.get(FLEET, {})
+    across = {kind: step for kind, step in method.merges.items() if method.scope(kind) == "fleet"}
+    for of in sorted(own):
+        mine = [update for update in updates if update.manifest.model_class == of]
+        for kind in method.merges.keys() - across.keys():
+            _merge_kind(method, kind, mine, states[of], fleet)
+    for kind in across:
+        _merge_kind(method, kind, updates, shared, fleet)
+    written = [_write(of, states[of], shared, round_, folder) for of in states]
+    return [*written, _write(FLEET, shared, {}, round_, folder)] if shared else written
+
+
+def _merge_kind(
+    method: Method, kind: str, updates: list[Update], state: dict[str, NDArray[np.float32]], fleet: Fleet
+) -> None:
+    """Take the step of one kind of tensors, in place."""
+    for key, step in method.merges[kind](partial(_contributions, kind, updates, state, fleet, method)).items():
+        state[key] = state[key] + step if key in state else step
 
 
 def _contributions(
-    updates: list[Update], before: dict[str, NDArray[np.float32]], fleet: Fleet, method: Method
+    kind: str, updates: list[Update], before: dict[str, NDArray[np.float32]], fleet: Fleet, method: Method
 ) -> Iterator[Contribution]:
-    """The updates one after another; what no version has yet is put into `before` when it is first met."""
+    """The updates one after another, of each this kind of tensors; what no version has yet is put into `before` when it is
+    first met."""
     for update in updates:
-        delta = codec.decode(update.payload.read_bytes())
+        decoded = codec.decode(update.payload.read_bytes())
+        delta = {key: value for key, value in decoded.items() if kind_of(key) == kind}
         for key, value in delta.items():
-            if key not in before:
+            if key not in before and method.factor(key).of in STATE:
                 before[key] = _version_0(key, value.shape, fleet, method)
-        yield Contribution(before, delta, update.manifest.samples)
+        if delta:
+            yield Contribution(before, delta, update.manifest.samples, update.manifest.model_class)
 
 
 def _version_0(key: str, shape: tuple[int, ...], fleet: Fleet, method: Method) -> NDArray[np.float32]:
     """What a factor starts from, in the fleet's full rank, whichever the device has."""
-    width = shape[width_axis(key)]
-    full = factor_shape(key, fleet.adapter.rank, width, width)
-    return initial(key, full, fleet.seed, method.factors[key[-1]].start)
+    factor = method.factor(key)
+    sizes = dict(zip(factor.axes, shape, strict=True))
+    full = factor.shape({**sizes, **method.sizes(fleet.adapter.rank), "rank": fleet.adapter.rank})
+    return initial(key, full, fleet.seed, factor)
 
 
-def _write(model_class: str, state: dict[str, NDArray[np.float32]], round_: int, folder: Path) -> Version:
-    name = f"{round_:05d}-{hashlib.sha256(model_class.encode()).hexdigest()[:12]}"
-    version = Version(model_class, folder / f"{name}.safetensors", folder / f"{name}.edc")
+def _write(
+    of: str,
+    state: dict[str, NDArray[np.float32]],
+    shared: dict[str, NDArray[np.float32]],
+    round_: int,
+    folder: Path,
+) -> Version:
+    """A class's master, and the artifact in which its devices also get what the fleet shares."""
+    name = f"{round_:05d}-{hashlib.sha256(of.encode()).hexdigest()[:12]}"
+    version = Version(of, folder / f"{name}.safetensors", folder / f"{name}.edc")
     for path in (version.master, version.artifact):
         part = path.with_suffix(".part")
         if path is version.master:
             save_file(state, part)
         else:
-            part.write_bytes(codec.encode(state))
+            part.write_bytes(codec.encode({**state, **shared}))
         part.replace(path)
     return version

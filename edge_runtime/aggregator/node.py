@@ -23,7 +23,7 @@ from edge_broker.session import Event as LinkEvent
 from edge_broker.transfer import Complete, Publisher, Receiver
 
 from edge_runtime import methods
-from edge_runtime.aggregator import merge
+from edge_runtime.aggregator import anchors, merge
 from edge_runtime.aggregator.store import Store, Version
 from edge_runtime.errors import EdgeError, InputError, LinkError
 from edge_runtime.rounds import CODEC, NOOP, REPORT_DOMAIN, ROUND_DOMAIN, Report, Round
@@ -63,11 +63,13 @@ class Node:
         """Open the state; nothing is sent yet.
 
         Raises:
-            InputError: the fleet's method is not known, or cannot merge the ranks its devices may take.
+            InputError: the fleet's method is not known, or cannot merge the ranks its devices may take; or its public texts
+                cannot be read.
         """
         self.fleet, self.options, self._tell = fleet, options, tell
         self._method = methods.of(fleet)
         self._store = Store(options.state / "node.db")
+        self._texts = anchors.write(fleet.codistill, options.state) if fleet.codistill is not None else None
         self._key = signing.load_or_create_key(options.state / "node.key")
         self._journal = Journal(self._store.connection, options.state)
         self._session = Session(options.broker, f"{fleet.name}-{options.node}", clean_start=True, session_expiry_s=0)
@@ -78,6 +80,7 @@ class Node:
         self._presence = presence.Tracker()
         self._round = self._store.open_round()
         self._served: dict[str, Artifact] = {}
+        self._anchors: Artifact | None = None
         self._deadline = self._greeted = 0.0
         self._offline_since: float | None = None  # an outage does not count against the deadline
         self._announced = b""
@@ -127,6 +130,8 @@ class Node:
         versions = self._store.versions()
         for digest in {artifact.digest for artifact in self._served.values()}:
             self._publisher.withdraw(digest)
+        if self._texts is not None:
+            self._anchors = self._publisher.serve(self._texts)
         self._served = {name: self._publisher.serve(version.artifact) for name, version in versions.items()}
         done = self._round > self.fleet.rounds
         announced = Round(
@@ -135,6 +140,7 @@ class Node:
             round=min(self._round, self.fleet.rounds),
             fleet=self.fleet,
             versions=self._served,
+            anchors=self._anchors,
         )
         self._announced = signing.sign(self._key, ROUND_DOMAIN, msgspec.json.encode(announced)).encode()
         self._publish_round()
@@ -229,7 +235,7 @@ class Node:
         """Devices that count in the open round, or have reported after the last one."""
         if self._round > self.fleet.rounds:
             return self._store.reported(self.fleet.rounds, "finished")
-        if self._method.merge is None and not self.options.noop:
+        if not self._method.merges and not self.options.noop:
             return self._store.reported(self._round, "trained")
         return {update.manifest.device for update in self._journal.committed(self._round)}
 

@@ -64,7 +64,7 @@ def _draw(facts: Facts, name: str, seed: int, folder: Path) -> Path:
 
 def _write(facts: Facts, name: str, seed: int, path: Path) -> None:
     method, draw = methods.by_name(name), np.random.default_rng(seed)
-    shapes = adapter_shapes(facts, tuple(range(facts.layers)), tuple(facts.linears), RANK, method.factors)
+    shapes = adapter_shapes(facts, tuple(range(facts.layers)), tuple(facts.linears), RANK, method)
     sent = {key: shape for key, shape in shapes.items() if method.exchanged(key)}
     path.write_bytes(codec.encode({key: draw.normal(0, 1e-3, shape).astype(np.float32) for key, shape in sent.items()}))
 
@@ -110,7 +110,7 @@ def main() -> None:
     title = f"one round of {asked.updates} updates, {facts.model_class}, rank {RANK}"
     table = Table("method", "MB an update", "seconds", "peak above the start", title=title)
     for name, method in methods.METHODS.items():
-        if method.merge is None:
+        if not method.merges:
             continue
         command = [sys.executable, "-m", __spec__.name, "--method", name, "--updates", str(asked.updates)]
         done = subprocess.run(command, input=msgspec.json.encode(facts), check=True, capture_output=True, timeout=600)

@@ -44,7 +44,7 @@ def measured(facts: Facts, examples: list[Example], format: settings.Weights) ->
     """Seconds of each warm step: ours in one round of training, and between two of its steps one of PEFT's."""
     peft = trainer(facts, facts.layers, "bfloat16", SPEC, TRAINING, "cpu")
     model = weights.load(facts, facts.layers, format)
-    adapter = attach.attach(model, tuple(range(facts.layers)), SPEC, fedit.METHOD.factors, seed=0)
+    adapter = attach.attach(model, tuple(range(facts.layers)), SPEC, fedit.METHOD, seed=0)
     apply(model)
     seconds: dict[str, list[float]] = {"PEFT": [], "Edge Runtime": []}
     began = time.perf_counter()

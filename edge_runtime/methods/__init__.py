@@ -1,11 +1,16 @@
 """Federated methods, one file each: what is trained, what is shared with whom, and how the node merges it."""
 
-from edge_runtime.errors import InputError
-from edge_runtime.methods import fedit, fedsa, fedsb, ffa, flexlora, hetlora, local
-from edge_runtime.methods.interface import Method
-from edge_runtime.settings import Fleet
+from typing import Any
 
-METHODS = {module.METHOD.name: module.METHOD for module in (local, fedit, ffa, fedsa, fedsb, hetlora, flexlora)}
+import msgspec
+
+from edge_runtime import settings
+from edge_runtime.errors import InputError
+from edge_runtime.methods import codistill, fedit, fedsa, fedsb, ffa, flexlora, heterotune, hetlora, label_head, local
+from edge_runtime.methods.interface import Method
+
+MODULES: tuple[Any, ...] = (local, fedit, ffa, fedsa, fedsb, hetlora, flexlora, heterotune)
+METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in MODULES}
 
 
 def by_name(name: str) -> Method:
@@ -15,9 +20,36 @@ def by_name(name: str) -> Method:
     return METHODS[name]
 
 
-def of(fleet: Fleet) -> Method:
+def build(spec: settings.Method, head: settings.Head | None, distils: settings.Codistill | None) -> Method:
+    """A method with what the fleet adds to it; raises InputError where it is not known, or something is missing for it."""
+    method = _with_settings(spec)
+    if head is not None:
+        method = label_head.added(method, head)
+    if distils is not None:
+        if head is None:
+            raise InputError("[codistill] needs a [head]: devices exchange what they predict of its labels")
+        method = codistill.added(method, distils)
+    return method
+
+
+def _with_settings(spec: settings.Method) -> Method:
+    method = by_name(spec.name)
+    module = next(module for module in MODULES if module.METHOD is method)
+    known = getattr(module, "Settings", None)
+    fields = known.__struct_fields__ if known is not None else ()
+    settings.refuse_unknown(spec.settings, {"name", *fields}, f"[method] {spec.name} ")
+    if known is None:
+        return method
+    try:
+        made: Method = module.method(msgspec.convert(spec.settings, known))
+    except msgspec.ValidationError as error:
+        raise InputError(f"[method] {spec.name}: {error}") from error
+    return made
+
+
+def of(fleet: settings.Fleet) -> Method:
     """A fleet's method; raises InputError where it is not known, or would have to merge factors of unequal ranks."""
-    method, adapter = by_name(fleet.method.name), fleet.adapter
+    method, adapter = build(fleet.method, fleet.head, fleet.codistill), fleet.adapter
     if adapter.lower and not method.unequal:
         others = " or ".join(f"`{other.name}`" for other in METHODS.values() if other.unequal)
         raise InputError(

@@ -7,25 +7,47 @@ Zhang et al. 2023 (arXiv 2305.05644, FedIT) with the depth rule of Diao et al. 2
 A mean of factors is not the factors of the mean product; the method is known to be biased there.
 """
 
-from edge_runtime.methods.interface import Contributions, Factor, Method, Tensors, add_to
+from edge_runtime.methods.interface import A, B, Contribution, Contributions, Method, Tensors, leading
+
+
+class RunningMean:
+    """The mean delta of every tensor over the devices that sent it, where ranks differ entry by entry over those that hold it;
+    one sum a tensor, whatever the number of devices."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self._sums: Tensors = {}
+        self._held: dict[str, dict[tuple[int, ...], int]] = {}  # samples of each shape that was sent
+
+    def add(self, made: Contribution) -> None:
+        """Count one device."""
+        import numpy as np
+
+        self.samples += made.samples
+        for key, value in made.delta.items():
+            if key not in self._sums:
+                self._sums[key], self._held[key] = np.zeros(made.before.get(key, value).shape, np.float32), {}
+            self._sums[key][leading(value.shape)] += made.samples * value
+            self._held[key][value.shape] = self._held[key].get(value.shape, 0) + made.samples
+
+    def mean(self) -> Tensors:
+        """Of what was added; 0 where no device holds an entry. The sums are used up."""
+        import numpy as np
+
+        for key, total in self._sums.items():
+            counts = np.zeros_like(total)
+            for shape, count in self._held[key].items():
+                counts[leading(shape)] += count
+            np.divide(total, counts, out=total, where=counts > 0)
+        return self._sums
 
 
 def holders_mean(contributions: Contributions) -> Tensors:
-    """The mean delta of every tensor over the devices that sent it; one sum a tensor, whatever the number of devices."""
-    sums: Tensors = {}
-    samples: dict[str, int] = {}
+    """The mean of a round."""
+    running = RunningMean()
     for made in contributions():
-        for key, value in made.delta.items():
-            add_to(sums, key, made.samples * value)
-            samples[key] = samples.get(key, 0) + made.samples
-    return {key: value / float(samples[key]) for key, value in sums.items()}
+        running.add(made)
+    return running.mean()
 
 
-METHOD = Method(
-    "fedit",
-    {
-        "A": Factor(trained=True, shared="class", start="drawn"),
-        "B": Factor(trained=True, shared="class", start="zero"),
-    },
-    holders_mean,
-)
+METHOD = Method("fedit", {"A": A, "B": B}, {"layers": holders_mean})

@@ -8,13 +8,6 @@ Source: Guo et al. 2024, arXiv 2410.01463 (FedSA-LoRA).
 """
 
 from edge_runtime.methods.fedit import holders_mean
-from edge_runtime.methods.interface import Factor, Method
+from edge_runtime.methods.interface import A, B, Method
 
-METHOD = Method(
-    "fedsa",
-    {
-        "A": Factor(trained=True, shared="class", start="drawn"),
-        "B": Factor(trained=True, shared="private", start="zero"),
-    },
-    holders_mean,
-)
+METHOD = Method("fedsa", {"A": A, "B": B._replace(shared="private")}, {"layers": holders_mean})

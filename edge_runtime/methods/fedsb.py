@@ -9,14 +9,10 @@ Source: Singhal et al. 2025, arXiv 2502.15436 (Fed-SB).
 """
 
 from edge_runtime.methods.fedit import holders_mean
-from edge_runtime.methods.interface import Factor, Method
+from edge_runtime.methods.interface import A, B, C, Method
 
 METHOD = Method(
     "fedsb",
-    {
-        "A": Factor(trained=False, shared="class", start="drawn"),
-        "C": Factor(trained=True, shared="class", start="zero"),
-        "B": Factor(trained=False, shared="class", start="drawn"),
-    },
-    holders_mean,
+    {"A": A._replace(trained=False), "C": C, "B": B._replace(trained=False, start="drawn")},
+    {"layers": holders_mean},
 )

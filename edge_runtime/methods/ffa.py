@@ -7,13 +7,6 @@ Source: Sun et al. 2024, arXiv 2403.12313 (FFA-LoRA).
 """
 
 from edge_runtime.methods.fedit import holders_mean
-from edge_runtime.methods.interface import Factor, Method
+from edge_runtime.methods.interface import A, B, Method
 
-METHOD = Method(
-    "ffa",
-    {
-        "A": Factor(trained=False, shared="class", start="drawn"),
-        "B": Factor(trained=True, shared="class", start="zero"),
-    },
-    holders_mean,
-)
+METHOD = Method("ffa", {"A": A._replace(trained=False), "B": B}, {"layers": holders_mean})

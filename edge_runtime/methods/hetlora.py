@@ -49,9 +49,4 @@ def _norm(state: Tensors) -> float:
     return max(squared, 0.0) ** 0.5
 
 
-METHOD = Method(
-    "hetlora",
-    fedit.METHOD.factors,
-    norm_weighted_mean,
-    unequal=True,
-)
+METHOD = Method("hetlora", fedit.METHOD.factors, {"layers": norm_weighted_mean}, unequal=True)

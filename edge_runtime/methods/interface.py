@@ -1,28 +1,42 @@
-"""What a federated method is: a statement about each factor, and a merge on the node.
+"""What a federated method is: a statement about each factor, and merges on the node.
+
+A tensor's key says what it belongs to and which factor of that it is:
+
+    layers.<i>.<role>.<factor>     a linear layer, by its number in the whole checkpoint
+    stages.<s>.<role>.<factor>     all layers at about the same relative depth
+    labels.<label>.<factor>        a class that rows are told apart by
+    anchors.<label>.<factor>       the same, on the fleet's anchor texts
 
 An agent plans with the statements and never merges, so nothing in this package imports numpy before a merge needs it.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 Start = Literal["drawn", "zero"]
+Kind = Literal["layers", "stages", "labels", "anchors"]
 Array: TypeAlias = "NDArray[np.float32]"
 Tensors: TypeAlias = "dict[str, Array]"
+WIDTHS = ("in", "out")  # axes that are as long as a model makes them; the others are the fleet's
 
 
-def factor_shape(key: str, rank: int, into: int, out: int) -> tuple[int, int]:
-    """Of A (rank, in), B (out, rank) or C (rank, rank), which a key ends with."""
-    return {"A": (rank, into), "B": (out, rank), "C": (rank, rank)}[key[-1]]
+def kind_of(key: str) -> str:
+    """What a tensor belongs to: the first part of its key."""
+    return key.partition(".")[0]
 
 
-def width_axis(key: str) -> int:
-    """The axis of a factor that is as long as its layer is wide; both of C are its rank."""
-    return 0 if key.endswith("B") else 1
+def name_of(key: str) -> str:
+    """Which factor a tensor is: the last part of its key."""
+    return key.rpartition(".")[2]
+
+
+def label_of(key: str) -> str:
+    """The label of labels.<label>.<factor> or anchors.<label>.<factor>."""
+    return key.partition(".")[2].rpartition(".")[0]
 
 
 def leading(shape: Sequence[int]) -> tuple[slice, ...]:
@@ -39,12 +53,29 @@ def add_to(sums: "Tensors", key: str, value: "Array") -> None:
 
 
 class Factor(NamedTuple):
-    """trained: by the device; frozen otherwise. shared: with nobody, within the model class, or across the fleet. start: what
-    it is in version 0, drawn evenly from the fleet's seed or nothing (adapters/initial.py)."""
+    """axes: what each axis is as long as: "rank", "in" and "out" of the layer, "one", or a name of the method's own sizes.
+    trained: by the device; frozen otherwise. shared: with nobody, within the model class, or across the fleet. start: what it
+    is in version 0, drawn evenly from the fleet's seed or nothing (adapters/initial.py). of: what each such tensor belongs to."""
 
+    axes: tuple[str, ...]
     trained: bool
     shared: Literal["private", "class", "fleet"]
     start: Start
+    of: Kind = "layers"
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The tensor's shape where axes have these sizes."""
+        return tuple(sizes[axis] for axis in self.axes)
+
+    @property
+    def width(self) -> int:
+        """The axis of the numbers that are added up where the factor is applied; drawn values are in proportion to it."""
+        return next((place for place, axis in enumerate(self.axes) if axis in WIDTHS), len(self.axes) - 1)
+
+
+A = Factor(("rank", "in"), trained=True, shared="class", start="drawn")
+B = Factor(("out", "rank"), trained=True, shared="class", start="zero")
+C = Factor(("rank", "rank"), trained=True, shared="class", start="zero")
 
 
 class Contribution(NamedTuple):
@@ -54,36 +85,69 @@ class Contribution(NamedTuple):
     before: Mapping[str, Array]
     delta: Mapping[str, Array]
     samples: int
+    model_class: str = ""
 
     def after(self) -> Tensors:
         """What the device held when the round ended, in its own rank."""
         return {key: self.before[key][leading(delta.shape)] + delta for key, delta in self.delta.items()}
 
 
-# A round's, of one class: they can be gone through more than once, and only one of them is in memory at a time.
+# A round's, of one class or of all: they can be gone through more than once, and only one of them is in memory at a time.
 Contributions: TypeAlias = Callable[[], Iterable[Contribution]]
-# What a round of one class changes, for every key that some device sent: to be added to the global version.
+# What a round changes, for every key that some device sent: to be added to the global version.
 Merge: TypeAlias = Callable[[Contributions], Tensors]
 
 
 class Method(NamedTuple):
-    """factors: A and B, and C where there is a core between them; else that is the identity. merge: None where nothing is
-    exchanged. unequal: whether devices of lower ranks may take part, which hold the leading rows of A and columns of B.
-    refactored: whether a new version has its product in other factors, so that what is owed of an earlier round is worth nothing.
+    """factors: A and B, and what else there is, by name; without a C or a core, that is the identity. merges: of each kind of
+    tensor that is exchanged. core: makes a layer's C of its factors, which are torch's tensors. sizes: of the axes that are the
+    method's own, on a device of this rank. unequal: whether devices of lower ranks may take part, which hold the leading rows
+    of A and columns of B. refactored: whether a new version has its product in other factors, so that what is owed of an
+    earlier round is worth nothing.
     """
 
     name: str
     factors: dict[str, Factor]
-    merge: Merge | None
+    merges: dict[str, Merge]
+    core: Callable[[Mapping[str, Any]], Any] | None = None
+    sizes: Callable[[int], Mapping[str, int]] = lambda rank: {}
     unequal: bool = False
     refactored: bool = False
 
+    def keys(self, layer: int, layers: int, role: str) -> dict[str, str]:
+        """The canonical key of each factor that a linear layer has, by the factor's name.
+
+        Args:
+            layer: its number in the whole checkpoint, which has so many layers.
+        """
+        stages = self.sizes(1).get("stages", 1)
+        stage = min(layer * stages // max(layers - 1, 1), stages - 1)
+        owner = {"layers": f"layers.{layer}", "stages": f"stages.{stage}"}
+        return {name: f"{owner[f.of]}.{role}.{name}" for name, f in self.factors.items() if f.of in owner}
+
+    def made_core(self, factors: Mapping[str, Any]) -> Any:
+        """A layer's C, or None where it is the identity."""
+        return self.core(factors) if self.core is not None else factors.get("C")
+
+    def scope(self, kind: str) -> str:
+        """With whom this kind of tensors is shared, of which some factor travels."""
+        return next(f.shared for f in self.factors.values() if f.of == kind and f.trained and f.shared != "private")
+
+    @property
+    def exchanges_layers(self) -> bool:
+        """Whether a linear layer's factors travel, so that they have to fit other devices' models too."""
+        return "layers" in self.merges
+
+    def factor(self, key: str) -> Factor:
+        """The statement about the factor with this canonical key."""
+        return self.factors[name_of(key)]
+
     def exchanged(self, key: str) -> bool:
         """Whether the factor with this canonical key travels."""
-        factor = self.factors[key[-1]]
+        factor = self.factor(key)
         return factor.trained and factor.shared != "private"
 
     def kept(self, key: str) -> bool:
         """Whether the device trains the factor for itself alone."""
-        factor = self.factors[key[-1]]
+        factor = self.factor(key)
         return factor.trained and factor.shared == "private"

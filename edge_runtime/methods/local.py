@@ -1,13 +1,10 @@
 """local: every device trains alone. The control each exchange is judged against."""
 
-from edge_runtime.methods.interface import Factor, Method
+from edge_runtime.methods.interface import A, B, Method
 
 METHOD = Method(
     "local",
-    {
-        "A": Factor(trained=True, shared="private", start="drawn"),
-        "B": Factor(trained=True, shared="private", start="zero"),
-    },
-    None,
+    {"A": A._replace(shared="private"), "B": B._replace(shared="private")},
+    {},
     unequal=True,
 )

@@ -3,12 +3,11 @@
 Nothing here imports torch: the agent reads facts from the JSON that `edge_runtime.models.prepare` wrote once.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
-from edge_runtime.methods.interface import factor_shape
+from edge_runtime.methods.interface import Method
 from edge_runtime.settings import Role
 
 
@@ -48,14 +47,16 @@ class Facts(msgspec.Struct, frozen=True):
 
 
 def adapter_shapes(
-    facts: Facts, layers: tuple[int, ...], roles: tuple[Role, ...], rank: int, factors: Iterable[str]
-) -> dict[str, tuple[int, int]]:
-    """Canonical keys and shapes of a device's adapter: of the factors A (rank x in), B (out x rank) and C (rank x rank)."""
-    shapes: dict[str, tuple[int, int]] = {}
+    facts: Facts, layers: tuple[int, ...], roles: tuple[Role, ...], rank: int, method: Method
+) -> dict[str, tuple[int, ...]]:
+    """Canonical keys and shapes of a device's adapter, without what the labels of its rows add."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for layer in layers:
         for role, (out, into) in facts.linears.items():
             if role in roles:
-                shapes |= {f"layers.{layer}.{role}.{name}": factor_shape(name, rank, into, out) for name in factors}
+                sizes = {**method.sizes(rank), "rank": rank, "in": into, "out": out}
+                keys = method.keys(layer, facts.layers, role)
+                shapes |= {key: method.factors[name].shape(sizes) for name, key in keys.items()}
     return shapes
 
 

@@ -20,7 +20,9 @@
 The factors were fitted to measured peaks; `make bench-peak` prints prediction beside measurement.
 """
 
-from edge_runtime.methods.interface import Method
+import math
+
+from edge_runtime.methods.interface import Method, name_of
 from edge_runtime.models.facts import Facts, adapter_shapes
 from edge_runtime.models.slices import kept_layers
 from edge_runtime.planning.plan import Plan
@@ -63,8 +65,8 @@ def terms(
     factor_bytes = ADAPTER_BYTES + (SUM_BYTES if plan.rows < rows_a_step else 0)
     values = factor_values(facts, plan, roles, method)
     adapter = sum(values.values())
-    trained = sum(values[name] for name, factor in method.factors.items() if factor.trained)
-    sent = sum(values[name] for name in method.factors if method.exchanged(name))
+    trained = sum(value for name, value in values.items() if method.factors[name].trained)
+    sent = sum(value for name, value in values.items() if method.exchanged(name))
     kept = facts.hidden + 4 if plan.boundaries == "int8" else width * facts.hidden
     copies = BLOCK_COPIES["packed" if plan.weights in PACKED else plan.weights]
     at_once = batch if facts.family in UNGATED_FAMILIES else min(batch, plan.mlp_tokens or batch)
@@ -85,9 +87,9 @@ def terms(
 def factor_values(facts: Facts, plan: Plan, roles: tuple[Role, ...], method: Method) -> dict[str, int]:
     """Values of each of the adapter's factors, over all layers."""
     values = dict.fromkeys(method.factors, 0)
-    shapes = adapter_shapes(facts, kept_layers(plan.depth, facts.layers), roles, plan.rank, method.factors)
-    for key, (rows, columns) in shapes.items():
-        values[key[-1]] += rows * columns
+    shapes = adapter_shapes(facts, kept_layers(plan.depth, facts.layers), roles, plan.rank, method)
+    for key, shape in shapes.items():
+        values[name_of(key)] += math.prod(shape)
     return values
 
 

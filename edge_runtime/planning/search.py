@@ -187,7 +187,11 @@ def plan(
         step_seconds=0.0,
         **way._asdict(),
     )
-    roles, rows_a_step, method = fleet.adapter.roles, fleet.training.rows_a_step, methods.by_name(fleet.method.name)
+    roles, rows_a_step, method = (
+        fleet.adapter.roles,
+        fleet.training.rows_a_step,
+        methods.build(fleet.method, fleet.head, fleet.codistill),
+    )
     predicted = terms(
         known,
         made,

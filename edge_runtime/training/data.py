@@ -3,14 +3,14 @@
     {"prompt", "completion"}    the completion and the end-of-text token are learned
     {"messages": [...]}         the assistant's turns are learned, in the model's chat template
     {"text"}                    every token is learned
-    {"text", "label"}           the label's name, written after the text, is learned
+    {"text", "label"}           the label's name, written after the text, is learned; or the label by a head of its own
 
 Reading imports no torch: the agent checks its data before it connects to anything.
 """
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +28,12 @@ Row = dict[str, Any]
 
 
 class Example(NamedTuple):
-    """Token ids, and for each the label: itself where it is learned, else IGNORED. At least one is learned."""
+    """Token ids, and for each the label: itself where it is learned, else IGNORED. At least one is learned, unless a head
+    learns the text's class: then there are no labels, and answer is the class's number, IGNORED where the head lacks it."""
 
     ids: list[int]
     labels: list[int]
+    answer: int | None = None
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -99,16 +101,26 @@ def split(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:
     return mixed[held:], mixed[:held]
 
 
-def tokenize(rows: list[Row], tokenizer: Any, max_tokens: int) -> list[Example]:
-    """Token sequences of at most max_tokens; a prompt loses its beginning, plain text its end.
+def labels_of(rows: list[Row]) -> set[str]:
+    """The labels that rows of text and label have."""
+    return {row["label"] for row in rows if "label" in row}
+
+
+def tokenize(rows: list[Row], tokenizer: Any, max_tokens: int, labels: Sequence[str] | None = None) -> list[Example]:
+    """Token sequences of at most max_tokens; a prompt loses its beginning, plain text and a head's text their end.
+
+    labels: that a head tells apart; None: labels are learned as text.
 
     Raises:
         InputError: messages for a model without a chat template, or such as its template refuses.
     """
-    return [_example(row, tokenizer, max_tokens) for row in rows]
+    numbers = None if labels is None else {label: number for number, label in enumerate(labels)}
+    return [_example(row, tokenizer, max_tokens, numbers) for row in rows]
 
 
-def _example(row: Row, tokenizer: Any, max_tokens: int) -> Example:
+def _example(row: Row, tokenizer: Any, max_tokens: int, numbers: dict[str, int] | None) -> Example:
+    if numbers is not None and "label" in row:
+        return Example(tokenizer(row["text"]).input_ids[:max_tokens], [], numbers.get(row["label"], IGNORED))
     if "messages" in row:
         ids, labels = _chat(row["messages"], tokenizer)
     elif "text" in row and "label" not in row:
@@ -152,10 +164,12 @@ def _templated(messages: list[dict[str, str]], tokenizer: Any, *, add_generation
 
 
 def batches(examples: list[Example], rows: int) -> Iterator[list[Example]]:
-    """Groups of at most this many rows, alike in length so that little is padded."""
+    """Groups of at most this many rows of one kind, text or a head's, alike in length so that little is padded."""
     ordered = sorted(examples, key=lambda example: len(example.ids))
-    for first in range(0, len(ordered), rows):
-        yield ordered[first : first + rows]
+    for headed in (False, True):
+        same = [example for example in ordered if (example.answer is not None) is headed]
+        for first in range(0, len(same), rows):
+            yield same[first : first + rows]
 
 
 def epochs(examples: list[Example], seed: str) -> Iterator[Example]:

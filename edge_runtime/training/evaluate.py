@@ -1,38 +1,78 @@
-"""Scores a model on held-out rows: loss over completion tokens, and exact match.
+"""Scores a model on held-out rows: loss over completion tokens or a head's labels, and exact match.
 
 A row is exact when every completion token is the most likely one given the true tokens before it. Greedy decoding writes
-the same completion exactly then, so one forward pass replaces generation.
+the same completion exactly then, so one forward pass replaces generation. Of a head's rows those are exact whose label is the
+most likely one; a label that the head lacks counts as missed, and has no loss.
 """
 
 import torch
 from edge_kernels import Packed, expand
 from edge_kernels.quant import GROUP
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from edge_runtime.adapters.attach import Adapter
 from edge_runtime.training.data import IGNORED, Example, batches
 from edge_runtime.training.job import Score
 from edge_runtime.training.meter import release
-from edge_runtime.training.step import head, hidden_states, pad
+from edge_runtime.training.step import head, hidden_states, label_states, pad
 
 CHUNK_BYTES = 16 << 20  # of float32 logits, or of the expanded head where that is more
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, examples: list[Example], micro_rows: int) -> Score:
+def evaluate(model: PreTrainedModel, adapter: Adapter, examples: list[Example], micro_rows: int) -> Score:
     """Score the rows, micro_rows at a time; the model is in evaluation mode."""
     weight, softcap = head(model)
-    loss, tokens, exact = 0.0, 0, 0
+    loss, counted, exact = 0.0, 0, 0
     for batch in batches(examples, micro_rows):
         ids, labels = pad(batch, weight.device)
-        hidden, labels = hidden_states(model, ids)[:, :-1], labels[:, 1:]
-        kept = labels != IGNORED
-        hits = torch.ones_like(kept)
-        batch_loss, hits[kept] = _score(hidden[kept], weight, labels[kept], softcap)
-        loss += batch_loss
-        tokens += int(kept.sum())
-        exact += int(hits.all(1).sum())
+        hidden = hidden_states(model, ids)
+        if batch[0].answer is not None:
+            assert adapter.head is not None
+            logits = label_states(batch, hidden) @ adapter.head.weight.T
+            answers = torch.tensor([row.answer for row in batch], device=logits.device)
+            known = answers != IGNORED
+            loss += float(cross_entropy(logits[known], answers[known], reduction="sum"))
+            counted += int(known.sum())
+            exact += int((logits.argmax(-1) == answers).sum())
+        else:
+            hidden, labels = hidden[:, :-1], labels[:, 1:]
+            kept = labels != IGNORED
+            hits = torch.ones_like(kept)
+            batch_loss, hits[kept] = _score(hidden[kept], weight, labels[kept], softcap)
+            loss += batch_loss
+            counted += int(kept.sum())
+            exact += int(hits.all(1).sum())
         release()
-    return Score(loss / max(tokens, 1), exact / max(len(examples), 1), len(examples))
+    return Score(loss / max(counted, 1), exact / max(len(examples), 1), len(examples))
+
+
+@torch.no_grad()
+def states(model: PreTrainedModel, examples: list[Example], micro_rows: int) -> torch.Tensor:
+    """What a head reads of each text: (texts, hidden) in float32."""
+    weight, _ = head(model)
+    found = torch.empty(len(examples), model.config.get_text_config().hidden_size, device=weight.device)
+    numbered = [example._replace(answer=number) for number, example in enumerate(examples)]
+    for batch in batches(numbered, micro_rows):
+        ids, _ = pad(batch, weight.device)
+        found[[row.answer or 0 for row in batch]] = label_states(batch, hidden_states(model, ids))
+        release()
+    return found
+
+
+def likeness(own: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    """How much texts are like a device's own rows (texts,), from 1 / (rows + 1) to 1: the share of own rows whose nearest other
+    one is no nearer than the text's nearest, by cosine.
+
+    Args:
+        own, texts: (rows, hidden) and (texts, hidden), of equal length each.
+
+    Source: Vovk et al. 2005, Algorithmic Learning in a Random World (conformal p-values), with the nearest neighbour's distance.
+    """
+    among = (own @ own.T).fill_diagonal_(-torch.inf).amax(1)
+    nearest = (texts @ own.T).amax(1)
+    return ((among[None] <= nearest[:, None]).sum(1) + 1) / (len(own) + 1)
 
 
 def _score(

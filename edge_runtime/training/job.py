@@ -20,7 +20,8 @@ class Job(msgspec.Struct, frozen=True):
 
     depths: the slices it trains, a step each in turn; a method that exchanges nothing trains the plan's alone.
     evaluation: held-out files by name. start: the global version (encoded), None for version 0. private: state.bin of an
-    earlier round. residual: residual.bin of the last settled round. unsent: a payload that the node refused, to be sent
+    earlier round. anchors: the fleet's public texts.
+    residual: residual.bin of the last settled round. unsent: a payload that the node refused, to be sent
     again. export: folder for the adapter in PEFT's form, after an evaluation alone. threads: CPU threads, 0 for all.
     budget_bytes: what the process may take while it trains; None: all there is.
     gpu_cap_bytes: of the GPU, for torch's allocator; None for all there is.
@@ -31,13 +32,16 @@ class Job(msgspec.Struct, frozen=True):
     plan: Plan
     adapter: settings.Adapter
     training: settings.Training
-    method: str
+    method: settings.Method
     seed: int
     round: int
     rounds: int
     data: str
     evaluation: dict[str, str]
     depths: tuple[int, ...]
+    head: settings.Head | None = None
+    codistill: settings.Codistill | None = None
+    anchors: str | None = None
     start: str | None = None
     private: str | None = None
     residual: str | None = None

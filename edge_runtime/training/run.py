@@ -8,8 +8,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,31 +20,43 @@ from edge_kernels import apply
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from edge_runtime import codec, methods, settings
 from edge_runtime.adapters import attach, export
 from edge_runtime.errors import EdgeError, InputError, MemoryShortError, TrainerError
 from edge_runtime.methods import fedit
-from edge_runtime.methods.interface import Method, leading, width_axis
+from edge_runtime.methods.interface import WIDTHS, Method, kind_of, label_of, leading
 from edge_runtime.models import weights
+from edge_runtime.models.facts import Facts
 from edge_runtime.models.slices import kept_layers, nested_blocks
 from edge_runtime.planning.plan import Plan
 from edge_runtime.planning.predict import loss_chunk_bytes
 from edge_runtime.planning.search import lower
 from edge_runtime.training import data, step
 from edge_runtime.training.cap import cap_gpu
-from edge_runtime.training.evaluate import evaluate
+from edge_runtime.training.evaluate import evaluate, likeness, states
 from edge_runtime.training.job import Job, Progress, Result
 from edge_runtime.training.lean import lean_imports
 from edge_runtime.training.limit import Limit
 from edge_runtime.training.meter import Meter, release
 
 START = "start.bin"  # the exchanged factors as the round found them; in memory they would be one adapter more
+MOST_ROWS = 1024  # of its own that a device compares public texts with
 DISK_WAIT_S, DISK_POLL_S = 600.0, 5.0
 
 
-def run(folder: Path) -> None:
+class Bases:
+    """Where a job gets tokenizer and frozen base model from: its files."""
+
+    def tokenizer(self, facts: Facts) -> Any:
+        return AutoTokenizer.from_pretrained(facts.folder)
+
+    def model(self, facts: Facts, plan: Plan, device: str) -> PreTrainedModel:
+        return weights.load(facts, plan.depth, plan.weights, device, streamed=plan.streamed)
+
+
+def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
     """Do the job of a folder.
 
     Raises:
@@ -50,7 +64,7 @@ def run(folder: Path) -> None:
         TrainerError: training went wrong.
     """
     job = msgspec.json.decode((folder / "job.json").read_bytes(), type=Job)
-    method = methods.by_name(job.method)
+    method = methods.build(job.method, job.head, job.codistill)
     if job.device == "cuda" and not torch.cuda.is_available():
         raise InputError(
             "this device has a GPU, but the installed torch cannot use it: install its CUDA build, or use --device cpu"
@@ -62,27 +76,32 @@ def run(folder: Path) -> None:
         torch.set_num_threads(job.threads)
 
     def tell(phase: str, done: int = 0, of: int = 0, loss: float | None = None) -> None:
-        sys.stdout.buffer.write(msgspec.json.encode(Progress(phase, done, of, loss, meter.current_bytes())) + b"\n")
-        sys.stdout.buffer.flush()
+        say(Progress(phase, done, of, loss, meter.current_bytes()))
 
     tell("load")
     with meter.phase("load"):
         rows = data.read_rows(Path(job.data))
-        tokenizer = AutoTokenizer.from_pretrained(job.facts.folder)
-        examples = data.tokenize(rows, tokenizer, job.plan.tokens) if job.train else []
-        held_out = {
-            name: data.tokenize(data.read_rows(Path(path)), tokenizer, job.plan.tokens)
-            for name, path in job.evaluation.items()
-        }
-        del tokenizer
+        labels = _labels(job, rows) if job.head is not None else None
+        tokenizer = bases.tokenizer(job.facts)
+        read = partial(data.tokenize, tokenizer=tokenizer, max_tokens=job.plan.tokens, labels=labels)
+        examples = read(rows) if job.train else []
+        held_out = {name: read(data.read_rows(Path(path))) for name, path in job.evaluation.items()}
+        anchors = _anchors(job, read)
+        del tokenizer, read
         release()
         plan = job.plan
         with lean_imports():  # the code of the model's family
-            model = weights.load(job.facts, plan.depth, plan.weights, job.device, streamed=plan.streamed)
-        adapter = attach.attach(model, kept_layers(plan.depth, job.facts.layers), job.adapter, method.factors, job.seed)
+            model = bases.model(job.facts, plan, job.device)
+        kept = kept_layers(plan.depth, job.facts.layers)
+        adapter = attach.attach(
+            model, kept, job.adapter, method, job.seed, whole=job.facts.layers, labels=tuple(labels or ())
+        )
         undo = apply(model, plan.mlp_tokens)
-        start = _start(job, method, attach.state(adapter))
+        shared = codec.decode(Path(job.start).read_bytes()) if job.start is not None else {}
+        start = _start(job, method, attach.state(adapter), shared)
         attach.load_state(adapter, start)
+        distillation = _distillation(job, anchors, labels or [], shared)
+        del shared
         if job.train:
             _put_aside(start, method, folder, tell)
         release()
@@ -90,7 +109,7 @@ def run(folder: Path) -> None:
     with meter.phase("evaluate"):
         for name, examples_held in held_out.items():
             tell(f"evaluate {name}")
-            scores[name] = evaluate(model, examples_held, job.plan.rows)
+            scores[name] = evaluate(model, adapter, examples_held, job.plan.rows)
     losses: list[float] = []
     ends: list[float] = []
     payload = b""
@@ -114,7 +133,7 @@ def run(folder: Path) -> None:
         return way
 
     if job.train:
-        depths = job.depths if method.merge is not None else (job.plan.depth,)
+        depths = job.depths if method.exchanges_layers else (job.plan.depth,)
         ends.append(time.monotonic())
         with meter.phase("train"):
             losses = step.train(
@@ -131,15 +150,23 @@ def run(folder: Path) -> None:
                 ease=ease,
                 keep=job.plan.boundaries,
                 loss_chunk_bytes=loss_chunk_bytes(job.plan),
+                distillation=distillation,
             )
+        said: attach.State = {}
+        if anchors:
+            with meter.phase("predict"):
+                said = _predictions(model, adapter, examples, anchors, job.plan.rows)
+        attach.detach(model)
         del model, undo
         gc.collect()  # its modules and their functions refer to each other
         release()
         tell("encode")
         with meter.phase("encode"):
-            payload = _write(folder, job, method, adapter, tell)
-    elif job.export is not None:
-        export.to_peft(start, job.facts, job.adapter, adapter.paths, Path(job.export))
+            payload = _write(folder, job, method, adapter, said, tell)
+    else:
+        attach.detach(model)
+        if job.export is not None:
+            export.to_peft(start, job.facts, job.adapter, method, adapter.paths, Path(job.export))
     result = Result(
         samples=min(len(examples), job.training.steps * job.training.rows_a_step),
         evaluation=scores,
@@ -163,27 +190,79 @@ def _limit(job: Job, method: Method, meter: Meter) -> Limit | None:
     return Limit(job.budget_bytes, job.plan, ways, meter.lap)
 
 
-def _start(job: Job, method: Method, initial: attach.State) -> attach.State:
+def _labels(job: Job, rows: list[data.Row]) -> list[str]:
+    """What the head tells apart: the labels of this device's rows, and those that reached it through the fleet's version."""
+    keys = codec.shapes(Path(job.start).read_bytes()) if job.start is not None else {}
+    met = {label_of(key) for key in keys if kind_of(key) in ("labels", "anchors")}
+    return sorted(data.labels_of(rows) | met)
+
+
+def _anchors(job: Job, read: Callable[[list[data.Row]], list[data.Example]]) -> list[data.Example]:
+    """The fleet's public texts; the answer of each is its number."""
+    if job.anchors is None:
+        return []
+    assert job.codistill is not None
+    rows = data.read_rows(Path(job.anchors))
+    if len(rows) < job.codistill.texts or not all("text" in row for row in rows):
+        raise InputError(
+            f"the fleet's public texts are {job.codistill.texts} rows with a text, but its file has {len(rows)} rows"
+        )
+    texts = [{"text": row["text"], "label": ""} for row in rows[: job.codistill.texts]]
+    return [text._replace(answer=number) for number, text in enumerate(read(texts))]
+
+
+def _distillation(
+    job: Job, anchors: list[data.Example], labels: list[str], shared: Mapping[str, NDArray[np.float32]]
+) -> step.Distillation | None:
+    """What the fleet predicts of the anchors; None where it has not predicted yet."""
+    columns = [shared.get(f"anchors.{label}.T") for label in labels]
+    if job.codistill is None or all(column is None for column in columns):
+        return None
+    told = [np.zeros(len(anchors), np.float32) if column is None else column[0] for column in columns]
+    targets = torch.from_numpy(np.stack(told, 1)).to(job.device)
+    targets /= targets.sum(1, keepdim=True).clamp_min(1e-6)
+    return step.Distillation(anchors, targets, job.codistill.weight, job.codistill.rows)
+
+
+@torch.no_grad()
+def _predictions(
+    model: PreTrainedModel,
+    adapter: attach.Adapter,
+    examples: list[data.Example],
+    anchors: list[data.Example],
+    micro_rows: int,
+) -> attach.State:
+    """What the head says of the fleet's public texts, less where they are unlike this device's rows (methods/codistill.py)."""
+    assert adapter.head is not None
+    texts = states(model, anchors, micro_rows)
+    own = states(model, examples[:: -(-len(examples) // MOST_ROWS)], micro_rows)
+    said = (texts @ adapter.head.weight.T).softmax(-1) * likeness(own, texts)[:, None]
+    rows = said.T.cpu().numpy()
+    return {f"anchors.{label}.P": row[None] for label, row in zip(adapter.head.labels, rows, strict=True)}
+
+
+def _start(job: Job, method: Method, initial: attach.State, shared: attach.State) -> attach.State:
     """The state a round starts from: version 0, then what the fleet shares, then what is private."""
     state = dict(initial)
     shapes = {key: value.shape for key, value in state.items()}
-    if job.start is not None:
-        shared = codec.decode(Path(job.start).read_bytes())
-        for key, value in shared.items():
-            if key in state and method.exchanged(key):
-                state[key] = value[leading(shapes[key])] if method.unequal else value
+    for key, value in shared.items():
+        if key in state and method.exchanged(key):
+            state[key] = value[leading(shapes[key])] if method.unequal else value
     if job.private is not None:
-        _overlay(state, _load(job.private), np.copyto)
+        _overlay(state, _load(job.private), method, np.copyto)
     attach.check_keys(state, shapes)
     return state
 
 
-def _overlay(state: attach.State, kept: attach.State, put: Callable[..., object]) -> None:
+def _overlay(state: attach.State, kept: attach.State, method: Method, put: Callable[..., object]) -> None:
     """Put what is kept of an earlier round where the state has it: a plan since then may have other layers or another rank,
     and what is of layers of another width belongs to another model."""
     for key in kept.keys() & state.keys():
-        width = width_axis(key)
-        if key.endswith(".C") or kept[key].shape[width] == state[key].shape[width]:
+        factor = method.factor(key)
+        if all(
+            axis not in WIDTHS or mine == theirs
+            for axis, mine, theirs in zip(factor.axes, state[key].shape, kept[key].shape, strict=True)
+        ):
             both = leading(tuple(map(min, state[key].shape, kept[key].shape)))
             put(state[key][both], kept[key][both])
 
@@ -196,26 +275,36 @@ def _put_aside(start: attach.State, method: Method, folder: Path, tell: Callable
     start.clear()
 
 
-def _write(folder: Path, job: Job, method: Method, adapter: attach.Adapter, tell: Callable[[str], None]) -> bytes:
+def _write(
+    folder: Path,
+    job: Job,
+    method: Method,
+    adapter: attach.Adapter,
+    said: attach.State,
+    tell: Callable[[str], None],
+) -> bytes:
     """Write what the round made: payload and residual of the exchanged factors, the state of the private ones.
+
+    said: what goes with the delta as it is; nothing is owed of it.
 
     The factors themselves become delta and then residual: whatever is of their size exists once.
     """
-    trained = {key: factor.detach().float().cpu().numpy() for key, factor in adapter.factors.items()}
+    trained = {key: factor.detach().float().cpu().numpy() for key, factor in adapter.rows()}
     private = {key: value for key, value in trained.items() if method.kept(key)}
     delta = {key: value for key, value in trained.items() if method.exchanged(key)}
     if private:
         _save(folder / "state.bin", private, tell)
-    if not delta:
+    if not delta and not said:
         return b""
-    with safe_open(folder / START, framework="np") as start:
-        for key, value in delta.items():
-            value -= start.get_tensor(key)
-    (folder / START).unlink()
+    if delta:
+        with safe_open(folder / START, framework="np") as start:
+            for key, value in delta.items():
+                value -= start.get_tensor(key)
+        (folder / START).unlink()
     for owed, read in ((job.residual, _load), (job.unsent, lambda path: codec.decode(Path(path).read_bytes()))):
         if owed is not None and not method.refactored:
-            _overlay(delta, read(owed), lambda into, value: np.add(into, value, out=into))
-    payload = codec.encode(delta)
+            _overlay(delta, read(owed), method, lambda into, value: np.add(into, value, out=into))
+    payload = codec.encode({**delta, **said})
     sent = codec.decode(payload)
     for key, value in delta.items():
         value -= sent.pop(key)
@@ -284,7 +373,7 @@ def baseline_bytes() -> int:
     with meter.phase("train"):
         for dtype in (torch.float32, torch.bfloat16):
             model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
-            adapter = attach.attach(model, (0,), settings.Adapter(), fedit.METHOD.factors, seed=0)
+            adapter = attach.attach(model, (0,), settings.Adapter(), fedit.METHOD, seed=0)
             apply(model)
             example = data.Example([1] * 16, [1] * 16)
             training = settings.Training(steps=1, rows_a_step=1)
@@ -300,7 +389,7 @@ def baseline_bytes() -> int:
                 seed=0,
                 progress=lambda *_: None,
             )
-            evaluate(model, [example], 1)
+            evaluate(model, adapter, [example], 1)
     return meter.peak_bytes
 
 
@@ -312,7 +401,7 @@ def main() -> int:
     if "--attended" in sys.argv[2:]:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
-        run(Path(sys.argv[1]))
+        run(Path(sys.argv[1]), Bases(), _say)
     except EdgeError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
@@ -323,6 +412,11 @@ def main() -> int:
         sys.stderr.write(f"{InputError(f'cannot write the result: {error}')}\n")
         return InputError.exit_code
     return 0
+
+
+def _say(progress: Progress) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(progress) + b"\n")
+    sys.stdout.buffer.flush()
 
 
 def _end_with_stdin() -> None:

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from edge_kernels import AdamW8bit, Kept, Packed, checkpoint_block, linear_cross_entropy
+from torch.nn.functional import cross_entropy, rms_norm
 from transformers import PreTrainedModel
 
 from edge_runtime.adapters.attach import Adapter
@@ -38,7 +40,7 @@ def pad(rows: list[Example], device: torch.device) -> tuple[torch.Tensor, torch.
     labels = torch.full((len(rows), longest), IGNORED)
     for i, row in enumerate(rows):
         ids[i, : len(row.ids)] = torch.tensor(row.ids)
-        labels[i, : len(row.ids)] = torch.tensor(row.labels)
+        labels[i, : len(row.labels)] = torch.tensor(row.labels)
     return ids.to(device), labels.to(device)
 
 
@@ -52,6 +54,59 @@ def head(model: PreTrainedModel) -> tuple[torch.Tensor | Packed, float | None]:
     """The head's weight (vocabulary, hidden) and the bound of its logits, if it has one."""
     config = model.config.get_text_config()
     return model.get_output_embeddings().weight, getattr(config, "final_logit_softcapping", None)
+
+
+def label_states(batch: list[Example], hidden: torch.Tensor) -> torch.Tensor:
+    """(rows, tokens, hidden) to what a head over labels reads: each row's last token (rows, hidden), in float32.
+
+    It is brought to a root mean square of 1: models differ in it by a factor of five, and one learning rate is for all.
+    """
+    last = torch.tensor([len(row.ids) - 1 for row in batch], device=hidden.device)
+    state = hidden[torch.arange(len(batch), device=hidden.device), last].float()
+    return rms_norm(state, (state.shape[-1],))
+
+
+class Distillation(NamedTuple):
+    """Public texts on which the head learns what the fleet predicts of them.
+
+    texts: whose answer is their row in targets (texts, labels), of probabilities. weight: of their mean loss beside the mean
+    loss of a step's own rows. rows: of them in a step.
+    """
+
+    texts: list[Example]
+    targets: torch.Tensor
+    weight: float
+    rows: int
+
+
+class Part(NamedTuple):
+    """A micro-batch, and the share of its mean loss in the step's. soft: whether it learns from Distillation's targets."""
+
+    batch: list[Example]
+    share: float
+    soft: bool
+
+
+def parts(rows: list[Example], texts: list[Example], weight: float, micro_rows: int) -> list[Part]:
+    """The micro-batches of a step: text counts by labelled tokens, a head's rows by rows, each kind by its rows in the step."""
+    found = []
+    own = list(batches(rows, micro_rows))
+    for headed in (False, True):
+        same = [batch for batch in own if (batch[0].answer is not None) is headed]
+        total = sum(map(_counted, same))
+        portion = sum(map(len, same)) / len(rows)
+        found += [Part(batch, portion * _counted(batch) / max(total, 1), False) for batch in same]
+    for batch in batches(texts, micro_rows):
+        found.append(Part(batch, weight * len(batch) / len(texts), True))
+    return found
+
+
+def _counted(batch: list[Example]) -> int:
+    """What a micro-batch's loss is the mean of: a head's rows, or labelled tokens, of which the first has none before it."""
+    return sum(
+        row.answer != IGNORED if row.answer is not None else sum(label != IGNORED for label in row.labels[1:])
+        for row in batch
+    )
 
 
 def train(
@@ -69,6 +124,7 @@ def train(
     ease: Callable[[], Plan | None] = lambda: None,
     keep: Boundaries = "input",
     loss_chunk_bytes: int = LOSS_CHUNK_BYTES,
+    distillation: Distillation | None = None,
 ) -> list[float]:
     """Train the adapter for one round, in place.
 
@@ -80,39 +136,48 @@ def train(
         ease: asked after each step how to go on in less memory; None: as before.
         keep: how each block's input is kept for backward.
         loss_chunk_bytes: of logits that exist at once.
+        distillation: public texts beside each step's rows.
 
     Returns:
-        The loss of each step; nan where it was not finite and the step was skipped.
+        The loss of each step on its own rows; nan where it was not finite and the step was skipped.
 
     Raises:
         TrainerError: the loss was not finite several times in a row, or what ease raises.
     """
-    factors = [factor for factor in adapter.factors.values() if factor.requires_grad]
-    optimiser = AdamW8bit(factors, weight_decay=training.weight_decay, clip_norm=training.clip_norm)
+    optimiser = AdamW8bit(adapter.trained(), weight_decay=training.weight_decay, clip_norm=training.clip_norm)
     rows = epochs(examples, f"{seed}/{round_}")
+    texts = epochs(distillation.texts, f"{seed}/{round_}/anchors") if distillation else iter(())
+    taught, weight_taught = (distillation.rows, distillation.weight) if distillation else (0, 0.0)
     weight, softcap = head(model)
     losses: list[float] = []
 
-    def mean_loss(batch: list[Example]) -> tuple[torch.Tensor, int]:
-        ids, labels = pad(batch, weight.device)
-        hidden = hidden_states(model, ids)[:, :-1]
+    def mean_loss(part: Part) -> torch.Tensor:
+        ids, labels = pad(part.batch, weight.device)
+        hidden = hidden_states(model, ids)
         release()  # what the forward pass freed fits little of what comes now, and here is the peak
-        loss = linear_cross_entropy(hidden, weight, labels[:, 1:], softcap, loss_chunk_bytes)
-        return loss, int((labels[:, 1:] != IGNORED).sum())
+        if part.batch[0].answer is None:
+            return linear_cross_entropy(hidden[:, :-1], weight, labels[:, 1:], softcap, loss_chunk_bytes)
+        assert adapter.head is not None
+        logits = label_states(part.batch, hidden) @ adapter.head.weight.T
+        answers = torch.tensor([row.answer for row in part.batch], device=logits.device)
+        if part.soft:
+            assert distillation is not None
+            return cross_entropy(logits, distillation.targets[answers])
+        return cross_entropy(logits, answers, ignore_index=IGNORED)
 
     for step in range(training.steps):
         optimiser.lr = learning_rate(training, step, round_, rounds)
-        micro = list(batches(list(islice(rows, training.rows_a_step)), micro_rows))
-        labelled = sum(label != IGNORED for batch in micro for row in batch for label in row.labels[1:])
-        total = 0.0
+        own = list(islice(rows, training.rows_a_step))
+        micro = parts(own, list(islice(texts, taught)), weight_taught, micro_rows)
+        total = seen = 0.0
         with only_blocks(model, slices[step % len(slices)]), recomputed_blocks(model, keep):
             if step == 0:
                 with optimiser.measuring():
-                    mean_loss(micro[0])[0].backward()
-            for number, batch in enumerate(micro, 1):
-                loss, count = mean_loss(batch)
-                loss = loss * (count / max(labelled, 1))
+                    mean_loss(micro[0]).backward()
+            for number, part in enumerate(micro, 1):
+                loss = mean_loss(part) * part.share
                 total += loss.item()
+                seen += 0.0 if part.soft else loss.item()
                 if not math.isfinite(total):
                     break
                 with nullcontext() if number == len(micro) else optimiser.accumulating():
@@ -121,13 +186,13 @@ def train(
             optimiser.step()
         else:
             optimiser.forget()
-        losses.append(total if math.isfinite(total) else math.nan)
+        losses.append(seen if math.isfinite(total) else math.nan)
         if len(losses) >= SKIPPED_IN_A_ROW and all(map(math.isnan, losses[-SKIPPED_IN_A_ROW:])):
             raise TrainerError(
                 f"the loss was not finite {SKIPPED_IN_A_ROW} times in a row, up to step {step + 1} of round {round_}; lower the "
                 "learning rate, or look for broken weights"
             )
-        progress(step + 1, total if math.isfinite(total) else None)
+        progress(step + 1, seen if math.isfinite(total) else None)
         eased = ease()
         if eased is not None:
             micro_rows, keep = eased.rows, eased.boundaries

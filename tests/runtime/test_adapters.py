@@ -9,17 +9,18 @@ import numpy as np
 import peft
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from edge_runtime import settings
 from edge_runtime.adapters import attach, export, roles
 from edge_runtime.adapters.initial import initial
 from edge_runtime.errors import InputError
 from edge_runtime.methods import fedit, fedsb
+from edge_runtime.methods.interface import A, B
 from edge_runtime.models.facts import adapter_shapes
 from edge_runtime.models.slices import kept_layers
 
-FACTORS = fedit.METHOD.factors
+FEDIT = fedit.METHOD
 SEPARATE = {"q": (64, 32), "k": (32, 32), "v": (32, 32), "o": (32, 64)}
 GATED = {"gate": (48, 32), "up": (48, 32), "down": (32, 48)}
 FAMILIES = {
@@ -80,7 +81,7 @@ def test_a_role_is_the_layer_that_plays_it(tiny, family, names):
 def test_attaching_leaves_the_logits_as_they_were(tiny, family):
     model = tiny(family)
     before = logits(model)
-    adapter = attach.attach(model, LAYERS, SPEC, FACTORS, seed=0)
+    adapter = attach.attach(model, LAYERS, SPEC, FEDIT, seed=0)
     assert difference(logits(model), before) < 1e-6
     attach.load_state(adapter, random_state(adapter))
     assert difference(logits(model), before) > 1e-2
@@ -89,7 +90,7 @@ def test_attaching_leaves_the_logits_as_they_were(tiny, family):
 @each_family
 def test_every_factor_and_nothing_else_gets_a_gradient(tiny, family):
     model = tiny(family)
-    adapter = attach.attach(model, LAYERS, SPEC, FACTORS, seed=0)
+    adapter = attach.attach(model, LAYERS, SPEC, FEDIT, seed=0)
     attach.load_state(adapter, random_state(adapter))
     model(IDS, labels=IDS).loss.backward()
     assert all(factor.grad is not None and factor.grad.abs().sum() > 0 for factor in adapter.factors.values())
@@ -103,18 +104,18 @@ def test_shapes_are_known_without_the_model(tiny, facts_of, family, depth):
     """The planner and the node count on it."""
     model = tiny(family, **{"n_layer" if family == "gpt2" else "num_hidden_layers": depth})
     layers = kept_layers(depth, 4)
-    adapter = attach.attach(model, layers, SPEC, FACTORS, seed=0)
+    adapter = attach.attach(model, layers, SPEC, FEDIT, seed=0)
     shapes = {key: value.shape for key, value in attach.state(adapter).items()}
-    assert shapes == adapter_shapes(facts_of(tiny(family)), layers, SPEC.roles, SPEC.rank, FACTORS)
+    assert shapes == adapter_shapes(facts_of(tiny(family)), layers, SPEC.roles, SPEC.rank, FEDIT)
 
 
 @each_family
 def test_a_state_taken_out_and_put_back_is_the_same_model(tiny, family):
     first, second = tiny(family), tiny(family)
-    adapter = attach.attach(first, LAYERS, SPEC, FACTORS, seed=0)
+    adapter = attach.attach(first, LAYERS, SPEC, FEDIT, seed=0)
     attach.load_state(adapter, random_state(adapter))
     taken = attach.state(adapter)
-    attach.load_state(attach.attach(second, LAYERS, SPEC, FACTORS, seed=1), taken)
+    attach.load_state(attach.attach(second, LAYERS, SPEC, FEDIT, seed=1), taken)
     assert torch.equal(logits(first), logits(second))
     taken["layers.0.o.A"] += 1  # a copy: the model does not follow it
     assert torch.equal(logits(first), logits(second))
@@ -132,7 +133,7 @@ def test_a_state_taken_out_and_put_back_is_the_same_model(tiny, family):
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_by_name_and_changes_nothing(tiny, change, message):
-    adapter = attach.attach(tiny("llama"), LAYERS, SPEC, FACTORS, seed=0)
+    adapter = attach.attach(tiny("llama"), LAYERS, SPEC, FEDIT, seed=0)
     before, wrong = attach.state(adapter), random_state(adapter)
     change(wrong)
     with pytest.raises(InputError, match=message):
@@ -141,17 +142,17 @@ def test_a_state_that_does_not_fit_is_refused_by_name_and_changes_nothing(tiny, 
 
 
 def test_only_the_wanted_roles_are_adapted(tiny):
-    adapter = attach.attach(tiny("llama"), LAYERS, settings.Adapter(rank=2, roles=("q", "down")), FACTORS, seed=0)
+    adapter = attach.attach(tiny("llama"), LAYERS, settings.Adapter(rank=2, roles=("q", "down")), FEDIT, seed=0)
     assert {key.split(".")[2] for key in adapter.factors} == {"q", "down"}
     with pytest.raises(InputError, match="no linear layer of the roles fc1, fc2"):
-        attach.attach(tiny("llama"), LAYERS, settings.Adapter(roles=("fc1", "fc2")), FACTORS, seed=0)
+        attach.attach(tiny("llama"), LAYERS, settings.Adapter(roles=("fc1", "fc2")), FEDIT, seed=0)
 
 
 def test_an_unknown_family_is_refused_by_name(tiny):
     model = tiny("llama")
     model.config.model_type = "mamba"
     with pytest.raises(InputError, match="models of type mamba are not supported; known: llama, mistral"):
-        attach.attach(model, LAYERS, SPEC, FACTORS, seed=0)
+        attach.attach(model, LAYERS, SPEC, FEDIT, seed=0)
 
 
 # --- the start values
@@ -160,28 +161,28 @@ def test_an_unknown_family_is_refused_by_name(tiny):
 def test_the_start_is_equal_in_every_process_and_version():
     """Devices and node never send it to each other, so a numpy that draws other numbers has to be seen here."""
     code = (
-        "from edge_runtime.adapters.initial import initial; import hashlib;"
-        "print(hashlib.sha256(initial('layers.3.q.A', (4, 64), 7, 'drawn').tobytes()).hexdigest()[:16])"
+        "from edge_runtime.adapters.initial import initial; from edge_runtime.methods.interface import A; import hashlib;"
+        "print(hashlib.sha256(initial('layers.3.q.A', (4, 64), 7, A).tobytes()).hexdigest()[:16])"
     )
     printed = {subprocess.check_output([sys.executable, "-c", code], text=True).strip() for _ in range(2)}
     assert printed == {"368a476735aa3fa8"}
 
 
 def test_the_start_depends_on_key_and_seed():
-    one = initial("layers.3.q.A", (4, 64), 7, "drawn")
-    assert np.array_equal(one, initial("layers.3.q.A", (4, 64), 7, "drawn"))
-    assert not np.array_equal(one, initial("layers.4.q.A", (4, 64), 7, "drawn"))
-    assert not np.array_equal(one, initial("layers.3.q.A", (4, 64), 8, "drawn"))
+    one = initial("layers.3.q.A", (4, 64), 7, A)
+    assert np.array_equal(one, initial("layers.3.q.A", (4, 64), 7, A))
+    assert not np.array_equal(one, initial("layers.4.q.A", (4, 64), 7, A))
+    assert not np.array_equal(one, initial("layers.3.q.A", (4, 64), 8, A))
 
 
 def test_the_start_is_even_over_the_layers_width_or_zero():
-    A = initial("layers.0.q.A", (64, 400), 0, "drawn")
-    assert A.dtype == np.float32
-    assert np.abs(A).max() <= 1 / 20
-    assert abs(A.std() - 1 / 20 / 3**0.5) < 1e-3
-    B = initial("layers.0.q.B", (400, 64), 0, "drawn")
-    assert np.abs(B).max() <= 1 / 20 < 1.01 * np.abs(B).max()
-    assert not initial("layers.0.q.B", (400, 64), 0, "zero").any()
+    wide = initial("layers.0.q.A", (64, 400), 0, A)
+    assert wide.dtype == np.float32
+    assert np.abs(wide).max() <= 1 / 20
+    assert abs(wide.std() - 1 / 20 / 3**0.5) < 1e-3
+    high = initial("layers.0.q.B", (400, 64), 0, fedsb.METHOD.factors["B"])
+    assert np.abs(high).max() <= 1 / 20 < 1.01 * np.abs(high).max()
+    assert not initial("layers.0.q.B", (400, 64), 0, B).any()
 
 
 # --- export to PEFT
@@ -190,9 +191,9 @@ def test_the_start_is_even_over_the_layers_width_or_zero():
 def exported(model, facts, spec, folder, layers=LAYERS):
     """The model with random factors, after they were written as a PEFT folder."""
     ours = copy.deepcopy(model)
-    adapter = attach.attach(ours, layers, spec, FACTORS, seed=0)
+    adapter = attach.attach(ours, layers, spec, FEDIT, seed=0)
     attach.load_state(adapter, random_state(adapter))
-    export.to_peft(attach.state(adapter), facts, spec, adapter.paths, folder)
+    export.to_peft(attach.state(adapter), facts, spec, FEDIT, adapter.paths, folder)
     return ours
 
 
@@ -223,7 +224,7 @@ def test_any_roles_can_be_exported(tiny, facts_of, family, names, tmp_path):
 
 def with_a_core(model, seed=0):
     """The model with random factors of a method whose core alone is trained."""
-    adapter = attach.attach(model, LAYERS, SPEC, fedsb.METHOD.factors, seed)
+    adapter = attach.attach(model, LAYERS, SPEC, fedsb.METHOD, seed)
     attach.load_state(adapter, random_state(adapter))
     return adapter
 
@@ -235,20 +236,25 @@ def test_a_core_goes_into_b(tiny, facts_of, family, tmp_path):
     ours = copy.deepcopy(model)
     adapter = with_a_core(ours)
     state = attach.state(adapter)
-    export.to_peft(state, facts, SPEC, adapter.paths, tmp_path)
+    export.to_peft(state, facts, SPEC, fedsb.METHOD, adapter.paths, tmp_path)
     theirs = peft.PeftModel.from_pretrained(model, tmp_path)
     assert difference(logits(theirs), logits(ours)) < 1e-5
     assert difference(plain, logits(ours)) > 1e-2
     key = next(key for key in state if key.endswith(".C"))
     with pytest.raises(InputError, match=f"lacks {key}"):
         export.to_peft(
-            {name: value for name, value in state.items() if name != key}, facts, SPEC, adapter.paths, tmp_path
+            {name: value for name, value in state.items() if name != key},
+            facts,
+            SPEC,
+            fedsb.METHOD,
+            adapter.paths,
+            tmp_path,
         )
 
 
 def test_frozen_factors_have_no_gradient_and_version_0_changes_nothing(tiny):
     model, plain = tiny("llama"), logits(tiny("llama"))
-    adapter = attach.attach(model, LAYERS, SPEC, fedsb.METHOD.factors, seed=0)
+    adapter = attach.attach(model, LAYERS, SPEC, fedsb.METHOD, seed=0)
     assert difference(plain, logits(model)) < 1e-6
     model(IDS, labels=IDS).loss.backward()
     assert {key[-1] for key, factor in adapter.factors.items() if factor.grad is not None} == {"C"}
@@ -273,7 +279,7 @@ def test_the_comparison_sees_a_wrong_export(tiny, facts_of, fault, tmp_path):
         path = tmp_path / "adapter_model.safetensors"
         tensors = load_file(path)
         tensors["base_model.model.transformer.h.3.mlp.c_proj.lora_B.weight"][0] *= 1.1
-        export.save_file(tensors, path)
+        save_file(tensors, path)
     theirs = peft.PeftModel.from_pretrained(model, tmp_path)
     assert difference(logits(theirs), logits(ours)) > 1e-5
 
@@ -281,9 +287,9 @@ def test_the_comparison_sees_a_wrong_export(tiny, facts_of, fault, tmp_path):
 def test_an_incomplete_state_is_not_exported(tiny, facts_of, tmp_path):
     model = tiny("llama")
     facts = facts_of(model)
-    adapter = attach.attach(model, LAYERS, SPEC, FACTORS, seed=0)
+    adapter = attach.attach(model, LAYERS, SPEC, FEDIT, seed=0)
     state = attach.state(adapter)
     state.pop("layers.1.up.B")
     with pytest.raises(InputError, match=r"lacks layers.1.up.B"):
-        export.to_peft(state, facts, SPEC, adapter.paths, tmp_path / "out")
+        export.to_peft(state, facts, SPEC, FEDIT, adapter.paths, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -60,7 +60,7 @@ def test_the_version_has_the_fleets_rank_and_goes_on_from_the_last(tmp_path):
     (first,) = merge.merge(low, {}, FLEET, HETLORA, 1, tmp_path / "1")
     after = load_file(first.master)
     sent = codec.decode(low[0].payload.read_bytes())
-    start = initial("layers.0.q.A", (4, 32), 3, "drawn")
+    start = initial("layers.0.q.A", (4, 32), 3, HETLORA.factors["A"])
     np.testing.assert_allclose(after["layers.0.q.A"][:2], start[:2] + sent["layers.0.q.A"], atol=1e-6)
     assert np.array_equal(after["layers.0.q.A"][2:], start[2:])  # nobody holds it: it waits for who does
     assert after["layers.0.q.B"].shape == (48, 4)

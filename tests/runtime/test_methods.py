@@ -24,7 +24,7 @@ def delta(seed, keys=tuple(SHAPES)):
 
 def merged(updates):
     """What fedit makes of (delta, samples) pairs."""
-    return fedit.METHOD.merge(lambda: (Contribution(ZEROS, one, samples) for one, samples in updates))
+    return fedit.METHOD.merges["layers"](lambda: (Contribution(ZEROS, one, samples) for one, samples in updates))
 
 
 def reference(updates):
@@ -114,9 +114,9 @@ def peak_bytes(merge, updates):
     return peak
 
 
-@pytest.mark.parametrize("name", [name for name, method in methods.METHODS.items() if method.merge is not None])
+@pytest.mark.parametrize("name", [name for name, method in methods.METHODS.items() if method.merges])
 def test_memory_does_not_grow_with_the_number_of_updates(name):
-    merge = methods.by_name(name).merge
+    merge = methods.by_name(name).merges["layers"]
     assert peak_bytes(merge, 40) - peak_bytes(merge, 2) < ONE_UPDATE / 2
 
 
@@ -132,6 +132,7 @@ FACTORS = {  # what each method sends, keeps and freezes
     "fedsb": ("C", "", "AB"),
     "hetlora": ("AB", "", ""),
     "flexlora": ("AB", "", ""),
+    "heterotune": ("ABUV", "g", ""),
 }
 
 
@@ -143,7 +144,7 @@ def test_each_factor_is_sent_kept_or_frozen():
         for factor in method.factors:
             key = f"layers.0.q.{factor}"
             assert (method.exchanged(key), method.kept(key)) == (factor in sent, factor in kept)
-        assert (method.merge is None) is not sent
+        assert bool(method.merges) is bool(sent)
         assert "zero" in {factor.start for factor in method.factors.values()}  # version 0 changes nothing
 
 
@@ -163,7 +164,7 @@ def test_the_product_of_what_is_merged_is_the_mean_product_where_one_factor_alon
         ({f: draw.normal(0, 1, shapes[f]).astype(np.float32) for f in start if method.exchanged(f"x.{f}")}, samples)
         for samples in (200, 31, 1)
     ]
-    step = method.merge(lambda: (Contribution({}, one, samples) for one, samples in updates))
+    step = method.merges["layers"](lambda: (Contribution({}, one, samples) for one, samples in updates))
     after = products({f: start[f] + step.get(f, 0) for f in start})
     mean = sum(n * products({f: start[f] + one.get(f, 0) for f in start}) for one, n in updates) / 232
     assert bool(np.abs(after - mean).max() < 1e-4) is exact
@@ -180,7 +181,7 @@ def device(seed, rank, before, keys=tuple(SHAPES)):
 
 
 def hetlora(made):
-    return methods.by_name("hetlora").merge(lambda: iter(made))
+    return methods.by_name("hetlora").merges["layers"](lambda: iter(made))
 
 
 def filled_up(made):
@@ -260,7 +261,7 @@ def test_devices_that_changed_nothing_leave_the_version_as_it_is():
 
 
 def flexlora(made):
-    return methods.by_name("flexlora").merge(lambda: iter(made))
+    return methods.by_name("flexlora").merges["layers"](lambda: iter(made))
 
 
 def mean_products(made):

@@ -29,7 +29,7 @@ from edge_runtime.models.prepare import prepare
 from edge_runtime.models.slices import kept_layers, nested_blocks
 from edge_runtime.training import step
 
-FACTORS = fedit.METHOD.factors
+FEDIT = fedit.METHOD
 IDS = torch.arange(3, 43).reshape(2, 20)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2")
 
@@ -536,7 +536,7 @@ def test_a_streamed_block_lets_go_of_its_matrices_until_it_runs_again(tiny_facts
     seen = {}
     for streamed in (False, True):
         model = weights.load(facts, 2, "q8_0", streamed=streamed)
-        adapter = attach.attach(model, (0, facts.layers - 1), settings.Adapter(rank=2), FACTORS, seed=0)
+        adapter = attach.attach(model, (0, facts.layers - 1), settings.Adapter(rank=2), FEDIT, seed=0)
         with torch.no_grad():
             adapter.factors["layers.0.q.B"].fill_(0.01)
         read = []

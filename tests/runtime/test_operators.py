@@ -16,7 +16,7 @@ from edge_runtime.methods import fedit
 from edge_runtime.models import weights
 from edge_runtime.training import data, step
 
-FACTORS = fedit.METHOD.factors
+FEDIT = fedit.METHOD
 SPEC = settings.Adapter(rank=4)
 SWAPPED = {  # modules of a tiny model of 4 blocks: norms, MLPs with a gate, attentions
     "llama": 9 + 4 + 4,
@@ -34,7 +34,7 @@ SWAPPED = {  # modules of a tiny model of 4 blocks: norms, MLPs with a gate, att
 
 def outcome(model):
     """Logits, and the gradients of every factor of an adapter that is past its start."""
-    adapter = attach.attach(model, (0, 1, 2, 3), SPEC, FACTORS, seed=0)
+    adapter = attach.attach(model, (0, 1, 2, 3), SPEC, FEDIT, seed=0)
     with torch.no_grad():
         for number, factor in enumerate(adapter.factors.values()):
             factor.normal_(0, 0.05, generator=torch.Generator().manual_seed(number))
@@ -103,7 +103,8 @@ class PlainLora(nn.Module):
 
     def __init__(self, adapted):
         super().__init__()
-        self.base, self.A, self.B, self.scale = adapted.base, adapted.A, adapted.B, adapted.scale
+        self.base, self.scale = adapted.base, adapted.scale
+        self.A, self.B = adapted.factors["A"], adapted.factors["B"]
 
     def forward(self, x):
         z = x @ self.A.to(x.dtype).T
@@ -115,7 +116,7 @@ REAL_SPEC = settings.Adapter(rank=8, alpha=16)
 
 def losses_of(facts, examples, *, operators, steps, learning_rate=1e-3, form="bfloat16"):
     model = weights.load(facts, facts.layers, form)
-    adapter = attach.attach(model, tuple(range(facts.layers)), REAL_SPEC, FACTORS, seed=0)
+    adapter = attach.attach(model, tuple(range(facts.layers)), REAL_SPEC, FEDIT, seed=0)
     if operators:
         apply(model)
         training = settings.Training(steps=steps, rows_a_step=4, learning_rate=learning_rate)
@@ -179,9 +180,9 @@ def test_sixty_steps_on_packed_weights_follow_pefts_on_the_same_weights_expanded
     seen = losses_of(demo_facts, examples, operators=True, steps=60, form="q4_1")
     model = weights.load(demo_facts, demo_facts.layers, "bfloat16")
     adapter = attach.attach(
-        weights.load(demo_facts, demo_facts.layers, "q4_1"), tuple(range(30)), REAL_SPEC, FACTORS, seed=0
+        weights.load(demo_facts, demo_facts.layers, "q4_1"), tuple(range(30)), REAL_SPEC, FEDIT, seed=0
     )
-    export.to_peft(attach.state(adapter), demo_facts, REAL_SPEC, adapter.paths, tmp_path)
+    export.to_peft(attach.state(adapter), demo_facts, REAL_SPEC, FEDIT, adapter.paths, tmp_path)
     peft = PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
     theirs = plain_losses(peft, [p for p in peft.parameters() if p.requires_grad], examples, 60)
     assert theirs[-1] < theirs[0] / 2

@@ -83,7 +83,6 @@ def test_a_name_and_a_model_are_enough(read):
     ("line", "message"),
     [
         ("[fleet]\nquorun = 2", r"\[fleet\] has no key `quorun`; did you mean `quorum`\?"),
-        ("[method]\nnames = 'fedit'", r"\[method\] has no key `names`; did you mean `name`\?"),
         ("[adapter]\nranks = 4", r"\[adapter\] has no key `ranks`; did you mean `rank`\?"),
         (
             "[training]\nlearning-rate = 1e-3",

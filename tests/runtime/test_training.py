@@ -31,7 +31,7 @@ from edge_runtime.training.evaluate import evaluate
 from edge_runtime.training.job import Job, Progress, Result
 from edge_runtime.training.meter import Meter
 
-FACTORS = fedit.METHOD.factors
+FEDIT = fedit.METHOD
 SPEC = settings.Adapter(rank=4, alpha=8.0)
 LAYERS = (0, 1, 2, 3)
 
@@ -49,7 +49,7 @@ def draw_examples(count, seed=0):
 
 def adapted(model, spec=SPEC):
     """The model with an adapter that is past its start, so that A has a gradient too."""
-    adapter = attach.attach(model, LAYERS, spec, FACTORS, seed=0)
+    adapter = attach.attach(model, LAYERS, spec, FEDIT, seed=0)
     draw = np.random.default_rng(1)
     start = {key: draw.normal(0, 0.05, value.shape).astype(np.float32) for key, value in attach.state(adapter).items()}
     attach.load_state(adapter, start)
@@ -108,7 +108,7 @@ def test_a_step_through_a_slice_is_the_step_of_that_slice_alone(tiny, family):
     losses = train(deep, adapter, examples, steps=2, slices=[kept, (0, 1, 2, 3)])
     shallow = tiny(family)
     with step.only_blocks(shallow, kept):
-        alone = attach.attach(shallow, kept, SPEC, FACTORS, seed=0)
+        alone = attach.attach(shallow, kept, SPEC, FEDIT, seed=0)
         attach.load_state(alone, {key: before[key] for key in alone.factors})
         assert train(shallow, alone, examples, steps=1, slices=[(0, 1)]) == pytest.approx(losses[:1], abs=1e-6)
     assert len(roles.blocks(deep)) == len(roles.blocks(shallow)) == deep.config.num_hidden_layers == 4
@@ -292,7 +292,7 @@ def test_exact_match_is_what_greedy_generation_would_write(tiny, family):
     adapter = adapted(model, settings.Adapter(rank=8, alpha=16.0))
     examples = draw_examples(12)
     train(model, adapter, examples[:6], steps=60, rows_a_step=6, micro_rows=6, learning_rate=2e-2)
-    score = evaluate(model, examples, micro_rows=5)
+    score = evaluate(model, adapter, examples, micro_rows=5)
     right = greedy_matches(model, examples)
     assert score.rows == 12
     assert score.accuracy == right / 12
@@ -303,12 +303,13 @@ def test_exact_match_is_what_greedy_generation_would_write(tiny, family):
 @pytest.mark.parametrize("micro_rows", [1, 5, 100])
 def test_the_loss_of_an_evaluation_is_torchs(tiny, family, micro_rows):
     model, examples = tiny(family), draw_examples(12)
+    adapter = adapted(model, SPEC)
     ids, labels = step.pad(examples, torch.device("cpu"))
     with torch.no_grad():
         logits = model(ids).logits[:, :-1].flatten(0, 1)
     truth = float(torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten()))
     every_token = float(torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()))
-    assert evaluate(model, examples, micro_rows).loss == pytest.approx(truth, rel=1e-5)
+    assert evaluate(model, adapter, examples, micro_rows).loss == pytest.approx(truth, rel=1e-5)
     assert every_token != pytest.approx(truth, rel=1e-3)
 
 
@@ -322,7 +323,7 @@ ROWS = [{"prompt": f"say {n}: ", "completion": f"{n} {n}"} for n in range(20)]
 def trainer(tmp_path):
     """trainer(name, facts, depth, **changes): runs one job as a device does; its folder and the ended process."""
 
-    def run(name, facts, depth=4, rows=ROWS, **changes):
+    def run(name, facts, depth=4, rows=ROWS, method="fedit", **changes):
         folder = tmp_path / name
         folder.mkdir()
         plan = plan_of(model_class=facts.model_class, layers=facts.layers, depth=depth, rows=4)
@@ -333,7 +334,7 @@ def trainer(tmp_path):
                 "plan": plan,
                 "adapter": SPEC,
                 "training": settings.Training(steps=3, rows_a_step=6, max_tokens=32),
-                "method": "fedit",
+                "method": settings.Method(method),
                 "seed": 5,
                 "round": 1,
                 "rounds": 2,
@@ -376,7 +377,7 @@ def test_a_round_that_comes_near_its_budget_goes_on_in_less_memory(trainer, demo
     (near / "job.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(job, threads=0)))
     lap, peaks = Meter.lap, iter([job.budget_bytes] * 2)
     monkeypatch.setattr(Meter, "lap", lambda meter: lap(meter) if meter._phase != "train" else next(peaks, lap(meter)))
-    run.run(near)
+    run.run(near, run.Bases(), lambda progress: None)
     eased = result((near, subprocess.CompletedProcess([], 0)))
     assert eased.eased == ["rank 4, micro-batches of 1 x 256 tokens, boundaries in 8 bits"]
     assert eased.losses == pytest.approx(result(far).losses, rel=1e-2)
@@ -395,7 +396,7 @@ def test_a_trainer_whose_steps_take_more_than_its_budget_says_what_they_took(tra
 def test_one_round_on_a_slice_of_the_demos_model(trainer, demo_facts):
     ended = trainer("a", demo_facts, depth=2)
     done = result(ended)
-    expected = adapter_shapes(demo_facts, (0, 29), SPEC.roles, SPEC.rank, FACTORS)
+    expected = adapter_shapes(demo_facts, (0, 29), SPEC.roles, SPEC.rank, FEDIT)
     assert {key: value.shape for key, value in decoded(ended).items()} == expected
     assert done.payload_bytes == (ended[0] / "payload.bin").stat().st_size
     assert (done.samples, done.evaluation["own"].rows, len(done.losses)) == (18, 4, 3)
@@ -441,7 +442,7 @@ def test_what_is_owed_travels_with_the_next_delta_and_nothing_is_lost(trainer, t
 def test_a_round_starts_from_the_global_version(trainer, tiny_facts, tmp_path):
     """An evaluation alone: its loss is that of the model with exactly this adapter."""
     draw = np.random.default_rng(0)
-    shapes = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, SPEC.rank, FACTORS)
+    shapes = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, SPEC.rank, FEDIT)
     (tmp_path / "start").write_bytes(
         codec.encode({key: draw.normal(0, 0.1, shape).astype(np.float32) for key, shape in shapes.items()})
     )
@@ -453,11 +454,11 @@ def test_a_round_starts_from_the_global_version(trainer, tiny_facts, tmp_path):
 
     examples = data.tokenize(ROWS[:4], AutoTokenizer.from_pretrained(tiny_facts.folder), 32)
     model = weights.load(tiny_facts, 3, "float32")
-    adapter = attach.attach(model, kept_layers(3, 4), SPEC, FACTORS, seed=5)
-    untrained = evaluate(model, examples, 4)
+    adapter = attach.attach(model, kept_layers(3, 4), SPEC, FEDIT, seed=5)
+    untrained = evaluate(model, adapter, examples, 4)
     version = codec.decode((tmp_path / "start").read_bytes())
     attach.load_state(adapter, {key: version[key] for key in adapter.factors})
-    assert seen.loss == pytest.approx(evaluate(model, examples, 4).loss, rel=1e-5)
+    assert seen.loss == pytest.approx(evaluate(model, adapter, examples, 4).loss, rel=1e-5)
     assert seen.loss != pytest.approx(untrained.loss, rel=1e-3)
 
 
@@ -467,9 +468,9 @@ def test_under_local_the_state_stays_on_the_device_and_goes_on_from_there(traine
     assert not (first[0] / "payload.bin").exists() and not (first[0] / "residual.bin").exists()
     kept = load_file(first[0] / "state.bin")
     assert {key: value.shape for key, value in kept.items()} == adapter_shapes(
-        tiny_facts, LAYERS, SPEC.roles, SPEC.rank, FACTORS
+        tiny_facts, LAYERS, SPEC.roles, SPEC.rank, FEDIT
     )
-    assert all(not np.array_equal(kept[key], initial(key, kept[key].shape, 5, FACTORS[key[-1]].start)) for key in kept)
+    assert all(not np.array_equal(kept[key], initial(key, kept[key].shape, 5, FEDIT.factors[key[-1]])) for key in kept)
     second = trainer("second", tiny_facts, method="local", private=str(first[0] / "state.bin"), round=2)
     before, after = result(first).evaluation["own"].loss, result(second).evaluation["own"].loss
     assert after < before
@@ -539,8 +540,7 @@ KEPT = {"fedsa": "B"}
 def test_a_round_sends_what_the_method_shares_and_keeps_what_is_private(trainer, tiny_facts, method):
     folder, _ = first = trainer("first", tiny_facts, method=method)
     result(first)
-    factors = methods.by_name(method).factors
-    shapes = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, SPEC.rank, factors)
+    shapes = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, SPEC.rank, methods.by_name(method))
     assert {key: value.shape for key, value in decoded(first).items()} == {
         key: shape for key, shape in shapes.items() if key[-1] in SENT[method]
     }
@@ -556,7 +556,7 @@ def test_the_private_part_goes_on_beside_the_shared_one(trainer, tiny_facts, tmp
     first = trainer("first", tiny_facts, method="fedsa")
     before = result(first).evaluation["own"].loss
     draws = {
-        key: initial(key, value.shape, 5, "drawn") + value for key, value in decoded(first).items()
+        key: initial(key, value.shape, 5, FEDIT.factors["A"]) + value for key, value in decoded(first).items()
     }  # what a node with this device alone publishes
     (tmp_path / "start").write_bytes(codec.encode(draws))
     private = str(first[0] / "state.bin")
@@ -569,7 +569,7 @@ def test_the_private_part_goes_on_beside_the_shared_one(trainer, tiny_facts, tmp
 def test_a_device_of_lower_rank_starts_from_the_leading_part_of_the_version(trainer, tiny_facts, tmp_path):
     """Its loss is that of the version whose other rows and columns are zero, and what it is owed in another rank counts."""
     draw = np.random.default_rng(0)
-    shapes = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, SPEC.rank, FACTORS)
+    shapes = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, SPEC.rank, FEDIT)
     version = {key: draw.normal(0, 0.1, shape).astype(np.float32) for key, shape in shapes.items()}
     cut = {key: value * (np.arange(SPEC.rank) < 1)[:, None] for key, value in version.items() if key.endswith("A")}
     for name, state in (("version", version), ("zeros", {**version, **cut})):
@@ -605,7 +605,7 @@ def test_private_factors_follow_a_device_to_another_rank_or_depth(trainer, tiny_
     assert result(second).evaluation["own"].loss != pytest.approx(result(anew).evaluation["own"].loss, rel=1e-4)
     kept = load_file(second[0] / "state.bin")
     assert {key: value.shape for key, value in kept.items()} == adapter_shapes(
-        tiny_facts, kept_layers(depth, 4), SPEC.roles, rank, FACTORS
+        tiny_facts, kept_layers(depth, 4), SPEC.roles, rank, FEDIT
     )
 
 
@@ -619,7 +619,7 @@ def test_what_is_of_a_layer_of_another_width_is_not_taken(trainer, tiny_facts, t
 
 
 def test_what_rounding_lost_of_other_factors_is_not_added(trainer, tiny_facts, tmp_path):
-    shapes = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, SPEC.rank, FACTORS)
+    shapes = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, SPEC.rank, FEDIT)
     save_file({key: np.full(shape, 1e-2, np.float32) for key, shape in shapes.items()}, tmp_path / "residual.bin")
     payloads = {
         (method, residual): (trainer(f"{method}{bool(residual)}", tiny_facts, method=method, residual=residual)[0])

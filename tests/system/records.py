@@ -41,7 +41,7 @@ def master(fleet: Fleet, round_: int) -> dict[str, np.ndarray]:
 
 def version_0(key: str, shape: tuple[int, ...]) -> np.ndarray:
     """What a factor of a fleet with fedit and seed 0 starts from."""
-    return initial(key, shape, 0, fedit.METHOD.factors[key[-1]].start)
+    return initial(key, shape, 0, fedit.METHOD.factors[key[-1]])
 
 
 def sent(fleet: Fleet, device: str, round_: int, work: str = "work") -> dict[str, np.ndarray]:

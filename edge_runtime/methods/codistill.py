@@ -1,0 +1,63 @@
+"""codistill: devices of different models learn from what they predict of public texts; nothing else has to fit.
+
+    p_k(y | a)     device k's head on anchor text a, over the labels that k knows
+    s_k(a)         how much a is like k's own rows: the share of them whose nearest other row is no nearer than a's nearest row,
+                   by the cosine of what the head reads (a conformal p-value)
+    t(y | a) = Σ_k w_k(a) p_k(y | a) / Σ_k w_k(a)     w_k(a) = n_k · s_k(a) · (1 - H(p_k(· | a)) / log |labels of k|)²
+    loss of a device = own rows + weight · mean over some anchors of CE(t(· | a), its prediction)
+
+Labels are named alike on all devices. A device that has never met a label learns it from those who have, as its head has a
+row for every label that the fleet predicts. A device that is asked about texts of classes it does not know is as sure of a
+wrong label as of a right one; what tells is that they are unlike its rows. What it sends is s p, which adds up to s over the
+labels, in the adapter's own codec; the node keeps two running sums, whatever the number of devices. In-class methods go on
+beside it.
+The method is ours; distillation on public data between models that differ is that of Li & Wang 2019 (arXiv 1910.03581, FedMD).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from edge_runtime.methods.interface import Array, Contributions, Factor, Method, Tensors, add_to, label_of
+from edge_runtime.settings import Codistill
+
+P = Factor(("one", "anchors"), trained=True, shared="fleet", start="zero", of="anchors")
+T = P._replace(trained=False)
+FLOOR = 1e-6  # of a probability, and of a weight
+
+
+def combined(contributions: Contributions) -> Tensors:
+    """The step from the targets that were to the devices' predictions, weighted by how sure they are."""
+    sums: Tensors = {}
+    before: Tensors = {}
+    total: Any = FLOOR
+    for made in contributions():
+        likeness = sum(made.delta.values())
+        weight = made.samples * _sureness(made.delta, likeness)
+        total = total + weight * likeness
+        for said, value in made.delta.items():
+            key = f"anchors.{label_of(said)}.T"
+            if key in made.before:
+                before[key] = made.before[key]
+            add_to(sums, key, weight * value)
+    return {key: value / total - before.get(key, 0) for key, value in sums.items()}
+
+
+def _sureness(said: Mapping[str, Array], likeness: Any) -> Array:
+    """(1, texts): 1 where a device says one label alone, nearly 0 where all are alike."""
+    import numpy as np
+
+    p = np.maximum(np.concatenate(list(said.values())) / np.maximum(likeness, FLOOR), FLOOR)
+    p /= p.sum(0)
+    entropy = -(p * np.log(p)).sum(0) / np.log(max(len(p), 2))
+    return np.maximum(1 - entropy, FLOOR)[None].astype(np.float32) ** 2
+
+
+def added(method: Method, spec: Codistill) -> Method:
+    """The method with predictions beside what it exchanges."""
+    scope = P.shared if spec.across else "class"
+    factors = {**method.factors, "P": P._replace(shared=scope), "T": T._replace(shared=scope)}
+
+    def sizes(rank: int) -> dict[str, int]:
+        return {**method.sizes(rank), "anchors": spec.texts}
+
+    return method._replace(factors=factors, merges={**method.merges, "anchors": combined}, sizes=sizes)

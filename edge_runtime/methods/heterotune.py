@@ -1,0 +1,150 @@
+"""heterotune: a dense mixture of branches between A and B that all models share, merged along directions that do not conflict.
+
+    y = W x + scale · B C A x        C = I + Σ_j g_j V_j U_j,  g = softmax of the layer's own gates
+    A, B     as in fedit: their mean inside a model class
+    U, V     (m x r), (r x m) of branch j, one pair for all layers at about the same relative depth, across the fleet
+    gates    of each layer, private
+
+All branches run: no router, no tokens dropped. A device holds as many branches as its rank has room for, the first ones; each
+entry is averaged over the devices that hold it. U is drawn, V and the gates are 0 at the start, so that C is the identity.
+
+Across classes (CMGA), for each of U and V: d_c is the mean of class c's devices, p_c its share of the rows, and
+
+    g = Σ_c p_c d_c / ‖d_c‖,   d_c' = d_c - min(0, <d_c, g>) / ‖g‖² · g,   step = Σ_c p_c d_c' · ‖Σ_c p_c d_c‖ / ‖Σ_c p_c d_c'‖
+
+`alignment` chooses: "projection" is this; "pairwise" takes from each d_c what opposes any other class's (FedGH); "cagrad" is the
+step of conflict-averse gradients; "off" the plain mean. `across = false` keeps U and V in the class: the control in which
+nothing crosses. `core = "frozen"` draws U and V and trains neither: the other one.
+
+What is known of HeteroTune (arXiv 2411.16796) is its abstract: a dense mixture of adapters (DeMA) and an aggregation that
+harmonises gradient directions across models (CMGA). The equations here are ours.
+Sources of the variants: FedGH, arXiv 2309.06692; Yu et al. 2020, arXiv 2001.06782; Liu et al. 2021, arXiv 2110.14048.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from edge_runtime.methods.fedit import RunningMean, holders_mean
+from edge_runtime.methods.interface import A, Array, B, Contributions, Factor, Method, Tensors
+
+CAGRAD_C, CAGRAD_STEPS = 0.5, 200
+SMALL, TINY = 1e-6, 1e-12
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """branches: at most, of width rows each. stages: bins of relative depth that share branches."""
+
+    branches: int = 2
+    width: int = 8
+    stages: int = 4
+    alignment: Literal["projection", "pairwise", "cagrad", "off"] = "projection"
+    across: bool = True
+    core: Literal["trained", "frozen"] = "trained"
+
+
+def core(factors: Mapping[str, Any]) -> Any:
+    """C (r, r) of a layer's gates (branches,), U (branches · width, r) and V (r, branches · width), which are torch's."""
+    import torch
+
+    U, V, gates = factors["U"], factors["V"], factors["g"].softmax(-1)
+    weights = gates.repeat_interleave(len(U) // len(gates))
+    return torch.eye(len(V), device=U.device) + (V * weights) @ U
+
+
+def method(settings: Settings) -> Method:
+    """The method with these settings."""
+    trained, scope = settings.core == "trained", "fleet" if settings.across else "class"
+    U = Factor(("widths", "rank"), trained, scope, "drawn", of="stages")  # type: ignore[arg-type]
+    V = U._replace(axes=("rank", "widths"), start="zero" if trained else "drawn")
+    g = Factor(("branches",), True, "private", "zero")
+
+    def sizes(rank: int) -> dict[str, int]:
+        branches = max(1, min(settings.branches, rank // settings.width))
+        return {"stages": settings.stages, "branches": branches, "widths": branches * settings.width}
+
+    def aligned(contributions: Contributions) -> Tensors:
+        return across_classes(contributions, settings.alignment)
+
+    return Method(
+        "heterotune",
+        {"A": A, "B": B, "U": U, "V": V, "g": g},
+        {"layers": holders_mean, **({"stages": aligned} if trained else {})},
+        core=core,
+        sizes=sizes,
+        unequal=True,
+    )
+
+
+def across_classes(contributions: Contributions, alignment: str) -> Tensors:
+    """The step of each tensor from the means of the classes; one running mean a class, whatever the number of devices."""
+    means: dict[str, RunningMean] = defaultdict(RunningMean)
+    for made in contributions():
+        means[made.model_class].add(made)
+    classes = [(running.samples, running.mean()) for running in means.values()]
+    found: Tensors = {}
+    for key in sorted({key for _, mean in classes for key in mean}):
+        those = [(samples, mean[key]) for samples, mean in classes if key in mean]
+        rows = sum(samples for samples, _ in those)
+        found[key] = combined([step for _, step in those], [samples / rows for samples, _ in those], alignment)
+    return found
+
+
+def combined(steps: list[Array], shares: list[float], alignment: str) -> Array:
+    """One step of several, with the conflicts between them taken out as the alignment has it."""
+    import numpy as np
+
+    flat = np.stack([step.ravel() for step in steps]).astype(np.float64)
+    p = np.array(shares)
+    plain = p @ flat
+    norms = np.linalg.norm(flat, axis=1)
+    if alignment == "off" or len(flat) == 1 or not norms.all():
+        made = plain
+    elif alignment == "cagrad":
+        made = _cagrad(flat, plain)
+    else:
+        mended = _projected(flat, (p / norms) @ flat) if alignment == "projection" else _pairwise(flat, norms)
+        made = p @ mended
+        length = float(np.linalg.norm(made))
+        opposed = length < SMALL * norms.max()  # nothing in common is left but rounding
+        made *= 0.0 if opposed else np.linalg.norm(plain) / length
+    result: Array = made.reshape(steps[0].shape).astype(np.float32)
+    return result
+
+
+def _projected(flat: Any, g: Any) -> Any:
+    """Without what opposes the common direction g."""
+    against = (flat @ g).clip(max=0)
+    return flat - against[:, None] * g / max(float(g @ g), TINY)
+
+
+def _pairwise(flat: Any, norms: Any) -> Any:
+    """Each without what opposes any of the others, one after another, as these were at first."""
+    mended = flat.copy()
+    for own in range(len(flat)):
+        for other in range(len(flat)):
+            if own != other:
+                against = min(0.0, float(mended[own] @ flat[other]))
+                mended[own] -= against / norms[other] ** 2 * flat[other]
+    return mended
+
+
+def _cagrad(flat: Any, plain: Any) -> Any:
+    """plain + c ‖plain‖ g_w / ‖g_w‖, with g_w = Σ w d of the w on the simplex that makes g_w · plain + c ‖plain‖ ‖g_w‖ least."""
+    import numpy as np
+
+    gram, toward = flat @ flat.T, flat @ plain
+    radius = CAGRAD_C * float(np.linalg.norm(plain))
+    scale = max(float(np.abs(gram).max()), TINY)
+    w = np.full(len(flat), 1 / len(flat))
+    for _ in range(CAGRAD_STEPS):  # mirror descent
+        slope = toward + radius * gram @ w / max(float(np.sqrt(max(w @ gram @ w, 0.0))), TINY)
+        w *= np.exp(-slope / scale)
+        w /= w.sum()
+    g_w = w @ flat
+    return plain + radius * g_w / max(float(np.linalg.norm(g_w)), TINY)
+
+
+METHOD = method(Settings())

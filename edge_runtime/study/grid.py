@@ -1,0 +1,95 @@
+"""Runs a study's grid in a pool of processes, run by run; what is done already stays done.
+
+OUT/runs/<arm>-<seed>.json     one Outcome, written when its run is over
+OUT/work/                      what runs write while they go on
+"""
+
+import multiprocessing
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from edge_runtime import processes
+from edge_runtime.errors import EdgeError
+from edge_runtime.study.spec import Arm, Spec
+
+if TYPE_CHECKING:
+    from edge_runtime.study.run import KeptBases, Outcome
+
+_bases: list["KeptBases"] = []  # of this process
+
+
+def kept(spec: Spec, out: Path) -> dict[tuple[str, int], "Outcome"]:
+    """The runs that are done, of those that the file has."""
+    from edge_runtime.study.run import Outcome
+
+    found = {}
+    for arm in spec.arm:
+        for seed in spec.study.seeds:
+            path = _path(out, arm, seed)
+            if path.exists():
+                outcome = msgspec.json.decode(path.read_bytes(), type=Outcome)
+                if outcome.digest == spec.digest(arm, seed):
+                    found[arm.name, seed] = outcome
+    return found
+
+
+def run(
+    spec: Spec,
+    files: Path,
+    models: Path,
+    out: Path,
+    workers: int,
+    tell: Callable[[str], None],
+) -> None:
+    """Do the runs that are missing, seed by seed so that every arm has its first result early.
+
+    Raises:
+        EdgeError: a run failed; those that had begun are finished first.
+    """
+    done = kept(spec, out)
+    missing = [(arm, seed) for seed in spec.study.seeds for arm in spec.arm if (arm.name, seed) not in done]
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    os.environ.update(processes.TRAINER_ENVIRONMENT)  # a worker reads it as it starts
+    failed: list[str] = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        runs = {
+            pool.submit(_run, spec, arm, seed, files.resolve(), models.resolve(), out.resolve()): (arm.name, seed)
+            for arm, seed in missing
+        }
+        for ended in as_completed(runs):
+            name, seed = runs[ended]
+            try:
+                accuracy, seconds = ended.result()
+                tell(f"{name}, seed {seed}: {accuracy:.1%} after {seconds:.0f} s")
+            except EdgeError as error:
+                failed.append(f"{name}, seed {seed}: {error}")
+                tell(f"failed: {failed[-1]}")
+    if failed:
+        raise EdgeError("; ".join(failed))
+
+
+def _run(spec: Spec, arm: Arm, seed: int, files: Path, models: Path, out: Path) -> tuple[float, float]:
+    """One run in a worker: its accuracy and seconds."""
+    from edge_runtime.training.lean import lean_imports
+
+    with lean_imports():
+        from edge_runtime.study.run import KeptBases, run_arm
+    if not _bases:
+        _bases.append(KeptBases())
+    path = _path(out, arm, seed)
+    outcome = run_arm(spec, arm, seed, files, models, out / "work" / path.stem, _bases[0])
+    fresh = path.with_suffix(".part")
+    fresh.write_bytes(msgspec.json.format(msgspec.json.encode(outcome)) + b"\n")
+    fresh.replace(path)
+    return outcome.accuracy, outcome.seconds
+
+
+def _path(out: Path, arm: Arm, seed: int) -> Path:
+    return out / "runs" / f"{re.sub('[^a-z0-9]+', '-', arm.name.lower())}-{seed}.json"

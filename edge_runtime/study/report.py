@@ -1,0 +1,174 @@
+"""What a study found: a table, as text and as Markdown, and two pictures."""
+
+import math
+import platform
+import statistics
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from edge_runtime.study.run import Outcome, accuracy
+from edge_runtime.study.spec import Arm, Spec
+
+COLUMNS = (
+    "arm",
+    "accuracy",
+    "by model",
+    "unseen labels",
+    "against",
+    "difference",
+    "KB up",
+    "KB down",
+    "trained",
+    "runs",
+)
+Outcomes = Mapping[tuple[str, int], Outcome]
+
+
+class Difference(NamedTuple):
+    """Of an arm to its control, paired by seed: mean, and half of its 95 % interval; nan where there is one pair."""
+
+    mean: float
+    half: float
+
+
+def difference(arm: Arm, outcomes: Outcomes, seeds: tuple[int, ...]) -> Difference | None:
+    """None where no seed has both."""
+    from scipy.stats import t
+
+    pairs = [
+        (outcomes[arm.name, seed].accuracy, outcomes[arm.control, seed].accuracy)
+        for seed in seeds
+        if arm.control and (arm.name, seed) in outcomes and (arm.control, seed) in outcomes
+    ]
+    if not pairs:
+        return None
+    gained = [own - control for own, control in pairs]
+    if len(gained) < 2:
+        return Difference(gained[0], math.nan)
+    half = float(t.ppf(0.975, len(gained) - 1)) * statistics.stdev(gained) / math.sqrt(len(gained))
+    return Difference(statistics.mean(gained), half)
+
+
+def rows(spec: Spec, outcomes: Outcomes) -> list[tuple[str, ...]]:
+    """The table's rows, a line an arm that has a run."""
+    found: list[tuple[str, ...]] = []
+    for arm in spec.arm:
+        own = [outcomes[arm.name, seed] for seed in spec.study.seeds if (arm.name, seed) in outcomes]
+        if not own:
+            continue
+        members = own[0].members
+        models = sorted({member.model_class for member in members})
+        by_model = [
+            _percent(
+                [_mean([accuracy(m, -1) for m in one.members if m.model_class == model]) for one in own], spread=False
+            )
+            for model in models
+        ]
+        unseen = [_mean([accuracy(m, -1, "unseen") for m in one.members]) for one in own]
+        against = difference(arm, outcomes, spec.study.seeds)
+        found.append(
+            (
+                arm.name,
+                _percent([one.accuracy for one in own]),
+                " / ".join(by_model),
+                "" if any(map(math.isnan, unseen)) else _percent(unseen),
+                arm.control or "",
+                "" if against is None else _points(against),
+                _kilobytes([_mean(m.bytes_up) for m in members]),
+                _kilobytes([_mean(m.bytes_down) for m in members]),
+                f"{_mean([m.trained_values for m in members]) / 1e6:.2f} M",
+                str(len(own)),
+            )
+        )
+    return found
+
+
+def show(spec: Spec, outcomes: Outcomes, name: str) -> None:
+    """Print the table."""
+    table = Table(*COLUMNS, title=name)
+    for row in rows(spec, outcomes):
+        table.add_row(*row)
+    Console(width=160).print(table)
+
+
+def write(spec: Spec, outcomes: Outcomes, name: str, out: Path) -> None:
+    """The table as Markdown and the pictures, in the folder."""
+    lines = [f"# {name}", "", spec.study.about.strip(), ""]
+    lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows(spec, outcomes)]
+    seconds = statistics.median([one.seconds for one in outcomes.values()]) if outcomes else 0
+    lines += [
+        "",
+        "Accuracy: mean over the devices after the last round, mean and standard deviation over seeds. By model: "
+        + ", ".join(sorted({m.model_class for one in outcomes.values() for m in one.members}))
+        + ". Difference: in points, to the arm named before it with the same seed, with its 95 % interval (Student's t over "
+        "seeds). KB: a device and round, as encoded, mean over the rounds of the first seed; trained: values of a device's "
+        "adapter, without its head.",
+        "",
+        f"Seeds {', '.join(map(str, spec.study.seeds))}; a run took {seconds:.0f} s (median) on one core of "
+        f"{_processor()}; Python {platform.python_version()}, torch {version('torch')}, "
+        f"transformers {version('transformers')}.",
+        "",
+        "![Accuracy over rounds](rounds.svg) ![Accuracy against bytes](bytes.svg)",
+        "",
+    ]
+    (out / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    _pictures(spec, outcomes, out)
+
+
+def _pictures(spec: Spec, outcomes: Outcomes, out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "study"  # equal results give equal files
+    from matplotlib import pyplot
+
+    over, against = pyplot.subplots(figsize=(7, 5)), pyplot.subplots(figsize=(7, 5))
+    for number, arm in enumerate(spec.arm):
+        own = [outcomes[arm.name, seed] for seed in spec.study.seeds if (arm.name, seed) in outcomes]
+        if not own:
+            continue
+        rounds = len(own[0].members[0].scores)
+        means = [100 * _mean([_mean([accuracy(m, r) for m in one.members]) for one in own]) for r in range(rounds)]
+        style: Any = {"color": f"C{number % 10}", "marker": "osv^Dx"[number // 10 % 6], "label": arm.name}
+        over[1].plot(range(rounds), means, **style)
+        sent = _mean([sum(m.bytes_up) + sum(m.bytes_down) for m in own[0].members]) / 1e6
+        against[1].scatter([sent], means[-1:], **style)
+    over[1].set(xlabel="rounds done", ylabel="accuracy, %", title="Accuracy over rounds")
+    against[1].set(xlabel="MB a device, all rounds", ylabel="accuracy, %", title="Accuracy against bytes")
+    for (figure, axes), name in ((over, "rounds"), (against, "bytes")):
+        axes.legend(fontsize=7)
+        axes.grid(alpha=0.3)
+        figure.savefig(out / f"{name}.svg", metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def _mean(values: list[float] | list[int]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _percent(values: list[float], *, spread: bool = True) -> str:
+    around = f" ± {100 * statistics.stdev(values):.1f}" if spread and len(values) > 1 else ""
+    return f"{100 * _mean(values):.1f}{around}"
+
+
+def _points(found: Difference) -> str:
+    around = "" if math.isnan(found.half) else f" ± {100 * found.half:.1f}"
+    return f"{100 * found.mean:+.1f}{around}"
+
+
+def _kilobytes(values: list[float]) -> str:
+    return f"{_mean(values) / 1e3:.0f}"
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

@@ -1,0 +1,298 @@
+"""One run of a study: an arm with a seed, its devices one after another in this process.
+
+What devices and node do is theirs: training/run.py, codec.py and aggregator/merge.py on real files. Left out are the link and
+the planner; base models stay in memory from one job to the next.
+"""
+
+import shutil
+import time
+from collections import defaultdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from edge_broker.journal import Update
+from edge_broker.messages import Manifest
+from transformers import PreTrainedModel
+
+from edge_runtime import methods, processes
+from edge_runtime.adapters import attach
+from edge_runtime.aggregator import merge
+from edge_runtime.aggregator.store import Version
+from edge_runtime.methods.interface import kind_of
+from edge_runtime.models.facts import Facts, adapter_shapes
+from edge_runtime.models.slices import kept_layers
+from edge_runtime.planning.plan import Plan
+from edge_runtime.rounds import CODEC, FLEET
+from edge_runtime.study.cut import cut
+from edge_runtime.study.spec import ANCHORS, Arm, Device, Spec, anchors, shares, test_rows
+from edge_runtime.training import data
+from edge_runtime.training.job import Job, Result, Score
+from edge_runtime.training.run import Bases, run
+
+ROWS_AT_ONCE = 8  # alike in length: little is padded
+
+
+class Member(msgspec.Struct, frozen=True):
+    """A device in a run. scores: by name, before each round and after the last. seen: rows of labels that some device of its
+    model trains on; unseen: the others. bytes: sent and fetched in each round. steps: of one round."""
+
+    id: str
+    model_class: str
+    rows: int
+    steps: int
+    trained_values: int
+    scores: list[dict[str, Score]]
+    bytes_up: list[int]
+    bytes_down: list[int]
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What a run found. digest: of what it depends on."""
+
+    arm: str
+    seed: int
+    digest: str
+    seconds: float
+    members: list[Member]
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over the devices after the last round."""
+        return sum(accuracy(member, -1) for member in self.members) / len(self.members)
+
+
+def accuracy(member: Member, round_: int, name: str | None = None) -> float:
+    """A device's share of held-out rows that it gets right; of all of them, or of one kind."""
+    scores = [score for kind, score in member.scores[round_].items() if name in (None, kind)]
+    rows = sum(score.rows for score in scores)
+    return sum(score.accuracy * score.rows for score in scores) / rows if rows else float("nan")
+
+
+class KeptBases(Bases):
+    """Keeps what it has read."""
+
+    def __init__(self) -> None:
+        self._models: dict[Any, PreTrainedModel] = {}
+        self._tokenizers: dict[str, Any] = {}
+
+    def tokenizer(self, facts: Facts) -> Any:
+        if facts.folder not in self._tokenizers:
+            self._tokenizers[facts.folder] = super().tokenizer(facts)
+        return self._tokenizers[facts.folder]
+
+    def model(self, facts: Facts, plan: Plan, device: str) -> PreTrainedModel:
+        key = facts.model_class, plan.depth, plan.weights, device
+        if key not in self._models:
+            self._models[key] = super().model(facts, plan, device)
+        attach.detach(self._models[key])  # where a job failed
+        return self._models[key]
+
+
+class _Run:
+    """The state of a fleet in one folder."""
+
+    def __init__(self, spec: Spec, arm: Arm, seed: int, files: Path, models: Path, folder: Path, bases: Bases) -> None:
+        self.spec, self.arm, self.files, self.models, self.folder = spec, arm, files, models, folder
+        self.fleet, self.bases = spec.fleet_of(arm, seed), bases
+        self.method = methods.of(self.fleet)
+        self.versions: dict[str, Version] = {}
+        self.known: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+        self.left: dict[str, dict[str, str]] = defaultdict(dict)  # files of the last round, by device
+
+    @cached_property
+    def facts(self) -> dict[str, Facts]:
+        """Of each device's checkpoint, by its id."""
+        sources = {
+            device.id: device.source if device.first is None else cut(device.source, device.first, self.models)
+            for device in self.spec.device
+        }
+        found = {source: processes.prepared(source, self.models) for source in set(sources.values())}
+        return {device: found[source] for device, source in sources.items()}
+
+    @cached_property
+    def rows(self) -> dict[str, list[data.Row]]:
+        return shares(self.spec, self.files, self.fleet.seed)
+
+    @cached_property
+    def devices(self) -> list[tuple[Device, list[data.Row], int]]:
+        """Each with its rows, and how many of the spec's devices it stands for."""
+        if not self.arm.pooled:
+            return [(device, self.rows[device.id], 1) for device in self.spec.device]
+        deepest = sorted(self.spec.device, key=lambda one: one.depth or 1000)
+        found = []
+        for device in {(one.source, one.first, one.data): one for one in deepest}.values():
+            those = [one for one in self.spec.device if one.data == device.data]
+            found.append((device, [row for one in those for row in self.rows[one.id]], len(those)))
+        return found
+
+    def job(self, device: Device, standing_for: int, round_: int, folder: Path) -> Job:
+        """What the device does in a round; after the last one it evaluates alone."""
+        facts, fleet = self.facts[device.id], self.fleet
+        rank, depth = device.rank or fleet.adapter.rank, device.depth or facts.layers
+        if self.arm.pooled:
+            rank = fleet.adapter.rank
+        plan = Plan(
+            source=device.source,
+            model_class=facts.model_class,
+            depth=depth,
+            layers=facts.layers,
+            weights=self.spec.study.weights,
+            rows=ROWS_AT_ONCE,
+            tokens=fleet.training.max_tokens,
+            rank=rank,
+            boundaries="input",
+            mlp_tokens=None,
+            streamed=False,
+            terms={},
+            step_seconds=0.0,
+        )
+        version = self.versions.get(facts.model_class, self.versions.get(FLEET))
+        same = [one for one in self.spec.device if self.facts[one.id].model_class == facts.model_class]
+        smaller = {one.depth or facts.layers for one in same}
+        nested = fleet.training.slices == "nested" and not self.arm.pooled
+        steps = fleet.training.steps * standing_for
+        held = self.files_of(device)
+        return Job(
+            train=round_ <= fleet.rounds,
+            facts=facts,
+            plan=plan,
+            adapter=fleet.adapter.at(rank),
+            training=msgspec.structs.replace(fleet.training, steps=steps),
+            method=fleet.method,
+            head=fleet.head,
+            codistill=fleet.codistill,
+            seed=fleet.seed,
+            round=min(round_, fleet.rounds),
+            rounds=fleet.rounds,
+            data=str(held["train"]),
+            evaluation={name: str(path) for name, path in held.items() if name in ("seen", "unseen")},
+            depths=tuple(sorted({depth, *(one for one in smaller if nested and one < depth)}, reverse=True)),
+            start=str(version.artifact) if version else None,
+            anchors=str(self.folder / ANCHORS) if fleet.codistill is not None else None,
+            threads=1,
+            private=self.left[device.id].get("private"),
+            residual=self.left[device.id].get("residual"),
+        )
+
+    def files_of(self, device: Device) -> dict[str, Path]:
+        """The device's files by name."""
+        folder = self.folder / device.id
+        return {path.stem: path for path in folder.glob("*.jsonl")}
+
+    def write_files(self) -> None:
+        """Rows of each device, what it is scored on, and the public texts."""
+        labels: dict[str, set[str]] = defaultdict(set)
+        for device in self.spec.device:
+            labels[self.facts[device.id].model_class + device.data] |= data.labels_of(self.rows[device.id])
+        for device, rows, _ in self.devices:
+            folder = self.folder / device.id
+            folder.mkdir(parents=True)
+            data.write_rows(folder / "train.jsonl", rows)
+            held_out = test_rows(self.spec.data[device.data], self.files)
+            met = labels[self.facts[device.id].model_class + device.data]
+            for name, kind in (("seen", True), ("unseen", False)):
+                some = [row for row in held_out if (row["label"] in met) is kind]
+                if some:
+                    data.write_rows(folder / f"{name}.jsonl", some)
+        if self.fleet.codistill is not None:
+            data.write_rows(self.folder / ANCHORS, anchors(self.spec, self.files))
+
+    def go(self) -> list[Member]:
+        """All rounds."""
+        self.write_files()
+        scores: dict[str, list[dict[str, Score]]] = defaultdict(list)
+        up: dict[str, list[int]] = defaultdict(list)
+        down: dict[str, list[int]] = defaultdict(list)
+        for round_ in range(1, self.fleet.rounds + 2):
+            updates = []
+            for number, (device, rows, standing_for) in enumerate(self.devices):
+                folder = self.folder / device.id / f"round-{round_}"
+                folder.mkdir()
+                job = self.job(device, standing_for, round_, folder)
+                (folder / "job.json").write_bytes(msgspec.json.encode(job))
+                run(folder, self.bases, lambda _: None)
+                result = msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
+                scores[device.id].append(result.evaluation)
+                if not job.train:
+                    continue
+                up[device.id].append(result.payload_bytes)
+                down[device.id].append(Path(job.start).stat().st_size if job.start else 0)
+                self.keep(device.id, folder)
+                if result.payload_bytes:
+                    updates.append(self.update(folder / "payload.bin", device.id, number, job, len(rows)))
+            if updates:
+                made = merge.merge(updates, self.versions, self.fleet, self.method, round_, self.folder / "versions")
+                self.versions |= {version.model_class: version for version in made}
+        return [
+            Member(
+                id=device.id,
+                model_class=self.facts[device.id].model_class,
+                rows=len(rows),
+                steps=self.fleet.training.steps * standing_for,
+                trained_values=self.trained_values(device),
+                scores=scores[device.id],
+                bytes_up=up[device.id],
+                bytes_down=down[device.id],
+            )
+            for device, rows, standing_for in self.devices
+        ]
+
+    def keep(self, device: str, folder: Path) -> None:
+        """What the next round goes on from; the node takes every update."""
+        for name, file in (("private", "state.bin"), ("residual", "residual.bin")):
+            if (folder / file).exists():
+                self.left[device][name] = str(folder / file)
+
+    def update(self, payload: Path, device: str, number: int, job: Job, samples: int) -> Update:
+        """A checked update as the node's journal has it."""
+        model_class = job.facts.model_class
+        delta = merge.check(payload.read_bytes(), self.known[model_class], self.fleet, self.method)
+        self.known[model_class] |= {key: value.shape for key, value in delta.items()}
+        manifest = Manifest(
+            transfer=f"{device}-{job.round}",
+            fleet=self.fleet.name,
+            device=device,
+            sequence=number,
+            round=job.round,
+            model_class=model_class,
+            codec=CODEC,
+            sha256="0" * 64,
+            size=payload.stat().st_size,
+            chunk_bytes=payload.stat().st_size,
+            chunks=1,
+            samples=samples,
+        )
+        return Update(manifest, payload)
+
+    def trained_values(self, device: Device) -> int:
+        """Values of the adapter that the device trains, without its head."""
+        facts = self.facts[device.id]
+        layers = kept_layers(device.depth or facts.layers, facts.layers)
+        rank = device.rank or self.fleet.adapter.rank
+        shapes = adapter_shapes(facts, layers, self.fleet.adapter.roles, rank, self.method)
+        trained = {key: shape for key, shape in shapes.items() if self.method.factor(key).trained}
+        return sum(_size(shape) for key, shape in trained.items() if kind_of(key) in ("layers", "stages"))
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def run_arm(spec: Spec, arm: Arm, seed: int, files: Path, models: Path, folder: Path, bases: Bases) -> Outcome:
+    """Train one arm with one seed.
+
+    Args:
+        files: folder of the data; models: where relative paths of models are looked for.
+        folder: for what devices and node write; emptied before and deleted after.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    began = time.monotonic()
+    members = _Run(spec, arm, seed, files, models, folder, bases).go()
+    shutil.rmtree(folder)
+    return Outcome(arm.name, seed, spec.digest(arm, seed), time.monotonic() - began, members)

@@ -1,0 +1,211 @@
+"""A study's file: which devices there are, what they hold, and which arms are compared.
+
+[study]      seeds, about; fleet tables beside it are every arm's: [fleet] [adapter] [training] [head] ...
+[data.NAME]  train and test files under --data; per_label rows of each label a device; test_rows
+[anchors]    rows of a file that every device may see, without their labels
+[[device]]   id, source, first, depth, rank, data, and the domains it is confined to
+[[arm]]      name, control; its own fleet tables; pooled: the ceiling
+"""
+
+import hashlib
+import random
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge_runtime import methods, settings
+from edge_runtime.errors import InputError
+from edge_runtime.training import data
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ANCHORS = "anchors.jsonl"
+
+
+class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One task. per_label: training rows of each label for a device; None: rows / devices. test_rows: 0 for all."""
+
+    train: str
+    test: str
+    per_label: int | None = None
+    rows: int = 1000
+    test_rows: int = 0
+
+
+class Anchors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Public texts: so many rows of a file, evenly drawn over its labels."""
+
+    file: str
+    rows: int
+
+
+class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """first: the model is cut to so many of its first layers; depth: the slice of it that the device holds. domains: of its
+    rows' `domain`; none for all."""
+
+    id: str
+    source: str
+    data: str
+    first: int | None = None
+    depth: int | None = None
+    rank: int | None = None
+    domains: tuple[str, ...] = ()
+
+
+class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One line of the table. control: the arm it is judged against. pooled: a device of each model holds all
+    devices' rows, and makes all their steps."""
+
+    name: str
+    control: str | None = None
+    pooled: bool = False
+    method: dict[str, Any] = {}
+    adapter: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    codistill: dict[str, Any] | None = None
+
+
+class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The [study] table."""
+
+    about: str
+    seeds: tuple[int, ...] = (0, 1, 2)
+    weights: settings.Weights = "bfloat16"
+
+
+class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole file. fleet: the tables that every arm has."""
+
+    study: Head
+    data: dict[str, Data]
+    device: tuple[Device, ...]
+    arm: tuple[Arm, ...]
+    fleet: dict[str, Any] = {}
+    adapter: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    head: dict[str, Any] | None = None
+    anchors: Anchors | None = None
+
+    def fleet_of(self, arm: Arm, seed: int) -> settings.Fleet:
+        """The fleet an arm trains as; raises InputError for what does not fit."""
+        catalog = [{"source": device.source, "depth": device.depth} for device in self.device]
+        ranks = sorted({device.rank for device in self.device if device.rank is not None}, reverse=True)
+        adapter = {**self.adapter, **self.adapter_ranks(ranks), **arm.adapter}
+        tables: dict[str, Any] = {
+            "fleet": {"name": "study", "seed": seed, **self.fleet},
+            "catalog": [{key: value for key, value in model.items() if value is not None} for model in catalog],
+            "method": arm.method,
+            "adapter": adapter,
+            "training": {**self.training, **arm.training},
+        }
+        if self.head is not None:
+            tables["head"] = self.head
+        if arm.codistill is not None:
+            tables["codistill"] = {
+                "anchors": ANCHORS,
+                "texts": self.anchors.rows if self.anchors else 0,
+                **arm.codistill,
+            }
+        return settings.parse(tables)
+
+    def adapter_ranks(self, ranks: list[int]) -> dict[str, Any]:
+        """The devices' ranks as a fleet has them: the highest, and those a device may take below it."""
+        if not ranks:
+            return {}
+        return {"rank": ranks[0], **({"lower": ranks[1:]} if len(ranks) > 1 else {})}
+
+    def digest(self, arm: Arm, seed: int) -> str:
+        """Changes with whatever an arm's result depends on in this file."""
+        anchors = self.anchors if arm.codistill is not None else None
+        of = msgspec.structs.replace(self, arm=(msgspec.structs.replace(arm, control=None),), anchors=anchors)
+        study = msgspec.structs.replace(self.study, about="", seeds=(seed,))
+        return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(of, study=study))).hexdigest()[:12]
+
+
+def load(path: Path) -> Spec:
+    """Read and check a study's file; raises InputError naming what does not fit."""
+    try:
+        spec = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), Spec)
+        for arm in spec.arm:
+            methods.of(spec.fleet_of(arm, 0))
+    except OSError as error:
+        raise InputError(f"cannot read the study {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError, InputError) as error:
+        raise InputError(f"{path}: {error}") from error
+    names = [arm.name for arm in spec.arm]
+    for arm in spec.arm:
+        if names.count(arm.name) > 1 or (arm.control is not None and arm.control not in names):
+            raise InputError(
+                f"{path}: the arm `{arm.name}` is there twice, or its control `{arm.control}` is not there"
+            )
+        if arm.codistill is not None and spec.anchors is None:
+            raise InputError(f"{path}: the arm `{arm.name}` distils, which needs [anchors]")
+    for device in spec.device:
+        if device.data not in spec.data:
+            raise InputError(
+                f"{path}: the device {device.id} has data `{device.data}`, but there is no [data.{device.data}]"
+            )
+    return spec
+
+
+def chosen(spec: Spec, seeds: str | None, arms: str | None) -> Spec:
+    """The study with some of its seeds and arms; raises InputError for an arm that it has not, or what is no seed."""
+    try:
+        numbers = tuple(map(int, seeds.split(","))) if seeds else spec.study.seeds
+    except ValueError as error:
+        raise InputError(f"--seeds is {seeds!r}, but has to be numbers such as 0,1,2") from error
+    names = [name.strip() for name in arms.split(",")] if arms else [arm.name for arm in spec.arm]
+    for name in names:
+        if name not in (arm.name for arm in spec.arm):
+            raise InputError(f"the study has no arm `{name}`; it has {', '.join(arm.name for arm in spec.arm)}")
+    study = msgspec.structs.replace(spec.study, seeds=numbers)
+    return msgspec.structs.replace(spec, study=study, arm=tuple(arm for arm in spec.arm if arm.name in names))
+
+
+def shares(spec: Spec, folder: Path, seed: int) -> dict[str, list[data.Row]]:
+    """The training rows of each device, by its id: no row is on two of them.
+
+    folder: of the data files.
+    """
+    found: dict[str, list[data.Row]] = {device.id: [] for device in spec.device}
+    for name, task in spec.data.items():
+        holders = [device for device in spec.device if device.data == name]
+        by_label: dict[str, list[data.Row]] = defaultdict(list)
+        for row in data.read_rows(folder / task.train):
+            by_label[row["label"]].append(row)
+        for label, rows in sorted(by_label.items()):
+            mixed = random.Random(f"{seed}/{name}/{label}").sample(rows, len(rows))
+            those = [d for d in holders if not d.domains or mixed[0].get("domain") in d.domains]
+            each = task.per_label or -(-task.rows // len(by_label))
+            each = min(each, len(mixed) // max(len(those), 1))
+            for number, device in enumerate(those):
+                found[device.id] += mixed[number * each : (number + 1) * each]
+    for name, mine in found.items():
+        if not mine:
+            raise InputError(f"the device {name} has no rows: its domains are not in its data")
+    return {name: [{"text": row["text"], "label": row["label"]} for row in mine] for name, mine in found.items()}
+
+
+def anchors(spec: Spec, folder: Path) -> list[data.Row]:
+    """The public texts, without labels."""
+    if spec.anchors is None:
+        return []
+    by_label: dict[str, list[data.Row]] = defaultdict(list)
+    for row in data.read_rows(folder / spec.anchors.file):
+        by_label[row.get("label", "")].append(row)
+    each = -(-spec.anchors.rows // len(by_label))
+    drawn = [row for label in sorted(by_label) for row in random.Random(label).sample(by_label[label], each)]
+    return [{"text": row["text"]} for row in random.Random(0).sample(drawn, spec.anchors.rows)]
+
+
+def test_rows(task: Data, folder: Path) -> list[data.Row]:
+    """A task's held-out rows, the same for every arm and seed."""
+    rows = data.read_rows(folder / task.test)
+    drawn = random.Random(0).sample(rows, task.test_rows or len(rows))
+    return [{"text": row["text"], "label": row["label"]} for row in drawn]

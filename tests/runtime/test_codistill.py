@@ -1,0 +1,162 @@
+"""What devices predict of public texts: how the node combines it, and what a device learns from it."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+
+from edge_runtime import codec, methods, settings
+from edge_runtime.aggregator import merge
+from edge_runtime.errors import InputError
+from edge_runtime.methods import codistill
+from edge_runtime.methods.interface import Contribution
+
+SPEC = settings.Codistill("anchors.jsonl", texts=5)
+RNG = np.random.default_rng(0)
+
+
+def said(labels, sharpness, seed, texts=5):
+    """A device's probabilities (labels, texts)."""
+    logits = sharpness * np.random.default_rng(seed).normal(0, 1, (len(labels), texts))
+    p = np.exp(logits) / np.exp(logits).sum(0)
+    return {f"anchors.{label}.P": row[None].astype(np.float32) for label, row in zip(labels, p, strict=True)}
+
+
+def combined(*devices, before=None):
+    """What the node makes of (predictions, samples) pairs."""
+    return codistill.combined(lambda: (Contribution(before or {}, one, samples) for one, samples in devices))
+
+
+def reference(*devices):
+    """t = Σ w p / Σ w in float64, with w = n (1 - H / log labels)²."""
+    sums, weights = {}, 0.0
+    for one, samples in devices:
+        p = np.concatenate(list(one.values())).astype(np.float64)
+        p = np.maximum(p, 1e-6)
+        p /= p.sum(0)
+        weight = samples * (1 + (p * np.log(p)).sum(0) / np.log(len(p))) ** 2
+        weights = weights + weight
+        for key, value in one.items():
+            target = key[:-1] + "T"
+            sums[target] = sums.get(target, 0) + weight * value[0].astype(np.float64)
+    return {key: value / weights for key, value in sums.items()}
+
+
+def test_predictions_are_weighted_by_rows_and_by_how_sure_a_device_is():
+    devices = [(said("abc", 3, 0), 100), (said("bcd", 1, 1), 40), (said("ad", 2, 2), 7)]
+    found, truth = combined(*devices), reference(*devices)
+    assert found.keys() == truth.keys() == {f"anchors.{label}.T" for label in "abcd"}
+    for key, value in truth.items():
+        np.testing.assert_allclose(found[key][0], value, atol=1e-5)
+
+
+def test_who_is_sure_is_followed_where_another_is_not():
+    sure = {"anchors.a.P": np.full((1, 5), 0.98, np.float32), "anchors.b.P": np.full((1, 5), 0.02, np.float32)}
+    unsure = {f"anchors.{label}.P": np.full((1, 5), 0.5, np.float32) for label in "cd"}
+    found = combined((sure, 1), (unsure, 1))
+    assert (found["anchors.a.T"] > 0.97).all()
+    assert (found["anchors.c.T"] < 0.01).all()
+
+
+def test_equal_devices_get_their_own_predictions_and_the_last_rounds_are_replaced():
+    one = said("abc", 2, 3)
+    before = {key[:-1] + "T": RNG.random((1, 5), dtype=np.float32) for key in one}
+    step = combined((one, 3), (one, 50), before=before)
+    for key, value in one.items():
+        target = key[:-1] + "T"
+        np.testing.assert_allclose(before[target] + step[target], value, atol=1e-4)
+
+
+def test_memory_on_the_node_is_that_of_the_targets():
+    alive = []
+
+    def contributions():
+        for seed in range(30):
+            alive.append(said("abc", 2, seed))
+            yield Contribution({}, alive.pop(), 1)
+
+    assert {value.shape for value in codistill.combined(contributions).values()} == {(1, 5)}
+
+
+FLEET = settings.Fleet(
+    "f",
+    (settings.Model("m"),),
+    adapter=settings.Adapter(rank=2),
+    head=settings.Head(),
+    codistill=SPEC,
+)
+
+
+@pytest.mark.parametrize("name", list(methods.METHODS))
+def test_it_goes_with_every_method(name):
+    alone, with_it = methods.by_name(name), methods.build(settings.Method(name), settings.Head(), SPEC)
+    assert with_it.merges["anchors"] is codistill.combined
+    assert ("labels" in with_it.merges) is bool(alone.merges)
+    assert alone.merges.keys() <= with_it.merges.keys()
+    assert with_it.exchanged("anchors.x.P") and not with_it.exchanged("anchors.x.T")
+
+
+def test_without_a_head_there_is_nothing_to_predict():
+    with pytest.raises(InputError, match="needs a \\[head\\]"):
+        methods.build(settings.Method("fedit"), None, SPEC)
+
+
+def update(path, model_class, tensors):
+    path.write_bytes(codec.encode(tensors))
+    return types.SimpleNamespace(manifest=types.SimpleNamespace(model_class=model_class, samples=10), payload=path)
+
+
+@pytest.mark.parametrize("across", [True, False])
+def test_predictions_cross_models_or_stay_in_the_class(tmp_path, across):
+    fleet = settings.Fleet(
+        "f",
+        FLEET.catalog,
+        adapter=FLEET.adapter,
+        head=settings.Head(),
+        codistill=settings.Codistill("anchors.jsonl", texts=5, across=across),
+    )
+    method = methods.of(fleet)
+    first = {"layers.0.q.B": np.ones((8, 2), np.float32), "labels.a.H": np.ones((1, 4), np.float32), **said("ab", 2, 0)}
+    second = {
+        "layers.0.q.B": np.ones((9, 2), np.float32),
+        "labels.c.H": np.ones((1, 6), np.float32),
+        **said("bc", 2, 1),
+    }
+    updates = [update(tmp_path / "1", "m@1", first), update(tmp_path / "2", "n@1", second)]
+    versions = {one.model_class: one for one in merge.merge(updates, {}, fleet, method, 1, tmp_path / "v")}
+    published = {of: codec.decode(version.artifact.read_bytes()) for of, version in versions.items()}
+    told = {of: {key.split(".")[1] for key in state if key.startswith("anchors")} for of, state in published.items()}
+    if across:
+        assert told == {"m@1": {"a", "b", "c"}, "n@1": {"a", "b", "c"}, "*": {"a", "b", "c"}}
+    else:
+        assert told == {"m@1": {"a", "b"}, "n@1": {"b", "c"}}
+    heads = {of: {key for key in state if key.startswith("labels")} for of, state in published.items()}
+    assert (heads["m@1"], heads["n@1"]) == ({"labels.a.H"}, {"labels.c.H"})
+
+
+@pytest.mark.parametrize(
+    ("delta", "reason"),
+    [
+        ({"anchors.a.P": np.zeros((1, 4), np.float32)}, r"anchors.a.P is \(1, 4\)"),
+        ({"anchors.a.T": np.zeros((1, 5), np.float32)}, "does not exchange"),
+        ({"labels.a.P": np.zeros((1, 5), np.float32)}, "does not exchange"),
+        ({"labels.a\n.H": np.zeros((1, 5), np.float32)}, "does not exchange"),
+        ({"labels..H": np.zeros((1, 5), np.float32)}, "does not exchange"),
+        ({"labels.a.H": np.zeros((2, 5), np.float32)}, r"labels.a.H is \(2, 5\)"),
+    ],
+)
+def test_what_is_no_prediction_or_row_of_a_head_is_refused(delta, reason):
+    with pytest.raises(InputError, match=reason):
+        merge.check(codec.encode(delta), {}, FLEET, methods.of(FLEET))
+
+
+def test_the_nodes_texts_are_checked_before_anything_is_announced(tmp_path):
+    from edge_runtime.aggregator import anchors
+
+    file = tmp_path / "given.jsonl"
+    file.write_text("".join(json.dumps({"text": f"t{n}", "label": "secret"}) + "\n" for n in range(7)))
+    written = anchors.write(settings.Codistill(str(file), texts=5), tmp_path / "state")
+    assert [json.loads(line) for line in written.read_text().splitlines()] == [{"text": f"t{n}"} for n in range(5)]
+    with pytest.raises(InputError, match=r"texts is 8, but .* has 7 rows"):
+        anchors.write(settings.Codistill(str(file), texts=8), tmp_path / "state")

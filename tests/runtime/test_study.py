@@ -1,0 +1,206 @@
+"""A study on virtual devices: who holds what, runs that go on where they were, and what the table says."""
+
+import json
+
+import msgspec
+import pytest
+from click.testing import CliRunner
+
+from edge_runtime import cli
+from edge_runtime.errors import InputError
+from edge_runtime.study import grid, report, spec
+from edge_runtime.study.run import Member, Outcome, accuracy
+from edge_runtime.training.job import Score
+
+STUDY = """
+[study]
+about = "a test"
+seeds = [0, 1]
+weights = "float32"
+
+[data.colours]
+train = "train.jsonl"
+test = "test.jsonl"
+per_label = 4
+
+[anchors]
+file = "public.jsonl"
+rows = 6
+
+[[device]]
+id = "a"
+source = "tiny"
+data = "colours"
+domains = ["warm"]
+
+[[device]]
+id = "b"
+source = "tiny"
+depth = 3
+data = "colours"
+
+[[device]]
+id = "c"
+source = "tiny"
+first = 2
+data = "colours"
+domains = ["cold"]
+
+[fleet]
+rounds = 2
+
+[adapter]
+rank = 2
+
+[training]
+steps = 3
+rows_a_step = 4
+learning_rate = 1e-2
+max_tokens = 16
+
+[head]
+
+[[arm]]
+name = "local"
+method = {name = "local"}
+
+[[arm]]
+name = "all in one"
+pooled = true
+method = {name = "local"}
+
+[[arm]]
+name = "fedit + codistill"
+method = {name = "fedit"}
+codistill = {rows = 2}
+control = "local"
+"""
+DOMAINS = {"red": "warm", "orange": "warm", "blue": "cold", "green": "cold"}
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, count in (("train", 12), ("test", 3), ("public", 4)):
+        rows = [
+            {"text": f"{label} {n} {name}", "label": label, "domain": of}
+            for n in range(count)
+            for label, of in DOMAINS.items()
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "study.toml").write_text(STUDY)
+    return tmp_path
+
+
+@pytest.fixture
+def study(files):
+    return spec.load(files / "study.toml")
+
+
+def test_no_row_is_on_two_devices_and_domains_confine_them(study, files):
+    held = spec.shares(study, files, 0)
+    texts = {device: {row["text"] for row in rows} for device, rows in held.items()}
+    assert not texts["a"] & texts["b"] and not texts["b"] & texts["c"]
+    counts = {
+        device: {label: sum(row["label"] == label for row in rows) for label in DOMAINS}
+        for device, rows in held.items()
+    }
+    assert counts["a"] == {"red": 4, "orange": 4, "blue": 0, "green": 0}
+    assert counts["b"] == dict.fromkeys(DOMAINS, 4)
+    assert counts["c"] == {"red": 0, "orange": 0, "blue": 4, "green": 4}
+    assert spec.shares(study, files, 0) == held != spec.shares(study, files, 1)
+
+
+def test_public_texts_have_no_labels_and_are_the_same_for_every_arm(study, files):
+    found = spec.anchors(study, files)
+    assert len(found) == 6 and all(row.keys() == {"text"} for row in found)
+    assert found == spec.anchors(study, files)
+
+
+def test_a_run_is_done_again_when_what_it_depends_on_has_changed(study):
+    arm = study.arm[2]
+    same = msgspec.structs.replace(study, study=msgspec.structs.replace(study.study, about="other", seeds=(0, 5)))
+    assert study.digest(arm, 0) == same.digest(msgspec.structs.replace(arm, control="all in one"), 0)
+    fleet = msgspec.structs.replace(study, fleet={"rounds": 3})
+    anchors = msgspec.structs.replace(study, anchors=spec.Anchors("public.jsonl", 5))
+    digests = [study.digest(arm, 0), study.digest(arm, 1), fleet.digest(arm, 0), anchors.digest(arm, 0)]
+    assert len(set(digests)) == 4
+    assert study.digest(study.arm[0], 0) == anchors.digest(study.arm[0], 0)  # it has no public texts
+
+
+def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
+    models, out = tiny_folder.parent, files / "out"
+    command = ["study", str(files / "study.toml"), "--data", str(files), "--models", str(models), "--out", str(out)]
+    first = CliRunner().invoke(cli.app, [*command, "--seeds", "0", "--workers", "1"])
+    assert first.exit_code == 0, first.output
+    assert [line.split(",")[0] for line in first.output.splitlines()[:3]] == [
+        "local",
+        "all in one",
+        "fedit + codistill",
+    ]
+    written = {path.name: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
+    assert written.keys() == {"local-0.json", "all-in-one-0.json", "fedit-codistill-0.json"}
+    assert not any((out / "work").iterdir())
+    study = spec.load(files / "study.toml")
+    outcomes = grid.kept(study, out)
+    members = {one.id: one for one in outcomes["fedit + codistill", 0].members}
+    assert [len(member.scores) for member in members.values()] == [3, 3, 3]
+    assert members["a"].scores[0].keys() == {"seen"}  # b, of the same model, holds every label
+    assert members["c"].scores[0].keys() == {"seen", "unseen"}
+    assert all(size > 0 for member in members.values() for size in member.bytes_up)
+    assert all(member.bytes_down[0] == 0 < member.bytes_down[1] for member in members.values())
+    assert outcomes["local", 0].members[0].bytes_up == [0, 0]
+    pooled = {one.id: one for one in outcomes["all in one", 0].members}
+    assert {(one.rows, one.steps) for one in pooled.values()} == {(32, 9)}  # all rows and steps of three devices
+    assert "| fedit + codistill |" in (out / "README.md").read_text()
+    assert "<svg" in (out / "rounds.svg").read_text() and "<svg" in (out / "bytes.svg").read_text()
+    again = CliRunner().invoke(cli.app, [*command, "--seeds", "0,1", "--arms", "local", "--workers", "1"])
+    assert again.exit_code == 0, again.output
+    assert {path.name: path.stat().st_mtime_ns for path in (out / "runs").iterdir() if path.name in written} == written
+    assert (out / "runs" / "local-1.json").exists()
+
+
+def outcome(name, seed, right):
+    score = {"seen": Score(0.0, right, 10), "unseen": Score(0.0, right / 2, 30)}
+    member = Member("a", "m@1", 5, 3, 1000, [score], [1000], [500])
+    return Outcome(name, seed, "", 1.0, [member])
+
+
+def test_a_difference_is_paired_by_seed_and_has_students_interval(study):
+    own, control = {0: 0.8, 1: 0.7, 2: 0.9}, {0: 0.7, 1: 0.65, 2: 0.75}
+    arm = study.arm[2]
+    found = {(arm.name, seed): outcome(arm.name, seed, right) for seed, right in own.items()}
+    found |= {("local", seed): outcome("local", seed, right) for seed, right in control.items()}
+    gained = report.difference(arm, found, (0, 1, 2))
+    per_point = 10 / 40 + 30 / 40 / 2  # of all rows
+    assert gained.mean == pytest.approx(0.1 * per_point)
+    assert gained.half == pytest.approx(4.302653 * 0.05 * per_point / 3**0.5, rel=1e-5)
+    assert report.difference(arm, found, (7,)) is None
+    assert report.difference(study.arm[0], found, (0,)) is None
+    assert accuracy(found["local", 0].members[0], -1, "unseen") == pytest.approx(0.35)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("seeds = [0, 1]", "seeds = 3"), "Expected `array`, got `int`"),
+        (('control = "local"', 'control = "nobody"'), "its control `nobody` is not there"),
+        (('[anchors]\nfile = "public.jsonl"\nrows = 6', ""), "distils, which needs \\[anchors\\]"),
+        (('data = "colours"\ndomains = ["cold"]', 'data = "sounds"'), "there is no \\[data.sounds\\]"),
+        (('method = {name = "fedit"}', 'method = {name = "fedit", branches = 2}'), "no key `branches`"),
+        (("rounds = 2", "round = 2"), "no key `round`; did you mean `rounds`"),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_runs(files, change, reason):
+    path = files / "study.toml"
+    path.write_text(STUDY.replace(*change))
+    with pytest.raises(InputError, match=reason):
+        spec.load(path)
+
+
+def test_arms_and_seeds_are_chosen_by_name(study):
+    some = spec.chosen(study, "4", "local, all in one")
+    assert (some.study.seeds, [arm.name for arm in some.arm]) == ((4,), ["local", "all in one"])
+    with pytest.raises(InputError, match="no arm `fedprox`; it has local"):
+        spec.chosen(study, None, "fedprox")
+    with pytest.raises(InputError, match="has to be numbers such as 0,1,2"):
+        spec.chosen(study, "one", None)

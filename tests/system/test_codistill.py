@@ -1,0 +1,115 @@
+"""Devices of different models that learn from what the others predict, over a real broker."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fleet import Fleet
+from records import reports, sent
+from safetensors.numpy import load_file
+
+from edge_runtime import codec
+
+TABLES = """
+[head]
+
+[codistill]
+anchors = "public.jsonl"
+texts = 12
+rows = 4
+"""
+
+
+@pytest.fixture(scope="session")
+def wider_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's name, folder layout and tokenizer, but another width and depth."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("other") / tiny_model.name
+    shutil.copytree(tiny_model, folder)
+    config = LlamaConfig.from_pretrained(tiny_model, hidden_size=48, num_hidden_layers=3)
+    torch.manual_seed(1)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def rows(path: Path, *labels: str) -> Path:
+    lines = [{"text": f"{label[0] * 3} {n}", "label": label} for n in range(12) for label in labels]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def published(fleet: Fleet, round_: int) -> dict[str, dict[str, np.ndarray]]:
+    """What the node published after a round, by file."""
+    found = (fleet.folder / "node" / "versions").glob(f"{round_:05d}-*.edc")
+    return {path.name: codec.decode(path.read_bytes()) for path in found}
+
+
+def test_a_label_that_a_model_never_met_reaches_it_from_another(
+    fleet: Fleet, tiny_model: Path, wider_model: Path
+) -> None:
+    fleet.write((tiny_model.name, 3), method="local", rounds=3, quorum=2, steps=40)
+    file = fleet.folder / "fleet.toml"
+    file.write_text(file.read_text() + TABLES)
+    public = [{"text": f"{letter * 3} {n}", "label": "not to be seen"} for n in range(20, 24) for letter in "rgb"]
+    (fleet.folder / "public.jsonl").write_text("".join(json.dumps(line) + "\n" for line in public))
+    held_out = rows(fleet.folder / "all.jsonl", "red", "green", "blue")
+    node = fleet.node("--until-finished")
+    fleet.rows = rows(fleet.folder / "a.jsonl", "red", "green")
+    first = fleet.agent("a", "--until-finished", "--models", str(tiny_model.parent), "--eval", f"all={held_out}")
+    fleet.rows = rows(fleet.folder / "b.jsonl", "green", "blue")
+    second = fleet.agent("b", "--until-finished", "--models", str(wider_model.parent), "--eval", f"all={held_out}")
+    assert (node.end(), first.end(), second.end()) == (0, 0, 0)
+
+    alone, taught = (
+        sent(fleet, "a", 3),
+        {key: value for state in published(fleet, 3).values() for key, value in state.items()},
+    )
+    assert {key.split(".")[0] for key in alone} == {"anchors"}  # nothing else crosses with `local`
+    assert {key for key in taught if key.startswith("anchors")} == {
+        f"anchors.{label}.T" for label in ("red", "green", "blue")
+    }
+    assert all(value.shape == (1, 12) for value in alone.values())
+    for device in "ab":
+        kept = load_file(fleet.folder / device / "work" / "round-3" / "state.bin")
+        assert {key for key in kept if key.startswith("labels")} == {
+            f"labels.{label}.H" for label in ("red", "green", "blue")
+        }
+        before, after = (
+            reports(fleet, state)[device, round_].result for state, round_ in (("trained", 1), ("finished", 3))
+        )
+        assert before is not None and after is not None
+        assert after.evaluation["all"].accuracy > 0.8  # two of three labels are its own
+    assert "not to be seen" not in (fleet.folder / "node" / "anchors.jsonl").read_text()
+
+
+def test_a_class_that_comes_late_starts_from_what_the_fleet_shares(
+    fleet: Fleet, tiny_model: Path, wider_model: Path
+) -> None:
+    fleet.write((tiny_model.name, 3), rounds=2)
+    file = fleet.folder / "fleet.toml"
+    file.write_text(file.read_text() + TABLES)
+    (fleet.folder / "public.jsonl").write_text("".join(json.dumps({"text": f"{n}"}) + "\n" for n in range(12)))
+    fleet.rows = rows(fleet.folder / "a.jsonl", "red", "green")
+    node = fleet.node("--until-finished")
+    early = fleet.agent("early", "--until-finished", "--models", str(tiny_model.parent))
+    node.until(lambda event: event["phase"] == "collecting" and event["round"] == 2)
+    fleet.rows = rows(fleet.folder / "b.jsonl", "blue")
+    late = fleet.agent("late", "--until-finished", "--models", str(wider_model.parent))
+    assert (node.end(), early.end(), late.end()) == (0, 0, 0)
+    job = json.loads((fleet.folder / "late" / "work" / "finished" / "job.json").read_text())
+    told = codec.shapes(Path(job["start"]).read_bytes())
+    assert {"anchors.red.T", "anchors.green.T"} <= told.keys()
+
+
+def test_a_fleet_whose_public_texts_are_too_few_is_not_announced(fleet: Fleet, tiny_model: Path) -> None:
+    fleet.write((str(tiny_model), 4))
+    file = fleet.folder / "fleet.toml"
+    file.write_text(file.read_text() + TABLES)
+    (fleet.folder / "public.jsonl").write_text('{"text": "one"}\n')
+    node = fleet.node()
+    assert node.end() == 2
+    assert "texts is 12, but" in node.error() and "has 1 rows" in node.error()

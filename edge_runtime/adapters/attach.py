@@ -3,7 +3,9 @@
 Keys have the layer numbers of the whole checkpoint, so slices of one checkpoint agree (methods/interface.py).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +19,7 @@ from edge_runtime import settings
 from edge_runtime.adapters import roles
 from edge_runtime.adapters.initial import initial
 from edge_runtime.errors import InputError
-from edge_runtime.methods.interface import Factor, Method
+from edge_runtime.methods.interface import Factor, Method, name_of, relative_depth
 
 State = dict[str, NDArray[np.float32]]
 
@@ -44,6 +46,18 @@ class Adapter(NamedTuple):
         every = [*self.factors.values(), *([self.head.weight] if self.head else [])]
         return [parameter for parameter in every if parameter.requires_grad]
 
+    @contextmanager
+    def without(self, names: Collection[str]) -> Iterator[None]:
+        """While inside, factors of these names do not train."""
+        still = [one for key, one in self.factors.items() if name_of(key) in names and one.requires_grad]
+        for factor in still:
+            factor.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for factor in still:
+                factor.requires_grad_(True)
+
     def rows(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each tensor of the state by its canonical key; a label's row of the head as (1, hidden)."""
         yield from self.factors.items()
@@ -63,13 +77,17 @@ class AdapterLinear(nn.Module):
         core: Callable[[Mapping[str, Any]], torch.Tensor | None],
     ) -> None:
         super().__init__()
-        self.base, self.scale, self.factors, self.core = base, scale, nn.ParameterDict(factors), core
+        self.base, self.scale, self.factors, self._core = base, scale, nn.ParameterDict(factors), core
+
+    def core(self) -> torch.Tensor | None:
+        """C, None where it is the identity."""
+        return self._core(self.factors)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
         weight = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
         A, B = self.factors["A"], self.factors["B"]
-        return adapter_linear(x, weight, A, self.core(self.factors), B, self.scale, self.base.bias)
+        return adapter_linear(x, weight, A, self.core(), B, self.scale, self.base.bias)
 
 
 def attach(
@@ -112,7 +130,8 @@ def attach(
                     attached[key] = _parameter(key, method.factors[name], sizes, seed, base.weight.device)
             paths[f"layers.{layer}.{role}"] = places[base]
             own = {name: attached[key] for name, key in keys.items()}
-            block.set_submodule(path, AdapterLinear(base, spec.alpha / spec.rank, own, method.made_core))
+            core = partial(method.made_core, depth=relative_depth(layer, whole or len(layers)))
+            block.set_submodule(path, AdapterLinear(base, spec.alpha / spec.rank, own, core))
     if not attached:
         raise InputError(f"the model has no linear layer of the roles {', '.join(spec.roles)}")
     head = None

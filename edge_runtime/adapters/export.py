@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from edge_runtime.adapters.attach import check_keys
-from edge_runtime.methods.interface import Method, kind_of, label_of
+from edge_runtime.methods.interface import Method, kind_of, label_of, relative_depth
 from edge_runtime.models.facts import Facts, adapter_shapes
 from edge_runtime.settings import Adapter
 
@@ -68,7 +68,7 @@ def to_peft(
         _, layer, role = key.split(".")
         keys = method.keys(int(layer), facts.layers, role)
         factors = {name: torch.from_numpy(state[of]) for name, of in keys.items()}
-        core = method.made_core(factors)
+        core = method.made_core(factors, relative_depth(int(layer), facts.layers))
         tensors[f"base_model.model.{path}.lora_A.weight"] = factors["A"].contiguous()
         tensors[f"base_model.model.{path}.lora_B.weight"] = factors["B"] @ core if core is not None else factors["B"]
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,10 +6,23 @@ import msgspec
 
 from edge_runtime import settings
 from edge_runtime.errors import InputError
-from edge_runtime.methods import codistill, fedit, fedsa, fedsb, ffa, flexlora, heterotune, hetlora, label_head, local
+from edge_runtime.methods import (
+    codistill,
+    fedadapter,
+    fedit,
+    fedsa,
+    fedsb,
+    ffa,
+    flexlora,
+    h2tune,
+    heterotune,
+    hetlora,
+    label_head,
+    local,
+)
 from edge_runtime.methods.interface import Method
 
-MODULES: tuple[Any, ...] = (local, fedit, ffa, fedsa, fedsb, hetlora, flexlora, heterotune)
+MODULES: tuple[Any, ...] = (local, fedit, ffa, fedsa, fedsb, hetlora, flexlora, fedadapter, heterotune, h2tune)
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in MODULES}
 
 

@@ -45,7 +45,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     core: Literal["trained", "frozen"] = "trained"
 
 
-def core(factors: Mapping[str, Any]) -> Any:
+def core(factors: Mapping[str, Any], _: float) -> Any:
     """C (r, r) of a layer's gates (branches,), U (branches · width, r) and V (r, branches · width), which are torch's."""
     import torch
 

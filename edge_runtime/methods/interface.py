@@ -39,6 +39,11 @@ def label_of(key: str) -> str:
     return key.partition(".")[2].rpartition(".")[0]
 
 
+def relative_depth(layer: int, layers: int) -> float:
+    """Where a layer lies in a checkpoint of so many: 0 for the first, 1 for the last."""
+    return layer / max(layers - 1, 1)
+
+
 def leading(shape: Sequence[int]) -> tuple[slice, ...]:
     """Where a factor of a lower rank has its values in one of a higher."""
     return tuple(map(slice, shape))
@@ -98,21 +103,31 @@ Contributions: TypeAlias = Callable[[], Iterable[Contribution]]
 Merge: TypeAlias = Callable[[Contributions], Tensors]
 
 
+class Pass(NamedTuple):
+    """One forward and backward over a step's rows. frozen: factors that stay as they are in it. penalty: joins the loss, of the
+    layers' cores now and as the round found them. apart: weight of KL(the first pass's outputs ‖ this one's)."""
+
+    frozen: frozenset[str] = frozenset()
+    penalty: Callable[[list[Any], list[Any]], Any] | None = None
+    apart: float = 0.0
+
+
 class Method(NamedTuple):
     """factors: A and B, and what else there is, by name; without a C or a core, that is the identity. merges: of each kind of
-    tensor that is exchanged. core: makes a layer's C of its factors, which are torch's tensors. sizes: of the axes that are the
-    method's own, on a device of this rank. unequal: whether devices of lower ranks may take part, which hold the leading rows
-    of A and columns of B. refactored: whether a new version has its product in other factors, so that what is owed of an
-    earlier round is worth nothing.
+    tensor that is exchanged. core: makes a layer's C of its factors, which are torch's tensors, and its relative depth. sizes: of
+    the axes that are the method's own, on a device of this rank. unequal: whether devices of lower ranks may take part, which
+    hold the leading rows of A and columns of B. refactored: whether a new version has its product in other factors, so that
+    what is owed of an earlier round is worth nothing. passes: of each step of a round, counted from 1.
     """
 
     name: str
     factors: dict[str, Factor]
     merges: dict[str, Merge]
-    core: Callable[[Mapping[str, Any]], Any] | None = None
+    core: Callable[[Mapping[str, Any], float], Any] | None = None
     sizes: Callable[[int], Mapping[str, int]] = lambda rank: {}
     unequal: bool = False
     refactored: bool = False
+    passes: Callable[[int], tuple[Pass, ...]] = lambda round_: (Pass(),)
 
     def keys(self, layer: int, layers: int, role: str) -> dict[str, str]:
         """The canonical key of each factor that a linear layer has, by the factor's name.
@@ -121,13 +136,13 @@ class Method(NamedTuple):
             layer: its number in the whole checkpoint, which has so many layers.
         """
         stages = self.sizes(1).get("stages", 1)
-        stage = min(layer * stages // max(layers - 1, 1), stages - 1)
+        stage = min(int(stages * relative_depth(layer, layers)), stages - 1)
         owner = {"layers": f"layers.{layer}", "stages": f"stages.{stage}"}
         return {name: f"{owner[f.of]}.{role}.{name}" for name, f in self.factors.items() if f.of in owner}
 
-    def made_core(self, factors: Mapping[str, Any]) -> Any:
-        """A layer's C, or None where it is the identity."""
-        return self.core(factors) if self.core is not None else factors.get("C")
+    def made_core(self, factors: Mapping[str, Any], depth: float) -> Any:
+        """The C of a layer at this relative depth, 0 to 1, or None where it is the identity."""
+        return self.core(factors, depth) if self.core is not None else factors.get("C")
 
     def scope(self, kind: str) -> str:
         """With whom this kind of tensors is shared, of which some factor travels."""

@@ -187,11 +187,9 @@ def plan(
         step_seconds=0.0,
         **way._asdict(),
     )
-    roles, rows_a_step, method = (
-        fleet.adapter.roles,
-        fleet.training.rows_a_step,
-        methods.build(fleet.method, fleet.head, fleet.codistill),
-    )
+    roles, rows_a_step = fleet.adapter.roles, fleet.training.rows_a_step
+    rows_a_step += fleet.codistill.rows if fleet.codistill is not None else 0
+    method = methods.build(fleet.method, fleet.head, fleet.codistill)
     predicted = terms(
         known,
         made,

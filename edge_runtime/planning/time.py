@@ -66,4 +66,5 @@ def step_seconds(
         moved += micro_batches * head * EXPAND_BYTES["q8_0"]
     if plan.streamed:
         moved += 3 * micro_batches * blocks * VALUE_BYTES[plan.weights]
-    return products / flops + moved / rates.copy_bytes + CALL_S * plan.depth * (micro_batches + 1)
+    once = products / flops + moved / rates.copy_bytes + CALL_S * plan.depth * (micro_batches + 1)
+    return once * len(method.passes(2))  # of a later round, which has no fewer than the first

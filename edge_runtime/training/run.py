@@ -151,6 +151,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
                 keep=job.plan.boundaries,
                 loss_chunk_bytes=loss_chunk_bytes(job.plan),
                 distillation=distillation,
+                passes=method.passes(job.round),
             )
         said: attach.State = {}
         if anchors:

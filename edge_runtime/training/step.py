@@ -15,16 +15,18 @@ from typing import NamedTuple
 
 import torch
 from edge_kernels import AdamW8bit, Kept, Packed, checkpoint_block, linear_cross_entropy
-from torch.nn.functional import cross_entropy, rms_norm
+from torch.nn.functional import cross_entropy, kl_div, rms_norm
 from transformers import PreTrainedModel
 
-from edge_runtime.adapters.attach import Adapter
+from edge_runtime.adapters.attach import Adapter, AdapterLinear
 from edge_runtime.adapters.roles import blocks
 from edge_runtime.errors import TrainerError
+from edge_runtime.methods.interface import Pass
 from edge_runtime.planning.plan import Plan
 from edge_runtime.planning.predict import LENGTH_STEP, LOSS_CHUNK_BYTES
 from edge_runtime.settings import Boundaries, Training
 from edge_runtime.training.data import IGNORED, Example, batches, epochs
+from edge_runtime.training.divergence import divergence
 from edge_runtime.training.meter import release
 
 SKIPPED_IN_A_ROW = 5  # steps without a finite loss, before the round is given up
@@ -125,6 +127,7 @@ def train(
     keep: Boundaries = "input",
     loss_chunk_bytes: int = LOSS_CHUNK_BYTES,
     distillation: Distillation | None = None,
+    passes: Sequence[Pass] = (Pass(),),
 ) -> list[float]:
     """Train the adapter for one round, in place.
 
@@ -137,9 +140,11 @@ def train(
         keep: how each block's input is kept for backward.
         loss_chunk_bytes: of logits that exist at once.
         distillation: public texts beside each step's rows.
+        passes: of each step, one after another over the same rows.
 
     Returns:
-        The loss of each step on its own rows; nan where it was not finite and the step was skipped.
+        The loss of each step on its own rows in its first pass, without what else joins it; nan where it was not finite and the
+        step was skipped.
 
     Raises:
         TrainerError: the loss was not finite several times in a row, or what ease raises.
@@ -151,41 +156,68 @@ def train(
     weight, softcap = head(model)
     losses: list[float] = []
 
-    def mean_loss(part: Part) -> torch.Tensor:
+    def outputs(part: Part) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The part's mean loss; and what it came from, a head's logits or the hidden states (rows, tokens, hidden), with which
+        of these rows and tokens it counts."""
         ids, labels = pad(part.batch, weight.device)
         hidden = hidden_states(model, ids)
         release()  # what the forward pass freed fits little of what comes now, and here is the peak
         if part.batch[0].answer is None:
-            return linear_cross_entropy(hidden[:, :-1], weight, labels[:, 1:], softcap, loss_chunk_bytes)
+            hidden, labels = hidden[:, :-1], labels[:, 1:]
+            loss = linear_cross_entropy(hidden, weight, labels, softcap, loss_chunk_bytes)
+            return loss, hidden, labels != IGNORED
         assert adapter.head is not None
         logits = label_states(part.batch, hidden) @ adapter.head.weight.T
         answers = torch.tensor([row.answer for row in part.batch], device=logits.device)
         if part.soft:
             assert distillation is not None
-            return cross_entropy(logits, distillation.targets[answers])
-        return cross_entropy(logits, answers, ignore_index=IGNORED)
+            return cross_entropy(logits, distillation.targets[answers]), logits, answers != IGNORED
+        return cross_entropy(logits, answers, ignore_index=IGNORED), logits, answers != IGNORED
 
+    def apart(part: Part, before: torch.Tensor, output: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """How far what the part makes has moved from what it made in the first pass."""
+        if part.batch[0].answer is None:
+            return divergence(before, output[counts], weight, softcap, loss_chunk_bytes)
+        logs = output[counts].log_softmax(-1), before.log_softmax(-1)
+        return kl_div(*logs, log_target=True, reduction="batchmean")
+
+    linears = [module for module in model.modules() if isinstance(module, AdapterLinear)]
+    penalised = any(one.penalty is not None for one in passes)
+    found = [core.detach() for core in _cores(linears)] if penalised else []  # as the round begins
+    keeps = any(one.apart for one in passes)
     for step in range(training.steps):
         optimiser.lr = learning_rate(training, step, round_, rounds)
         own = list(islice(rows, training.rows_a_step))
         micro = parts(own, list(islice(texts, taught)), weight_taught, micro_rows)
         total = seen = 0.0
+        first: list[torch.Tensor] = []
         with only_blocks(model, slices[step % len(slices)]), recomputed_blocks(model, keep):
-            if step == 0:
-                with optimiser.measuring():
-                    mean_loss(micro[0]).backward()
-            for number, part in enumerate(micro, 1):
-                loss = mean_loss(part) * part.share
-                total += loss.item()
-                seen += 0.0 if part.soft else loss.item()
+            for turn, one in enumerate(passes):
+                with adapter.without(one.frozen):
+                    if step == 0:
+                        with optimiser.measuring():
+                            outputs(micro[0])[0].backward()
+                    for number, part in enumerate(micro):
+                        mean, output, counts = outputs(part)
+                        loss = mean * part.share
+                        if turn == 0:
+                            seen += 0.0 if part.soft else loss.item()
+                            first += [output.detach()[counts]] if keeps else []
+                        if one.apart and turn and not part.soft:
+                            loss = loss + part.share * one.apart * apart(part, first[number], output, counts)
+                        last = number == len(micro) - 1
+                        if one.penalty is not None and last:
+                            loss = loss + one.penalty(_cores(linears), found)
+                        del output
+                        total += loss.item()
+                        if not math.isfinite(total):
+                            break
+                        with nullcontext() if last else optimiser.accumulating():
+                            loss.backward()
                 if not math.isfinite(total):
+                    optimiser.forget()
                     break
-                with nullcontext() if number == len(micro) else optimiser.accumulating():
-                    loss.backward()
-        if math.isfinite(total):
-            optimiser.step()
-        else:
-            optimiser.forget()
+                optimiser.step()
         losses.append(seen if math.isfinite(total) else math.nan)
         if len(losses) >= SKIPPED_IN_A_ROW and all(map(math.isnan, losses[-SKIPPED_IN_A_ROW:])):
             raise TrainerError(
@@ -198,6 +230,10 @@ def train(
             micro_rows, keep = eased.rows, eased.boundaries
     optimiser.close()
     return losses
+
+
+def _cores(linears: list[AdapterLinear]) -> list[torch.Tensor]:
+    return [core for linear in linears if (core := linear.core()) is not None]
 
 
 @contextmanager

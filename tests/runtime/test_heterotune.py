@@ -11,7 +11,7 @@ from test_adapters import IDS, LAYERS, difference, logits, random_state
 from edge_runtime import methods, settings
 from edge_runtime.adapters import attach, export
 from edge_runtime.errors import InputError
-from edge_runtime.methods import heterotune
+from edge_runtime.methods import fedadapter, heterotune
 from edge_runtime.methods.interface import Contribution
 
 SPEC = settings.Adapter(rank=4, alpha=12.0)
@@ -116,7 +116,7 @@ def test_the_core_is_the_sum_of_its_branches():
     U, V, g = (torch.randn(*shape, generator=draw) for shape in ((6, 4), (4, 6), (3,)))
     shares = torch.softmax(g, 0)
     truth = torch.eye(4) + sum(shares[j] * V[:, 2 * j : 2 * j + 2] @ U[2 * j : 2 * j + 2] for j in range(3))
-    assert torch.allclose(heterotune.core({"U": U, "V": V, "g": g}), truth, atol=1e-6)
+    assert torch.allclose(heterotune.core({"U": U, "V": V, "g": g}, 0.5), truth, atol=1e-6)
 
 
 def test_branches_are_as_many_as_the_rank_has_room_for():
@@ -154,6 +154,18 @@ def test_the_gradient_of_a_shared_branch_is_the_sum_over_its_layers(tiny):
             losses.append(float(model(IDS, labels=IDS).loss))
             adapter.factors[key][at] -= step
     assert float(adapter.factors[key].grad[at]) == pytest.approx((losses[0] - losses[1]) / 2e-4, rel=5e-3)
+
+
+def test_fedadapters_core_is_the_plain_sum_and_its_branches_the_mean_over_holders(tiny):
+    draw = torch.Generator().manual_seed(0)
+    U, V = (torch.randn(*shape, generator=draw) for shape in ((6, 4), (4, 6)))
+    truth = torch.eye(4) + sum(V[:, 2 * j : 2 * j + 2] @ U[2 * j : 2 * j + 2] for j in range(3))
+    assert torch.allclose(fedadapter.core({"U": U, "V": V}, 0.5), truth, atol=1e-6)
+    low, high = made("m", 0, 10, rank=2), made("n", 1, 30)
+    step = fedadapter.METHOD.merges["stages"](lambda: iter([low, high]))["stages.0.q.V"]
+    truth = high.delta["stages.0.q.V"].astype(np.float64)
+    truth[:2, :2] = (10 * low.delta["stages.0.q.V"] + 30 * truth[:2, :2]) / 40
+    np.testing.assert_allclose(step, truth, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -1,0 +1,178 @@
+"""H2Tune's core, relation and two passes, and the divergence of outputs, against their equations."""
+
+import copy
+
+import numpy as np
+import peft
+import pytest
+import torch
+from edge_kernels import expand, pack
+from test_adapters import IDS, LAYERS, difference, logits, random_state
+from test_training import draw_examples
+
+from edge_runtime import methods, settings
+from edge_runtime.adapters import attach, export
+from edge_runtime.methods import h2tune
+from edge_runtime.methods.interface import Contribution
+from edge_runtime.training import step
+from edge_runtime.training.divergence import divergence
+
+SPEC = settings.Adapter(rank=4, alpha=12.0)
+METHOD = h2tune.method(h2tune.Settings(depths=3))
+
+
+@pytest.mark.parametrize(("depth", "truth"), [(0.0, (1, 0, 0)), (0.25, (0.5, 0.5, 0)), (1.0, (0, 0, 1))])
+def test_a_layer_begins_between_the_points_next_to_it(depth, truth):
+    assert h2tune.relation(torch.zeros(3), depth).tolist() == pytest.approx(truth)
+
+
+def test_a_relation_adds_up_to_one_whatever_was_learned():
+    found = h2tune.relation(torch.tensor([0.4, -1.5, 3.0]), 0.7)
+    assert float(found.sum()) == pytest.approx(1)
+
+
+def test_the_core_is_the_identity_and_the_relations_share_of_each_increment():
+    draw = torch.Generator().manual_seed(0)
+    S, D = torch.randn(3, 4, 4, generator=draw), torch.randn(3, generator=draw)
+    P = h2tune.relation(D, 0.3)
+    truth = torch.eye(4) + sum(P[m] * S[m] for m in range(3))
+    assert torch.allclose(h2tune.core({"S": S, "D": D}, 0.3), truth, atol=1e-6)
+
+
+def test_each_entry_is_the_mean_over_the_devices_that_trained_it():
+    draw = np.random.default_rng(0)
+    before = {"stages.0.q.S": np.zeros((3, 4, 4), np.float32)}
+    low, high = (draw.normal(0, 1, (3, rank, rank)).astype(np.float32) for rank in (2, 4))
+    made = [
+        Contribution(before, {"stages.0.q.S": low}, 30, "m"),
+        Contribution(before, {"stages.0.q.S": high}, 10, "n"),
+    ]
+    truth = high.astype(np.float64)
+    truth[:, :2, :2] = (30 * low + 10 * truth[:, :2, :2]) / 40
+    found = METHOD.merges["stages"](lambda: iter(made))["stages.0.q.S"]
+    np.testing.assert_allclose(found, truth, atol=1e-6)
+    alike = METHOD.merges["stages"](lambda: iter([made[1], made[1]._replace(model_class="o")]))["stages.0.q.S"]
+    np.testing.assert_allclose(alike, high, atol=1e-6)
+
+
+def test_version_0_changes_nothing_and_all_layers_share_one_s(tiny):
+    model, plain = tiny("llama"), logits(tiny("llama"))
+    adapter = attach.attach(model, LAYERS, SPEC, METHOD, seed=0)
+    assert difference(plain, logits(model)) < 1e-6
+    assert [key for key in adapter.factors if key.endswith("q.S")] == ["stages.0.q.S"]
+    attach.load_state(adapter, random_state(adapter))
+    model(IDS, labels=IDS).loss.backward()
+    assert all(factor.grad is not None and factor.grad.any() for factor in adapter.trained())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_peft_computes_what_we_compute(tiny, facts_of, family, tmp_path):
+    model, plain = tiny(family), logits(tiny(family))
+    facts, ours = facts_of(model), copy.deepcopy(model)
+    adapter = attach.attach(ours, LAYERS, SPEC, METHOD, seed=0)
+    attach.load_state(adapter, random_state(adapter))
+    export.to_peft(attach.state(adapter), facts, SPEC, METHOD, adapter.paths, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path)
+    assert difference(logits(theirs), logits(ours)) < 1e-4
+    assert difference(plain, logits(ours)) > 1e-2
+
+
+def changed(tiny, passes, steps=3):
+    """Which factors some steps move, and the losses."""
+    model = tiny("llama")
+    adapter = attach.attach(model, LAYERS, SPEC, METHOD, seed=0)
+    values = random_state(adapter)
+    attach.load_state(adapter, {key: 0.1 * value for key, value in values.items()})
+    before = attach.state(adapter)
+    losses = step.train(
+        model,
+        adapter,
+        draw_examples(8),
+        settings.Training(steps=steps, rows_a_step=8, learning_rate=1e-2),
+        slices=[(0, 1, 2, 3)],
+        micro_rows=3,
+        round_=1,
+        rounds=1,
+        seed=0,
+        progress=lambda *_: None,
+        passes=passes,
+    )
+    after = attach.state(adapter)
+    return {key.rpartition(".")[2] for key in after if not np.array_equal(after[key], before[key])}, losses
+
+
+def test_round_1_trains_all_and_later_ones_by_turns(tiny):
+    assert [len(METHOD.passes(round_)) for round_ in (1, 2, 3)] == [1, 2, 2]
+    assert changed(tiny, METHOD.passes(1))[0] == set("ABSD")
+    shared, own = METHOD.passes(2)
+    assert changed(tiny, [shared])[0] == set("SD")
+    moved, losses = changed(tiny, [own._replace(apart=0.0)])
+    assert moved == set("AB")
+    moved, both = changed(tiny, METHOD.passes(2), steps=6)
+    assert moved == set("ABSD")
+    assert both[0] == pytest.approx(losses[0], rel=1e-5)  # what is told is the first pass's, before anything moved
+    assert both[-1] < both[0]
+
+
+def test_what_holds_the_cores_and_the_outputs_back_does(tiny):
+    """Far heavier weights leave what they are on nearly where it was."""
+    free = h2tune.method(h2tune.Settings(depths=3, norm=0.0, keep=0.0, apart=0.0)).passes(2)
+    held = h2tune.method(h2tune.Settings(depths=3, norm=0.0, keep=0.0, apart=1e3)).passes(2)
+    assert changed(tiny, held, steps=12)[1][-1] > changed(tiny, free, steps=12)[1][-1]
+
+
+def test_the_penalties_are_their_equations():
+    draw = torch.Generator().manual_seed(0)
+    before, now = ([torch.eye(3) + torch.randn(3, 3, generator=draw) for _ in range(2)] for _ in range(2))
+    settings_ = h2tune.Settings(norm=0.5, keep=2.0)
+    first = h2tune.method(settings_).passes(1)[0].penalty(now, before)
+    norms = sum(float((C - torch.eye(3)).norm()) for C in now) / 2
+    assert float(first) == pytest.approx(0.5 * norms)
+    moved = 0.0
+    for old, new in zip(before, now, strict=True):
+        p, q = (torch.softmax((C - torch.eye(3)).flatten().double(), 0) for C in (old, new))
+        moved += float((p * (p / q).log()).sum()) / 2
+    second = h2tune.method(settings_).passes(2)[0].penalty(now, before)
+    assert float(second) == pytest.approx(0.5 * norms + 2.0 * moved, rel=1e-5)
+    released = h2tune.method(h2tune.Settings(preset="as-released")).passes(1)[0].penalty(now, before)
+    assert float(released) == pytest.approx(norms)
+
+
+def test_its_controls_exchange_less():
+    control = methods.build(settings.Method("h2tune", {"across": False}), None, None)
+    assert (METHOD.scope("stages"), control.scope("stages")) == ("fleet", "class")
+    frozen = methods.build(settings.Method("h2tune", {"core": "frozen"}), None, None)
+    assert not frozen.merges and len(frozen.passes(2)) == 1
+
+
+# --- the divergence of outputs
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("chunk_bytes", [1, 4096, 1 << 20])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_divergence_is_torchs_with_its_gradient(softcap, chunk_bytes, packed):
+    draw = torch.Generator().manual_seed(0)
+    before, hidden, head = (torch.randn(*shape, generator=draw) for shape in ((7, 64), (7, 64), (600, 64)))
+    held = pack(head, "q8_0") if packed else head
+    dense = (expand(held, torch.float32) if packed else head).double()
+    hidden.requires_grad_(True)
+    found = divergence(before, hidden, held, softcap, chunk_bytes)
+    (3 * found).backward()
+    truth_of = hidden.detach().double().requires_grad_(True)
+
+    def logs(state):
+        z = state @ dense.T
+        return (z if softcap is None else softcap * (z / softcap).tanh()).log_softmax(-1)
+
+    truth = torch.nn.functional.kl_div(logs(truth_of), logs(before.double()), log_target=True, reduction="batchmean")
+    (3 * truth).backward()
+    assert float(found) == pytest.approx(float(truth), rel=1e-5)
+    assert torch.allclose(hidden.grad.double(), truth_of.grad, atol=1e-5)
+
+
+def test_nothing_has_moved_where_nothing_changed():
+    rows, head = torch.randn(4, 16), torch.randn(50, 16)
+    assert float(divergence(rows, rows.clone().requires_grad_(True), head, None, 1 << 20)) == pytest.approx(0, abs=1e-6)
+    empty = divergence(rows[:0], rows[:0].clone().requires_grad_(True), head, None, 1 << 20)
+    assert float(empty) == 0

@@ -221,8 +221,12 @@ def study(
     """
     import os
 
+    from edge_runtime import processes
     from edge_runtime.study import grid
     from edge_runtime.study import spec as specs
+
+    if not processes.study_installed():
+        raise InputError("this needs a study's packages, which are not installed: pip install 'edge-runtime[study]'")
 
     wanted = specs.load(spec)
     chosen = specs.chosen(wanted, seeds, arms)

@@ -160,6 +160,7 @@ def train(
         train=True,
         facts=facts,
         plan=plan,
+        fleet_rank=fleet.adapter.rank,
         adapter=fleet.adapter.at(plan.rank),
         training=fleet.training,
         method=fleet.method,

@@ -75,6 +75,11 @@ def trainer_installed() -> bool:
     return find_spec("torch") is not None and find_spec("transformers") is not None
 
 
+def study_installed() -> bool:
+    """Whether the packages of a study are there."""
+    return trainer_installed() and find_spec("matplotlib") is not None and find_spec("scipy") is not None
+
+
 def _measured_once(name: str, module: list[str], error: type[EdgeError]) -> bytes:
     """What the module prints, from the cache where these packages have printed it before."""
     if not trainer_installed():

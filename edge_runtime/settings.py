@@ -5,7 +5,7 @@
     [adapter]   rank, lower, alpha, roles
     [head]      shared: of text and label rows, where there is a head for them
     [training]  steps, rows_a_step, learning_rate, max_tokens, shorter, ...
-    [codistill] anchors, rows, weight: of learning from what other devices predict
+    [codistill] anchors, texts, rows, weight, across: of learning from what other devices predict
     [[catalog]] models in order of preference: source, depth, weights
 
 The node sends all of it to the devices in its round message, so a device is configured by the broker's address alone.
@@ -29,6 +29,7 @@ else:
 Role = Literal["q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "fc1", "fc2"]
 Weights = Literal["float32", "bfloat16", "q8_0", "q4_1", "q4_0", "nf4"]
 Boundaries = Literal["input", "int8"]  # how each block's input is kept for backward
+MOST_TEXTS = 1 << 20
 PACKED = ("q8_0", "q4_1", "q4_0", "nf4")  # block formats of edge_kernels.quant
 
 
@@ -141,7 +142,7 @@ class Fleet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def load(path: Path) -> Fleet:
     """Read and check a fleet file.
 
-    Relative paths in it start from its own folder.
+    The path of public texts starts from its own folder.
 
     Raises:
         InputError: the file is missing, is not TOML, or has a key or value that does not fit, which is named.
@@ -244,6 +245,11 @@ def _check(fleet: Fleet) -> None:
             "seconds above 0",
         ),
     ]
+    if fleet.codistill is not None:
+        texts, rows, weight = fleet.codistill.texts, fleet.codistill.rows, fleet.codistill.weight
+        rules.append(("[codistill] texts", texts, 1 <= texts <= MOST_TEXTS, f"1 to {MOST_TEXTS}"))
+        rules.append(("[codistill] rows", rows, rows >= 1, "1 or more"))
+        rules.append(("[codistill] weight", weight, 0 < weight < float("inf"), "a number above 0"))
     for model in fleet.catalog:
         depth = model.depth if model.depth is not None else 1
         rules.append((f"[[catalog]] depth of {model.source}", depth, depth >= 1, "1 or more layers"))

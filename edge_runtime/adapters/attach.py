@@ -19,7 +19,7 @@ from edge_runtime import settings
 from edge_runtime.adapters import roles
 from edge_runtime.adapters.initial import initial
 from edge_runtime.errors import InputError
-from edge_runtime.methods.interface import Factor, Method, name_of, relative_depth
+from edge_runtime.methods.interface import Factor, Method, leading, name_of, relative_depth
 
 State = dict[str, NDArray[np.float32]]
 
@@ -98,6 +98,7 @@ def attach(
     seed: int,
     *,
     whole: int | None = None,
+    fleet_rank: int | None = None,
     labels: tuple[str, ...] = (),
 ) -> Adapter:
     """Replace the model's linear layers of the wanted roles by adapted ones, in place.
@@ -109,6 +110,7 @@ def attach(
         method: what it says of each factor.
         seed: what those that are drawn start from.
         whole: layers of the checkpoint; None: these are all.
+        fleet_rank: of which a lower one has the leading part, in what is drawn too; None: spec's.
         labels: that a head tells apart; none: no head.
 
     Raises:
@@ -123,11 +125,12 @@ def attach(
                 continue
             base = block.get_submodule(path)
             out, into = roles.widths(base)
-            sizes = {**method.sizes(spec.rank), "rank": spec.rank, "in": into, "out": out}
+            ranks = spec.rank, fleet_rank or spec.rank
+            own_sizes, full = ({**method.sizes(rank), "rank": rank, "in": into, "out": out} for rank in ranks)
             keys = method.keys(layer, whole or len(layers), role)
             for name, key in keys.items():
                 if key not in attached:  # one of a stage is there already
-                    attached[key] = _parameter(key, method.factors[name], sizes, seed, base.weight.device)
+                    attached[key] = _parameter(key, method.factors[name], own_sizes, full, seed, base.weight.device)
             paths[f"layers.{layer}.{role}"] = places[base]
             own = {name: attached[key] for name, key in keys.items()}
             core = partial(method.made_core, depth=relative_depth(layer, whole or len(layers)))
@@ -150,9 +153,11 @@ def detach(model: nn.Module) -> None:
             block.set_submodule(path, module.base)
 
 
-def _parameter(key: str, factor: Factor, sizes: Mapping[str, int], seed: int, device: torch.device) -> nn.Parameter:
-    value = torch.from_numpy(initial(key, factor.shape(sizes), seed, factor))
-    return nn.Parameter(value.to(device), requires_grad=factor.trained)
+def _parameter(
+    key: str, factor: Factor, sizes: Mapping[str, int], full: Mapping[str, int], seed: int, device: torch.device
+) -> nn.Parameter:
+    value = initial(key, factor.shape(full), seed, factor)[leading(factor.shape(sizes))]
+    return nn.Parameter(torch.from_numpy(np.ascontiguousarray(value)).to(device), requires_grad=factor.trained)
 
 
 def state(adapter: Adapter) -> State:

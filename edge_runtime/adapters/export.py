@@ -70,7 +70,8 @@ def to_peft(
         factors = {name: torch.from_numpy(state[of]) for name, of in keys.items()}
         core = method.made_core(factors, relative_depth(int(layer), facts.layers))
         tensors[f"base_model.model.{path}.lora_A.weight"] = factors["A"].contiguous()
-        tensors[f"base_model.model.{path}.lora_B.weight"] = factors["B"] @ core if core is not None else factors["B"]
+        product = factors["B"] @ core if core is not None else factors["B"]
+        tensors[f"base_model.model.{path}.lora_B.weight"] = product.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     if labels:

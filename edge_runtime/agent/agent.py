@@ -225,6 +225,7 @@ class Agent:
             train=self._round.state == "open",
             facts=self._planned.facts,
             plan=plan,
+            fleet_rank=fleet.adapter.rank,
             adapter=fleet.adapter.at(plan.rank),
             training=fleet.training,
             method=fleet.method,

@@ -21,16 +21,19 @@ from edge_runtime import codec
 from edge_runtime.adapters.initial import initial
 from edge_runtime.aggregator.store import Version
 from edge_runtime.errors import InputError
-from edge_runtime.methods.interface import WIDTHS, Contribution, Method, kind_of, name_of
+from edge_runtime.methods.interface import LABEL, WIDTHS, Contribution, Method, kind_of, name_of
 from edge_runtime.rounds import FLEET
 from edge_runtime.settings import Fleet
 
 KEY = re.compile(
-    r"(layers|stages)\.(0|[1-9][0-9]{0,3})\.(?P<role>[a-z0-9_]+)\.[A-Za-z]+|(labels|anchors)\.[^\x00-\x1f]{1,80}\.[A-Z]"
+    r"(layers\.(0|[1-9][0-9]{0,3})|stages\.(?P<stage>0|[1-9][0-9]{0,3}))\.(?P<role>[a-z0-9_]+)\.[A-Za-z]+"
+    rf"|(labels|anchors)\.{LABEL.pattern}\.[A-Z]"
 )
 STATE = ("layers", "stages", "labels")  # what has a start and is added to; the rest is told anew each round
 WIDEST = 1 << 20  # rows or columns of a factor
 LARGEST_ADAPTER = 1 << 28  # values
+MOST_LABELS = 1 << 14
+LARGEST_TOTAL = 1.05  # of a device's probabilities, after rounding to 8 bits
 LARGEST_NORM = 1e4  # of one factor's delta; a trained one has a few units
 
 
@@ -45,6 +48,7 @@ def check(payload: bytes, known: Mapping[str, tuple[int, ...]], fleet: Fleet, me
     """
     _check_shapes(codec.shapes(payload), known, fleet, method)
     delta = codec.decode(payload)
+    _check_predictions(delta)
     for key, value in delta.items():
         norm = float(np.linalg.norm(value))
         if norm > LARGEST_NORM:
@@ -54,11 +58,22 @@ def check(payload: bytes, known: Mapping[str, tuple[int, ...]], fleet: Fleet, me
     return delta
 
 
+def _check_predictions(delta: codec.Tensors) -> None:
+    """Refuse what is no probabilities: of each public text they are in 0 to 1, and add up to at most 1."""
+    said = {key: value for key, value in delta.items() if kind_of(key) == "anchors"}
+    total = np.zeros(1, np.float32)
+    for key, value in said.items():
+        total = total + value
+        if float(value.min()) < 0 or float(total.max()) > LARGEST_TOTAL:
+            raise InputError(f"{key} is no probabilities: they have to be 0 or more, and to add up to 1 at most")
+
+
 def _check_shapes(
     shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, tuple[int, ...]], fleet: Fleet, method: Method
 ) -> None:
     """Refuse what is no adapter of this fleet; the node holds no model, so what a class's first device sent is the measure."""
     allowed, ranks = (fleet.adapter.rank, *fleet.adapter.lower), set()
+    known = {**_heads(shapes), **_heads(known), **known}
     if not shapes:
         raise InputError("the delta holds no factor")
     for key, shape in shapes.items():
@@ -66,7 +81,8 @@ def _check_shapes(
             raise InputError(f"the delta holds {key[:80]}, which this fleet's adapter does not exchange")
         axes = method.factor(key).axes
         sizes = dict(zip(axes, shape, strict=False))
-        widths = dict(zip(axes, known.get(key, shape), strict=False))
+        like = known.get(key, known.get(kind_of(key), shape))
+        widths = dict(zip(axes, like, strict=False))
         rank = sizes.get("rank", allowed[0])
         full = {**method.sizes(rank), "one": 1, "rank": rank, **{axis: widths.get(axis, 0) for axis in WIDTHS}}
         fits = len(shape) == len(axes) and rank in allowed and shape == method.factor(key).shape(full)
@@ -82,6 +98,14 @@ def _check_shapes(
         raise InputError(f"the delta has more than {LARGEST_ADAPTER} values")
 
 
+def _heads(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shape that every label's row has, by its kind, as the first one has it."""
+    rows = [shape for key, shape in shapes.items() if kind_of(key) == "labels"]
+    if len(rows) > MOST_LABELS:
+        raise InputError(f"the delta has {len(rows)} labels, but a head has at most {MOST_LABELS}")
+    return {"labels": rows[0]} if rows else {}
+
+
 def _exchanged(key: str, fleet: Fleet, method: Method) -> bool:
     """Whether a key is one that devices of this fleet send."""
     parts = KEY.fullmatch(key)
@@ -89,6 +113,8 @@ def _exchanged(key: str, fleet: Fleet, method: Method) -> bool:
     if not parts or name not in method.factors or not method.exchanged(key):
         return False
     role = parts["role"]
+    if parts["stage"] is not None and int(parts["stage"]) >= method.sizes(fleet.adapter.rank).get("stages", 1):
+        return False
     return method.factors[name].of == kind_of(key) and (role is None or role in fleet.adapter.roles)
 
 
@@ -103,19 +129,21 @@ def merge(
         folder: where the new versions are written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    before = {of: load_file(version.master) if of in versions else {} for of, version in versions.items()}
-    own = {update.manifest.model_class for update in updates}
-    states = {of: before.get(of, {}) for of in sorted({*before, *own} - {FLEET})}
-    shared = before.get(FLEET, {})
-    across = {kind: step for kind, step in method.merges.items() if method.scope(kind) == "fleet"}
-    for of in sorted(own):
-        mine = [update for update in updates if update.manifest.model_class == of]
-        for kind in method.merges.keys() - across.keys():
-            _merge_kind(method, kind, mine, states[of], fleet)
+    across = {kind for kind in method.merges if method.scope(kind) == "fleet"}
+    shared = load_file(versions[FLEET].master) if FLEET in versions else {}
     for kind in across:
         _merge_kind(method, kind, updates, shared, fleet)
-    written = [_write(of, states[of], shared, round_, folder) for of in states]
-    return [*written, _write(FLEET, shared, {}, round_, folder)] if shared else written
+    own = {update.manifest.model_class for update in updates}
+    written = [_write(FLEET, shared, {}, round_, folder)] if shared else []
+    for of in sorted(
+        own | (versions.keys() - {FLEET} if across else set())
+    ):  # who is not there gets what is shared, too
+        state = load_file(versions[of].master) if of in versions else {}
+        mine = [update for update in updates if update.manifest.model_class == of]
+        for kind in method.merges.keys() - across:
+            _merge_kind(method, kind, mine, state, fleet)
+        written.append(_write(of, state, shared, round_, folder))
+    return written
 
 
 def _merge_kind(

@@ -26,7 +26,7 @@ from edge_runtime import methods
 from edge_runtime.aggregator import anchors, merge
 from edge_runtime.aggregator.store import Store, Version
 from edge_runtime.errors import EdgeError, InputError, LinkError
-from edge_runtime.rounds import CODEC, NOOP, REPORT_DOMAIN, ROUND_DOMAIN, Report, Round
+from edge_runtime.rounds import CODEC, FLEET, NOOP, REPORT_DOMAIN, ROUND_DOMAIN, Report, Round
 from edge_runtime.settings import Fleet
 
 log = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class Node:
             node=self.options.node,
             state="finished" if done else "open",
             round=min(self._round, self.fleet.rounds),
-            fleet=self.fleet,
+            fleet=_told(self.fleet),
             versions=self._served,
             anchors=self._anchors,
         )
@@ -187,6 +187,8 @@ class Node:
         """Why an update is not wanted, before any of its bytes are taken."""
         if self._round > self.fleet.rounds:
             return f"the fleet has finished its {self.fleet.rounds} rounds"
+        if manifest.model_class in ("", FLEET):
+            return f"`{manifest.model_class}` is no model class"
         if manifest.round != self._round:
             return f"round {manifest.round} is closed; round {self._round} is open"
         if not self.options.noop and manifest.codec != CODEC:
@@ -295,3 +297,11 @@ class Node:
     def _say(self, phase: str, text: str = "", seconds: float = 0.0) -> None:
         round_ = min(self._round, self.fleet.rounds)
         self._tell(Event(round_, phase, text, tuple(sorted(self._in())), self._missing(), seconds))
+
+
+def _told(fleet: Fleet) -> Fleet:
+    """The fleet as devices hear of it: without where the node has its files."""
+    if fleet.codistill is None:
+        return fleet
+    name = Path(fleet.codistill.anchors).name
+    return msgspec.structs.replace(fleet, codistill=msgspec.structs.replace(fleet.codistill, anchors=name))

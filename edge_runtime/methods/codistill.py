@@ -7,7 +7,7 @@
     loss of a device = own rows + weight · mean over some anchors of CE(t(· | a), its prediction)
 
 Labels are named alike on all devices. A device that has never met a label learns it from those who have, as its head has a
-row for every label that the fleet predicts. A device that is asked about texts of classes it does not know is as sure of a
+row for every label that the fleet predicts. A device that is asked about texts of labels it does not know is as sure of a
 wrong label as of a right one; what tells is that they are unlike its rows. What it sends is s p, which adds up to s over the
 labels, in the adapter's own codec; the node keeps two running sums, whatever the number of devices. In-class methods go on
 beside it.

@@ -16,15 +16,15 @@ import msgspec
 
 from edge_runtime.methods import heterotune
 from edge_runtime.methods.fedit import holders_mean
-from edge_runtime.methods.interface import Merge, Method
+from edge_runtime.methods.interface import AtLeastOne, Merge, Method
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """branches: at most, of width rows each. stages: bins of relative depth that share branches. across: between models."""
 
-    branches: int = 2
-    width: int = 8
-    stages: int = 4
+    branches: AtLeastOne = 2
+    width: AtLeastOne = 8
+    stages: AtLeastOne = 4
     across: bool = True
 
 

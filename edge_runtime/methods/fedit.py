@@ -7,7 +7,7 @@ Zhang et al. 2023 (arXiv 2305.05644, FedIT) with the depth rule of Diao et al. 2
 A mean of factors is not the factors of the mean product; the method is known to be biased there.
 """
 
-from edge_runtime.methods.interface import A, B, Contribution, Contributions, Method, Tensors, leading
+from edge_runtime.methods.interface import A, Array, B, Contribution, Contributions, Method, Tensors, leading
 
 
 class RunningMean:
@@ -15,7 +15,6 @@ class RunningMean:
     one sum a tensor, whatever the number of devices."""
 
     def __init__(self) -> None:
-        self.samples = 0
         self._sums: Tensors = {}
         self._held: dict[str, dict[tuple[int, ...], int]] = {}  # samples of each shape that was sent
 
@@ -23,21 +22,27 @@ class RunningMean:
         """Count one device."""
         import numpy as np
 
-        self.samples += made.samples
         for key, value in made.delta.items():
             if key not in self._sums:
                 self._sums[key], self._held[key] = np.zeros(made.before.get(key, value).shape, np.float32), {}
             self._sums[key][leading(value.shape)] += made.samples * value
             self._held[key][value.shape] = self._held[key].get(value.shape, 0) + made.samples
 
+    def counts(self, key: str) -> Array:
+        """Samples behind each entry of a tensor."""
+        import numpy as np
+
+        counts = np.zeros_like(self._sums[key])
+        for shape, count in self._held[key].items():
+            counts[leading(shape)] += count
+        return counts
+
     def mean(self) -> Tensors:
         """Of what was added; 0 where no device holds an entry. The sums are used up."""
         import numpy as np
 
         for key, total in self._sums.items():
-            counts = np.zeros_like(total)
-            for shape, count in self._held[key].items():
-                counts[leading(shape)] += count
+            counts = self.counts(key)
             np.divide(total, counts, out=total, where=counts > 0)
         return self._sums
 

@@ -30,16 +30,16 @@ from typing import Any, Literal
 import msgspec
 
 from edge_runtime.methods.fedit import holders_mean
-from edge_runtime.methods.interface import A, B, Factor, Method, Pass
+from edge_runtime.methods.interface import A, AtLeastOne, B, Factor, Method, NotNegative, Pass
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """depths: points of relative depth at which there is a shared S. norm, keep, apart: weights of the losses beside CE."""
 
-    depths: int = 4
-    norm: float = 1e-3
-    keep: float = 1.0
-    apart: float = 1.0
+    depths: AtLeastOne = 4
+    norm: NotNegative = 1e-3
+    keep: NotNegative = 1.0
+    apart: NotNegative = 1.0
     preset: Literal["ours", "as-released"] = "ours"
     across: bool = True
     core: Literal["trained", "frozen"] = "trained"

@@ -28,7 +28,7 @@ from typing import Any, Literal
 import msgspec
 
 from edge_runtime.methods.fedit import RunningMean, holders_mean
-from edge_runtime.methods.interface import A, Array, B, Contributions, Factor, Method, Tensors
+from edge_runtime.methods.interface import A, Array, AtLeastOne, B, Contributions, Factor, Method, Tensors
 
 CAGRAD_C, CAGRAD_STEPS = 0.5, 200
 SMALL, TINY = 1e-6, 1e-12
@@ -37,9 +37,9 @@ SMALL, TINY = 1e-6, 1e-12
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """branches: at most, of width rows each. stages: bins of relative depth that share branches."""
 
-    branches: int = 2
-    width: int = 8
-    stages: int = 4
+    branches: AtLeastOne = 2
+    width: AtLeastOne = 8
+    stages: AtLeastOne = 4
     alignment: Literal["projection", "pairwise", "cagrad", "off"] = "projection"
     across: bool = True
     core: Literal["trained", "frozen"] = "trained"
@@ -80,15 +80,20 @@ def method(settings: Settings) -> Method:
 
 def across_classes(contributions: Contributions, alignment: str) -> Tensors:
     """The step of each tensor from the means of the classes; one running mean a class, whatever the number of devices."""
-    means: dict[str, RunningMean] = defaultdict(RunningMean)
+    import numpy as np
+
+    running: dict[str, RunningMean] = defaultdict(RunningMean)
     for made in contributions():
-        means[made.model_class].add(made)
-    classes = [(running.samples, running.mean()) for running in means.values()]
+        running[made.model_class].add(made)
+    means = [(one, one.mean()) for _, one in sorted(running.items())]
     found: Tensors = {}
-    for key in sorted({key for _, mean in classes for key in mean}):
-        those = [(samples, mean[key]) for samples, mean in classes if key in mean]
-        rows = sum(samples for samples, _ in those)
-        found[key] = combined([step for _, step in those], [samples / rows for samples, _ in those], alignment)
+    for key in sorted({key for _, mean in means for key in mean}):
+        counts = np.stack([one.counts(key) for one, mean in means if key in mean])
+        steps = np.stack([mean[key] for _, mean in means if key in mean])
+        holders = (counts * steps).sum(0) / np.maximum(counts.sum(0), 1)
+        steps = np.where(counts > 0, steps, holders)  # a class is neither for nor against what it does not hold
+        shares = counts.reshape(len(counts), -1).max(1)
+        found[key] = combined(list(steps), list(shares / shares.sum()), alignment)
     return found
 
 

@@ -4,23 +4,29 @@ A tensor's key says what it belongs to and which factor of that it is:
 
     layers.<i>.<role>.<factor>     a linear layer, by its number in the whole checkpoint
     stages.<s>.<role>.<factor>     all layers at about the same relative depth
-    labels.<label>.<factor>        a class that rows are told apart by
+    labels.<label>.<factor>        a label that rows are told apart by
     anchors.<label>.<factor>       the same, on the fleet's anchor texts
 
 An agent plans with the statements and never merges, so nothing in this package imports numpy before a merge needs it.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
+
+import msgspec
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=256)]  # of a method's settings
+NotNegative = Annotated[float, msgspec.Meta(ge=0.0, le=1e6)]
 Start = Literal["drawn", "zero"]
 Kind = Literal["layers", "stages", "labels", "anchors"]
 Array: TypeAlias = "NDArray[np.float32]"
 Tensors: TypeAlias = "dict[str, Array]"
+LABEL = re.compile(r"[^\x00-\x1f]{1,80}")
 WIDTHS = ("in", "out")  # axes that are as long as a model makes them; the others are the fleet's
 
 

@@ -11,11 +11,13 @@ import tempfile
 from pathlib import Path
 
 import msgspec
+from filelock import FileLock
 
 from edge_runtime import processes
 from edge_runtime.errors import InputError
 from edge_runtime.models.facts import Facts
 
+TIMEOUT_S = 600.0
 FILES = ("*token*", "*vocab*", "merges.txt", "chat_template.jinja")
 
 
@@ -25,19 +27,29 @@ def cut(source: str, layers: int, models: Path) -> str:
     if not 1 <= layers <= facts.layers:
         raise InputError(f"{source} has {facts.layers} layers, so it cannot be cut to its first {layers}")
     folder = processes.cache_folder() / "cut" / f"{facts.model_class.replace('@', '-')}-first-{layers}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            made = Path(scratch) / folder.name
-            subprocess.run(
-                [sys.executable, "-m", "edge_runtime.study.cut", str(layers), str(made)],
-                input=msgspec.json.encode(facts),
-                check=True,
-                timeout=600,
-                env=processes.environment(),
-            )
-            made.replace(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock", timeout=TIMEOUT_S):  # several runs may want the same one
+        if not folder.exists():
+            _cut(facts, layers, folder)
     return str(folder)
+
+
+def _cut(facts: Facts, layers: int, folder: Path) -> None:
+    """Make it in a process of its own, as a run's keeps its memory for training."""
+    command = [sys.executable, "-m", "edge_runtime.study.cut", str(layers)]
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        made = Path(scratch) / folder.name
+        done = subprocess.run(
+            [*command, str(made)],
+            input=msgspec.json.encode(facts),
+            capture_output=True,
+            timeout=TIMEOUT_S,
+            env=processes.environment(),
+        )
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
+            raise InputError(f"{facts.model_class} cannot be cut to its first {layers} layers: {said[-1]}")
+        made.replace(folder)
 
 
 def _write(facts: Facts, layers: int, folder: Path) -> None:

@@ -6,7 +6,6 @@ OUT/work/                      what runs write while they go on
 
 import multiprocessing
 import os
-import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -16,7 +15,7 @@ import msgspec
 
 from edge_runtime import processes
 from edge_runtime.errors import EdgeError
-from edge_runtime.study.spec import Arm, Spec
+from edge_runtime.study.spec import Arm, Spec, check_files, slug
 
 if TYPE_CHECKING:
     from edge_runtime.study.run import KeptBases, Outcome
@@ -50,29 +49,35 @@ def run(
     """Do the runs that are missing, seed by seed so that every arm has its first result early.
 
     Raises:
-        EdgeError: a run failed; those that had begun are finished first.
+        EdgeError: a run failed; the others are done all the same.
+        InputError: data that runs could not use.
     """
+    check_files(spec, files)
     done = kept(spec, out)
     missing = [(arm, seed) for seed in spec.study.seeds for arm in spec.arm if (arm.name, seed) not in done]
     (out / "runs").mkdir(parents=True, exist_ok=True)
     os.environ.update(processes.TRAINER_ENVIRONMENT)  # a worker reads it as it starts
     failed: list[str] = []
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    pool = ProcessPoolExecutor(workers, mp_context=context)
+    try:
         runs = {
             pool.submit(_run, spec, arm, seed, files.resolve(), models.resolve(), out.resolve()): (arm.name, seed)
             for arm, seed in missing
         }
         for ended in as_completed(runs):
             name, seed = runs[ended]
-            try:
-                accuracy, seconds = ended.result()
-                tell(f"{name}, seed {seed}: {accuracy:.1%} after {seconds:.0f} s")
-            except EdgeError as error:
-                failed.append(f"{name}, seed {seed}: {error}")
+            error = ended.exception()
+            if error is not None:
+                failed.append(f"{name}, seed {seed}: {error if isinstance(error, EdgeError) else repr(error)}")
                 tell(f"failed: {failed[-1]}")
+                continue
+            accuracy, seconds = ended.result()
+            tell(f"{name}, seed {seed}: {accuracy:.1%} after {seconds:.0f} s")
+    finally:
+        pool.shutdown(cancel_futures=True)
     if failed:
-        raise EdgeError("; ".join(failed))
+        raise EdgeError(f"{len(failed)} of {len(missing)} runs failed: {'; '.join(failed)}")
 
 
 def _run(spec: Spec, arm: Arm, seed: int, files: Path, models: Path, out: Path) -> tuple[float, float]:
@@ -92,4 +97,4 @@ def _run(spec: Spec, arm: Arm, seed: int, files: Path, models: Path, out: Path) 
 
 
 def _path(out: Path, arm: Arm, seed: int) -> Path:
-    return out / "runs" / f"{re.sub('[^a-z0-9]+', '-', arm.name.lower())}-{seed}.json"
+    return out / "runs" / f"{slug(arm.name)}-{seed}.json"

@@ -1,5 +1,6 @@
 """What a study found: a table, as text and as Markdown, and two pictures."""
 
+import datetime
 import math
 import platform
 import statistics
@@ -107,12 +108,13 @@ def write(spec: Spec, outcomes: Outcomes, name: str, out: Path) -> None:
         "Accuracy: mean over the devices after the last round, mean and standard deviation over seeds. By model: "
         + ", ".join(sorted({m.model_class for one in outcomes.values() for m in one.members}))
         + ". Difference: in points, to the arm named before it with the same seed, with its 95 % interval (Student's t over "
-        "seeds). KB: a device and round, as encoded, mean over the rounds of the first seed; trained: values of a device's "
-        "adapter, without its head.",
+        "seeds). KB: a device and round, as encoded, mean over the rounds of the first seed, without public texts and the last "
+        "version; trained: values of a device's adapter, without its head.",
         "",
-        f"Seeds {', '.join(map(str, spec.study.seeds))}; a run took {seconds:.0f} s (median) on one core of "
-        f"{_processor()}; Python {platform.python_version()}, torch {version('torch')}, "
-        f"transformers {version('transformers')}.",
+        f"Seeds that have run: {', '.join(sorted({str(seed) for _, seed in outcomes}))}. A run took {seconds:.0f} s (median) on "
+        f"one core of {', '.join(sorted({one.machine for one in outcomes.values()} - {''})) or 'a machine not told'}; Python "
+        f"{platform.python_version()}, torch {version('torch')}, transformers {version('transformers')}; "
+        f"{datetime.date.today().isoformat()}, `edge-runtime study studies/{name}.toml`.",
         "",
         "![Accuracy over rounds](rounds.svg) ![Accuracy against bytes](bytes.svg)",
         "",
@@ -164,11 +166,3 @@ def _points(found: Difference) -> str:
 
 def _kilobytes(values: list[float]) -> str:
     return f"{_mean(values) / 1e3:.0f}"
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )

@@ -4,6 +4,8 @@ What devices and node do is theirs: training/run.py, codec.py and aggregator/mer
 the planner; base models stay in memory from one job to the next.
 """
 
+import math
+import platform
 import shutil
 import time
 from collections import defaultdict
@@ -20,7 +22,6 @@ from edge_runtime import methods, processes
 from edge_runtime.adapters import attach
 from edge_runtime.aggregator import merge
 from edge_runtime.aggregator.store import Version
-from edge_runtime.methods.interface import kind_of
 from edge_runtime.models.facts import Facts, adapter_shapes
 from edge_runtime.models.slices import kept_layers
 from edge_runtime.planning.plan import Plan
@@ -56,6 +57,7 @@ class Outcome(msgspec.Struct, frozen=True):
     digest: str
     seconds: float
     members: list[Member]
+    machine: str = ""
 
     @property
     def accuracy(self) -> float:
@@ -68,6 +70,15 @@ def accuracy(member: Member, round_: int, name: str | None = None) -> float:
     scores = [score for kind, score in member.scores[round_].items() if name in (None, kind)]
     rows = sum(score.rows for score in scores)
     return sum(score.accuracy * score.rows for score in scores) / rows if rows else float("nan")
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 class KeptBases(Bases):
@@ -130,9 +141,7 @@ class _Run:
     def job(self, device: Device, standing_for: int, round_: int, folder: Path) -> Job:
         """What the device does in a round; after the last one it evaluates alone."""
         facts, fleet = self.facts[device.id], self.fleet
-        rank, depth = device.rank or fleet.adapter.rank, device.depth or facts.layers
-        if self.arm.pooled:
-            rank = fleet.adapter.rank
+        rank, depth = self.rank(device), device.depth or facts.layers
         plan = Plan(
             source=device.source,
             model_class=facts.model_class,
@@ -158,6 +167,7 @@ class _Run:
             train=round_ <= fleet.rounds,
             facts=facts,
             plan=plan,
+            fleet_rank=fleet.adapter.rank,
             adapter=fleet.adapter.at(rank),
             training=msgspec.structs.replace(fleet.training, steps=steps),
             method=fleet.method,
@@ -175,6 +185,11 @@ class _Run:
             private=self.left[device.id].get("private"),
             residual=self.left[device.id].get("residual"),
         )
+
+    def rank(self, device: Device) -> int:
+        """Its own, but where the arm has one for all."""
+        one = self.arm.pooled or "rank" in self.arm.adapter
+        return self.fleet.adapter.rank if one or device.rank is None else device.rank
 
     def files_of(self, device: Device) -> dict[str, Path]:
         """The device's files by name."""
@@ -207,7 +222,7 @@ class _Run:
         down: dict[str, list[int]] = defaultdict(list)
         for round_ in range(1, self.fleet.rounds + 2):
             updates = []
-            for number, (device, rows, standing_for) in enumerate(self.devices):
+            for number, (device, _, standing_for) in enumerate(self.devices):
                 folder = self.folder / device.id / f"round-{round_}"
                 folder.mkdir()
                 job = self.job(device, standing_for, round_, folder)
@@ -221,7 +236,7 @@ class _Run:
                 down[device.id].append(Path(job.start).stat().st_size if job.start else 0)
                 self.keep(device.id, folder)
                 if result.payload_bytes:
-                    updates.append(self.update(folder / "payload.bin", device.id, number, job, len(rows)))
+                    updates.append(self.update(folder / "payload.bin", device.id, number, job, result.samples))
             if updates:
                 made = merge.merge(updates, self.versions, self.fleet, self.method, round_, self.folder / "versions")
                 self.versions |= {version.model_class: version for version in made}
@@ -270,17 +285,10 @@ class _Run:
         """Values of the adapter that the device trains, without its head."""
         facts = self.facts[device.id]
         layers = kept_layers(device.depth or facts.layers, facts.layers)
-        rank = device.rank or self.fleet.adapter.rank
+        rank = self.rank(device)
         shapes = adapter_shapes(facts, layers, self.fleet.adapter.roles, rank, self.method)
         trained = {key: shape for key, shape in shapes.items() if self.method.factor(key).trained}
-        return sum(_size(shape) for key, shape in trained.items() if kind_of(key) in ("layers", "stages"))
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
+        return sum(map(math.prod, trained.values()))
 
 
 def run_arm(spec: Spec, arm: Arm, seed: int, files: Path, models: Path, folder: Path, bases: Bases) -> Outcome:
@@ -295,4 +303,4 @@ def run_arm(spec: Spec, arm: Arm, seed: int, files: Path, models: Path, folder: 
     began = time.monotonic()
     members = _Run(spec, arm, seed, files, models, folder, bases).go()
     shutil.rmtree(folder)
-    return Outcome(arm.name, seed, spec.digest(arm, seed), time.monotonic() - began, members)
+    return Outcome(arm.name, seed, spec.digest(arm, seed), time.monotonic() - began, members, processor())

@@ -9,6 +9,7 @@
 
 import hashlib
 import random
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -71,7 +72,7 @@ class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     codistill: dict[str, Any] | None = None
 
 
-class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The [study] table."""
 
     about: str
@@ -82,7 +83,7 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file. fleet: the tables that every arm has."""
 
-    study: Head
+    study: Study
     data: dict[str, Data]
     device: tuple[Device, ...]
     arm: tuple[Arm, ...]
@@ -95,8 +96,10 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def fleet_of(self, arm: Arm, seed: int) -> settings.Fleet:
         """The fleet an arm trains as; raises InputError for what does not fit."""
         catalog = [{"source": device.source, "depth": device.depth} for device in self.device]
-        ranks = sorted({device.rank for device in self.device if device.rank is not None}, reverse=True)
-        adapter = {**self.adapter, **self.adapter_ranks(ranks), **arm.adapter}
+        default = self.adapter.get("rank", settings.Adapter().rank)
+        rank, *lower = sorted({device.rank or default for device in self.device}, reverse=True)
+        ranks = {"rank": rank, **({"lower": lower} if lower else {})}
+        adapter = {**self.adapter, **({} if "rank" in arm.adapter else ranks), **arm.adapter}
         tables: dict[str, Any] = {
             "fleet": {"name": "study", "seed": seed, **self.fleet},
             "catalog": [{key: value for key, value in model.items() if value is not None} for model in catalog],
@@ -113,12 +116,6 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 **arm.codistill,
             }
         return settings.parse(tables)
-
-    def adapter_ranks(self, ranks: list[int]) -> dict[str, Any]:
-        """The devices' ranks as a fleet has them: the highest, and those a device may take below it."""
-        if not ranks:
-            return {}
-        return {"rank": ranks[0], **({"lower": ranks[1:]} if len(ranks) > 1 else {})}
 
     def digest(self, arm: Arm, seed: int) -> str:
         """Changes with whatever an arm's result depends on in this file."""
@@ -138,12 +135,14 @@ def load(path: Path) -> Spec:
         raise InputError(f"cannot read the study {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, msgspec.ValidationError, InputError) as error:
         raise InputError(f"{path}: {error}") from error
-    names = [arm.name for arm in spec.arm]
+    if "seed" in spec.fleet:
+        raise InputError(f"{path}: [fleet] seed is each run's own; write the seeds into [study]")
+    names, ids = [slug(arm.name) for arm in spec.arm], [device.id for device in spec.device]
+    for twice in [name for name in names if names.count(name) > 1] + [one for one in ids if ids.count(one) > 1]:
+        raise InputError(f"{path}: two arms or two devices are called `{twice}`, as far as a file's name can tell")
     for arm in spec.arm:
-        if names.count(arm.name) > 1 or (arm.control is not None and arm.control not in names):
-            raise InputError(
-                f"{path}: the arm `{arm.name}` is there twice, or its control `{arm.control}` is not there"
-            )
+        if arm.control is not None and slug(arm.control) not in names:
+            raise InputError(f"{path}: the arm `{arm.name}` has the control `{arm.control}`, which is not there")
         if arm.codistill is not None and spec.anchors is None:
             raise InputError(f"{path}: the arm `{arm.name}` distils, which needs [anchors]")
     for device in spec.device:
@@ -154,10 +153,15 @@ def load(path: Path) -> Spec:
     return spec
 
 
+def slug(name: str) -> str:
+    """An arm's name as it stands in the names of files."""
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def chosen(spec: Spec, seeds: str | None, arms: str | None) -> Spec:
     """The study with some of its seeds and arms; raises InputError for an arm that it has not, or what is no seed."""
     try:
-        numbers = tuple(map(int, seeds.split(","))) if seeds else spec.study.seeds
+        numbers = tuple(dict.fromkeys(map(int, seeds.split(",")))) if seeds else spec.study.seeds
     except ValueError as error:
         raise InputError(f"--seeds is {seeds!r}, but has to be numbers such as 0,1,2") from error
     names = [name.strip() for name in arms.split(",")] if arms else [arm.name for arm in spec.arm]
@@ -177,7 +181,7 @@ def shares(spec: Spec, folder: Path, seed: int) -> dict[str, list[data.Row]]:
     for name, task in spec.data.items():
         holders = [device for device in spec.device if device.data == name]
         by_label: dict[str, list[data.Row]] = defaultdict(list)
-        for row in data.read_rows(folder / task.train):
+        for row in _labelled(folder / task.train):
             by_label[row["label"]].append(row)
         for label, rows in sorted(by_label.items()):
             mixed = random.Random(f"{seed}/{name}/{label}").sample(rows, len(rows))
@@ -200,12 +204,38 @@ def anchors(spec: Spec, folder: Path) -> list[data.Row]:
     for row in data.read_rows(folder / spec.anchors.file):
         by_label[row.get("label", "")].append(row)
     each = -(-spec.anchors.rows // len(by_label))
-    drawn = [row for label in sorted(by_label) for row in random.Random(label).sample(by_label[label], each)]
+    drawn = [
+        row
+        for label, rows in sorted(by_label.items())
+        for row in random.Random(label).sample(rows, min(each, len(rows)))
+    ]
+    if len(drawn) < spec.anchors.rows:
+        raise InputError(
+            f"[anchors] rows is {spec.anchors.rows}, but {spec.anchors.file} gives {len(drawn)} that are spread evenly over its "
+            "labels"
+        )
     return [{"text": row["text"]} for row in random.Random(0).sample(drawn, spec.anchors.rows)]
 
 
 def test_rows(task: Data, folder: Path) -> list[data.Row]:
     """A task's held-out rows, the same for every arm and seed."""
-    rows = data.read_rows(folder / task.test)
-    drawn = random.Random(0).sample(rows, task.test_rows or len(rows))
+    rows = _labelled(folder / task.test)
+    drawn = random.Random(0).sample(rows, min(task.test_rows or len(rows), len(rows)))
     return [{"text": row["text"], "label": row["label"]} for row in drawn]
+
+
+def _labelled(path: Path) -> list[data.Row]:
+    rows = data.read_rows(path)
+    for number, row in enumerate(rows, 1):
+        if "label" not in row:
+            raise InputError(f"row {number} of {path} has no label, which a study needs")
+    return rows
+
+
+def check_files(spec: Spec, folder: Path) -> None:
+    """Raise InputError for data that the runs could not use."""
+    for seed in spec.study.seeds:
+        shares(spec, folder, seed)
+    for task in spec.data.values():
+        test_rows(task, folder)
+    anchors(spec, folder)

@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 class Example(NamedTuple):
     """Token ids, and for each the label: itself where it is learned, else IGNORED. At least one is learned, unless a head
-    learns the text's class: then there are no labels, and answer is the class's number, IGNORED where the head lacks it."""
+    learns the text's label: then there are no labels of tokens, and answer is its number, IGNORED where the head lacks it."""
 
     ids: list[int]
     labels: list[int]

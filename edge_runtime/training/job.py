@@ -18,7 +18,8 @@ from edge_runtime.planning.plan import Plan
 class Job(msgspec.Struct, frozen=True):
     """train: one round of training after the evaluation, else the evaluation alone.
 
-    depths: the slices it trains, a step each in turn; a method that exchanges nothing trains the plan's alone.
+    depths: the slices it trains, a step each in turn; a method that exchanges no layers trains the plan's alone. fleet_rank:
+    of the whole adapter, of which a device may have the leading part.
     evaluation: held-out files by name. start: the global version (encoded), None for version 0. private: state.bin of an
     earlier round. anchors: the fleet's public texts.
     residual: residual.bin of the last settled round. unsent: a payload that the node refused, to be sent
@@ -39,6 +40,7 @@ class Job(msgspec.Struct, frozen=True):
     data: str
     evaluation: dict[str, str]
     depths: tuple[int, ...]
+    fleet_rank: int
     head: settings.Head | None = None
     codistill: settings.Codistill | None = None
     anchors: str | None = None

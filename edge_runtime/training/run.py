@@ -26,7 +26,7 @@ from edge_runtime import codec, methods, settings
 from edge_runtime.adapters import attach, export
 from edge_runtime.errors import EdgeError, InputError, MemoryShortError, TrainerError
 from edge_runtime.methods import fedit
-from edge_runtime.methods.interface import WIDTHS, Method, kind_of, label_of, leading
+from edge_runtime.methods.interface import LABEL, WIDTHS, Method, kind_of, label_of, leading
 from edge_runtime.models import weights
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.slices import kept_layers, nested_blocks
@@ -81,12 +81,12 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
     tell("load")
     with meter.phase("load"):
         rows = data.read_rows(Path(job.data))
-        labels = _labels(job, rows) if job.head is not None else None
+        labels = _labels(job, rows) or None if job.head is not None else None
         tokenizer = bases.tokenizer(job.facts)
         read = partial(data.tokenize, tokenizer=tokenizer, max_tokens=job.plan.tokens, labels=labels)
         examples = read(rows) if job.train else []
         held_out = {name: read(data.read_rows(Path(path))) for name, path in job.evaluation.items()}
-        anchors = _anchors(job, read)
+        anchors = _anchors(job, read) if labels else []
         del tokenizer, read
         release()
         plan = job.plan
@@ -94,7 +94,14 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
             model = bases.model(job.facts, plan, job.device)
         kept = kept_layers(plan.depth, job.facts.layers)
         adapter = attach.attach(
-            model, kept, job.adapter, method, job.seed, whole=job.facts.layers, labels=tuple(labels or ())
+            model,
+            kept,
+            job.adapter,
+            method,
+            job.seed,
+            whole=job.facts.layers,
+            fleet_rank=job.fleet_rank,
+            labels=tuple(labels or ()),
         )
         undo = apply(model, plan.mlp_tokens)
         shared = codec.decode(Path(job.start).read_bytes()) if job.start is not None else {}
@@ -187,7 +194,8 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
 def _limit(job: Job, method: Method, meter: Meter) -> Limit | None:
     if job.budget_bytes is None:
         return None
-    ways = lower(job.facts, job.plan, method=method, roles=job.adapter.roles, rows_a_step=job.training.rows_a_step)
+    rows = job.training.rows_a_step + (job.codistill.rows if job.codistill is not None else 0)
+    ways = lower(job.facts, job.plan, method=method, roles=job.adapter.roles, rows_a_step=rows)
     return Limit(job.budget_bytes, job.plan, ways, meter.lap)
 
 
@@ -195,6 +203,12 @@ def _labels(job: Job, rows: list[data.Row]) -> list[str]:
     """What the head tells apart: the labels of this device's rows, and those that reached it through the fleet's version."""
     keys = codec.shapes(Path(job.start).read_bytes()) if job.start is not None else {}
     met = {label_of(key) for key in keys if kind_of(key) in ("labels", "anchors")}
+    for label in data.labels_of(rows):
+        if not LABEL.fullmatch(label):
+            raise InputError(
+                f"the label {label[:100]!r} has to be 1 to 80 characters without line breaks or tabs, as a head over labels is "
+                "exchanged by their names"
+            )
     return sorted(data.labels_of(rows) | met)
 
 
@@ -303,8 +317,11 @@ def _write(
                 value -= start.get_tensor(key)
         (folder / START).unlink()
     for owed, read in ((job.residual, _load), (job.unsent, lambda path: codec.decode(Path(path).read_bytes()))):
-        if owed is not None and not method.refactored:
-            _overlay(delta, read(owed), method, lambda into, value: np.add(into, value, out=into))
+        if owed is not None:
+            still = {
+                key: value for key, value in read(owed).items() if not (method.refactored and kind_of(key) == "layers")
+            }
+            _overlay(delta, still, method, lambda into, value: np.add(into, value, out=into))
     payload = codec.encode({**delta, **said})
     sent = codec.decode(payload)
     for key, value in delta.items():

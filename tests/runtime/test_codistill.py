@@ -68,15 +68,14 @@ def test_equal_devices_get_their_own_predictions_and_the_last_rounds_are_replace
         np.testing.assert_allclose(before[target] + step[target], value, atol=1e-4)
 
 
-def test_memory_on_the_node_is_that_of_the_targets():
-    alive = []
-
-    def contributions():
-        for seed in range(30):
-            alive.append(said("abc", 2, seed))
-            yield Contribution({}, alive.pop(), 1)
-
-    assert {value.shape for value in codistill.combined(contributions).values()} == {(1, 5)}
+def test_who_finds_a_text_unlike_its_own_rows_is_not_heard():
+    """Both are as sure; what one says is scaled by how like its rows each text is."""
+    first = {"anchors.a.P": np.full((1, 5), 0.98, np.float32), "anchors.b.P": np.full((1, 5), 0.02, np.float32)}
+    second = {"anchors.a.P": np.full((1, 5), 0.02, np.float32), "anchors.b.P": np.full((1, 5), 0.98, np.float32)}
+    like = np.array([[1.0, 1.0, 0.5, 0.01, 0.0]], np.float32)
+    found = combined(({key: like * value for key, value in first.items()}, 10), (second, 10))
+    heard = like / (like + 1)
+    np.testing.assert_allclose(found["anchors.a.T"], heard * 0.98 + (1 - heard) * 0.02, atol=1e-3)
 
 
 FLEET = settings.Fleet(
@@ -144,11 +143,35 @@ def test_predictions_cross_models_or_stay_in_the_class(tmp_path, across):
         ({"labels.a\n.H": np.zeros((1, 5), np.float32)}, "does not exchange"),
         ({"labels..H": np.zeros((1, 5), np.float32)}, "does not exchange"),
         ({"labels.a.H": np.zeros((2, 5), np.float32)}, r"labels.a.H is \(2, 5\)"),
+        (
+            {"labels.a.H": np.ones((1, 5), np.float32), "labels.b.H": np.ones((1, 6), np.float32)},
+            r"labels.b.H is \(1, 6\)",
+        ),
+        ({"anchors.a.P": np.full((1, 5), -0.5, np.float32)}, "anchors.a.P is no probabilities"),
+        ({key: np.full((1, 5), 0.6, np.float32) for key in ("anchors.a.P", "anchors.b.P")}, "b.P is no probabilities"),
     ],
 )
 def test_what_is_no_prediction_or_row_of_a_head_is_refused(delta, reason):
     with pytest.raises(InputError, match=reason):
         merge.check(codec.encode(delta), {}, FLEET, methods.of(FLEET))
+
+
+def test_a_labels_row_is_as_wide_as_those_of_other_labels_that_the_class_sent():
+    known = {"labels.a.H": (1, 8), "layers.0.q.A": (2, 9)}
+    assert merge.check(codec.encode({"labels.b.H": np.ones((1, 8), np.float32)}), known, FLEET, methods.of(FLEET))
+    with pytest.raises(InputError, match=r"labels.b.H is \(1, 9\)"):
+        merge.check(codec.encode({"labels.b.H": np.ones((1, 9), np.float32)}), known, FLEET, methods.of(FLEET))
+
+
+def test_a_stage_that_the_method_has_not_is_refused():
+    fleet = settings.Fleet("f", FLEET.catalog, method=settings.Method("heterotune"), adapter=settings.Adapter(rank=16))
+    for stage, known in ((3, True), (4, False)):
+        delta = codec.encode({f"stages.{stage}.q.U": np.ones((16, 16), np.float32)})
+        if known:
+            merge.check(delta, {}, fleet, methods.of(fleet))
+        else:
+            with pytest.raises(InputError, match="does not exchange"):
+                merge.check(delta, {}, fleet, methods.of(fleet))
 
 
 def test_the_nodes_texts_are_checked_before_anything_is_announced(tmp_path):

@@ -104,8 +104,25 @@ def test_a_device_of_lower_rank_counts_where_it_holds_an_entry():
     np.testing.assert_allclose(step, truth, atol=1e-6)
 
 
+@pytest.mark.parametrize("alignment", ["projection", "pairwise", "off"])
+def test_what_one_class_alone_holds_is_not_thinned_by_the_others(alignment):
+    before = made("m", 0).before
+    ones = {rank: {"stages.0.q.U": np.ones((rank, rank), np.float32)} for rank in (2, 4)}
+    step = merged([Contribution(before, ones[4], 10, "m"), Contribution(before, ones[2], 10, "n")], alignment)
+    np.testing.assert_allclose(step["stages.0.q.U"], np.ones((4, 4)), atol=1e-6)
+
+
+def test_a_device_of_lower_rank_starts_from_the_leading_part_of_what_is_drawn(tiny):
+    full = attach.state(attach.attach(tiny("llama"), LAYERS, settings.Adapter(rank=4), METHOD, seed=0))
+    low = settings.Adapter(rank=4).at(2)
+    held = attach.state(attach.attach(tiny("llama"), LAYERS, low, METHOD, seed=0, fleet_rank=4))
+    for key, value in held.items():
+        assert np.array_equal(value, full[key][tuple(map(slice, value.shape))]), key
+    assert {held[f"stages.0.q.{name}"].shape for name in "UV"} == {(2, 2)}
+
+
 def test_the_order_of_devices_is_nothing():
-    for alignment in ("projection", "off", "cagrad"):
+    for alignment in ("projection", "pairwise", "off", "cagrad"):
         forth, back = merged(DEVICES, alignment), merged(DEVICES[::-1], alignment)
         for key in KEYS:
             np.testing.assert_allclose(forth[key], back[key], atol=1e-5)
@@ -197,6 +214,7 @@ def test_its_controls_exchange_less():
     [
         ({"branch": 2}, "no key `branch`; did you mean `branches`"),
         ({"alignment": "left"}, "Invalid enum value 'left'"),
+        ({"width": 0}, "Expected `int` >= 1"),
         ({"width": "wide"}, "Expected `int`, got `str`"),
     ],
 )

@@ -45,6 +45,7 @@ def trained(tiny_facts, tmp_path):
             "data": str(data.write_rows(folder / "rows.jsonl", rows)),
             "evaluation": {"all": str(data.write_rows(folder / "all.jsonl", HELD_OUT))},
             "depths": (4,),
+            "fleet_rank": SPEC.rank,
             "threads": 1,
         }
         (folder / "job.json").write_bytes(msgspec.json.encode(Job(**{**values, **changes})))
@@ -71,7 +72,7 @@ def test_labels_are_learned_by_a_row_each_and_one_that_the_head_lacks_is_missed(
     assert {key for key in sent if key.startswith("labels")} == {"labels.red.H", "labels.green.H"}
     start = version(folder, tmp_path / "start")
     _, second = trained("second", train=False, start=start)
-    assert 0 < second.evaluation["all"].accuracy <= 2 / 3
+    assert 1 / 3 < second.evaluation["all"].accuracy <= 2 / 3  # better than one answer for all, and blue is missed
     assert second.evaluation["all"].rows == 9
 
 
@@ -118,6 +119,20 @@ def test_a_label_is_learned_from_what_the_fleet_says_of_public_texts(trained, tm
         _, after = trained(f"{name} after", train=False, private=private, **common, **start)
         accuracy[name] = after.evaluation["all"].accuracy
     assert accuracy["alone"] <= 2 / 3 < accuracy["taught"]
+
+
+def test_a_device_without_labels_takes_part_with_what_it_has(trained, tmp_path):
+    rows = [{"prompt": f"say {n}: ", "completion": f"{n}"} for n in range(12)]
+    anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC))
+    folder, result = trained("prompts", rows=rows, codistill=CODISTILL, anchors=anchors)
+    assert result.losses[-1] < result.losses[0]
+    assert {key.split(".")[0] for key in codec.shapes((folder / "payload.bin").read_bytes())} == {"layers"}
+
+
+@pytest.mark.parametrize("label", ["x" * 81, "two\nlines"])
+def test_a_label_that_cannot_be_exchanged_is_refused_before_training(trained, label):
+    with pytest.raises(AssertionError, match="has to be 1 to 80 characters"):
+        trained("long", rows=[{"text": "a", "label": label}])
 
 
 def test_too_few_public_texts_are_refused_in_a_sentence(trained, tmp_path):

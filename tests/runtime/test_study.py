@@ -183,10 +183,13 @@ def test_a_difference_is_paired_by_seed_and_has_students_interval(study):
     ("change", "reason"),
     [
         (("seeds = [0, 1]", "seeds = 3"), "Expected `array`, got `int`"),
-        (('control = "local"', 'control = "nobody"'), "its control `nobody` is not there"),
+        (('control = "local"', 'control = "nobody"'), "has the control `nobody`, which is not there"),
         (('[anchors]\nfile = "public.jsonl"\nrows = 6', ""), "distils, which needs \\[anchors\\]"),
         (('data = "colours"\ndomains = ["cold"]', 'data = "sounds"'), "there is no \\[data.sounds\\]"),
         (('method = {name = "fedit"}', 'method = {name = "fedit", branches = 2}'), "no key `branches`"),
+        (("rounds = 2", "rounds = 2\nseed = 7"), "seed is each run's own"),
+        (('id = "b"', 'id = "a"'), "two arms or two devices are called `a`"),
+        (('name = "all in one"', 'name = "Local"'), "two arms or two devices are called `local`"),
         (("rounds = 2", "round = 2"), "no key `round`; did you mean `rounds`"),
     ],
 )

@@ -341,6 +341,7 @@ def trainer(tmp_path):
                 "data": str(data.write_rows(folder / "rows.jsonl", rows)),
                 "evaluation": {"own": str(data.write_rows(folder / "own.jsonl", ROWS[:4]))},
                 "depths": (depth,),
+                "fleet_rank": SPEC.rank,
                 "threads": 1,
                 **changes,
             }

@@ -82,14 +82,14 @@ def test_a_label_that_a_model_never_met_reaches_it_from_another(
             reports(fleet, state)[device, round_].result for state, round_ in (("trained", 1), ("finished", 3))
         )
         assert before is not None and after is not None
-        assert after.evaluation["all"].accuracy > 0.8  # two of three labels are its own
+        assert after.evaluation["all"].accuracy > before.evaluation["all"].accuracy
     assert "not to be seen" not in (fleet.folder / "node" / "anchors.jsonl").read_text()
 
 
 def test_a_class_that_comes_late_starts_from_what_the_fleet_shares(
     fleet: Fleet, tiny_model: Path, wider_model: Path
 ) -> None:
-    fleet.write((tiny_model.name, 3), rounds=2)
+    fleet.write((tiny_model.name, 3), rounds=2, quorum=1, steps=30)
     file = fleet.folder / "fleet.toml"
     file.write_text(file.read_text() + TABLES)
     (fleet.folder / "public.jsonl").write_text("".join(json.dumps({"text": f"{n}"}) + "\n" for n in range(12)))
@@ -99,10 +99,11 @@ def test_a_class_that_comes_late_starts_from_what_the_fleet_shares(
     node.until(lambda event: event["phase"] == "collecting" and event["round"] == 2)
     fleet.rows = rows(fleet.folder / "b.jsonl", "blue")
     late = fleet.agent("late", "--until-finished", "--models", str(wider_model.parent))
-    assert (node.end(), early.end(), late.end()) == (0, 0, 0)
-    job = json.loads((fleet.folder / "late" / "work" / "finished" / "job.json").read_text())
+    starting = late.phase("starting")
+    job = json.loads((fleet.folder / "late" / "work" / f"round-{starting['round']}" / "job.json").read_text())
     told = codec.shapes(Path(job["start"]).read_bytes())
-    assert {"anchors.red.T", "anchors.green.T"} <= told.keys()
+    assert told.keys() == {"anchors.red.T", "anchors.green.T"}  # no version of its own class is there yet
+    assert (node.end(), early.end(), late.end()) == (0, 0, 0)
 
 
 def test_a_fleet_whose_public_texts_are_too_few_is_not_announced(fleet: Fleet, tiny_model: Path) -> None:

@@ -118,7 +118,10 @@ def test_bytes_are_those_that_went_through_the_session(fleet: Fleet) -> None:
     assert 300_000 < found[("a", 2)].bytes_down < 310_000
 
 
-@pytest.mark.parametrize(("method", "factor", "kept"), [("ffa", "B", ""), ("fedsa", "A", "B"), ("fedsb", "C", "")])
+@pytest.mark.parametrize(
+    ("method", "factor", "kept"),
+    [("ffa", "B", ""), ("fedsa", "A", "B"), ("fedsb", "C", ""), ("heterotune", "ABUV", "g"), ("h2tune", "S", "ABD")],
+)
 def test_what_a_method_shares_travels_and_what_it_keeps_goes_on_from_round_to_round(
     fleet: Fleet, tiny_model: Path, method: str, factor: str, kept: str
 ) -> None:
@@ -127,7 +130,7 @@ def test_what_a_method_shares_travels_and_what_it_keeps_goes_on_from_round_to_ro
     agents = [fleet.agent(name, "--until-finished") for name in ("a", "b")]
     assert (node.end(), *(agent.end() for agent in agents)) == (0, 0, 0)
     deltas = [sent(fleet, name, 2) for name in ("a", "b")]
-    assert {key[-1] for state in (master(fleet, 1), master(fleet, 2), *deltas) for key in state} == {factor}
+    assert {key[-1] for state in (master(fleet, 1), master(fleet, 2), *deltas) for key in state} == set(factor)
     job = json.loads((fleet.folder / "a" / "work" / "round-2" / "job.json").read_text())
     assert job["start"] is not None
     assert (job["private"] is not None) is bool(kept)

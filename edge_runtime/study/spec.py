@@ -130,6 +130,8 @@ def load(path: Path) -> Spec:
     try:
         spec = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), Spec)
         for arm in spec.arm:
+            if arm.codistill is not None and spec.anchors is None:
+                raise InputError(f"the arm `{arm.name}` distils, which needs [anchors]")
             methods.of(spec.fleet_of(arm, 0))
     except OSError as error:
         raise InputError(f"cannot read the study {path}: {error.strerror}") from error
@@ -143,8 +145,6 @@ def load(path: Path) -> Spec:
     for arm in spec.arm:
         if arm.control is not None and slug(arm.control) not in names:
             raise InputError(f"{path}: the arm `{arm.name}` has the control `{arm.control}`, which is not there")
-        if arm.codistill is not None and spec.anchors is None:
-            raise InputError(f"{path}: the arm `{arm.name}` distils, which needs [anchors]")
     for device in spec.device:
         if device.data not in spec.data:
             raise InputError(

@@ -113,4 +113,4 @@ def test_a_fleet_whose_public_texts_are_too_few_is_not_announced(fleet: Fleet, t
     (fleet.folder / "public.jsonl").write_text('{"text": "one"}\n')
     node = fleet.node()
     assert node.end() == 2
-    assert "texts is 12, but" in node.error() and "has 1 rows" in node.error()
+    assert "texts is 12, but" in (said := node.error()) and "has 1 rows" in said

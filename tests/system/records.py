@@ -34,9 +34,10 @@ def reports(fleet: Fleet, state: str) -> dict[tuple[str, int], Report]:
 
 
 def master(fleet: Fleet, round_: int) -> dict[str, np.ndarray]:
-    """The float32 global version of the only model class after a round."""
-    (path,) = (fleet.folder / "node" / "versions").glob(f"{round_:05d}-*.safetensors")
-    return load_file(path)
+    """The float32 global version of the only model class after a round, with what the fleet shares."""
+    own, *shared = (fleet.folder / "node" / "versions").glob(f"{round_:05d}-*.safetensors")
+    assert len(shared) <= 1
+    return {key: value for path in (own, *shared) for key, value in load_file(path).items()}
 
 
 def version_0(key: str, shape: tuple[int, ...]) -> np.ndarray:

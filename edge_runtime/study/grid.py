@@ -56,8 +56,9 @@ def run(
     done = kept(spec, out)
     missing = [(arm, seed) for seed in spec.study.seeds for arm in spec.arm if (arm.name, seed) not in done]
     (out / "runs").mkdir(parents=True, exist_ok=True)
-    os.environ.update(processes.TRAINER_ENVIRONMENT)  # a worker reads it as it starts
     failed: list[str] = []
+    before = dict(os.environ)
+    os.environ.update(processes.TRAINER_ENVIRONMENT)  # a worker reads it as it starts
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context)
     try:
@@ -76,6 +77,8 @@ def run(
             tell(f"{name}, seed {seed}: {accuracy:.1%} after {seconds:.0f} s")
     finally:
         pool.shutdown(cancel_futures=True)
+        os.environ.clear()
+        os.environ.update(before)
     if failed:
         raise EdgeError(f"{len(failed)} of {len(missing)} runs failed: {'; '.join(failed)}")
 

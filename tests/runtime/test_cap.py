@@ -39,7 +39,7 @@ def test_a_gpu_that_has_less_is_refused(told):
 
 def test_a_job_is_capped_before_anything_else_is_done(told, tiny_facts, tmp_path, monkeypatch):
     plan = Plan("tiny", "tiny", 4, 4, "bfloat16", 4, 8, 2, {}, 1.0)
-    job = Job(True, tiny_facts, plan, settings.Adapter(), settings.Training(), "fedit", 0, 1, 1, "", {}, (4,))
+    job = Job(True, tiny_facts, plan, settings.Adapter(), settings.Training(), settings.Method(), 0, 1, 1, "", {}, (4,), 16)
     job = msgspec.structs.replace(job, device="cuda", gpu_cap_bytes=4 * GIB)
     (tmp_path / "job.json").write_bytes(msgspec.json.encode(job))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -49,7 +49,7 @@ def test_a_job_is_capped_before_anything_else_is_done(told, tiny_facts, tmp_path
 
     monkeypatch.setattr(run, "Meter", meter)
     with pytest.raises(InterruptedError, match="cuda"):
-        run.run(tmp_path)
+        run.run(tmp_path, run.Bases(), lambda progress: None)
     assert told == [0.25]
 
 

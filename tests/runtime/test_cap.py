@@ -39,7 +39,9 @@ def test_a_gpu_that_has_less_is_refused(told):
 
 def test_a_job_is_capped_before_anything_else_is_done(told, tiny_facts, tmp_path, monkeypatch):
     plan = Plan("tiny", "tiny", 4, 4, "bfloat16", 4, 8, 2, {}, 1.0)
-    job = Job(True, tiny_facts, plan, settings.Adapter(), settings.Training(), settings.Method(), 0, 1, 1, "", {}, (4,), 16)
+    job = Job(
+        True, tiny_facts, plan, settings.Adapter(), settings.Training(), settings.Method(), 0, 1, 1, "", {}, (4,), 16
+    )
     job = msgspec.structs.replace(job, device="cuda", gpu_cap_bytes=4 * GIB)
     (tmp_path / "job.json").write_bytes(msgspec.json.encode(job))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

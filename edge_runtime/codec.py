@@ -8,7 +8,7 @@ Source: Dettmers et al. 2021, arXiv 2110.02861 (block-wise 8 bits); Karimireddy 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 import numpy as np
@@ -50,8 +50,9 @@ def encode(tensors: Mapping[str, NDArray[np.float32]]) -> bytes:
     return MAGIC + len(header).to_bytes(4, "big") + header + body
 
 
-def decode(payload: bytes) -> Tensors:
-    """Decode a payload; what its shapes say has to be checked before (see `shapes`), the rest is checked here.
+def decode(payload: bytes, wanted: Callable[[str], bool] = lambda key: True) -> Tensors:
+    """Decode a payload, or the tensors of it whose keys are wanted; what its shapes say has to be checked before (see
+    `shapes`), the rest is checked here.
 
     Raises:
         InputError: the payload is malformed, or holds a scale that is not finite. Nothing larger than the declared shapes
@@ -73,10 +74,11 @@ def decode(payload: bytes) -> Tensors:
         raise InputError("the payload has a scale that is negative or not finite")
     tensors, value, scale = {}, 0, 0
     for (key, shape), size, count in zip(declared.items(), sizes, blocks, strict=True):
-        decoded = np.zeros((count, BLOCK), np.float32)
-        decoded.reshape(-1)[:size] = np.frombuffer(raw, np.int8, size, value)
-        decoded *= scales[scale : scale + count, None]
-        tensors[key] = decoded.reshape(-1)[:size].reshape(shape)
+        if wanted(key):
+            decoded = np.zeros((count, BLOCK), np.float32)
+            decoded.reshape(-1)[:size] = np.frombuffer(raw, np.int8, size, value)
+            decoded *= scales[scale : scale + count, None]
+            tensors[key] = decoded.reshape(-1)[:size].reshape(shape)
         value, scale = value + size, scale + count
     return tensors
 

@@ -139,6 +139,11 @@ class Fleet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     codistill: Codistill | None = None
 
 
+def rows_of_a_step(training: Training, codistill: Codistill | None) -> int:
+    """A device's own and the public texts beside them."""
+    return training.rows_a_step + (codistill.rows if codistill is not None else 0)
+
+
 def load(path: Path) -> Fleet:
     """Read and check a fleet file.
 

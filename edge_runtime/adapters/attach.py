@@ -46,6 +46,11 @@ class Adapter(NamedTuple):
         every = [*self.factors.values(), *([self.head.weight] if self.head else [])]
         return [parameter for parameter in every if parameter.requires_grad]
 
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """What the head makes of (rows, hidden): (rows, labels)."""
+        assert self.head is not None
+        return states @ self.head.weight.T
+
     @contextmanager
     def without(self, names: Collection[str]) -> Iterator[None]:
         """While inside, factors of these names do not train."""
@@ -126,7 +131,7 @@ def attach(
             base = block.get_submodule(path)
             out, into = roles.widths(base)
             ranks = spec.rank, fleet_rank or spec.rank
-            own_sizes, full = ({**method.sizes(rank), "rank": rank, "in": into, "out": out} for rank in ranks)
+            own_sizes, full = (method.lengths(rank, into, out) for rank in ranks)
             keys = method.keys(layer, whole or len(layers), role)
             for name, key in keys.items():
                 if key not in attached:  # one of a stage is there already

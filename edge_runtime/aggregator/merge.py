@@ -160,8 +160,7 @@ def _contributions(
     """The updates one after another, of each this kind of tensors; what no version has yet is put into `before` when it is
     first met."""
     for update in updates:
-        decoded = codec.decode(update.payload.read_bytes())
-        delta = {key: value for key, value in decoded.items() if kind_of(key) == kind}
+        delta = codec.decode(update.payload.read_bytes(), lambda key: kind_of(key) == kind)
         for key, value in delta.items():
             if key not in before and method.factor(key).of in STATE:
                 before[key] = _version_0(key, value.shape, fleet, method)

@@ -80,7 +80,6 @@ class Node:
         self._presence = presence.Tracker()
         self._round = self._store.open_round()
         self._served: dict[str, Artifact] = {}
-        self._anchors: Artifact | None = None
         self._deadline = self._greeted = 0.0
         self._offline_since: float | None = None  # an outage does not count against the deadline
         self._announced = b""
@@ -130,8 +129,7 @@ class Node:
         versions = self._store.versions()
         for digest in {artifact.digest for artifact in self._served.values()}:
             self._publisher.withdraw(digest)
-        if self._texts is not None:
-            self._anchors = self._publisher.serve(self._texts)
+        public = self._publisher.serve(self._texts) if self._texts is not None else None
         self._served = {name: self._publisher.serve(version.artifact) for name, version in versions.items()}
         done = self._round > self.fleet.rounds
         announced = Round(
@@ -140,7 +138,7 @@ class Node:
             round=min(self._round, self.fleet.rounds),
             fleet=_told(self.fleet),
             versions=self._served,
-            anchors=self._anchors,
+            anchors=public,
         )
         self._announced = signing.sign(self._key, ROUND_DOMAIN, msgspec.json.encode(announced)).encode()
         self._publish_round()

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from edge_broker import messages
 from edge_broker.journal import Update
-from edge_broker.messages import Manifest
 from rich.console import Console
 from rich.table import Table
 
@@ -70,19 +70,15 @@ def _write(facts: Facts, name: str, seed: int, path: Path) -> None:
 
 
 def _update(path: Path, number: int) -> Update:
-    manifest = Manifest(
-        transfer=f"t{number}",
+    manifest = messages.describe(
+        path,
         fleet="bench",
         device=f"device-{number}",
-        sequence=number,
         round=1,
         model_class=CLASS,
         codec=CODEC,
-        sha256="0" * 64,
-        size=path.stat().st_size,
-        chunk_bytes=path.stat().st_size,
-        chunks=1,
         samples=100 + number,
+        chunk_bytes=path.stat().st_size,
     )
     return Update(manifest, path)
 

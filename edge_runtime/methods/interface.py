@@ -146,6 +146,10 @@ class Method(NamedTuple):
         owner = {"layers": f"layers.{layer}", "stages": f"stages.{stage}"}
         return {name: f"{owner[f.of]}.{role}.{name}" for name, f in self.factors.items() if f.of in owner}
 
+    def lengths(self, rank: int, into: int, out: int) -> dict[str, int]:
+        """Of every axis that a factor of such a layer has, on a device of this rank."""
+        return {**self.sizes(rank), "rank": rank, "in": into, "out": out}
+
     def made_core(self, factors: Mapping[str, Any], depth: float) -> Any:
         """The C of a layer at this relative depth, 0 to 1, or None where it is the identity."""
         return self.core(factors, depth) if self.core is not None else factors.get("C")

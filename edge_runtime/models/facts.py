@@ -54,7 +54,7 @@ def adapter_shapes(
     for layer in layers:
         for role, (out, into) in facts.linears.items():
             if role in roles:
-                sizes = {**method.sizes(rank), "rank": rank, "in": into, "out": out}
+                sizes = method.lengths(rank, into, out)
                 keys = method.keys(layer, facts.layers, role)
                 shapes |= {key: method.factors[name].shape(sizes) for name, key in keys.items()}
     return shapes

@@ -17,7 +17,7 @@ from edge_runtime.models.facts import Facts
 from edge_runtime.planning.plan import Plan
 from edge_runtime.planning.predict import FEWER_MLP_TOKENS, KERNEL_BYTES, LENGTH_STEP, MLP_TOKENS, terms
 from edge_runtime.planning.time import Rates, step_seconds
-from edge_runtime.settings import PACKED, Boundaries, Fleet, Role, Weights
+from edge_runtime.settings import PACKED, Boundaries, Fleet, Role, Weights, rows_of_a_step
 
 UNPACKED_FAMILIES = ("gpt2",)  # their linear layers are no nn.Linear
 
@@ -187,8 +187,7 @@ def plan(
         step_seconds=0.0,
         **way._asdict(),
     )
-    roles, rows_a_step = fleet.adapter.roles, fleet.training.rows_a_step
-    rows_a_step += fleet.codistill.rows if fleet.codistill is not None else 0
+    roles, rows_a_step = fleet.adapter.roles, rows_of_a_step(fleet.training, fleet.codistill)
     method = methods.build(fleet.method, fleet.head, fleet.codistill)
     predicted = terms(
         known,

@@ -59,7 +59,7 @@ def rows(spec: Spec, outcomes: Outcomes) -> list[tuple[str, ...]]:
     """The table's rows, a line an arm that has a run."""
     found: list[tuple[str, ...]] = []
     for arm in spec.arm:
-        own = [outcomes[arm.name, seed] for seed in spec.study.seeds if (arm.name, seed) in outcomes]
+        own = _runs(spec, arm, outcomes)
         if not own:
             continue
         members = own[0].members
@@ -123,6 +123,10 @@ def write(spec: Spec, outcomes: Outcomes, name: str, out: Path) -> None:
     _pictures(spec, outcomes, out)
 
 
+def _runs(spec: Spec, arm: Arm, outcomes: Outcomes) -> list[Outcome]:
+    return [outcomes[arm.name, seed] for seed in spec.study.seeds if (arm.name, seed) in outcomes]
+
+
 def _pictures(spec: Spec, outcomes: Outcomes, out: Path) -> None:
     import matplotlib
 
@@ -132,7 +136,7 @@ def _pictures(spec: Spec, outcomes: Outcomes, out: Path) -> None:
 
     over, against = pyplot.subplots(figsize=(7, 5)), pyplot.subplots(figsize=(7, 5))
     for number, arm in enumerate(spec.arm):
-        own = [outcomes[arm.name, seed] for seed in spec.study.seeds if (arm.name, seed) in outcomes]
+        own = _runs(spec, arm, outcomes)
         if not own:
             continue
         rounds = len(own[0].members[0].scores)

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from edge_broker import messages
 from edge_broker.journal import Update
-from edge_broker.messages import Manifest
 from transformers import PreTrainedModel
 
 from edge_runtime import methods, processes
 from edge_runtime.adapters import attach
+from edge_runtime.agent import work
 from edge_runtime.aggregator import merge
 from edge_runtime.aggregator.store import Version
 from edge_runtime.models.facts import Facts, adapter_shapes
@@ -133,17 +134,17 @@ class _Run:
             return [(device, self.rows[device.id], 1) for device in self.spec.device]
         deepest = sorted(self.spec.device, key=lambda one: one.depth or 1000)
         found = []
-        for device in {(one.source, one.first, one.data): one for one in deepest}.values():
+        for device in {(one.model, one.data): one for one in deepest}.values():
             those = [one for one in self.spec.device if one.data == device.data]
             found.append((device, [row for one in those for row in self.rows[one.id]], len(those)))
         return found
 
-    def job(self, device: Device, standing_for: int, round_: int, folder: Path) -> Job:
+    def job(self, device: Device, standing_for: int, round_: int) -> Job:
         """What the device does in a round; after the last one it evaluates alone."""
         facts, fleet = self.facts[device.id], self.fleet
         rank, depth = self.rank(device), device.depth or facts.layers
         plan = Plan(
-            source=device.source,
+            source=device.model,
             model_class=facts.model_class,
             depth=depth,
             layers=facts.layers,
@@ -158,9 +159,6 @@ class _Run:
             step_seconds=0.0,
         )
         version = self.versions.get(facts.model_class, self.versions.get(FLEET))
-        same = [one for one in self.spec.device if self.facts[one.id].model_class == facts.model_class]
-        smaller = {one.depth or facts.layers for one in same}
-        nested = fleet.training.slices == "nested" and not self.arm.pooled
         steps = fleet.training.steps * standing_for
         held = self.files_of(device)
         return Job(
@@ -178,7 +176,7 @@ class _Run:
             rounds=fleet.rounds,
             data=str(held["train"]),
             evaluation={name: str(path) for name, path in held.items() if name in ("seen", "unseen")},
-            depths=tuple(sorted({depth, *(one for one in smaller if nested and one < depth)}, reverse=True)),
+            depths=(depth,) if self.arm.pooled else work.depths(fleet, plan),
             start=str(version.artifact) if version else None,
             anchors=str(self.folder / ANCHORS) if fleet.codistill is not None else None,
             threads=1,
@@ -222,10 +220,10 @@ class _Run:
         down: dict[str, list[int]] = defaultdict(list)
         for round_ in range(1, self.fleet.rounds + 2):
             updates = []
-            for number, (device, _, standing_for) in enumerate(self.devices):
+            for device, _, standing_for in self.devices:
                 folder = self.folder / device.id / f"round-{round_}"
                 folder.mkdir()
-                job = self.job(device, standing_for, round_, folder)
+                job = self.job(device, standing_for, round_)
                 (folder / "job.json").write_bytes(msgspec.json.encode(job))
                 run(folder, self.bases, lambda _: None)
                 result = msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
@@ -236,7 +234,7 @@ class _Run:
                 down[device.id].append(Path(job.start).stat().st_size if job.start else 0)
                 self.keep(device.id, folder)
                 if result.payload_bytes:
-                    updates.append(self.update(folder / "payload.bin", device.id, number, job, result.samples))
+                    updates.append(self.update(folder / "payload.bin", device.id, job, result.samples))
             if updates:
                 made = merge.merge(updates, self.versions, self.fleet, self.method, round_, self.folder / "versions")
                 self.versions |= {version.model_class: version for version in made}
@@ -260,24 +258,20 @@ class _Run:
             if (folder / file).exists():
                 self.left[device][name] = str(folder / file)
 
-    def update(self, payload: Path, device: str, number: int, job: Job, samples: int) -> Update:
+    def update(self, payload: Path, device: str, job: Job, samples: int) -> Update:
         """A checked update as the node's journal has it."""
         model_class = job.facts.model_class
         delta = merge.check(payload.read_bytes(), self.known[model_class], self.fleet, self.method)
         self.known[model_class] |= {key: value.shape for key, value in delta.items()}
-        manifest = Manifest(
-            transfer=f"{device}-{job.round}",
+        manifest = messages.describe(
+            payload,
             fleet=self.fleet.name,
             device=device,
-            sequence=number,
             round=job.round,
             model_class=model_class,
             codec=CODEC,
-            sha256="0" * 64,
-            size=payload.stat().st_size,
-            chunk_bytes=payload.stat().st_size,
-            chunks=1,
             samples=samples,
+            chunk_bytes=payload.stat().st_size,
         )
         return Update(manifest, payload)
 

@@ -58,6 +58,11 @@ class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rank: int | None = None
     domains: tuple[str, ...] = ()
 
+    @property
+    def model(self) -> str:
+        """What stands for its checkpoint in a fleet's catalog."""
+        return self.source if self.first is None else f"the first {self.first} layers of {self.source}"
+
 
 class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One line of the table. control: the arm it is judged against. pooled: a device of each model holds all
@@ -95,14 +100,14 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def fleet_of(self, arm: Arm, seed: int) -> settings.Fleet:
         """The fleet an arm trains as; raises InputError for what does not fit."""
-        catalog = [{"source": device.source, "depth": device.depth} for device in self.device]
+        catalog = [{"source": one.model, **({"depth": one.depth} if one.depth else {})} for one in self.device]
         default = self.adapter.get("rank", settings.Adapter().rank)
         rank, *lower = sorted({device.rank or default for device in self.device}, reverse=True)
         ranks = {"rank": rank, **({"lower": lower} if lower else {})}
         adapter = {**self.adapter, **({} if "rank" in arm.adapter else ranks), **arm.adapter}
         tables: dict[str, Any] = {
             "fleet": {"name": "study", "seed": seed, **self.fleet},
-            "catalog": [{key: value for key, value in model.items() if value is not None} for model in catalog],
+            "catalog": catalog,
             "method": arm.method,
             "adapter": adapter,
             "training": {**self.training, **arm.training},

@@ -29,8 +29,7 @@ def evaluate(model: PreTrainedModel, adapter: Adapter, examples: list[Example], 
         ids, labels = pad(batch, weight.device)
         hidden = hidden_states(model, ids)
         if batch[0].answer is not None:
-            assert adapter.head is not None
-            logits = label_states(batch, hidden) @ adapter.head.weight.T
+            logits = adapter.logits(label_states(batch, hidden))
             answers = torch.tensor([row.answer for row in batch], device=logits.device)
             known = answers != IGNORED
             loss += float(cross_entropy(logits[known], answers[known], reduction="sum"))

@@ -81,9 +81,9 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
     tell("load")
     with meter.phase("load"):
         rows = data.read_rows(Path(job.data))
-        labels = _labels(job, rows) or None if job.head is not None else None
+        labels = _labels(job, rows)
         tokenizer = bases.tokenizer(job.facts)
-        read = partial(data.tokenize, tokenizer=tokenizer, max_tokens=job.plan.tokens, labels=labels)
+        read = partial(data.tokenize, tokenizer=tokenizer, max_tokens=job.plan.tokens, labels=labels or None)
         examples = read(rows) if job.train else []
         held_out = {name: read(data.read_rows(Path(path))) for name, path in job.evaluation.items()}
         anchors = _anchors(job, read) if labels else []
@@ -101,13 +101,13 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
             job.seed,
             whole=job.facts.layers,
             fleet_rank=job.fleet_rank,
-            labels=tuple(labels or ()),
+            labels=tuple(labels),
         )
         undo = apply(model, plan.mlp_tokens)
         shared = codec.decode(Path(job.start).read_bytes()) if job.start is not None else {}
         start = _start(job, method, attach.state(adapter), shared)
         attach.load_state(adapter, start)
-        distillation = _distillation(job, anchors, labels or [], shared)
+        distillation = _distillation(job, anchors, labels, shared)
         del shared
         if job.train:
             _put_aside(start, method, folder, tell)
@@ -163,7 +163,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         said: attach.State = {}
         if anchors:
             with meter.phase("predict"):
-                said = _predictions(model, adapter, examples, anchors, job.plan.rows)
+                said = _predictions(model, adapter, labels, examples, anchors, job.plan.rows)
         attach.detach(model)
         del model, undo
         gc.collect()  # its modules and their functions refer to each other
@@ -194,13 +194,16 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
 def _limit(job: Job, method: Method, meter: Meter) -> Limit | None:
     if job.budget_bytes is None:
         return None
-    rows = job.training.rows_a_step + (job.codistill.rows if job.codistill is not None else 0)
+    rows = settings.rows_of_a_step(job.training, job.codistill)
     ways = lower(job.facts, job.plan, method=method, roles=job.adapter.roles, rows_a_step=rows)
     return Limit(job.budget_bytes, job.plan, ways, meter.lap)
 
 
 def _labels(job: Job, rows: list[data.Row]) -> list[str]:
-    """What the head tells apart: the labels of this device's rows, and those that reached it through the fleet's version."""
+    """What the head tells apart, if there is one: the labels of this device's rows, and those that reached it through the
+    fleet's version."""
+    if job.head is None:
+        return []
     keys = codec.shapes(Path(job.start).read_bytes()) if job.start is not None else {}
     met = {label_of(key) for key in keys if kind_of(key) in ("labels", "anchors")}
     for label in data.labels_of(rows):
@@ -243,17 +246,17 @@ def _distillation(
 def _predictions(
     model: PreTrainedModel,
     adapter: attach.Adapter,
+    labels: list[str],
     examples: list[data.Example],
     anchors: list[data.Example],
     micro_rows: int,
 ) -> attach.State:
     """What the head says of the fleet's public texts, less where they are unlike this device's rows (methods/codistill.py)."""
-    assert adapter.head is not None
     texts = states(model, anchors, micro_rows)
     own = states(model, examples[:: -(-len(examples) // MOST_ROWS)], micro_rows)
-    said = (texts @ adapter.head.weight.T).softmax(-1) * likeness(own, texts)[:, None]
+    said = adapter.logits(texts).softmax(-1) * likeness(own, texts)[:, None]
     rows = said.T.cpu().numpy()
-    return {f"anchors.{label}.P": row[None] for label, row in zip(adapter.head.labels, rows, strict=True)}
+    return {f"anchors.{label}.P": row[None] for label, row in zip(labels, rows, strict=True)}
 
 
 def _start(job: Job, method: Method, initial: attach.State, shared: attach.State) -> attach.State:

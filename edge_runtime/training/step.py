@@ -166,8 +166,7 @@ def train(
             hidden, labels = hidden[:, :-1], labels[:, 1:]
             loss = linear_cross_entropy(hidden, weight, labels, softcap, loss_chunk_bytes)
             return loss, hidden, labels != IGNORED
-        assert adapter.head is not None
-        logits = label_states(part.batch, hidden) @ adapter.head.weight.T
+        logits = adapter.logits(label_states(part.batch, hidden))
         answers = torch.tensor([row.answer for row in part.batch], device=logits.device)
         if part.soft:
             assert distillation is not None

@@ -1,4 +1,4 @@
-# make demo | test | setup | study | bench-round | bench-merge | bench-peak | bench-memory | bench-step
+# make demo | test | setup | study | bench-round | bench-merge | bench-peak | bench-memory | bench-step | bench-claims
 
 PYTHON ?= python3
 METHOD ?= fedit
@@ -12,7 +12,7 @@ DATA ?= data
 
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test study bench-round bench-merge bench-peak bench-memory bench-step
+.PHONY: setup demo test study bench-round bench-merge bench-peak bench-memory bench-step bench-claims
 
 setup: .venv/.ready
 
@@ -59,6 +59,9 @@ bench-step: .venv/.checks
 
 bench-memory: .venv/.checks
 	$(BIN)/python -m edge_runtime.benchmarks.memory $(ARGS)
+
+bench-claims: .venv/.checks
+	$(BIN)/python -m edge_runtime.benchmarks.claims $(ARGS)
 
 bench-peak: setup
 	$(BIN)/python -m edge_runtime.benchmarks.peak $(ARGS)

@@ -87,19 +87,25 @@ def measure(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         result = train(facts, fleet, way, texts(rows * steps, tokens), [], folder, device, gpu_cap_bytes)
-        baseline = processes.runtime_bytes()
         return Measurement(
-            baseline_bytes=baseline,
-            measured_peak_bytes=result.measured_peak_bytes,
-            step_seconds=typical(result.step_seconds),
-            phases=result.phases,
-            losses=result.losses,
-            load_seconds=result.seconds["load"],
+            **msgspec.structs.asdict(taken(result)),
             predicted_peak_bytes=way.predicted_peak_bytes,
             predicted_step_seconds=way.step_seconds,
             terms=way.terms,
-            peft=_peft(folder) if peft else None,
+            peft=beside(folder) if peft else None,
         )
+
+
+def taken(result: Result) -> Taken:
+    """The figures of one of our trainers."""
+    return Taken(
+        baseline_bytes=processes.runtime_bytes(),
+        measured_peak_bytes=result.measured_peak_bytes,
+        step_seconds=typical(result.step_seconds),
+        phases=result.phases,
+        losses=result.losses,
+        load_seconds=result.seconds["load"],
+    )
 
 
 def typical(seconds: list[float]) -> float:
@@ -178,14 +184,15 @@ def train(
     return msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
 
 
-def _peft(folder: Path) -> Taken:
-    written = _run("edge_runtime.benchmarks.peft", folder, None)  # in the environment that its users have
+def beside(folder: Path, *more: str) -> Taken:
+    """What PEFT takes for the job in the folder; or, with "--full", the training of all parameters."""
+    written = _run("edge_runtime.benchmarks.peft", folder, None, *more)  # in the environment that its users have
     return msgspec.json.decode(written.splitlines()[-1], type=Taken)
 
 
-def _run(module: str, folder: Path, environment: dict[str, str] | None) -> bytes:
+def _run(module: str, folder: Path, environment: dict[str, str] | None, *more: str) -> bytes:
     done = subprocess.run(
-        [sys.executable, "-m", module, str(folder)],
+        [sys.executable, "-m", module, str(folder), *more],
         env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,

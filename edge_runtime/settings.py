@@ -66,14 +66,15 @@ class Codistill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the fleet has a [codistill], devices of all models learn what the others predict of public texts.
 
     anchors: a .jsonl file on the node whose rows have a text; texts: how many of them, the first. rows: of them in a step,
-    beside the device's own; weight: of their mean loss beside that of its own. across: between models; or, for comparison,
-    among devices of one model alone.
+    beside the device's own; weight: of their mean loss beside that of its own. temperature: of the targets, which are surer
+    below 1 (methods/codistill.py). across: between models; or, for comparison, among devices of one model alone.
     """
 
     anchors: str
     texts: int = 300
     rows: int = 8
-    weight: float = 1.0
+    weight: float = 4.0
+    temperature: float = 0.5
     across: bool = True
 
 
@@ -252,9 +253,11 @@ def _check(fleet: Fleet) -> None:
     ]
     if fleet.codistill is not None:
         texts, rows, weight = fleet.codistill.texts, fleet.codistill.rows, fleet.codistill.weight
+        temperature = fleet.codistill.temperature
         rules.append(("[codistill] texts", texts, 1 <= texts <= MOST_TEXTS, f"1 to {MOST_TEXTS}"))
         rules.append(("[codistill] rows", rows, rows >= 1, "1 or more"))
         rules.append(("[codistill] weight", weight, 0 < weight < float("inf"), "a number above 0"))
+        rules.append(("[codistill] temperature", temperature, 0.05 <= temperature <= 20, "0.05 to 20"))
     for model in fleet.catalog:
         depth = model.depth if model.depth is not None else 1
         rules.append((f"[[catalog]] depth of {model.source}", depth, depth >= 1, "1 or more layers"))

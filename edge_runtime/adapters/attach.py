@@ -72,27 +72,26 @@ class Adapter(NamedTuple):
 
 
 class AdapterLinear(nn.Module):
-    """One frozen linear layer with its factors in float32; core: makes C of them, None where that is the identity."""
+    """One frozen linear layer with its factors in float32; product: makes A, C and B of them, C None for the identity."""
 
     def __init__(
         self,
         base: nn.Module,
         scale: float,
         factors: Mapping[str, nn.Parameter],
-        core: Callable[[Mapping[str, Any]], torch.Tensor | None],
+        product: Callable[[Mapping[str, Any]], tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]],
     ) -> None:
         super().__init__()
-        self.base, self.scale, self.factors, self._core = base, scale, nn.ParameterDict(factors), core
+        self.base, self.scale, self.factors, self._product = base, scale, nn.ParameterDict(factors), product
 
-    def core(self) -> torch.Tensor | None:
-        """C, None where it is the identity."""
-        return self._core(self.factors)
+    def product(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """A, C and B; C is None where it is the identity."""
+        return self._product(self.factors)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
         weight = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
-        A, B = self.factors["A"], self.factors["B"]
-        return adapter_linear(x, weight, A, self.core(), B, self.scale, self.base.bias)
+        return adapter_linear(x, weight, *self.product(), self.scale, self.base.bias)
 
 
 def attach(
@@ -138,8 +137,8 @@ def attach(
                     attached[key] = _parameter(key, method.factors[name], own_sizes, full, seed, base.weight.device)
             paths[f"layers.{layer}.{role}"] = places[base]
             own = {name: attached[key] for name, key in keys.items()}
-            core = partial(method.made_core, depth=relative_depth(layer, whole or len(layers)))
-            block.set_submodule(path, AdapterLinear(base, spec.alpha / spec.rank, own, core))
+            product = partial(method.product, depth=relative_depth(layer, whole or len(layers)))
+            block.set_submodule(path, AdapterLinear(base, spec.alpha / spec.rank, own, product))
     if not attached:
         raise InputError(f"the model has no linear layer of the roles {', '.join(spec.roles)}")
     head = None

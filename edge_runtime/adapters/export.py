@@ -51,27 +51,27 @@ def to_peft(
     layers = sorted({int(key.split(".")[1]) for key in paths})
     labels = {key: (1, facts.hidden) for key in state if kind_of(key) == "labels"}
     check_keys(state, adapter_shapes(facts, tuple(layers), spec.roles, spec.rank, method) | labels)
+    tensors, rank = {}, spec.rank
+    for key, path in paths.items():
+        _, layer, role = key.split(".")
+        keys = method.keys(int(layer), facts.layers, role)
+        factors = {name: torch.from_numpy(state[of]) for name, of in keys.items()}
+        A, core, B = method.product(factors, relative_depth(int(layer), facts.layers))
+        tensors[f"base_model.model.{path}.lora_A.weight"] = A.contiguous()
+        tensors[f"base_model.model.{path}.lora_B.weight"] = (B @ core if core is not None else B).contiguous()
+        rank = len(A)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": facts.weights,
-        "r": spec.rank,
-        "lora_alpha": spec.alpha,
+        "r": rank,
+        "lora_alpha": spec.alpha * rank / spec.rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": facts.family in CONV1D_FAMILIES,
         "target_modules": sorted(paths.values()),
         "inference_mode": True,
     }
-    tensors = {}
-    for key, path in paths.items():
-        _, layer, role = key.split(".")
-        keys = method.keys(int(layer), facts.layers, role)
-        factors = {name: torch.from_numpy(state[of]) for name, of in keys.items()}
-        core = method.made_core(factors, relative_depth(int(layer), facts.layers))
-        tensors[f"base_model.model.{path}.lora_A.weight"] = factors["A"].contiguous()
-        product = factors["B"] @ core if core is not None else factors["B"]
-        tensors[f"base_model.model.{path}.lora_B.weight"] = product.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     if labels:

@@ -221,6 +221,9 @@ class Agent:
             self._send_noise()
             return
         fleet, plan = self._round.fleet, self._planned.plan
+        pruned = self._store.get("rank")
+        if pruned is not None and self._round.round > 1:
+            plan = msgspec.structs.replace(plan, rank=min(plan.rank, int(pruned)))
         job = Job(
             train=self._round.state == "open",
             facts=self._planned.facts,
@@ -291,6 +294,7 @@ class Agent:
         payload = folder / "payload.bin" if result.payload_bytes else None
         with self._outbox.transaction():
             work.keep_private(self._work, self._store, self._round.round)
+            self._store.set("rank", None if result.rank is None else str(result.rank))
             self._owe(payload, CODEC, result.samples, result)
         self._say("sending" if payload else "waiting", text=f"{result.payload_bytes} bytes")
         if not payload:

@@ -73,6 +73,8 @@ def _check_shapes(
 ) -> None:
     """Refuse what is no adapter of this fleet; the node holds no model, so what a class's first device sent is the measure."""
     allowed, ranks = (fleet.adapter.rank, *fleet.adapter.lower), set()
+    if method.pruned is not None:
+        allowed = tuple(range(fleet.adapter.rank, 0, -1))
     known = {**_heads(shapes), **_heads(known), **known}
     if not shapes:
         raise InputError("the delta holds no factor")
@@ -152,6 +154,8 @@ def _merge_kind(
     """Take the step of one kind of tensors, in place."""
     for key, step in method.merges[kind](partial(_contributions, kind, updates, state, fleet, method)).items():
         state[key] = state[key] + step if key in state else step
+    for key in [key for key in state if method.factor(key).anew]:
+        del state[key]
 
 
 def _contributions(
@@ -163,12 +167,12 @@ def _contributions(
         delta = codec.decode(update.payload.read_bytes(), lambda key: kind_of(key) == kind)
         for key, value in delta.items():
             if key not in before and method.factor(key).of in STATE:
-                before[key] = _version_0(key, value.shape, fleet, method)
+                before[key] = version_0(key, value.shape, fleet, method)
         if delta:
             yield Contribution(before, delta, update.manifest.samples, update.manifest.model_class)
 
 
-def _version_0(key: str, shape: tuple[int, ...], fleet: Fleet, method: Method) -> NDArray[np.float32]:
+def version_0(key: str, shape: tuple[int, ...], fleet: Fleet, method: Method) -> NDArray[np.float32]:
     """What a factor starts from, in the fleet's full rank, whichever the device has."""
     factor = method.factor(key)
     sizes = dict(zip(factor.axes, shape, strict=True))

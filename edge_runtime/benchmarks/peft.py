@@ -1,6 +1,7 @@
 """What others do: the same steps with PEFT, torch's AdamW and gradient checkpointing, as PEFT's documentation has them.
 
-python -m edge_runtime.benchmarks.peft FOLDER      trains FOLDER/job.json that way, and prints what it took as JSON
+python -m edge_runtime.benchmarks.peft FOLDER             trains FOLDER/job.json that way, and prints what it took as JSON
+python -m edge_runtime.benchmarks.peft FOLDER --full      the same, with all parameters of the model and no adapter
 """
 
 import sys
@@ -26,16 +27,26 @@ from edge_runtime.training.meter import Meter
 
 
 def trainer(
-    facts: Facts, depth: int, format: settings.Weights, spec: settings.Adapter, training: settings.Training, device: str
+    facts: Facts,
+    depth: int,
+    format: settings.Weights,
+    spec: settings.Adapter,
+    training: settings.Training,
+    device: str,
+    *,
+    full: bool = False,
 ) -> Callable[[list[Example]], float]:
-    """Load the model; the function makes one step on some rows, all at once, and returns their loss."""
+    """Load the model; the function makes one step on some rows, all at once, and returns their loss.
+
+    full: train every parameter instead of an adapter.
+    """
     from peft import LoraConfig, get_peft_model
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # of gradient_checkpointing_enable, which 5.0 still needs
     model = weights.load(facts, depth, "bfloat16" if format in settings.PACKED else format, device)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     config = LoraConfig(r=spec.rank, lora_alpha=int(spec.alpha), target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted = get_peft_model(model, config).train()
+    adapted = (model.requires_grad_(True) if full else get_peft_model(model, config)).train()
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
 
@@ -60,7 +71,8 @@ def main() -> None:
     with meter.phase("load"):
         tokenizer = AutoTokenizer.from_pretrained(job.facts.folder)
         examples = data.tokenize(data.read_rows(Path(job.data)), tokenizer, job.plan.tokens)
-        run = trainer(job.facts, job.plan.depth, job.plan.weights, job.adapter, job.training, job.device)
+        full = "--full" in sys.argv[2:]
+        run = trainer(job.facts, job.plan.depth, job.plan.weights, job.adapter, job.training, job.device, full=full)
     rows, losses, seconds = data.epochs(examples, f"{job.seed}/{job.round}"), [], []
     with meter.phase("train"):
         for _ in range(job.training.steps):

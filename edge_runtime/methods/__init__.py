@@ -14,6 +14,7 @@ from edge_runtime.methods import (
     fedsb,
     ffa,
     flexlora,
+    flora,
     h2tune,
     heterotune,
     hetlora,
@@ -22,7 +23,7 @@ from edge_runtime.methods import (
 )
 from edge_runtime.methods.interface import Method
 
-MODULES: tuple[Any, ...] = (local, fedit, ffa, fedsa, fedsb, hetlora, flexlora, fedadapter, heterotune, h2tune)
+MODULES: tuple[Any, ...] = (local, fedit, ffa, fedsa, fedsb, hetlora, flexlora, flora, fedadapter, heterotune, h2tune)
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in MODULES}
 
 

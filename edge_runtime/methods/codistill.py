@@ -1,10 +1,14 @@
 """codistill: devices of different models learn from what they predict of public texts; nothing else has to fit.
 
     p_k(y | a)     device k's head on anchor text a, over the labels that k knows
-    s_k(a)         how much a is like k's own rows: the share of them whose nearest other row is no nearer than a's nearest row,
-                   by the cosine of what the head reads (a conformal p-value)
-    t(y | a) = Σ_k w_k(a) p_k(y | a) / Σ_k w_k(a)     w_k(a) = n_k · s_k(a) · (1 - H(p_k(· | a)) / log |labels of k|)²
+    s_k(a)         how much a is like k's own rows: the root of the share of them whose nearest other row is no nearer than a's
+                   nearest row, by the cosine of what the head reads (a conformal p-value, which is 1/2 on average for own rows)
+    T(y | a) = Σ_k w_k(a) p_k(y | a) / Σ_k n_k        w_k(a) = n_k · s_k(a) · (1 - H(p_k(· | a)) / log |labels of k|)²
+    t(y | a) = T(y | a)^(1 / temperature), adding up to e(a) = Σ_y T(y | a)
     loss of a device = own rows + weight · mean over some anchors of CE(t(· | a), its prediction)
+
+A text counts by the evidence e(a) for what it is, 0 to 1: little while the devices have learned little, and where it is like
+nobody's rows. A temperature below 1 makes targets surer than the devices are; their mean is less sure than each of them.
 
 Labels are named alike on all devices. A device that has never met a label learns it from those who have, as its head has a
 row for every label that the fleet predicts. A device that is asked about texts of labels it does not know is as sure of a
@@ -22,31 +26,30 @@ from edge_runtime.settings import Codistill
 
 P = Factor(("one", "anchors"), trained=True, shared="fleet", start="zero", of="anchors")
 T = P._replace(trained=False)
-FLOOR = 1e-6  # of a probability, and of a weight
+FLOOR = 1e-6  # of a probability
 
 
 def combined(contributions: Contributions) -> Tensors:
     """The step from the targets that were to the devices' predictions, weighted by how sure they are."""
-    sums: Tensors = {}
+    sums: dict[str, Any] = {}
     before: Tensors = {}
-    total: Any = FLOOR
+    samples = 0
     for made in contributions():
-        likeness = sum(made.delta.values())
-        weight = made.samples * _sureness(made.delta, likeness)
-        total = total + weight * likeness
+        weight = made.samples * _sureness(made.delta)
+        samples += made.samples
         for said, value in made.delta.items():
             key = f"anchors.{label_of(said)}.T"
             if key in made.before:
                 before[key] = made.before[key]
             add_to(sums, key, weight * value)
-    return {key: value / total - before.get(key, 0) for key, value in sums.items()}
+    return {key: value / samples - before.get(key, 0) for key, value in sums.items()}
 
 
-def _sureness(said: Mapping[str, Array], likeness: Any) -> Array:
+def _sureness(said: Mapping[str, Array]) -> Array:
     """(1, texts): 1 where a device says one label alone, nearly 0 where all are alike."""
     import numpy as np
 
-    p = np.maximum(np.concatenate(list(said.values())) / np.maximum(likeness, FLOOR), FLOOR)
+    p = np.maximum(np.concatenate(list(said.values())), FLOOR)
     p /= p.sum(0)
     entropy = -(p * np.log(p)).sum(0) / np.log(max(len(p), 2))
     return np.maximum(1 - entropy, FLOOR)[None].astype(np.float32) ** 2

@@ -12,13 +12,17 @@ twice as many columns as the factors have ranks: up to there M is exact, beyond 
 Source: Bai et al. 2024, arXiv 2402.11505 (FlexLoRA); Halko et al. 2011, arXiv 0909.4061 (randomised SVD).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias
 from zlib import crc32
 
 from edge_runtime.methods import fedit
 from edge_runtime.methods.interface import Array, Contribution, Contributions, Method, Tensors, add_to
 
 OVER = 2  # columns of a sketch, of the factors' rank
+
+# Terms of each layer's sum of products, as (layer, weight, A, B); they can be gone through more than once.
+Products: TypeAlias = Callable[[], Iterable[tuple[str, int, Array, Array]]]
 
 
 def mean_product(contributions: Contributions) -> Tensors:
@@ -27,33 +31,49 @@ def mean_product(contributions: Contributions) -> Tensors:
 
     before: Tensors = {}
     samples: dict[str, int] = {}
-    columns: Tensors = {}
-    sketches: Tensors = {}
-    for made in contributions():
-        for layer, A, B in _layers(made):
-            if layer not in samples:
-                before |= {f"{layer}.{factor}": made.before[f"{layer}.{factor}"] for factor in "AB"}
-                many = min(OVER * len(before[f"{layer}.A"]), A.shape[1], len(B))
-                draw = np.random.default_rng(crc32(layer.encode()))
-                columns[layer] = draw.standard_normal((A.shape[1], many), dtype=np.float32)
-            samples[layer] = samples.get(layer, 0) + made.samples
-            add_to(sketches, layer, made.samples * (B @ (A @ columns[layer])))
-    ranges = _bases(sketches)
-    ranges = _bases(_times(contributions, _bases(_times(contributions, ranges, transposed=True))))
+
+    def products() -> Iterator[tuple[str, int, Array, Array]]:
+        samples.clear()
+        for made in contributions():
+            for layer, A, B in layers(made):
+                before.update({f"{layer}.{factor}": made.before[f"{layer}.{factor}"] for factor in "AB"})
+                samples[layer] = samples.get(layer, 0) + made.samples
+                yield layer, made.samples, A, B
+
     steps: Tensors = {}
-    for layer, small in _times(contributions, ranges, transposed=True).items():
+    for layer, (A, B) in best_factors(products, lambda layer: len(before[f"{layer}.A"])).items():
         old = {factor: before[f"{layer}.{factor}"] for factor in "AB"}
-        u, s, vt = np.linalg.svd(small.T / samples[layer], full_matrices=False)
-        rank = min(
-            len(old["A"]), len(s)
-        )  # a layer narrower than that has fewer directions: of A the rest stays, of B it is 0
         steps[f"{layer}.A"], steps[f"{layer}.B"] = np.zeros_like(old["A"]), -old["B"]
-        steps[f"{layer}.A"][:rank] = vt[:rank] - old["A"][:rank]
-        steps[f"{layer}.B"][:, :rank] += ranges[layer] @ (u[:, :rank] * s[:rank])
+        steps[f"{layer}.A"][: len(A)] = A - old["A"][: len(A)]  # a layer narrower than its rank has fewer directions
+        steps[f"{layer}.B"][:, : len(A)] += B / samples[layer]
     return steps
 
 
-def _layers(made: Contribution) -> Iterator[tuple[str, Array, Array]]:
+def best_factors(products: Products, rank: Callable[[str], int]) -> dict[str, tuple[Array, Array]]:
+    """A and B of each layer, of this rank or the sum's if that is lower, whose product is the nearest to the sum of the terms.
+
+    A's rows are of unit length and at right angles.
+    """
+    import numpy as np
+
+    columns: Tensors = {}
+    sketches: Tensors = {}
+    for layer, weight, A, B in products():
+        if layer not in columns:
+            many = min(OVER * rank(layer), A.shape[1], len(B))
+            draw = np.random.default_rng(crc32(layer.encode()))
+            columns[layer] = draw.standard_normal((A.shape[1], many), dtype=np.float32)
+        add_to(sketches, layer, weight * (B @ (A @ columns[layer])))
+    ranges = _bases(_times(products, _bases(_times(products, _bases(sketches), transposed=True))))
+    found = {}
+    for layer, small in _times(products, ranges, transposed=True).items():
+        u, s, vt = np.linalg.svd(small.T, full_matrices=False)
+        kept = min(rank(layer), len(s))
+        found[layer] = vt[:kept], ranges[layer] @ (u[:, :kept] * s[:kept])
+    return found
+
+
+def layers(made: Contribution) -> Iterator[tuple[str, Array, Array]]:
     """Each layer of which the device sent both factors, and what it held of them after the round."""
     after = made.after()
     for key, A in after.items():
@@ -62,13 +82,12 @@ def _layers(made: Contribution) -> Iterator[tuple[str, Array, Array]]:
             yield layer, A, after[f"{layer}.B"]
 
 
-def _times(contributions: Contributions, columns: Tensors, *, transposed: bool = False) -> Tensors:
-    """Σ n_k B_k A_k of each layer, or its transpose, times these columns."""
+def _times(products: Products, columns: Tensors, *, transposed: bool = False) -> Tensors:
+    """Each layer's sum, or its transpose, times these columns."""
     sums: Tensors = {}
-    for made in contributions():
-        for layer, A, B in _layers(made):
-            first, second = (B.T, A.T) if transposed else (A, B)
-            add_to(sums, layer, made.samples * (second @ (first @ columns[layer])))
+    for layer, weight, A, B in products():
+        first, second = (B.T, A.T) if transposed else (A, B)
+        add_to(sums, layer, weight * (second @ (first @ columns[layer])))
     return sums
 
 

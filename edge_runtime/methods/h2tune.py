@@ -80,11 +80,11 @@ def method(settings: Settings) -> Method:
         "D": Factor(("depths",), trained=True, shared="private", start="zero"),
     }
 
-    def norms(now: list[Any], _: list[Any]) -> Any:
-        return weight * sum(_increment(C).norm() for C in now) / len(now)
+    def norms(now: list[tuple[Any, Any, Any]], _: list[Any]) -> Any:
+        return weight * sum(_increment(C).norm() for _, C, _ in now) / len(now)
 
-    def shared(now: list[Any], before: list[Any]) -> Any:
-        moved = sum(_divergence(_increment(old), _increment(new)) for old, new in zip(before, now, strict=True))
+    def shared(now: list[tuple[Any, Any, Any]], before: list[Any]) -> Any:
+        moved = sum(_divergence(_increment(old), _increment(new)) for old, (_, new, _) in zip(before, now, strict=True))
         return norms(now, before) + settings.keep * moved / len(now)
 
     def passes(round_: int) -> tuple[Pass, ...]:

@@ -4,13 +4,31 @@
 
 A device of rank r starts from the first r rows of A and columns of B. What it does not hold shrinks by its share, as the
 paper has it; what no device of the round holds stays, or it would be zero in A and B and never learn again. ‖B_k A_k‖² is taken
-over all layers of a device, from its Gram matrices and never from the product. A device's rank is what its memory allows; the
-paper's pruning of ranks while training is not built.
+over all layers of a device, from its Gram matrices and never from the product.
+
+A device's rank is what its memory allows. With `penalty` above 0 it also falls while it trains: the loss has
+
+    penalty · mean over layers of ‖B[:, kept:]‖ ‖A[kept:]‖,   kept = ⌊keep · r⌋
+
+and where the sum of these has fallen in a round, the device goes on with the first `kept` of its ranks. What is beyond is not
+sent then.
 Source: Cho et al. 2024, arXiv 2401.06432 (HetLoRA).
 """
 
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import msgspec
+
 from edge_runtime.methods import fedit
-from edge_runtime.methods.interface import Contributions, Method, Tensors, leading
+from edge_runtime.methods.interface import Contributions, Method, NotNegative, Pass, Tensors, leading
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """penalty: of what lies beyond the leading share `keep` of a device's rank; 0: ranks do not fall."""
+
+    penalty: NotNegative = 0.0
+    keep: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.75
 
 
 def norm_weighted_mean(contributions: Contributions) -> Tensors:
@@ -49,4 +67,32 @@ def _norm(state: Tensors) -> float:
     return max(squared, 0.0) ** 0.5
 
 
-METHOD = Method("hetlora", fedit.METHOD.factors, {"layers": norm_weighted_mean}, unequal=True)
+def method(settings: Settings) -> Method:
+    """The method with these settings."""
+
+    def kept(rank: int) -> int:
+        return max(1, int(settings.keep * rank))
+
+    def penalty(now: list[tuple[Any, Any, Any]], _: list[Any]) -> Any:
+        tails = (B[:, kept(len(A)) :].norm() * A[kept(len(A)) :].norm() for A, _, B in now)
+        return settings.penalty * sum(tails) / len(now)
+
+    def pruned(now: Mapping[str, Any], before: Callable[[str], Any]) -> int:
+        layers = [key[:-2] for key in now if key.endswith(".A")]
+        rank = len(now[f"{layers[0]}.A"])
+        fell = _tails(layers, now.__getitem__, kept(rank)) < _tails(layers, before, kept(rank))
+        return kept(rank) if fell else rank
+
+    plain = Method("hetlora", fedit.METHOD.factors, {"layers": norm_weighted_mean}, unequal=True)
+    return plain if not settings.penalty else plain._replace(passes=lambda _: (Pass(penalty=penalty),), pruned=pruned)
+
+
+def _tails(layers: list[str], state: Callable[[str], Any], kept: int) -> float:
+    """Σ over layers of ‖B[:, kept:]‖ ‖A[kept:]‖."""
+    import numpy as np
+
+    tails = ((state(f"{layer}.B")[:, kept:], state(f"{layer}.A")[kept:]) for layer in layers)
+    return sum(float(np.linalg.norm(B) * np.linalg.norm(A)) for B, A in tails)
+
+
+METHOD = method(Settings())

@@ -66,13 +66,15 @@ def add_to(sums: "Tensors", key: str, value: "Array") -> None:
 class Factor(NamedTuple):
     """axes: what each axis is as long as: "rank", "in" and "out" of the layer, "one", or a name of the method's own sizes.
     trained: by the device; frozen otherwise. shared: with nobody, within the model class, or across the fleet. start: what it
-    is in version 0, drawn evenly from the fleet's seed or nothing (adapters/initial.py). of: what each such tensor belongs to."""
+    is in version 0, drawn evenly from the fleet's seed or nothing (adapters/initial.py). of: what each such tensor belongs to.
+    anew: whether every round begins it as it was in version 0; the node then keeps none of it."""
 
     axes: tuple[str, ...]
     trained: bool
     shared: Literal["private", "class", "fleet"]
     start: Start
     of: Kind = "layers"
+    anew: bool = False
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The tensor's shape where axes have these sizes."""
@@ -110,30 +112,34 @@ Merge: TypeAlias = Callable[[Contributions], Tensors]
 
 
 class Pass(NamedTuple):
-    """One forward and backward over a step's rows. frozen: factors that stay as they are in it. penalty: joins the loss, of the
-    layers' cores now and as the round found them. apart: weight of KL(the first pass's outputs ‖ this one's)."""
+    """One forward and backward over a step's rows. frozen: factors that stay as they are in it. penalty: joins the loss, of each
+    layer's A, C and B now, and its C as the round found it. apart: weight of KL(the first pass's outputs ‖ this one's)."""
 
     frozen: frozenset[str] = frozenset()
-    penalty: Callable[[list[Any], list[Any]], Any] | None = None
+    penalty: Callable[[list[tuple[Any, Any, Any]], list[Any]], Any] | None = None
     apart: float = 0.0
 
 
 class Method(NamedTuple):
     """factors: A and B, and what else there is, by name; without a C or a core, that is the identity. merges: of each kind of
-    tensor that is exchanged. core: makes a layer's C of its factors, which are torch's tensors, and its relative depth. sizes: of
-    the axes that are the method's own, on a device of this rank. unequal: whether devices of lower ranks may take part, which
-    hold the leading rows of A and columns of B. refactored: whether a new version has its product in other factors, so that
-    what is owed of an earlier round is worth nothing. passes: of each step of a round, counted from 1.
+    tensor that is exchanged. core: makes a layer's C of its factors, which are torch's tensors, and its relative depth. low_rank:
+    makes its A and B, where they are not the factors of that name. sizes: of the axes that are the method's own, on a device
+    of this rank. unequal: whether devices of lower ranks may take part, which hold the leading rows of A and columns of B.
+    refactored: whether a new version has its product in other factors, so that what is owed of an earlier round is worth
+    nothing. passes: of each step of a round, counted from 1. pruned: the rank in which a device goes on, any below the fleet's,
+    of its exchanged factors after a round and a function that gives one as it was before.
     """
 
     name: str
     factors: dict[str, Factor]
     merges: dict[str, Merge]
     core: Callable[[Mapping[str, Any], float], Any] | None = None
+    low_rank: Callable[[Mapping[str, Any]], tuple[Any, Any]] | None = None
     sizes: Callable[[int], Mapping[str, int]] = lambda rank: {}
     unequal: bool = False
     refactored: bool = False
     passes: Callable[[int], tuple[Pass, ...]] = lambda round_: (Pass(),)
+    pruned: Callable[[Mapping[str, Any], Callable[[str], Any]], int] | None = None
 
     def keys(self, layer: int, layers: int, role: str) -> dict[str, str]:
         """The canonical key of each factor that a linear layer has, by the factor's name.
@@ -150,9 +156,12 @@ class Method(NamedTuple):
         """Of every axis that a factor of such a layer has, on a device of this rank."""
         return {**self.sizes(rank), "rank": rank, "in": into, "out": out}
 
-    def made_core(self, factors: Mapping[str, Any], depth: float) -> Any:
-        """The C of a layer at this relative depth, 0 to 1, or None where it is the identity."""
-        return self.core(factors, depth) if self.core is not None else factors.get("C")
+    def product(self, factors: Mapping[str, Any], depth: float) -> tuple[Any, Any, Any]:
+        """The A, C and B that a layer at this relative depth, 0 to 1, multiplies; C is None where it is the identity."""
+        A, B = factors["A"], factors["B"]
+        if self.low_rank is not None:
+            A, B = self.low_rank(factors)
+        return A, self.core(factors, depth) if self.core is not None else factors.get("C"), B
 
     def scope(self, kind: str) -> str:
         """With whom this kind of tensors is shared, of which some factor travels."""

@@ -118,6 +118,11 @@ def write(spec: Spec, outcomes: Outcomes, name: str, out: Path) -> None:
         "",
         "![Accuracy over rounds](rounds.svg) ![Accuracy against bytes](bytes.svg)",
         "",
+        "Convergence: the squared norm of what a round changes in all versions, and the slope of a line fitted to it over "
+        "rounds, both in logarithms. The learning rate falls to a tenth over the rounds, which is part of the slope.",
+        "",
+        "![Squared norm of the averaged update over rounds](convergence.svg)",
+        "",
     ]
     (out / "README.md").write_text("\n".join(lines), encoding="utf-8")
     _pictures(spec, outcomes, out)
@@ -134,7 +139,7 @@ def _pictures(spec: Spec, outcomes: Outcomes, out: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "study"  # equal results give equal files
     from matplotlib import pyplot
 
-    over, against = pyplot.subplots(figsize=(7, 5)), pyplot.subplots(figsize=(7, 5))
+    over, against, moved = (pyplot.subplots(figsize=(7, 5)) for _ in range(3))
     for number, arm in enumerate(spec.arm):
         own = _runs(spec, arm, outcomes)
         if not own:
@@ -145,13 +150,23 @@ def _pictures(spec: Spec, outcomes: Outcomes, out: Path) -> None:
         over[1].plot(range(rounds), means, **style)
         sent = _mean([sum(m.bytes_up) + sum(m.bytes_down) for m in own[0].members]) / 1e6
         against[1].scatter([sent], means[-1:], **style)
+        norms = [_mean(list(each)) for each in zip(*(one.moved for one in own), strict=True)]
+        if len(norms) > 1 and all(norms):
+            moved[1].loglog(range(1, rounds), norms, **{**style, "label": f"{arm.name}: {slope(norms):+.2f}"})
     over[1].set(xlabel="rounds done", ylabel="accuracy, %", title="Accuracy over rounds")
     against[1].set(xlabel="MB a device, all rounds", ylabel="accuracy, %", title="Accuracy against bytes")
-    for (figure, axes), name in ((over, "rounds"), (against, "bytes")):
+    moved[1].set(xlabel="round", ylabel="squared norm of the averaged update", title="Convergence, with fitted slopes")
+    for (figure, axes), name in ((over, "rounds"), (against, "bytes"), (moved, "convergence")):
         axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
         figure.savefig(out / f"{name}.svg", metadata={"Date": None})
         pyplot.close(figure)
+
+
+def slope(norms: list[float]) -> float:
+    """Of a straight line through the logarithms of what each round, counted from 1, has."""
+    logs = [math.log(number) for number in range(1, len(norms) + 1)]
+    return statistics.linear_regression(logs, [math.log(norm) for norm in norms]).slope
 
 
 def _mean(values: list[float] | list[int]) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 from edge_broker import messages
 from edge_broker.journal import Update
+from safetensors.numpy import load_file
 from transformers import PreTrainedModel
 
 from edge_runtime import methods, processes
@@ -23,6 +24,7 @@ from edge_runtime.adapters import attach
 from edge_runtime.agent import work
 from edge_runtime.aggregator import merge
 from edge_runtime.aggregator.store import Version
+from edge_runtime.methods.interface import kind_of
 from edge_runtime.models.facts import Facts, adapter_shapes
 from edge_runtime.models.slices import kept_layers
 from edge_runtime.planning.plan import Plan
@@ -51,7 +53,7 @@ class Member(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What a run found. digest: of what it depends on."""
+    """What a run found. digest: of what it depends on. moved: the squared norm of what each round changed in all versions."""
 
     arm: str
     seed: int
@@ -59,6 +61,7 @@ class Outcome(msgspec.Struct, frozen=True):
     seconds: float
     members: list[Member]
     machine: str = ""
+    moved: list[float] = []
 
     @property
     def accuracy(self) -> float:
@@ -112,6 +115,8 @@ class _Run:
         self.versions: dict[str, Version] = {}
         self.known: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
         self.left: dict[str, dict[str, str]] = defaultdict(dict)  # files of the last round, by device
+        self.pruned: dict[str, int] = {}  # the rank in which a device goes on
+        self.moved: list[float] = []  # by each round: the squared norm of what changed in the versions
 
     @cached_property
     def facts(self) -> dict[str, Facts]:
@@ -184,10 +189,17 @@ class _Run:
             residual=self.left[device.id].get("residual"),
         )
 
+    @property
+    def all_shared(self) -> bool:
+        """Whether devices of one model and rank begin a round with one adapter."""
+        factors = self.method.factors.values()
+        return not any(factor.trained and factor.shared == "private" for factor in factors)
+
     def rank(self, device: Device) -> int:
-        """Its own, but where the arm has one for all."""
+        """Its own, but where the arm has one for all or the method has lowered it."""
         one = self.arm.pooled or "rank" in self.arm.adapter
-        return self.fleet.adapter.rank if one or device.rank is None else device.rank
+        own = self.fleet.adapter.rank if one or device.rank is None else device.rank
+        return min(own, self.pruned.get(device.id, own))
 
     def files_of(self, device: Device) -> dict[str, Path]:
         """The device's files by name."""
@@ -220,23 +232,32 @@ class _Run:
         down: dict[str, list[int]] = defaultdict(list)
         for round_ in range(1, self.fleet.rounds + 2):
             updates = []
+            same: dict[Any, dict[str, Score]] = {}  # as good as each other: their scores, which one of them found
             for device, _, standing_for in self.devices:
                 folder = self.folder / device.id / f"round-{round_}"
                 folder.mkdir()
                 job = self.job(device, standing_for, round_)
+                alike = job.facts.model_class, job.plan.depth, job.plan.rank, device.data
+                if self.all_shared and alike in same:
+                    job = msgspec.structs.replace(job, evaluation={})
                 (folder / "job.json").write_bytes(msgspec.json.encode(job))
                 run(folder, self.bases, lambda _: None)
                 result = msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
-                scores[device.id].append(result.evaluation)
+                scores[device.id].append(
+                    same.setdefault(alike, result.evaluation) if self.all_shared else result.evaluation
+                )
                 if not job.train:
                     continue
                 up[device.id].append(result.payload_bytes)
                 down[device.id].append(Path(job.start).stat().st_size if job.start else 0)
                 self.keep(device.id, folder)
+                if result.rank is not None:
+                    self.pruned[device.id] = result.rank
                 if result.payload_bytes:
                     updates.append(self.update(folder / "payload.bin", device.id, job, result.samples))
             if updates:
                 made = merge.merge(updates, self.versions, self.fleet, self.method, round_, self.folder / "versions")
+                self.moved.append(sum(map(self.moved_by, made)))
                 self.versions |= {version.model_class: version for version in made}
         return [
             Member(
@@ -275,6 +296,17 @@ class _Run:
         )
         return Update(manifest, payload)
 
+    def moved_by(self, version: Version) -> float:
+        """The squared norm of what a round changed of a class's adapter."""
+        total, before = 0.0, self.versions.get(version.model_class)
+        old = load_file(before.master) if before is not None else {}
+        for key, value in load_file(version.master).items():
+            if kind_of(key) in merge.STATE:
+                start = old.get(key)
+                start = merge.version_0(key, value.shape, self.fleet, self.method) if start is None else start
+                total += float(((value - start) ** 2).sum(dtype="float64"))
+        return total
+
     def trained_values(self, device: Device) -> int:
         """Values of the adapter that the device trains, without its head."""
         facts = self.facts[device.id]
@@ -295,6 +327,7 @@ def run_arm(spec: Spec, arm: Arm, seed: int, files: Path, models: Path, folder: 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     began = time.monotonic()
-    members = _Run(spec, arm, seed, files, models, folder, bases).go()
+    fleet = _Run(spec, arm, seed, files, models, folder, bases)
+    members = fleet.go()
     shutil.rmtree(folder)
-    return Outcome(arm.name, seed, spec.digest(arm, seed), time.monotonic() - began, members, processor())
+    return Outcome(arm.name, seed, spec.digest(arm, seed), time.monotonic() - began, members, processor(), fleet.moved)

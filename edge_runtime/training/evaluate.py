@@ -61,8 +61,8 @@ def states(model: PreTrainedModel, examples: list[Example], micro_rows: int) -> 
 
 
 def likeness(own: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-    """How much texts are like a device's own rows (texts,), from 1 / (rows + 1) to 1: the share of own rows whose nearest other
-    one is no nearer than the text's nearest, by cosine.
+    """How much texts are like a device's own rows (texts,), at most 1: the root of the share of own rows whose nearest other one
+    is no nearer than the text's nearest, by cosine.
 
     Args:
         own, texts: (rows, hidden) and (texts, hidden), of equal length each.
@@ -71,7 +71,7 @@ def likeness(own: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
     """
     among = (own @ own.T).fill_diagonal_(-torch.inf).amax(1)
     nearest = (texts @ own.T).amax(1)
-    return ((among[None] <= nearest[:, None]).sum(1) + 1) / (len(own) + 1)
+    return (((among[None] <= nearest[:, None]).sum(1) + 1) / (len(own) + 1)).sqrt()
 
 
 def _score(

@@ -87,7 +87,8 @@ class PhaseMemory(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class Result(msgspec.Struct, frozen=True):
     """evaluation: of the version the round started from. losses: of each step but the skipped ones, whose loss was not
-    finite. step_seconds: of each step. eased: how the steps went on when memory got short."""
+    finite. step_seconds: of each step. eased: how the steps went on when memory got short. rank: in which the device goes on,
+    where its method prunes ranks."""
 
     samples: int
     evaluation: dict[str, Score]
@@ -99,6 +100,7 @@ class Result(msgspec.Struct, frozen=True):
     payload_bytes: int
     skipped: int = 0
     eased: list[str] = []
+    rank: int | None = None
 
 
 class Progress(msgspec.Struct, frozen=True):

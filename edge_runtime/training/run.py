@@ -42,7 +42,7 @@ from edge_runtime.training.limit import Limit
 from edge_runtime.training.meter import Meter, release
 
 START = "start.bin"  # the exchanged factors as the round found them; in memory they would be one adapter more
-MOST_ROWS = 1024  # of its own that a device compares public texts with
+MOST_ROWS = 512  # of its own that a device compares public texts with
 DISK_WAIT_S, DISK_POLL_S = 600.0, 5.0
 
 
@@ -119,7 +119,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
             scores[name] = evaluate(model, adapter, examples_held, job.plan.rows)
     losses: list[float] = []
     ends: list[float] = []
-    payload = b""
+    payload, rank = b"", None
 
     def stepped(done: int, loss: float | None) -> None:
         ends.append(time.monotonic())
@@ -170,7 +170,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         release()
         tell("encode")
         with meter.phase("encode"):
-            payload = _write(folder, job, method, adapter, said, tell)
+            payload, rank = _write(folder, job, method, adapter, said, tell)
     else:
         attach.detach(model)
         if job.export is not None:
@@ -186,6 +186,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         seconds=meter.seconds,
         measured_peak_bytes=meter.peak_bytes,
         payload_bytes=len(payload),
+        rank=rank,
     )
     _replace(folder / "result.json", msgspec.json.encode(result), tell)
     tell("done")
@@ -237,8 +238,7 @@ def _distillation(
     if job.codistill is None or all(column is None for column in columns):
         return None
     told = [np.zeros(len(anchors), np.float32) if column is None else column[0] for column in columns]
-    targets = torch.from_numpy(np.stack(told, 1)).to(job.device)
-    targets /= targets.sum(1, keepdim=True).clamp_min(1e-6)
+    targets = step.sharpened(torch.from_numpy(np.stack(told, 1)).to(job.device), job.codistill.temperature)
     return step.Distillation(anchors, targets, job.codistill.weight, job.codistill.rows)
 
 
@@ -264,7 +264,7 @@ def _start(job: Job, method: Method, initial: attach.State, shared: attach.State
     state = dict(initial)
     shapes = {key: value.shape for key, value in state.items()}
     for key, value in shared.items():
-        if key in state and method.exchanged(key):
+        if key in state:
             state[key] = value[leading(shapes[key])] if method.unequal else value
     if job.private is not None:
         _overlay(state, _load(job.private), method, np.copyto)
@@ -300,8 +300,9 @@ def _write(
     adapter: attach.Adapter,
     said: attach.State,
     tell: Callable[[str], None],
-) -> bytes:
-    """Write what the round made: payload and residual of the exchanged factors, the state of the private ones.
+) -> tuple[bytes, int | None]:
+    """Write what the round made: payload and residual of the exchanged factors, the state of the private ones. Gives the
+    payload, and the rank in which the device goes on if its method prunes.
 
     said: what goes with the delta as it is; nothing is owed of it.
 
@@ -312,12 +313,18 @@ def _write(
     delta = {key: value for key, value in trained.items() if method.exchanged(key)}
     if private:
         _save(folder / "state.bin", private, tell)
+    rank = None
     if not delta and not said:
-        return b""
+        return b"", rank
     if delta:
         with safe_open(folder / START, framework="np") as start:
+            if method.pruned is not None:
+                rank = method.pruned(delta, start.get_tensor)
             for key, value in delta.items():
                 value -= start.get_tensor(key)
+                if rank is not None:
+                    sizes = zip(method.factor(key).axes, value.shape, strict=True)
+                    delta[key] = value[leading([rank if axis == "rank" else size for axis, size in sizes])]
         (folder / START).unlink()
     for owed, read in ((job.residual, _load), (job.unsent, lambda path: codec.decode(Path(path).read_bytes()))):
         if owed is not None:
@@ -331,7 +338,7 @@ def _write(
         value -= sent.pop(key)
     _save(folder / "residual.bin", delta, tell)
     _replace(folder / "payload.bin", payload, tell)
-    return payload
+    return payload, rank
 
 
 def _load(path: str) -> attach.State:

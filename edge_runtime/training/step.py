@@ -71,14 +71,22 @@ def label_states(batch: list[Example], hidden: torch.Tensor) -> torch.Tensor:
 class Distillation(NamedTuple):
     """Public texts on which the head learns what the fleet predicts of them.
 
-    texts: whose answer is their row in targets (texts, labels), of probabilities. weight: of their mean loss beside the mean
-    loss of a step's own rows. rows: of them in a step.
+    texts: whose answer is their row in targets (texts, labels), of probabilities that add up to how much the text counts.
+    weight: of their mean loss beside the mean loss of a step's own rows. rows: of them in a step.
     """
 
     texts: list[Example]
     targets: torch.Tensor
     weight: float
     rows: int
+
+
+def sharpened(combined: torch.Tensor, temperature: float) -> torch.Tensor:
+    """t of the fleet's T (methods/codistill.py), both (texts, labels)."""
+    combined = combined.clamp_min(0)
+    evidence = combined.sum(1, keepdim=True).clamp_max(1)
+    logs = combined.log() / temperature  # of what is 0, -inf: a label that nobody names stays at 0
+    return torch.where(evidence > 0, evidence * logs.softmax(1), 0.0)
 
 
 class Part(NamedTuple):
@@ -182,7 +190,9 @@ def train(
 
     linears = [module for module in model.modules() if isinstance(module, AdapterLinear)]
     penalised = any(one.penalty is not None for one in passes)
-    found = [core.detach() for core in _cores(linears)] if penalised else []  # as the round begins
+    products = [linear.product() for linear in linears] if penalised else []  # as the round begins
+    found = [core if core is None else core.detach() for _, core, _ in products]
+    del products
     keeps = any(one.apart for one in passes)
     for step in range(training.steps):
         optimiser.lr = learning_rate(training, step, round_, rounds)
@@ -206,7 +216,7 @@ def train(
                             loss = loss + part.share * one.apart * apart(part, first[number], output, counts)
                         last = number == len(micro) - 1
                         if one.penalty is not None and last:
-                            loss = loss + one.penalty(_cores(linears), found)
+                            loss = loss + one.penalty([linear.product() for linear in linears], found)
                         del output
                         total += loss.item()
                         if not math.isfinite(total):
@@ -229,10 +239,6 @@ def train(
             micro_rows, keep = eased.rows, eased.boundaries
     optimiser.close()
     return losses
-
-
-def _cores(linears: list[AdapterLinear]) -> list[torch.Tensor]:
-    return [core for linear in linears if (core := linear.core()) is not None]
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from edge_runtime import settings
 from edge_runtime.adapters import attach, export, roles
 from edge_runtime.adapters.initial import initial
 from edge_runtime.errors import InputError
-from edge_runtime.methods import fedit, fedsb
-from edge_runtime.methods.interface import A, B
+from edge_runtime.methods import fedit, fedsb, flora
+from edge_runtime.methods.interface import A, B, name_of
 from edge_runtime.models.facts import adapter_shapes
 from edge_runtime.models.slices import kept_layers
 
@@ -222,34 +222,29 @@ def test_any_roles_can_be_exported(tiny, facts_of, family, names, tmp_path):
     assert difference(logits(theirs), logits(ours)) < 1e-5
 
 
-def with_a_core(model, seed=0):
-    """The model with random factors of a method whose core alone is trained."""
-    adapter = attach.attach(model, LAYERS, SPEC, fedsb.METHOD, seed)
+def with_method(model, method, seed=0):
+    """The model with random factors of a method."""
+    adapter = attach.attach(model, LAYERS, SPEC, method, seed)
     attach.load_state(adapter, random_state(adapter))
     return adapter
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_core_goes_into_b(tiny, facts_of, family, tmp_path):
+@pytest.mark.parametrize(("method", "factor"), [(fedsb.METHOD, "C"), (flora.METHOD, "keptB")])
+def test_a_core_goes_into_b_and_what_is_kept_beside_it(tiny, facts_of, family, method, factor, tmp_path):
     model, plain = tiny(family), logits(tiny(family))
     facts = facts_of(model)
     ours = copy.deepcopy(model)
-    adapter = with_a_core(ours)
+    adapter = with_method(ours, method)
     state = attach.state(adapter)
-    export.to_peft(state, facts, SPEC, fedsb.METHOD, adapter.paths, tmp_path)
+    export.to_peft(state, facts, SPEC, method, adapter.paths, tmp_path)
     theirs = peft.PeftModel.from_pretrained(model, tmp_path)
     assert difference(logits(theirs), logits(ours)) < 1e-5
     assert difference(plain, logits(ours)) > 1e-2
-    key = next(key for key in state if key.endswith(".C"))
+    key = next(key for key in state if name_of(key) == factor)
+    without = {name: value for name, value in state.items() if name != key}
     with pytest.raises(InputError, match=f"lacks {key}"):
-        export.to_peft(
-            {name: value for name, value in state.items() if name != key},
-            facts,
-            SPEC,
-            fedsb.METHOD,
-            adapter.paths,
-            tmp_path,
-        )
+        export.to_peft(without, facts, SPEC, method, adapter.paths, tmp_path)
 
 
 def test_frozen_factors_have_no_gradient_and_version_0_changes_nothing(tiny):

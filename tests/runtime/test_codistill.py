@@ -5,12 +5,14 @@ import types
 
 import numpy as np
 import pytest
+import torch
 
 from edge_runtime import codec, methods, settings
 from edge_runtime.aggregator import merge
 from edge_runtime.errors import InputError
 from edge_runtime.methods import codistill
 from edge_runtime.methods.interface import Contribution
+from edge_runtime.training.step import sharpened
 
 SPEC = settings.Codistill("anchors.jsonl", texts=5)
 RNG = np.random.default_rng(0)
@@ -29,18 +31,18 @@ def combined(*devices, before=None):
 
 
 def reference(*devices):
-    """t = Σ w p / Σ w in float64, with w = n (1 - H / log labels)²."""
-    sums, weights = {}, 0.0
+    """T = Σ w p / Σ n in float64, with w = n (1 - H / log labels)²."""
+    sums, rows = {}, 0
     for one, samples in devices:
         p = np.concatenate(list(one.values())).astype(np.float64)
         p = np.maximum(p, 1e-6)
         p /= p.sum(0)
         weight = samples * (1 + (p * np.log(p)).sum(0) / np.log(len(p))) ** 2
-        weights = weights + weight
+        rows += samples
         for key, value in one.items():
             target = key[:-1] + "T"
             sums[target] = sums.get(target, 0) + weight * value[0].astype(np.float64)
-    return {key: value / weights for key, value in sums.items()}
+    return {key: value / rows for key, value in sums.items()}
 
 
 def test_predictions_are_weighted_by_rows_and_by_how_sure_a_device_is():
@@ -55,17 +57,20 @@ def test_who_is_sure_is_followed_where_another_is_not():
     sure = {"anchors.a.P": np.full((1, 5), 0.98, np.float32), "anchors.b.P": np.full((1, 5), 0.02, np.float32)}
     unsure = {f"anchors.{label}.P": np.full((1, 5), 0.5, np.float32) for label in "cd"}
     found = combined((sure, 1), (unsure, 1))
-    assert (found["anchors.a.T"] > 0.97).all()
-    assert (found["anchors.c.T"] < 0.01).all()
+    assert (found["anchors.a.T"] > 90 * found["anchors.c.T"]).all()
+    alone = combined((sure, 1))  # half as many rows, and as much evidence for each
+    np.testing.assert_allclose(found["anchors.a.T"], alone["anchors.a.T"] / 2, rtol=1e-6)
+    assert (sum(combined((unsure, 1)).values()) < 1e-6).all()  # a text that nobody can tell counts for nothing
 
 
 def test_equal_devices_get_their_own_predictions_and_the_last_rounds_are_replaced():
     one = said("abc", 2, 3)
     before = {key[:-1] + "T": RNG.random((1, 5), dtype=np.float32) for key in one}
     step = combined((one, 3), (one, 50), before=before)
+    found = {key: before[key] + change for key, change in step.items()}
+    evidence = sum(found.values())
     for key, value in one.items():
-        target = key[:-1] + "T"
-        np.testing.assert_allclose(before[target] + step[target], value, atol=1e-4)
+        np.testing.assert_allclose(found[key[:-1] + "T"] / evidence, value, atol=1e-4)
 
 
 def test_who_finds_a_text_unlike_its_own_rows_is_not_heard():
@@ -75,7 +80,8 @@ def test_who_finds_a_text_unlike_its_own_rows_is_not_heard():
     like = np.array([[1.0, 1.0, 0.5, 0.01, 0.0]], np.float32)
     found = combined(({key: like * value for key, value in first.items()}, 10), (second, 10))
     heard = like / (like + 1)
-    np.testing.assert_allclose(found["anchors.a.T"], heard * 0.98 + (1 - heard) * 0.02, atol=1e-3)
+    share = found["anchors.a.T"] / (found["anchors.a.T"] + found["anchors.b.T"])
+    np.testing.assert_allclose(share, heard * 0.98 + (1 - heard) * 0.02, atol=1e-3)
 
 
 FLEET = settings.Fleet(
@@ -85,6 +91,14 @@ FLEET = settings.Fleet(
     head=settings.Head(),
     codistill=SPEC,
 )
+
+
+def test_targets_are_as_sure_as_the_temperature_has_it_and_count_as_much_as_before():
+    combined = torch.tensor([[0.3, 0.1, 0.0], [0.02, 0.02, 0.04], [0.0, 0.0, 0.0]])
+    assert torch.allclose(sharpened(combined, 1.0), combined)
+    found = sharpened(combined, 0.5)
+    assert torch.allclose(found, torch.tensor([[0.36, 0.04, 0.0], [0.08 / 6, 0.08 / 6, 0.32 / 6], [0.0, 0.0, 0.0]]))
+    assert torch.allclose(found.sum(1), combined.sum(1))
 
 
 @pytest.mark.parametrize("name", list(methods.METHODS))

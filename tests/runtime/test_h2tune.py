@@ -125,16 +125,17 @@ def test_the_penalties_are_their_equations():
     draw = torch.Generator().manual_seed(0)
     before, now = ([torch.eye(3) + torch.randn(3, 3, generator=draw) for _ in range(2)] for _ in range(2))
     settings_ = h2tune.Settings(norm=0.5, keep=2.0)
-    first = h2tune.method(settings_).passes(1)[0].penalty(now, before)
+    layers = [(None, C, None) for C in now]
+    first = h2tune.method(settings_).passes(1)[0].penalty(layers, before)
     norms = sum(float((C - torch.eye(3)).norm()) for C in now) / 2
     assert float(first) == pytest.approx(0.5 * norms)
     moved = 0.0
     for old, new in zip(before, now, strict=True):
         p, q = (torch.softmax((C - torch.eye(3)).flatten().double(), 0) for C in (old, new))
         moved += float((p * (p / q).log()).sum()) / 2
-    second = h2tune.method(settings_).passes(2)[0].penalty(now, before)
+    second = h2tune.method(settings_).passes(2)[0].penalty(layers, before)
     assert float(second) == pytest.approx(0.5 * norms + 2.0 * moved, rel=1e-5)
-    released = h2tune.method(h2tune.Settings(preset="as-released")).passes(1)[0].penalty(now, before)
+    released = h2tune.method(h2tune.Settings(preset="as-released")).passes(1)[0].penalty(layers, before)
     assert float(released) == pytest.approx(norms)
 
 

@@ -46,6 +46,15 @@ def test_both_train_the_same_and_say_what_they_took(tiny_folder, cache):
     assert 0 < seen["predicted_step_seconds"] < 1
 
 
+def test_all_parameters_can_be_trained_beside_ours(tiny_facts, cache, tmp_path):
+    fleet, plan = measuring.planned(tiny_facts, tiny_facts.layers, "bfloat16", 2, 2, 32, 4)
+    ours = measuring.taken(measuring.train(tiny_facts, fleet, plan, texts(8, 32), [], tmp_path))
+    lora, full = measuring.beside(tmp_path), measuring.beside(tmp_path, "--full")
+    assert ours.losses[0] == pytest.approx(full.losses[0], rel=0.01)
+    assert full.losses[0] == pytest.approx(lora.losses[0], rel=1e-3)
+    assert full.losses[-1] < lora.losses[-1]  # at the same rate they move much further
+
+
 def test_the_table_has_the_views_that_are_there(capsys):
     taken = {
         "baseline_bytes": MIB,

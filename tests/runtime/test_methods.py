@@ -4,6 +4,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from edge_runtime import cli, methods, settings
@@ -132,6 +133,7 @@ FACTORS = {  # what each method sends, keeps and freezes
     "fedsb": ("C", "", "AB"),
     "hetlora": ("AB", "", ""),
     "flexlora": ("AB", "", ""),
+    "flora": ("AB", "", ("keptA", "keptB")),
     "h2tune": ("S", "ABD", ""),
     "fedadapter": ("ABUV", "", ""),
     "heterotune": ("ABUV", "g", ""),
@@ -142,7 +144,7 @@ def test_each_factor_is_sent_kept_or_frozen():
     assert FACTORS.keys() == methods.METHODS.keys()
     for name, (sent, kept, frozen) in FACTORS.items():
         method = methods.by_name(name)
-        assert sorted(method.factors) == sorted(sent + kept + frozen)
+        assert sorted(method.factors) == sorted([*sent, *kept, *frozen])
         for factor in method.factors:
             key = f"layers.0.q.{factor}"
             assert (method.exchanged(key), method.kept(key)) == (factor in sent, factor in kept)
@@ -259,6 +261,33 @@ def test_devices_that_changed_nothing_leave_the_version_as_it_is():
     assert hetlora([nothing, nothing]) == {}
 
 
+def pruning(penalty=0.5, keep=0.5):
+    return methods.build(settings.Method("hetlora", {"penalty": penalty, "keep": keep}), None, None)
+
+
+def test_a_device_goes_on_with_fewer_ranks_where_what_lies_beyond_them_has_become_less():
+    before = delta(1)
+    tails = {key: (0.9 if key.endswith("A") else 1.05) * value for key, value in before.items()}
+    assert pruning().pruned(tails, before.__getitem__) == 2
+    assert pruning().pruned(before, tails.__getitem__) == 4
+    assert pruning(keep=0.1).pruned(tails, before.__getitem__) == 1
+    leading = {key: value.copy() for key, value in before.items()}
+    leading["layers.0.q.A"][:2] *= 0.1  # what is kept does not count
+    assert pruning().pruned(leading, before.__getitem__) == 4
+    assert pruning(0.0).pruned is None
+
+
+def test_the_penalty_is_of_what_lies_beyond_and_its_gradient_is_there_at_version_0():
+    draw = torch.Generator().manual_seed(0)
+    layers = [(torch.randn(4, 8, generator=draw), None, torch.randn(6, 4, generator=draw)) for _ in range(3)]
+    seen = pruning().passes(1)[0].penalty(layers, [None] * 3)
+    truth = sum(float(B[:, 2:].double().norm() * A[2:].double().norm()) for A, _, B in layers) / 3
+    assert float(seen) == pytest.approx(0.5 * truth, rel=1e-6)
+    A, B = layers[0][0].requires_grad_(), torch.zeros(6, 4, requires_grad=True)
+    pruning().passes(1)[0].penalty([(A, None, B)], [None]).backward()
+    assert torch.isfinite(A.grad).all() and torch.isfinite(B.grad).all()
+
+
 # --- flexlora
 
 
@@ -326,6 +355,60 @@ def test_equal_devices_keep_their_product_and_turning_one_inside_its_rank_change
         for step in (alone, many, flexlora([one._replace(delta=turned)])):
             np.testing.assert_allclose(product(step, before, layer, 4), dense, atol=1e-3)
             np.testing.assert_allclose(product(step, before, layer, 2), dense, atol=1e-3)  # all of it is in rank 2
+
+
+# --- flora
+
+
+def flora(made, kept):
+    return methods.build(settings.Method("flora", {"kept": kept}), None, None).merges["layers"](lambda: iter(made))
+
+
+@pytest.mark.parametrize(("ranks", "kept"), [((4,), 8), ((4, 2, 1), 16), ((1,), 1), ((4, 4, 4), 5)])
+def test_flora_adds_the_mean_product_to_what_it_keeps_exactly_while_there_is_room(ranks, kept):
+    draw = np.random.default_rng(4)
+    held = {f"layers.0.q.{f}": draw.normal(0, 1, s).astype(np.float32) for f, s in KEPT_SHAPES.items()}
+    before = {**delta(9), **full(held, kept)}
+    made = [device(seed, rank, before)._replace(samples=50 + seed) for seed, rank in enumerate(ranks)]
+    step = flora(made, kept)
+    assert {key.rpartition(".")[2] for key in step} == {"keptA", "keptB"}
+    for layer, mean in mean_products(made).items():
+        past = (before.get(f"{layer}.{f}", np.zeros(1)).astype(np.float64) for f in ("keptB", "keptA"))
+        truth = mean + (np.matmul(*past) if f"{layer}.keptA" in before else 0)
+        A, B = (before.get(f"{layer}.{f}", 0) + step[f"{layer}.{f}"] for f in ("keptA", "keptB"))
+        assert len(A) == B.shape[1] == kept
+        s = np.linalg.svd(truth, compute_uv=False)
+        best = float(np.sqrt((s[kept:] ** 2).sum()))
+        seen = np.linalg.norm(truth - B.astype(np.float64) @ A)
+        assert best - 1e-3 <= seen <= 1.02 * best + 1e-3
+        assert np.linalg.norm(truth - 0.9 * B.astype(np.float64) @ A) > 1.02 * best + 1e-3
+        assert (best < 1e-3) is (kept >= sum(ranks) + (layer == "layers.0.q"))
+
+
+KEPT_SHAPES = {"keptA": (1, 32), "keptB": (48, 1)}
+
+
+def full(held, kept):
+    """What is kept of rank 1, in this rank."""
+    filled = {}
+    for key, value in held.items():
+        shape = (kept, 32) if key.endswith("A") else (48, kept)
+        filled[key] = np.zeros(shape, np.float32)
+        filled[key][tuple(map(slice, value.shape))] = value
+    return filled
+
+
+def test_flora_is_the_same_for_equal_devices_and_for_one_that_turns_inside_its_rank():
+    before, one = delta(9), device(0, 2, delta(9))
+    gauge = np.random.default_rng(3).normal(0, 1, (2, 2))
+    turned = {}
+    for key, value in one.after().items():
+        after = np.linalg.inv(gauge) @ value if key.endswith("A") else value @ gauge
+        turned[key] = (after - before[key][tuple(map(slice, after.shape))]).astype(np.float32)
+    for made in ([one], [one] * 3, [one._replace(delta=turned)]):
+        step = flora(made, 8)
+        for layer, dense in mean_products([one]).items():
+            np.testing.assert_allclose(step[f"{layer}.keptB"] @ step[f"{layer}.keptA"], dense, atol=1e-3)
 
 
 def test_an_unknown_method_is_answered_with_the_known_ones():

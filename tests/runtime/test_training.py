@@ -19,8 +19,10 @@ from safetensors.numpy import load_file, save_file
 from edge_runtime import codec, methods, processes, settings
 from edge_runtime.adapters import attach, roles
 from edge_runtime.adapters.initial import initial
-from edge_runtime.errors import TrainerError
+from edge_runtime.aggregator import merge
+from edge_runtime.errors import InputError, TrainerError
 from edge_runtime.methods import fedit
+from edge_runtime.methods.interface import name_of
 from edge_runtime.models import weights
 from edge_runtime.models.facts import adapter_shapes
 from edge_runtime.models.slices import kept_layers
@@ -323,7 +325,7 @@ ROWS = [{"prompt": f"say {n}: ", "completion": f"{n} {n}"} for n in range(20)]
 def trainer(tmp_path):
     """trainer(name, facts, depth, **changes): runs one job as a device does; its folder and the ended process."""
 
-    def run(name, facts, depth=4, rows=ROWS, method="fedit", **changes):
+    def run(name, facts, depth=4, rows=ROWS, method="fedit", own=None, **changes):
         folder = tmp_path / name
         folder.mkdir()
         plan = plan_of(model_class=facts.model_class, layers=facts.layers, depth=depth, rows=4)
@@ -334,7 +336,7 @@ def trainer(tmp_path):
                 "plan": plan,
                 "adapter": SPEC,
                 "training": settings.Training(steps=3, rows_a_step=6, max_tokens=32),
-                "method": settings.Method(method),
+                "method": settings.Method(method, own or {}),
                 "seed": 5,
                 "round": 1,
                 "rounds": 2,
@@ -608,6 +610,50 @@ def test_private_factors_follow_a_device_to_another_rank_or_depth(trainer, tiny_
     assert {key: value.shape for key, value in kept.items()} == adapter_shapes(
         tiny_facts, kept_layers(depth, 4), SPEC.roles, rank, FEDIT
     )
+
+
+def test_a_device_that_prunes_sends_the_ranks_that_it_goes_on_with(trainer, tiny_facts, tmp_path):
+    draw = np.random.default_rng(0)
+    shapes = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, SPEC.rank, FEDIT)
+    version = {key: draw.normal(0, 0.1, shape).astype(np.float32) for key, shape in shapes.items()}
+    (tmp_path / "version").write_bytes(codec.encode(version))
+    start, own = str(tmp_path / "version"), {"penalty": 1e3, "keep": 0.5}
+    pruned = trainer("pruned", tiny_facts, method="hetlora", own=own, start=start)
+    first = trainer("first", tiny_facts, method="hetlora", own=own)  # its B was zero
+    whole = trainer("whole", tiny_facts, method="hetlora", start=start)
+    assert [result(ended).rank for ended in (pruned, first, whole)] == [SPEC.rank // 2, SPEC.rank, None]
+    for ended, rank in ((pruned, SPEC.rank // 2), (first, SPEC.rank), (whole, SPEC.rank)):
+        lower = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, rank, FEDIT)
+        assert {key: value.shape for key, value in decoded(ended).items()} == lower
+    fleet = settings.Fleet("f", (settings.Model("m"),), adapter=SPEC, method=settings.Method("hetlora", own))
+    payload = (pruned[0] / "payload.bin").read_bytes()
+    assert merge.check(payload, {}, fleet, methods.of(fleet))
+    with pytest.raises(InputError, match="of rank 4"):
+        merge.check(
+            payload, {}, msgspec.structs.replace(fleet, method=settings.Method("hetlora")), methods.by_name("hetlora")
+        )
+
+
+def test_what_flora_keeps_is_applied_and_frozen_and_a_round_begins_on_it_with_a_fresh_adapter(
+    trainer, tiny_facts, tmp_path
+):
+    draw = np.random.default_rng(0)
+    shapes = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, SPEC.rank, FEDIT)
+    learned = {key: draw.normal(0, 0.5, shape).astype(np.float32) for key, shape in shapes.items()}
+    kept = {}
+    for key, value in learned.items():  # the same in a higher rank
+        beyond = [(0, 64 - SPEC.rank), (0, 0)] if key.endswith("A") else [(0, 0), (0, 64 - SPEC.rank)]
+        kept[f"{key[:-1]}kept{key[-1]}"] = np.pad(value, beyond)
+    for name, state in (("learned", learned), ("kept", kept)):
+        (tmp_path / name).write_bytes(codec.encode(state))
+    first = trainer("flora", tiny_facts, method="flora", start=str(tmp_path / "kept"), round=2)
+    same = trainer("fedit", tiny_facts, start=str(tmp_path / "learned"), train=False)
+    nothing = trainer("nothing", tiny_facts, train=False)
+    loss = result(first).evaluation["own"].loss
+    assert loss == pytest.approx(result(same).evaluation["own"].loss, rel=2e-3)  # in 8 bits
+    assert loss != pytest.approx(result(nothing).evaluation["own"].loss, rel=6e-3)
+    assert {name_of(key) for key in decoded(first)} == {"A", "B"}
+    assert all(np.abs(value).max() > 0 for value in decoded(first).values())
 
 
 def test_what_is_of_a_layer_of_another_width_is_not_taken(trainer, tiny_facts, tmp_path):

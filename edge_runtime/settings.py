@@ -66,14 +66,15 @@ class Codistill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the fleet has a [codistill], devices of all models learn what the others predict of public texts.
 
     anchors: a .jsonl file on the node whose rows have a text; texts: how many of them, the first. rows: of them in a step,
-    beside the device's own; weight: of their mean loss beside that of its own. temperature: of the targets, which are surer
-    below 1 (methods/codistill.py). across: between models; or, for comparison, among devices of one model alone.
+    beside the device's own; weight: in the last round, of their mean loss beside that of its own; temperature: of the targets,
+    which are surer below 1 (methods/codistill.py). across: between models; or, for comparison, among devices of one model
+    alone.
     """
 
     anchors: str
     texts: int = 300
     rows: int = 8
-    weight: float = 4.0
+    weight: float = 2.0
     temperature: float = 0.5
     across: bool = True
 

@@ -3,21 +3,28 @@
     p_k(y | a)     device k's head on anchor text a, over the labels that k knows
     s_k(a)         how much a is like k's own rows: the root of the share of them whose nearest other row is no nearer than a's
                    nearest row, by the cosine of what the head reads (a conformal p-value, which is 1/2 on average for own rows)
-    T(y | a) = Σ_k w_k(a) p_k(y | a) / Σ_k n_k        w_k(a) = n_k · s_k(a) · (1 - H(p_k(· | a)) / log |labels of k|)²
+    T(y | a) = Σ_k w_k(a) p_k(y | a) / Σ_k n_k        w_k(a) = n_k · s_k(a) · (1 - H(p_k(· | a)) / log |labels of k|)
     t(y | a) = T(y | a)^(1 / temperature), adding up to e(a) = Σ_y T(y | a)
-    loss of a device = own rows + weight · mean over some anchors of CE(t(· | a), its prediction)
+    loss of a device = own rows + weight · ramp · mean over some anchors of CE(t(· | a), its prediction)
+    ramp = exp(-5 (1 - done)²), done from 0 in the first round to 1 in the last
 
 A text counts by the evidence e(a) for what it is, 0 to 1: little while the devices have learned little, and where it is like
 nobody's rows. A temperature below 1 makes targets surer than the devices are; their mean is less sure than each of them.
+
+What the others said is a round old. While devices still learn fast from their own rows it holds them back: they have caught up
+with it before the round is over, and a fleet that follows it early agrees on its early mistakes. So it gains its weight
+towards the end.
 
 Labels are named alike on all devices. A device that has never met a label learns it from those who have, as its head has a
 row for every label that the fleet predicts. A device that is asked about texts of labels it does not know is as sure of a
 wrong label as of a right one; what tells is that they are unlike its rows. What it sends is s p, which adds up to s over the
 labels, in the adapter's own codec; the node keeps two running sums, whatever the number of devices. In-class methods go on
 beside it.
-The method is ours; distillation on public data between models that differ is that of Li & Wang 2019 (arXiv 1910.03581, FedMD).
+The method is ours; distillation on public data between models that differ is that of Li & Wang 2019 (arXiv 1910.03581, FedMD),
+the ramp that of Laine & Aila 2017 (arXiv 1610.02242).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,7 +59,12 @@ def _sureness(said: Mapping[str, Array]) -> Array:
     p = np.maximum(np.concatenate(list(said.values())), FLOOR)
     p /= p.sum(0)
     entropy = -(p * np.log(p)).sum(0) / np.log(max(len(p), 2))
-    return np.maximum(1 - entropy, FLOOR)[None].astype(np.float32) ** 2
+    return np.maximum(1 - entropy, FLOOR)[None].astype(np.float32)
+
+
+def ramp(round_: int, rounds: int) -> float:
+    """The share of its weight that distillation has in a round, counted from 1."""
+    return math.exp(-5 * (1 - (round_ - 1) / max(rounds - 1, 1)) ** 2)
 
 
 def added(method: Method, spec: Codistill) -> Method:

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from edge_runtime import codec, methods, settings
 from edge_runtime.adapters import attach, export
 from edge_runtime.errors import EdgeError, InputError, MemoryShortError, TrainerError
-from edge_runtime.methods import fedit
+from edge_runtime.methods import codistill, fedit
 from edge_runtime.methods.interface import LABEL, WIDTHS, Method, kind_of, label_of, leading
 from edge_runtime.models import weights
 from edge_runtime.models.facts import Facts
@@ -239,7 +239,8 @@ def _distillation(
         return None
     told = [np.zeros(len(anchors), np.float32) if column is None else column[0] for column in columns]
     targets = step.sharpened(torch.from_numpy(np.stack(told, 1)).to(job.device), job.codistill.temperature)
-    return step.Distillation(anchors, targets, job.codistill.weight, job.codistill.rows)
+    weight = job.codistill.weight * codistill.ramp(job.round, job.rounds)
+    return step.Distillation(anchors, targets, weight, job.codistill.rows)
 
 
 @torch.no_grad()

@@ -111,7 +111,8 @@ def test_a_label_is_learned_from_what_the_fleet_says_of_public_texts(trained, tm
     }
     (tmp_path / "start").write_bytes(codec.encode(told))
     training = settings.Training(steps=40, rows_a_step=8, learning_rate=2e-2, max_tokens=32)
-    common = {"method": settings.Method("local"), "codistill": CODISTILL, "anchors": anchors, "training": training}
+    fleet = {"method": settings.Method("local"), "codistill": CODISTILL, "round": 2, "rounds": 2}
+    common = {**fleet, "anchors": anchors, "training": training}
     accuracy = {}
     for name, start in (("taught", {"start": str(tmp_path / "start")}), ("alone", {})):
         folder, _ = trained(name, **common, **start)
@@ -181,7 +182,7 @@ def test_likeness_is_the_share_of_rows_that_lie_no_closer():
     for number, text in enumerate(texts):
         nearest = max(float(text @ row) for row in own)
         closest = [max(float(row @ other) for j, other in enumerate(own) if j != i) for i, row in enumerate(own)]
-        assert float(found[number]) == pytest.approx((sum(one <= nearest for one in closest) + 1) / 41)
+        assert float(found[number]) == pytest.approx(((sum(one <= nearest for one in closest) + 1) / 41) ** 0.5)
 
 
 def test_texts_like_the_rows_are_told_from_others():
@@ -189,5 +190,5 @@ def test_texts_like_the_rows_are_told_from_others():
     own, same, other = (torch.randn(200, 20, generator=draw) for _ in range(3))
     own, same, other = own + 2, same + 2, other - 2
     own, same, other = (torch.nn.functional.normalize(x, dim=1) for x in (own, same, other))
-    assert float(evaluate.likeness(own, same).mean()) > 0.35
-    assert float(evaluate.likeness(own, other).max()) < 0.02
+    assert float(evaluate.likeness(own, same).mean()) > 0.5
+    assert float(evaluate.likeness(own, other).max()) < 0.15

@@ -152,7 +152,9 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
     pooled = {one.id: one for one in outcomes["all in one", 0].members}
     assert {(one.rows, one.steps) for one in pooled.values()} == {(32, 9)}  # all rows and steps of three devices
     assert "| fedit + codistill |" in (out / "README.md").read_text()
-    assert "<svg" in (out / "rounds.svg").read_text() and "<svg" in (out / "bytes.svg").read_text()
+    assert all("<svg" in (out / f"{picture}.svg").read_text() for picture in ("rounds", "bytes", "convergence"))
+    assert outcomes["local", 0].moved == [] and len(outcomes["fedit + codistill", 0].moved) == 2
+    assert all(norm > 0 for norm in outcomes["fedit + codistill", 0].moved)
     again = CliRunner().invoke(cli.app, [*command, "--seeds", "0,1", "--arms", "local", "--workers", "1"])
     assert again.exit_code == 0, again.output
     assert {path.name: path.stat().st_mtime_ns for path in (out / "runs").iterdir() if path.name in written} == written
@@ -177,6 +179,11 @@ def test_a_difference_is_paired_by_seed_and_has_students_interval(study):
     assert report.difference(arm, found, (7,)) is None
     assert report.difference(study.arm[0], found, (0,)) is None
     assert accuracy(found["local", 0].members[0], -1, "unseen") == pytest.approx(0.35)
+
+
+def test_the_slope_is_that_of_the_power_of_the_rounds():
+    assert report.slope([3 * round_**-0.5 for round_ in range(1, 7)]) == pytest.approx(-0.5)
+    assert report.slope([2.0, 2.0, 2.0]) == pytest.approx(0)
 
 
 @pytest.mark.parametrize(

@@ -231,13 +231,17 @@ def study(
     wanted = specs.load(spec)
     chosen = specs.chosen(wanted, seeds, arms)
     folder = out or Path("docs/study") / spec.stem
-    grid.run(chosen, data, models, folder, workers or os.cpu_count() or 1, _say)
+    failed = grid.run(chosen, data, models, folder, workers or os.cpu_count() or 1, _say)
     from edge_runtime.study import report
 
     found = grid.kept(wanted, folder)
     report.write(wanted, found, spec.stem, folder)
     report.show(wanted, found, spec.stem)
     _say(f"written: {folder / 'README.md'}")
+    if failed:
+        raise EdgeError(
+            f"{len(failed)} of the runs failed, and are tried again when the command is given again: {'; '.join(failed)}"
+        )
 
 
 @app.command()

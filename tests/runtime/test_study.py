@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from edge_runtime import cli
-from edge_runtime.errors import InputError
+from edge_runtime.errors import EdgeError, InputError
 from edge_runtime.study import grid, report, spec
 from edge_runtime.study.run import Member, Outcome, accuracy
 from edge_runtime.training.job import Score
@@ -159,6 +159,12 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
     assert again.exit_code == 0, again.output
     assert {path.name: path.stat().st_mtime_ns for path in (out / "runs").iterdir() if path.name in written} == written
     assert (out / "runs" / "local-1.json").exists()
+    nowhere = [*command[:4], "--models", str(files / "nowhere"), *command[6:], "--seeds", "0,2", "--arms", "local"]
+    failed = CliRunner().invoke(cli.app, [*nowhere, "--workers", "1"])
+    assert isinstance(failed.exception, EdgeError) and "1 of the runs failed" in str(failed.exception)
+    assert (
+        "local, seed 2: " in str(failed.exception) and "written: " in failed.output
+    )  # the table of those that are done
 
 
 def outcome(name, seed, right):

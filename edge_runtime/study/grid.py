@@ -77,6 +77,10 @@ def run(
                 continue
             accuracy, seconds = ended.result()
             tell(f"{name}, seed {seed}: {accuracy:.1%} after {seconds:.0f} s")
+    except BaseException:  # stopped: runs that go on are given up, or the end would wait for theirs
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
         os.environ.clear()

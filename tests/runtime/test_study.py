@@ -1,8 +1,12 @@
 """A study on virtual devices: who holds what, runs that go on where they were, and what the table says."""
 
 import json
+import subprocess
+import sys
+import time
 
 import msgspec
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -165,6 +169,22 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
     assert (
         "local, seed 2: " in str(failed.exception) and "written: " in failed.output
     )  # the table of those that are done
+
+
+def test_a_study_that_is_stopped_does_not_wait_for_its_runs(files, tiny_folder, tmp_path):
+    path = files / "study.toml"
+    path.write_text(STUDY.replace("steps = 3", "steps = 1000000"))
+    command = [sys.executable, "-m", "edge_runtime.cli", "study", str(path), "--data", str(files), "--arms", "local"]
+    command += ["--seeds", "0", "--models", str(tiny_folder.parent), "--out", str(tmp_path / "out"), "--workers", "1"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while not list(tmp_path.glob("out/work/*/a/round-1")):
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    workers = psutil.Process(running.pid).children(recursive=True)
+    running.terminate()
+    running.wait(timeout=20)
+    assert workers and not psutil.wait_procs(workers, timeout=10)[1]
 
 
 def outcome(name, seed, right):

@@ -25,6 +25,7 @@ from edge_broker.session import Connected, Message, Own, Session
 from edge_broker.session import Event as LinkEvent
 from edge_broker.transfer import Committed, Failed, Fetched, Fetcher, Rejected, Uploader
 
+from edge_runtime import methods
 from edge_runtime.agent import planner, work
 from edge_runtime.agent.options import Event, Options
 from edge_runtime.agent.planner import Planned, Unplanned
@@ -169,8 +170,8 @@ class Agent:
 
     def _plan(self) -> None:
         assert self._round is not None
-        known = self._planned and (self._planned.fleet, self._planned.budget_bytes)
-        if self.options.noop_bytes or known == (self._round.fleet, self._budget_bytes):
+        known = self._planned and (self._planned.fleet, self._planned.budget_bytes, self._planned.most_rank)
+        if self.options.noop_bytes or known == (self._round.fleet, self._budget_bytes, self._most_rank()):
             self._begin()
             return
         self._say("planning")
@@ -179,8 +180,21 @@ class Agent:
         self._planning = True
         options = self.options
         planner.start(
-            self._round.fleet, self._budget_bytes, options.models, options.device, options.threads, self._session.put
+            self._round.fleet,
+            self._budget_bytes,
+            self._most_rank(),
+            options.models,
+            options.device,
+            options.threads,
+            self._session.put,
         )
+
+    def _most_rank(self) -> int | None:
+        """To which the method has pruned this device; None: the fleet's ranks are open to it."""
+        assert self._round is not None
+        fleet, kept = self._round.fleet, self._store.get("rank")
+        prunes = methods.build(fleet.method, fleet.head, fleet.codistill).pruned is not None
+        return int(kept) if kept is not None and prunes and self._round.round > 1 else None
 
     def _begin(self) -> None:
         """Say what this device will train (the node pins the key of a first report), and get the global version."""
@@ -221,9 +235,6 @@ class Agent:
             self._send_noise()
             return
         fleet, plan = self._round.fleet, self._planned.plan
-        pruned = self._store.get("rank")
-        if pruned is not None and self._round.round > 1:
-            plan = msgspec.structs.replace(plan, rank=min(plan.rank, int(pruned)))
         job = Job(
             train=self._round.state == "open",
             facts=self._planned.facts,
@@ -294,7 +305,10 @@ class Agent:
         payload = folder / "payload.bin" if result.payload_bytes else None
         with self._outbox.transaction():
             work.keep_private(self._work, self._store, self._round.round)
-            self._store.set("rank", None if result.rank is None else str(result.rank))
+            if self._round.round == 1:
+                self._store.set("rank", None)
+            if result.rank is not None and self._planned and result.rank < self._planned.plan.rank:
+                self._store.set("rank", str(result.rank))
             self._owe(payload, CODEC, result.samples, result)
         self._say("sending" if payload else "waiting", text=f"{result.payload_bytes} bytes")
         if not payload:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from edge_runtime import processes
 from edge_runtime.errors import EdgeError
 from edge_runtime.models.facts import Facts
@@ -17,10 +19,11 @@ log = logging.getLogger(__name__)
 
 
 class Planned(NamedTuple):
-    """The plan for a fleet and budget, with the facts of its model."""
+    """The plan for a fleet, budget and highest rank, with the facts of its model."""
 
     fleet: Fleet
     budget_bytes: int
+    most_rank: int | None
     plan: Plan
     facts: Facts
 
@@ -34,6 +37,7 @@ class Unplanned(NamedTuple):
 def start(
     fleet: Fleet,
     budget_bytes: int,
+    most_rank: int | None,
     models: Path,
     device: str,
     threads: int,
@@ -42,6 +46,7 @@ def start(
     """Begin; put is called from the thread, once.
 
     Args:
+        most_rank: of what is planned; None: the fleet's.
         models: where relative paths of the catalog are looked for.
         device, threads: the trainer's.
     """
@@ -50,8 +55,9 @@ def start(
         try:
             facts = {source: processes.prepared(source, models) for source in {model.source for model in fleet.catalog}}
             rates = processes.rates(device, threads)
-            fits = choose(fleet, facts, budget_bytes, processes.runtime_bytes(), rates).fits
-            put(Planned(fleet, budget_bytes, fits, facts[fits.source]))
+            open_to_it = fleet if most_rank is None else _in_ranks(fleet, most_rank)
+            fits = choose(open_to_it, facts, budget_bytes, processes.runtime_bytes(), rates).fits
+            put(Planned(fleet, budget_bytes, most_rank, fits, facts[fits.source]))
         except EdgeError as error:
             put(Unplanned(error))
         except Exception as error:  # whatever it is, the agent has to hear of it
@@ -59,3 +65,9 @@ def start(
             put(Unplanned(EdgeError(f"planning failed: {error}")))
 
     threading.Thread(target=plan, name="plan", daemon=True).start()
+
+
+def _in_ranks(fleet: Fleet, most: int) -> Fleet:
+    """The fleet with its ranks cut to at most this."""
+    rank, *lower = sorted({min(one, most) for one in (fleet.adapter.rank, *fleet.adapter.lower)}, reverse=True)
+    return msgspec.structs.replace(fleet, adapter=msgspec.structs.replace(fleet.adapter, rank=rank, lower=tuple(lower)))

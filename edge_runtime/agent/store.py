@@ -3,6 +3,7 @@
     node_key     public key of the node that this device has trained for: no other one is followed from then on
     epoch        of the last connection
     round        the last round this device trained
+    rank         to which the method has pruned this device
     report       a report that has not been published yet
     private      the round whose state.bin holds the factors that stay here
     residual     the round whose residual.bin the next delta starts from

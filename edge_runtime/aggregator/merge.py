@@ -89,13 +89,15 @@ def _check_shapes(
         full = {**method.sizes(rank), "one": 1, "rank": rank, **{axis: widths.get(axis, 0) for axis in WIDTHS}}
         fits = len(shape) == len(axes) and rank in allowed and shape == method.factor(key).shape(full)
         if not fits or any(not 1 <= sizes[axis] <= WIDEST for axis in axes):
-            of = f"of rank {' or '.join(map(str, allowed))}" if "rank" in axes else "as the fleet has it"
+            one_of = " or ".join(map(str, allowed)) if method.pruned is None else f"{allowed[0]} or lower"
+            of = f"of rank {one_of}" if "rank" in axes else "as the fleet has it"
             needed = [f"for a layer {widths[axis]} wide" for axis in axes if axis in WIDTHS and key in known]
             raise InputError(f"{key} is {shape} in the delta, but has to be {', '.join([of, *needed])}")
         ranks |= {rank} if "rank" in axes else set()
     if len(ranks) > 1:
         raise InputError(f"the delta has factors of ranks {sorted(ranks)}, but one device has one")
-    full_rank = -(-fleet.adapter.rank // min(ranks, default=fleet.adapter.rank))  # a merge has them in the fleet's rank
+    whole = max(fleet.adapter.rank, method.sizes(fleet.adapter.rank).get("kept", 0))
+    full_rank = -(-whole // min(ranks, default=whole))  # a merge has them in that rank
     if full_rank * sum(map(math.prod, shapes.values())) > LARGEST_ADAPTER:
         raise InputError(f"the delta has more than {LARGEST_ADAPTER} values")
 

@@ -23,6 +23,7 @@ from edge_runtime.methods import (
 )
 from edge_runtime.methods.interface import Method
 
+MOST_RANK = 256  # of what a layer multiplies, as edge_kernels.adapter_linear has it
 MODULES: tuple[Any, ...] = (local, fedit, ffa, fedsa, fedsb, hetlora, flexlora, flora, fedadapter, heterotune, h2tune)
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in MODULES}
 
@@ -64,6 +65,11 @@ def _with_settings(spec: settings.Method) -> Method:
 def of(fleet: settings.Fleet) -> Method:
     """A fleet's method; raises InputError where it is not known, or would have to merge factors of unequal ranks."""
     method, adapter = build(fleet.method, fleet.head, fleet.codistill), fleet.adapter
+    kept = method.sizes(adapter.rank).get("kept", 0)
+    if adapter.rank + kept > MOST_RANK:
+        raise InputError(
+            f"[adapter] rank is {adapter.rank} and [method] kept {kept}, but together they can be {MOST_RANK} at most"
+        )
     if adapter.lower and not method.unequal:
         others = " or ".join(f"`{other.name}`" for other in METHODS.values() if other.unequal)
         raise InputError(

@@ -20,6 +20,7 @@ from edge_runtime.methods import fedit
 from edge_runtime.methods.interface import Array, Contribution, Contributions, Method, Tensors, add_to
 
 OVER = 2  # columns of a sketch, of the factors' rank
+SMALLEST = 1e-6  # singular value, of the largest; below it is rounding
 
 # Terms of each layer's sum of products, as (layer, weight, A, B); they can be gone through more than once.
 Products: TypeAlias = Callable[[], Iterable[tuple[str, int, Array, Array]]]
@@ -52,7 +53,7 @@ def mean_product(contributions: Contributions) -> Tensors:
 def best_factors(products: Products, rank: Callable[[str], int]) -> dict[str, tuple[Array, Array]]:
     """A and B of each layer, of this rank or the sum's if that is lower, whose product is the nearest to the sum of the terms.
 
-    A's rows are of unit length and at right angles.
+    A's rows are of unit length and at right angles, and B's columns as long as the singular values.
     """
     import numpy as np
 
@@ -68,7 +69,7 @@ def best_factors(products: Products, rank: Callable[[str], int]) -> dict[str, tu
     found = {}
     for layer, small in _times(products, ranges, transposed=True).items():
         u, s, vt = np.linalg.svd(small.T, full_matrices=False)
-        kept = min(rank(layer), len(s))
+        kept = min(rank(layer), max(1, int((s > SMALLEST * s[0]).sum())))
         found[layer] = vt[:kept], ranges[layer] @ (u[:, :kept] * s[:kept])
     return found
 

@@ -19,6 +19,8 @@ import msgspec
 from edge_runtime.methods.flexlora import best_factors, layers
 from edge_runtime.methods.interface import A, Array, AtLeastOne, B, Contributions, Factor, Method, Tensors
 
+TINY = 1e-12
+
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """kept: the rank of what earlier rounds have learned."""
@@ -49,8 +51,12 @@ def stacked(contributions: Contributions, rank: int) -> Tensors:
     steps: Tensors = {}
     for layer, (new_A, new_B) in best_factors(products, lambda _: rank).items():
         step_A, step_B = (-one for one in old[layer])
-        step_A[: len(new_A)] += new_A
-        step_B[:, : len(new_A)] += new_B / samples[layer]
+        mean_B = new_B / samples[layer]
+        half = np.sqrt(np.linalg.norm(mean_B, axis=0)).clip(
+            min=TINY
+        )  # on both sides, so that 8 bits take as much from each
+        step_A[: len(new_A)] += half[:, None] * new_A
+        step_B[:, : len(new_A)] += mean_B / half
         steps |= {f"{layer}.keptA": step_A, f"{layer}.keptB": step_B}
     return steps
 

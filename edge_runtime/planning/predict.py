@@ -72,6 +72,8 @@ def terms(
     at_once = batch if facts.family in UNGATED_FAMILIES else min(batch, plan.mlp_tokens or batch)
     rows = batch * HIDDEN_ROWS * facts.hidden + at_once * INTERMEDIATE_ROWS * facts.intermediate
     block = int(copies * width * rows)
+    if method.low_rank is not None:  # a block's factors once more where they are joined, and their gradients
+        block += 2 * FROZEN_BYTES * adapter // plan.depth
     loss = int(LOSS_COPIES * min(width * batch * facts.vocabulary, loss_chunk_bytes(plan)))
     training = {"boundaries": batch * kept * plan.depth, **({"block": block} if block > loss else {"loss": loss})}
     encode = {"encode": ENCODE_BYTES * sent}

@@ -1,4 +1,4 @@
-"""What a study found: a table, as text and as Markdown, and two pictures."""
+"""What a study found: a table, as text and as Markdown, and three pictures."""
 
 import datetime
 import math
@@ -118,8 +118,9 @@ def write(spec: Spec, outcomes: Outcomes, name: str, out: Path) -> None:
         "",
         "![Accuracy over rounds](rounds.svg) ![Accuracy against bytes](bytes.svg)",
         "",
-        "Convergence: the squared norm of what a round changes in all versions, and the slope of a line fitted to it over "
-        "rounds, both in logarithms. The learning rate falls to a tenth over the rounds, which is part of the slope.",
+        "Convergence: the squared norm of what a round changes of adapters and heads in all versions, and the slope of a line "
+        "fitted to it over rounds, both in logarithms. The learning rate falls to a tenth over the rounds, which is part of the "
+        "slope. Methods whose versions have their product in other factors each round are left out.",
         "",
         "![Squared norm of the averaged update over rounds](convergence.svg)",
         "",
@@ -150,7 +151,7 @@ def _pictures(spec: Spec, outcomes: Outcomes, out: Path) -> None:
         over[1].plot(range(rounds), means, **style)
         sent = _mean([sum(m.bytes_up) + sum(m.bytes_down) for m in own[0].members]) / 1e6
         against[1].scatter([sent], means[-1:], **style)
-        norms = [_mean(list(each)) for each in zip(*(one.moved for one in own), strict=True)]
+        norms = [_mean(list(each)) for each in zip(*(one.moved for one in own if one.moved), strict=True)]
         if len(norms) > 1 and all(norms):
             moved[1].loglog(range(1, rounds), norms, **{**style, "label": f"{arm.name}: {slope(norms):+.2f}"})
     over[1].set(xlabel="rounds done", ylabel="accuracy, %", title="Accuracy over rounds")

@@ -53,7 +53,8 @@ class Member(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What a run found. digest: of what it depends on. moved: the squared norm of what each round changed in all versions."""
+    """What a run found. digest: of what it depends on. moved: the squared norm of what each round changed of
+    adapters and heads in all versions; empty for methods whose versions have the same product in other factors."""
 
     arm: str
     seed: int
@@ -237,15 +238,16 @@ class _Run:
                 folder = self.folder / device.id / f"round-{round_}"
                 folder.mkdir()
                 job = self.job(device, standing_for, round_)
-                alike = job.facts.model_class, job.plan.depth, job.plan.rank, device.data
-                if self.all_shared and alike in same:
+                shared = (
+                    self.all_shared and job.start is not None
+                )  # a first head has the labels of the device's own rows
+                alike = (job.facts.model_class, job.plan.depth, job.plan.rank, device.data) if shared else device.id
+                if alike in same:
                     job = msgspec.structs.replace(job, evaluation={})
                 (folder / "job.json").write_bytes(msgspec.json.encode(job))
                 run(folder, self.bases, lambda _: None)
                 result = msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
-                scores[device.id].append(
-                    same.setdefault(alike, result.evaluation) if self.all_shared else result.evaluation
-                )
+                scores[device.id].append(same.setdefault(alike, result.evaluation))
                 if not job.train:
                     continue
                 up[device.id].append(result.payload_bytes)
@@ -257,7 +259,8 @@ class _Run:
                     updates.append(self.update(folder / "payload.bin", device.id, job, result.samples))
             if updates:
                 made = merge.merge(updates, self.versions, self.fleet, self.method, round_, self.folder / "versions")
-                self.moved.append(sum(map(self.moved_by, made)))
+                if not self.method.refactored:  # the same product in other factors would count as a move
+                    self.moved.append(sum(map(self.moved_by, made)))
                 self.versions |= {version.model_class: version for version in made}
         return [
             Member(

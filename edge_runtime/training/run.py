@@ -325,7 +325,8 @@ def _write(
                 value -= start.get_tensor(key)
                 if rank is not None:
                     sizes = zip(method.factor(key).axes, value.shape, strict=True)
-                    delta[key] = value[leading([rank if axis == "rank" else size for axis, size in sizes])]
+                    cut = leading([rank if axis == "rank" else size for axis, size in sizes])
+                    delta[key] = np.ascontiguousarray(value[cut])
         (folder / START).unlink()
     for owed, read in ((job.residual, _load), (job.unsent, lambda path: codec.decode(Path(path).read_bytes()))):
         if owed is not None:

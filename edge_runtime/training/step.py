@@ -188,11 +188,9 @@ def train(
         logs = output[counts].log_softmax(-1), before.log_softmax(-1)
         return kl_div(*logs, log_target=True, reduction="batchmean")
 
-    linears = [module for module in model.modules() if isinstance(module, AdapterLinear)]
+    linears = [[part for part in block.modules() if isinstance(part, AdapterLinear)] for block in blocks(model)]
     penalised = any(one.penalty is not None for one in passes)
-    products = [linear.product() for linear in linears] if penalised else []  # as the round begins
-    found = [core if core is None else core.detach() for _, core, _ in products]
-    del products
+    found = [[_core(linear) for linear in own] for own in linears] if penalised else []  # as the round begins
     keeps = any(one.apart for one in passes)
     for step in range(training.steps):
         optimiser.lr = learning_rate(training, step, round_, rounds)
@@ -216,7 +214,9 @@ def train(
                             loss = loss + part.share * one.apart * apart(part, first[number], output, counts)
                         last = number == len(micro) - 1
                         if one.penalty is not None and last:
-                            loss = loss + one.penalty([linear.product() for linear in linears], found)
+                            chosen = slices[step % len(slices)]
+                            now = [linear.product() for block in chosen for linear in linears[block]]
+                            loss = loss + one.penalty(now, [core for block in chosen for core in found[block]])
                         del output
                         total += loss.item()
                         if not math.isfinite(total):
@@ -239,6 +239,11 @@ def train(
             micro_rows, keep = eased.rows, eased.boundaries
     optimiser.close()
     return losses
+
+
+def _core(linear: AdapterLinear) -> torch.Tensor | None:
+    core = linear.product()[1]
+    return core if core is None else core.detach()
 
 
 @contextmanager

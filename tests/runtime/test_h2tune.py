@@ -77,8 +77,8 @@ def test_peft_computes_what_we_compute(tiny, facts_of, family, tmp_path):
     assert difference(plain, logits(ours)) > 1e-2
 
 
-def changed(tiny, passes, steps=3):
-    """Which factors some steps move, and the losses."""
+def changed(tiny, passes, steps=3, chosen=(0, 1, 2, 3)):
+    """Which factors some steps move, and the losses. chosen: blocks that the steps go through."""
     model = tiny("llama")
     adapter = attach.attach(model, LAYERS, SPEC, METHOD, seed=0)
     values = random_state(adapter)
@@ -89,7 +89,7 @@ def changed(tiny, passes, steps=3):
         adapter,
         draw_examples(8),
         settings.Training(steps=steps, rows_a_step=8, learning_rate=1e-2),
-        slices=[(0, 1, 2, 3)],
+        slices=[chosen],
         micro_rows=3,
         round_=1,
         rounds=1,
@@ -98,7 +98,9 @@ def changed(tiny, passes, steps=3):
         passes=passes,
     )
     after = attach.state(adapter)
-    return {key.rpartition(".")[2] for key in after if not np.array_equal(after[key], before[key])}, losses
+    moved = {key for key in after if not np.array_equal(after[key], before[key])}
+    assert all(int(key.split(".")[1]) in chosen for key in moved if key.startswith("layers"))
+    return {key.rpartition(".")[2] for key in moved}, losses
 
 
 def test_round_1_trains_all_and_later_ones_by_turns(tiny):
@@ -119,6 +121,11 @@ def test_what_holds_the_cores_and_the_outputs_back_does(tiny):
     free = h2tune.method(h2tune.Settings(depths=3, norm=0.0, keep=0.0, apart=0.0)).passes(2)
     held = h2tune.method(h2tune.Settings(depths=3, norm=0.0, keep=0.0, apart=1e3)).passes(2)
     assert changed(tiny, held, steps=12)[1][-1] > changed(tiny, free, steps=12)[1][-1]
+
+
+def test_layers_that_a_step_leaves_out_are_not_penalised(tiny):
+    strong = h2tune.method(h2tune.Settings(depths=3, norm=1e3)).passes(2)
+    assert changed(tiny, strong, chosen=(0, 3))[0] == set("ABSD")
 
 
 def test_the_penalties_are_their_equations():

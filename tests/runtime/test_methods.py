@@ -2,6 +2,7 @@
 
 import tracemalloc
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -118,6 +119,7 @@ def peak_bytes(merge, updates):
 @pytest.mark.parametrize("name", [name for name, method in methods.METHODS.items() if "layers" in method.merges])
 def test_memory_does_not_grow_with_the_number_of_updates(name):
     merge = methods.by_name(name).merges["layers"]
+    peak_bytes(merge, 1)  # what is imported for it stays
     assert peak_bytes(merge, 40) - peak_bytes(merge, 2) < ONE_UPDATE / 2
 
 
@@ -277,15 +279,18 @@ def test_a_device_goes_on_with_fewer_ranks_where_what_lies_beyond_them_has_becom
     assert pruning(0.0).pruned is None
 
 
-def test_the_penalty_is_of_what_lies_beyond_and_its_gradient_is_there_at_version_0():
+def test_the_penalty_is_of_what_lies_beyond_and_its_gradient_is_finite_at_version_0():
     draw = torch.Generator().manual_seed(0)
     layers = [(torch.randn(4, 8, generator=draw), None, torch.randn(6, 4, generator=draw)) for _ in range(3)]
     seen = pruning().passes(1)[0].penalty(layers, [None] * 3)
     truth = sum(float(B[:, 2:].double().norm() * A[2:].double().norm()) for A, _, B in layers) / 3
     assert float(seen) == pytest.approx(0.5 * truth, rel=1e-6)
-    A, B = layers[0][0].requires_grad_(), torch.zeros(6, 4, requires_grad=True)
-    pruning().passes(1)[0].penalty([(A, None, B)], [None]).backward()
-    assert torch.isfinite(A.grad).all() and torch.isfinite(B.grad).all()
+    for B in (torch.zeros(6, 4, requires_grad=True), layers[0][2].clone().requires_grad_()):
+        A = layers[0][0].clone().requires_grad_()
+        pruning().passes(1)[0].penalty([(A, None, B)], [None]).backward()
+        assert torch.isfinite(A.grad).all() and torch.isfinite(B.grad).all()
+        assert bool(A.grad[2:].any() and B.grad[:, 2:].any()) is bool(B.detach().any())
+        assert not A.grad[:2].any() and not B.grad[:, :2].any()
 
 
 # --- flexlora
@@ -383,6 +388,8 @@ def test_flora_adds_the_mean_product_to_what_it_keeps_exactly_while_there_is_roo
         assert best - 1e-3 <= seen <= 1.02 * best + 1e-3
         assert np.linalg.norm(truth - 0.9 * B.astype(np.float64) @ A) > 1.02 * best + 1e-3
         assert (best < 1e-3) is (kept >= sum(ranks) + (layer == "layers.0.q"))
+        learned = min(kept, sum(ranks) + (layer == "layers.0.q"))
+        assert A[:learned].any(1).all() and not A[learned:].any()  # nothing travels that says nothing
 
 
 KEPT_SHAPES = {"keptA": (1, 32), "keptB": (48, 1)}
@@ -396,6 +403,16 @@ def full(held, kept):
         filled[key] = np.zeros(shape, np.float32)
         filled[key][tuple(map(slice, value.shape))] = value
     return filled
+
+
+def test_ranks_that_no_layer_can_multiply_are_refused():
+    for rank, kept in ((16, 256), (200, 64)):
+        of = settings.Fleet("f", (settings.Model("m"),), method=settings.Method("flora", {"kept": kept}))
+        of = msgspec.structs.replace(of, adapter=settings.Adapter(rank=rank))
+        with pytest.raises(
+            InputError, match=f"rank is {rank} and \\[method\\] kept {kept}, but together .* 256 at most"
+        ):
+            methods.of(of)
 
 
 def test_flora_is_the_same_for_equal_devices_and_for_one_that_turns_inside_its_rank():

@@ -52,9 +52,8 @@ def stacked(contributions: Contributions, rank: int) -> Tensors:
     for layer, (new_A, new_B) in best_factors(products, lambda _: rank).items():
         step_A, step_B = (-one for one in old[layer])
         mean_B = new_B / samples[layer]
-        half = np.sqrt(np.linalg.norm(mean_B, axis=0)).clip(
-            min=TINY
-        )  # on both sides, so that 8 bits take as much from each
+        # half of each singular value goes to either side, so that 8 bits take as little as they can
+        half = np.sqrt(np.linalg.norm(mean_B, axis=0)).clip(min=TINY)
         step_A[: len(new_A)] += half[:, None] * new_A
         step_B[:, : len(new_A)] += mean_B / half
         steps |= {f"{layer}.keptA": step_A, f"{layer}.keptB": step_B}

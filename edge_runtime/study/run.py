@@ -238,9 +238,8 @@ class _Run:
                 folder = self.folder / device.id / f"round-{round_}"
                 folder.mkdir()
                 job = self.job(device, standing_for, round_)
-                shared = (
-                    self.all_shared and job.start is not None
-                )  # a first head has the labels of the device's own rows
+                # before the first version a head has the labels of the device's own rows alone
+                shared = self.all_shared and job.start is not None
                 alike = (job.facts.model_class, job.plan.depth, job.plan.rank, device.data) if shared else device.id
                 if alike in same:
                     job = msgspec.structs.replace(job, evaluation={})

@@ -62,11 +62,12 @@ def _draw(facts: Facts, name: str, seed: int, folder: Path) -> Path:
     return path
 
 
-def _write(facts: Facts, name: str, seed: int, path: Path) -> None:
+def drawn(facts: Facts, name: str, seed: int) -> bytes:
+    """An encoded update of this method: what it sends of a model, in random values."""
     method, draw = methods.by_name(name), np.random.default_rng(seed)
     shapes = adapter_shapes(facts, tuple(range(facts.layers)), tuple(facts.linears), RANK, method)
     sent = {key: shape for key, shape in shapes.items() if method.exchanged(key)}
-    path.write_bytes(codec.encode({key: draw.normal(0, 1e-3, shape).astype(np.float32) for key, shape in sent.items()}))
+    return codec.encode({key: draw.normal(0, 1e-3, shape).astype(np.float32) for key, shape in sent.items()})
 
 
 def _update(path: Path, number: int) -> Update:
@@ -98,7 +99,7 @@ def main() -> None:
     if asked.method is not None:
         facts = msgspec.json.decode(sys.stdin.buffer.read(), type=Facts)
         if asked.draw is not None:
-            _write(facts, asked.method, asked.seed, asked.draw)
+            asked.draw.write_bytes(drawn(facts, asked.method, asked.seed))
         else:
             sys.stdout.buffer.write(msgspec.json.encode(taken(facts, asked.method, asked.updates)))
         return

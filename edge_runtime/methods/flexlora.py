@@ -34,12 +34,9 @@ def mean_product(contributions: Contributions) -> Tensors:
     samples: dict[str, int] = {}
 
     def products() -> Iterator[tuple[str, int, Array, Array]]:
-        samples.clear()
-        for made in contributions():
-            for layer, A, B in layers(made):
-                before.update({f"{layer}.{factor}": made.before[f"{layer}.{factor}"] for factor in "AB"})
-                samples[layer] = samples.get(layer, 0) + made.samples
-                yield layer, made.samples, A, B
+        for made, layer, A, B in counted(contributions, samples):
+            before.update({f"{layer}.{factor}": made.before[f"{layer}.{factor}"] for factor in "AB"})
+            yield layer, made.samples, A, B
 
     steps: Tensors = {}
     for layer, (A, B) in best_factors(products, lambda layer: len(before[f"{layer}.A"])).items():
@@ -74,13 +71,17 @@ def best_factors(products: Products, rank: Callable[[str], int]) -> dict[str, tu
     return found
 
 
-def layers(made: Contribution) -> Iterator[tuple[str, Array, Array]]:
-    """Each layer of which the device sent both factors, and what it held of them after the round."""
-    after = made.after()
-    for key, A in after.items():
-        layer, _, factor = key.rpartition(".")
-        if factor == "A" and f"{layer}.B" in after:
-            yield layer, A, after[f"{layer}.B"]
+def counted(contributions: Contributions, samples: dict[str, int]) -> Iterator[tuple[Contribution, str, Array, Array]]:
+    """Each device's layers of which it sent both factors, with what it held of them after the round; the rows behind each
+    layer are counted anew in samples."""
+    samples.clear()
+    for made in contributions():
+        after = made.after()
+        for key, A in after.items():
+            layer, _, factor = key.rpartition(".")
+            if factor == "A" and f"{layer}.B" in after:
+                samples[layer] = samples.get(layer, 0) + made.samples
+                yield made, layer, A, after[f"{layer}.B"]
 
 
 def _times(products: Products, columns: Tensors, *, transposed: bool = False) -> Tensors:

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from edge_runtime.methods.flexlora import best_factors, layers
+from edge_runtime.methods.flexlora import best_factors, counted
 from edge_runtime.methods.interface import A, Array, AtLeastOne, B, Contributions, Factor, Method, Tensors
 
 TINY = 1e-12
@@ -36,15 +36,12 @@ def stacked(contributions: Contributions, rank: int) -> Tensors:
     samples: dict[str, int] = {}
 
     def products() -> Iterator[tuple[str, int, Array, Array]]:
-        samples.clear()
-        for made in contributions():
-            for layer, own_A, own_B in layers(made):
-                if layer not in old:
-                    nothing = np.zeros((rank, own_A.shape[1]), np.float32), np.zeros((len(own_B), rank), np.float32)
-                    keys = f"{layer}.keptA", f"{layer}.keptB"
-                    old[layer] = made.before.get(keys[0], nothing[0]), made.before.get(keys[1], nothing[1])
-                samples[layer] = samples.get(layer, 0) + made.samples
-                yield layer, made.samples, own_A, own_B
+        for made, layer, own_A, own_B in counted(contributions, samples):
+            if layer not in old:
+                nothing = np.zeros((rank, own_A.shape[1]), np.float32), np.zeros((len(own_B), rank), np.float32)
+                keys = f"{layer}.keptA", f"{layer}.keptB"
+                old[layer] = made.before.get(keys[0], nothing[0]), made.before.get(keys[1], nothing[1])
+            yield layer, made.samples, own_A, own_B
         for layer, count in samples.items():
             yield layer, count, *old[layer]
 

@@ -63,19 +63,21 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Codistill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the fleet has a [codistill], devices of all models learn what the others predict of public texts.
+    """Where the fleet has a [codistill], devices of all models learn what the others say of public texts: which label they
+    have, with a [head]; without one, how they go on.
 
-    anchors: a .jsonl file on the node whose rows have a text; texts: how many of them, the first. rows: of them in a step,
-    beside the device's own; weight: in the last round, of their mean loss beside that of its own; temperature: of the targets,
-    which are surer below 1 (methods/codistill.py). across: between models; or, for comparison, among devices of one model
-    alone.
+    anchors: a .jsonl file on the node whose rows have a text or a prompt; texts: how many of them, the first. rows: of them in
+    a step, beside the device's own; weight: of their mean loss beside that of its own; both in the last round, up to which they
+    grow (methods/codistill.py). temperature: of the targets of labels, which are surer below 1. tokens: of a completion with
+    its end; a longer one does not count. across: between models; or, for comparison, among devices of one model alone.
     """
 
     anchors: str
     texts: int = 300
-    rows: int = 8
+    rows: int = 16
     weight: float = 2.0
     temperature: float = 0.5
+    tokens: int = 32
     across: bool = True
 
 
@@ -258,6 +260,11 @@ def _check(fleet: Fleet) -> None:
         rules.append(("[codistill] texts", texts, 1 <= texts <= MOST_TEXTS, f"1 to {MOST_TEXTS}"))
         rules.append(("[codistill] rows", rows, rows >= 1, "1 or more"))
         rules.append(("[codistill] weight", weight, 0 < weight < float("inf"), "a number above 0"))
+        if fleet.head is None:
+            tokens, most = fleet.codistill.tokens, min((training.max_tokens, *training.shorter)) - 8
+            rules.append(
+                ("[codistill] tokens", tokens, 2 <= tokens <= most, f"2 to {most}, as rows are cut to {most + 8}")
+            )
         rules.append(("[codistill] temperature", temperature, 0.05 <= temperature <= 20, "0.05 to 20"))
     for model in fleet.catalog:
         depth = model.depth if model.depth is not None else 1

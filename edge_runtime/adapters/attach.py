@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from edge_kernels import adapter_linear
+from edge_kernels import Packed, adapter_linear
 from numpy.typing import NDArray
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from edge_runtime import settings
 from edge_runtime.adapters import roles
 from edge_runtime.adapters.initial import initial
+from edge_runtime.adapters.singular import frames
 from edge_runtime.errors import InputError
 from edge_runtime.methods.interface import Factor, Method, leading, name_of, relative_depth
 
@@ -131,9 +132,12 @@ def attach(
             out, into = roles.widths(base)
             ranks = spec.rank, fleet_rank or spec.rank
             own_sizes, full = (method.lengths(rank, into, out) for rank in ranks)
+            own_frames = _frames(base, spec.rank, method)
             keys = method.keys(layer, whole or len(layers), role)
             for name, key in keys.items():
-                if key not in attached:  # one of a stage is there already
+                if name in own_frames:
+                    attached[key] = nn.Parameter(own_frames[name], requires_grad=False)
+                elif key not in attached:  # one of a stage is there already
                     attached[key] = _parameter(key, method.factors[name], own_sizes, full, seed, base.weight.device)
             paths[f"layers.{layer}.{role}"] = places[base]
             own = {name: attached[key] for name, key in keys.items()}
@@ -155,6 +159,21 @@ def detach(model: nn.Module) -> None:
         adapted = {path: module for path, module in block.named_modules() if isinstance(module, AdapterLinear)}
         for path, module in adapted.items():
             block.set_submodule(path, module.base)
+
+
+def _frames(base: nn.Module, rank: int, method: Method) -> dict[str, torch.Tensor]:
+    """The factors that a method takes from the layer's own weights, by name."""
+    wanted = {name for name, factor in method.factors.items() if factor.start == "singular"}
+    if not wanted:
+        return {}
+    weight = base.weight
+    if isinstance(weight, Packed) and not all(part is None or part.numel() for part in weight.parts):
+        raise InputError(
+            f"{method.name} takes frames from the model's weights, which are not in memory where they are streamed: choose "
+            "another plan, or drawn frames"
+        )
+    A, B = frames(weight, rank, transposed=isinstance(base, Conv1D))
+    return {name: frame for name, frame in (("A", A), ("B", B)) if name in wanted}
 
 
 def _parameter(

@@ -21,7 +21,8 @@ from edge_runtime import codec
 from edge_runtime.adapters.initial import initial
 from edge_runtime.aggregator.store import Version
 from edge_runtime.errors import InputError
-from edge_runtime.methods.interface import LABEL, WIDTHS, Contribution, Method, kind_of, name_of
+from edge_runtime.methods import completions
+from edge_runtime.methods.interface import LABEL, WIDTHS, Completion, Contribution, Method, kind_of, name_of
 from edge_runtime.rounds import FLEET
 from edge_runtime.settings import Fleet
 
@@ -34,6 +35,7 @@ WIDEST = 1 << 20  # rows or columns of a factor
 LARGEST_ADAPTER = 1 << 28  # values
 MOST_LABELS = 1 << 14
 LARGEST_TOTAL = 1.05  # of a device's probabilities, after rounding to 8 bits
+MOST_CHARACTERS = 1 << 14  # of a completion
 LARGEST_NORM = 1e4  # of one factor's delta; a trained one has a few units
 
 
@@ -49,6 +51,7 @@ def check(payload: bytes, known: Mapping[str, tuple[int, ...]], fleet: Fleet, me
     _check_shapes(codec.shapes(payload), known, fleet, method)
     delta = codec.decode(payload)
     _check_predictions(delta)
+    _check_completions(codec.completions(payload), fleet, method)
     for key, value in delta.items():
         norm = float(np.linalg.norm(value))
         if norm > LARGEST_NORM:
@@ -68,6 +71,25 @@ def _check_predictions(delta: codec.Tensors) -> None:
             raise InputError(f"{key} is no probabilities: they have to be 0 or more, and to add up to 1 at most")
 
 
+def _check_completions(said: list[Completion], fleet: Fleet, method: Method) -> None:
+    """Refuse what completes no prompt of this fleet, or one twice."""
+    if said and (method.completions is None or fleet.codistill is None):
+        raise InputError("the delta holds completions, which this fleet does not exchange")
+    met: set[int] = set()
+    for one in said:
+        if fleet.codistill is None or not 0 <= one.prompt < fleet.codistill.texts or one.prompt in met:
+            raise InputError(
+                f"the delta completes prompt {one.prompt}, which it has completed or this fleet does not have"
+            )
+        if not one.text.strip() or len(one.text) > MOST_CHARACTERS:
+            raise InputError(
+                f"the completion of prompt {one.prompt} has {len(one.text)} characters, but has to have 1 to {MOST_CHARACTERS}"
+            )
+        if not 0 <= one.confidence <= 1:
+            raise InputError(f"the confidence in the completion of prompt {one.prompt} is {one.confidence}, not 0 to 1")
+        met.add(one.prompt)
+
+
 def _check_shapes(
     shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, tuple[int, ...]], fleet: Fleet, method: Method
 ) -> None:
@@ -76,7 +98,7 @@ def _check_shapes(
     if method.pruned is not None:
         allowed = tuple(range(fleet.adapter.rank, 0, -1))
     known = {**_heads(shapes), **_heads(known), **known}
-    if not shapes:
+    if not shapes and fleet.codistill is None:  # who has nothing to say of public texts says so
         raise InputError("the delta holds no factor")
     for key, shape in shapes.items():
         if not _exchanged(key, fleet, method):
@@ -137,17 +159,28 @@ def merge(
     shared = load_file(versions[FLEET].master) if FLEET in versions else {}
     for kind in across:
         _merge_kind(method, kind, updates, shared, fleet)
+    agreed = completions.agreed(_completions(updates)) if method.completions == "fleet" else []
     own = {update.manifest.model_class for update in updates}
-    written = [_write(FLEET, shared, {}, round_, folder)] if shared else []
+    crosses = bool(across) or method.completions == "fleet"
+    written = [_write(FLEET, shared, {}, agreed, round_, folder)] if shared or agreed else []
     for of in sorted(
-        own | (versions.keys() - {FLEET} if across else set())
+        own | (versions.keys() - {FLEET} if crosses else set())
     ):  # who is not there gets what is shared, too
         state = load_file(versions[of].master) if of in versions else {}
         mine = [update for update in updates if update.manifest.model_class == of]
         for kind in method.merges.keys() - across:
             _merge_kind(method, kind, mine, state, fleet)
-        written.append(_write(of, state, shared, round_, folder))
+        if method.completions == "class":
+            kept = [] if mine else codec.completions(versions[of].artifact.read_bytes())
+            agreed = completions.agreed(_completions(mine)) or kept
+        written.append(_write(of, state, shared, agreed, round_, folder))
     return written
+
+
+def _completions(updates: list[Update]) -> Iterator[tuple[int, list[Completion]]]:
+    """What the devices of each update say of the public prompts, one update after another."""
+    for update in updates:
+        yield update.manifest.samples, codec.completions(update.payload.read_bytes())
 
 
 def _merge_kind(
@@ -186,10 +219,11 @@ def _write(
     of: str,
     state: dict[str, NDArray[np.float32]],
     shared: dict[str, NDArray[np.float32]],
+    agreed: list[Completion],
     round_: int,
     folder: Path,
 ) -> Version:
-    """A class's master, and the artifact in which its devices also get what the fleet shares."""
+    """A class's master, and the artifact in which its devices also get what is shared and agreed."""
     name = f"{round_:05d}-{hashlib.sha256(of.encode()).hexdigest()[:12]}"
     version = Version(of, folder / f"{name}.safetensors", folder / f"{name}.edc")
     for path in (version.master, version.artifact):
@@ -197,6 +231,6 @@ def _write(
         if path is version.master:
             save_file(state, part)
         else:
-            part.write_bytes(codec.encode({**state, **shared}))
+            part.write_bytes(codec.encode({**state, **shared}, agreed))
         part.replace(path)
     return version

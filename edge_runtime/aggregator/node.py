@@ -235,7 +235,7 @@ class Node:
         """Devices that count in the open round, or have reported after the last one."""
         if self._round > self.fleet.rounds:
             return self._store.reported(self.fleet.rounds, "finished")
-        if not self._method.merges and not self.options.noop:
+        if not self._method.exchanges and not self.options.noop:
             return self._store.reported(self._round, "trained")
         return {update.manifest.device for update in self._journal.committed(self._round)}
 

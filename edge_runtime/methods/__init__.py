@@ -8,6 +8,7 @@ from edge_runtime import settings
 from edge_runtime.errors import InputError
 from edge_runtime.methods import (
     codistill,
+    completions,
     fedadapter,
     fedit,
     fedsa,
@@ -41,9 +42,8 @@ def build(spec: settings.Method, head: settings.Head | None, distils: settings.C
     if head is not None:
         method = label_head.added(method, head)
     if distils is not None:
-        if head is None:
-            raise InputError("[codistill] needs a [head]: devices exchange what they predict of its labels")
-        method = codistill.added(method, distils)
+        form = codistill if head is not None else completions
+        method = form.added(method, distils)
     return method
 
 

@@ -4,12 +4,13 @@
     s_k(a)         how much a is like k's own rows: the root of the share of them whose nearest other row is no nearer than a's
                    nearest row, by the cosine of what the head reads (a conformal p-value, which is 1/2 on average for own rows)
     T(y | a) = Σ_k w_k(a) p_k(y | a) / Σ_k n_k        w_k(a) = n_k · s_k(a) · (1 - H(p_k(· | a)) / log |labels of k|)
-    t(y | a) = T(y | a)^(1 / temperature), adding up to e(a) = Σ_y T(y | a)
-    loss of a device = own rows + weight · ramp · mean over some anchors of CE(t(· | a), its prediction)
+    e(a) = Σ_y T(y | a)        t(y | a) = T(y | a)^(1 / temperature), adding up to 1
+    loss of a device = own rows + weight · ramp · mean over the anchors of e(a) CE(t(· | a), its prediction)
     ramp = exp(-5 (1 - done)²), done from 0 in the first round to 1 in the last
 
 A text counts by the evidence e(a) for what it is, 0 to 1: little while the devices have learned little, and where it is like
-nobody's rows. A temperature below 1 makes targets surer than the devices are; their mean is less sure than each of them.
+nobody's rows. A step draws texts in proportion to it, and more of them as the ramp rises. A temperature below 1 makes targets
+surer than the devices are; their mean is less sure than each of them.
 
 What the others said is a round old. While devices still learn fast from their own rows it holds them back: they have caught up
 with it before the round is over, and a fleet that follows it early agrees on its early mistakes. So it gains its weight
@@ -60,6 +61,17 @@ def _sureness(said: Mapping[str, Array]) -> Array:
     p /= p.sum(0)
     entropy = -(p * np.log(p)).sum(0) / np.log(max(len(p), 2))
     return np.maximum(1 - entropy, FLOOR)[None].astype(np.float32)
+
+
+def learned(told: Array, temperature: float) -> tuple[list[float], Array]:
+    """e (texts,) and t (texts, labels) of the fleet's T (texts, labels); a label that nobody names stays at 0."""
+    import numpy as np
+
+    told = np.maximum(told, 0)
+    most = np.maximum(told.max(1, keepdims=True), FLOOR)
+    sharp = (told / most) ** (1 / temperature)
+    total = np.maximum(sharp.sum(1, keepdims=True), FLOOR)
+    return np.minimum(told.sum(1), 1).tolist(), (sharp / total).astype(np.float32)
 
 
 def ramp(round_: int, rounds: int) -> float:

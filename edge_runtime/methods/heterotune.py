@@ -13,8 +13,10 @@ Across classes (CMGA), for each of U and V: d_c is the mean of class c's devices
     g = Σ_c p_c d_c / ‖d_c‖,   d_c' = d_c - min(0, <d_c, g>) / ‖g‖² · g,   step = Σ_c p_c d_c' · ‖Σ_c p_c d_c‖ / ‖Σ_c p_c d_c'‖
 
 `alignment` chooses: "projection" is this; "pairwise" takes from each d_c what opposes any other class's (FedGH); "cagrad" is the
-step of conflict-averse gradients; "off" the plain mean. `across = false` keeps U and V in the class: the control in which
-nothing crosses. `core = "frozen"` draws U and V and trains neither: the other one.
+step of conflict-averse gradients; "gate" is the plain mean of a tensor of n values where the cosine of each d_c with the
+others' common direction is above 2 / √n, twice what chance gives, and no step at all elsewhere; "off" the plain mean.
+`across = false` keeps U and V in the class: the control in which nothing crosses. `core = "frozen"` draws U and V and trains
+neither: the other one.
 
 What is known of HeteroTune (arXiv 2411.16796) is its abstract: a dense mixture of adapters (DeMA) and an aggregation that
 harmonises gradient directions across models (CMGA). The equations here are ours.
@@ -40,7 +42,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     branches: AtLeastOne = 2
     width: AtLeastOne = 8
     stages: AtLeastOne = 4
-    alignment: Literal["projection", "pairwise", "cagrad", "off"] = "projection"
+    alignment: Literal["projection", "pairwise", "cagrad", "gate", "off"] = "projection"
     across: bool = True
     core: Literal["trained", "frozen"] = "trained"
 
@@ -109,6 +111,8 @@ def combined(steps: list[Array], shares: list[float], alignment: str) -> Array:
         made = plain
     elif alignment == "cagrad":
         made = _cagrad(flat, plain)
+    elif alignment == "gate":
+        made = plain * _agree(flat, p / norms)
     else:
         mended = _projected(flat, (p / norms) @ flat) if alignment == "projection" else _pairwise(flat, norms)
         made = p @ mended
@@ -134,6 +138,16 @@ def _pairwise(flat: Any, norms: Any) -> Any:
                 against = min(0.0, float(mended[own] @ flat[other]))
                 mended[own] -= against / norms[other] ** 2 * flat[other]
     return mended
+
+
+def _agree(flat: Any, weights: Any) -> bool:
+    """Whether each points where the others do, more than vectors of that length do by chance."""
+    import numpy as np
+
+    weighted = weights[:, None] * flat
+    others = weighted.sum(0) - weighted
+    lengths = np.linalg.norm(weighted, axis=1) * np.linalg.norm(others, axis=1)
+    return bool(((weighted * others).sum(1) > 2 * lengths / np.sqrt(flat.shape[1])).all())
 
 
 def _cagrad(flat: Any, plain: Any) -> Any:

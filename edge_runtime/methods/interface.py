@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=256)]  # of a method's settings
 NotNegative = Annotated[float, msgspec.Meta(ge=0.0, le=1e6)]
-Start = Literal["drawn", "zero"]
+Start = Literal["drawn", "zero", "singular"]
 Kind = Literal["layers", "stages", "labels", "anchors"]
 Array: TypeAlias = "NDArray[np.float32]"
 Tensors: TypeAlias = "dict[str, Array]"
@@ -66,7 +66,8 @@ def add_to(sums: "Tensors", key: str, value: "Array") -> None:
 class Factor(NamedTuple):
     """axes: what each axis is as long as: "rank", "in" and "out" of the layer, "one", or a name of the method's own sizes.
     trained: by the device; frozen otherwise. shared: with nobody, within the model class, or across the fleet. start: what it
-    is in version 0, drawn evenly from the fleet's seed or nothing (adapters/initial.py). of: what each such tensor belongs to.
+    is in version 0, drawn evenly from the fleet's seed or nothing (adapters/initial.py), or, where it is frozen, of the layer's
+    own weights (adapters/singular.py). of: what each such tensor belongs to.
     anew: whether every round begins it as it was in version 0; the node then keeps none of it."""
 
     axes: tuple[str, ...]
@@ -89,6 +90,14 @@ class Factor(NamedTuple):
 A = Factor(("rank", "in"), trained=True, shared="class", start="drawn")
 B = Factor(("out", "rank"), trained=True, shared="class", start="zero")
 C = Factor(("rank", "rank"), trained=True, shared="class", start="zero")
+
+
+class Completion(msgspec.Struct, frozen=True, array_like=True):
+    """How a public prompt, told by its number, goes on, and how much that is to be believed, 0 to 1."""
+
+    prompt: int
+    text: str
+    confidence: float
 
 
 class Contribution(NamedTuple):
@@ -127,7 +136,8 @@ class Method(NamedTuple):
     of this rank. unequal: whether devices of lower ranks may take part, which hold the leading rows of A and columns of B.
     refactored: whether a new version has its product in other factors, so that what is owed of an earlier round is worth
     nothing. passes: of each step of a round, counted from 1. pruned: the rank in which a device goes on, any below the fleet's,
-    of its exchanged factors after a round and a function that gives one as it was before.
+    of its exchanged factors after a round and a function that gives one as it was before. completions: with whom a device
+    shares how it completes public prompts; None: with nobody.
     """
 
     name: str
@@ -140,6 +150,7 @@ class Method(NamedTuple):
     refactored: bool = False
     passes: Callable[[int], tuple[Pass, ...]] = lambda round_: (Pass(),)
     pruned: Callable[[Mapping[str, Any], Callable[[str], Any]], int] | None = None
+    completions: Literal["class", "fleet"] | None = None
 
     def keys(self, layer: int, layers: int, role: str) -> dict[str, str]:
         """The canonical key of each factor that a linear layer has, by the factor's name.
@@ -166,6 +177,11 @@ class Method(NamedTuple):
     def scope(self, kind: str) -> str:
         """With whom this kind of tensors is shared, of which some factor travels."""
         return next(f.shared for f in self.factors.values() if f.of == kind and f.trained and f.shared != "private")
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether a device sends anything."""
+        return bool(self.merges) or self.completions is not None
 
     @property
     def exchanges_layers(self) -> bool:

@@ -172,6 +172,22 @@ def batches(examples: list[Example], rows: int) -> Iterator[list[Example]]:
             yield same[first : first + rows]
 
 
+def in_shares(examples: list[Example], shares: Sequence[float], seed: str) -> Iterator[Example]:
+    """The examples without end, each in proportion to its share, at least one of which is above 0.
+
+    Passes in a new order each, which leave out what has not yet gathered its whole: one with half of the largest share comes
+    in every second pass.
+    """
+    draw = random.Random(seed)
+    gathered = [draw.random() for _ in examples]
+    while True:
+        for number in draw.sample(range(len(examples)), len(examples)):
+            gathered[number] += shares[number] / max(shares)
+            if gathered[number] >= 1:
+                gathered[number] -= 1
+                yield examples[number]
+
+
 def epochs(examples: list[Example], seed: str) -> Iterator[Example]:
     """The examples without end, each pass in a new order; equal seeds give equal orders."""
     draw = random.Random(seed)

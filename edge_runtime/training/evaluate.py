@@ -5,6 +5,8 @@ the same completion exactly then, so one forward pass replaces generation. Of a 
 most likely one; a label that the head lacks counts as missed, and has no loss.
 """
 
+from typing import NamedTuple
+
 import torch
 from edge_kernels import Packed, expand
 from edge_kernels.quant import GROUP
@@ -74,14 +76,39 @@ def likeness(own: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
     return (((among[None] <= nearest[:, None]).sum(1) + 1) / (len(own) + 1)).sqrt()
 
 
+class Swept(NamedTuple):
+    """Of the logits that each hidden state has over the vocabulary, (tokens,) each: the logarithm of the sum of their
+    exponentials, the highest, whose it is, and that of a wanted token."""
+
+    log_sum: torch.Tensor
+    best: torch.Tensor
+    likely: torch.Tensor
+    wanted: torch.Tensor
+
+
 def _score(
     hidden: torch.Tensor, weight: torch.Tensor | Packed, targets: torch.Tensor, softcap: float | None
 ) -> tuple[float, torch.Tensor]:
     """Summed loss, and whether the most likely token is the target, for each of (tokens, hidden)."""
+    swept = sweep(hidden, weight, softcap, targets)
+    return float((swept.log_sum - swept.wanted).sum()), swept.likely == targets
+
+
+@torch.no_grad()
+def sweep(
+    hidden: torch.Tensor, weight: torch.Tensor | Packed, softcap: float | None, targets: torch.Tensor | None = None
+) -> Swept:
+    """Go once through the vocabulary, of whose logits a chunk exists at a time.
+
+    Args:
+        hidden: (tokens, hidden). weight: of the head, (vocabulary, hidden). softcap: the bound of its logits, if it has one.
+        targets: the wanted tokens (tokens,); None: the first of the vocabulary.
+    """
     vocabulary = weight.shape[0]
     step = max(CHUNK_BYTES // (4 * max(hidden.shape)) // GROUP, 1) * GROUP
     log_sum, wanted, best = (torch.full((len(hidden),), -torch.inf, device=hidden.device) for _ in range(3))
-    likely = torch.zeros_like(targets)
+    likely = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
+    targets = likely if targets is None else targets
     for first in range(0, vocabulary, step):
         rows = slice(first, min(first + step, vocabulary))
         matrix = expand(weight.rows(rows), hidden.dtype) if isinstance(weight, Packed) else weight[rows]
@@ -95,4 +122,4 @@ def _score(
         here = (targets >= rows.start) & (targets < rows.stop)
         at = (targets - first).clamp(0, logits.shape[1] - 1)[:, None]
         wanted = torch.where(here, logits.gather(1, at)[:, 0], wanted)
-    return float((log_sum - wanted).sum()), likely == targets
+    return Swept(log_sum, best, likely, wanted)

@@ -25,24 +25,23 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from edge_runtime import codec, methods, settings
 from edge_runtime.adapters import attach, export
 from edge_runtime.errors import EdgeError, InputError, MemoryShortError, TrainerError
-from edge_runtime.methods import codistill, fedit
-from edge_runtime.methods.interface import LABEL, WIDTHS, Method, kind_of, label_of, leading
+from edge_runtime.methods import fedit
+from edge_runtime.methods.interface import LABEL, WIDTHS, Completion, Method, kind_of, label_of, leading
 from edge_runtime.models import weights
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.slices import kept_layers, nested_blocks
 from edge_runtime.planning.plan import Plan
 from edge_runtime.planning.predict import loss_chunk_bytes
 from edge_runtime.planning.search import lower
-from edge_runtime.training import data, step
+from edge_runtime.training import data, greedy, public, step
 from edge_runtime.training.cap import cap_gpu
-from edge_runtime.training.evaluate import evaluate, likeness, states
+from edge_runtime.training.evaluate import evaluate
 from edge_runtime.training.job import Job, Progress, Result
 from edge_runtime.training.lean import lean_imports
 from edge_runtime.training.limit import Limit
 from edge_runtime.training.meter import Meter, release
 
 START = "start.bin"  # the exchanged factors as the round found them; in memory they would be one adapter more
-MOST_ROWS = 512  # of its own that a device compares public texts with
 DISK_WAIT_S, DISK_POLL_S = 600.0, 5.0
 
 
@@ -86,7 +85,11 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         read = partial(data.tokenize, tokenizer=tokenizer, max_tokens=job.plan.tokens, labels=labels or None)
         examples = read(rows) if job.train else []
         held_out = {name: read(data.read_rows(Path(path))) for name, path in job.evaluation.items()}
-        anchors = _anchors(job, read) if labels else []
+        shared = codec.decode(Path(job.start).read_bytes()) if job.start is not None else {}
+        texts, end = public.texts(job), tokenizer.eos_token_id
+        anchors = public.numbered(texts, read) if labels else []
+        prompts = public.prompts(job, texts, tokenizer) if job.head is None else []
+        distillation = public.completed(job, texts, read) if prompts else public.predicted(job, anchors, labels, shared)
         del tokenizer, read
         release()
         plan = job.plan
@@ -104,10 +107,8 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
             labels=tuple(labels),
         )
         undo = apply(model, plan.mlp_tokens)
-        shared = codec.decode(Path(job.start).read_bytes()) if job.start is not None else {}
         start = _start(job, method, attach.state(adapter), shared)
         attach.load_state(adapter, start)
-        distillation = _distillation(job, anchors, labels, shared)
         del shared
         if job.train:
             _put_aside(start, method, folder, tell)
@@ -161,16 +162,23 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
                 passes=method.passes(job.round),
             )
         said: attach.State = {}
+        written: list[greedy.Written] = []
         if anchors:
+            tell("predict")
             with meter.phase("predict"):
-                said = _predictions(model, adapter, labels, examples, anchors, job.plan.rows)
+                said = public.predict(model, adapter, labels, examples, anchors, job.plan.rows)
+        if prompts:
+            with meter.phase("complete"):
+                progress = partial(tell, "complete prompts", of=len(prompts))
+                written = public.complete(model, job, examples, prompts, end, progress)
         attach.detach(model)
         del model, undo
         gc.collect()  # its modules and their functions refer to each other
         release()
         tell("encode")
         with meter.phase("encode"):
-            payload, rank = _write(folder, job, method, adapter, said, tell)
+            completions = public.as_text(written, prompts, bases.tokenizer(job.facts)) if written else []
+            payload, rank = _write(folder, job, method, adapter, said, completions, tell)
     else:
         attach.detach(model)
         if job.export is not None:
@@ -216,50 +224,6 @@ def _labels(job: Job, rows: list[data.Row]) -> list[str]:
     return sorted(data.labels_of(rows) | met)
 
 
-def _anchors(job: Job, read: Callable[[list[data.Row]], list[data.Example]]) -> list[data.Example]:
-    """The fleet's public texts; the answer of each is its number."""
-    if job.anchors is None:
-        return []
-    assert job.codistill is not None
-    rows = data.read_rows(Path(job.anchors))
-    if len(rows) < job.codistill.texts or not all("text" in row for row in rows):
-        raise InputError(
-            f"the fleet's public texts are {job.codistill.texts} rows with a text, but its file has {len(rows)} rows"
-        )
-    texts = [{"text": row["text"], "label": ""} for row in rows[: job.codistill.texts]]
-    return [text._replace(answer=number) for number, text in enumerate(read(texts))]
-
-
-def _distillation(
-    job: Job, anchors: list[data.Example], labels: list[str], shared: Mapping[str, NDArray[np.float32]]
-) -> step.Distillation | None:
-    """What the fleet predicts of the anchors; None where it has not predicted yet."""
-    columns = [shared.get(f"anchors.{label}.T") for label in labels]
-    if job.codistill is None or all(column is None for column in columns):
-        return None
-    told = [np.zeros(len(anchors), np.float32) if column is None else column[0] for column in columns]
-    targets = step.sharpened(torch.from_numpy(np.stack(told, 1)).to(job.device), job.codistill.temperature)
-    weight = job.codistill.weight * codistill.ramp(job.round, job.rounds)
-    return step.Distillation(anchors, targets, weight, job.codistill.rows)
-
-
-@torch.no_grad()
-def _predictions(
-    model: PreTrainedModel,
-    adapter: attach.Adapter,
-    labels: list[str],
-    examples: list[data.Example],
-    anchors: list[data.Example],
-    micro_rows: int,
-) -> attach.State:
-    """What the head says of the fleet's public texts, less where they are unlike this device's rows (methods/codistill.py)."""
-    texts = states(model, anchors, micro_rows)
-    own = states(model, examples[:: -(-len(examples) // MOST_ROWS)], micro_rows)
-    said = adapter.logits(texts).softmax(-1) * likeness(own, texts)[:, None]
-    rows = said.T.cpu().numpy()
-    return {f"anchors.{label}.P": row[None] for label, row in zip(labels, rows, strict=True)}
-
-
 def _start(job: Job, method: Method, initial: attach.State, shared: attach.State) -> attach.State:
     """The state a round starts from: version 0, then what the fleet shares, then what is private."""
     state = dict(initial)
@@ -300,12 +264,13 @@ def _write(
     method: Method,
     adapter: attach.Adapter,
     said: attach.State,
+    completions: list[Completion],
     tell: Callable[[str], None],
 ) -> tuple[bytes, int | None]:
     """Write what the round made: payload and residual of the exchanged factors, the state of the private ones. Gives the
     payload, and the rank in which the device goes on if its method prunes.
 
-    said: what goes with the delta as it is; nothing is owed of it.
+    said, completions: what goes with the delta as it is; nothing is owed of it.
 
     The factors themselves become delta and then residual: whatever is of their size exists once.
     """
@@ -315,7 +280,7 @@ def _write(
     if private:
         _save(folder / "state.bin", private, tell)
     rank = None
-    if not delta and not said:
+    if not method.exchanges:
         return b"", rank
     if delta:
         with safe_open(folder / START, framework="np") as start:
@@ -334,7 +299,7 @@ def _write(
                 key: value for key, value in read(owed).items() if not (method.refactored and kind_of(key) == "layers")
             }
             _overlay(delta, still, method, lambda into, value: np.add(into, value, out=into))
-    payload = codec.encode({**delta, **said})
+    payload = codec.encode({**delta, **said}, completions)
     sent = codec.decode(payload)
     for key, value in delta.items():
         value -= sent.pop(key)

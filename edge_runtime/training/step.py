@@ -25,7 +25,7 @@ from edge_runtime.methods.interface import Pass
 from edge_runtime.planning.plan import Plan
 from edge_runtime.planning.predict import LENGTH_STEP, LOSS_CHUNK_BYTES
 from edge_runtime.settings import Boundaries, Training
-from edge_runtime.training.data import IGNORED, Example, batches, epochs
+from edge_runtime.training.data import IGNORED, Example, batches, epochs, in_shares
 from edge_runtime.training.divergence import divergence
 from edge_runtime.training.meter import release
 
@@ -69,24 +69,28 @@ def label_states(batch: list[Example], hidden: torch.Tensor) -> torch.Tensor:
 
 
 class Distillation(NamedTuple):
-    """Public texts on which the head learns what the fleet predicts of them.
+    """Public texts on which the model learns what the fleet says of them.
 
-    texts: whose answer is their row in targets (texts, labels), of probabilities that add up to how much the text counts.
-    weight: of their mean loss beside the mean loss of a step's own rows. rows: of them in a step.
+    texts: with the fleet's completions; or, where a head learns, whose answer is their row in targets (texts, labels) of
+    probabilities. shares: how much each counts, 0 to 1. weight: of their mean loss beside the mean loss of a step's own rows.
+    rows: of them in a step.
     """
 
     texts: list[Example]
-    targets: torch.Tensor
+    shares: list[float]
+    targets: torch.Tensor | None
     weight: float
     rows: int
 
 
-def sharpened(combined: torch.Tensor, temperature: float) -> torch.Tensor:
-    """t of the fleet's T (methods/codistill.py), both (texts, labels)."""
-    combined = combined.clamp_min(0)
-    evidence = combined.sum(1, keepdim=True).clamp_max(1)
-    logs = combined.log() / temperature  # of what is 0, -inf: a label that nobody names stays at 0
-    return torch.where(evidence > 0, evidence * logs.softmax(1), 0.0)
+def _taught(spec: Distillation | None, seed: str) -> tuple[Iterator[Example], int, float]:
+    """Public texts without end, how many of them a step takes, and the weight of their mean loss.
+
+    A text comes as often as it counts, and then counts in full: a step spends nothing on what is worth little.
+    """
+    if spec is None:
+        return iter(()), 0, 0.0
+    return in_shares(spec.texts, spec.shares, seed), spec.rows, spec.weight * sum(spec.shares) / len(spec.shares)
 
 
 class Part(NamedTuple):
@@ -159,8 +163,7 @@ def train(
     """
     optimiser = AdamW8bit(adapter.trained(), weight_decay=training.weight_decay, clip_norm=training.clip_norm)
     rows = epochs(examples, f"{seed}/{round_}")
-    texts = epochs(distillation.texts, f"{seed}/{round_}/anchors") if distillation else iter(())
-    taught, weight_taught = (distillation.rows, distillation.weight) if distillation else (0, 0.0)
+    texts, taught, weight_taught = _taught(distillation, f"{seed}/{round_}/anchors")
     weight, softcap = head(model)
     losses: list[float] = []
 
@@ -177,7 +180,7 @@ def train(
         logits = adapter.logits(label_states(part.batch, hidden))
         answers = torch.tensor([row.answer for row in part.batch], device=logits.device)
         if part.soft:
-            assert distillation is not None
+            assert distillation is not None and distillation.targets is not None
             return cross_entropy(logits, distillation.targets[answers]), logits, answers != IGNORED
         return cross_entropy(logits, answers, ignore_index=IGNORED), logits, answers != IGNORED
 

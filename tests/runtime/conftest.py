@@ -1,6 +1,8 @@
 """Models for the tests: tiny random ones of every family, and the demo's real one, prepared once."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,42 @@ def tiny_facts(tiny_folder, cache):
     from edge_runtime.models.prepare import prepare
 
     return prepare(str(tiny_folder), tiny_folder.parent, cache / "models")
+
+
+@pytest.fixture
+def trained(tiny_facts, tmp_path):
+    """trained(name, rows, held_out, **changes): one job in a trainer process of its own; its folder and result."""
+    import msgspec
+
+    from edge_runtime import processes, settings
+    from edge_runtime.planning.plan import Plan
+    from edge_runtime.training import data
+    from edge_runtime.training.job import Job, Result
+
+    def run(name, rows, held_out, **changes):
+        folder = tmp_path / name
+        folder.mkdir()
+        plan = Plan("m", tiny_facts.model_class, 4, tiny_facts.layers, "float32", 2, 8, 32, terms={}, step_seconds=0.0)
+        values = {
+            "train": True,
+            "facts": tiny_facts,
+            "plan": plan,
+            "adapter": settings.Adapter(rank=2),
+            "training": settings.Training(steps=12, rows_a_step=8, learning_rate=2e-2, max_tokens=32),
+            "method": settings.Method("fedit"),
+            "seed": 5,
+            "round": 1,
+            "rounds": 2,
+            "data": str(data.write_rows(folder / "rows.jsonl", rows)),
+            "evaluation": {"all": str(data.write_rows(folder / "all.jsonl", held_out))},
+            "depths": (4,),
+            "fleet_rank": 2,
+            "threads": 1,
+        }
+        (folder / "job.json").write_bytes(msgspec.json.encode(Job(**{**values, **changes})))
+        command = [sys.executable, "-m", "edge_runtime.training", str(folder)]
+        ended = subprocess.run(command, env=processes.environment(), capture_output=True, timeout=120)
+        assert ended.returncode == 0, ended.stderr.decode()
+        return folder, msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
+
+    return run

@@ -149,10 +149,10 @@ def test_a_good_payload_made_by_hand_is_decoded():
         (payload({"A": ("six",)}, body()), "header cannot be read"),
         (payload({"A": (64, 0)}, b""), "declares an empty tensor"),
         (payload({"A": (-8, -8)}, body()), "declares an empty tensor"),
-        (payload({"A": (65,)}, body()), "holds 68 bytes of values, its shapes need 73"),
-        (payload({"A": (63,)}, body()), "holds 68 bytes of values, its shapes need 67"),
-        (payload({"A": (64,), "B": (64,)}, body()), "holds 68 bytes of values, its shapes need 136"),
-        (payload({}, body()), "holds 1 bytes of values, its shapes need 0"),
+        (payload({"A": (65,)}, body()), "holds 68 bytes of values, its header needs 73"),
+        (payload({"A": (63,)}, body()), "holds 68 bytes of values, its header needs 67"),
+        (payload({"A": (64,), "B": (64,)}, body()), "holds 68 bytes of values, its header needs 136"),
+        (payload({}, body()), "holds 1 bytes of values, its header needs 0"),
         (payload({"A": (64,)}, body(scales=(np.nan,))), "a scale that is negative or not finite"),
         (payload({"A": (64,)}, body(scales=(np.inf,))), "a scale that is negative or not finite"),
         (payload({"A": (64,)}, body(scales=(-0.5,))), "a scale that is negative or not finite"),
@@ -194,4 +194,4 @@ except InputError as error:
     print(len(payload) < 1 << 20, grown < 32 << 10, error)
 """
     said = subprocess.check_output([sys.executable, "-c", code], text=True)
-    assert said == "True True the payload holds 1065 bytes of values, its shapes need 1064\n"
+    assert said == "True True the payload holds 1065 bytes of values, its header needs 1064\n"

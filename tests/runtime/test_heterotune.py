@@ -86,7 +86,20 @@ def test_cagrad_raises_the_least_progress_of_any_class():
     assert (flat @ step).min() > (flat @ plain).min()
 
 
-@pytest.mark.parametrize("alignment", ["projection", "pairwise", "off"])
+def test_the_gate_opens_where_all_classes_agree_more_than_chance_has_it():
+    draw = np.random.default_rng(0)
+    common, noise = draw.normal(0, 1, 400), draw.normal(0, 1, (3, 400))
+    noise -= (noise @ common)[:, None] * common / (common @ common)  # cosines are those of the common part
+    shares = [0.5, 0.3, 0.2]
+    alike = [(0.5 * common + one).astype(np.float32) for one in noise]
+    step = heterotune.combined(alike, shares, "gate")
+    np.testing.assert_allclose(step, np.array(shares) @ np.stack(alike), atol=1e-5)
+    apart = [*alike[:2], noise[2].astype(np.float32)]  # one has nothing in common with the others
+    assert not heterotune.combined(apart, shares, "gate").any()
+    np.testing.assert_array_equal(heterotune.combined(alike[:1], [1.0], "gate"), alike[0])  # a class alone is followed
+
+
+@pytest.mark.parametrize("alignment", ["projection", "pairwise", "gate", "off"])
 def test_devices_that_agree_are_followed(alignment):
     """In one class or in several; a step of equal devices is theirs."""
     for classes in ("mmm", "mno"):
@@ -122,7 +135,7 @@ def test_a_device_of_lower_rank_starts_from_the_leading_part_of_what_is_drawn(ti
 
 
 def test_the_order_of_devices_is_nothing():
-    for alignment in ("projection", "pairwise", "off", "cagrad"):
+    for alignment in ("projection", "pairwise", "off", "cagrad", "gate"):
         forth, back = merged(DEVICES, alignment), merged(DEVICES[::-1], alignment)
         for key in KEYS:
             np.testing.assert_allclose(forth[key], back[key], atol=1e-5)

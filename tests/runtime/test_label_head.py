@@ -1,58 +1,26 @@
 """A head over labels in a real trainer, what it learns from public texts, and the parts of a step."""
 
-import subprocess
-import sys
-
-import msgspec
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
 
-from edge_runtime import codec, processes, settings
-from edge_runtime.planning.plan import Plan
+from edge_runtime import codec, settings
 from edge_runtime.training import data, evaluate, step
 from edge_runtime.training.data import IGNORED, Example
-from edge_runtime.training.job import Job, Result
 
 ROWS = [{"text": f"{word} {n}", "label": word} for n in range(6) for word in ("red", "green")]
 HELD_OUT = [{"text": f"{word} {n}", "label": word} for n in range(6, 9) for word in ("red", "green", "blue")]
 PUBLIC = [{"text": f"{word} {n}"} for n in range(10, 14) for word in ("red", "green", "blue")]
-SPEC = settings.Adapter(rank=2)
 CODISTILL = settings.Codistill("", texts=len(PUBLIC), rows=6)
 
 
 @pytest.fixture
-def trained(tiny_facts, tmp_path):
-    """trained(name, **changes): one job as a device does it; its folder and result."""
+def trained(trained):
+    """trained(name, **changes): one job of a device with a head."""
 
     def run(name, rows=ROWS, **changes):
-        folder = tmp_path / name
-        folder.mkdir()
-        facts = tiny_facts
-        plan = Plan("m", facts.model_class, 4, facts.layers, "float32", 2, 8, 32, terms={}, step_seconds=0.0)
-        values = {
-            "train": True,
-            "facts": facts,
-            "plan": plan,
-            "adapter": SPEC,
-            "training": settings.Training(steps=12, rows_a_step=8, learning_rate=2e-2, max_tokens=32),
-            "method": settings.Method("fedit"),
-            "head": settings.Head(),
-            "seed": 5,
-            "round": 1,
-            "rounds": 2,
-            "data": str(data.write_rows(folder / "rows.jsonl", rows)),
-            "evaluation": {"all": str(data.write_rows(folder / "all.jsonl", HELD_OUT))},
-            "depths": (4,),
-            "fleet_rank": SPEC.rank,
-            "threads": 1,
-        }
-        (folder / "job.json").write_bytes(msgspec.json.encode(Job(**{**values, **changes})))
-        command = [sys.executable, "-m", "edge_runtime.training", str(folder)]
-        ended = subprocess.run(command, env=processes.environment(), capture_output=True, timeout=120)
-        assert ended.returncode == 0, ended.stderr.decode()
-        return folder, msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
+        return trained(name, rows, HELD_OUT, **{"head": settings.Head(), **changes})
 
     return run
 

@@ -1,0 +1,152 @@
+"""The fleet's public texts in a job: what the fleet says of them, which the device learns, and what the device says.
+
+With a head over labels that is a distribution for each text (methods/codistill.py); without one, how each text goes on
+(methods/completions.py).
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from edge_runtime import codec
+from edge_runtime.adapters import attach
+from edge_runtime.errors import InputError
+from edge_runtime.methods import codistill
+from edge_runtime.methods.interface import Completion
+from edge_runtime.settings import Codistill
+from edge_runtime.training import data, greedy
+from edge_runtime.training.evaluate import likeness, states
+from edge_runtime.training.job import Job
+from edge_runtime.training.step import Distillation
+
+MOST_ROWS = 512  # of its own that a device compares public texts with
+
+Read = Callable[[list[data.Row]], list[data.Example]]
+
+
+def texts(job: Job) -> list[str]:
+    """The fleet's; raises InputError where they are not as many as it says."""
+    if job.anchors is None:
+        return []
+    assert job.codistill is not None
+    rows = data.read_rows(Path(job.anchors))
+    if len(rows) < job.codistill.texts or not all("text" in row for row in rows):
+        raise InputError(
+            f"the fleet's public texts are {job.codistill.texts} rows with a text, but its file has {len(rows)} rows"
+        )
+    return [row["text"] for row in rows[: job.codistill.texts]]
+
+
+# --- labels
+
+
+def numbered(public: list[str], read: Read) -> list[data.Example]:
+    """A head's rows; the answer of each is its number."""
+    examples = read([{"text": text, "label": ""} for text in public])
+    return [text._replace(answer=number) for number, text in enumerate(examples)]
+
+
+def predicted(
+    job: Job, anchors: list[data.Example], labels: list[str], shared: Mapping[str, NDArray[np.float32]]
+) -> Distillation | None:
+    """What the fleet predicts of the anchors; None where it has not predicted yet."""
+    columns = [shared.get(f"anchors.{label}.T") for label in labels]
+    if job.codistill is None or all(column is None for column in columns):
+        return None
+    told = np.stack([np.zeros(len(anchors), np.float32) if column is None else column[0] for column in columns], 1)
+    shares, targets = codistill.learned(told, job.codistill.temperature)
+    return _lesson(job, job.codistill, anchors, shares, torch.from_numpy(targets).to(job.device))
+
+
+@torch.no_grad()
+def predict(
+    model: PreTrainedModel,
+    adapter: attach.Adapter,
+    labels: list[str],
+    examples: list[data.Example],
+    anchors: list[data.Example],
+    micro_rows: int,
+) -> attach.State:
+    """What the head says of the anchors, less where they are unlike this device's rows."""
+    read = states(model, anchors, micro_rows)
+    own = states(model, _some(examples), micro_rows)
+    said = adapter.logits(read).softmax(-1) * likeness(own, read)[:, None]
+    rows = said.T.cpu().numpy()
+    return {f"anchors.{label}.P": row[None] for label, row in zip(labels, rows, strict=True)}
+
+
+# --- completions
+
+
+def completed(job: Job, public: list[str], read: Read) -> Distillation | None:
+    """How the fleet completes the texts; None where it has completed none yet."""
+    if job.codistill is None or job.start is None:
+        return None
+    agreed = codec.completions(Path(job.start).read_bytes())
+    examples = read([{"prompt": public[one.prompt], "completion": one.text} for one in agreed])
+    return _lesson(job, job.codistill, examples, [one.confidence for one in agreed], None)
+
+
+def prompts(job: Job, public: list[str], tokenizer: Any) -> list[list[int]]:
+    """Token ids of the texts, whose beginning is lost where the completion would not fit behind them."""
+    if job.codistill is None:
+        return []
+    room = job.plan.tokens - job.codistill.tokens
+    return [tokenizer(text).input_ids[-room:] or [tokenizer.eos_token_id] for text in public]
+
+
+def complete(
+    model: PreTrainedModel,
+    job: Job,
+    examples: list[data.Example],
+    before: list[list[int]],
+    end: int,
+    progress: Callable[[int], None],
+) -> list[greedy.Written]:
+    """How the model itself completes the prompts, with less confidence where they are unlike this device's rows."""
+    assert job.codistill is not None
+    micro_rows = job.plan.rows
+    read = states(model, [data.Example(ids, [], 0) for ids in before], micro_rows)
+    own = states(model, [_prompt(row) for row in _some(examples)], micro_rows)
+    alike = likeness(own, read).tolist()
+    found = greedy.write(model, before, end, job.codistill.tokens, micro_rows, progress)
+    return [one._replace(confidence=alike[one.prompt] * one.confidence) for one in found]
+
+
+def as_text(written: list[greedy.Written], before: list[list[int]], tokenizer: Any) -> list[Completion]:
+    """The completions as other tokenizers can read them."""
+    found = []
+    for one in written:
+        last = before[one.prompt][-1:]  # some tokenizers begin a text without its leading space
+        lead, whole = tokenizer.decode(last), tokenizer.decode([*last, *one.ids])
+        text = whole.removeprefix(lead) if whole.startswith(lead) else tokenizer.decode(one.ids)
+        if text.strip():
+            found.append(Completion(one.prompt, text, one.confidence))
+    return found
+
+
+# --- both
+
+
+def _lesson(
+    job: Job, spec: Codistill, examples: list[data.Example], shares: list[float], targets: torch.Tensor | None
+) -> Distillation | None:
+    if not any(shares):
+        return None
+    due = codistill.ramp(job.round, job.rounds)
+    return Distillation(examples, shares, targets, due * spec.weight, max(round(due * spec.rows), 1))
+
+
+def _some(examples: list[data.Example]) -> list[data.Example]:
+    return examples[:: -(-len(examples) // MOST_ROWS)]
+
+
+def _prompt(example: data.Example) -> data.Example:
+    """What comes before the first learned token; all of a row in which everything is learned."""
+    learned = next(number for number, label in enumerate(example.labels) if label != data.IGNORED)
+    return data.Example(example.ids[: learned or None], [], 0)

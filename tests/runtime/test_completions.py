@@ -1,0 +1,274 @@
+"""How devices complete public prompts: greedy decoding, what the node makes of it, and what a device learns from it."""
+
+import types
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+import zstandard
+from edge_kernels import apply, expand, pack
+
+from edge_runtime import codec, methods, settings
+from edge_runtime.aggregator import merge
+from edge_runtime.errors import InputError
+from edge_runtime.methods import completions
+from edge_runtime.methods.interface import Completion
+from edge_runtime.training import data, evaluate, greedy, public
+from edge_runtime.training.data import IGNORED, Example
+
+SPEC = settings.Codistill("anchors.jsonl", texts=5, tokens=8)
+FLEET = settings.Fleet("f", (settings.Model("m"),), adapter=settings.Adapter(rank=2), codistill=SPEC)
+A = {"layers.0.q.A": np.ones((2, 4), np.float32)}
+
+
+# --- greedy decoding
+
+
+def by_hand(model, prompt, most):
+    """Tokens and log-probabilities after one prompt, one token after another, the whole text again each time."""
+    ids, logs = list(prompt), []
+    for _ in range(most):
+        row = model(input_ids=torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
+        ids.append(int(row.argmax()))
+        logs.append(float(row.max()))
+    return ids[len(prompt) :], logs
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "phi", "phi3", "gpt2"])
+@torch.no_grad()
+def test_a_batch_is_completed_as_each_prompt_alone(tiny, family):
+    model = tiny(family)
+    draw = np.random.default_rng(1)
+    prompts = [draw.integers(3, 96, length).tolist() for length in (1, 9, 5, 16, 17, 3, 20)]
+    alone = [by_hand(model, prompt, 6) for prompt in prompts]
+    end = next(ids[at] for ids, _ in alone for at in range(5, 0, -1) if ids[at] not in ids[:at])
+    wanted = {}
+    for number, (ids, logs) in enumerate(alone):
+        if end in ids[1:] and ids[0] != end:
+            length = ids.index(end)
+            wanted[number] = ids[:length], float(np.exp(np.mean(logs[: length + 1])))
+    apply(model)
+    found = greedy.write(model, prompts, end, 6, 3)
+    assert wanted and {one.prompt: one.ids for one in found} == {number: ids for number, (ids, _) in wanted.items()}
+    assert [one.confidence for one in found] == pytest.approx([wanted[one.prompt][1] for one in found], rel=1e-3)
+
+
+def test_a_packed_head_is_swept_as_its_own_values_are():
+    draw = torch.Generator().manual_seed(0)
+    weight, hidden = torch.randn(300, 64, generator=draw), torch.randn(5, 64, generator=draw)
+    packed = pack(weight, "q8_0")
+    targets = torch.tensor([0, 7, 299, 3, 150])
+    found = evaluate.sweep(hidden, packed, None, targets)
+    logits = hidden @ expand(packed, torch.float32).T
+    assert torch.equal(found.likely, logits.argmax(-1))
+    torch.testing.assert_close(found.log_sum, logits.logsumexp(-1))
+    torch.testing.assert_close(found.best, logits.max(-1).values)
+    torch.testing.assert_close(found.wanted, logits.gather(1, targets[:, None])[:, 0])
+
+
+def test_what_comes_before_the_first_learned_token_is_a_rows_prompt():
+    assert public._prompt(Example([1, 2, 3, 4], [IGNORED, IGNORED, 3, 4])) == Example([1, 2], [], 0)
+    assert public._prompt(Example([1, 2, 3], [1, 2, 3])) == Example([1, 2, 3], [], 0)
+
+
+class Words:
+    """A tokenizer whose texts begin without their leading space, as some do."""
+
+    def decode(self, ids):
+        return " ".join(f"w{number}" for number in ids)
+
+
+def test_a_completion_keeps_the_space_before_it():
+    written = [greedy.Written(0, [7, 8], 0.5)]
+    assert public.as_text(written, [[3, 4]], Words()) == [Completion(0, " w7 w8", 0.5)]
+
+
+# --- a real trainer
+
+WORDS = ("red", "green", "blue")
+ROWS = [{"prompt": f"{word} {n}:", "completion": f" {word}"} for n in range(6) for word in WORDS[:2]]
+HELD_OUT = [{"prompt": f"{word} {n}:", "completion": f" {word}"} for n in range(6, 9) for word in WORDS]
+PUBLIC = [{"text": f"{word} {n}:"} for n in range(10, 14) for word in WORDS]
+CODISTILL = settings.Codistill("", texts=len(PUBLIC), rows=6, tokens=8)
+TRAINING = settings.Training(steps=60, rows_a_step=8, learning_rate=2e-2, max_tokens=32)
+
+
+def right(row):
+    return f" {row['text'].split()[0]}"
+
+
+def test_a_device_says_how_it_completes_public_prompts(trained, tmp_path):
+    anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC))
+    fleet = {"method": settings.Method("local"), "codistill": CODISTILL, "round": 2, "rounds": 2}
+    folder, result = trained("says", ROWS, HELD_OUT, anchors=anchors, training=TRAINING, **fleet)
+    said = {one.prompt: one for one in codec.completions((folder / "payload.bin").read_bytes())}
+    known = [number for number, row in enumerate(PUBLIC) if "blue" not in row["text"]]
+    assert result.losses[-1] < result.losses[0]
+    assert [said[number].text for number in known] == [right(PUBLIC[number]) for number in known]
+    assert all(0 < one.confidence <= 1 for one in said.values())
+    assert codec.shapes((folder / "payload.bin").read_bytes()) == {}  # nothing else leaves with `local`
+
+
+def test_a_device_that_ends_no_completion_takes_part_with_nothing(trained, tmp_path):
+    anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC))
+    training = msgspec.structs.replace(TRAINING, steps=1, learning_rate=1e-6)
+    common = {"method": settings.Method("local"), "codistill": CODISTILL, "anchors": anchors, "training": training}
+    folder, result = trained("silent", ROWS, HELD_OUT, **common)
+    assert result.payload_bytes > 0 and codec.completions((folder / "payload.bin").read_bytes()) == []
+
+
+def test_an_answer_is_learned_from_what_the_fleet_says_of_public_prompts(trained, tmp_path):
+    """With completions that are right about blue the device that never saw it writes it; without them it cannot."""
+    anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC))
+    told = [Completion(number, right(row), 0.5) for number, row in enumerate(PUBLIC)]
+    (tmp_path / "start").write_bytes(codec.encode({}, told))
+    fleet = {"method": settings.Method("local"), "codistill": CODISTILL, "round": 2, "rounds": 2}
+    common = {**fleet, "anchors": anchors, "training": TRAINING}
+    accuracy = {}
+    for name, start in (("taught", {"start": str(tmp_path / "start")}), ("alone", {})):
+        folder, _ = trained(name, ROWS, HELD_OUT, **common, **start)
+        private = str(folder / "state.bin")
+        _, after = trained(f"{name} after", ROWS, HELD_OUT, train=False, private=private, **common, **start)
+        accuracy[name] = after.evaluation["all"].accuracy
+    assert accuracy["alone"] <= 2 / 3 < accuracy["taught"]
+
+
+# --- the node
+
+
+def test_votes_are_rows_times_confidence_and_the_best_counts_by_its_share_of_all_rows():
+    devices = [
+        (100, [Completion(0, "red", 0.5), Completion(3, "x", 0.1)]),
+        (60, [Completion(0, "blue", 0.9)]),
+        (40, [Completion(0, "red", 0.2)]),
+    ]
+    found = completions.agreed(devices)
+    assert found == [Completion(0, "red", pytest.approx(58 / 200)), Completion(3, "x", pytest.approx(10 / 200))]
+
+
+def test_equal_devices_agree_on_what_each_of_them_says_and_order_does_not_matter():
+    said = [Completion(n, f"answer {n}", 0.25 + n / 10) for n in range(4)]
+    alike = [msgspec.structs.replace(one, confidence=pytest.approx(one.confidence)) for one in said]
+    assert completions.agreed([(7, said)] * 3) == alike
+    tied = [(1, [Completion(0, "b", 0.5)]), (1, [Completion(0, "a", 0.5)])]
+    assert completions.agreed(tied) == completions.agreed(tied[::-1])
+
+
+def test_the_node_holds_a_few_candidates_of_a_prompt_whatever_the_number_of_devices():
+    many = [(1, [Completion(0, f"{n}", 0.1)]) for n in range(1000)]
+    sure = [(1, [Completion(0, "sure", 0.6)])] * 5
+    assert completions.agreed([*sure, *many])[0].text == "sure"
+
+
+def test_nothing_said_is_nothing_agreed():
+    assert completions.agreed([]) == completions.agreed([(10, [])]) == []
+
+
+def update(path, model_class, tensors, said=(), samples=10):
+    path.write_bytes(codec.encode(tensors, said))
+    return types.SimpleNamespace(manifest=types.SimpleNamespace(model_class=model_class, samples=samples), payload=path)
+
+
+@pytest.mark.parametrize("name", ["local", "fedit", "heterotune"])
+@pytest.mark.parametrize("across", [True, False])
+def test_completions_cross_models_or_stay_in_the_class(tmp_path, across, name):
+    codistill = msgspec.structs.replace(SPEC, across=across)
+    fleet = msgspec.structs.replace(FLEET, codistill=codistill, method=settings.Method(name))
+    method = methods.of(fleet)
+    assert method.exchanges
+    tensors = {} if name == "local" else {"layers.0.q.B": np.ones((8, 2), np.float32)}
+    updates = [
+        update(tmp_path / "1", "m@1", tensors, [Completion(0, "red", 0.9)]),
+        update(tmp_path / "2", "n@1", tensors, [Completion(0, "blue", 0.5), Completion(4, "é\n", 0.5)], samples=30),
+    ]
+    versions = {one.model_class: one for one in merge.merge(updates, {}, fleet, method, 1, tmp_path / "v")}
+    told = {of: codec.completions(version.artifact.read_bytes()) for of, version in versions.items()}
+    if across:
+        agreed = [Completion(0, "blue", 15 / 40), Completion(4, "é\n", 15 / 40)]
+        assert told == {"m@1": agreed, "n@1": agreed, "*": agreed}
+    else:
+        assert told == {
+            "m@1": [Completion(0, "red", 0.9)],
+            "n@1": [Completion(0, "blue", 0.5), Completion(4, "é\n", 0.5)],
+        }
+    later = [update(tmp_path / "3", "n@1", tensors, [Completion(1, "new", 1.0)])]
+    after = {one.model_class: one for one in merge.merge(later, versions, fleet, method, 2, tmp_path / "v")}
+    assert codec.completions(after["n@1"].artifact.read_bytes()) == [Completion(1, "new", 1.0)]
+    if across:  # who was not there hears what the others say now
+        assert codec.completions(after["m@1"].artifact.read_bytes()) == [Completion(1, "new", 1.0)]
+    elif name == "heterotune":  # a core has crossed, so there is a new version
+        assert codec.completions(after["m@1"].artifact.read_bytes()) == [Completion(0, "red", 0.9)]
+    else:
+        assert "m@1" not in after
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ([Completion(5, "a", 0.5)], "completes prompt 5, which"),
+        ([Completion(-1, "a", 0.5)], "completes prompt -1, which"),
+        ([Completion(1, "a", 0.5), Completion(1, "b", 0.5)], "completes prompt 1, which"),
+        ([Completion(1, " ", 0.5)], "prompt 1 has 1 characters"),
+        ([Completion(1, "a" * 20_000, 0.5)], "prompt 1 has 20000 characters"),
+        ([Completion(1, "a", 1.5)], "is 1.5, not 0 to 1"),
+        ([Completion(1, "a", -0.1)], "is -0.1, not 0 to 1"),
+    ],
+)
+def test_what_completes_no_prompt_of_the_fleet_is_refused(said, reason):
+    with pytest.raises(InputError, match=reason):
+        merge.check(codec.encode(A, said), {}, FLEET, methods.of(FLEET))
+
+
+def test_a_fleet_that_exchanges_no_completions_refuses_them_and_an_empty_delta():
+    plain = msgspec.structs.replace(FLEET, codistill=None)
+    headed = msgspec.structs.replace(FLEET, head=settings.Head())
+    for fleet in (plain, headed):
+        with pytest.raises(InputError, match="which this fleet does not exchange"):
+            merge.check(codec.encode(A, [Completion(1, "a", 0.5)]), {}, fleet, methods.of(fleet))
+    with pytest.raises(InputError, match="holds no factor"):
+        merge.check(codec.encode({}), {}, plain, methods.of(plain))
+    assert merge.check(codec.encode({}), {}, FLEET, methods.of(FLEET)) == {}  # a device that has nothing to say yet
+
+
+# --- the codec
+
+
+def test_completions_travel_as_they_are_beside_the_tensors():
+    said = [Completion(0, "blå\t\u2028", 0.125), Completion(2, "x", 1.0)]
+    made = codec.encode(A, said)
+    assert codec.completions(made) == said
+    np.testing.assert_array_equal(codec.decode(made)["layers.0.q.A"], codec.decode(codec.encode(A))["layers.0.q.A"])
+    assert codec.completions(codec.encode(A)) == []
+    for length in range(len(made)):
+        with pytest.raises(InputError):
+            codec.completions(made[:length])
+
+
+@pytest.mark.parametrize("body", [b"nonsense", b'[[0, "a"]]', b'[["x", "a", 0.5]]', b"\xff\xff"])
+def test_completions_that_cannot_be_read_are_refused(body):
+    header = msgspec.json.encode(codec.Header({}, len(body)))
+    made = codec.MAGIC + len(header).to_bytes(4, "big") + header + zstandard.compress(body)
+    with pytest.raises(InputError, match="completions cannot be read"):
+        codec.completions(made)
+
+
+@pytest.mark.parametrize("length", [-1, 1 << 40])
+def test_a_length_of_completions_that_cannot_be_is_refused_before_anything_is_expanded(length):
+    header = msgspec.json.encode(codec.Header({}, length))
+    with pytest.raises(InputError, match=f"declares {length} bytes of completions"):
+        codec.decode(codec.MAGIC + len(header).to_bytes(4, "big") + header)
+
+
+# --- texts in shares
+
+
+def test_texts_come_in_proportion_to_what_they_count():
+    texts = [Example([n], []) for n in range(6)]
+    shares = [1.0, 0.5, 0.25, 0.0, 1.0, 0.01]
+    drawn = data.in_shares(texts, shares, "seed")
+    seen = [next(drawn).ids[0] for _ in range(2760)]
+    counts = np.bincount(seen, minlength=6)
+    np.testing.assert_allclose(counts / 1000, shares, atol=0.01)
+    gaps = np.diff([at for at, number in enumerate(seen) if number == 1])
+    assert gaps.max() <= 16  # in every second pass, of four to six texts each

@@ -1,0 +1,89 @@
+"""Devices of different models and tokenizers that learn from how the others complete public prompts, over a real broker."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from fleet import Fleet
+from records import reports, sent
+
+from edge_runtime import codec
+from edge_runtime.methods.interface import Completion
+
+TABLES = """
+[codistill]
+anchors = "public.jsonl"
+texts = 12
+rows = 8
+tokens = 8
+"""
+WORDS = {"r": "R", "g": "G", "b": "B"}
+
+
+@pytest.fixture(scope="session")
+def two_models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two models of one name, of other widths, depths and tokenizers: the second's has its bytes numbered the other way round.
+    Their weights are large enough that they can be sure of something."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    found = []
+    for number, (hidden, layers) in enumerate(((32, 4), (48, 3))):
+        folder = tmp_path_factory.mktemp("one-of-two") / tiny_model.name
+        shutil.copytree(tiny_model, folder)
+        torch.manual_seed(number)
+        config = LlamaConfig.from_pretrained(
+            tiny_model, hidden_size=hidden, num_hidden_layers=layers, initializer_range=0.3
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+        found.append(folder)
+    written = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = written["model"]["vocab"]
+    written["model"]["vocab"] = {token: 0 if token == "</s>" else 257 - number for token, number in vocabulary.items()}
+    (folder / "tokenizer.json").write_text(json.dumps(written))
+    return found[0], found[1]
+
+
+def rows(path: Path, letters: str, numbers: range, **more: str) -> Path:
+    lines = [
+        {"prompt": f"{letter * 3} {n}:", "completion": more.get("completion", WORDS[letter])}
+        for n in numbers
+        for letter in letters
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def published(fleet: Fleet, round_: int) -> dict[str, dict[int, Completion]]:
+    """What the node published after a round, by file."""
+    found = (fleet.folder / "node" / "versions").glob(f"{round_:05d}-*.edc")
+    return {path.name: {one.prompt: one for one in codec.completions(path.read_bytes())} for path in found}
+
+
+def test_completions_reach_a_model_of_another_tokenizer(fleet: Fleet, two_models: tuple[Path, Path]) -> None:
+    ours, other = two_models
+    fleet.write((ours.name, 3), method="local", rounds=3, quorum=2, steps=40)
+    file = fleet.folder / "fleet.toml"
+    file.write_text(file.read_text() + TABLES)
+    rows(fleet.folder / "public.jsonl", "rgb", range(20, 24), completion="not to be seen")
+    held_out = rows(fleet.folder / "all.jsonl", "rgb", range(12, 20))
+    node = fleet.node("--until-finished")
+    fleet.rows = rows(fleet.folder / "a.jsonl", "rg", range(12))
+    first = fleet.agent("a", "--until-finished", "--models", str(ours.parent), "--eval", f"all={held_out}")
+    fleet.rows = rows(fleet.folder / "b.jsonl", "gb", range(12))
+    second = fleet.agent("b", "--until-finished", "--models", str(other.parent), "--eval", f"all={held_out}")
+    assert (node.end(), first.end(), second.end()) == (0, 0, 0)
+
+    assert sent(fleet, "a", 3) == {}  # nothing else leaves with `local`
+    told = list(published(fleet, 3).values())
+    assert len(told) == 3 and all(one == told[0] for one in told)  # two classes, and whichever comes late
+    assert {"R", "G", "B"} <= {one.text for one in told[0].values()}  # R of the one model, B of the other
+    assert all(0 <= prompt < 12 and 0 < one.confidence <= 1 for prompt, one in told[0].items())
+    for device in "ab":
+        before, after = (
+            reports(fleet, state)[device, round_].result for state, round_ in (("trained", 1), ("finished", 3))
+        )
+        assert before is not None and after is not None
+        assert after.evaluation["all"].accuracy > before.evaluation["all"].accuracy
+    assert "not to be seen" not in (fleet.folder / "node" / "anchors.jsonl").read_text()

@@ -5,16 +5,17 @@
                    nearest row, by the cosine of what the head reads (a conformal p-value, which is 1/2 on average for own rows)
     T(y | a) = Σ_k w_k(a) p_k(y | a) / Σ_k n_k        w_k(a) = n_k · s_k(a) · (1 - H(p_k(· | a)) / log |labels of k|)
     e(a) = Σ_y T(y | a)        t(y | a) = T(y | a)^(1 / temperature), adding up to 1
-    loss of a device = own rows + weight · ramp · mean over the anchors of e(a) CE(t(· | a), its prediction)
+    loss of a device = own rows + weight · mean over the anchors of e(a) r(a) CE(t(· | a), its prediction)
+    r(a) = u(a) + (1 - u(a)) ramp        u(a) = Σ T(y | a) over the y that the device has no rows of / e(a)
     ramp = exp(-5 (1 - done)²), done from 0 in the first round to 1 in the last
 
 A text counts by the evidence e(a) for what it is, 0 to 1: little while the devices have learned little, and where it is like
-nobody's rows. A step draws texts in proportion to it, and more of them as the ramp rises. A temperature below 1 makes targets
-surer than the devices are; their mean is less sure than each of them.
+nobody's rows. A step draws texts in proportion to e r, and the more of them the larger their mean is. A temperature below 1 makes
+targets surer than the devices are; their mean is less sure than each of them.
 
 What the others said is a round old. While devices still learn fast from their own rows it holds them back: they have caught up
 with it before the round is over, and a fleet that follows it early agrees on its early mistakes. So it gains its weight
-towards the end.
+towards the end; but for labels of which a device has no rows, as nothing else teaches it these.
 
 Labels are named alike on all devices. A device that has never met a label learns it from those who have, as its head has a
 row for every label that the fleet predicts. A device that is asked about texts of labels it does not know is as sure of a
@@ -27,10 +28,14 @@ the ramp that of Laine & Aila 2017 (arXiv 1610.02242).
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_runtime.methods.interface import Array, Contributions, Factor, Method, Tensors, add_to, label_of
 from edge_runtime.settings import Codistill
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 P = Factor(("one", "anchors"), trained=True, shared="fleet", start="zero", of="anchors")
 T = P._replace(trained=False)
@@ -63,7 +68,7 @@ def _sureness(said: Mapping[str, Array]) -> Array:
     return np.maximum(1 - entropy, FLOOR)[None].astype(np.float32)
 
 
-def learned(told: Array, temperature: float) -> tuple[list[float], Array]:
+def learned(told: Array, temperature: float) -> tuple[Array, Array]:
     """e (texts,) and t (texts, labels) of the fleet's T (texts, labels); a label that nobody names stays at 0."""
     import numpy as np
 
@@ -71,7 +76,16 @@ def learned(told: Array, temperature: float) -> tuple[list[float], Array]:
     most = np.maximum(told.max(1, keepdims=True), FLOOR)
     sharp = (told / most) ** (1 / temperature)
     total = np.maximum(sharp.sum(1, keepdims=True), FLOOR)
-    return np.minimum(told.sum(1), 1).tolist(), (sharp / total).astype(np.float32)
+    return np.minimum(told.sum(1), 1), (sharp / total).astype(np.float32)
+
+
+def news(told: Array, unmet: "NDArray[np.bool_]") -> Array:
+    """How much of T (texts, labels) is of labels that a device has no rows of (labels,): (texts,), 0 to 1."""
+    import numpy as np
+
+    told = np.maximum(told, 0)
+    found: Array = told[:, unmet].sum(1) / np.maximum(told.sum(1), FLOOR)
+    return found
 
 
 def ramp(round_: int, rounds: int) -> float:

@@ -22,6 +22,7 @@ COLUMNS = (
     "unseen labels",
     "against",
     "difference",
+    "cosine",
     "KB up",
     "KB down",
     "trained",
@@ -80,6 +81,7 @@ def rows(spec: Spec, outcomes: Outcomes) -> list[tuple[str, ...]]:
                 "" if any(map(math.isnan, unseen)) else _percent(unseen),
                 arm.control or "",
                 "" if against is None else _points(against),
+                _agreement([pair for one in own for pair in one.cosines]),
                 _kilobytes([_mean(m.bytes_up) for m in members]),
                 _kilobytes([_mean(m.bytes_down) for m in members]),
                 f"{_mean([m.trained_values for m in members]) / 1e6:.2f} M",
@@ -108,7 +110,8 @@ def write(spec: Spec, outcomes: Outcomes, name: str, out: Path) -> None:
         "Accuracy: mean over the devices after the last round, mean and standard deviation over seeds. By model: "
         + ", ".join(sorted({m.model_class for one in outcomes.values() for m in one.members}))
         + ". Difference: in points, to the arm named before it with the same seed, with its 95 % interval (Student's t over "
-        "seeds). KB: a device and round, as encoded, mean over the rounds of the first seed, without public texts and the last "
+        "seeds). Cosine: between the models' mean steps of what crosses them, mean over tensors and rounds, and the share below "
+        "0. KB: a device and round, as encoded, mean over the rounds of the first seed, without public texts and the last "
         "version; trained: values of a device's adapter, without its head.",
         "",
         f"Seeds that have run: {', '.join(sorted({str(seed) for _, seed in outcomes}))}. A run took {seconds:.0f} s (median) on "
@@ -182,6 +185,12 @@ def _percent(values: list[float], *, spread: bool = True) -> str:
 def _points(found: Difference) -> str:
     around = "" if math.isnan(found.half) else f" ± {100 * found.half:.1f}"
     return f"{100 * found.mean:+.1f}{around}"
+
+
+def _agreement(pairs: list[tuple[float, float]]) -> str:
+    return (
+        f"{_mean([one for one, _ in pairs]):+.2f}, {100 * _mean([one for _, one in pairs]):.0f} % < 0" if pairs else ""
+    )
 
 
 def _kilobytes(values: list[float]) -> str:

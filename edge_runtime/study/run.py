@@ -29,6 +29,7 @@ from edge_runtime.models.facts import Facts, adapter_shapes
 from edge_runtime.models.slices import kept_layers
 from edge_runtime.planning.plan import Plan
 from edge_runtime.rounds import CODEC, FLEET
+from edge_runtime.study.agreement import cosines
 from edge_runtime.study.cut import cut
 from edge_runtime.study.spec import ANCHORS, Arm, Device, Spec, anchors, shares, test_rows
 from edge_runtime.training import data
@@ -54,7 +55,9 @@ class Member(msgspec.Struct, frozen=True):
 
 class Outcome(msgspec.Struct, frozen=True):
     """What a run found. digest: of what it depends on. moved: the squared norm of what each round changed of
-    adapters and heads in all versions; empty for methods whose versions have the same product in other factors."""
+    adapters and heads in all versions; empty for methods whose versions have the same product in other factors. cosines: of
+    each round between the classes' steps (agreement.py), their mean and the share of them below 0; empty where nothing
+    trained crosses classes."""
 
     arm: str
     seed: int
@@ -63,6 +66,7 @@ class Outcome(msgspec.Struct, frozen=True):
     members: list[Member]
     machine: str = ""
     moved: list[float] = []
+    cosines: list[tuple[float, float]] = []
 
     @property
     def accuracy(self) -> float:
@@ -118,6 +122,7 @@ class _Run:
         self.left: dict[str, dict[str, str]] = defaultdict(dict)  # files of the last round, by device
         self.pruned: dict[str, int] = {}  # the rank in which a device goes on
         self.moved: list[float] = []  # by each round: the squared norm of what changed in the versions
+        self.cosines: list[tuple[float, float]] = []  # by each round: between the classes
 
     @cached_property
     def facts(self) -> dict[str, Facts]:
@@ -257,6 +262,9 @@ class _Run:
                 if result.payload_bytes:
                     updates.append(self.update(folder / "payload.bin", device.id, job, result.samples))
             if updates:
+                between = cosines(updates, self.method)
+                if between:
+                    self.cosines.append((sum(between) / len(between), sum(one < 0 for one in between) / len(between)))
                 made = merge.merge(updates, self.versions, self.fleet, self.method, round_, self.folder / "versions")
                 if not self.method.refactored:  # the same product in other factors would count as a move
                     self.moved.append(sum(map(self.moved_by, made)))
@@ -332,4 +340,6 @@ def run_arm(spec: Spec, arm: Arm, seed: int, files: Path, models: Path, folder: 
     fleet = _Run(spec, arm, seed, files, models, folder, bases)
     members = fleet.go()
     shutil.rmtree(folder)
-    return Outcome(arm.name, seed, spec.digest(arm, seed), time.monotonic() - began, members, processor(), fleet.moved)
+    seconds = time.monotonic() - began
+    digest = spec.digest(arm, seed)
+    return Outcome(arm.name, seed, digest, seconds, members, processor(), fleet.moved, fleet.cosines)

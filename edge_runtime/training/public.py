@@ -52,15 +52,20 @@ def numbered(public: list[str], read: Read) -> list[data.Example]:
 
 
 def predicted(
-    job: Job, anchors: list[data.Example], labels: list[str], shared: Mapping[str, NDArray[np.float32]]
+    job: Job,
+    anchors: list[data.Example],
+    labels: list[str],
+    own: set[str],
+    shared: Mapping[str, NDArray[np.float32]],
 ) -> Distillation | None:
-    """What the fleet predicts of the anchors; None where it has not predicted yet."""
+    """What the fleet predicts of the anchors; None where it has not predicted yet. own: labels that this device has rows of."""
     columns = [shared.get(f"anchors.{label}.T") for label in labels]
     if job.codistill is None or all(column is None for column in columns):
         return None
     told = np.stack([np.zeros(len(anchors), np.float32) if column is None else column[0] for column in columns], 1)
-    shares, targets = codistill.learned(told, job.codistill.temperature)
-    return _lesson(job, job.codistill, anchors, shares, torch.from_numpy(targets).to(job.device))
+    evidence, targets = codistill.learned(told, job.codistill.temperature)
+    news = codistill.news(told, np.array([label not in own for label in labels]))
+    return _lesson(job, job.codistill, anchors, evidence, news, torch.from_numpy(targets).to(job.device))
 
 
 @torch.no_grad()
@@ -89,7 +94,8 @@ def completed(job: Job, public: list[str], read: Read) -> Distillation | None:
         return None
     agreed = codec.completions(Path(job.start).read_bytes())
     examples = read([{"prompt": public[one.prompt], "completion": one.text} for one in agreed])
-    return _lesson(job, job.codistill, examples, [one.confidence for one in agreed], None)
+    evidence = np.array([one.confidence for one in agreed])
+    return _lesson(job, job.codistill, examples, evidence, np.zeros(len(agreed)), None)
 
 
 def prompts(job: Job, public: list[str], tokenizer: Any) -> list[list[int]]:
@@ -134,12 +140,19 @@ def as_text(written: list[greedy.Written], before: list[list[int]], tokenizer: A
 
 
 def _lesson(
-    job: Job, spec: Codistill, examples: list[data.Example], shares: list[float], targets: torch.Tensor | None
+    job: Job,
+    spec: Codistill,
+    examples: list[data.Example],
+    evidence: NDArray[Any],
+    news: NDArray[Any],
+    targets: torch.Tensor | None,
 ) -> Distillation | None:
-    if not any(shares):
+    if not evidence.any():
         return None
-    due = codistill.ramp(job.round, job.rounds)
-    return Distillation(examples, shares, targets, due * spec.weight, max(round(due * spec.rows), 1))
+    ramp = codistill.ramp(job.round, job.rounds)
+    shares = evidence * (news + (1 - news) * ramp)
+    rows = max(round(spec.rows * float(shares.sum() / evidence.sum())), 1)
+    return Distillation(examples, shares.tolist(), targets, spec.weight, rows)
 
 
 def _some(examples: list[data.Example]) -> list[data.Example]:

@@ -89,7 +89,10 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         texts, end = public.texts(job), tokenizer.eos_token_id
         anchors = public.numbered(texts, read) if labels else []
         prompts = public.prompts(job, texts, tokenizer) if job.head is None else []
-        distillation = public.completed(job, texts, read) if prompts else public.predicted(job, anchors, labels, shared)
+        if prompts:
+            distillation = public.completed(job, texts, read)
+        else:
+            distillation = public.predicted(job, anchors, labels, data.labels_of(rows), shared)
         del tokenizer, read
         release()
         plan = job.plan

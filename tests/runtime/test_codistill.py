@@ -100,10 +100,16 @@ def test_it_gains_its_weight_towards_the_last_round():
 def test_targets_are_as_sure_as_the_temperature_has_it_and_count_by_their_evidence():
     told = np.array([[0.3, 0.1, 0.0], [0.02, 0.02, 0.04], [0.0, 0.0, 0.0], [0.9, 0.2, -1e-4]], np.float32)
     shares, targets = codistill.learned(told, 1.0)
-    assert shares == pytest.approx([0.4, 0.08, 0.0, 1.0])
+    assert list(shares) == pytest.approx([0.4, 0.08, 0.0, 1.0])
     np.testing.assert_allclose(targets[:2], [[0.75, 0.25, 0], [0.25, 0.25, 0.5]], rtol=1e-6)
     assert (targets[2] == 0).all() and targets[3, 2] == 0
     np.testing.assert_allclose(codistill.learned(told, 0.5)[1][:2], [[0.9, 0.1, 0], [1 / 6, 1 / 6, 4 / 6]], rtol=1e-6)
+
+
+def test_labels_that_a_device_has_no_rows_of_are_news_to_it():
+    told = np.array([[0.3, 0.1, 0.0], [0.0, 0.2, 0.2], [0.0, 0.0, 0.0]], np.float32)
+    assert list(codistill.news(told, np.array([False, False, True]))) == pytest.approx([0, 0.5, 0])
+    assert list(codistill.news(told, np.array([False, True, True]))) == pytest.approx([0.25, 1, 0])
 
 
 @pytest.mark.parametrize("name", list(methods.METHODS))

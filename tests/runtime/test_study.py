@@ -4,15 +4,17 @@ import json
 import subprocess
 import sys
 import time
+import types
 
 import msgspec
+import numpy as np
 import psutil
 import pytest
 from click.testing import CliRunner
 
-from edge_runtime import cli
+from edge_runtime import cli, codec, methods, settings
 from edge_runtime.errors import EdgeError, InputError
-from edge_runtime.study import grid, report, spec
+from edge_runtime.study import agreement, grid, report, spec
 from edge_runtime.study.run import Member, Outcome, accuracy
 from edge_runtime.training.job import Score
 
@@ -157,6 +159,7 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
     assert {(one.rows, one.steps) for one in pooled.values()} == {(32, 9)}  # all rows and steps of three devices
     assert "| fedit + codistill |" in (out / "README.md").read_text()
     assert all("<svg" in (out / f"{picture}.svg").read_text() for picture in ("rounds", "bytes", "convergence"))
+    assert outcomes["fedit + codistill", 0].cosines == []  # no trained tensor crosses the classes
     assert outcomes["local", 0].moved == [] and len(outcomes["fedit + codistill", 0].moved) == 2
     assert all(norm > 0 for norm in outcomes["fedit + codistill", 0].moved)
     again = CliRunner().invoke(cli.app, [*command, "--seeds", "0,1", "--arms", "local", "--workers", "1"])
@@ -240,3 +243,27 @@ def test_arms_and_seeds_are_chosen_by_name(study):
         spec.chosen(study, None, "fedprox")
     with pytest.raises(InputError, match="has to be numbers such as 0,1,2"):
         spec.chosen(study, "one", None)
+
+
+def test_classes_agree_by_the_cosine_of_their_mean_steps_of_what_crosses_them(tmp_path):
+    draw = np.random.default_rng(0)
+    first, second, third = (draw.normal(0, 1, (4, 4)).astype(np.float32) for _ in range(3))
+    key, own = "stages.0.q.C", "layers.0.q.A"
+    sent = [
+        ("m", 10, {key: first, own: first}),
+        ("m", 30, {key: second, own: first}),
+        ("n", 5, {key: third[:2, :2], own: -first}),  # of a lower rank
+    ]
+    updates = []
+    for number, (of, samples, tensors) in enumerate(sent):
+        (tmp_path / f"{number}").write_bytes(codec.encode(tensors))
+        manifest = types.SimpleNamespace(model_class=of, samples=samples)
+        updates.append(types.SimpleNamespace(manifest=manifest, payload=tmp_path / f"{number}"))
+    crossing = methods.build(settings.Method("fedsb", {"stages": 1, "across": True}), None, None)
+    mean, low = (10 * first + 30 * second) / 40, np.zeros((4, 4))
+    low[:2, :2] = third[:2, :2]
+    expected = (mean * low).sum() / np.linalg.norm(mean) / np.linalg.norm(low)
+    assert agreement.cosines(updates, crossing) == pytest.approx([expected], abs=0.01)
+    assert agreement.cosines(updates[::-1], crossing) == pytest.approx([expected], abs=0.01)
+    inside = methods.build(settings.Method("fedsb", {"stages": 1}), None, None)
+    assert agreement.cosines(updates, inside) == agreement.cosines(updates[:2], crossing) == []

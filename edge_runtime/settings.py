@@ -66,7 +66,7 @@ class Codistill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the fleet has a [codistill], devices of all models learn what the others say of public texts: which label they
     have, with a [head]; without one, how they go on.
 
-    anchors: a .jsonl file on the node whose rows have a text or a prompt; texts: how many of them, the first. rows: of them in
+    anchors: a .jsonl file on the node (aggregator/anchors.py); texts: how many of them, the first. rows: of them in
     a step, beside the device's own; weight: of their mean loss beside that of its own; both in the last round, up to which they
     grow (methods/codistill.py). temperature: of the targets of labels, which are surer below 1. tokens: of a completion with
     its end; a longer one does not count. across: between models; or, for comparison, among devices of one model alone.

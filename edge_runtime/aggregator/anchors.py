@@ -1,24 +1,36 @@
-"""The public texts of a fleet that distils, as its node serves them: texts or prompts alone, whatever else their rows have."""
+"""The public texts of a fleet that distils, as its node serves them: what is asked alone, whatever else their rows have."""
 
 from pathlib import Path
 
 from edge_runtime.errors import InputError
-from edge_runtime.settings import Codistill
+from edge_runtime.settings import Fleet
 from edge_runtime.training import data
 
 
-def write(spec: Codistill, folder: Path) -> Path:
-    """Write the first `texts` rows into the folder; returns the file.
+def write(fleet: Fleet, folder: Path) -> Path | None:
+    """Write the first `texts` rows into the folder; returns the file, or None where the fleet does not distil.
 
     Raises:
-        InputError: the fleet's file cannot be read, or has too few rows with a text or a prompt.
+        InputError: the fleet's file cannot be read, or has too few rows that can be used.
     """
-    rows = data.read_rows(Path(spec.anchors))
-    texts = [row[name] for row in rows for name in ("text", "prompt") if row.get(name, "").strip()]
+    if fleet.codistill is None:
+        return None
+    spec, headed = fleet.codistill, fleet.head is not None  # a head tells labels of texts alone
+    asked = [_asked(row) for row in data.read_rows(Path(spec.anchors))]
+    texts = [row for row in asked if "text" in row or not headed]
     if len(texts) < spec.texts:
+        what = "a text or a prompt" if headed else "a text, a prompt or messages"
         raise InputError(
-            f"[codistill] texts is {spec.texts}, but {spec.anchors} has {len(texts)} rows with a text or a prompt: lower it, or "
-            "add rows"
+            f"[codistill] texts is {spec.texts}, but {spec.anchors} has {len(texts)} rows with {what}: lower it, or add rows"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    return data.write_rows(folder / "anchors.jsonl", [{"text": text} for text in texts[: spec.texts]])
+    return data.write_rows(folder / "anchors.jsonl", texts[: spec.texts])
+
+
+def _asked(row: data.Row) -> data.Row:
+    """A row's text or prompt, or its messages before the assistant's last."""
+    if "messages" not in row:
+        return {"text": row.get("text", row.get("prompt"))}
+    messages = row["messages"]
+    last = max(number for number, turn in enumerate(messages) if turn["role"] == "assistant")
+    return {"messages": messages[:last]}

@@ -69,7 +69,7 @@ class Node:
         self.fleet, self.options, self._tell = fleet, options, tell
         self._method = methods.of(fleet)
         self._store = Store(options.state / "node.db")
-        self._texts = anchors.write(fleet.codistill, options.state) if fleet.codistill is not None else None
+        self._texts = anchors.write(fleet, options.state)
         self._key = signing.load_or_create_key(options.state / "node.key")
         self._journal = Journal(self._store.connection, options.state)
         self._session = Session(options.broker, f"{fleet.name}-{options.node}", clean_start=True, session_expiry_s=0)

@@ -88,6 +88,26 @@ def _check_messages(messages: Any, where: str) -> None:
         raise InputError(f"{where}: the first message is the assistant's, but it has to answer something")
 
 
+def read_asked(path: Path) -> list[Row]:
+    """Rows of a text, or of messages that the assistant has still to answer, as the fleet's node wrote them."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def asked(row: Row, tokenizer: Any) -> list[int]:
+    """Token ids of such a row, behind which the completion begins; raises InputError as tokenize does."""
+    if "messages" in row:
+        return _templated(row["messages"], tokenizer, add_generation_prompt=True)
+    ids: list[int] = tokenizer(row["text"]).input_ids
+    return ids
+
+
+def answered(row: Row, completion: str) -> Row:
+    """Such a row with its completion, to be learned."""
+    if "messages" in row:
+        return {"messages": [*row["messages"], {"role": "assistant", "content": completion}]}
+    return {"prompt": row["text"], "completion": completion}
+
+
 def write_rows(path: Path, rows: list[Row]) -> Path:
     """Write rows as a .jsonl file; returns its path."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -137,10 +157,6 @@ def _example(row: Row, tokenizer: Any, max_tokens: int, numbers: dict[str, int] 
 
 
 def _chat(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[int]]:
-    if not tokenizer.chat_template:
-        raise InputError(
-            "the model has no chat template, so it cannot learn from messages: use prompt and completion rows"
-        )
     ids: list[int] = []
     labels: list[int] = []
     for end, turn in enumerate(messages, 1):
@@ -154,6 +170,10 @@ def _chat(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], li
 
 
 def _templated(messages: list[dict[str, str]], tokenizer: Any, *, add_generation_prompt: bool) -> list[int]:
+    if not tokenizer.chat_template:
+        raise InputError(
+            "the model has no chat template, so it cannot learn from messages: use prompt and completion rows"
+        )
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # a template may refuse roles or their order, with an error of its own

@@ -25,7 +25,7 @@ class Written(NamedTuple):
 def write(
     model: PreTrainedModel,
     prompts: list[list[int]],
-    end: int,
+    ends: list[int],
     most_tokens: int,
     micro_rows: int,
     progress: Callable[[int], None] = lambda _: None,
@@ -33,16 +33,16 @@ def write(
     """Complete the prompts that the model ends within most_tokens, the end among them.
 
     Args:
-        prompts: token ids, at least one each. end: the token that ends a completion.
+        prompts: token ids, at least one each. ends: tokens that end a completion.
         micro_rows: prompts at once. progress: told after each batch how many are done.
     """
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     found = []
     for first in range(0, len(order), micro_rows):
         numbers = order[first : first + micro_rows]
-        tokens, log_p = _batch(model, [prompts[number] for number in numbers], end, most_tokens)
+        tokens, log_p = _batch(model, [prompts[number] for number in numbers], ends, most_tokens)
         for number, ids, logs in zip(numbers, tokens.tolist(), log_p, strict=True):
-            length = ids.index(end) if end in ids else 0
+            length = next((at for at, token in enumerate(ids) if token in ends), 0)
             if length:
                 found.append(Written(number, ids[:length], float(logs[: length + 1].mean().exp())))
         progress(first + len(numbers))
@@ -50,17 +50,18 @@ def write(
 
 
 def _batch(
-    model: PreTrainedModel, prompts: list[list[int]], end: int, most_tokens: int
+    model: PreTrainedModel, prompts: list[list[int]], ends: list[int], most_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens after each prompt and their log-probabilities (rows, tokens), until all have ended."""
     weight, softcap = head(model)
     longest = -(-max(map(len, prompts)) // LENGTH_STEP) * LENGTH_STEP
-    ids = torch.tensor([[end] * (longest - len(prompt)) + prompt for prompt in prompts], device=weight.device)
+    ids = torch.tensor([[ends[0]] * (longest - len(prompt)) + prompt for prompt in prompts], device=weight.device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=weight.device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     cache = DynamicCache(config=model.config)
     tokens: list[torch.Tensor] = []
     log_p: list[torch.Tensor] = []
+    last = torch.tensor(ends, device=weight.device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=weight.device)
     while len(tokens) < most_tokens and not ended.all():
         hidden = model.base_model(
@@ -69,7 +70,7 @@ def _batch(
         swept = sweep(hidden, weight, softcap)
         tokens.append(swept.likely)
         log_p.append(swept.best - swept.log_sum)
-        ended |= swept.likely == end
+        ended |= torch.isin(swept.likely, last)
         ids, positions = swept.likely[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
     release()

@@ -29,25 +29,23 @@ MOST_ROWS = 512  # of its own that a device compares public texts with
 Read = Callable[[list[data.Row]], list[data.Example]]
 
 
-def texts(job: Job) -> list[str]:
+def texts(job: Job) -> list[data.Row]:
     """The fleet's; raises InputError where they are not as many as it says."""
     if job.anchors is None:
         return []
     assert job.codistill is not None
-    rows = data.read_rows(Path(job.anchors))
-    if len(rows) < job.codistill.texts or not all("text" in row for row in rows):
-        raise InputError(
-            f"the fleet's public texts are {job.codistill.texts} rows with a text, but its file has {len(rows)} rows"
-        )
-    return [row["text"] for row in rows[: job.codistill.texts]]
+    rows = data.read_asked(Path(job.anchors))
+    if len(rows) < job.codistill.texts:
+        raise InputError(f"the fleet has {job.codistill.texts} public texts, but its file has {len(rows)} rows")
+    return rows[: job.codistill.texts]
 
 
 # --- labels
 
 
-def numbered(public: list[str], read: Read) -> list[data.Example]:
+def numbered(public: list[data.Row], read: Read) -> list[data.Example]:
     """A head's rows; the answer of each is its number."""
-    examples = read([{"text": text, "label": ""} for text in public])
+    examples = read([{"text": row["text"], "label": ""} for row in public])
     return [text._replace(answer=number) for number, text in enumerate(examples)]
 
 
@@ -88,22 +86,22 @@ def predict(
 # --- completions
 
 
-def completed(job: Job, public: list[str], read: Read) -> Distillation | None:
+def completed(job: Job, public: list[data.Row], read: Read) -> Distillation | None:
     """How the fleet completes the texts; None where it has completed none yet."""
     if job.codistill is None or job.start is None:
         return None
     agreed = codec.completions(Path(job.start).read_bytes())
-    examples = read([{"prompt": public[one.prompt], "completion": one.text} for one in agreed])
+    examples = read([data.answered(public[one.prompt], one.text) for one in agreed])
     evidence = np.array([one.confidence for one in agreed])
     return _lesson(job, job.codistill, examples, evidence, np.zeros(len(agreed)), None)
 
 
-def prompts(job: Job, public: list[str], tokenizer: Any) -> list[list[int]]:
+def prompts(job: Job, public: list[data.Row], tokenizer: Any) -> list[list[int]]:
     """Token ids of the texts, whose beginning is lost where the completion would not fit behind them."""
     if job.codistill is None:
         return []
     room = job.plan.tokens - job.codistill.tokens
-    return [tokenizer(text).input_ids[-room:] or [tokenizer.eos_token_id] for text in public]
+    return [data.asked(row, tokenizer)[-room:] or [tokenizer.eos_token_id] for row in public]
 
 
 def complete(
@@ -111,7 +109,7 @@ def complete(
     job: Job,
     examples: list[data.Example],
     before: list[list[int]],
-    end: int,
+    ends: list[int],
     progress: Callable[[int], None],
 ) -> list[greedy.Written]:
     """How the model itself completes the prompts, with less confidence where they are unlike this device's rows."""
@@ -120,7 +118,7 @@ def complete(
     read = states(model, [data.Example(ids, [], 0) for ids in before], micro_rows)
     own = states(model, [_prompt(row) for row in _some(examples)], micro_rows)
     alike = likeness(own, read).tolist()
-    found = greedy.write(model, before, end, job.codistill.tokens, micro_rows, progress)
+    found = greedy.write(model, before, ends, job.codistill.tokens, micro_rows, progress)
     return [one._replace(confidence=alike[one.prompt] * one.confidence) for one in found]
 
 

@@ -86,7 +86,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         examples = read(rows) if job.train else []
         held_out = {name: read(data.read_rows(Path(path))) for name, path in job.evaluation.items()}
         shared = codec.decode(Path(job.start).read_bytes()) if job.start is not None else {}
-        texts, end = public.texts(job), tokenizer.eos_token_id
+        texts, stops = public.texts(job), sorted({tokenizer.eos_token_id, *tokenizer.all_special_ids})
         anchors = public.numbered(texts, read) if labels else []
         prompts = public.prompts(job, texts, tokenizer) if job.head is None else []
         if prompts:
@@ -173,7 +173,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         if prompts:
             with meter.phase("complete"):
                 progress = partial(tell, "complete prompts", of=len(prompts))
-                written = public.complete(model, job, examples, prompts, end, progress)
+                written = public.complete(model, job, examples, prompts, stops, progress)
         attach.detach(model)
         del model, undo
         gc.collect()  # its modules and their functions refer to each other

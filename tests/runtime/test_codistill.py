@@ -3,14 +3,16 @@
 import json
 import types
 
+import msgspec
 import numpy as np
 import pytest
 
 from edge_runtime import codec, methods, settings
-from edge_runtime.aggregator import merge
+from edge_runtime.aggregator import anchors, merge
 from edge_runtime.errors import InputError
 from edge_runtime.methods import codistill
 from edge_runtime.methods.interface import Contribution
+from edge_runtime.training import data
 
 SPEC = settings.Codistill("anchors.jsonl", texts=5)
 RNG = np.random.default_rng(0)
@@ -195,11 +197,26 @@ def test_a_stage_that_the_method_has_not_is_refused():
 
 
 def test_the_nodes_texts_are_checked_before_anything_is_announced(tmp_path):
-    from edge_runtime.aggregator import anchors
-
     file = tmp_path / "given.jsonl"
     file.write_text("".join(json.dumps({"text": f"t{n}", "label": "secret"}) + "\n" for n in range(7)))
-    written = anchors.write(settings.Codistill(str(file), texts=5), tmp_path / "state")
+
+    def of(texts):
+        return msgspec.structs.replace(FLEET, codistill=settings.Codistill(str(file), texts=texts))
+
+    written = anchors.write(of(5), tmp_path / "state")
     assert [json.loads(line) for line in written.read_text().splitlines()] == [{"text": f"t{n}"} for n in range(5)]
     with pytest.raises(InputError, match=r"texts is 8, but .* has 7 rows"):
-        anchors.write(settings.Codistill(str(file), texts=8), tmp_path / "state")
+        anchors.write(of(8), tmp_path / "state")
+
+
+def test_what_is_asked_is_served_without_its_answer_and_messages_only_where_no_head_reads_them(tmp_path):
+    file = tmp_path / "given.jsonl"
+    turns = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user", "assistant")]
+    rows = [{"prompt": "p", "completion": "secret"}, {"messages": turns}, {"text": "t"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fleet = msgspec.structs.replace(FLEET, head=None, codistill=settings.Codistill(str(file), texts=3))
+    asked = [{"text": "p"}, {"messages": turns[:4]}, {"text": "t"}]
+    assert data.read_asked(anchors.write(fleet, tmp_path / "state")) == asked
+    with pytest.raises(InputError, match=r"texts is 3, but .* has 2 rows with a text or a prompt"):
+        anchors.write(msgspec.structs.replace(fleet, head=settings.Head()), tmp_path / "state")
+    assert anchors.write(msgspec.structs.replace(fleet, codistill=None), tmp_path / "state") is None

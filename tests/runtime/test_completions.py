@@ -49,7 +49,7 @@ def test_a_batch_is_completed_as_each_prompt_alone(tiny, family):
             length = ids.index(end)
             wanted[number] = ids[:length], float(np.exp(np.mean(logs[: length + 1])))
     apply(model)
-    found = greedy.write(model, prompts, end, 6, 3)
+    found = greedy.write(model, prompts, [end], 6, 3)
     assert wanted and {one.prompt: one.ids for one in found} == {number: ids for number, (ids, _) in wanted.items()}
     assert [one.confidence for one in found] == pytest.approx([wanted[one.prompt][1] for one in found], rel=1e-3)
 
@@ -132,6 +132,19 @@ def test_an_answer_is_learned_from_what_the_fleet_says_of_public_prompts(trained
         _, after = trained(f"{name} after", ROWS, HELD_OUT, train=False, private=private, **common, **start)
         accuracy[name] = after.evaluation["all"].accuracy
     assert accuracy["alone"] <= 2 / 3 < accuracy["taught"]
+
+
+def test_messages_are_asked_and_answered_in_the_models_own_template(demo_tokenizer):
+    turns = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = data.asked({"messages": turns}, demo_tokenizer)
+    row = data.answered({"messages": turns}, "Paris")
+    learned = data.tokenize([row], demo_tokenizer, 512)[0]
+    assert learned.ids[: len(ids)] == ids and set(learned.labels[: len(ids)]) == {IGNORED}
+    answer = demo_tokenizer("Paris", add_special_tokens=False).input_ids
+    assert learned.ids[len(ids) :][: len(answer)] == answer
+    assert learned.ids[len(ids) + len(answer)] in demo_tokenizer.all_special_ids  # where greedy decoding ends
+    assert data.asked({"text": "hi"}, demo_tokenizer) == demo_tokenizer("hi").input_ids
+    assert data.answered({"text": "hi"}, " there") == {"prompt": "hi", "completion": " there"}
 
 
 # --- the node

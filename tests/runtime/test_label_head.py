@@ -106,7 +106,7 @@ def test_a_label_that_cannot_be_exchanged_is_refused_before_training(trained, la
 
 def test_too_few_public_texts_are_refused_in_a_sentence(trained, tmp_path):
     anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC[:3]))
-    with pytest.raises(AssertionError, match="public texts are 12 rows with a text, but its file has 3 rows"):
+    with pytest.raises(AssertionError, match="has 12 public texts, but its file has 3 rows"):
         trained("few", codistill=CODISTILL, anchors=anchors)
 
 

@@ -1,6 +1,6 @@
 """Delta and adapter state on the wire: 8-bit blocks, entropy-coded.
 
-    payload = b"EDC1" · header length (4 bytes) · header (JSON: keys and shapes) · zstd(values · scales · completions)
+    payload = b"EDC1" · header length (4 bytes) · header (JSON: keys, shapes, a length) · zstd(values · scales · completions)
 
 Each run of 64 values of a tensor has one float32 scale, max|v| / 127; a value is scale · q. On the sender's side error
 feedback carries what rounding lost into the next round: encode(delta + residual), residual <- delta + residual - decoded.
@@ -39,7 +39,7 @@ def encode(tensors: Mapping[str, NDArray[np.float32]], completions: Sequence[Com
     """Encode float32 tensors, and completions beside them as they are.
 
     Raises:
-        InputError: a value is not finite, or within a hundredth of float32's largest.
+        InputError: a value is not finite, or within a hundredth of float32's largest; or the completions take too much.
     """
     values, scales = [], []
     for key, tensor in tensors.items():
@@ -53,6 +53,8 @@ def encode(tensors: Mapping[str, NDArray[np.float32]], completions: Sequence[Com
         values.append(np.rint(quotient).astype(np.int8).ravel()[: flat.size])
         scales.append(scale.ravel())
     said = msgspec.json.encode(completions) if completions else b""
+    if len(said) > LARGEST_COMPLETIONS_BYTES:
+        raise InputError(f"the completions take {len(said)} bytes, but {LARGEST_COMPLETIONS_BYTES} is the most")
     header = msgspec.json.encode(Header({key: tensor.shape for key, tensor in tensors.items()}, len(said)))
     parts = (*(part.tobytes() for part in (*values, *scales)), said)
     body = zstandard.ZstdCompressor(level=3).compress(b"".join(parts))
@@ -92,7 +94,7 @@ def completions(payload: bytes) -> list[Completion]:
     _, raw = _body(payload)
     try:
         return msgspec.json.decode(raw[-header.completions_bytes :], type=list[Completion])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"the payload's completions cannot be read: {error}") from error
 
 
@@ -123,7 +125,7 @@ def _header(payload: bytes) -> tuple[Header, int]:
     split = 8 + int.from_bytes(payload[4:8], "big")
     try:
         header = msgspec.json.decode(payload[8:split], type=Header)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"the payload's header cannot be read: {error}") from error
     if any(dimension < 1 for shape in header.shapes.values() for dimension in shape):
         raise InputError("the payload declares an empty tensor")

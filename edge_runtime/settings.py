@@ -30,6 +30,7 @@ Role = Literal["q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "fc1"
 Weights = Literal["float32", "bfloat16", "q8_0", "q4_1", "q4_0", "nf4"]
 Boundaries = Literal["input", "int8"]  # how each block's input is kept for backward
 MOST_TEXTS = 1 << 20
+MOST_TOKENS = 1 << 16  # of all completions: as JSON they are below what a payload may hold
 PACKED = ("q8_0", "q4_1", "q4_0", "nf4")  # block formats of edge_kernels.quant
 
 
@@ -66,10 +67,11 @@ class Codistill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the fleet has a [codistill], devices of all models learn what the others say of public texts: which label they
     have, with a [head]; without one, how they go on.
 
-    anchors: a .jsonl file on the node (aggregator/anchors.py); texts: how many of them, the first. rows: of them in
-    a step, beside the device's own; weight: of their mean loss beside that of its own; both in the last round, up to which they
-    grow (methods/codistill.py). temperature: of the targets of labels, which are surer below 1. tokens: of a completion with
-    its end; a longer one does not count. across: between models; or, for comparison, among devices of one model alone.
+    anchors: a .jsonl file on the node (aggregator/anchors.py); texts: how many of them, the first. rows: of them in a step,
+    beside the device's own; weight: of their mean loss beside that of its own; both in the last round, up to which they grow,
+    but for labels that a device has no rows of (methods/codistill.py). temperature: of the targets of labels, which are surer
+    below 1. tokens: of a completion with its end; a longer one does not count. across: between models; or, for comparison,
+    among devices of one model alone.
     """
 
     anchors: str
@@ -262,6 +264,9 @@ def _check(fleet: Fleet) -> None:
         rules.append(("[codistill] weight", weight, 0 < weight < float("inf"), "a number above 0"))
         if fleet.head is None:
             tokens, most = fleet.codistill.tokens, min((training.max_tokens, *training.shorter)) - 8
+            rules.append(
+                ("[codistill] texts x tokens", texts * tokens, texts * tokens <= MOST_TOKENS, f"{MOST_TOKENS} or less")
+            )
             rules.append(
                 ("[codistill] tokens", tokens, 2 <= tokens <= most, f"2 to {most}, as rows are cut to {most + 8}")
             )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from edge_kernels import Packed, adapter_linear
+from edge_kernels import adapter_linear
 from numpy.typing import NDArray
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -163,17 +163,10 @@ def detach(model: nn.Module) -> None:
 
 def _frames(base: nn.Module, rank: int, method: Method) -> dict[str, torch.Tensor]:
     """The factors that a method takes from the layer's own weights, by name."""
-    wanted = {name for name, factor in method.factors.items() if factor.start == "singular"}
-    if not wanted:
+    if not method.reads_weights:
         return {}
-    weight = base.weight
-    if isinstance(weight, Packed) and not all(part is None or part.numel() for part in weight.parts):
-        raise InputError(
-            f"{method.name} takes frames from the model's weights, which are not in memory where they are streamed: choose "
-            "another plan, or drawn frames"
-        )
-    A, B = frames(weight, rank, transposed=isinstance(base, Conv1D))
-    return {name: frame for name, frame in (("A", A), ("B", B)) if name in wanted}
+    A, B = frames(base.weight, rank, transposed=isinstance(base, Conv1D))
+    return {name: frame for name, frame in (("A", A), ("B", B)) if method.factors[name].start == "singular"}
 
 
 def _parameter(

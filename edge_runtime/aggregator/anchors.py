@@ -17,7 +17,7 @@ def write(fleet: Fleet, folder: Path) -> Path | None:
         return None
     spec, headed = fleet.codistill, fleet.head is not None  # a head tells labels of texts alone
     asked = [_asked(row) for row in data.read_rows(Path(spec.anchors))]
-    texts = [row for row in asked if "text" in row or not headed]
+    texts = [row for row in asked if row.get("text", "").strip() or ("messages" in row and not headed)]
     if len(texts) < spec.texts:
         what = "a text or a prompt" if headed else "a text, a prompt or messages"
         raise InputError(
@@ -33,4 +33,4 @@ def _asked(row: data.Row) -> data.Row:
         return {"text": row.get("text", row.get("prompt"))}
     messages = row["messages"]
     last = max(number for number, turn in enumerate(messages) if turn["role"] == "assistant")
-    return {"messages": messages[:last]}
+    return {"messages": [{"role": turn["role"], "content": turn["content"]} for turn in messages[:last]]}

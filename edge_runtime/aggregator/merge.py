@@ -35,7 +35,7 @@ WIDEST = 1 << 20  # rows or columns of a factor
 LARGEST_ADAPTER = 1 << 28  # values
 MOST_LABELS = 1 << 14
 LARGEST_TOTAL = 1.05  # of a device's probabilities, after rounding to 8 bits
-MOST_CHARACTERS = 1 << 14  # of a completion
+CHARACTERS_A_TOKEN = 32  # of a completion, at most
 LARGEST_NORM = 1e4  # of one factor's delta; a trained one has a few units
 
 
@@ -73,17 +73,20 @@ def _check_predictions(delta: codec.Tensors) -> None:
 
 def _check_completions(said: list[Completion], fleet: Fleet, method: Method) -> None:
     """Refuse what completes no prompt of this fleet, or one twice."""
-    if said and (method.completions is None or fleet.codistill is None):
+    if said and method.completions is None:
         raise InputError("the delta holds completions, which this fleet does not exchange")
+    if fleet.codistill is None:
+        return
     met: set[int] = set()
+    most = CHARACTERS_A_TOKEN * fleet.codistill.tokens
     for one in said:
-        if fleet.codistill is None or not 0 <= one.prompt < fleet.codistill.texts or one.prompt in met:
+        if not 0 <= one.prompt < fleet.codistill.texts or one.prompt in met:
             raise InputError(
                 f"the delta completes prompt {one.prompt}, which it has completed or this fleet does not have"
             )
-        if not one.text.strip() or len(one.text) > MOST_CHARACTERS:
+        if not one.text.strip() or len(one.text) > most:
             raise InputError(
-                f"the completion of prompt {one.prompt} has {len(one.text)} characters, but has to have 1 to {MOST_CHARACTERS}"
+                f"the completion of prompt {one.prompt} has {len(one.text)} characters, but has to have 1 to {most}"
             )
         if not 0 <= one.confidence <= 1:
             raise InputError(f"the confidence in the completion of prompt {one.prompt} is {one.confidence}, not 0 to 1")
@@ -159,10 +162,10 @@ def merge(
     shared = load_file(versions[FLEET].master) if FLEET in versions else {}
     for kind in across:
         _merge_kind(method, kind, updates, shared, fleet)
-    agreed = completions.agreed(_completions(updates)) if method.completions == "fleet" else []
+    agreed = completions.agreed(partial(_completions, updates)) if method.completions == "fleet" else []
     own = {update.manifest.model_class for update in updates}
     crosses = bool(across) or method.completions == "fleet"
-    written = [_write(FLEET, shared, {}, agreed, round_, folder)] if shared or agreed else []
+    written = [_write(FLEET, shared, {}, agreed, round_, folder)] if shared or agreed or FLEET in versions else []
     for of in sorted(
         own | (versions.keys() - {FLEET} if crosses else set())
     ):  # who is not there gets what is shared, too
@@ -172,7 +175,7 @@ def merge(
             _merge_kind(method, kind, mine, state, fleet)
         if method.completions == "class":
             kept = [] if mine else codec.completions(versions[of].artifact.read_bytes())
-            agreed = completions.agreed(_completions(mine)) or kept
+            agreed = completions.agreed(partial(_completions, mine)) or kept
         written.append(_write(of, state, shared, agreed, round_, folder))
     return written
 

@@ -37,7 +37,7 @@ def by_name(name: str) -> Method:
 
 
 def build(spec: settings.Method, head: settings.Head | None, distils: settings.Codistill | None) -> Method:
-    """A method with what the fleet adds to it; raises InputError where it is not known, or something is missing for it."""
+    """A method with what the fleet adds to it; raises InputError where it is not known, or its settings do not fit."""
     method = _with_settings(spec)
     if head is not None:
         method = label_head.added(method, head)

@@ -10,7 +10,7 @@
     ramp = exp(-5 (1 - done)²), done from 0 in the first round to 1 in the last
 
 A text counts by the evidence e(a) for what it is, 0 to 1: little while the devices have learned little, and where it is like
-nobody's rows. A step draws texts in proportion to e r, and the more of them the larger their mean is. A temperature below 1 makes
+nobody's rows. A step draws texts in proportion to e r, and the more of them the more r leaves of e. A temperature below 1 makes
 targets surer than the devices are; their mean is less sure than each of them.
 
 What the others said is a round old. While devices still learn fast from their own rows it holds them back: they have caught up

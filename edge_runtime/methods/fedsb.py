@@ -4,8 +4,8 @@
 
 C has r² values whatever the layer's size, and with one A and B for all the merge is exact. The paper takes A and B from the
 singular vectors of the first full gradient, which a device that holds packed weights never has. Here they are drawn from the
-fleet's seed, or `frames = "singular"` takes the layer's own leading singular vectors; nothing but C ever travels. Both starts
-are ours.
+fleet's seed, or `frames = "singular"` takes the layer's own leading singular vectors (adapters/singular.py), one A and B for
+all devices that hold the model in one weight format; nothing but C ever travels. The choice is ours.
 
 As C has one shape in all models, it can cross them: `stages` gives all layers at about the same relative depth one core, and
 `across` shares it. What it says is which of a layer's directions go where: whether these are the same in another model is

@@ -14,7 +14,8 @@ Across classes (CMGA), for each of U and V: d_c is the mean of class c's devices
 
 `alignment` chooses: "projection" is this; "pairwise" takes from each d_c what opposes any other class's (FedGH); "cagrad" is the
 step of conflict-averse gradients; "gate" is the plain mean of a tensor of n values where the cosine of each d_c with the
-others' common direction is above 2 / √n, twice what chance gives, and no step at all elsewhere; "off" the plain mean.
+others' common direction is above 2 / √n, twice what chance gives, over the entries that all of them hold, and no step at all
+elsewhere; "off" the plain mean.
 `across = false` keeps U and V in the class: the control in which nothing crosses. `core = "frozen"` draws U and V and trains
 neither: the other one.
 
@@ -95,6 +96,8 @@ def across_classes(contributions: Contributions, alignment: str) -> Tensors:
         holders = (counts * steps).sum(0) / np.maximum(counts.sum(0), 1)
         steps = np.where(counts > 0, steps, holders)  # a class is neither for nor against what it does not hold
         shares = counts.reshape(len(counts), -1).max(1)
+        if alignment == "gate" and not _agree(steps[:, (counts > 0).all(0)]):
+            steps = np.zeros_like(steps)
         found[key] = combined(list(steps), list(shares / shares.sum()), alignment)
     return found
 
@@ -107,12 +110,10 @@ def combined(steps: list[Array], shares: list[float], alignment: str) -> Array:
     p = np.array(shares)
     plain = p @ flat
     norms = np.linalg.norm(flat, axis=1)
-    if alignment == "off" or len(flat) == 1 or not norms.all():
+    if alignment in ("off", "gate") or len(flat) == 1 or not norms.all():
         made = plain
     elif alignment == "cagrad":
         made = _cagrad(flat, plain)
-    elif alignment == "gate":
-        made = plain * _agree(flat, p / norms)
     else:
         mended = _projected(flat, (p / norms) @ flat) if alignment == "projection" else _pairwise(flat, norms)
         made = p @ mended
@@ -140,14 +141,16 @@ def _pairwise(flat: Any, norms: Any) -> Any:
     return mended
 
 
-def _agree(flat: Any, weights: Any) -> bool:
-    """Whether each points where the others do, more than vectors of that length do by chance."""
+def _agree(steps: Any) -> bool:
+    """Whether each class's step (classes, entries) points where the others do, more than by chance; one that does not move has
+    no say."""
     import numpy as np
 
-    weighted = weights[:, None] * flat
-    others = weighted.sum(0) - weighted
-    lengths = np.linalg.norm(weighted, axis=1) * np.linalg.norm(others, axis=1)
-    return bool(((weighted * others).sum(1) > 2 * lengths / np.sqrt(flat.shape[1])).all())
+    norms = np.linalg.norm(steps, axis=1, keepdims=True)
+    units = steps[norms[:, 0] > 0] / norms[norms[:, 0] > 0]
+    others = units.sum(0) - units
+    cosines = (units * others).sum(1) / np.maximum(np.linalg.norm(others, axis=1), TINY)
+    return len(units) < 2 or bool((cosines > 2 / np.sqrt(units.shape[1])).all())
 
 
 def _cagrad(flat: Any, plain: Any) -> Any:

@@ -184,6 +184,11 @@ class Method(NamedTuple):
         return bool(self.merges) or self.completions is not None
 
     @property
+    def reads_weights(self) -> bool:
+        """Whether some factor begins as the layers' own weights have it, which have to be in memory then."""
+        return any(factor.start == "singular" for factor in self.factors.values())
+
+    @property
     def exchanges_layers(self) -> bool:
         """Whether a linear layer's factors travel, so that they have to fit other devices' models too."""
         return "layers" in self.merges

@@ -116,6 +116,7 @@ def candidates(fleet: Fleet, facts: dict[str, Facts], runtime_bytes: int, rates:
     Lengths above a model's positions are left out, unless all are.
     """
     training, adapter = fleet.training, fleet.adapter
+    method = methods.build(fleet.method, fleet.head, fleet.codistill)
     lengths = (training.max_tokens, *training.shorter)
     for model in fleet.catalog:
         known = facts[model.source]
@@ -140,6 +141,7 @@ def candidates(fleet: Fleet, facts: dict[str, Facts], runtime_bytes: int, rates:
                 for tokens in possible
                 for rank in (adapter.rank, *adapter.lower)
                 for way in _ways(training.rows_a_step, weights, tokens)
+                if not (way.streamed and method.reads_weights)
             ]
 
 
@@ -163,8 +165,8 @@ def plan(
         lengths: of the rows, after padding; None: all there are up to `tokens`.
 
     Raises:
-        InputError: a sequence is longer than the model has positions, its family cannot be packed, or weights that are not
-            packed are to be streamed.
+        InputError: a sequence is longer than the model has positions, its family cannot be packed, or weights are to be streamed
+            that are not packed or of which the method takes frames.
     """
     if tokens > known.positions:
         key = "shorter goes down to" if tokens in fleet.training.shorter else "max_tokens is"
@@ -172,6 +174,11 @@ def plan(
     if weights in PACKED and known.family in UNPACKED_FAMILIES:
         raise InputError(
             f"{source} is a {known.family} model, whose matrices cannot be packed: use float32 or bfloat16"
+        )
+    method = methods.build(fleet.method, fleet.head, fleet.codistill)
+    if way.streamed and method.reads_weights:
+        raise InputError(
+            f"{method.name} takes frames from the model's weights, which cannot be streamed then: use drawn ones"
         )
     if way.streamed and weights not in PACKED:
         raise InputError(f"weights in {weights} cannot be streamed: use one of {', '.join(PACKED)}")
@@ -188,7 +195,6 @@ def plan(
         **way._asdict(),
     )
     roles, rows_a_step = fleet.adapter.roles, rows_of_a_step(fleet.training, fleet.codistill)
-    method = methods.build(fleet.method, fleet.head, fleet.codistill)
     predicted = terms(
         known,
         made,

@@ -199,10 +199,10 @@ def in_shares(examples: list[Example], shares: Sequence[float], seed: str) -> It
     in every second pass.
     """
     draw = random.Random(seed)
-    gathered = [draw.random() for _ in examples]
+    gathered, whole = [draw.random() for _ in examples], max(shares)
     while True:
         for number in draw.sample(range(len(examples)), len(examples)):
-            gathered[number] += shares[number] / max(shares)
+            gathered[number] += shares[number] / whole
             if gathered[number] >= 1:
                 gathered[number] -= 1
                 yield examples[number]

@@ -4,7 +4,8 @@ With a head over labels that is a distribution for each text (methods/codistill.
 (methods/completions.py).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,13 @@ def predicted(
     shared: Mapping[str, NDArray[np.float32]],
 ) -> Distillation | None:
     """What the fleet predicts of the anchors; None where it has not predicted yet. own: labels that this device has rows of."""
-    columns = [shared.get(f"anchors.{label}.T") for label in labels]
-    if job.codistill is None or all(column is None for column in columns):
+    columns = {label: shared[key] for label in labels if (key := f"anchors.{label}.T") in shared}
+    columns = {
+        label: told for label, told in columns.items() if told.shape[1] == len(anchors)
+    }  # the fleet may have other texts
+    if job.codistill is None or not columns:
         return None
-    told = np.stack([np.zeros(len(anchors), np.float32) if column is None else column[0] for column in columns], 1)
+    told = np.stack([columns[label][0] if label in columns else np.zeros(len(anchors)) for label in labels], 1)
     evidence, targets = codistill.learned(told, job.codistill.temperature)
     news = codistill.news(told, np.array([label not in own for label in labels]))
     return _lesson(job, job.codistill, anchors, evidence, news, torch.from_numpy(targets).to(job.device))
@@ -86,52 +90,67 @@ def predict(
 # --- completions
 
 
-def completed(job: Job, public: list[data.Row], read: Read) -> Distillation | None:
-    """How the fleet completes the texts; None where it has completed none yet."""
+def prompts(job: Job, public: list[data.Row], tokenizer: Any) -> dict[int, list[int]]:
+    """Token ids of the texts, by their numbers; their beginning is lost where the completion would not fit behind them. Without
+    those that this model cannot be asked, as it has no chat template or an own one that refuses them."""
+    if job.codistill is None:
+        return {}
+    room, found = job.plan.tokens - job.codistill.tokens, {}
+    for number, row in enumerate(public):
+        with suppress(InputError):
+            found[number] = data.asked(row, tokenizer)[-room:]
+    return {number: ids for number, ids in found.items() if ids}
+
+
+def completed(job: Job, public: list[data.Row], asked: Collection[int], read: Read) -> Distillation | None:
+    """How the fleet completes the texts that this model can be asked; None where it has completed none yet."""
     if job.codistill is None or job.start is None:
         return None
-    agreed = codec.completions(Path(job.start).read_bytes())
-    examples = read([data.answered(public[one.prompt], one.text) for one in agreed])
-    evidence = np.array([one.confidence for one in agreed])
-    return _lesson(job, job.codistill, examples, evidence, np.zeros(len(agreed)), None)
-
-
-def prompts(job: Job, public: list[data.Row], tokenizer: Any) -> list[list[int]]:
-    """Token ids of the texts, whose beginning is lost where the completion would not fit behind them."""
-    if job.codistill is None:
-        return []
-    room = job.plan.tokens - job.codistill.tokens
-    return [data.asked(row, tokenizer)[-room:] or [tokenizer.eos_token_id] for row in public]
+    agreed = [one for one in codec.completions(Path(job.start).read_bytes()) if one.prompt in asked]
+    examples = [_last_turn(row) for row in read([data.answered(public[one.prompt], one.text) for one in agreed])]
+    fit = [
+        number for number, row in enumerate(examples) if row.labels[0] == data.IGNORED
+    ]  # of others the prompt is cut off
+    evidence = np.array([agreed[number].confidence for number in fit])
+    spoken = len(fit) / max(len(public), 1)
+    return _lesson(job, job.codistill, [examples[number] for number in fit], evidence, np.zeros(len(fit)), None, spoken)
 
 
 def complete(
     model: PreTrainedModel,
     job: Job,
     examples: list[data.Example],
-    before: list[list[int]],
+    asked: dict[int, list[int]],
     ends: list[int],
+    micro_rows: int,
     progress: Callable[[int], None],
 ) -> list[greedy.Written]:
     """How the model itself completes the prompts, with less confidence where they are unlike this device's rows."""
     assert job.codistill is not None
-    micro_rows = job.plan.rows
+    numbers, before = list(asked), list(asked.values())
     read = states(model, [data.Example(ids, [], 0) for ids in before], micro_rows)
     own = states(model, [_prompt(row) for row in _some(examples)], micro_rows)
     alike = likeness(own, read).tolist()
     found = greedy.write(model, before, ends, job.codistill.tokens, micro_rows, progress)
-    return [one._replace(confidence=alike[one.prompt] * one.confidence) for one in found]
+    return [one._replace(prompt=numbers[one.prompt], confidence=alike[one.prompt] * one.confidence) for one in found]
 
 
-def as_text(written: list[greedy.Written], before: list[list[int]], tokenizer: Any) -> list[Completion]:
+def as_text(written: list[greedy.Written], asked: dict[int, list[int]], tokenizer: Any) -> list[Completion]:
     """The completions as other tokenizers can read them."""
     found = []
     for one in written:
-        last = before[one.prompt][-1:]  # some tokenizers begin a text without its leading space
+        last = asked[one.prompt][-1:]  # some tokenizers begin a text without its leading space
         lead, whole = tokenizer.decode(last), tokenizer.decode([*last, *one.ids])
         text = whole.removeprefix(lead) if whole.startswith(lead) else tokenizer.decode(one.ids)
         if text.strip():
             found.append(Completion(one.prompt, text, one.confidence))
     return found
+
+
+def ends(tokenizer: Any) -> list[int]:
+    """The tokens that end a completion: of the text, or of a turn in the model's chat template."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted(special | {number for number in tokenizer.all_special_ids if number is not None})
 
 
 # --- both
@@ -144,13 +163,15 @@ def _lesson(
     evidence: NDArray[Any],
     news: NDArray[Any],
     targets: torch.Tensor | None,
+    spoken: float = 1.0,
 ) -> Distillation | None:
+    """spoken: the share of the public texts that the examples are; the weight is of the mean over all."""
     if not evidence.any():
         return None
     ramp = codistill.ramp(job.round, job.rounds)
     shares = evidence * (news + (1 - news) * ramp)
-    rows = max(round(spec.rows * float(shares.sum() / evidence.sum())), 1)
-    return Distillation(examples, shares.tolist(), targets, spec.weight, rows)
+    rows = max(round(spec.rows * spoken * float(shares.sum() / evidence.sum())), 1)
+    return Distillation(examples, shares.tolist(), targets, spec.weight * spoken, rows)
 
 
 def _some(examples: list[data.Example]) -> list[data.Example]:
@@ -158,6 +179,12 @@ def _some(examples: list[data.Example]) -> list[data.Example]:
 
 
 def _prompt(example: data.Example) -> data.Example:
-    """What comes before the first learned token; all of a row in which everything is learned."""
+    """What comes before the first learned token; of a row in which everything is learned, all but its end."""
     learned = next(number for number, label in enumerate(example.labels) if label != data.IGNORED)
-    return data.Example(example.ids[: learned or None], [], 0)
+    return data.Example(example.ids[: learned or -1] or example.ids, [], 0)
+
+
+def _last_turn(example: data.Example) -> data.Example:
+    """With what comes before the completion learned no more, as the turns of an assistant that others wrote."""
+    before = max((number for number, label in enumerate(example.labels) if label == data.IGNORED), default=-1)
+    return example._replace(labels=[data.IGNORED] * (before + 1) + example.labels[before + 1 :])

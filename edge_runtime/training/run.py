@@ -86,11 +86,12 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         examples = read(rows) if job.train else []
         held_out = {name: read(data.read_rows(Path(path))) for name, path in job.evaluation.items()}
         shared = codec.decode(Path(job.start).read_bytes()) if job.start is not None else {}
-        texts, stops = public.texts(job), sorted({tokenizer.eos_token_id, *tokenizer.all_special_ids})
+        texts = public.texts(job)
         anchors = public.numbered(texts, read) if labels else []
-        prompts = public.prompts(job, texts, tokenizer) if job.head is None else []
+        prompts = public.prompts(job, texts, tokenizer) if job.head is None else {}
+        stops = public.ends(tokenizer)
         if prompts:
-            distillation = public.completed(job, texts, read)
+            distillation = public.completed(job, texts, prompts, read)
         else:
             distillation = public.predicted(job, anchors, labels, data.labels_of(rows), shared)
         del tokenizer, read
@@ -130,15 +131,17 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         tell("train", done, job.training.steps, loss)
 
     eased: list[str] = []
+    micro_rows = plan.rows
     limit = _limit(job, method, meter)
 
     def ease() -> Plan | None:
-        nonlocal undo
+        nonlocal undo, micro_rows
         way = limit.ease() if limit is not None else None
         if way is not None:
             undo()
             undo = apply(model, way.mlp_tokens)
             eased.append(way.how)
+            micro_rows = way.rows
             release()
             meter.lap()  # what comes is measured without what was
         return way
@@ -169,11 +172,11 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         if anchors:
             tell("predict")
             with meter.phase("predict"):
-                said = public.predict(model, adapter, labels, examples, anchors, job.plan.rows)
-        if prompts:
+                said = public.predict(model, adapter, labels, examples, anchors, micro_rows)
+        if prompts and stops and job.round < job.rounds:  # nobody will learn from the last round's
             with meter.phase("complete"):
                 progress = partial(tell, "complete prompts", of=len(prompts))
-                written = public.complete(model, job, examples, prompts, stops, progress)
+                written = public.complete(model, job, examples, prompts, stops, micro_rows, progress)
         attach.detach(model)
         del model, undo
         gc.collect()  # its modules and their functions refer to each other

@@ -147,6 +147,10 @@ def test_a_good_payload_made_by_hand_is_decoded():
         (MAGIC + (4).to_bytes(4, "big") + b"null", "header cannot be read"),
         (MAGIC + (13).to_bytes(4, "big") + b'{"shapes": 3}', "header cannot be read"),
         (payload({"A": ("six",)}, body()), "header cannot be read"),
+        (
+            MAGIC + (200_013).to_bytes(4, "big") + b'{"unknown": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+            "cannot be read",
+        ),
         (payload({"A": (64, 0)}, b""), "declares an empty tensor"),
         (payload({"A": (-8, -8)}, body()), "declares an empty tensor"),
         (payload({"A": (65,)}, body()), "holds 68 bytes of values, its header needs 73"),

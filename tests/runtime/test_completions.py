@@ -35,10 +35,14 @@ def by_hand(model, prompt, most):
     return ids[len(prompt) :], logs
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "phi", "phi3", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [(name, {}) for name in ("llama", "qwen2", "gemma3_text", "phi", "phi3", "gpt2")]
+    + [("gemma3_text", {"sliding_window": 8})],
+)
 @torch.no_grad()
-def test_a_batch_is_completed_as_each_prompt_alone(tiny, family):
-    model = tiny(family)
+def test_a_batch_is_completed_as_each_prompt_alone(tiny, family, changes):
+    model = tiny(family, **changes)
     draw = np.random.default_rng(1)
     prompts = [draw.integers(3, 96, length).tolist() for length in (1, 9, 5, 16, 17, 3, 20)]
     alone = [by_hand(model, prompt, 6) for prompt in prompts]
@@ -69,7 +73,16 @@ def test_a_packed_head_is_swept_as_its_own_values_are():
 
 def test_what_comes_before_the_first_learned_token_is_a_rows_prompt():
     assert public._prompt(Example([1, 2, 3, 4], [IGNORED, IGNORED, 3, 4])) == Example([1, 2], [], 0)
-    assert public._prompt(Example([1, 2, 3], [1, 2, 3])) == Example([1, 2, 3], [], 0)
+    assert public._prompt(Example([1, 2, 3], [1, 2, 3])) == Example(
+        [1, 2], [], 0
+    )  # without the end, which no prompt has
+    assert public._prompt(Example([1], [1])) == Example([1], [], 0)
+
+
+def test_of_public_messages_the_last_turn_alone_is_learned():
+    turns = Example([1, 2, 3, 4, 5, 6], [IGNORED, 2, IGNORED, IGNORED, 5, 6])
+    assert public._last_turn(turns).labels == [IGNORED] * 4 + [5, 6]
+    assert public._last_turn(Example([1, 2], [IGNORED, 2])).labels == [IGNORED, 2]
 
 
 class Words:
@@ -100,7 +113,7 @@ def right(row):
 
 def test_a_device_says_how_it_completes_public_prompts(trained, tmp_path):
     anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC))
-    fleet = {"method": settings.Method("local"), "codistill": CODISTILL, "round": 2, "rounds": 2}
+    fleet = {"method": settings.Method("local"), "codistill": CODISTILL, "round": 2, "rounds": 3}
     folder, result = trained("says", ROWS, HELD_OUT, anchors=anchors, training=TRAINING, **fleet)
     said = {one.prompt: one for one in codec.completions((folder / "payload.bin").read_bytes())}
     known = [number for number, row in enumerate(PUBLIC) if "blue" not in row["text"]]
@@ -116,6 +129,16 @@ def test_a_device_that_ends_no_completion_takes_part_with_nothing(trained, tmp_p
     common = {"method": settings.Method("local"), "codistill": CODISTILL, "anchors": anchors, "training": training}
     folder, result = trained("silent", ROWS, HELD_OUT, **common)
     assert result.payload_bytes > 0 and codec.completions((folder / "payload.bin").read_bytes()) == []
+
+
+def test_prompts_that_a_model_cannot_be_asked_are_left_out(trained, tmp_path):
+    """The tiny model's tokenizer has a chat template that wants users and assistants to take turns."""
+    turns = [{"role": role, "content": "red 11:"} for role in ("tool", "nobody")]
+    rows = [{"messages": turns}, *PUBLIC[1:]]
+    anchors = str(data.write_rows(tmp_path / "anchors.jsonl", rows))
+    fleet = {"method": settings.Method("local"), "codistill": CODISTILL, "rounds": 3, "round": 2}
+    folder, _ = trained("asked", ROWS, HELD_OUT, anchors=anchors, training=TRAINING, **fleet)
+    assert codec.completions((folder / "payload.bin").read_bytes())
 
 
 def test_an_answer_is_learned_from_what_the_fleet_says_of_public_prompts(trained, tmp_path):
@@ -156,26 +179,32 @@ def test_votes_are_rows_times_confidence_and_the_best_counts_by_its_share_of_all
         (60, [Completion(0, "blue", 0.9)]),
         (40, [Completion(0, "red", 0.2)]),
     ]
-    found = completions.agreed(devices)
+    found = completions.agreed(lambda: devices)
     assert found == [Completion(0, "red", pytest.approx(58 / 200)), Completion(3, "x", pytest.approx(10 / 200))]
 
 
 def test_equal_devices_agree_on_what_each_of_them_says_and_order_does_not_matter():
     said = [Completion(n, f"answer {n}", 0.25 + n / 10) for n in range(4)]
     alike = [msgspec.structs.replace(one, confidence=pytest.approx(one.confidence)) for one in said]
-    assert completions.agreed([(7, said)] * 3) == alike
+    assert completions.agreed(lambda: [(7, said)] * 3) == alike
     tied = [(1, [Completion(0, "b", 0.5)]), (1, [Completion(0, "a", 0.5)])]
-    assert completions.agreed(tied) == completions.agreed(tied[::-1])
+    assert completions.agreed(lambda: tied) == completions.agreed(lambda: tied[::-1])
 
 
-def test_the_node_holds_a_few_candidates_of_a_prompt_whatever_the_number_of_devices():
-    many = [(1, [Completion(0, f"{n}", 0.1)]) for n in range(1000)]
-    sure = [(1, [Completion(0, "sure", 0.6)])] * 5
-    assert completions.agreed([*sure, *many])[0].text == "sure"
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_node_holds_a_few_candidates_and_finds_what_many_say_whatever_the_order(order, monkeypatch):
+    """Four sure devices that differ, a hundred less sure ones that agree, and a hundred that agree with nobody."""
+    sure = [(1, [Completion(0, f"sure {n}", 0.9)]) for n in range(4)]
+    many, noise = [(1, [Completion(0, "x", 0.3)])] * 100, [(1, [Completion(0, f"{n}", 0.1)]) for n in range(100)]
+    held, count = [], completions._count
+    monkeypatch.setattr(completions, "_count", lambda *each: (count(*each), held.append(len(each[0]))))
+    devices = [*sure, *many, *noise][::order]
+    assert completions.agreed(lambda: devices) == [Completion(0, "x", pytest.approx(30 / 204))]
+    assert len(held) == 204 and max(held) == completions.CANDIDATES
 
 
 def test_nothing_said_is_nothing_agreed():
-    assert completions.agreed([]) == completions.agreed([(10, [])]) == []
+    assert completions.agreed(lambda: []) == completions.agreed(lambda: [(10, [])]) == []
 
 
 def update(path, model_class, tensors, said=(), samples=10):
@@ -223,7 +252,7 @@ def test_completions_cross_models_or_stay_in_the_class(tmp_path, across, name):
         ([Completion(-1, "a", 0.5)], "completes prompt -1, which"),
         ([Completion(1, "a", 0.5), Completion(1, "b", 0.5)], "completes prompt 1, which"),
         ([Completion(1, " ", 0.5)], "prompt 1 has 1 characters"),
-        ([Completion(1, "a" * 20_000, 0.5)], "prompt 1 has 20000 characters"),
+        ([Completion(1, "a" * 257, 0.5)], "prompt 1 has 257 characters, but has to have 1 to 256"),
         ([Completion(1, "a", 1.5)], "is 1.5, not 0 to 1"),
         ([Completion(1, "a", -0.1)], "is -0.1, not 0 to 1"),
     ],
@@ -258,7 +287,21 @@ def test_completions_travel_as_they_are_beside_the_tensors():
             codec.completions(made[:length])
 
 
-@pytest.mark.parametrize("body", [b"nonsense", b'[[0, "a"]]', b'[["x", "a", 0.5]]', b"\xff\xff"])
+def test_more_completions_than_a_payload_may_hold_are_not_sent():
+    with pytest.raises(InputError, match="completions take"):
+        codec.encode({}, [Completion(n, "\x01" * 4096, 0.5) for n in range(700)])
+
+
+def test_all_that_a_fleet_may_agree_on_fits_a_payload():
+    longest = merge.CHARACTERS_A_TOKEN * 32
+    worst = [Completion(n, "\x01" * longest, 0.123456789) for n in range(settings.MOST_TOKENS // 32)]
+    assert len(codec.completions(codec.encode({}, worst))) == len(worst)
+
+
+NESTED = b'[[0, "a", 0.5, ' + b"[" * 100_000 + b"]" * 100_000 + b"]]"
+
+
+@pytest.mark.parametrize("body", [b"nonsense", b'[[0, "a"]]', b'[["x", "a", 0.5]]', b"\xff\xff", NESTED])
 def test_completions_that_cannot_be_read_are_refused(body):
     header = msgspec.json.encode(codec.Header({}, len(body)))
     made = codec.MAGIC + len(header).to_bytes(4, "big") + header + zstandard.compress(body)

@@ -86,17 +86,35 @@ def test_cagrad_raises_the_least_progress_of_any_class():
     assert (flat @ step).min() > (flat @ plain).min()
 
 
+def sent(of, step, samples=10):
+    value = np.asarray(step, np.float32)
+    return Contribution({"stages.0.q.U": np.zeros((16, 16), np.float32)}, {"stages.0.q.U": value}, samples, of)
+
+
 def test_the_gate_opens_where_all_classes_agree_more_than_chance_has_it():
     draw = np.random.default_rng(0)
-    common, noise = draw.normal(0, 1, 400), draw.normal(0, 1, (3, 400))
+    common, noise = draw.normal(0, 1, 256), draw.normal(0, 1, (3, 256))
     noise -= (noise @ common)[:, None] * common / (common @ common)  # cosines are those of the common part
-    shares = [0.5, 0.3, 0.2]
-    alike = [(0.5 * common + one).astype(np.float32) for one in noise]
-    step = heterotune.combined(alike, shares, "gate")
-    np.testing.assert_allclose(step, np.array(shares) @ np.stack(alike), atol=1e-5)
-    apart = [*alike[:2], noise[2].astype(np.float32)]  # one has nothing in common with the others
-    assert not heterotune.combined(apart, shares, "gate").any()
-    np.testing.assert_array_equal(heterotune.combined(alike[:1], [1.0], "gate"), alike[0])  # a class alone is followed
+    alike = [sent(of, (0.5 * common + one).reshape(16, 16)) for of, one in zip("mno", noise, strict=True)]
+    for alignment in ("gate", "off"):
+        np.testing.assert_allclose(
+            merged(alike, alignment)["stages.0.q.U"].ravel(), 0.5 * common + noise.mean(0), atol=1e-5
+        )
+    apart = [*alike[:2], sent("o", noise[2].reshape(16, 16))]  # one has nothing in common with the others
+    assert not merged(apart, "gate")["stages.0.q.U"].any()
+    assert merged(apart, "off")["stages.0.q.U"].any()
+    assert merged(alike[:1], "gate")["stages.0.q.U"].any()  # a class alone is followed
+    still = [*alike[:2], sent("o", np.zeros((16, 16)))]  # who did not move has no say
+    assert merged(still, "gate")["stages.0.q.U"].any()
+
+
+def test_the_gate_looks_at_what_all_classes_hold():
+    """Opposite steps on the block that both hold: what one class alone has is no agreement."""
+    wide, block = np.random.default_rng(0).normal(0, 1, (2, 16, 16))
+    wide[:8, :8] = -block[:8, :8]
+    assert not merged([sent("m", wide), sent("n", block[:8, :8])], "gate")["stages.0.q.U"].any()
+    wide[:8, :8] = block[:8, :8]
+    assert merged([sent("m", wide), sent("n", block[:8, :8])], "gate")["stages.0.q.U"].all()
 
 
 @pytest.mark.parametrize("alignment", ["projection", "pairwise", "gate", "off"])

@@ -1,8 +1,10 @@
 """Frames from a layer's own weights, and cores between them that cross models."""
 
+import msgspec
 import numpy as np
 import pytest
 import torch
+from architectures import RATES, SMOLLM2
 from edge_kernels import expand, pack
 
 from edge_runtime import methods, settings
@@ -10,8 +12,8 @@ from edge_runtime.adapters import attach
 from edge_runtime.adapters.singular import frames
 from edge_runtime.errors import InputError
 from edge_runtime.methods.interface import Contribution
-from edge_runtime.models.packed import PackedLinear
-from edge_runtime.models.stream import empty
+from edge_runtime.planning.search import Way, candidates
+from edge_runtime.planning.search import plan as plan_of
 
 SINGULAR = settings.Method("fedsb", {"frames": "singular"})
 
@@ -24,8 +26,10 @@ def test_they_are_the_leading_singular_vectors(shape, transposed):
     A, B = frames(W.float().T if transposed else W.float(), 5, transposed=transposed)
     assert (A.shape, B.shape) == ((5, shape[1]), (shape[0], 5))
     for i in range(5):
-        assert abs(float(A[i].double() @ torch.from_numpy(vt[i]))) == pytest.approx(1, abs=1e-4)
-        assert float(B[:, i].double() @ W @ A[i].double()) == pytest.approx(s[i], rel=1e-4)  # u and v are of one sign
+        assert abs(float(A[i].double() @ torch.from_numpy(vt[i]))) == pytest.approx(3**-0.5, abs=1e-4)
+        assert float(B[:, i].double() @ W @ A[i].double()) == pytest.approx(
+            s[i] / 3, rel=1e-4
+        )  # u and v are of one sign
         assert A[i, A[i].abs().argmax()] > 0
 
 
@@ -48,14 +52,27 @@ def test_an_adapter_begins_with_them_frozen_and_changes_nothing(tiny, family):
     trained = {key.rpartition(".")[2] for key, factor in adapter.factors.items() if factor.requires_grad}
     assert trained == {"C"}
     one = next(key for key in adapter.factors if key.endswith(".A"))
-    torch.testing.assert_close(adapter.factors[one] @ adapter.factors[one].T, torch.eye(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(adapter.factors[one] @ adapter.factors[one].T, torch.eye(4) / 3, atol=1e-4, rtol=0)
+    drawn = attach.attach(tiny(family), (0, 1, 2, 3), settings.Adapter(rank=4), methods.METHODS["fedsb"], seed=0)
+    lengths = [
+        float(one.factors[one_of].norm(dim=1).mean())
+        for one in (adapter, drawn)
+        for one_of in [next(iter(one.factors))]
+    ]
+    assert lengths[0] == pytest.approx(lengths[1], rel=0.15)  # a step on C moves the layer as far
 
 
-def test_weights_that_are_not_in_memory_are_refused_in_a_sentence(tiny):
-    model = tiny("llama")
-    model.model.layers[2].mlp.up_proj = PackedLinear(empty("q8_0", (48, 32), "cpu"))
-    with pytest.raises(InputError, match="fedsb takes frames from the model's weights, which are not in memory"):
-        attach.attach(model, (0, 1, 2, 3), settings.Adapter(rank=4), methods.build(SINGULAR, None, None), seed=0)
+def test_no_plan_streams_weights_that_frames_are_taken_of():
+    model = settings.Model("m", weights=("q4_1",))
+    fleet = settings.Fleet("f", (model,), method=SINGULAR)
+    ways = [plan for some in candidates(fleet, {"m": SMOLLM2}, 0, RATES) for plan in some]
+    drawn = msgspec.structs.replace(fleet, method=settings.Method("fedsb"))
+    others = [plan for some in candidates(drawn, {"m": SMOLLM2}, 0, RATES) for plan in some]
+    assert ways == [plan for plan in others if not plan.streamed] and len(ways) == len(others) - 1
+    streamed = next(plan for plan in others if plan.streamed)
+    way = Way(streamed.rows, streamed.boundaries, streamed.mlp_tokens, True)
+    with pytest.raises(InputError, match="fedsb takes frames from the model's weights, which cannot be streamed"):
+        plan_of(fleet, SMOLLM2, "m", 30, "q4_1", tokens=512, rank=16, way=way, runtime_bytes=0, rates=RATES)
 
 
 def test_a_core_of_a_stage_is_the_mean_over_all_models_or_inside_each():

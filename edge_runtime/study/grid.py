@@ -6,6 +6,7 @@ OUT/work/                      what runs write while they go on
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -62,7 +63,7 @@ def run(
     before = dict(os.environ)
     os.environ.update(processes.TRAINER_ENVIRONMENT)  # a worker reads it as it starts
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
     try:
         runs = {
             pool.submit(_run, spec, arm, seed, files.resolve(), models.resolve(), out.resolve()): (arm.name, seed)
@@ -86,6 +87,18 @@ def run(
         os.environ.clear()
         os.environ.update(before)
     return failed
+
+
+def _end_with_parent() -> None:
+    """Let a worker end when its study was killed; it would go on for the whole of its run else."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _run(spec: Spec, arm: Arm, seed: int, files: Path, models: Path, out: Path) -> tuple[float, float]:

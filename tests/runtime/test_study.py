@@ -1,6 +1,7 @@
 """A study on virtual devices: who holds what, runs that go on where they were, and what the table says."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -174,7 +175,8 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
     )  # the table of those that are done
 
 
-def test_a_study_that_is_stopped_does_not_wait_for_its_runs(files, tiny_folder, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_study_that_is_stopped_takes_its_runs_with_it(files, tiny_folder, tmp_path, how):
     path = files / "study.toml"
     path.write_text(STUDY.replace("steps = 3", "steps = 1000000"))
     command = [sys.executable, "-m", "edge_runtime.cli", "study", str(path), "--data", str(files), "--arms", "local"]
@@ -185,7 +187,7 @@ def test_a_study_that_is_stopped_does_not_wait_for_its_runs(files, tiny_folder, 
         assert running.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     workers = psutil.Process(running.pid).children(recursive=True)
-    running.terminate()
+    running.send_signal(how)
     running.wait(timeout=20)
     assert workers and not psutil.wait_procs(workers, timeout=10)[1]
 

@@ -58,13 +58,12 @@ def predicted(
     shared: Mapping[str, NDArray[np.float32]],
 ) -> Distillation | None:
     """What the fleet predicts of the anchors; None where it has not predicted yet. own: labels that this device has rows of."""
-    columns = {label: shared[key] for label in labels if (key := f"anchors.{label}.T") in shared}
-    columns = {
-        label: told for label, told in columns.items() if told.shape[1] == len(anchors)
-    }  # the fleet may have other texts
+    found = {label: shared.get(f"anchors.{label}.T") for label in labels}
+    # of as many texts as there are now: the fleet may have had others
+    columns = {label: T[0] for label, T in found.items() if T is not None and T.shape[1] == len(anchors)}
     if job.codistill is None or not columns:
         return None
-    told = np.stack([columns[label][0] if label in columns else np.zeros(len(anchors)) for label in labels], 1)
+    told = np.stack([columns.get(label, np.zeros(len(anchors), np.float32)) for label in labels], 1)
     evidence, targets = codistill.learned(told, job.codistill.temperature)
     news = codistill.news(told, np.array([label not in own for label in labels]))
     return _lesson(job, job.codistill, anchors, evidence, news, torch.from_numpy(targets).to(job.device))
@@ -108,9 +107,8 @@ def completed(job: Job, public: list[data.Row], asked: Collection[int], read: Re
         return None
     agreed = [one for one in codec.completions(Path(job.start).read_bytes()) if one.prompt in asked]
     examples = [_last_turn(row) for row in read([data.answered(public[one.prompt], one.text) for one in agreed])]
-    fit = [
-        number for number, row in enumerate(examples) if row.labels[0] == data.IGNORED
-    ]  # of others the prompt is cut off
+    # of a completion that is longer here than where it was written, the prompt may be cut off
+    fit = [number for number, row in enumerate(examples) if row.labels[0] == data.IGNORED]
     evidence = np.array([agreed[number].confidence for number in fit])
     spoken = len(fit) / max(len(public), 1)
     return _lesson(job, job.codistill, [examples[number] for number in fit], evidence, np.zeros(len(fit)), None, spoken)

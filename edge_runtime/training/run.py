@@ -85,15 +85,10 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         read = partial(data.tokenize, tokenizer=tokenizer, max_tokens=job.plan.tokens, labels=labels or None)
         examples = read(rows) if job.train else []
         held_out = {name: read(data.read_rows(Path(path))) for name, path in job.evaluation.items()}
-        shared = codec.decode(Path(job.start).read_bytes()) if job.start is not None else {}
-        texts = public.texts(job)
+        texts, stops = public.texts(job), public.ends(tokenizer)
         anchors = public.numbered(texts, read) if labels else []
         prompts = public.prompts(job, texts, tokenizer) if job.head is None else {}
-        stops = public.ends(tokenizer)
-        if prompts:
-            distillation = public.completed(job, texts, prompts, read)
-        else:
-            distillation = public.predicted(job, anchors, labels, data.labels_of(rows), shared)
+        distillation = public.completed(job, texts, prompts, read) if prompts else None
         del tokenizer, read
         release()
         plan = job.plan
@@ -111,8 +106,11 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
             labels=tuple(labels),
         )
         undo = apply(model, plan.mlp_tokens)
+        shared = codec.decode(Path(job.start).read_bytes()) if job.start is not None else {}
         start = _start(job, method, attach.state(adapter), shared)
         attach.load_state(adapter, start)
+        if anchors:
+            distillation = public.predicted(job, anchors, labels, data.labels_of(rows), shared)
         del shared
         if job.train:
             _put_aside(start, method, folder, tell)

@@ -86,7 +86,10 @@ class Connection:
         properties.ReceiveMaximum = _RECEIVE_MAXIMUM
         properties.MaximumPacketSize = self._packet_max
         at = self.address
-        self.client.connect_async(at.host, at.port, _KEEPALIVE_S, clean_start=self._clean_start, properties=properties)
+        # A new process knows nothing of what the broker kept, and not every broker (rumqttd) sends the retained messages
+        # again to a session that it still has.
+        clean = self._clean_start or paho.MQTT_CLEAN_START_FIRST_ONLY
+        self.client.connect_async(at.host, at.port, _KEEPALIVE_S, clean_start=clean, properties=properties)
         before = self._opened_at = self.generation
         self._thread = threading.Thread(target=self._run, name="edge-broker", daemon=True)
         self._thread.start()

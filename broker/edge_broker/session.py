@@ -65,9 +65,9 @@ class Session:
             url: mqtt://host:port or mqtts://user:password@host:port?ca=file&cert=file&key=file.
             client_id: fixed for a device; a second session with the same id takes over from the first.
             presence: whose presence to keep, if any.
-            clean_start: at every connect forget what the broker keeps for this id (for shared subscriptions, with
-                expiry 0).
-            session_expiry_s: how long the broker keeps subscriptions and messages while we are away.
+            clean_start: forget what the broker keeps for this id at every reconnect too (for shared subscriptions,
+                with expiry 0); `connect` always does.
+            session_expiry_s: how long the broker keeps subscriptions and messages while the line is broken.
             ca, cert, key: PEM files for mqtts; they win over those in the URL.
             max_packet_bytes: the largest PUBLISH sent or accepted.
 

@@ -200,9 +200,9 @@ class Agent:
         """Say what this device will train (the node pins the key of a first report), and get the global version."""
         assert self._round is not None
         self._reports.publish(self._report("joined", None))
-        if self._round.state == "open" and self._outbox.pending():
+        if self._outbox.pending():  # the next one builds on it, and a report of the end follows it
             self._uploader.offer_now()
-            self._say("waiting", text="for the node's word on the last update, on which the next one builds")
+            self._say("waiting", text="for the node's word on the last update")
             return
         versions = self._round.versions
         version = versions.get(self._planned.plan.model_class if self._planned else NOOP, versions.get(FLEET))
@@ -348,8 +348,8 @@ class Agent:
         else:
             self._say("waiting", text=f"the node does not take round {round_} yet: {settled.reason}")
             return
-        if self._round is not None and self._round.state == "open" and round_ < self._round.round:
-            self._plan()  # the open round waited for this word
+        if self._round is not None and (self._round.state == "finished" or round_ < self._round.round):
+            self._plan()  # it waited for this word
 
     def _close_round(self) -> None:
         self._reports.publish_owed()

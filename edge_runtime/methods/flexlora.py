@@ -8,7 +8,7 @@ are of unit length whatever M's rank is: none of them is dead for the next round
 M is never made. Its range is found by sketches, M times a few columns, which are sums over devices of small products: one
 pass over the updates finds Q from random columns, two more improve it (a power iteration), and the last takes QᵀM, whose SVD
 is small. So memory does not grow with the number of devices; every update is read four times. A sketch has
-twice as many columns as the factors have ranks: up to there M is exact, beyond it nearly.
+16 columns more than the factors have ranks: up to there M is exact, beyond it nearly.
 Source: Bai et al. 2024, arXiv 2402.11505 (FlexLoRA); Halko et al. 2011, arXiv 0909.4061 (randomised SVD).
 """
 
@@ -19,7 +19,7 @@ from zlib import crc32
 from edge_runtime.methods import fedit
 from edge_runtime.methods.interface import Array, Contribution, Contributions, Method, Tensors, add_to
 
-OVER = 2  # columns of a sketch, of the factors' rank
+OVER = 16  # columns of a sketch beyond the factors' rank
 SMALLEST = 1e-6  # singular value, of the largest; below it is rounding
 
 # Terms of each layer's sum of products, as (layer, weight, A, B); they can be gone through more than once.
@@ -39,7 +39,7 @@ def mean_product(contributions: Contributions) -> Tensors:
             yield layer, made.samples, A, B
 
     steps: Tensors = {}
-    for layer, (A, B) in best_factors(products, lambda layer: len(before[f"{layer}.A"])).items():
+    for layer, A, B in best_factors(products, lambda layer: len(before[f"{layer}.A"])):
         old = {factor: before[f"{layer}.{factor}"] for factor in "AB"}
         steps[f"{layer}.A"], steps[f"{layer}.B"] = np.zeros_like(old["A"]), -old["B"]
         steps[f"{layer}.A"][: len(A)] = A - old["A"][: len(A)]  # a layer narrower than its rank has fewer directions
@@ -47,28 +47,22 @@ def mean_product(contributions: Contributions) -> Tensors:
     return steps
 
 
-def best_factors(products: Products, rank: Callable[[str], int]) -> dict[str, tuple[Array, Array]]:
-    """A and B of each layer, of this rank or the sum's if that is lower, whose product is the nearest to the sum of the terms.
+def best_factors(products: Products, rank: Callable[[str], int]) -> Iterator[tuple[str, Array, Array]]:
+    """Each layer with A and B, of this rank or the sum's if that is lower, whose product is the nearest to the sum of the
+    terms; what a layer took is freed before the next one.
 
     A's rows are of unit length and at right angles, and B's columns as long as the singular values.
     """
     import numpy as np
 
-    columns: Tensors = {}
-    sketches: Tensors = {}
-    for layer, weight, A, B in products():
-        if layer not in columns:
-            many = min(OVER * rank(layer), A.shape[1], len(B))
-            draw = np.random.default_rng(crc32(layer.encode()))
-            columns[layer] = draw.standard_normal((A.shape[1], many), dtype=np.float32)
-        add_to(sketches, layer, weight * (B @ (A @ columns[layer])))
-    ranges = _bases(_times(products, _bases(_times(products, _bases(sketches), transposed=True))))
-    found = {}
-    for layer, small in _times(products, ranges, transposed=True).items():
-        u, s, vt = np.linalg.svd(small.T, full_matrices=False)
+    ranges = _bases(_sketches(products, rank))
+    ranges = _bases(_times(products, _bases(_times(products, ranges, transposed=True))))
+    small = _times(products, ranges, transposed=True)
+    while small:
+        layer, one = small.popitem()
+        u, s, vt = np.linalg.svd(one.T, full_matrices=False)
         kept = min(rank(layer), max(1, int((s > SMALLEST * s[0]).sum())))
-        found[layer] = vt[:kept], ranges[layer] @ (u[:, :kept] * s[:kept])
-    return found
+        yield layer, vt[:kept], ranges.pop(layer) @ (u[:, :kept] * s[:kept])
 
 
 def counted(contributions: Contributions, samples: dict[str, int]) -> Iterator[tuple[Contribution, str, Array, Array]]:
@@ -84,12 +78,27 @@ def counted(contributions: Contributions, samples: dict[str, int]) -> Iterator[t
                 yield made, layer, A, after[f"{layer}.B"]
 
 
+def _sketches(products: Products, rank: Callable[[str], int]) -> Tensors:
+    """Each layer's sum times random columns."""
+    import numpy as np
+
+    columns: Tensors = {}
+    sketches: Tensors = {}
+    for layer, weight, A, B in products():
+        if layer not in columns:
+            many = min(rank(layer) + OVER, A.shape[1], len(B))
+            draw = np.random.default_rng(crc32(layer.encode()))
+            columns[layer] = draw.standard_normal((A.shape[1], many), dtype=np.float32)
+        add_to(sketches, layer, B @ (weight * (A @ columns[layer])))
+    return sketches
+
+
 def _times(products: Products, columns: Tensors, *, transposed: bool = False) -> Tensors:
     """Each layer's sum, or its transpose, times these columns."""
     sums: Tensors = {}
     for layer, weight, A, B in products():
         first, second = (B.T, A.T) if transposed else (A, B)
-        add_to(sums, layer, weight * (second @ (first @ columns[layer])))
+        add_to(sums, layer, second @ (weight * (first @ columns[layer])))
     return sums
 
 

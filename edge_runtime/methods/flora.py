@@ -46,8 +46,8 @@ def stacked(contributions: Contributions, rank: int) -> Tensors:
             yield layer, count, *old[layer]
 
     steps: Tensors = {}
-    for layer, (new_A, new_B) in best_factors(products, lambda _: rank).items():
-        step_A, step_B = (-one for one in old[layer])
+    for layer, new_A, new_B in best_factors(products, lambda _: rank):
+        step_A, step_B = (-one for one in old.pop(layer))
         mean_B = new_B / samples[layer]
         # half of each singular value goes to either side, so that 8 bits take as little as they can
         half = np.sqrt(np.linalg.norm(mean_B, axis=0)).clip(min=TINY)

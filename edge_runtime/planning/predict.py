@@ -3,7 +3,8 @@
     peak = runtime + kernels + weights + adapter + the largest of
            boundaries + block      backward through a block
            boundaries + loss       between forward and backward
-           encode                  what is sent is made, after training
+           answers                 prompts are completed, after training, where the method exchanges completions
+           encode                  what is sent is made
 
     runtime     a trainer that trained a model of almost nothing (measured once on the device, see `baseline`)
     kernels     what the matrix library builds and keeps for each length of rows that a run meets
@@ -15,6 +16,7 @@
     block       one block's activations and their gradients while it runs again, 17 hidden and 7 intermediate rows a token,
                 and what the heap cannot reuse of them
     loss        the chunk of logits, what is made of it, and pieces of a packed head
+    answers     keys and values of a micro-batch, and half of what a block takes in backward
     encode      what is sent and what it leaves behind, beside the factor, which becomes the latter
 
 The factors were fitted to measured peaks; `make bench-peak` prints prediction beside measurement.
@@ -76,13 +78,15 @@ def terms(
         block += 2 * FROZEN_BYTES * adapter // plan.depth
     loss = int(LOSS_COPIES * min(width * batch * facts.vocabulary, loss_chunk_bytes(plan)))
     training = {"boundaries": batch * kept * plan.depth, **({"block": block} if block > loss else {"loss": loss})}
+    cache = 2 * facts.kv_heads * facts.head_dim * width * batch * plan.depth
+    answers = {"answers": cache + block // 2 if method.completions is not None else 0}
     encode = {"encode": ENCODE_BYTES * sent}
     return {
         "runtime": runtime_bytes,
         "kernels": KERNEL_BYTES * (1 + min(lengths, MOST_LENGTHS)),
         "weights": _weights(facts, 1 if plan.streamed else plan.depth, plan.weights),
         "adapter": factor_bytes * trained + FROZEN_BYTES * (adapter - trained),
-        **max(training, encode, key=lambda terms: sum(terms.values())),
+        **max(training, answers, encode, key=lambda terms: sum(terms.values())),
     }
 
 

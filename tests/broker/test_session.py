@@ -230,7 +230,9 @@ def test_it_comes_back_and_subscriptions_with_it(open_session, relay, fleet, awa
     assert await_message(session).payload == b"after"
 
 
-def test_a_session_kept_by_the_broker_gets_what_came_meanwhile(open_session, relay, fleet, await_message):
+def test_a_session_kept_by_the_broker_gets_what_came_meanwhile(broker, open_session, relay, fleet, await_message):
+    if broker.kind == "embedded":
+        pytest.skip("rumqttd keeps no session that began with a clean start, whatever its expiry")
     away, other = open_session(url=relay.url), open_session()
     away.subscribe(f"{fleet}/x")
     next_event(away, Connected)
@@ -238,6 +240,15 @@ def test_a_session_kept_by_the_broker_gets_what_came_meanwhile(open_session, rel
     next_event(away, Disconnected)
     other.publish(f"{fleet}/x", b"meanwhile")
     assert await_message(away).payload == b"meanwhile"
+
+
+def test_a_device_started_again_is_told_what_is_retained(broker, open_session, fleet, await_message):
+    open_session().publish(f"{fleet}/x", b"kept", retain=True)
+    for _ in range(2):  # the second time the broker still has the session
+        with Session(broker.url, f"{fleet}-d") as device:
+            device.connect(5)
+            device.subscribe(f"{fleet}/x")
+            assert await_message(device).payload == b"kept"
 
 
 def test_a_publish_that_was_cut_off_is_sent_again(open_session, relay, fleet, await_message):

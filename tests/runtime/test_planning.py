@@ -13,7 +13,7 @@ from edge_runtime.errors import BudgetError, InputError
 from edge_runtime.methods import fedit
 from edge_runtime.planning.search import candidates, choose, lower
 from edge_runtime.planning.time import Rates
-from edge_runtime.settings import Adapter, Fleet, Method, Model, Training
+from edge_runtime.settings import Adapter, Codistill, Fleet, Method, Model, Training
 from edge_runtime.training import data
 
 MIB = 1 << 20
@@ -261,6 +261,25 @@ def test_an_mlp_without_a_gate_is_not_predicted_in_tiles():
     )
     assert tiled.terms["block"] < whole.terms["block"]
     assert "MLPs in tiles of 1024" in tiled.how
+
+
+TRAINING = ("boundaries", "block")
+
+
+def test_keys_and_values_of_answers_are_predicted_where_they_weigh_more_than_training():
+    of = fleet(Model("large", weights=("q4_1",)), rows_a_step=1, max_tokens=2048)
+    answering = msgspec.structs.replace(of, codistill=Codistill("public.jsonl"))
+    for kv_heads, larger in ((LARGE.kv_heads, False), (LARGE.heads, True)):
+        known = {"large": msgspec.structs.replace(LARGE, kv_heads=kv_heads)}
+        for plain, answers in zip(
+            *(next(candidates(one, known, RUNTIME, RATES)) for one in (of, answering)), strict=True
+        ):
+            assert ("answers" in answers.terms) == larger
+            if "answers" in answers.terms:
+                cache = 2 * 2048 * 30 * kv_heads * LARGE.head_dim * 2
+                assert answers.terms["answers"] == cache + plain.terms["block"] // 2
+            else:
+                assert [answers.terms[name] for name in TRAINING] == [plain.terms[name] for name in TRAINING]
 
 
 def test_a_running_plan_is_lowered_in_the_order_that_costs_least():

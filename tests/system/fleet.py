@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,10 @@ class Command:
 
     def end(self, timeout_s: float = 90.0) -> int:
         """Wait for the end; its exit code."""
-        return self.process.wait(timeout_s)
+        with suppress(subprocess.TimeoutExpired):
+            return self.process.wait(timeout_s)
+        self.until(lambda _: False, 0.1)  # which fails, and shows what it did
+        raise AssertionError("unreachable")
 
     def error(self) -> str:
         """What it wrote to stderr; only after its end."""

@@ -36,7 +36,7 @@ def restartable(tmp_path: Path, fleet: Fleet) -> Iterator[Restartable]:
 
 def still_runs(command: Command, for_s: float) -> bool:
     try:
-        command.end(for_s)
+        command.process.wait(for_s)
     except subprocess.TimeoutExpired:
         return True
     return False

@@ -1,6 +1,8 @@
 """Processes die and devices misbehave; rounds go on, and nothing counts twice."""
 
+import contextlib
 import os
+import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 from crafted import crafted
 from edge_broker.transfer import Rejected
 from fleet import Fleet
-from records import committed, presence_of
+from records import committed, presence_of, reports
 
 from edge_runtime import codec
 
@@ -115,3 +117,23 @@ def test_an_agent_that_is_asked_to_stop_says_offline(fleet: Fleet) -> None:
     agent.process.terminate()
     assert agent.end(20) == 0
     assert presence_of(fleet, "a") == "offline"
+
+
+def test_an_agent_that_missed_the_nodes_word_on_its_last_update_asks_for_it_before_it_ends(fleet: Fleet) -> None:
+    fleet.write(deadline_s=60)
+    node = fleet.node("--noop", "--until-finished")
+    node.phase("collecting")
+    with crafted(fleet, "mute"):  # keeps the round open
+        node.until(lambda event: event.get("text") == "mute is online")
+        agent = fleet.agent("a", "--noop", "10kB")
+        agent.until(lambda event: event.get("text") == "the node took round 1")
+        agent.kill()
+        with contextlib.closing(sqlite3.connect(fleet.folder / "a" / "agent.db")) as database, database:
+            database.execute("UPDATE outbox_update SET state = 'pending'")
+        node.kill()
+        agent = fleet.agent("a", "--noop", "10kB", "--until-finished")
+        agent.phase("waiting")
+        time.sleep(2.5)  # it has asked twice and will not ask again before the round is over
+    again = fleet.node("--noop", "--until-finished")
+    assert (agent.end(40), again.end(40)) == (0, 0)
+    assert set(reports(fleet, "finished")) == {("a", 1)}

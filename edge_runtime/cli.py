@@ -119,6 +119,12 @@ def plan(fleet: Path, budget: str | None, board: str | None, models: Path, devic
 @click.option(
     "--stream", "streamed", is_flag=True, help="Leave packed weights in files, and read each block when it runs."
 )
+@click.option(
+    "--kept-blocks",
+    default=0,
+    show_default=True,
+    help="How many of the blocks keep all that backward needs and run once.",
+)
 @click.option("--rank", default=16, show_default=True, help="Rank of the adapter on all linear layers.")
 @click.option("--batch", default=4, show_default=True, help="Rows of a step.")
 @click.option("--tokens", default=256, show_default=True, help="Tokens of a row.")
@@ -138,6 +144,7 @@ def measure(
     weights: "Weights",
     boundaries: "Boundaries",
     streamed: bool,
+    kept_blocks: int,
     rank: int,
     batch: int,
     tokens: int,
@@ -171,6 +178,7 @@ def measure(
         peft=against == "peft",
         boundaries=boundaries,
         streamed=streamed,
+        kept_blocks=kept_blocks,
         random_weights=random_weights,
         gpu_cap_bytes=_cap(board, device, found),
     )

@@ -63,6 +63,7 @@ def measure(
     peft: bool,
     boundaries: Boundaries = "input",
     streamed: bool = False,
+    kept_blocks: int = 0,
     random_weights: bool = False,
     gpu_cap_bytes: int | None = None,
 ) -> Measurement:
@@ -71,6 +72,7 @@ def measure(
     Args:
         source: as in a catalog; models: where relative paths are looked for.
         rows, tokens: of a step, which goes through the model at once.
+        kept_blocks: that do not run again in backward, of all.
         random_weights: draw the model that the source's config.json describes.
         peft: run PEFT on the same rows too, in a process of its own.
         gpu_cap_bytes: of the GPU, for each of the two processes.
@@ -83,15 +85,16 @@ def measure(
     facts = processes.prepared(source, models, random_weights=random_weights)
     if tokens > facts.positions:
         raise InputError(f"rows of {tokens} tokens are too long: {source} has {facts.positions} positions")
-    fleet, way = planned(facts, facts.layers, weights, rank, rows, tokens, steps, boundaries, streamed, device)
+    way = Way(rows, boundaries, None if streamed else MLP_TOKENS, streamed, kept_blocks)
+    fleet, made = planned(facts, facts.layers, weights, rank, way, tokens, steps, device)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        result = train(facts, fleet, way, texts(rows * steps, tokens), [], folder, device, gpu_cap_bytes)
+        result = train(facts, fleet, made, texts(rows * steps, tokens), [], folder, device, gpu_cap_bytes)
         return Measurement(
             **msgspec.structs.asdict(taken(result)),
-            predicted_peak_bytes=way.predicted_peak_bytes,
-            predicted_step_seconds=way.step_seconds,
-            terms=way.terms,
+            predicted_peak_bytes=made.predicted_peak_bytes,
+            predicted_step_seconds=made.step_seconds,
+            terms=made.terms,
             peft=beside(folder) if peft else None,
         )
 
@@ -118,18 +121,16 @@ def planned(
     depth: int,
     weights: Weights,
     rank: int,
-    rows: int,
+    way: Way,
     tokens: int,
     steps: int,
-    boundaries: Boundaries = "input",
-    streamed: bool = False,
     device: str = "cpu",
 ) -> tuple[Fleet, Plan]:
     """A fleet of one model, and the plan in which a step goes through it at once."""
-    training = Training(steps=steps, rows_a_step=rows, max_tokens=tokens)
+    training = Training(steps=steps, rows_a_step=way.rows, max_tokens=tokens)
     catalog = (Model(source="model", depth=depth, weights=(weights,)),)
     fleet = Fleet(name="measure", catalog=catalog, adapter=Adapter(rank=rank), training=training)
-    way = plan(
+    made = plan(
         fleet,
         facts,
         "model",
@@ -137,12 +138,12 @@ def planned(
         weights,
         tokens=tokens,
         rank=rank,
-        way=Way(rows, boundaries, None if streamed else MLP_TOKENS, streamed),
+        way=way,
         runtime_bytes=processes.runtime_bytes(),
         rates=processes.rates(device),
         lengths=1,
     )
-    return fleet, way
+    return fleet, made
 
 
 def texts(count: int, tokens: int) -> list[dict[str, str]]:

@@ -77,6 +77,7 @@ def plan_values(choice: Choice, budget_bytes: int, deadline_s: float | None) -> 
             "boundaries",
             "mlp_tokens",
             "streamed",
+            "kept_blocks",
             "predicted_peak_bytes",
             "step_seconds",
         )

@@ -20,6 +20,7 @@ from rich.table import Table
 from edge_runtime import codec, measure, processes
 from edge_runtime.benchmarks.merge import RANK, drawn
 from edge_runtime.models.facts import Facts
+from edge_runtime.planning.search import Way
 from edge_runtime.settings import Weights
 
 MIB = 1 << 20
@@ -68,7 +69,7 @@ def _memory(facts: Facts, steps: int) -> Table:
     ours: dict[str, measure.Taken] = {}
     others: dict[str, measure.Taken] = {}
     for weights in FORMATS:
-        fleet, plan = measure.planned(facts, facts.layers, weights, RANK, 1, TOKENS, steps)
+        fleet, plan = measure.planned(facts, facts.layers, weights, RANK, Way(1), TOKENS, steps)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             result = measure.train(facts, fleet, plan, measure.texts(steps, TOKENS), [], folder)

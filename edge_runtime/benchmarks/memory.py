@@ -3,7 +3,8 @@
     make bench-memory
 
 Each line is the real trainer in a process of its own, and PEFT in another on the same rows: bfloat16, AdamW, gradient
-checkpointing. Peaks are above the runtime's own baseline; rank 16 on all linear layers.
+checkpointing. Peaks are above the runtime's own baseline; rank 16 on all linear layers. Where the goal for memory leaves
+room, as many blocks run once as fit.
 """
 
 import argparse
@@ -34,6 +35,7 @@ class Case(NamedTuple):
     weights: Weights
     boundaries: Boundaries = "input"
     streamed: bool = False
+    kept_blocks: int = 0
     goal_bytes: int | None = None
     goal_time: float | None = None
 
@@ -44,7 +46,7 @@ CASES = (
     Case(SMOLLM2, False, 4, 256, "q4_1", goal_bytes=250 * MIB, goal_time=0.8),
     Case(SMOLLM2, False, 1, 256, "q4_1", "int8", True, goal_bytes=120 * MIB),
     Case(GEMMA, True, 1, 512, "bfloat16"),
-    Case(GEMMA, True, 1, 512, "q4_1", goal_bytes=450 * MIB, goal_time=1.0),
+    Case(GEMMA, True, 1, 512, "q4_1", kept_blocks=7, goal_bytes=450 * MIB, goal_time=1.0),
 )
 
 
@@ -85,6 +87,7 @@ def main() -> None:
             peft=same not in pefts,
             boundaries=case.boundaries,
             streamed=case.streamed,
+            kept_blocks=case.kept_blocks,
             random_weights=case.random_weights,
         )
         peft = pefts.setdefault(same, done.peft) if done.peft else pefts[same]
@@ -108,10 +111,12 @@ def main() -> None:
 
 def _cells(case: Case, done: Measurement, peft: Taken, baseline: int) -> tuple[str, ...]:
     weights = case.weights + (", streamed" if case.streamed else "")
+    weights += ", 8-bit boundaries" if case.boundaries == "int8" else ""
+    weights += f", {case.kept_blocks} blocks run once" if case.kept_blocks else ""
     return (
         case.source.name.partition(".")[0],
         f"{case.rows} x {case.tokens}",
-        weights + (", 8-bit boundaries" if case.boundaries == "int8" else ""),
+        weights,
         f"{(done.measured_peak_bytes - baseline) / MIB:.0f} MiB",
         f"{case.goal_bytes / MIB:.0f} MiB" if case.goal_bytes else "",
         f"{(done.predicted_peak_bytes - baseline) / MIB:.0f} MiB",

@@ -10,6 +10,7 @@ from edge_runtime.settings import Boundaries, Weights
 class Plan(msgspec.Struct, frozen=True):
     """depth: layers kept. rows: micro-batch. tokens: longest sequence. boundaries: how each block's input is kept for
     backward. mlp_tokens: that go through an MLP at once, None: all. streamed: the blocks' packed matrices stay in files.
+    kept_blocks: how many, the last ones, keep all that backward needs instead of their input, and do not run again.
     terms: predicted bytes, by what takes them. step_seconds: predicted, of an optimiser step on this device."""
 
     source: str
@@ -25,6 +26,7 @@ class Plan(msgspec.Struct, frozen=True):
     boundaries: Boundaries = "input"
     mlp_tokens: int | None = None
     streamed: bool = False
+    kept_blocks: int = 0
 
     @property
     def predicted_peak_bytes(self) -> int:
@@ -43,4 +45,5 @@ class Plan(msgspec.Struct, frozen=True):
         tiles = self.mlp_tokens is not None and self.mlp_tokens < self.rows * self.tokens
         tiled = f", MLPs in tiles of {self.mlp_tokens}" if tiles else ""
         streamed = ", weights streamed" if self.streamed else ""
-        return f"rank {self.rank}, micro-batches of {self.rows} x {self.tokens} tokens{kept}{tiled}{streamed}"
+        once = f", {self.kept_blocks} blocks run once" if self.kept_blocks else ""
+        return f"rank {self.rank}, micro-batches of {self.rows} x {self.tokens} tokens{kept}{tiled}{streamed}{once}"

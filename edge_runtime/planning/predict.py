@@ -1,8 +1,8 @@
 """Predicts the peak memory of training from the model's facts alone; nothing is loaded.
 
     peak = runtime + kernels + weights + adapter + the largest of
-           boundaries + block      backward through a block
-           boundaries + loss       between forward and backward
+           boundaries + activations + block      backward through a block
+           boundaries + activations + loss       between forward and backward
            answers                 prompts are completed, after training, where the method exchanges completions
            encode                  what is sent is made
 
@@ -13,6 +13,8 @@
     adapter     6 B a parameter that is trained: factor in float32, two moments in 8 bits each; 4 B more where several
                 micro-batches make a step, whose gradients are summed; 4 B one that is frozen
     boundaries  each block's input for the tokens of a micro-batch, as it is or in 8 bits
+    activations of the blocks that do not run again: 5 rows as wide as the hidden states a token, 5 as wide as all heads and
+                3 as wide as the MLP, and what the heap loses between them
     block       one block's activations and their gradients while it runs again, 17 hidden and 7 intermediate rows a token,
                 and what the heap cannot reuse of them
     loss        the chunk of logits, what is made of it, and pieces of a packed head
@@ -37,6 +39,8 @@ KERNEL_BYTES, MOST_LENGTHS = 8 * MIB, 6  # of a length of rows; the library's ca
 LOSS_CHUNK_BYTES = 8 * MIB  # of logits at once, unless memory is short
 LOSS_COPIES = 2.6
 HIDDEN_ROWS, INTERMEDIATE_ROWS = 17, 7  # a token, of a block's activations and their gradients
+KEPT_HIDDEN_ROWS, KEPT_HEAD_ROWS, KEPT_INTERMEDIATE_ROWS = 5, 5, 3  # a token, of a block's activations alone
+KEPT_COPIES = 1.2
 BLOCK_COPIES = {"float32": 1.6, "bfloat16": 1.5, "packed": 1.8}
 MLP_TOKENS, FEWER_MLP_TOKENS = 1024, 256  # that go through an MLP at once: at no cost, and where memory is short
 UNGATED_FAMILIES = ("gpt2", "phi")  # their MLPs do not come in tiles
@@ -73,13 +77,17 @@ def terms(
     copies = BLOCK_COPIES["packed" if plan.weights in PACKED else plan.weights]
     at_once = batch if facts.family in UNGATED_FAMILIES else min(batch, plan.mlp_tokens or batch)
     rows = batch * HIDDEN_ROWS * facts.hidden + at_once * INTERMEDIATE_ROWS * facts.intermediate
-    block = int(copies * width * rows)
-    if method.low_rank is not None:  # a block's factors once more where they are joined, and their gradients
-        block += 2 * FROZEN_BYTES * adapter // plan.depth
+    joined = FROZEN_BYTES * adapter // plan.depth if method.low_rank is not None else 0  # a block's factors once more
+    block = int(copies * width * rows) + 2 * joined  # and their gradients
     loss = int(LOSS_COPIES * min(width * batch * facts.vocabulary, loss_chunk_bytes(plan)))
-    training = {"boundaries": batch * kept * plan.depth, **({"block": block} if block > loss else {"loss": loss})}
     cache = 2 * facts.kv_heads * facts.head_dim * width * batch * plan.depth
     answers = {"answers": cache + block // 2 if method.completions is not None else 0}
+    training = {"boundaries": batch * kept * (plan.depth - plan.kept_blocks)}
+    if plan.kept_blocks:
+        held = _activations(facts, batch, width, tiled=at_once < batch) + joined
+        training["activations"] = plan.kept_blocks * held
+        block = max(block - held, 0)  # the one that goes through backward is among them
+    training |= {"block": block} if block > loss else {"loss": loss}
     encode = {"encode": ENCODE_BYTES * sent}
     return {
         "runtime": runtime_bytes,
@@ -102,6 +110,14 @@ def factor_values(facts: Facts, plan: Plan, roles: tuple[Role, ...], method: Met
 def loss_chunk_bytes(plan: Plan) -> int:
     """Of logits that the trainer has at once."""
     return LOSS_CHUNK_BYTES // 2 if plan.streamed else LOSS_CHUNK_BYTES
+
+
+def _activations(facts: Facts, batch: int, width: int, *, tiled: bool) -> int:
+    """What a block keeps for backward of so many tokens; an MLP in tiles runs again in any case."""
+    intermediate = INTERMEDIATE_ROWS if facts.family in UNGATED_FAMILIES else KEPT_INTERMEDIATE_ROWS
+    values = KEPT_HIDDEN_ROWS * facts.hidden + KEPT_HEAD_ROWS * facts.heads * facts.head_dim
+    values += 0 if tiled else intermediate * facts.intermediate
+    return int(KEPT_COPIES * width * batch * values)
 
 
 def _weights(facts: Facts, depth: int, weights: Weights) -> int:

@@ -1,7 +1,8 @@
 """Picks what a device trains within its budget.
 
 The first model of the catalog that fits, then the most precise weights, the longest sequence, the highest rank, and last the
-largest micro-batch. Where the fleet has a deadline for a step, only of the plans that are predicted to be in time.
+largest micro-batch. Where the fleet has a deadline for a step, only of the plans that are predicted to be in time. What memory
+is left over then saves time: blocks whose activations fit are kept whole, and do not run again in backward.
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from edge_runtime.planning.predict import FEWER_MLP_TOKENS, KERNEL_BYTES, LENGTH
 from edge_runtime.planning.time import Rates, step_seconds
 from edge_runtime.settings import PACKED, Boundaries, Fleet, Role, Weights, rows_of_a_step
 
+FULL = 0.95  # of the budget, which memory that only saves time may fill: a prediction can be wrong by a twentieth
 UNPACKED_FAMILIES = ("gpt2",)  # their linear layers are no nn.Linear
 
 
@@ -29,6 +31,7 @@ class Way(NamedTuple):
     boundaries: Boundaries = "input"
     mlp_tokens: int | None = MLP_TOKENS
     streamed: bool = False
+    kept_blocks: int = 0
 
 
 class Choice(NamedTuple):
@@ -66,11 +69,34 @@ def choose(fleet: Fleet, facts: dict[str, Facts], budget_bytes: int, runtime_byt
         for way in plans:
             if way.predicted_peak_bytes <= budget_bytes and over_deadline_s(way, deadline_s) == 0:
                 same = before is not None and (before.source, before.depth) == (way.source, way.depth)
-                return Choice(way, rejected, before if same else None)
+                known = facts[way.source]
+                return Choice(
+                    _filled(fleet, known, way, budget_bytes, runtime_bytes, rates), rejected, before if same else None
+                )
             before = way
         small = [way for way in plans if way.predicted_peak_bytes <= budget_bytes]
         rejected.append(min(small, key=_seconds) if small else min(plans, key=_bytes))
     raise BudgetError(_why_none(every, budget_bytes, deadline_s))
+
+
+def _filled(fleet: Fleet, known: Facts, fits: Plan, budget_bytes: int, runtime_bytes: int, rates: Rates) -> Plan:
+    """The plan with as many blocks that run once as there is memory left for."""
+    for kept_blocks in range(0 if fits.streamed else fits.depth, 0, -1):
+        faster = plan(
+            fleet,
+            known,
+            fits.source,
+            fits.depth,
+            fits.weights,
+            tokens=fits.tokens,
+            rank=fits.rank,
+            way=Way(fits.rows, fits.boundaries, fits.mlp_tokens, fits.streamed, kept_blocks),
+            runtime_bytes=runtime_bytes,
+            rates=rates,
+        )
+        if faster.predicted_peak_bytes <= FULL * budget_bytes:
+            return faster
+    return fits
 
 
 def over_deadline_s(way: Plan, deadline_s: float | None) -> float:
@@ -165,8 +191,8 @@ def plan(
         lengths: of the rows, after padding; None: all there are up to `tokens`.
 
     Raises:
-        InputError: a sequence is longer than the model has positions, its family cannot be packed, or weights are to be streamed
-            that are not packed or of which the method takes frames.
+        InputError: a sequence is longer than the model has positions, its family cannot be packed, weights are to be streamed
+            that are not packed or of which the method takes frames, or more blocks are to be kept than there are.
     """
     if tokens > known.positions:
         key = "shorter goes down to" if tokens in fleet.training.shorter else "max_tokens is"
@@ -182,6 +208,8 @@ def plan(
         )
     if way.streamed and weights not in PACKED:
         raise InputError(f"weights in {weights} cannot be streamed: use one of {', '.join(PACKED)}")
+    if not 0 <= way.kept_blocks <= depth:
+        raise InputError(f"{way.kept_blocks} blocks are to run once, but {source} has {depth} of them here")
     made = Plan(
         source=source,
         model_class=known.model_class,
@@ -209,8 +237,11 @@ def plan(
 
 
 def lower(known: Facts, plan: Plan, *, method: Method, roles: tuple[Role, ...], rows_a_step: int) -> list[Plan]:
-    """The plans that a running trainer can go on with, each in less memory than the one before: smaller micro-batches, then
-    8-bit boundaries, then small tiles of the MLP. Model, weights, rank and length stay; the time a step is not predicted."""
+    """The plans that a running trainer can go on with, each in less memory than the one before: all blocks run again, then
+    smaller micro-batches, 8-bit boundaries, small tiles of the MLP.
+
+    Model, weights, rank and length stay; the time a step is not predicted.
+    """
     found, runtime_bytes = [plan], plan.terms["runtime"]
     for way in _ways(rows_a_step, plan.weights, plan.tokens):
         made = msgspec.structs.replace(plan, **way._asdict())

@@ -2,8 +2,8 @@
 
     step = FLOP / rate of matrix products + bytes / rate of a large copy + calls
 
-    FLOP        blocks: 2 a parameter and token, three times: forward, again in backward, and for dx; the head twice: for the
-                loss and its gradient, with every token labelled
+    FLOP        blocks: 2 a parameter and token, three times: forward, again in backward, and for dx; twice where they do not
+                run again; the head twice: for the loss and its gradient, with every token labelled
                 causal attention, at ATTENTION of the rate
                 adapter: nine products with A or B, at THIN of the rate: two forward, two again, x Aᵀ once more, two for dx,
                 two for dA and dB
@@ -58,10 +58,12 @@ def step_seconds(
     blocks = plan.depth * facts.block_parameters
     attention = plan.depth * 1.5 * plan.tokens * facts.heads * facts.head_dim  # half of the pairs; backward 2.5 times
     head = facts.vocabulary * facts.hidden
-    products = tokens * (6 * (blocks + attention / ATTENTION) + 4 * head) + 9 * tokens * factors / THIN
+    runs = 3 - plan.kept_blocks / plan.depth
+    products = tokens * (2 * runs * (blocks + attention / ATTENTION) + 4 * head)
+    products += (3 + 2 * runs) * tokens * factors / THIN
     rows = plan.depth * (HIDDEN_ROWS * facts.hidden + INTERMEDIATE_ROWS * facts.intermediate)
-    moved: float = width * tokens * (BLOCK_PASSES * rows + LOSS_PASSES * facts.vocabulary)
-    moved += 3 * micro_batches * blocks * EXPAND_BYTES.get(plan.weights, width)
+    moved = width * tokens * (BLOCK_PASSES / 3 * runs * rows + LOSS_PASSES * facts.vocabulary)
+    moved += runs * micro_batches * blocks * EXPAND_BYTES.get(plan.weights, width)
     if plan.weights in PACKED:
         moved += micro_batches * head * EXPAND_BYTES["q8_0"]
     if plan.streamed:

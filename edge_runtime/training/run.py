@@ -161,6 +161,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
                 progress=stepped,
                 ease=ease,
                 keep=job.plan.boundaries,
+                kept_blocks=job.plan.kept_blocks,
                 loss_chunk_bytes=loss_chunk_bytes(job.plan),
                 distillation=distillation,
                 passes=method.passes(job.round),

@@ -137,6 +137,7 @@ def train(
     progress: Callable[[int, float | None], None],
     ease: Callable[[], Plan | None] = lambda: None,
     keep: Boundaries = "input",
+    kept_blocks: int = 0,
     loss_chunk_bytes: int = LOSS_CHUNK_BYTES,
     distillation: Distillation | None = None,
     passes: Sequence[Pass] = (Pass(),),
@@ -150,6 +151,7 @@ def train(
         progress: told the step, counted from 1, and its loss; None where the step was skipped.
         ease: asked after each step how to go on in less memory; None: as before.
         keep: how each block's input is kept for backward.
+        kept_blocks: of a step's last blocks, that keep all that backward needs instead, and do not run again.
         loss_chunk_bytes: of logits that exist at once.
         distillation: public texts beside each step's rows.
         passes: of each step, one after another over the same rows.
@@ -201,7 +203,7 @@ def train(
         micro = parts(own, list(islice(texts, taught)), weight_taught, micro_rows)
         total = seen = 0.0
         first: list[torch.Tensor] = []
-        with only_blocks(model, slices[step % len(slices)]), recomputed_blocks(model, keep):
+        with only_blocks(model, slices[step % len(slices)]), recomputed_blocks(model, keep, kept_blocks):
             for turn, one in enumerate(passes):
                 with adapter.without(one.frozen):
                     if step == 0:
@@ -239,7 +241,7 @@ def train(
         progress(step + 1, seen if math.isfinite(total) else None)
         eased = ease()
         if eased is not None:
-            micro_rows, keep = eased.rows, eased.boundaries
+            micro_rows, keep, kept_blocks = eased.rows, eased.boundaries, eased.kept_blocks
     optimiser.close()
     return losses
 
@@ -270,17 +272,20 @@ def only_blocks(model: PreTrainedModel, chosen: tuple[int, ...]) -> Iterator[Non
 
 
 @contextmanager
-def recomputed_blocks(model: PreTrainedModel, keep: Boundaries = "input") -> Iterator[None]:
-    """While inside, each block keeps only its input and runs again in backward; dropout is in training mode."""
+def recomputed_blocks(model: PreTrainedModel, keep: Boundaries = "input", kept_blocks: int = 0) -> Iterator[None]:
+    """While inside, each block but the last kept_blocks keeps only its input and runs again in backward; dropout is in training
+    mode."""
     model.train()
-    before = [vars(block).get("forward") for block in blocks(model)]
-    kept = Kept(len(before))
-    for block in blocks(model):
+    every = list(blocks(model))
+    again = every[: max(len(every) - kept_blocks, 0)]
+    before = [vars(block).get("forward") for block in again]
+    kept = Kept(len(again))
+    for block in again:
         block.forward = partial(checkpoint_block, block.forward, keep=keep, kept=kept)
     try:
         yield
     finally:
-        for block, own in zip(blocks(model), before, strict=True):
+        for block, own in zip(again, before, strict=True):
             del block.forward
             if own is not None:
                 block.forward = own

@@ -11,7 +11,9 @@ from edge_runtime import measure, views
 from edge_runtime.demo import commands
 from edge_runtime.errors import BudgetError, InputError
 from edge_runtime.methods import fedit
-from edge_runtime.planning.search import candidates, choose, lower
+from edge_runtime.planning import search
+from edge_runtime.planning.predict import terms
+from edge_runtime.planning.search import Way, candidates, choose, lower
 from edge_runtime.planning.time import Rates
 from edge_runtime.settings import Adapter, Codistill, Fleet, Method, Model, Training
 from edge_runtime.training import data
@@ -31,6 +33,12 @@ def fleet(*catalog, rank=4, lower=(), **training):
         adapter=Adapter(rank=rank, lower=lower),
         training=Training(**{"rows_a_step": 8, "max_tokens": 64, **training}),
     )
+
+
+@pytest.fixture(autouse=True)
+def nothing_filled(monkeypatch):
+    """A winner is one of the candidates: no block is kept in memory that is left over."""
+    monkeypatch.setattr(search, "FULL", 0.0)
 
 
 STEPS_DOWN = {"rank": 256, "lower": (64, 4), "shorter": (32, 8)}  # ranks whose factors weigh as much as a row
@@ -263,6 +271,48 @@ def test_an_mlp_without_a_gate_is_not_predicted_in_tiles():
     assert "MLPs in tiles of 1024" in tiled.how
 
 
+def test_memory_that_is_left_over_keeps_as_many_blocks_as_fit(monkeypatch):
+    monkeypatch.setattr(search, "FULL", 0.95)
+    of = fleet(Model("large", weights=("bfloat16",)), rows_a_step=4, max_tokens=512)
+    best = plans(of)[0]
+    tight = choose(of, FACTS, best.predicted_peak_bytes, RUNTIME, RATES).fits
+    assert tight == best and tight.kept_blocks == 0
+    before = best
+    for budget in (best.predicted_peak_bytes * times // 10 for times in (12, 14, 16)):
+        fits = choose(of, FACTS, budget, RUNTIME, RATES).fits
+        assert before.kept_blocks < fits.kept_blocks < 30
+        assert fits.step_seconds < before.step_seconds
+        assert before.predicted_peak_bytes < fits.predicted_peak_bytes <= 0.95 * budget
+        one_more = msgspec.structs.replace(fits, kept_blocks=fits.kept_blocks + 1)
+        assert sum(terms_of(of, one_more).values()) > 0.95 * budget
+        before = fits
+    assert before.how.endswith(f", {before.kept_blocks} blocks run once")
+    assert choose(of, FACTS, 1 << 40, RUNTIME, RATES).fits.kept_blocks == 30
+    ways = lower(LARGE, before, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=4)
+    assert [(way.rows, way.kept_blocks) for way in ways[:2]] == [(4, 0), (2, 0)]  # first what costs time alone
+
+
+def terms_of(of, plan):
+    sizes = {"rows_a_step": of.training.rows_a_step, "lengths": plan.tokens // 8, "runtime_bytes": RUNTIME}
+    return terms(LARGE, plan, method=fedit.METHOD, roles=of.adapter.roles, **sizes)
+
+
+def test_no_more_blocks_are_kept_than_there_are():
+    with pytest.raises(InputError, match="31 blocks are to run once, but large has 30"):
+        search.plan(
+            fleet(),
+            LARGE,
+            "large",
+            30,
+            "bfloat16",
+            tokens=64,
+            rank=4,
+            way=Way(1, kept_blocks=31),
+            runtime_bytes=RUNTIME,
+            rates=RATES,
+        )
+
+
 TRAINING = ("boundaries", "block")
 
 
@@ -380,7 +430,7 @@ def test_the_prediction_is_near_the_trainers_peak(
 ):
     drawn = commands.rows("kitchen", train=60, held_out=8, seed=0)
     longest = max(len(one.ids) for one in data.tokenize([*drawn.train, *drawn.held_out], demo_tokenizer, 512))
-    of, plan = measure.planned(demo_facts, depth, weights, 16, rows, longest, steps=4)
+    of, plan = measure.planned(demo_facts, depth, weights, 16, Way(rows), longest, steps=4)
     measured = measure.train(demo_facts, of, plan, drawn.train, drawn.held_out, tmp_path).measured_peak_bytes
     record_property("predicted / measured", round(plan.predicted_peak_bytes / measured, 3))
     assert_close(plan.predicted_peak_bytes, measured)

@@ -66,8 +66,9 @@ class Session:
             client_id: fixed for a device; a second session with the same id takes over from the first.
             presence: whose presence to keep, if any.
             clean_start: forget what the broker keeps for this id at every reconnect too (for shared subscriptions,
-                with expiry 0); `connect` always does.
-            session_expiry_s: how long the broker keeps subscriptions and messages while the line is broken.
+                with expiry 0), not only when it first connects.
+            session_expiry_s: how long the broker keeps subscriptions and messages while the line is broken, if it can
+                (rumqttd does not).
             ca, cert, key: PEM files for mqtts; they win over those in the URL.
             max_packet_bytes: the largest PUBLISH sent or accepted.
 

@@ -28,11 +28,12 @@ from edge_broker.transfer import Committed, Failed, Fetched, Fetcher, Rejected, 
 from edge_runtime import methods
 from edge_runtime.agent import planner, work
 from edge_runtime.agent.options import Event, Options
-from edge_runtime.agent.planner import Planned, Unplanned
+from edge_runtime.agent.planner import Planned, Unplanned, Wanted
 from edge_runtime.agent.reports import Reports
 from edge_runtime.agent.store import Store
 from edge_runtime.agent.trainer import Ended, Trainer
 from edge_runtime.errors import BudgetError, EdgeError, InputError, LinkError, MemoryShortError, TrainerError
+from edge_runtime.planning.plan import Plan
 from edge_runtime.rounds import CODEC, FLEET, NOOP, ROUND_DOMAIN, Report, Round
 from edge_runtime.training.job import Job, Progress, Result
 
@@ -73,6 +74,7 @@ class Agent:
         self._trainer: Trainer | None = None
         self._attempt = 0
         self._budget_bytes = options.budget_bytes
+        self._fill = True  # the budget, with what only saves time
         self._finished = False
         self._ignored = ""  # why a round that was announced does not count
 
@@ -170,8 +172,8 @@ class Agent:
 
     def _plan(self) -> None:
         assert self._round is not None
-        known = self._planned and (self._planned.fleet, self._planned.budget_bytes, self._planned.most_rank)
-        if self.options.noop_bytes or known == (self._round.fleet, self._budget_bytes, self._most_rank()):
+        wanted = Wanted(self._round.fleet, self._budget_bytes, self._fill, self._most_rank())
+        if self.options.noop_bytes or (self._planned and self._planned.wanted == wanted):
             self._begin()
             return
         self._say("planning")
@@ -179,15 +181,7 @@ class Agent:
             return
         self._planning = True
         options = self.options
-        planner.start(
-            self._round.fleet,
-            self._budget_bytes,
-            self._most_rank(),
-            options.models,
-            options.device,
-            options.threads,
-            self._session.put,
-        )
+        planner.start(wanted, options.models, options.device, options.threads, self._session.put)
 
     def _most_rank(self) -> int | None:
         """To which the method has pruned this device; None: the fleet's ranks are open to it."""
@@ -281,11 +275,17 @@ class Agent:
             self._give_up(TrainerError(reason))
         else:
             if ended.exit_code in (-9, MemoryShortError.exit_code):  # killed for memory, most likely, or said so
-                plan = self._planned.plan
-                runtime, peak = plan.terms["runtime"], plan.predicted_peak_bytes
-                self._budget_bytes = min(self._budget_bytes, int(runtime + SMALLER * (peak - runtime)))
+                self._take_less(self._planned.plan, ended.exit_code == -9)
             self._say("again", text=reason)
             self._plan()
+
+    def _take_less(self, plan: Plan, killed: bool) -> None:
+        """Plan what comes in less memory: a killed trainer's without what only saved time, or else a smaller one."""
+        self._fill = False
+        if killed and plan.kept_blocks:
+            return  # a trainer that was not killed had tried to go on without
+        runtime, peak = plan.terms["runtime"], plan.predicted_peak_bytes - plan.terms.get("activations", 0)
+        self._budget_bytes = min(self._budget_bytes, int(runtime + SMALLER * (peak - runtime)))
 
     def _send_noise(self) -> None:
         """The benchmark's round without training."""
@@ -344,7 +344,9 @@ class Agent:
         elif settled.final:
             self._say("rejected", text=settled.reason)
             self._reports.withdraw(round_)
-            self._reports.publish(msgspec.structs.replace(self._report("failed", None, settled.reason), round=round_))
+            if self._round is None or self._round.state == "open":  # else the node would not wait for the end's report
+                failed = self._report("failed", None, settled.reason)
+                self._reports.publish(msgspec.structs.replace(failed, round=round_))
         else:
             self._say("waiting", text=f"the node does not take round {round_} yet: {settled.reason}")
             return

@@ -18,12 +18,19 @@ from edge_runtime.settings import Fleet
 log = logging.getLogger(__name__)
 
 
-class Planned(NamedTuple):
-    """The plan for a fleet, budget and highest rank, with the facts of its model."""
+class Wanted(NamedTuple):
+    """For which fleet, budget and highest rank (None: the fleet's) there is to be a plan. fill: the budget, to save time."""
 
     fleet: Fleet
     budget_bytes: int
+    fill: bool
     most_rank: int | None
+
+
+class Planned(NamedTuple):
+    """The plan for what was wanted, with the facts of its model."""
+
+    wanted: Wanted
     plan: Plan
     facts: Facts
 
@@ -35,9 +42,7 @@ class Unplanned(NamedTuple):
 
 
 def start(
-    fleet: Fleet,
-    budget_bytes: int,
-    most_rank: int | None,
+    wanted: Wanted,
     models: Path,
     device: str,
     threads: int,
@@ -46,18 +51,20 @@ def start(
     """Begin; put is called from the thread, once.
 
     Args:
-        most_rank: of what is planned; None: the fleet's.
         models: where relative paths of the catalog are looked for.
         device, threads: the trainer's.
     """
 
     def plan() -> None:
         try:
-            facts = {source: processes.prepared(source, models) for source in {model.source for model in fleet.catalog}}
+            fleet, sources = wanted.fleet, {model.source for model in wanted.fleet.catalog}
+            facts = {source: processes.prepared(source, models) for source in sources}
             rates = processes.rates(device, threads)
-            open_to_it = fleet if most_rank is None else _in_ranks(fleet, most_rank)
-            fits = choose(open_to_it, facts, budget_bytes, processes.runtime_bytes(), rates).fits
-            put(Planned(fleet, budget_bytes, most_rank, fits, facts[fits.source]))
+            if wanted.most_rank is not None:
+                fleet = _in_ranks(fleet, wanted.most_rank)
+            runtime_bytes = processes.runtime_bytes()
+            fits = choose(fleet, facts, wanted.budget_bytes, runtime_bytes, rates, fill=wanted.fill).fits
+            put(Planned(wanted, fits, facts[fits.source]))
         except EdgeError as error:
             put(Unplanned(error))
         except Exception as error:  # whatever it is, the agent has to hear of it

@@ -47,7 +47,9 @@ class Choice(NamedTuple):
     better: Plan | None
 
 
-def choose(fleet: Fleet, facts: dict[str, Facts], budget_bytes: int, runtime_bytes: int, rates: Rates) -> Choice:
+def choose(
+    fleet: Fleet, facts: dict[str, Facts], budget_bytes: int, runtime_bytes: int, rates: Rates, *, fill: bool = True
+) -> Choice:
     """The best plan within a budget, and within the fleet's deadline for a step if it has one.
 
     Args:
@@ -55,6 +57,7 @@ def choose(fleet: Fleet, facts: dict[str, Facts], budget_bytes: int, runtime_byt
         facts: of each source in the catalog.
         budget_bytes: what the trainer process may take at its peak, the runtime included.
         runtime_bytes: the measured baseline of this device. rates: measured too.
+        fill: what is left of the budget, with blocks that run once.
 
     Raises:
         BudgetError: nothing fits; it says the smallest budget that would do, or the shortest step that is possible.
@@ -62,21 +65,24 @@ def choose(fleet: Fleet, facts: dict[str, Facts], budget_bytes: int, runtime_byt
     """
     rejected: list[Plan] = []
     every: list[Plan] = []
+    small: list[Plan] = []
     before: Plan | None = None
     deadline_s = fleet.training.step_deadline_s
     for plans in candidates(fleet, facts, runtime_bytes, rates):
         every.extend(plans)
+        too_slow: list[Plan] = []
         for way in plans:
-            if way.predicted_peak_bytes <= budget_bytes and over_deadline_s(way, deadline_s) == 0:
-                same = before is not None and (before.source, before.depth) == (way.source, way.depth)
+            if way.predicted_peak_bytes <= budget_bytes:
                 known = facts[way.source]
-                return Choice(
-                    _filled(fleet, known, way, budget_bytes, runtime_bytes, rates), rejected, before if same else None
-                )
+                fits = _filled(fleet, known, way, budget_bytes, runtime_bytes, rates) if fill else way
+                if over_deadline_s(fits, deadline_s) == 0:
+                    same = before is not None and (before.source, before.depth) == (way.source, way.depth)
+                    return Choice(fits, rejected, before if same else None)
+                too_slow.append(fits)
             before = way
-        small = [way for way in plans if way.predicted_peak_bytes <= budget_bytes]
-        rejected.append(min(small, key=_seconds) if small else min(plans, key=_bytes))
-    raise BudgetError(_why_none(every, budget_bytes, deadline_s))
+        rejected.append(min(too_slow, key=_seconds) if too_slow else min(plans, key=_bytes))
+        small += too_slow
+    raise BudgetError(_why_none(every, small, budget_bytes, deadline_s))
 
 
 def _filled(fleet: Fleet, known: Facts, fits: Plan, budget_bytes: int, runtime_bytes: int, rates: Rates) -> Plan:
@@ -104,8 +110,8 @@ def over_deadline_s(way: Plan, deadline_s: float | None) -> float:
     return 0.0 if deadline_s is None else max(0.0, way.step_seconds - deadline_s)
 
 
-def _why_none(every: list[Plan], budget_bytes: int, deadline_s: float | None) -> str:
-    small = [way for way in every if way.predicted_peak_bytes <= budget_bytes]
+def _why_none(every: list[Plan], small: list[Plan], budget_bytes: int, deadline_s: float | None) -> str:
+    """every: as enumerated; small: those within the budget, filled."""
     in_time = [way for way in every if over_deadline_s(way, deadline_s) == 0]
     if small or not in_time:
         fastest = min(small or every, key=_seconds)
@@ -192,7 +198,7 @@ def plan(
 
     Raises:
         InputError: a sequence is longer than the model has positions, its family cannot be packed, weights are to be streamed
-            that are not packed or of which the method takes frames, or more blocks are to be kept than there are.
+            that are not packed or of which the method takes frames, or blocks are to run once that are streamed or not there.
     """
     if tokens > known.positions:
         key = "shorter goes down to" if tokens in fleet.training.shorter else "max_tokens is"
@@ -208,6 +214,8 @@ def plan(
         )
     if way.streamed and weights not in PACKED:
         raise InputError(f"weights in {weights} cannot be streamed: use one of {', '.join(PACKED)}")
+    if way.streamed and way.kept_blocks:
+        raise InputError("blocks whose weights are streamed cannot run once: they would keep them")
     if not 0 <= way.kept_blocks <= depth:
         raise InputError(f"{way.kept_blocks} blocks are to run once, but {source} has {depth} of them here")
     made = Plan(
@@ -243,7 +251,11 @@ def lower(known: Facts, plan: Plan, *, method: Method, roles: tuple[Role, ...], 
     Model, weights, rank and length stay; the time a step is not predicted.
     """
     found, runtime_bytes = [plan], plan.terms["runtime"]
-    for way in _ways(rows_a_step, plan.weights, plan.tokens):
+    first = Way(plan.rows, plan.boundaries, plan.mlp_tokens, plan.streamed)
+    ways = [way for way in _ways(rows_a_step, plan.weights, plan.tokens) if way != first]
+    for way in [first, *ways] if plan.kept_blocks else ways:
+        if way.rows > plan.rows or way.streamed != plan.streamed:
+            continue
         made = msgspec.structs.replace(plan, **way._asdict())
         predicted = terms(
             known,
@@ -256,7 +268,7 @@ def lower(known: Facts, plan: Plan, *, method: Method, roles: tuple[Role, ...], 
         )
         predicted["kernels"] = plan.terms["kernels"] + KERNEL_BYTES * (way.rows != plan.rows)  # those so far stay
         made = msgspec.structs.replace(made, terms=predicted)
-        if way.streamed == plan.streamed and made.predicted_peak_bytes < found[-1].predicted_peak_bytes:
+        if way == first or made.predicted_peak_bytes < found[-1].predicted_peak_bytes:
             found.append(made)
     return found[1:]
 

@@ -5,11 +5,11 @@
     FLOP        blocks: 2 a parameter and token, three times: forward, again in backward, and for dx; twice where they do not
                 run again; the head twice: for the loss and its gradient, with every token labelled
                 causal attention, at ATTENTION of the rate
-                adapter: nine products with A or B, at THIN of the rate: two forward, two again, x Aᵀ once more, two for dx,
-                two for dA and dB
+                adapter: nine products with A or B, at THIN of the rate: two forward, two again if the block is, x Aᵀ once
+                more, two for dx, two for dA and dB
     bytes       element-wise work on a block's activations and on the logits
-                matrices, three times a micro-batch: read, or expanded where they are packed; streamed ones are read besides;
-                a packed head is expanded once
+                matrices, three times a micro-batch, or twice: read, or expanded where they are packed; streamed ones are
+                read besides; a packed head is expanded once
     calls       what starting a block's operations takes, once a micro-batch, and its factors' optimiser, once a step
 
 Rows are taken to be as long as the plan allows, the slice as deep, and a streamed file to be in the page cache. The constants
@@ -30,6 +30,7 @@ ATTENTION, THIN = 0.25, 0.5  # of the rate of matrix products
 BLOCK_PASSES, LOSS_PASSES = 10, 60  # over the rows that predict.py counts in a block, and over the logits
 EXPAND_BYTES = {"q8_0": 24, "q4_1": 60, "q4_0": 60, "nf4": 190}  # a value takes as long as a copy that moves so many
 CALL_S = 6e-3  # a block
+MLP: tuple[Role, ...] = ("gate", "up", "gate_up", "down")
 
 
 class Rates(msgspec.Struct, frozen=True):
@@ -56,9 +57,14 @@ def step_seconds(
     width, flops = (4, rates.float32_flops) if plan.weights == "float32" else (2, rates.bfloat16_flops)
     factors = sum(factor_values(facts, plan, roles, method).values())
     blocks = plan.depth * facts.block_parameters
+    mlps = plan.depth * sum(facts.linears[role][0] * facts.linears[role][1] for role in MLP if role in facts.linears)
     attention = plan.depth * 1.5 * plan.tokens * facts.heads * facts.head_dim  # half of the pairs; backward 2.5 times
     head = facts.vocabulary * facts.hidden
     runs = 3 - plan.kept_blocks / plan.depth
+    if (
+        plan.mlp_tokens is not None and plan.rows * plan.tokens > plan.mlp_tokens
+    ):  # what is tiled runs again in any case
+        runs += (3 - runs) * mlps / blocks
     products = tokens * (2 * runs * (blocks + attention / ATTENTION) + 4 * head)
     products += (3 + 2 * runs) * tokens * factors / THIN
     rows = plan.depth * (HIDDEN_ROWS * facts.hidden + INTERMEDIATE_ROWS * facts.intermediate)

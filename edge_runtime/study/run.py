@@ -163,9 +163,7 @@ class _Run:
             rows=ROWS_AT_ONCE,
             tokens=fleet.training.max_tokens,
             rank=rank,
-            boundaries="input",
-            mlp_tokens=None,
-            streamed=False,
+            kept_blocks=depth,  # memory is not what is studied
             terms={},
             step_seconds=0.0,
         )

@@ -141,6 +141,8 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
             eased.append(way.how)
             micro_rows = way.rows
             release()
+            if meter.cuda:
+                torch.cuda.empty_cache()  # else what was reserved counts as what comes
             meter.lap()  # what comes is measured without what was
         return way
 

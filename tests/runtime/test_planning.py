@@ -297,20 +297,45 @@ def terms_of(of, plan):
     return terms(LARGE, plan, method=fedit.METHOD, roles=of.adapter.roles, **sizes)
 
 
-def test_no_more_blocks_are_kept_than_there_are():
-    with pytest.raises(InputError, match="31 blocks are to run once, but large has 30"):
-        search.plan(
-            fleet(),
-            LARGE,
-            "large",
-            30,
-            "bfloat16",
-            tokens=64,
-            rank=4,
-            way=Way(1, kept_blocks=31),
-            runtime_bytes=RUNTIME,
-            rates=RATES,
-        )
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        (Way(1, kept_blocks=31), "31 blocks are to run once, but large has 30"),
+        (Way(1, streamed=True, kept_blocks=1), "weights are streamed cannot run once"),
+    ],
+)
+def test_blocks_that_cannot_be_kept_are_refused(way, message):
+    with pytest.raises(InputError, match=message):
+        search.plan(fleet(), LARGE, "large", 30, "q4_1", tokens=64, rank=4, way=way, runtime_bytes=RUNTIME, rates=RATES)
+
+
+def test_a_plan_that_is_in_time_only_with_kept_blocks_is_chosen(monkeypatch):
+    monkeypatch.setattr(search, "FULL", 0.95)
+    of = fleet(Model("large", weights=("bfloat16",)), rows_a_step=4, max_tokens=128)
+    slow, fast = plans(of)[0], choose(of, FACTS, 1 << 40, RUNTIME, RATES).fits
+    assert fast.step_seconds < 0.8 * slow.step_seconds
+    limited = in_time(of, msgspec.structs.replace(slow, step_seconds=(slow.step_seconds + fast.step_seconds) / 2))
+    assert choose(limited, FACTS, 1 << 40, RUNTIME, RATES).fits == fast
+    with pytest.raises(BudgetError, match="no model of the catalog makes a step within"):
+        choose(limited, FACTS, 1 << 40, RUNTIME, RATES, fill=False)
+
+
+def test_a_running_plan_with_kept_blocks_first_runs_them_again_and_never_takes_more_rows():
+    of = fleet(Model("large", weights=("bfloat16",)), rows_a_step=4, max_tokens=128)
+    kept = search.plan(
+        of,
+        LARGE,
+        "large",
+        30,
+        "bfloat16",
+        tokens=128,
+        rank=4,
+        way=Way(4, kept_blocks=20),
+        runtime_bytes=RUNTIME,
+        rates=RATES,
+    )
+    ways = lower(LARGE, kept, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=20)  # with public texts
+    assert [(way.rows, way.kept_blocks) for way in ways][:2] == [(4, 0), (3, 0)]
 
 
 TRAINING = ("boundaries", "block")
@@ -424,13 +449,16 @@ def assert_close(predicted, measured):
     assert 0.97 <= predicted / measured <= 1.15, f"predicted {predicted / MIB:.0f} MiB, measured {measured / MIB:.0f}"
 
 
-@pytest.mark.parametrize(("depth", "weights", "rows"), [(10, "bfloat16", 8), (4, "float32", 2), (10, "q4_1", 8)])
+@pytest.mark.parametrize(
+    ("depth", "weights", "rows", "kept_blocks"),
+    [(10, "bfloat16", 8, 0), (4, "float32", 2, 0), (10, "q4_1", 8, 0), (10, "q4_1", 8, 10)],
+)
 def test_the_prediction_is_near_the_trainers_peak(
-    demo_facts, demo_tokenizer, clean_environment, tmp_path, record_property, depth, weights, rows
+    demo_facts, demo_tokenizer, clean_environment, tmp_path, record_property, depth, weights, rows, kept_blocks
 ):
     drawn = commands.rows("kitchen", train=60, held_out=8, seed=0)
     longest = max(len(one.ids) for one in data.tokenize([*drawn.train, *drawn.held_out], demo_tokenizer, 512))
-    of, plan = measure.planned(demo_facts, depth, weights, 16, Way(rows), longest, steps=4)
+    of, plan = measure.planned(demo_facts, depth, weights, 16, Way(rows, kept_blocks=kept_blocks), longest, steps=4)
     measured = measure.train(demo_facts, of, plan, drawn.train, drawn.held_out, tmp_path).measured_peak_bytes
     record_property("predicted / measured", round(plan.predicted_peak_bytes / measured, 3))
     assert_close(plan.predicted_peak_bytes, measured)

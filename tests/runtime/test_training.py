@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from unittest import mock
 
 import msgspec
@@ -239,6 +240,19 @@ def test_eased_steps_make_the_same_round(tiny):
     assert seen["int8"] == pytest.approx(seen["as before"], rel=1e-2)
     assert seen["int8"] != pytest.approx(seen["as before"], rel=1e-6)
     assert seen["other"][-1] != pytest.approx(seen["as before"][-1], rel=1e-2)
+
+
+def test_only_the_blocks_that_are_not_kept_run_again(tiny):
+    ran = {}
+    for kept_blocks in (0, 1):
+        model, calls = tiny("llama"), []
+        for number, block in enumerate(roles.blocks(model)):
+            block.self_attn.register_forward_hook(lambda *_, number=number, calls=calls: calls.append(number))
+        train(model, adapted(model), draw_examples(8), micro_rows=8, steps=2, kept_blocks=kept_blocks)
+        ran[kept_blocks] = Counter(calls)
+    *others, last = sorted(ran[0])
+    assert ran[0][last] == 2 * ran[1][last] > 0
+    assert others and all(ran[0][number] == ran[1][number] for number in others)
 
 
 def test_a_step_whose_loss_is_not_finite_is_skipped(tiny, monkeypatch):

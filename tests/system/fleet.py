@@ -42,6 +42,16 @@ weights = ["float32"]
 """
 
 
+def eventually(holds: Callable[[], bool], timeout_s: float = 20.0) -> bool:
+    """Whether it holds in time."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        os.sched_yield()
+    return True
+
+
 class Command:
     """`edge-runtime ...` as a process whose events are read as they come."""
 

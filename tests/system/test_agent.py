@@ -10,10 +10,11 @@ from edge_broker import messages, presence, topics
 from edge_broker.session import Session
 from edge_broker.transfer import Committed
 from filelock import FileLock
-from fleet import Fleet
-from records import committed, job, presence_of, remembered
+from fleet import Fleet, eventually
+from records import committed, job, presence_of, remembered, reports
 
 from edge_runtime import codec
+from edge_runtime.rounds import NOOP
 
 DELTA = codec.encode({"layers.0.q.A": np.ones((2, 8), np.float32)})
 
@@ -42,6 +43,28 @@ def test_a_refused_update_is_carried_into_the_next_round(fleet: Fleet, real_mode
     kept = remembered(fleet, "late")
     assert kept["residual"] == "2" and "unsent" not in kept
     assert committed(fleet) == [("late", 2), ("other", 1)]
+
+
+def test_an_update_that_is_refused_after_the_last_round_does_not_keep_the_agent_from_its_end(fleet: Fleet) -> None:
+    fleet.write(deadline_s=60)
+    node = fleet.node("--noop")
+    node.phase("collecting")
+    node.kill()
+    agent = fleet.agent("late", "--noop", "10kB")
+    agent.phase("connected")
+    assert eventually(lambda: any((fleet.folder / "late" / "outbox").glob("*")))
+    agent.kill()
+    node = fleet.node("--noop", "--until-finished")
+    with crafted(fleet, "other") as other:
+        other.report()
+        assert isinstance(other.offer(b"noise", codec=NOOP, model_class=NOOP), Committed)
+        node.phase("finishing")  # and the other one, which is still here, has not ended
+        agent = fleet.agent("late", "--noop", "10kB", "--until-finished")
+        assert agent.end(40) == 0
+    assert node.end(40) == 0
+    assert set(reports(fleet, "finished")) == {("late", 1)}
+    assert [event["phase"] for event in agent.seen + node.seen].count("failed") == 0
+    assert committed(fleet) == [("other", 1)]
 
 
 def test_a_round_that_opens_while_the_agent_plans_is_trained_once(fleet: Fleet, real_model: str) -> None:

@@ -1,29 +1,18 @@
 """Processes die and devices misbehave; rounds go on, and nothing counts twice."""
 
 import contextlib
-import os
 import sqlite3
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from crafted import crafted
 from edge_broker.transfer import Rejected
-from fleet import Fleet
+from fleet import Fleet, eventually
 from records import committed, presence_of, reports
 
 from edge_runtime import codec
-
-
-def eventually(holds: Callable[[], bool], timeout_s: float = 20.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        if time.monotonic() > deadline:
-            return False
-        os.sched_yield()
-    return True
 
 
 def test_a_device_that_vanishes_is_named_and_not_waited_for(fleet: Fleet, tiny_model: Path) -> None:

@@ -34,6 +34,11 @@ class Plan(msgspec.Struct, frozen=True):
         return sum(self.terms.values())
 
     @property
+    def tiled(self) -> bool:
+        """Whether an MLP takes a micro-batch in more than one piece."""
+        return self.mlp_tokens is not None and self.mlp_tokens < self.rows * self.tokens
+
+    @property
     def summary(self) -> str:
         """The model, its format and how it is trained, for people."""
         return f"{Path(self.source).name}, {self.depth} of {self.layers} layers, {self.weights}, {self.how}"
@@ -42,8 +47,7 @@ class Plan(msgspec.Struct, frozen=True):
     def how(self) -> str:
         """How the model is trained, for people."""
         kept = ", boundaries in 8 bits" if self.boundaries == "int8" else ""
-        tiles = self.mlp_tokens is not None and self.mlp_tokens < self.rows * self.tokens
-        tiled = f", MLPs in tiles of {self.mlp_tokens}" if tiles else ""
+        tiled = f", MLPs in tiles of {self.mlp_tokens}" if self.tiled else ""
         streamed = ", weights streamed" if self.streamed else ""
         once = f", {self.kept_blocks} blocks run once" if self.kept_blocks else ""
         return f"rank {self.rank}, micro-batches of {self.rows} x {self.tokens} tokens{kept}{tiled}{streamed}{once}"

@@ -61,9 +61,7 @@ def step_seconds(
     attention = plan.depth * 1.5 * plan.tokens * facts.heads * facts.head_dim  # half of the pairs; backward 2.5 times
     head = facts.vocabulary * facts.hidden
     runs = 3 - plan.kept_blocks / plan.depth
-    if (
-        plan.mlp_tokens is not None and plan.rows * plan.tokens > plan.mlp_tokens
-    ):  # what is tiled runs again in any case
+    if plan.tiled:  # and then MLPs run again in any case
         runs += (3 - runs) * mlps / blocks
     products = tokens * (2 * runs * (blocks + attention / ATTENTION) + 4 * head)
     products += (3 + 2 * runs) * tokens * factors / THIN

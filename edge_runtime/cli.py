@@ -213,7 +213,7 @@ def broker(port: int, state: Path, kind: str) -> None:
 @app.command()
 @click.argument("spec", type=click.Path(path_type=Path))
 @click.option("--seeds", help="Seeds to run, such as 0,1,2; default: the file's.")
-@click.option("--arms", help="Arms to run, separated by commas; default: all.")
+@click.option("--arms", help="Arms to run, separated by commas, such as fedit,heterotune-gate; default: all.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder for runs, table and pictures; default: docs/study/<spec>."
 )

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import msgspec
 from edge_broker import messages, presence, signing, topics
-from edge_broker.errors import BadMessage, Refused
+from edge_broker.errors import BadMessage
 from edge_broker.errors import LinkError as BrokerError
 from edge_broker.journal import Journal
 from edge_broker.messages import Artifact, Manifest
-from edge_broker.session import Connected, Disconnected, Message, Session
+from edge_broker.session import Connected, Disconnected, Message, Session, Unsent
 from edge_broker.session import Event as LinkEvent
 from edge_broker.transfer import Complete, Publisher, Receiver
 
@@ -83,6 +83,7 @@ class Node:
         self._deadline = self._greeted = 0.0
         self._offline_since: float | None = None  # an outage does not count against the deadline
         self._announced = b""
+        self._unsaid = False  # the round has not been handed to the connection yet
         self._finished = False
 
     def run(self) -> None:
@@ -99,6 +100,8 @@ class Node:
             while not self._finished:
                 due_s = min(self._receiver.tick(), self._publisher.tick(), self._next_s())
                 self._handle(self._session.receive(max(due_s, 0.0)))
+                if self._unsaid:
+                    self._publish_round()
                 if self._offline_since is None and time.monotonic() >= self._greeted:
                     self._close_if_due()
         finally:
@@ -146,12 +149,11 @@ class Node:
         self._say("finishing" if done else "collecting")
 
     def _publish_round(self) -> None:
+        """Hand it over without waiting for the broker's word: an outage has to be heard of while it lasts."""
         try:
-            self._session.publish(topics.round(self.fleet.name), self._announced, retain=True)
-        except Refused as error:
+            self._unsaid = not self._session.publish_nowait(topics.round(self.fleet.name), self._announced, retain=True)
+        except BrokerError as error:
             raise LinkError(str(error)) from error
-        except BrokerError as error:  # the next connection says it again
-            log.warning("the round is not announced yet: %s", error)
 
     def _back_online(self) -> None:
         """Announce again, as the broker may have lost its memory, and hear who is there before a round closes."""
@@ -170,6 +172,8 @@ class Node:
             self._offline_since = self._offline_since or time.monotonic()
         elif isinstance(item, Connected):
             self._back_online()
+        elif isinstance(item, Unsent) and item.topic == topics.round(self.fleet.name):
+            raise LinkError(f"the round cannot be announced on {item.topic}: {item.reason}")
         if not isinstance(item, Message):
             return
         try:

@@ -164,17 +164,22 @@ def slug(name: str) -> str:
 
 
 def chosen(spec: Spec, seeds: str | None, arms: str | None) -> Spec:
-    """The study with some of its seeds and arms; raises InputError for an arm that it has not, or what is no seed."""
+    """The study with some of its seeds and arms, the arms by name or by slug (a name may hold a comma).
+
+    Raises:
+        InputError: an arm that it has not, or what is no seed.
+    """
     try:
         numbers = tuple(dict.fromkeys(map(int, seeds.split(",")))) if seeds else spec.study.seeds
     except ValueError as error:
         raise InputError(f"--seeds is {seeds!r}, but has to be numbers such as 0,1,2") from error
-    names = [name.strip() for name in arms.split(",")] if arms else [arm.name for arm in spec.arm]
+    known = {slug(arm.name): arm for arm in spec.arm}
+    names = [slug(name) for name in arms.split(",")] if arms else list(known)
     for name in names:
-        if name not in (arm.name for arm in spec.arm):
-            raise InputError(f"the study has no arm `{name}`; it has {', '.join(arm.name for arm in spec.arm)}")
+        if name not in known:
+            raise InputError(f"the study has no arm `{name}`; it has {', '.join(known)}")
     study = msgspec.structs.replace(spec.study, seeds=numbers)
-    return msgspec.structs.replace(spec, study=study, arm=tuple(arm for arm in spec.arm if arm.name in names))
+    return msgspec.structs.replace(spec, study=study, arm=tuple(arm for name, arm in known.items() if name in names))
 
 
 def shares(spec: Spec, folder: Path, seed: int) -> dict[str, list[data.Row]]:

@@ -239,8 +239,9 @@ def test_what_does_not_fit_is_named_before_anything_runs(files, change, reason):
 
 
 def test_arms_and_seeds_are_chosen_by_name(study):
-    some = spec.chosen(study, "4", "local, all in one")
-    assert (some.study.seeds, [arm.name for arm in some.arm]) == ((4,), ["local", "all in one"])
+    for arms in ("local, all in one", "all-in-one,local"):
+        some = spec.chosen(study, "4", arms)
+        assert (some.study.seeds, [arm.name for arm in some.arm]) == ((4,), ["local", "all in one"])
     with pytest.raises(InputError, match="no arm `fedprox`; it has local"):
         spec.chosen(study, None, "fedprox")
     with pytest.raises(InputError, match="has to be numbers such as 0,1,2"):

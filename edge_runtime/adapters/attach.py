@@ -54,8 +54,9 @@ class Adapter(NamedTuple):
 
     @contextmanager
     def without(self, names: Collection[str]) -> Iterator[None]:
-        """While inside, factors of these names do not train."""
+        """While inside, factors of these names, H for the head's rows, do not train."""
         still = [one for key, one in self.factors.items() if name_of(key) in names and one.requires_grad]
+        still += [self.head.weight] if self.head and "H" in names else []
         for factor in still:
             factor.requires_grad_(False)
         try:

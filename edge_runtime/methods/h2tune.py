@@ -11,7 +11,7 @@ each entry over the devices that trained it, whichever model they have.
 
 From the second round on each step has two passes, to tell what is shared from what is the task's own:
 
-    1  A, B frozen:  CE + norm · N + keep · mean over layers of KL(softmax T_l as the round found it ‖ softmax T_l)
+    1  A, B and a head frozen:  CE + norm · N + keep · mean over layers of KL(softmax T_l as the round found it ‖ softmax T_l)
     2  S, P frozen:  CE + apart · KL(output of pass 1 ‖ output)
 
 N is the mean norm of T_l; KL of outputs is the mean over labelled tokens or rows. In round 1 one pass trains all with
@@ -91,7 +91,7 @@ def method(settings: Settings) -> Method:
         if round_ == 1 or not trained:
             return (Pass(penalty=norms),)
         return (
-            Pass(frozen=frozenset("AB"), penalty=shared),
+            Pass(frozen=frozenset("ABH"), penalty=shared),
             Pass(frozen=frozenset("SD"), apart=settings.apart),
         )
 

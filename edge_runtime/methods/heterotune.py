@@ -1,21 +1,23 @@
 """heterotune: a dense mixture of branches between A and B that all models share, merged along directions that do not conflict.
 
-    y = W x + scale · B C A x        C = I + Σ_j g_j V_j U_j,  g = softmax of the layer's own gates
+    y = W x + scale · B C A x        C = I + Σ_j g_j V_j U_j,  g = J · softmax of the layer's own J gates
     A, B     as in fedit: their mean inside a model class
     U, V     (m x r), (r x m) of branch j, one pair for all layers at about the same relative depth, across the fleet
     gates    of each layer, private
 
 All branches run: no router, no tokens dropped. A device holds as many branches as its rank has room for, the first ones; each
-entry is averaged over the devices that hold it. U is drawn, V and the gates are 0 at the start, so that C is the identity.
+entry is averaged over the devices that hold it. U is drawn, V and the gates are 0 at the start, so that C is the identity and
+a branch counts the same on devices that hold few and on those that hold many.
 
 Across classes (CMGA), for each of U and V: d_c is the mean of class c's devices, p_c its share of the rows, and
 
     g = Σ_c p_c d_c / ‖d_c‖,   d_c' = d_c - min(0, <d_c, g>) / ‖g‖² · g,   step = Σ_c p_c d_c' · ‖Σ_c p_c d_c‖ / ‖Σ_c p_c d_c'‖
 
-`alignment` chooses: "projection" is this; "pairwise" takes from each d_c what opposes any other class's (FedGH); "cagrad" is the
-step of conflict-averse gradients; "gate" is the plain mean of a tensor of n values where the cosine of each d_c with the
-others' common direction is above 2 / √n, twice what chance gives, over the entries that all of them hold, and no step at all
-elsewhere; "off" the plain mean.
+It acts where <d_c, g> < 0, with two classes where their cosine is below -p_1 / p_2: of two with equal shares neither ever is
+against g, and this is the plain mean. `alignment` chooses: "projection" is this; "pairwise" takes from each d_c what opposes
+any other class's (FedGH); "cagrad" is the step of conflict-averse gradients; "gate" is the plain mean of a tensor of n values
+where the cosine of each d_c with the others' common direction is above 2 / √n, twice what chance gives, over the entries that
+all of them hold, and no step at all elsewhere; "off" the plain mean.
 `across = false` keeps U and V in the class: the control in which nothing crosses. `core = "frozen"` draws U and V and trains
 neither: the other one.
 
@@ -52,7 +54,7 @@ def core(factors: Mapping[str, Any], _: float) -> Any:
     """C (r, r) of a layer's gates (branches,), U (branches · width, r) and V (r, branches · width), which are torch's."""
     import torch
 
-    U, V, gates = factors["U"], factors["V"], factors["g"].softmax(-1)
+    U, V, gates = factors["U"], factors["V"], factors["g"].softmax(-1) * len(factors["g"])
     weights = gates.repeat_interleave(len(U) // len(gates))
     return torch.eye(len(V), device=U.device) + (V * weights) @ U
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from edge_runtime.study.run import Outcome, accuracy
+from edge_runtime.study.run import Member, Outcome, accuracy
 from edge_runtime.study.spec import Arm, Spec
 
 COLUMNS = (
@@ -64,12 +64,9 @@ def rows(spec: Spec, outcomes: Outcomes) -> list[tuple[str, ...]]:
         if not own:
             continue
         members = own[0].members
-        models = sorted({member.model_class for member in members})
         by_model = [
-            _percent(
-                [_mean([accuracy(m, -1) for m in one.members if m.model_class == model]) for one in own], spread=False
-            )
-            for model in models
+            _percent([_mean([accuracy(m, -1) for m in one.members if kind(m) == same]) for one in own], spread=False)
+            for same in sorted({kind(member) for member in members})
         ]
         unseen = [_mean([accuracy(m, -1, "unseen") for m in one.members]) for one in own]
         against = difference(arm, outcomes, spec.study.seeds)
@@ -108,11 +105,15 @@ def write(spec: Spec, outcomes: Outcomes, name: str, out: Path) -> None:
     lines += [
         "",
         "Accuracy: mean over the devices after the last round, mean and standard deviation over seeds. By model: "
-        + ", ".join(sorted({m.model_class for one in outcomes.values() for m in one.members}))
-        + ". Difference: in points, to the arm named before it with the same seed, with its 95 % interval (Student's t over "
-        "seeds). Cosine: between the models' mean steps of what crosses them, mean over tensors and rounds, and the share below "
-        "0. KB: a device and round, as encoded, mean over the rounds of the first seed, without public texts and the last "
-        "version; trained: values of a device's adapter, without its head.",
+        + ", ".join(
+            f"{layers} layers of {model_class} on {data}"
+            for model_class, layers, data in sorted({kind(m) for one in outcomes.values() for m in one.members})
+        )
+        + ". Unseen labels: those that a device holds no rows of. Difference: in points, to the arm named before it with the "
+        "same seed, with its 95 % interval (Student's t over seeds; all are asked the same held-out rows). Cosine: between the "
+        "models' mean steps of what crosses them, mean over tensors and rounds, and the share below 0. KB: a device and "
+        "round, as encoded, mean over the rounds of the first seed, without public texts and the last version; trained: "
+        "values of a device's adapter, without its head.",
         "",
         f"Seeds that have run: {', '.join(sorted({str(seed) for _, seed in outcomes}))}. A run took {seconds:.0f} s (median) on "
         f"one core of {', '.join(sorted({one.machine for one in outcomes.values()} - {''})) or 'a machine not told'}; Python "
@@ -130,6 +131,11 @@ def write(spec: Spec, outcomes: Outcomes, name: str, out: Path) -> None:
     ]
     (out / "README.md").write_text("\n".join(lines), encoding="utf-8")
     _pictures(spec, outcomes, out)
+
+
+def kind(member: Member) -> tuple[str, int, str]:
+    """What devices have in common that are one column of the table."""
+    return member.model_class, member.depth, member.data
 
 
 def _runs(spec: Spec, arm: Arm, outcomes: Outcomes) -> list[Outcome]:

@@ -40,8 +40,8 @@ ROWS_AT_ONCE = 8  # alike in length: little is padded
 
 
 class Member(msgspec.Struct, frozen=True):
-    """A device in a run. scores: by name, before each round and after the last. seen: rows of labels that some device of its
-    model trains on; unseen: the others. bytes: sent and fetched in each round. steps: of one round."""
+    """A device in a run. depth: its layers. scores: by name, before each round and after the last. seen: rows of labels that it
+    holds rows of; unseen: the others. bytes: sent and fetched in each round. steps: of one round."""
 
     id: str
     model_class: str
@@ -51,6 +51,8 @@ class Member(msgspec.Struct, frozen=True):
     scores: list[dict[str, Score]]
     bytes_up: list[int]
     bytes_down: list[int]
+    depth: int
+    data: str
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -143,9 +145,8 @@ class _Run:
         """Each with its rows, and how many of the spec's devices it stands for."""
         if not self.arm.pooled:
             return [(device, self.rows[device.id], 1) for device in self.spec.device]
-        deepest = sorted(self.spec.device, key=lambda one: one.depth or 1000)
         found = []
-        for device in {(one.model, one.data): one for one in deepest}.values():
+        for device in {(one.model, one.depth, one.data): one for one in reversed(self.spec.device)}.values():
             those = [one for one in self.spec.device if one.data == device.data]
             found.append((device, [row for one in those for row in self.rows[one.id]], len(those)))
         return found
@@ -212,15 +213,12 @@ class _Run:
 
     def write_files(self) -> None:
         """Rows of each device, what it is scored on, and the public texts."""
-        labels: dict[str, set[str]] = defaultdict(set)
-        for device in self.spec.device:
-            labels[self.facts[device.id].model_class + device.data] |= data.labels_of(self.rows[device.id])
         for device, rows, _ in self.devices:
             folder = self.folder / device.id
             folder.mkdir(parents=True)
             data.write_rows(folder / "train.jsonl", rows)
             held_out = test_rows(self.spec.data[device.data], self.files)
-            met = labels[self.facts[device.id].model_class + device.data]
+            met = data.labels_of(self.rows[device.id])
             for name, kind in (("seen", True), ("unseen", False)):
                 some = [row for row in held_out if (row["label"] in met) is kind]
                 if some:
@@ -243,7 +241,8 @@ class _Run:
                 job = self.job(device, standing_for, round_)
                 # before the first version a head has the labels of the device's own rows alone
                 shared = self.all_shared and job.start is not None
-                alike = (job.facts.model_class, job.plan.depth, job.plan.rank, device.data) if shared else device.id
+                same_model = job.plan.model_class, job.plan.depth, job.plan.rank
+                alike = (*same_model, device.data, device.domains) if shared else device.id
                 if alike in same:
                     job = msgspec.structs.replace(job, evaluation={})
                 (folder / "job.json").write_bytes(msgspec.json.encode(job))
@@ -277,6 +276,8 @@ class _Run:
                 scores=scores[device.id],
                 bytes_up=up[device.id],
                 bytes_down=down[device.id],
+                depth=device.depth or self.facts[device.id].layers,
+                data=device.data,
             )
             for device, rows, standing_for in self.devices
         ]

@@ -30,7 +30,8 @@ ANCHORS = "anchors.jsonl"
 
 
 class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One task. per_label: training rows of each label for a device; None: rows / devices. test_rows: 0 for all."""
+    """One task. per_label: training rows of each label for a device; None: rows / labels, or
+    as many as there are for each of those that hold the data. test_rows: 0 for all."""
 
     train: str
     test: str

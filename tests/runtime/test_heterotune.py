@@ -162,7 +162,7 @@ def test_the_order_of_devices_is_nothing():
 def test_the_core_is_the_sum_of_its_branches():
     draw = torch.Generator().manual_seed(0)
     U, V, g = (torch.randn(*shape, generator=draw) for shape in ((6, 4), (4, 6), (3,)))
-    shares = torch.softmax(g, 0)
+    shares = 3 * torch.softmax(g, 0)
     truth = torch.eye(4) + sum(shares[j] * V[:, 2 * j : 2 * j + 2] @ U[2 * j : 2 * j + 2] for j in range(3))
     assert torch.allclose(heterotune.core({"U": U, "V": V, "g": g}, 0.5), truth, atol=1e-6)
 

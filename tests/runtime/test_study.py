@@ -151,7 +151,8 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
     outcomes = grid.kept(study, out)
     members = {one.id: one for one in outcomes["fedit + codistill", 0].members}
     assert [len(member.scores) for member in members.values()] == [3, 3, 3]
-    assert members["a"].scores[0].keys() == {"seen"}  # b, of the same model, holds every label
+    assert members["b"].scores[0].keys() == {"seen"}
+    assert members["a"].scores[0].keys() == {"seen", "unseen"}  # what b holds, of the same model, is not its own
     assert members["c"].scores[0].keys() == {"seen", "unseen"}
     assert all(size > 0 for member in members.values() for size in member.bytes_up)
     assert all(member.bytes_down[0] == 0 < member.bytes_down[1] for member in members.values())
@@ -194,7 +195,7 @@ def test_a_study_that_is_stopped_takes_its_runs_with_it(files, tiny_folder, tmp_
 
 def outcome(name, seed, right):
     score = {"seen": Score(0.0, right, 10), "unseen": Score(0.0, right / 2, 30)}
-    member = Member("a", "m@1", 5, 3, 1000, [score], [1000], [500])
+    member = Member("a", "m@1", 5, 3, 1000, [score], [1000], [500], 2, "colours")
     return Outcome(name, seed, "", 1.0, [member])
 
 

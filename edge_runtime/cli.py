@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the result is not good, 2 bad input, 3 no broker or fleet,
 
 import logging
 import signal
+import sqlite3
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from edge_runtime.settings import Boundaries, Weights
 
+log = logging.getLogger(__name__)
 LOCAL_BROKER = "mqtt://127.0.0.1:1883"
 BROKER_HELP = "The MQTT broker: mqtt://host:port, or mqtts://user:password@host:port?ca=FILE."
 
@@ -422,6 +424,9 @@ def main() -> None:
         _fail(str(error), InputError.exit_code)
     except BrokerError as error:
         _fail(str(error), LinkError.exit_code)
+    except (OSError, sqlite3.OperationalError) as error:  # a full disk, a folder that is not ours
+        log.debug("", exc_info=True)
+        _fail(f"a file cannot be read or written: {error}; what was kept before is as it was", InputError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 

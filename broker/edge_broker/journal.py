@@ -156,12 +156,13 @@ class Journal:
     def flush(self, transfer: str | None = None) -> None:
         """Make what was written durable, for one transfer or all."""
         for one in [transfer] if transfer else list(self._unflushed):
-            if self._unflushed.pop(one, 0):
+            if self._unflushed.get(one):
                 self._sync(one)
                 with self.transaction() as database:
                     database.execute(
                         "UPDATE journal_transfer SET written = ? WHERE transfer = ?", (self._written[one], one)
                     )
+                del self._unflushed[one]
 
     def verify(self, manifest: Manifest) -> Path:
         """Make a complete transfer durable and compare its bytes with the digest it was offered under.
@@ -194,8 +195,12 @@ class Journal:
                 self._insert(manifest, "rejected", None, code, reason)
             else:
                 self._settle(manifest.transfer, "rejected", code, reason)
-        if not self.in_transaction and (entry := self.find(manifest.transfer)) and entry.state == "rejected":
-            self.payload(manifest.transfer).unlink(missing_ok=True)
+        self.tidy(manifest.transfer)
+
+    def tidy(self, transfer: str) -> None:
+        """Delete the file of a refused transfer; within a transaction it waits, as that may still be undone."""
+        if not self.in_transaction and (entry := self.find(transfer)) and entry.state == "rejected":
+            self.payload(transfer).unlink(missing_ok=True)
 
     def release(self, round: int) -> None:
         """Delete the files of a round's transfers once they are merged; their receipts stay."""

@@ -93,7 +93,7 @@ def peek(signed_bytes: bytes) -> Signed:
     """
     try:
         return msgspec.json.decode(signed_bytes, type=Signed)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadMessage(f"not a signed message: {error}") from error
 
 

@@ -7,7 +7,7 @@ link commits a few times a transfer, not once a chunk.
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -32,7 +32,8 @@ def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     try:
         yield connection
     except BaseException:
-        connection.execute("ROLLBACK")
+        with suppress(sqlite3.OperationalError):  # SQLite may have undone it itself, as on a full disk
+            connection.execute("ROLLBACK")
         raise
     connection.execute("COMMIT")
 

@@ -12,6 +12,7 @@
 The 1 is the version of this layout. No topic has more than 7 slashes, the limit of AWS IoT Core.
 """
 
+import hashlib
 import re
 
 import msgspec
@@ -19,7 +20,7 @@ import msgspec
 from edge_broker.errors import BadMessage, LinkError
 
 _ROOT = "edge/1"
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_NAME = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,64}")  # also names a file: neither . nor ..
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LAYOUT = {  # parts after the fleet; <…> names a field of Topic
     "round": ("round",),
@@ -160,11 +161,17 @@ def name(what: str, value: str) -> str:
     """Return the value if it can be a fleet, device, node or transfer name.
 
     Raises:
-        LinkError: it is not 1-64 characters of [A-Za-z0-9._-].
+        LinkError: it is not 1-64 characters of [A-Za-z0-9._-], or is "." or "..".
     """
     if not _NAME.fullmatch(value):
         raise LinkError(f"the {what} is {value!r}; it needs 1-64 characters out of A-Z a-z 0-9 . _ -")
     return value
+
+
+def client_id(role: str, fleet: str, name: str) -> str:
+    """The MQTT client id of a device or a node: no other role, fleet or name has the same."""
+    unique = hashlib.sha256(f"{role}/{fleet}/{name}".encode()).hexdigest()[:12]
+    return f"{role}-{unique}-{name}"[:64]
 
 
 def _build(kind: str, fleet: str, **fields: str) -> str:

@@ -9,6 +9,7 @@ delta it owes again, and trains a round again whose result was not complete.
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,7 @@ class Agent:
         self._store = Store(options.state / "agent.db")
         key = signing.load_or_create_key(options.state / "device.key")
         spec = PresenceSpec(options.fleet, options.id, int(self._store.get("epoch") or 0))
-        self._session = Session(options.broker, f"{options.fleet}-{options.id}", presence=spec)
+        self._session = Session(options.broker, topics.client_id("device", options.fleet, options.id), presence=spec)
         self._outbox = Outbox(self._store.connection, options.state)
         self._reports = Reports(self._session, self._store, self._outbox, options.fleet, key)
         self._uploader = Uploader(self._session, self._outbox, options.fleet, options.id, key, self._settled)
@@ -71,11 +72,14 @@ class Agent:
         self._planning = False
         self._wanted: dict[str, Artifact] = {}  # what the round starts from, and where what is here of it lies
         self._got: dict[str, Path] = {}
+        self._interrupted = False  # fetching, by an outage
+        self._introduced = 0  # the round whose update the node did not know our key for
         self._trainer: Trainer | None = None
         self._attempt = 0
         self._budget_bytes = options.budget_bytes
         self._fill = True  # the budget, with what only saves time
         self._finished = False
+        self._patience = math.inf  # until when the node has to be heard of: a first round, its word after the last one
         self._ignored = ""  # why a round that was announced does not count
 
     def run(self) -> None:
@@ -87,14 +91,12 @@ class Agent:
         """
         try:
             self._connect()
-            deadline = time.monotonic() + self.options.wait_s
+            self._patience = time.monotonic() + self.options.wait_s
             while not self._finished:
-                due_s = min(self._uploader.tick(), self._fetcher.tick(), IDLE_S)
-                if self._round is None:
-                    due_s = min(due_s, max(deadline - time.monotonic(), 0.0))
-                self._handle(self._session.receive(due_s))
-                if self._round is None and time.monotonic() >= deadline:
-                    raise LinkError(self._no_round())
+                due_s = min(self._uploader.tick(), self._fetcher.tick(), IDLE_S, self._patience - time.monotonic())
+                self._handle(self._session.receive(max(due_s, 0.0)))
+                if time.monotonic() >= self._patience:
+                    raise LinkError(self._no_round() if self._round is None else self._no_word())
         finally:
             if self._trainer:
                 self._trainer.stop()
@@ -124,10 +126,12 @@ class Agent:
             named = {name: fetched.path for name, one in self._wanted.items() if one.digest == fetched.artifact.digest}
             self._fetch({**self._got, **named})
         elif isinstance(fetched, Failed):
-            self._fail(fetched.reason)
+            self._unfetched(fetched.reason)
         if isinstance(item, Connected):
             self._store.set("epoch", str(item.epoch))
             self._reports.publish_owed()
+            if self._interrupted:
+                self._fetch(self._got)
         elif isinstance(item, Message) and item.topic == topics.round(self.options.fleet):
             self._on_round(item.payload)
 
@@ -141,7 +145,7 @@ class Agent:
             self._give_up(item.error)
         elif isinstance(item, Progress):
             self._say(item.phase, item.step, item.steps, item.loss, item.memory_bytes)
-        elif isinstance(item, Ended) and self._trainer and item.folder == self._trainer.folder:
+        elif isinstance(item, Ended) and self._trainer and item.pid == self._trainer.pid:
             self._trainer = None
             self._on_ended(item)
 
@@ -160,9 +164,10 @@ class Agent:
             self._trainer.stop()
             self._trainer = None
         self._fetcher.drop()
+        self._interrupted = False
         self._reports.publish_owed()
         self._reports.begin()
-        self._round, self._node_key, self._attempt = announced, key, 0
+        self._round, self._node_key, self._attempt, self._patience = announced, key, 0, math.inf
         if announced.state == "open" and int(self._store.get("round") or 0) >= announced.round:
             self._say("waiting", text="this round is trained already")
         else:
@@ -197,6 +202,8 @@ class Agent:
         if self._outbox.pending():  # the next one builds on it, and a report of the end follows it
             self._uploader.offer_now()
             self._say("waiting", text="for the node's word on the last update")
+            if self._round.state == "finished" and self.options.until_finished:
+                self._patience = time.monotonic() + self.options.wait_s
             return
         versions = self._round.versions
         version = versions.get(self._planned.plan.model_class if self._planned else NOOP, versions.get(FLEET))
@@ -207,7 +214,7 @@ class Agent:
 
     def _fetch(self, got: dict[str, Path]) -> None:
         """Get what the round starts from, one file after another; then train."""
-        self._got = got
+        self._got, self._interrupted = got, False
         for name, artifact in self._wanted.items():
             if name in got:
                 continue
@@ -215,12 +222,24 @@ class Agent:
             try:
                 fetched = self._fetcher.fetch(artifact)
             except BrokerError as error:
-                self._fail(str(error))
+                self._interrupted = not self._session.connected
+                if self._interrupted:
+                    log.warning("fetching waits for a connection: %s", error)
+                else:
+                    self._unfetched(str(error))
                 return
             if fetched is None:
                 return
             self._got[name] = fetched.path
         self._train()
+
+    def _unfetched(self, reason: str) -> None:
+        """What the round starts from cannot be had; after the last one nobody will announce another."""
+        assert self._round is not None
+        if self._round.state == "finished":
+            self._give_up(LinkError(reason))
+        else:
+            self._fail(reason)
 
     def _train(self) -> None:
         """Start the round's job: from the global version, or from version 0 where there is none."""
@@ -349,8 +368,13 @@ class Agent:
                 self._reports.publish(msgspec.structs.replace(failed, round=round_))
         else:
             self._say("waiting", text=f"the node does not take round {round_} yet: {settled.reason}")
+            if settled.code == "signature" and self._round is not None and self._introduced != round_:
+                self._introduced = round_  # once: the report that tells it our key may be lost
+                self._reports.publish(self._report("joined", None))
+                self._uploader.offer_now()
             return
         if self._round is not None and (self._round.state == "finished" or round_ < self._round.round):
+            self._patience = math.inf
             self._plan()  # it waited for this word
 
     def _close_round(self) -> None:
@@ -402,6 +426,12 @@ class Agent:
         round_ = self._round.round if self._round else 0
         budget = self.options.budget_bytes
         self._tell(Event(self.options.id, round_, phase, step, steps, loss, memory_bytes, budget, text))
+
+    def _no_word(self) -> str:
+        return (
+            f"fleet `{self.options.fleet}` has finished, but its node has not answered the last update within "
+            f"{self.options.wait_s:g} s; the update is kept: start the agent again while `edge-runtime aggregator` runs"
+        )
 
     def _no_round(self) -> str:
         if self._ignored:

@@ -15,9 +15,10 @@ TIMED_OUT = 124  # exit code, as `timeout` has it
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """exit_code: negative for a signal. reason: the last line the trainer wrote to stderr."""
+    """pid: of the process. exit_code: negative for a signal. reason: the last line the trainer wrote to stderr."""
 
     folder: Path
+    pid: int
     exit_code: int
     reason: str
 
@@ -40,6 +41,7 @@ class Trainer:
                 stderr=errors,
                 env=environment(),
             )
+        self.pid = self._process.pid
         self._watch = threading.Thread(target=self._read, name="trainer", daemon=True)
         self._watch.start()
         self._timer = threading.Timer(self._timeout_s, self._expire)
@@ -65,7 +67,7 @@ class Trainer:
         code = self._process.wait()
         self._timer.cancel()
         if self._late:
-            self._post(Ended(self.folder, TIMED_OUT, f"the trainer took longer than {self._timeout_s:g} s"))
+            self._post(Ended(self.folder, self.pid, TIMED_OUT, f"the trainer took longer than {self._timeout_s:g} s"))
             return
         lines = (self.folder / "stderr.log").read_text(errors="replace").strip().splitlines()
-        self._post(Ended(self.folder, code, lines[-1] if lines else ""))
+        self._post(Ended(self.folder, self.pid, code, lines[-1] if lines else ""))

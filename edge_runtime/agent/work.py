@@ -3,7 +3,8 @@
     work/round-<n>/    of one round's trainer: payload.bin, residual.bin, state.bin (training/job.py)
 
 Error feedback goes on from what the node took: a receipt makes that round's residual the current one; a final refusal does
-too, and its payload is owed on top. Which round each comes from is in the agent's SQLite file.
+too, and its payload is owed on top, unless it is the payload itself that cannot be used. Which round each comes from is in
+the agent's SQLite file.
 """
 
 import shutil
@@ -18,6 +19,7 @@ from edge_runtime.planning.plan import Plan
 from edge_runtime.settings import Fleet
 from edge_runtime.training import data
 
+SPOILT = ("content", "digest", "payload")  # refusals of what an update holds: it would spoil the next one too
 FILES = {"private": "state.bin", "residual": "residual.bin", "unsent": "payload.bin"}
 
 
@@ -73,7 +75,10 @@ def keep_private(work: Path, store: Store, round_: int) -> None:
 def settle(work: Path, store: Store, settled: Committed | Rejected) -> None:
     """Error feedback after the node's word; belongs in the transaction that settles the transfer."""
     round_ = settled.manifest.round
-    if (folder_of(work, round_) / FILES["residual"]).exists():
+    if isinstance(settled, Rejected) and settled.code in SPOILT:
+        store.set("residual", None)
+        store.set("unsent", None)
+    elif (folder_of(work, round_) / FILES["residual"]).exists():
         store.set("residual", str(round_))
         store.set("unsent", None if isinstance(settled, Committed) else str(round_))
 

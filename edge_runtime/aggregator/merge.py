@@ -17,7 +17,7 @@ from edge_broker.journal import Update
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from edge_runtime import codec
+from edge_runtime import codec, files
 from edge_runtime.adapters.initial import initial
 from edge_runtime.aggregator.store import Version
 from edge_runtime.errors import InputError
@@ -235,5 +235,5 @@ def _write(
             save_file(state, part)
         else:
             part.write_bytes(codec.encode({**state, **shared}, agreed))
-        part.replace(path)
+        files.put(part, path)
     return version

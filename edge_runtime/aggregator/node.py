@@ -63,16 +63,18 @@ class Node:
         """Open the state; nothing is sent yet.
 
         Raises:
-            InputError: the fleet's method is not known, or cannot merge the ranks its devices may take; or its public texts
-                cannot be read.
+            InputError: the fleet's method is not known, or cannot merge the ranks its devices may take; its public texts
+                cannot be read; or the state was made with other settings.
         """
         self.fleet, self.options, self._tell = fleet, options, tell
         self._method = methods.of(fleet)
         self._store = Store(options.state / "node.db")
+        self._journal = Journal(self._store.connection, options.state)
+        self._check_settings()
         self._texts = anchors.write(fleet, options.state)
         self._key = signing.load_or_create_key(options.state / "node.key")
-        self._journal = Journal(self._store.connection, options.state)
-        self._session = Session(options.broker, f"{fleet.name}-{options.node}", clean_start=True, session_expiry_s=0)
+        name = topics.client_id("node", fleet.name, options.node)
+        self._session = Session(options.broker, name, clean_start=True, session_expiry_s=0)
         self._receiver = Receiver(
             self._session, self._journal, fleet.name, options.node, self._check_manifest, self._store.key
         )
@@ -95,18 +97,40 @@ class Node:
         """
         try:
             self._connect()
+            self._end_earlier_rounds()
             self._announce()
             self._greeted = time.monotonic() + GREETING_S
             while not self._finished:
                 due_s = min(self._receiver.tick(), self._publisher.tick(), self._next_s())
-                self._handle(self._session.receive(max(due_s, 0.0)))
-                if self._unsaid:
+                item = self._session.receive(max(due_s, 0.0))
+                if self._unsaid:  # before a chunk takes the room that has come free
                     self._publish_round()
+                self._handle(item)
                 if self._offline_since is None and time.monotonic() >= self._greeted:
                     self._close_if_due()
         finally:
             self._session.close()
             self._store.connection.close()
+
+    def _check_settings(self) -> None:
+        """Versions and updates of earlier rounds do not fit a fleet file that says otherwise what they are made of."""
+        fleet, public = self.fleet, self.fleet.codistill
+        fixed = {
+            "[method]": fleet.method,
+            "[adapter]": msgspec.structs.replace(fleet.adapter, lower=()),
+            "[head]": fleet.head,
+            "[codistill] texts and across": (public.texts, public.across) if public is not None else None,
+            "[fleet] seed": fleet.seed,
+        }
+        values = {name: msgspec.json.encode(value).decode() for name, value in fixed.items()}
+        before = self._store.fixed()
+        if self._store.open_round() == 1 and not self._journal.committed(1):
+            self._store.fix(values)
+        elif changed := [name for name, value in values.items() if before.get(name, value) != value]:
+            raise InputError(
+                f"{self.options.state} was made with another {', '.join(changed)}: `{before[changed[0]]}`, now "
+                f"`{values[changed[0]]}`; put that back into the fleet file, or start anew with another --state"
+            )
 
     # --- the loop's parts
 
@@ -274,13 +298,18 @@ class Node:
             versions = merge.merge(updates, self._store.versions(), self.fleet, self._method, self._round, folder)
         self._store.merged(self._round, versions)
         self._say("merged", seconds=time.monotonic() - started)
-        for manifest in self._journal.open_transfers():
-            if manifest.round <= self._round:
-                self._receiver.reject(manifest.transfer, f"round {manifest.round} was closed before it was complete")
-        if not self.options.noop:
-            self._journal.release(self._round)
         self._round += 1
+        self._end_earlier_rounds()
         self._announce()
+
+    def _end_earlier_rounds(self) -> None:
+        """Refuse what is incomplete of rounds that are merged, and delete what was: what a kill may have kept us from."""
+        for manifest in self._journal.open_transfers():
+            if manifest.round < self._round:
+                reason = f"round {manifest.round} was closed before it was complete"
+                self._receiver.reject(manifest.transfer, reason, "late")
+        if not self.options.noop:
+            self._journal.release(self._round - 1)
 
     def _extend(self, inside: set[str]) -> None:
         used = self._store.extensions(self._round)

@@ -5,6 +5,7 @@ versions   global version of each model class after each round: the float32 mast
 shapes     keys and shapes of a class's adapter, as its first accepted updates had them
 devices    public key, pinned when first seen
 reports    the last report of each device and round
+fixed      what the fleet file said of what later rounds build on
 """
 
 import sqlite3
@@ -22,6 +23,7 @@ CREATE TABLE IF NOT EXISTS shapes (model_class TEXT, key TEXT, shape TEXT NOT NU
 CREATE TABLE IF NOT EXISTS devices (id TEXT PRIMARY KEY, key TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS reports (device TEXT, round INTEGER, state TEXT NOT NULL, body BLOB NOT NULL,
     PRIMARY KEY (device, round, state));
+CREATE TABLE IF NOT EXISTS fixed (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
 
@@ -47,6 +49,14 @@ class Store:
         """The round that is collecting; the first one on a new store. One past the last when all were merged."""
         row = self.connection.execute("SELECT max(round) FROM rounds WHERE state = 'merged'").fetchone()
         return int(row[0] or 0) + 1
+
+    def fixed(self) -> dict[str, str]:
+        """What `fix` kept."""
+        return dict(self.connection.execute("SELECT name, value FROM fixed").fetchall())
+
+    def fix(self, values: dict[str, str]) -> None:
+        """Keep these in the place of earlier ones."""
+        self.connection.executemany("INSERT OR REPLACE INTO fixed VALUES (?, ?)", values.items())
 
     def extensions(self, round_: int) -> int:
         """How often this round's deadline was extended."""

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from edge_runtime import codec, methods, settings
+from edge_runtime import codec, files, methods, settings
 from edge_runtime.adapters import attach, export
 from edge_runtime.errors import EdgeError, InputError, MemoryShortError, TrainerError
 from edge_runtime.methods import fedit
@@ -330,16 +330,10 @@ def _save(path: Path, tensors: Mapping[str, NDArray[np.float32]], tell: Callable
 
 
 def _replace(path: Path, content: bytes, tell: Callable[[str], None]) -> None:
-    def write(fresh: Path) -> None:
-        with fresh.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-
-    _when_there_is_room(write, path, tell)
+    _when_there_is_room(lambda fresh: fresh.write_bytes(content), path, tell)
 
 
-def _when_there_is_room(write: Callable[[Path], None], path: Path, tell: Callable[[str], None]) -> None:
+def _when_there_is_room(write: Callable[[Path], object], path: Path, tell: Callable[[str], None]) -> None:
     """Write a file whole or not at all. A full disk is waited for: what a round has learned is worth it.
 
     Raises:
@@ -349,7 +343,7 @@ def _when_there_is_room(write: Callable[[Path], None], path: Path, tell: Callabl
     while True:
         try:
             write(fresh)
-            fresh.replace(path)
+            files.put(fresh, path)
             return
         except (OSError, SafetensorError) as error:  # safetensors has system errors as text alone
             fresh.unlink(missing_ok=True)

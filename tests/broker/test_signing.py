@@ -37,7 +37,10 @@ def test_another_key_than_expected_is_named(key, tmp_path):
         signing.open(signing.sign(key, "a", BODY).encode(), "a", expected)
 
 
-@pytest.mark.parametrize("bad", [b"", b"{}", b'{"body":"","key":"zz","signature":""}', b'{"body":1}', b"\xff"])
+NESTED = b'{"unknown":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+
+
+@pytest.mark.parametrize("bad", [b"", b"{}", b'{"body":"","key":"zz","signature":""}', b'{"body":1}', b"\xff", NESTED])
 def test_what_is_no_envelope_is_a_bad_message(bad):
     with pytest.raises(BadMessage):
         signing.open(bad, "a", None)

@@ -34,7 +34,7 @@ def test_filters_hold_the_wildcards():
     assert topics.all_chunks("f", DIGEST) == f"edge/1/f/artifact/{DIGEST}/+"
 
 
-@pytest.mark.parametrize("bad", ["", "a/b", "a b", "a+", "#", "é", "x" * 65, "a\n"])
+@pytest.mark.parametrize("bad", ["", "a/b", "a b", "a+", "#", "é", "x" * 65, "a\n", ".", ".."])
 def test_a_bad_name_is_shown_with_what_is_needed(bad):
     with pytest.raises(LinkError) as error:
         topics.round(bad)

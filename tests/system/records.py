@@ -62,6 +62,15 @@ def remembered(fleet: Fleet, device: str) -> dict[str, str]:
         return dict(database.execute("SELECT name, value FROM state").fetchall())
 
 
+def await_round(fleet: Fleet) -> None:
+    """Wait until the broker keeps a round for those who come later."""
+    with Session(fleet.broker.url, f"{fleet.name}-waits", clean_start=True, session_expiry_s=0) as session:
+        session.connect(10)
+        session.subscribe(topics.round(fleet.name))
+        while not isinstance(item := session.receive(10), Message):
+            assert item is not None
+
+
 def presence_of(fleet: Fleet, device: str) -> str:
     """A device's presence, as the broker keeps it."""
     tracker = presence.Tracker()

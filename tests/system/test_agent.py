@@ -1,7 +1,9 @@
 """An agent whose rounds do not come one after the other as they should."""
 
+import contextlib
 import shutil
 import signal
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,10 @@ from edge_broker.session import Session
 from edge_broker.transfer import Committed
 from filelock import FileLock
 from fleet import Fleet, eventually
-from records import committed, job, presence_of, remembered, reports
+from records import await_round, committed, job, presence_of, remembered, reports
 
 from edge_runtime import codec
+from edge_runtime.errors import LinkError
 from edge_runtime.rounds import NOOP
 
 DELTA = codec.encode({"layers.0.q.A": np.ones((2, 8), np.float32)})
@@ -49,6 +52,7 @@ def test_an_update_that_is_refused_after_the_last_round_does_not_keep_the_agent_
     fleet.write(deadline_s=60)
     node = fleet.node("--noop")
     node.phase("collecting")
+    await_round(fleet)
     node.kill()
     agent = fleet.agent("late", "--noop", "10kB")
     agent.phase("connected")
@@ -65,6 +69,45 @@ def test_an_update_that_is_refused_after_the_last_round_does_not_keep_the_agent_
     assert set(reports(fleet, "finished")) == {("late", 1)}
     assert [event["phase"] for event in agent.seen + node.seen].count("failed") == 0
     assert committed(fleet) == [("other", 1)]
+
+
+def test_an_agent_does_not_wait_for_ever_for_the_word_of_a_node_that_has_gone(fleet: Fleet) -> None:
+    fleet.write(deadline_s=60)
+    node = fleet.node("--noop")
+    node.phase("collecting")
+    await_round(fleet)
+    node.kill()
+    agent = fleet.agent("late", "--noop", "10kB")
+    assert eventually(lambda: any((fleet.folder / "late" / "outbox").glob("*")))
+    agent.kill()
+    node = fleet.node("--noop", "--until-finished")
+    with crafted(fleet, "other") as other:
+        other.report()
+        assert isinstance(other.offer(b"noise", codec=NOOP, model_class=NOOP), Committed)
+        other.report(state="finished")
+    assert node.end(40) == 0
+    agent = fleet.agent("late", "--noop", "10kB", "--until-finished", "--wait", "2")
+    assert agent.end(40) == LinkError.exit_code
+    assert "has not answered the last update within 2 s; the update is kept" in agent.error()
+
+
+def test_a_device_whose_first_report_was_lost_says_again_who_it_is(fleet: Fleet) -> None:
+    fleet.write(deadline_s=60)
+    node = fleet.node("--noop")
+    node.phase("collecting")
+    await_round(fleet)
+    node.kill()
+    agent = fleet.agent("a", "--noop", "10kB", "--until-finished")
+    assert eventually(lambda: any((fleet.folder / "a" / "outbox").glob("*")))
+    with contextlib.closing(sqlite3.connect(fleet.folder / "node" / "node.db")) as database:
+        assert database.execute("SELECT count(*) FROM devices").fetchone() == (0,)
+    with Session(fleet.broker.url, f"{fleet.name}-forgets", clean_start=True, session_expiry_s=0) as session:
+        session.connect(10)
+        session.publish(topics.report(fleet.name, "a"), b"", retain=True)
+    node = fleet.node("--noop", "--until-finished")
+    assert (agent.end(40), node.end(40)) == (0, 0)
+    assert "not enrolled" in next(event["text"] for event in agent.seen if "does not take" in event.get("text", ""))
+    assert committed(fleet) == [("a", 1)]
 
 
 def test_a_round_that_opens_while_the_agent_plans_is_trained_once(fleet: Fleet, real_model: str) -> None:

@@ -92,6 +92,7 @@ def test_messages_that_are_no_messages_do_not_end_the_node(fleet: Fleet) -> None
     fleet.write()
     node = fleet.node("--noop", "--until-finished")
     node.phase("collecting")
+    nested = b'{"unknown":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     unsigned = msgspec.json.encode({"body": "{}", "key": "", "signature": ""})
     with crafted(fleet, "hostile") as hostile:
         for topic in (
@@ -101,7 +102,7 @@ def test_messages_that_are_no_messages_do_not_end_the_node(fleet: Fleet) -> None
             topics.want(fleet.name, "hostile"),
             topics.up(fleet.name, "node", "hostile", "x"),
         ):
-            for body in (b"", b"\xff\xfe", b"{}", b"[" * 100_000, unsigned):
+            for body in (b"", b"\xff\xfe", b"{}", b"[" * 100_000, nested, unsigned):
                 hostile.session.publish(topic, body)
     honest = fleet.agent("honest", "--noop", "10kB", "--until-finished")
     assert (honest.end(30), node.end(30)) == (0, 0)

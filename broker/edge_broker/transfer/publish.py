@@ -7,6 +7,7 @@ together.
 
 import logging
 import time
+from itertools import islice
 from pathlib import Path
 
 from edge_broker import messages, topics
@@ -109,5 +110,6 @@ class Publisher:
             return
         if not self._queue:
             self._begin_at = time.monotonic() + _GATHER_S
-        for index in messages.from_ranges(want.missing, served[0].chunks):
+        chunks = served[0].chunks
+        for index in islice(messages.from_ranges(want.missing, chunks), chunks):  # ranges may repeat each other
             self._queue[want.digest, index] = None

@@ -91,6 +91,10 @@ class Receiver:
                     result = self._arrived(where.device, where.transfer, message.payload)
             except BadMessage as error:
                 log.warning("ignored a message on %s: %s", message.topic, error)
+            except (OSError, sqlite3.OperationalError) as error:
+                log.error("cannot keep an update: %s", error)
+                if transfer := where.transfer or _claimed_transfer(message.payload):
+                    self._say(where.device, Pause(transfer=transfer, seconds=_DISK_FULL_S))
         elif isinstance(message, Connected) and not message.session_present:
             for manifest in self._journal.open_transfers():  # what was under way is lost: ask for the rest
                 if self._has_place(manifest) and self._journal.missing(manifest, 1):
@@ -107,8 +111,12 @@ class Receiver:
         now = time.monotonic() if now is None else now
         self._send_answers()
         if self._flush_at is not None and self._flush_at <= now:
-            self._journal.flush()
-            self._flush_at = None
+            try:
+                self._journal.flush()
+                self._flush_at = None
+            except (OSError, sqlite3.OperationalError) as error:
+                log.error("cannot keep what came of updates: %s", error)
+                self._flush_at = now + _DISK_FULL_S
         return IDLE_S if self._flush_at is None else max(0.0, self._flush_at - now)
 
     def commit(self, transfer: str, within: Callable[[sqlite3.Connection], None] | None = None) -> bool:
@@ -129,6 +137,7 @@ class Receiver:
                 within(database)
             elif entry and entry.state == "open":
                 self._journal.reject(entry.manifest, "duplicate", _duplicate(entry.manifest))
+        self._journal.tidy(transfer)
         self._answer(transfer)
         return counts
 
@@ -228,12 +237,7 @@ class Receiver:
         if active.manifest.device != device:
             raise BadMessage(f"{device} sent a chunk of a transfer of {active.manifest.device}")
         index, data = messages.unpack_chunk(payload)
-        try:
-            self._journal.write(active.manifest, index, data)
-        except OSError as error:
-            log.error("cannot keep an update: %s", error)
-            self._say(device, Pause(transfer=transfer, seconds=_DISK_FULL_S))
-            return None
+        self._journal.write(active.manifest, index, data)
         active.last = time.monotonic()
         active.granted.discard(index)
         if active.granted:

@@ -1,0 +1,73 @@
+"""What a node that starts again makes of what it finds."""
+
+import pytest
+from edge_broker import messages
+
+from edge_runtime import settings
+from edge_runtime.aggregator.node import Node, Options
+from edge_runtime.errors import InputError
+
+FLEET = {
+    "fleet": {"name": "f", "rounds": 3},
+    "catalog": [{"source": "m"}],
+    "method": {"name": "fedit"},
+    "adapter": {"rank": 4},
+    "head": {},
+}
+
+
+@pytest.fixture
+def node(tmp_path):
+    started = []
+
+    def start(noop=False, **tables):
+        fleet = settings.parse({**FLEET, **tables})
+        started.append(Node(fleet, Options("mqtt://127.0.0.1:1", tmp_path, "node", True, noop), lambda _: None))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one._store.connection.close()
+
+
+def update(node, device, round_=1, commit=True):
+    manifest = messages.describe(
+        b"delta", fleet="f", device=device, round=round_, model_class="m", codec="c", samples=1, chunk_bytes=8
+    )
+    node._journal.open(manifest)
+    node._journal.write(manifest, 0, b"delta")
+    if commit:
+        node._journal.commit(manifest.transfer)
+    return manifest.transfer
+
+
+@pytest.mark.parametrize(
+    ("tables", "named"),
+    [
+        ({"method": {"name": "heterotune"}}, "[method]"),
+        ({"adapter": {"rank": 8}}, "[adapter]"),
+        ({"head": {"shared": "private"}}, "[head]"),
+        ({"fleet": {"name": "f", "seed": 1}}, "[fleet] seed"),
+    ],
+)
+def test_a_fleet_file_that_no_longer_fits_what_is_there_is_refused(node, tables, named):
+    node()
+    first = node(**tables)  # nothing has come yet
+    update(first, "a")
+    node(**tables)
+    node(**{**tables, "training": {"steps": 7}})
+    with pytest.raises(InputError) as error:
+        node()
+    assert f"was made with another {named}:" in str(error.value)
+
+
+def test_what_a_kill_left_of_a_merged_round_is_refused_and_deleted(node):
+    first = node()
+    merged, late = update(first, "a"), update(first, "b", commit=False)
+    first._store.merged(1, [])  # and was killed
+    again = node()
+    again._end_earlier_rounds()
+    entry = again._journal.find(late)
+    assert (entry.state, entry.code) == ("rejected", "late")
+    assert not again._journal.payload(merged).exists() and not again._journal.payload(late).exists()
+    assert again._journal.find(merged).state == "committed"

@@ -24,6 +24,7 @@ SMALLEST_SCALE = np.finfo(np.float32).tiny  # below it a scale has too few bits 
 LARGEST_SCALE = np.finfo(np.float32).max / 128  # above it scale · q would be infinite
 LARGEST_SIZE = 1 << 31  # values of all tensors together
 LARGEST_COMPLETIONS_BYTES = 1 << 24
+LARGEST_HEADER_BYTES = 1 << 24  # a model of 100 layers takes 0.1 MB
 
 Tensors = dict[str, NDArray[np.float32]]
 
@@ -123,6 +124,8 @@ def _header(payload: bytes) -> tuple[Header, int]:
     if payload[:4] != MAGIC or len(payload) < 8:
         raise InputError("the payload is no encoded adapter state")
     split = 8 + int.from_bytes(payload[4:8], "big")
+    if split > min(len(payload), 8 + LARGEST_HEADER_BYTES):
+        raise InputError(f"the payload's header cannot be read: it claims {split - 8} bytes of {len(payload)}")
     try:
         header = msgspec.json.decode(payload[8:split], type=Header)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

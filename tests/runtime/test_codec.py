@@ -151,6 +151,7 @@ def test_a_good_payload_made_by_hand_is_decoded():
             MAGIC + (200_013).to_bytes(4, "big") + b'{"unknown": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
             "cannot be read",
         ),
+        (MAGIC + (1 << 25).to_bytes(4, "big") + b"{}".ljust(1 << 25), "header cannot be read: it claims 33554432"),
         (payload({"A": (64, 0)}, b""), "declares an empty tensor"),
         (payload({"A": (-8, -8)}, body()), "declares an empty tensor"),
         (payload({"A": (65,)}, body()), "holds 68 bytes of values, its header needs 73"),

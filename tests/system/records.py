@@ -62,6 +62,13 @@ def remembered(fleet: Fleet, device: str) -> dict[str, str]:
         return dict(database.execute("SELECT name, value FROM state").fetchall())
 
 
+def owes(fleet: Fleet, device: str) -> bool:
+    """Whether the device's agent has an update that the node has not answered."""
+    with contextlib.closing(sqlite3.connect(fleet.folder / device / "agent.db")) as database:
+        query = "SELECT count(*) FROM outbox_update WHERE state = 'pending'"
+        return bool(database.execute(query).fetchone()[0])
+
+
 def await_round(fleet: Fleet) -> None:
     """Wait until the broker keeps a round for those who come later."""
     with Session(fleet.broker.url, f"{fleet.name}-waits", clean_start=True, session_expiry_s=0) as session:

@@ -13,7 +13,7 @@ from edge_broker.session import Session
 from edge_broker.transfer import Committed
 from filelock import FileLock
 from fleet import Fleet, eventually
-from records import await_round, committed, job, presence_of, remembered, reports
+from records import await_round, committed, job, owes, presence_of, remembered, reports
 
 from edge_runtime import codec
 from edge_runtime.errors import LinkError
@@ -78,7 +78,8 @@ def test_an_agent_does_not_wait_for_ever_for_the_word_of_a_node_that_has_gone(fl
     await_round(fleet)
     node.kill()
     agent = fleet.agent("late", "--noop", "10kB")
-    assert eventually(lambda: any((fleet.folder / "late" / "outbox").glob("*")))
+    agent.phase("connected")
+    assert eventually(lambda: owes(fleet, "late"))
     agent.kill()
     node = fleet.node("--noop", "--until-finished")
     with crafted(fleet, "other") as other:
@@ -98,15 +99,16 @@ def test_a_device_whose_first_report_was_lost_says_again_who_it_is(fleet: Fleet)
     await_round(fleet)
     node.kill()
     agent = fleet.agent("a", "--noop", "10kB", "--until-finished")
-    assert eventually(lambda: any((fleet.folder / "a" / "outbox").glob("*")))
+    agent.phase("connected")
+    assert eventually(lambda: owes(fleet, "a"))
     with contextlib.closing(sqlite3.connect(fleet.folder / "node" / "node.db")) as database:
         assert database.execute("SELECT count(*) FROM devices").fetchone() == (0,)
     with Session(fleet.broker.url, f"{fleet.name}-forgets", clean_start=True, session_expiry_s=0) as session:
         session.connect(10)
         session.publish(topics.report(fleet.name, "a"), b"", retain=True)
     node = fleet.node("--noop", "--until-finished")
+    agent.until(lambda event: "device a is not enrolled" in event.get("text", ""), 40)
     assert (agent.end(40), node.end(40)) == (0, 0)
-    assert "not enrolled" in next(event["text"] for event in agent.seen if "does not take" in event.get("text", ""))
     assert committed(fleet) == [("a", 1)]
 
 

@@ -164,7 +164,9 @@ def name(what: str, value: str) -> str:
         LinkError: it is not 1-64 characters of [A-Za-z0-9._-], or is "." or "..".
     """
     if not _NAME.fullmatch(value):
-        raise LinkError(f"the {what} is {value!r}; it needs 1-64 characters out of A-Z a-z 0-9 . _ -")
+        raise LinkError(
+            f"the {what} is {value!r}; it needs 1-64 characters out of A-Z a-z 0-9 . _ -, and not . or .. alone"
+        )
     return value
 
 

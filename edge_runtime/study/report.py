@@ -134,7 +134,7 @@ def write(spec: Spec, outcomes: Outcomes, name: str, out: Path) -> None:
 
 
 def kind(member: Member) -> tuple[str, int, str]:
-    """What devices have in common that are one column of the table."""
+    """What devices have in common whose mean accuracy is one number of `by model`."""
     return member.model_class, member.depth, member.data
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge_broker import messages, store
+from edge_broker import files, messages, store
 from edge_broker.errors import BadMessage
 from edge_broker.messages import Manifest
 
@@ -119,7 +119,7 @@ class Journal:
         """Begin to collect a transfer, and remember its sequence number."""
         with self.payload(manifest.transfer).open("wb") as file:
             file.truncate(manifest.size)
-        store.sync_folder(self._folder)
+        files.sync(self._folder)
         with self.transaction():
             self._insert(manifest, "open", bytes(manifest.chunks), None, None)
 
@@ -157,7 +157,7 @@ class Journal:
         """Make what was written durable, for one transfer or all."""
         for one in [transfer] if transfer else list(self._unflushed):
             if self._unflushed.get(one):
-                self._sync(one)
+                files.sync(self.payload(one))
                 with self.transaction() as database:
                     database.execute(
                         "UPDATE journal_transfer SET written = ? WHERE transfer = ?", (self._written[one], one)
@@ -240,10 +240,3 @@ class Journal:
             here = row and self.payload(manifest.transfer).exists()
             written = self._written[manifest.transfer] = bytearray(row[0] if here else manifest.chunks)
         return written
-
-    def _sync(self, transfer: str) -> None:
-        file = os.open(self.payload(transfer), os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)

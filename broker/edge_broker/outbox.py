@@ -7,7 +7,6 @@ lost its state is not taken for a replay. Payloads are files, since a chunk can 
 reads a blob from its beginning.
 """
 
-import os
 import sqlite3
 import time
 from contextlib import AbstractContextManager
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge_broker import messages, store
+from edge_broker import files, messages, store
 from edge_broker.errors import LinkError
 from edge_broker.messages import Manifest
 
@@ -136,10 +135,6 @@ class Outbox:
         if path.exists():
             raise LinkError(f"transfer {transfer} is already in the outbox")
         draft = path.with_suffix(".draft")
-        with draft.open("wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.rename(path)
-        store.sync_folder(self._folder)
+        draft.write_bytes(payload)
+        files.put(draft, path)
         return path

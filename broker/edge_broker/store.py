@@ -4,7 +4,6 @@ Write-ahead log, synchronous=FULL: after COMMIT the data survives a power cut. T
 link commits a few times a transfer, not once a chunk.
 """
 
-import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,12 +35,3 @@ def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
             connection.execute("ROLLBACK")
         raise
     connection.execute("COMMIT")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names created in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from edge_broker import files
 from edge_broker.journal import Update
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from edge_runtime import codec, files
+from edge_runtime import codec
 from edge_runtime.adapters.initial import initial
 from edge_runtime.aggregator.store import Version
 from edge_runtime.errors import InputError

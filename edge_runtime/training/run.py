@@ -16,13 +16,14 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from edge_broker import files
 from edge_kernels import apply
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from edge_runtime import codec, files, methods, settings
+from edge_runtime import codec, methods, settings
 from edge_runtime.adapters import attach, export
 from edge_runtime.errors import EdgeError, InputError, MemoryShortError, TrainerError
 from edge_runtime.methods import fedit

@@ -7,6 +7,7 @@ import sqlite3
 import time
 
 import pytest
+from edge_broker import files
 from edge_broker.local import start_broker
 from edge_broker.session import Session
 from edge_broker.transfer import receive
@@ -177,19 +178,20 @@ def test_a_node_killed_before_the_commit_is_handed_the_update_again(device, node
     assert len(again.complete) == 1 and again.chunks == 0 and counted(again) == PAYLOAD[:1000]
 
 
-@pytest.mark.parametrize("broken", ["_sync", "open"])
+@pytest.mark.parametrize("broken", ["sync", "open"])
 def test_a_full_disk_makes_devices_wait(device, node, drive, impatient, monkeypatch, broken):
     monkeypatch.setattr(receive, "_DISK_FULL_S", 0.1)
     d, n = device(), node()
-    whole, times = getattr(n.journal, broken), iter(range(3))
-
-    def full(*arguments):
-        if next(times, None) is not None:
-            raise sqlite3.OperationalError("database or disk is full")
-        return whole(*arguments)
-
-    monkeypatch.setattr(n.journal, broken, full)
     d.add(PAYLOAD)
+    owner = {"sync": files, "open": n.journal}[broken]
+    whole, times = getattr(owner, broken), iter(range(3))
+
+    def full(what):
+        if what != n.journal.payload("") and next(times, None) is not None:  # of a transfer, not of the folder
+            raise sqlite3.OperationalError("database or disk is full")
+        return whole(what)
+
+    monkeypatch.setattr(owner, broken, full)
     drive(lambda: d.results, d, n)
     assert type(d.results[0]).__name__ == "Committed" and next(times, None) is None
     assert counted(n) == PAYLOAD

@@ -12,7 +12,7 @@ from edge_broker import messages, presence, topics
 from edge_broker.session import Session
 from edge_broker.transfer import Committed
 from filelock import FileLock
-from fleet import Fleet, eventually
+from fleet import Command, Fleet, eventually
 from records import await_round, committed, job, owes, presence_of, remembered, reports
 
 from edge_runtime import codec
@@ -48,16 +48,21 @@ def test_a_refused_update_is_carried_into_the_next_round(fleet: Fleet, real_mode
     assert committed(fleet) == [("late", 2), ("other", 1)]
 
 
-def test_an_update_that_is_refused_after_the_last_round_does_not_keep_the_agent_from_its_end(fleet: Fleet) -> None:
+def owing(fleet: Fleet, device: str) -> Command:
+    """An agent with an update for a node that was killed before it could take one."""
     fleet.write(deadline_s=60)
     node = fleet.node("--noop")
     node.phase("collecting")
     await_round(fleet)
     node.kill()
-    agent = fleet.agent("late", "--noop", "10kB")
+    agent = fleet.agent(device, "--noop", "10kB", "--until-finished")
     agent.phase("connected")
-    assert eventually(lambda: any((fleet.folder / "late" / "outbox").glob("*")))
-    agent.kill()
+    assert eventually(lambda: owes(fleet, device))
+    return agent
+
+
+def test_an_update_that_is_refused_after_the_last_round_does_not_keep_the_agent_from_its_end(fleet: Fleet) -> None:
+    owing(fleet, "late").kill()
     node = fleet.node("--noop", "--until-finished")
     with crafted(fleet, "other") as other:
         other.report()
@@ -72,15 +77,7 @@ def test_an_update_that_is_refused_after_the_last_round_does_not_keep_the_agent_
 
 
 def test_an_agent_does_not_wait_for_ever_for_the_word_of_a_node_that_has_gone(fleet: Fleet) -> None:
-    fleet.write(deadline_s=60)
-    node = fleet.node("--noop")
-    node.phase("collecting")
-    await_round(fleet)
-    node.kill()
-    agent = fleet.agent("late", "--noop", "10kB")
-    agent.phase("connected")
-    assert eventually(lambda: owes(fleet, "late"))
-    agent.kill()
+    owing(fleet, "late").kill()
     node = fleet.node("--noop", "--until-finished")
     with crafted(fleet, "other") as other:
         other.report()
@@ -93,14 +90,7 @@ def test_an_agent_does_not_wait_for_ever_for_the_word_of_a_node_that_has_gone(fl
 
 
 def test_a_device_whose_first_report_was_lost_says_again_who_it_is(fleet: Fleet) -> None:
-    fleet.write(deadline_s=60)
-    node = fleet.node("--noop")
-    node.phase("collecting")
-    await_round(fleet)
-    node.kill()
-    agent = fleet.agent("a", "--noop", "10kB", "--until-finished")
-    agent.phase("connected")
-    assert eventually(lambda: owes(fleet, "a"))
+    agent = owing(fleet, "a")
     with contextlib.closing(sqlite3.connect(fleet.folder / "node" / "node.db")) as database:
         assert database.execute("SELECT count(*) FROM devices").fetchone() == (0,)
     with Session(fleet.broker.url, f"{fleet.name}-forgets", clean_start=True, session_expiry_s=0) as session:

@@ -6,13 +6,12 @@ What other devices asked for is taken along. The file appears under its digest a
 """
 
 import logging
-import os
 import time
 from pathlib import Path
 
 import msgspec
 
-from edge_broker import messages, store, topics
+from edge_broker import files, messages, topics
 from edge_broker.errors import BadMessage, LinkError
 from edge_broker.events import Connected, Event, Message
 from edge_broker.journal import MAX_CHUNKS
@@ -191,8 +190,5 @@ class _Download:
         digest, _ = messages.digest_and_size(self.part)
         if digest != self.artifact.digest:
             return f"the bytes have SHA-256 {digest[:16]}…, the artifact is {self.artifact.digest[:16]}…"
-        with self.part.open("rb") as file:
-            os.fsync(file.fileno())
-        self.part.rename(self.path)
-        store.sync_folder(self.path.parent)
+        files.put(self.part, self.path)
         return ""

@@ -6,12 +6,13 @@ from pathlib import Path
 
 def put(fresh: Path, path: Path) -> None:
     """Give a written file its name: its bytes are on the disk before the name is, and the name when this returns."""
-    _sync(fresh)
+    sync(fresh)
     fresh.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file's bytes durable, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

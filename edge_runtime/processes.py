@@ -22,6 +22,7 @@ MEASURE_TIMEOUT_S = 120.0
 NOT_INSTALLED = "this needs the trainer's packages, which are not installed: pip install 'edge-runtime[agent]'"
 TRAINER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "2000000",  # larger blocks go straight back to the system when freed; each costs page faults
+    "MALLOC_TRIM_THRESHOLD_": "4000000",  # else the heap's end goes back with each block that was there: a tenth of a step
     # One heap for all threads: with several, peaks differ by 50 MiB from run to run. And before 2.38 glibc keeps what aligned
     # blocks leave over in the two caches, and no block fits where it was before.
     "GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",

@@ -1,10 +1,11 @@
 """Imports transformers without what a trainer never uses: torch's compiler, 95 MiB of a process that has it, its distributed
-tensors with the computer algebra they bring, 48 MiB, and accelerate where it is installed, 3 MiB.
+tensors with the computer algebra they bring, 48 MiB, and packages that transformers takes up where it finds them: SciPy,
+40 MiB, Pillow, accelerate and others.
 
 transformers asks for torch._dynamo in two ways: it marks functions with decorators of it, which change nothing where nothing
 is compiled, and it takes one class out of a module of its own. Both work with the package's folder alone, its start left
 out. Distributed tensors it leaves out by itself with a torch that was built without them, as some of a Jetson's are, and
-accelerate where it is not found.
+the other packages where they are not found.
 Afterwards everything is as if it had not been imported: who really needs the compiler gets it.
 """
 
@@ -18,13 +19,14 @@ from typing import Any
 import torch
 import torch.distributed
 
-COMPILER, ACCELERATE = "torch._dynamo", "accelerate"
+COMPILER = "torch._dynamo"
+OPTIONAL = ("PIL", "accelerate", "scipy", "sklearn", "torchvision")  # what transformers imports beside language models
 
 
 @contextmanager
 def lean_imports() -> Iterator[None]:
     """While inside, torch's compiler is a package whose functions are decorators that do nothing, torch is not distributed,
-    and accelerate is not installed."""
+    and the optional packages are not installed."""
     if COMPILER in sys.modules:  # too late to leave it out
         yield
         return
@@ -33,17 +35,16 @@ def lean_imports() -> Iterator[None]:
     package.__getattr__ = _decorator
     sys.modules[COMPILER] = package
     hidden: dict[str, Any] = sys.modules
-    absent = ACCELERATE not in hidden
-    if absent:
-        hidden[ACCELERATE] = None  # which Python takes for a package that is not there
+    absent = [name for name in OPTIONAL if name not in hidden]
+    hidden.update(dict.fromkeys(absent))  # Python takes None for a package that is not there
     available = torch.distributed.is_available
     torch.distributed.is_available = lambda: False
     try:
         yield
     finally:
         torch.distributed.is_available = available
-        if absent:
-            del hidden[ACCELERATE]
+        for name in absent:
+            del hidden[name]
         for name in [name for name in sys.modules if name == COMPILER or name.startswith(f"{COMPILER}.")]:
             del sys.modules[name]
         vars(torch).pop("_dynamo", None)

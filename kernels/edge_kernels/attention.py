@@ -1,21 +1,24 @@
-"""Causal attention whose backward pass, on a CPU and in 16 bits, multiplies tiles of queries in float32.
+"""Causal attention that, on a CPU and in 16 bits, takes tiles of queries, all heads of some rows at once.
 
-    o = softmax(scale · q kᵀ, where key <= query) v
-    p = softmax again,  ds = p · (do vᵀ - sum(do · o)),   dq = scale · ds k,  dk = scale · dsᵀ q,  dv = pᵀ do
+    p = softmax(scale · q kᵀ, where key <= query),  o = p v
+    p again,  ds = scale · p · (do vᵀ - sum(do · o)),   dq = ds k,  dk = dsᵀ q,  dv = pᵀ do
 
-Forward is torch's. Torch's own backward for 16 bits asks its matrix library for each small product, inside its threads: for
-short rows that costs several times the arithmetic. Here one batched product takes all heads of a tile, and only float32
-stands between its operands and its results. Long rows stay with torch, whose products in 16 bits are twice as fast.
+Torch's own for 16 bits asks its matrix library for each small product, inside its threads: for short rows that costs several
+times the arithmetic. Here one batched product takes all heads of a tile. Scores, and what they are multiplied by in the
+gradient, are float32 throughout; p and ds are rounded once for their products, to bfloat16 where q is, whose products are
+several times as fast; for float16, whose are not, they stay float32. Long rows are torch's.
 Kept for backward: q, k, v, o.
-Source: Dao 2023, arXiv 2307.08691 (the gradient in tiles).
+Source: Dao 2023, arXiv 2307.08691 (the gradient in tiles, what is rounded).
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 SHORT = 512  # tokens up to which tiles are faster
 TILE = 64  # queries
-VALUES = 1 << 18  # float32 scores at once: a core's cache
+VALUES = 1 << 20  # float32 scores at once: fewer, and threads wait for one another; more, and they leave the cache
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -35,14 +38,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -
         raise ValueError(f"q is {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}: heads do not fit together")
     if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
         raise ValueError(f"q is {tuple(q.shape)} but k {tuple(k.shape)}: only their heads may differ")
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if wanted and q.device.type == "cpu" and q.dtype.itemsize == 2 and q.shape[2] <= SHORT:
+    if q.device.type == "cpu" and q.dtype.itemsize == 2 and q.shape[2] <= SHORT:
         o: torch.Tensor = _Attention.apply(q, k, v, scale)
         return o
-    return _forward(q, k, v, scale)
-
-
-def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     grouped = q.shape[1] != k.shape[1]
     return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
 
@@ -50,7 +48,9 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) ->
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale):  # type: ignore[no-untyped-def]
-        o = _forward(q, k, v, scale)
+        o = torch.empty_like(q)
+        for rows in _pieces(q):
+            _rows_forward(scale, *(x[rows] for x in (q, k, v, o)))
         ctx.save_for_backward(q, k, v, o)
         ctx.scale = scale
         return o
@@ -59,30 +59,61 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, do):  # type: ignore[no-untyped-def]
         q, k, v, o = ctx.saved_tensors
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        step = max(VALUES // (q.shape[1] * min(TILE, q.shape[2]) * q.shape[2]), 1)
-        for first in range(0, len(q), step):
-            _rows_backward(ctx.scale, *(x[first : first + step] for x in (do, q, k, v, o, dq, dk, dv)))
+        for rows in _pieces(q):
+            _rows_backward(ctx.scale, *(x[rows] for x in (do, q, k, v, o, dq, dk, dv)))
         return dq, dk, dv, None
 
 
+def _pieces(q: torch.Tensor) -> Iterator[slice]:
+    """Rows of the batch whose scores of a tile may exist at once."""
+    step = max(VALUES // (q.shape[1] * min(TILE, q.shape[2]) * q.shape[2]), 1)
+    return (slice(first, first + step) for first in range(0, len(q), step))
+
+
+# Batched below: rows x key heads; the queries of a key's heads follow one another.
+
+
+def _rows_forward(scale, q, k, v, o):  # type: ignore[no-untyped-def]
+    """Fill in the result of some rows."""
+    batch, (tokens, width) = k.shape[0] * k.shape[1], k.shape[2:]
+    keys, values = k.float().reshape(batch, tokens, width), v.to(_operand(v)).reshape(batch, tokens, width)
+    for first in range(0, tokens, TILE):
+        tile = slice(first, min(first + TILE, tokens))
+        p = _softmax(q[:, :, tile].float().reshape(batch, -1, width).mul_(scale), keys, tile)
+        o[:, :, tile] = (p.to(values.dtype) @ values[:, : tile.stop]).view(*q.shape[:2], -1, width)
+
+
 def _rows_backward(scale, do, q, k, v, o, dq, dk, dv):  # type: ignore[no-untyped-def]
-    """Fill in the gradients of some rows. Batched: rows x key heads; the queries of a key's heads follow one another."""
+    """Fill in the gradients of some rows."""
     batch, (tokens, width) = k.shape[0] * k.shape[1], k.shape[2:]
     keys, values = (x.float().reshape(batch, tokens, width) for x in (k, v))
+    factor = k.to(_operand(k)).reshape(batch, tokens, width)
     dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
     for first in range(0, tokens, TILE):
         tile = slice(first, min(first + TILE, tokens))
-        own, seen = tile.stop - first, slice(0, tile.stop)
-        queries, dout, out = (x[:, :, tile].float().reshape(batch, -1, width) for x in (q, do, o))
-        queries *= scale
-        p = queries @ keys[:, seen].mT
-        later = torch.ones(own, own, dtype=torch.bool).triu(1)
-        p.view(batch, -1, own, tile.stop)[..., first:].masked_fill_(later, -torch.inf)
-        torch.softmax(p, -1, out=p)
-        ds = dout @ values[:, seen].mT
-        ds.sub_((dout * out).sum(-1, keepdim=True)).mul_(p)
-        dkeys[:, seen].baddbmm_(ds.mT, queries)
-        dvalues[:, seen].baddbmm_(p.mT, dout)
-        dq[:, :, tile] = (ds @ keys[:, seen]).mul_(scale).view(*q.shape[:2], own, width)
+        seen = slice(0, tile.stop)
+        queries, dout, out = (x[:, :, tile].reshape(batch, -1, width) for x in (q, do, o))
+        p = _softmax(queries.float().mul_(scale), keys, tile)
+        wide = dout.float()
+        ds = wide @ values[:, seen].mT
+        ds.sub_((wide * out).sum(-1, keepdim=True)).mul_(p).mul_(scale)
+        p, ds, queries, dout = (x.to(factor.dtype) for x in (p, ds, queries, dout))
+        dkeys[:, seen] += ds.mT @ queries
+        dvalues[:, seen] += p.mT @ dout
+        dq[:, :, tile] = (ds @ factor[:, seen]).view(*q.shape[:2], -1, width)
     dk.copy_(dkeys.view(k.shape))
     dv.copy_(dvalues.view(v.shape))
+
+
+def _softmax(queries, keys, tile):  # type: ignore[no-untyped-def]
+    """The probabilities of a tile's scaled queries over the keys up to its end, in float32."""
+    p = queries @ keys[:, : tile.stop].mT
+    own = tile.stop - tile.start
+    later = torch.ones(own, own, dtype=torch.bool).triu(1)
+    p.view(len(p), -1, own, tile.stop)[..., tile.start :].masked_fill_(later, -torch.inf)
+    return torch.softmax(p, -1, out=p)
+
+
+def _operand(x: torch.Tensor) -> torch.dtype:
+    """The type of what is rounded for a product."""
+    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32

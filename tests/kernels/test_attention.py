@@ -93,6 +93,14 @@ def test_the_check_sees_a_tile_that_sees_its_own_later_keys(monkeypatch):
         check(attention, case(tokens=80))
 
 
+@pytest.mark.parametrize("tokens", [70, SHORT + 1])
+def test_the_result_is_the_same_where_no_gradient_is_wanted(tokens):
+    draws = case(tokens=tokens)
+    result = outcome(attention, *draws)[0]
+    with torch.no_grad():
+        assert torch.equal(attention(*draws, SCALE), result)
+
+
 @on_cpu
 def test_q_k_v_and_the_result_alone_are_kept():
     kept = []

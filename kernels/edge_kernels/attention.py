@@ -16,9 +16,11 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from edge_kernels.backend import row_pieces
+
 SHORT = 512  # tokens up to which tiles are faster
 TILE = 64  # queries
-VALUES = 1 << 20  # float32 scores at once: fewer, and threads wait for one another; more, and they leave the cache
+VALUES = 1 << 20  # float32 scores at once; with fewer, threads wait for one another more often
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -66,8 +68,7 @@ class _Attention(torch.autograd.Function):
 
 def _pieces(q: torch.Tensor) -> Iterator[slice]:
     """Rows of the batch whose scores of a tile may exist at once."""
-    step = max(VALUES // (q.shape[1] * min(TILE, q.shape[2]) * q.shape[2]), 1)
-    return (slice(first, first + step) for first in range(0, len(q), step))
+    return row_pieces((len(q), q.shape[1] * min(TILE, q.shape[2]) * q.shape[2]), VALUES)
 
 
 # Batched below: rows x key heads; the queries of a key's heads follow one another.

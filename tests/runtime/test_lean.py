@@ -27,8 +27,8 @@ def test_what_no_trainer_uses_is_left_out():
 
 def test_afterwards_all_is_there_for_who_needs_them():
     compiled = "torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item()"
-    asked = f"[torch.distributed.is_available(), __import__('scipy').__name__, {compiled}]"
-    assert after(LEAN, asked) == [True, "scipy", 2.0]
+    asked = f"[torch.distributed.is_available(), __import__('accelerate').__name__, __import__('scipy').__name__, {compiled}]"
+    assert after(LEAN, asked) == [True, "accelerate", "scipy", 2.0]
 
 
 @pytest.mark.parametrize("weights", ["float32", "q8_0"])

@@ -21,8 +21,8 @@ PREPARE_TIMEOUT_S = 3600.0  # a hub download may be gigabytes
 MEASURE_TIMEOUT_S = 120.0
 NOT_INSTALLED = "this needs the trainer's packages, which are not installed: pip install 'edge-runtime[agent]'"
 TRAINER_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": "2000000",  # larger blocks go straight back to the system when freed; each costs page faults
-    "MALLOC_TRIM_THRESHOLD_": "4000000",  # else the heap's end goes back with each block that was there: a tenth of a step
+    "MALLOC_MMAP_THRESHOLD_": "8000000",  # larger pieces go straight back to the system when freed; each costs page faults
+    "MALLOC_TRIM_THRESHOLD_": "64000000",  # else the heap's end goes back with what was there: a fifth of a step
     # One heap for all threads: with several, peaks differ by 50 MiB from run to run. And before 2.38 glibc keeps what aligned
     # blocks leave over in the two caches, and no block fits where it was before.
     "GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",

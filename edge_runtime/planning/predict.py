@@ -1,26 +1,28 @@
 """Predicts the peak memory of training from the model's facts alone; nothing is loaded.
 
-    peak = runtime + kernels + weights + adapter + the largest of
-           boundaries + activations + block      backward through a block
-           boundaries + activations + loss       between forward and backward
-           answers                 prompts are completed, after training, where the method exchanges completions
-           encode                  what is sent is made
+    peak = runtime + kernels + adapter + the largest of
+           weights + boundaries + activations + block      backward through a block
+           weights + boundaries + activations + loss       between forward and backward
+           weights + answers       prompts are completed, after training, where the method exchanges completions
+           encode                  what is sent is made; the model is gone
 
     runtime     a trainer that trained a model of almost nothing (measured once on the device, see `baseline`)
-    kernels     what the matrix library builds and keeps for each length of rows that a run meets
-    weights     frozen parameters kept, in their format; packed ones with the matrix that is expanded while it is used;
-                streamed ones a block at a time
+    kernels     what the matrix library builds and keeps for each length of rows that a run meets; long ones have more shapes,
+                of attention's tiles, and where lengths vary the loss has a shape for each number of labelled tokens
     adapter     6 B a parameter that is trained: factor in float32, two moments in 8 bits each; 4 B more where several
                 micro-batches make a step, whose gradients are summed; 4 B one that is frozen
+    weights     frozen parameters kept, in their format; packed ones with the matrix that is expanded while it is used;
+                streamed ones a block at a time
     boundaries  each block's input for the tokens of a micro-batch, as it is or in 8 bits
     activations of the blocks that do not run again: 5 rows as wide as the hidden states a token, 5 as wide as all heads and
                 3 as wide as the MLP, and what the heap loses between them
-    block       one block's activations and their gradients while it runs again, 17 hidden and 7 intermediate rows a token,
-                and what the heap cannot reuse of them
+    block       one block's activations and their gradients while it runs again: in its MLP 17 hidden and 7 intermediate rows a
+                token, or in its attention 10 hidden ones and 10 of queries, keys and values
     loss        the chunk of logits, what is made of it, and pieces of a packed head
     answers     keys and values of a micro-batch, and half of what a block takes in backward
     encode      what is sent and what it leaves behind, beside the factor, which becomes the latter
 
+Where norms follow attention and MLP too, and queries and keys have theirs, they are 8 more hidden rows a token.
 The factors were fitted to measured peaks; `make bench-peak` prints prediction beside measurement.
 """
 
@@ -36,12 +38,17 @@ MIB = 1 << 20
 VALUE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "q8_0": 34 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32, "nf4": 0.516}
 ADAPTER_BYTES, SUM_BYTES, FROZEN_BYTES, ENCODE_BYTES = 6, 4, 4, 9
 KERNEL_BYTES, MOST_LENGTHS = 8 * MIB, 6  # of a length of rows; the library's cache holds that of so many
+LONG_TOKENS, LONG_BYTES = 256, 4 * MIB  # rows of more than so many: that much more
+VARIED_BYTES = 20 * MIB  # of the loss, where rows are of several lengths
 LOSS_CHUNK_BYTES = 8 * MIB  # of logits at once, unless memory is short
-LOSS_COPIES = 2.6
-HIDDEN_ROWS, INTERMEDIATE_ROWS = 17, 7  # a token, of a block's activations and their gradients
+LOSS_COPIES = {"dense": 2.6, "packed": 1.9}
+BLOCK_BYTES = 4 * MIB  # of any size: pieces of the optimiser's step
+BLOCK_COPIES = {2: 1.05, 4: 0.75}  # by the bytes of a value
+HIDDEN_ROWS, INTERMEDIATE_ROWS = 17, 7  # a token, of a block's activations and their gradients, in its MLP
+ATTENTION_ROWS = 10  # the same in its attention, of each kind
 KEPT_HIDDEN_ROWS, KEPT_HEAD_ROWS, KEPT_INTERMEDIATE_ROWS = 5, 5, 3  # a token, of a block's activations alone
 KEPT_COPIES = 1.2
-BLOCK_COPIES = {"float32": 1.6, "bfloat16": 1.5, "packed": 1.8}
+NORMED_FAMILIES, NORM_ROWS = ("gemma2", "gemma3", "gemma3_text"), 8  # norms after attention and MLP too
 MLP_TOKENS, FEWER_MLP_TOKENS = 1024, 256  # that go through an MLP at once: at no cost, and where memory is short
 UNGATED_FAMILIES = ("gpt2", "phi")  # their MLPs do not come in tiles
 LENGTH_STEP = 8  # rows are padded to multiples of it
@@ -74,27 +81,33 @@ def terms(
     trained = sum(value for name, value in values.items() if method.factors[name].trained)
     sent = sum(value for name, value in values.items() if method.exchanged(name))
     kept = facts.hidden + 4 if plan.boundaries == "int8" else width * facts.hidden
-    copies = BLOCK_COPIES["packed" if plan.weights in PACKED else plan.weights]
     at_once = batch if facts.family in UNGATED_FAMILIES else min(batch, plan.mlp_tokens or batch)
-    rows = batch * HIDDEN_ROWS * facts.hidden + at_once * INTERMEDIATE_ROWS * facts.intermediate
+    norms = batch * _norm_rows(facts) * facts.hidden
+    mlp = batch * HIDDEN_ROWS * facts.hidden + at_once * INTERMEDIATE_ROWS * facts.intermediate
+    attention = batch * ATTENTION_ROWS * (facts.hidden + (facts.heads + 2 * facts.kv_heads) * facts.head_dim)
     joined = FROZEN_BYTES * adapter // plan.depth if method.low_rank is not None else 0  # a block's factors once more
-    block = int(copies * width * rows) + 2 * joined  # and their gradients
-    loss = int(LOSS_COPIES * min(width * batch * facts.vocabulary, loss_chunk_bytes(plan)))
+    values_at_once = norms + max(mlp, attention)
+    block = BLOCK_BYTES + int(BLOCK_COPIES[width] * width * values_at_once) + 2 * joined  # and their gradients
+    chunk = min(width * batch * facts.vocabulary, loss_chunk_bytes(plan))
+    loss = int(LOSS_COPIES["packed" if plan.weights in PACKED else "dense"] * chunk)
     cache = 2 * facts.kv_heads * facts.head_dim * width * batch * plan.depth
-    answers = {"answers": cache + block // 2 if method.completions is not None else 0}
-    training = {"boundaries": batch * kept * (plan.depth - plan.kept_blocks)}
+    weights = {"weights": _weights(facts, 1 if plan.streamed else plan.depth, plan.weights)}
+    training = weights | {"boundaries": batch * kept * (plan.depth - plan.kept_blocks)}
     if plan.kept_blocks:
         held = _activations(facts, batch, width, tiled=at_once < batch) + joined
         training["activations"] = plan.kept_blocks * held
         block = max(block - held, 0)  # the one that goes through backward is among them
     training |= {"block": block} if block > loss else {"loss": loss}
-    encode = {"encode": ENCODE_BYTES * sent}
+    ways = [training, {"encode": ENCODE_BYTES * sent}]
+    if method.completions is not None:
+        ways.append(weights | {"answers": cache + block // 2})
+    of_a_length = KERNEL_BYTES + (LONG_BYTES if plan.tokens > LONG_TOKENS else 0)
+    of_loss = VARIED_BYTES if lengths > 1 else 0
     return {
         "runtime": runtime_bytes,
-        "kernels": KERNEL_BYTES * (1 + min(lengths, MOST_LENGTHS)),
-        "weights": _weights(facts, 1 if plan.streamed else plan.depth, plan.weights),
+        "kernels": KERNEL_BYTES + of_a_length * min(lengths, MOST_LENGTHS) + of_loss,
         "adapter": factor_bytes * trained + FROZEN_BYTES * (adapter - trained),
-        **max(training, answers, encode, key=lambda terms: sum(terms.values())),
+        **max(ways, key=lambda terms: sum(terms.values())),
     }
 
 
@@ -115,9 +128,13 @@ def loss_chunk_bytes(plan: Plan) -> int:
 def _activations(facts: Facts, batch: int, width: int, *, tiled: bool) -> int:
     """What a block keeps for backward of so many tokens; an MLP in tiles runs again in any case."""
     intermediate = INTERMEDIATE_ROWS if facts.family in UNGATED_FAMILIES else KEPT_INTERMEDIATE_ROWS
-    values = KEPT_HIDDEN_ROWS * facts.hidden + KEPT_HEAD_ROWS * facts.heads * facts.head_dim
+    values = (KEPT_HIDDEN_ROWS + _norm_rows(facts)) * facts.hidden + KEPT_HEAD_ROWS * facts.heads * facts.head_dim
     values += 0 if tiled else intermediate * facts.intermediate
     return int(KEPT_COPIES * width * batch * values)
+
+
+def _norm_rows(facts: Facts) -> int:
+    return NORM_ROWS if facts.family in NORMED_FAMILIES else 0
 
 
 def _weights(facts: Facts, depth: int, weights: Weights) -> int:

@@ -1,18 +1,21 @@
 """A block that keeps nothing for backward but its input, and runs again there.
 
-    forward    y = block(x); each tensor that an operation would keep is counted and dropped
-    backward   when the first of them is wanted: block(x̃) as far as the last of them is made, then backward as ever
+    forward    y = block(x), whose graph goes at once; the tensors that it would keep are counted
+    backward   block(x̃) again, and backward through its graph
 
 Kept: x, or x in 8 bits a value and one scale a row. x̃ is what was kept: x itself, or x rounded, with an error of at most
 1/254 of the row's largest value. The forward values are exact either way; with "int8" the gradient is that at x̃. The second
-run has the random numbers and the autocast of the first; a random state is kept only if the first run drew from it. What
-comes after the last kept tensor does not run again, and an operation that makes nothing else can ask `nothing_reads`.
-Source: Chen et al. 2016, arXiv 1604.06174; with hooks on saved tensors as PyTorch's non-reentrant checkpoint.
+run has the random numbers and the autocast of the first; a random state is kept only if the first run drew from it. There an
+operation whose result nothing reads need not make it: it can ask `nothing_reads`.
+
+The first run's graph must not stay, though its tensors are gone: its hundreds of small objects would lie in a heap among the
+block's large pieces, and what one block frees would not fit the next one's.
+Source: Chen et al. 2016, arXiv 1604.06174.
 """
 
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -21,7 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from edge_kernels.quant import expand_rows, quantise_rows
 
 Output: TypeAlias = torch.Tensor | tuple[Any, ...]
-_again = threading.local()  # left: tensors that the second run in this thread has still to give
+_runs = threading.local()  # innermost: the block that runs in this thread
 
 
 class Kept:
@@ -39,7 +42,11 @@ class Kept:
         """The tensor in the next place for its like; a piece goes when the last block has let go of its place."""
         places = self._places.setdefault((tensor.shape, tensor.dtype, tensor.device), [])
         if not places:
-            places.extend(tensor.new_empty(self._blocks, *tensor.shape).unbind())
+            piece = tensor.new_empty(self._blocks, *tensor.shape).untyped_storage()
+            # not views of one tensor: autograd would take each that is filled for a change of all
+            places.extend(
+                tensor.new_empty(0).set_(piece, n * tensor.numel(), tensor.shape) for n in range(self._blocks)
+            )
         return places.pop().copy_(tensor)
 
 
@@ -53,18 +60,19 @@ def checkpoint_block(
 ) -> Output:
     """Run a block; its inner activations exist only while it runs, forward and again in backward.
 
-    It has to do the same when it runs again: a block that changes a cache of keys does not.
+    It has to do the same when it runs again: a block that changes a cache of keys does not. The parameters' gradients come to
+    their .grad, whichever are asked for, as backward runs inside backward.
 
     Args:
         block: a module or function of (hidden, *args, **kwargs); gives a tensor, or a tuple of them and anything else.
         hidden: (..., n) of any float type.
-        args, kwargs: masks, positions. They are kept as they are.
+        args, kwargs: masks, positions. They are kept as they are, and get no gradients.
         keep: "input" keeps hidden, which costs nothing where something else holds it; "int8" 1 byte a value.
         kept: where a copy of it goes; None keeps it where it is.
 
     Raises:
-        ValueError: keep is neither, or hidden is of no float type.
-        RuntimeError: in backward, when the second run kept other tensors than the first.
+        ValueError: keep is neither, hidden is of no float type, or another argument wants a gradient.
+        RuntimeError: in backward, when the second run kept another number of tensors than the first.
     """
     if keep not in ("input", "int8"):
         raise ValueError(f'keep is {keep!r}, but has to be "input" or "int8"')
@@ -73,87 +81,115 @@ def checkpoint_block(
     trains = any(p.requires_grad for p in block.parameters()) if isinstance(block, torch.nn.Module) else True
     if not torch.is_grad_enabled() or not (trains or hidden.requires_grad):
         return block(hidden, *args, **kwargs)
+    for name, value in (*enumerate(args, 1), *kwargs.items()):
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            raise ValueError(
+                f"argument {name} wants a gradient, but only hidden and what the block itself holds get theirs"
+            )
     boundary = (hidden.detach(),) if keep == "input" else quantise_rows(hidden.detach())
     if kept is not None:
         boundary = tuple(map(kept.copy, boundary))
-    run = _Run(lambda x: block(x, *args, **kwargs), hidden, boundary)
-    with saved_tensors_hooks(run.count, run.recall):
-        output = block(hidden, *args, **kwargs)
-    run.end(hidden.device)
+    parameters = torch.empty(0, requires_grad=True)  # in place of the block's own, where hidden wants no gradient
+    output: Output = _Block.apply(lambda x: block(x, *args, **kwargs), boundary, parameters, hidden)
     return output
 
 
-def nothing_reads(saved: int) -> bool:
-    """Whether a block runs again and, with so many more tensors saved, stops: then an operation's result is not needed."""
-    return getattr(_again, "left", None) == saved
+def nothing_reads(wanted: tuple[bool, ...], saved: tuple[torch.Tensor | None, ...]) -> bool:
+    """Whether an operation's result may be anything: a block runs again, and after this nothing more is kept for backward.
+
+    Args:
+        wanted: its ctx.needs_input_grad.
+        saved: what it saves for backward.
+    """
+    run: _Run | None = getattr(_runs, "innermost", None)
+    return any(wanted) and run is not None and run.counted + sum(part is not None for part in saved) == run.expected
 
 
-class _Done(Exception):
-    """Ends the second run."""
+def start(parts: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A number from which backward goes on to the parts with these gradients.
+
+    Given them as arguments, torch imports SymPy first: 30 MiB.
+    """
+    with torch.enable_grad():
+        number: torch.Tensor = _Start.apply(grads, *parts)
+    return number
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grads, *parts):  # type: ignore[no-untyped-def]
+        ctx.grads = grads
+        return parts[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):  # type: ignore[no-untyped-def]
+        return None, *ctx.grads
 
 
 class _Run:
-    """What a block keeps, and the tensors that it makes again when the first of them is asked for."""
+    """Counts the tensors that a block's operations keep for backward while it runs."""
 
-    def __init__(
-        self, call: Callable[[torch.Tensor], Output], hidden: torch.Tensor, boundary: tuple[torch.Tensor, ...]
-    ) -> None:
-        self.call, self.dtype, self.wanted, self.boundary = call, hidden.dtype, hidden.requires_grad, boundary
-        self.autocast = _autocast(hidden.device.type)
-        self.random: list[torch.Tensor] | None = _random_states(hidden.device)
-        self.counted = 0
-        self.made: dict[int, torch.Tensor] = {}
+    def __init__(self, expected: int | None) -> None:
+        self.counted, self.expected = 0, expected  # the latter None in the first run
 
-    def count(self, tensor: torch.Tensor) -> int:
-        """In the first run: a number in the tensor's place."""
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor | None:
         self.counted += 1
-        return self.counted - 1
+        return None if self.expected is None else tensor.detach()  # an output that keeps itself would stay for ever
 
-    def end(self, device: torch.device) -> None:
-        """After the first run: the random state from before it is kept if it drew."""
-        if self.random is not None and all(map(torch.equal, self.random, _random_states(device))):
-            self.random = None
 
-    def recall(self, number: int) -> torch.Tensor:
-        """In backward: the tensor of a number, handed over; asked for again, the block runs once more."""
-        if number not in self.made:
-            self._run_again()
-        return self.made.pop(number)
+@contextmanager
+def _run(expected: int | None) -> Iterator[_Run]:
+    """While inside, a block runs with a graph."""
+    outer, run = getattr(_runs, "innermost", None), _Run(expected)
+    _runs.innermost = run
+    try:
+        with torch.enable_grad(), saved_tensors_hooks(run.keep, lambda kept: kept):
+            yield run
+    finally:
+        _runs.innermost = outer
 
-    def _run_again(self) -> None:
-        x, *scale = self.boundary
-        hidden = expand_rows(x, scale[0], self.dtype) if scale else x.detach()
-        hidden.requires_grad_(self.wanted)
-        self.made = {}
-        outer, _again.left = getattr(_again, "left", None), self.counted
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call, boundary, parameters, hidden):  # type: ignore[no-untyped-def]
+        ctx.call, ctx.dtype, ctx.wanted = call, hidden.dtype, hidden.requires_grad
+        ctx.autocast, random = _autocast(hidden.device.type), _random_states(hidden.device)
+        with _run(None) as run:
+            output = call(hidden.detach().requires_grad_(ctx.wanted))
+        ctx.counted = run.counted
+        drew = not all(map(torch.equal, random, _random_states(hidden.device)))
+        ctx.save_for_backward(*boundary, *(random if drew else ()))
+        ctx.parts = len(boundary)
+        ctx.set_materialize_grads(False)
+        if isinstance(output, torch.Tensor):
+            return output.detach()
+        ctx.mark_non_differentiable(*(x for x in output if isinstance(x, torch.Tensor) and not x.is_floating_point()))
+        return tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in output)
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        (x, *scale), random = ctx.saved_tensors[: ctx.parts], ctx.saved_tensors[ctx.parts :]
+        hidden = expand_rows(x, scale[0], ctx.dtype) if scale else x.detach()
+        hidden.requires_grad_(ctx.wanted)
         with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autocast(**self.autocast))
-            if self.random is not None:
+            stack.enter_context(torch.autocast(**ctx.autocast))
+            if random:
                 stack.enter_context(torch.random.fork_rng([hidden.device] if hidden.is_cuda else []))
-                _set_random_states(hidden.device, self.random)
-            stack.enter_context(saved_tensors_hooks(self._hold, _never))
-            try:
-                self.call(hidden)
-            except _Done:
-                pass
-            finally:
-                _again.left = outer
-        if len(self.made) != self.counted:
+                _set_random_states(hidden.device, random)
+            run = stack.enter_context(_run(ctx.counted))
+            output = ctx.call(hidden)
+        if run.counted != ctx.counted:
             raise RuntimeError(
-                f"a checkpointed block kept {self.counted} tensors when it first ran but {len(self.made)} when it ran again: "
-                "it has to do the same both times"
+                f"a checkpointed block kept {ctx.counted} tensors when it first ran but {run.counted} when it ran again: it has "
+                "to do the same both times"
             )
-
-    def _hold(self, tensor: torch.Tensor) -> None:
-        self.made[len(self.made)] = tensor.detach()
-        _again.left -= 1
-        if not _again.left:
-            raise _Done
-
-
-def _never(_: None) -> torch.Tensor:
-    raise RuntimeError("the graph of a block's second run has no backward")
+        parts = (output,) if isinstance(output, torch.Tensor) else output
+        ways = [pair for pair in zip(parts, grads, strict=True) if pair[1] is not None and pair[0].requires_grad]
+        if ways:
+            number = start(*zip(*ways, strict=True))
+            del output, parts, ways
+            number.backward()
+        return None, None, None, hidden.grad
 
 
 def _autocast(device: str) -> dict[str, Any]:
@@ -171,7 +207,7 @@ def _random_states(device: torch.device) -> list[torch.Tensor]:
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
-def _set_random_states(device: torch.device, states: list[torch.Tensor]) -> None:
+def _set_random_states(device: torch.device, states: Sequence[torch.Tensor]) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)

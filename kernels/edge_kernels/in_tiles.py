@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from edge_kernels.checkpoint_block import nothing_reads
+from edge_kernels.checkpoint_block import nothing_reads, start
 
 Rows = Callable[[torch.Tensor], torch.Tensor]
 
@@ -44,8 +44,8 @@ class _InTiles(torch.autograd.Function):
     def forward(ctx, x, function, tokens, *trained):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x)
         ctx.function, ctx.tokens, ctx.trained = function, tokens, trained
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        if not nothing_reads(1):
+        y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        if not nothing_reads(ctx.needs_input_grad, (x,)):
             for part, into in zip(_tiles(x, tokens), _tiles(y, tokens), strict=True):
                 into.copy_(function(part))
         return y
@@ -59,7 +59,7 @@ class _InTiles(torch.autograd.Function):
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
                 y = ctx.function(leaf)
-            dleaf, *grads = torch.autograd.grad(y, (leaf, *ctx.trained), dpart)
+            dleaf, *grads = torch.autograd.grad(start([y], [dpart]), (leaf, *ctx.trained))
             into.copy_(dleaf)
             for total, grad in zip(sums, grads, strict=True):
                 total += grad
@@ -67,4 +67,5 @@ class _InTiles(torch.autograd.Function):
 
 
 def _tiles(x: torch.Tensor, tokens: int) -> tuple[torch.Tensor, ...]:
-    return x.reshape(-1, x.shape[-1]).split(tokens)
+    rows = x.reshape(-1, x.shape[-1])
+    return rows.chunk(-(-len(rows) // tokens))  # of one size: what one leaves in the heap fits the next

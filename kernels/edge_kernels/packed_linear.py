@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from edge_kernels.backend import Launch, jit, on_triton, tl, triton
+from edge_kernels.checkpoint_block import nothing_reads
 from edge_kernels.quant import BLOCK, Packed, expand
 from edge_kernels.tiles import check_packed, expand_tile, pointer_types, pointers
 
@@ -73,6 +74,8 @@ class _PackedLinear(torch.autograd.Function):
     def forward(ctx, x, packed, bias):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(*packed.parts)
         ctx.form = packed[:2]
+        if nothing_reads(ctx.needs_input_grad, packed.parts):
+            return x.new_zeros(*x.shape[:-1], packed.shape[0])
         y = product(x.reshape(-1, x.shape[-1]), packed, bias=bias, forward=True)
         return y.view(*x.shape[:-1], packed.shape[0])
 

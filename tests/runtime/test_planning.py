@@ -358,7 +358,7 @@ def test_keys_and_values_of_answers_are_predicted_where_they_weigh_more_than_tra
 
 
 def test_a_running_plan_is_lowered_in_the_order_that_costs_least():
-    of = fleet(Model("large", weights=("bfloat16",)), rank=16, rows_a_step=8, max_tokens=2048)
+    of = fleet(Model("large", weights=("bfloat16",)), rank=16, rows_a_step=8, max_tokens=1024)
     first = plans(of)[0]
     ways = lower(LARGE, first, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=8)
     assert [(way.rows, way.boundaries, way.mlp_tokens) for way in ways] == [

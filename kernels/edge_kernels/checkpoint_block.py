@@ -15,7 +15,7 @@ Source: Chen et al. 2016, arXiv 1604.06174.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -94,15 +94,18 @@ def checkpoint_block(
     return output
 
 
-def nothing_reads(wanted: tuple[bool, ...], saved: tuple[torch.Tensor | None, ...]) -> bool:
-    """Whether an operation's result may be anything: a block runs again, and after this nothing more is kept for backward.
+def nothing_reads(*saved: torch.Tensor | None) -> bool:
+    """Whether an operation's result may be anything: a block runs again, and after what this one saves nothing more is kept.
 
-    Args:
-        wanted: its ctx.needs_input_grad.
-        saved: what it saves for backward.
+    An operation that calls others in its own forward does so in `without_blocks`: what they save is not kept.
     """
     run: _Run | None = getattr(_runs, "innermost", None)
-    return any(wanted) and run is not None and run.counted + sum(part is not None for part in saved) == run.expected
+    return run is not None and run.counted + sum(part is not None for part in saved) == run.expected
+
+
+def without_blocks() -> AbstractContextManager[None]:
+    """While inside, no operation takes itself for part of a block that runs."""
+    return _innermost(None)
 
 
 def start(parts: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -138,15 +141,20 @@ class _Run:
 
 
 @contextmanager
-def _run(expected: int | None) -> Iterator[_Run]:
-    """While inside, a block runs with a graph."""
-    outer, run = getattr(_runs, "innermost", None), _Run(expected)
-    _runs.innermost = run
+def _innermost(run: _Run | None) -> Iterator[None]:
+    outer, _runs.innermost = getattr(_runs, "innermost", None), run
     try:
-        with torch.enable_grad(), saved_tensors_hooks(run.keep, lambda kept: kept):
-            yield run
+        yield
     finally:
         _runs.innermost = outer
+
+
+@contextmanager
+def _run(expected: int | None) -> Iterator[_Run]:
+    """While inside, a block runs with a graph."""
+    run = _Run(expected)
+    with _innermost(run), torch.enable_grad(), saved_tensors_hooks(run.keep, lambda kept: kept):
+        yield run
 
 
 class _Block(torch.autograd.Function):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from edge_kernels.checkpoint_block import nothing_reads, start
+from edge_kernels.checkpoint_block import nothing_reads, start, without_blocks
 
 Rows = Callable[[torch.Tensor], torch.Tensor]
 
@@ -45,9 +45,10 @@ class _InTiles(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.function, ctx.tokens, ctx.trained = function, tokens, trained
         y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-        if not nothing_reads(ctx.needs_input_grad, (x,)):
-            for part, into in zip(_tiles(x, tokens), _tiles(y, tokens), strict=True):
-                into.copy_(function(part))
+        if not nothing_reads(x):
+            with without_blocks():
+                for part, into in zip(_tiles(x, tokens), _tiles(y, tokens), strict=True):
+                    into.copy_(function(part))
         return y
 
     @staticmethod

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from edge_kernels.adamw8bit import AdamW8bit
+from edge_kernels.adapter_linear import adapter_linear
 from edge_kernels.checkpoint_block import checkpoint_block
 from edge_kernels.in_tiles import in_tiles
 from numerics import DEVICE, assert_as_good_as
@@ -109,6 +110,24 @@ def test_before_something_that_reads_its_result_in_a_checkpointed_block():
     seen, x.grad = x.grad, None
     (x + other(x).sin()).sum().backward()
     torch.testing.assert_close(seen, x.grad)
+
+
+def test_inside_a_tile_no_layer_takes_itself_for_the_last_of_the_block():
+    torch.manual_seed(0)
+    weight = torch.randn(8, 8, device=DEVICE)
+    factors = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((2, 8), (8, 2))]
+
+    def block(h):  # after the layer, the tiles keep h and what follows three more: as many as the layer itself saves
+        y = in_tiles(lambda rows: adapter_linear(rows, weight, factors[0], None, factors[1], 0.5), h, 4, factors)
+        return h + y * y + y.sin()
+
+    gradients = []
+    for run in (lambda block, x: block(x), checkpoint_block):
+        x = torch.ones(SHAPE, device=DEVICE, requires_grad=True)
+        run(block, x).sum().backward()
+        gradients.append([x.grad, *(factor.grad for factor in factors)])
+        factors = [factor.detach().requires_grad_() for factor in factors]
+    torch.testing.assert_close(*gradients)
 
 
 def test_an_optimiser_inside_backward_steps_once():

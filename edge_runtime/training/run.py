@@ -406,7 +406,7 @@ def main() -> int:
         sys.stderr.write(f"{MemoryShortError(f'out of memory: {str(error).partition(chr(10))[0]}')}\n")
         return MemoryShortError.exit_code
     except OSError as error:
-        sys.stderr.write(f"{InputError(f'cannot write the result: {error}')}\n")
+        sys.stderr.write(f"{InputError(f'cannot read or write what the round needs: {error}')}\n")
         return InputError.exit_code
     return 0
 

@@ -74,7 +74,7 @@ class _AdapterLinear(torch.autograd.Function):
         saved = (kept, A, C, B, *(weight.parts if isinstance(weight, Packed) else (weight,)))
         ctx.save_for_backward(*saved)
         ctx.form, ctx.scale, ctx.shape = weight[:2] if isinstance(weight, Packed) else None, scale, x.shape
-        if nothing_reads(*saved):
+        if nothing_reads(ctx.needs_input_grad, saved):
             return x.new_zeros(*x.shape[:-1], B.shape[0])
         low = (z if C is None else z @ C.to(x.dtype).T) * scale
         y = product(rows, weight, low, B.to(x.dtype), bias, forward=True)

@@ -1,7 +1,7 @@
 """A block that keeps nothing for backward but its input, and runs again there.
 
     forward    y = block(x), whose graph goes at once; the tensors that it would keep are counted
-    backward   block(x̃) again, and backward through its graph
+    backward   block(x̃) again, and the gradients of its input and of the parameters in its graph
 
 Kept: x, or x in 8 bits a value and one scale a row. x̃ is what was kept: x itself, or x rounded, with an error of at most
 1/254 of the row's largest value. The forward values are exact either way; with "int8" the gradient is that at x̃. The second
@@ -16,7 +16,7 @@ Source: Chen et al. 2016, arXiv 1604.06174.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -60,11 +60,10 @@ def checkpoint_block(
 ) -> Output:
     """Run a block; its inner activations exist only while it runs, forward and again in backward.
 
-    It has to do the same when it runs again: a block that changes a cache of keys does not. The parameters' gradients come to
-    their .grad, whichever are asked for, as backward runs inside backward.
+    It has to do the same when it runs again: a block that changes a cache of keys does not.
 
     Args:
-        block: a module or function of (hidden, *args, **kwargs); gives a tensor, or a tuple of them and anything else.
+        block: a module or function of (hidden, *args, **kwargs); gives a tensor, or a tuple of them and of what holds none.
         hidden: (..., n) of any float type.
         args, kwargs: masks, positions. They are kept as they are, and get no gradients.
         keep: "input" keeps hidden, which costs nothing where something else holds it; "int8" 1 byte a value.
@@ -78,29 +77,34 @@ def checkpoint_block(
         raise ValueError(f'keep is {keep!r}, but has to be "input" or "int8"')
     if not hidden.is_floating_point():
         raise ValueError(f"hidden is {hidden.dtype}, but has to be of a float type")
-    trains = any(p.requires_grad for p in block.parameters()) if isinstance(block, torch.nn.Module) else True
-    if not torch.is_grad_enabled() or not (trains or hidden.requires_grad):
+    if not torch.is_grad_enabled():
         return block(hidden, *args, **kwargs)
     for name, value in (*enumerate(args, 1), *kwargs.items()):
-        if isinstance(value, torch.Tensor) and value.requires_grad:
+        if any(
+            tensor.requires_grad for tensor in (value if isinstance(value, tuple) else (value,)) if _is_tensor(tensor)
+        ):
             raise ValueError(
                 f"argument {name} wants a gradient, but only hidden and what the block itself holds get theirs"
             )
     boundary = (hidden.detach(),) if keep == "input" else quantise_rows(hidden.detach())
     if kept is not None:
         boundary = tuple(map(kept.copy, boundary))
-    parameters = torch.empty(0, requires_grad=True)  # in place of the block's own, where hidden wants no gradient
-    output: Output = _Block.apply(lambda x: block(x, *args, **kwargs), boundary, parameters, hidden)
-    return output
+    output, found = _first_run(lambda x: block(x, *args, **kwargs), hidden)
+    parts = _Block.apply(found, boundary, _parts(output), hidden, *found.leaves) if found.differ else _parts(output)
+    return parts if isinstance(output, tuple) else parts[0]
 
 
-def nothing_reads(*saved: torch.Tensor | None) -> bool:
+def nothing_reads(wanted: tuple[bool, ...], saved: tuple[torch.Tensor | None, ...]) -> bool:
     """Whether an operation's result may be anything: a block runs again, and after what this one saves nothing more is kept.
 
     An operation that calls others in its own forward does so in `without_blocks`: what they save is not kept.
+
+    Args:
+        wanted: its ctx.needs_input_grad; without any, what it saves is not kept either.
+        saved: what it saves for backward.
     """
     run: _Run | None = getattr(_runs, "innermost", None)
-    return run is not None and run.counted + sum(part is not None for part in saved) == run.expected
+    return any(wanted) and run is not None and run.counted + sum(part is not None for part in saved) == run.expected
 
 
 def without_blocks() -> AbstractContextManager[None]:
@@ -126,7 +130,8 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _):  # type: ignore[no-untyped-def]
-        return None, *ctx.grads
+        grads, ctx.grads = ctx.grads, None
+        return None, *grads
 
 
 class _Run:
@@ -157,47 +162,95 @@ def _run(expected: int | None) -> Iterator[_Run]:
         yield run
 
 
+class _First(NamedTuple):
+    """What a first run found out. leaves: parameters that want gradients; differ: of the result's parts, which have one."""
+
+    call: Callable[[torch.Tensor], Output]
+    dtype: torch.dtype
+    wanted: bool
+    autocast: dict[str, Any]
+    random: tuple[torch.Tensor, ...]
+    counted: int
+    leaves: list[torch.Tensor]
+    differ: list[torch.Tensor]
+
+
+def _first_run(call: Callable[[torch.Tensor], Output], hidden: torch.Tensor) -> tuple[Output, _First]:
+    """The result, without a graph, and what the second run needs."""
+    autocast, random = _autocast(hidden.device.type), _random_states(hidden.device)
+    leaf = hidden.detach().requires_grad_(hidden.requires_grad)
+    with _run(None) as run:
+        output = call(leaf)
+    drew = not all(map(torch.equal, random, _random_states(hidden.device)))
+    leaves = _leaves(_parts(output), leaf)
+    plain = tuple(part.detach() if _is_tensor(part) else part for part in _parts(output))
+    differ = [one for one, part in zip(plain, _parts(output), strict=True) if _is_tensor(part) and part.requires_grad]
+    kept = (autocast, tuple(random) if drew else (), run.counted, leaves, differ)
+    return plain if isinstance(output, tuple) else plain[0], _First(call, hidden.dtype, hidden.requires_grad, *kept)
+
+
+def _leaves(parts: tuple[Any, ...], hidden: torch.Tensor) -> list[torch.Tensor]:
+    """The leaves of the parts' graph but the input."""
+    nodes = [part.grad_fn for part in parts if _is_tensor(part) and part.grad_fn is not None]
+    seen, leaves = set(nodes), []
+    while nodes:
+        node = nodes.pop()
+        if hasattr(node, "variable"):
+            leaves += [node.variable] if node.variable is not hidden else []
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return leaves
+
+
+def _parts(output: Output) -> tuple[Any, ...]:
+    return output if isinstance(output, tuple) else (output,)
+
+
+def _is_tensor(value: Any) -> TypeGuard[torch.Tensor]:
+    return isinstance(value, torch.Tensor)
+
+
 class _Block(torch.autograd.Function):
+    """The leaves are inputs, so that one that several blocks share has its whole gradient before anything is done with it."""
+
     @staticmethod
-    def forward(ctx, call, boundary, parameters, hidden):  # type: ignore[no-untyped-def]
-        ctx.call, ctx.dtype, ctx.wanted = call, hidden.dtype, hidden.requires_grad
-        ctx.autocast, random = _autocast(hidden.device.type), _random_states(hidden.device)
-        with _run(None) as run:
-            output = call(hidden.detach().requires_grad_(ctx.wanted))
-        ctx.counted = run.counted
-        drew = not all(map(torch.equal, random, _random_states(hidden.device)))
-        ctx.save_for_backward(*boundary, *(random if drew else ()))
-        ctx.parts = len(boundary)
+    def forward(ctx, first, boundary, parts, hidden, *leaves):  # type: ignore[no-untyped-def]
+        ctx.first, ctx.boundary_parts = first._replace(random=(), differ=[]), len(boundary)
+        ctx.save_for_backward(*boundary, *first.random)
         ctx.set_materialize_grads(False)
-        if isinstance(output, torch.Tensor):
-            return output.detach()
-        ctx.mark_non_differentiable(*(x for x in output if isinstance(x, torch.Tensor) and not x.is_floating_point()))
-        return tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in output)
+        ctx.mark_non_differentiable(
+            *(part for part in parts if _is_tensor(part) and all(part is not one for one in first.differ))
+        )
+        return parts
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        (x, *scale), random = ctx.saved_tensors[: ctx.parts], ctx.saved_tensors[ctx.parts :]
-        hidden = expand_rows(x, scale[0], ctx.dtype) if scale else x.detach()
-        hidden.requires_grad_(ctx.wanted)
+        first, count = ctx.first, ctx.boundary_parts
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        (x, *scale), random = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        hidden = expand_rows(x, scale[0], first.dtype) if scale else x.detach()
+        hidden.requires_grad_(first.wanted)
         with ExitStack() as stack:
-            stack.enter_context(torch.autocast(**ctx.autocast))
+            stack.enter_context(torch.autocast(**first.autocast))
             if random:
                 stack.enter_context(torch.random.fork_rng([hidden.device] if hidden.is_cuda else []))
                 _set_random_states(hidden.device, random)
-            run = stack.enter_context(_run(ctx.counted))
-            output = ctx.call(hidden)
-        if run.counted != ctx.counted:
+            run = stack.enter_context(_run(first.counted))
+            output = first.call(hidden)
+        if run.counted != first.counted:
             raise RuntimeError(
-                f"a checkpointed block kept {ctx.counted} tensors when it first ran but {run.counted} when it ran again: it has "
-                "to do the same both times"
+                f"a checkpointed block kept {first.counted} tensors when it first ran but {run.counted} when it ran again: it "
+                "has to do the same both times"
             )
-        parts = (output,) if isinstance(output, torch.Tensor) else output
-        ways = [pair for pair in zip(parts, grads, strict=True) if pair[1] is not None and pair[0].requires_grad]
-        if ways:
-            number = start(*zip(*ways, strict=True))
-            del output, parts, ways
-            number.backward()
-        return None, None, None, hidden.grad
+        ways = [(part, grad) for part, grad in zip(_parts(output), grads, strict=True) if grad is not None]
+        wanted = [hidden, *first.leaves] if first.wanted else first.leaves
+        number = start(*zip(*ways, strict=True))
+        del output, ways, grads
+        found = torch.autograd.grad(number, wanted, allow_unused=True)
+        return None, None, None, *(found if first.wanted else (None, *found))
 
 
 def _autocast(device: str) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class _InTiles(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.function, ctx.tokens, ctx.trained = function, tokens, trained
         y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-        if not nothing_reads(x):
+        if not nothing_reads(ctx.needs_input_grad, (x,)):
             with without_blocks():
                 for part, into in zip(_tiles(x, tokens), _tiles(y, tokens), strict=True):
                     into.copy_(function(part))

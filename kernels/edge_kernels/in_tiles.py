@@ -44,7 +44,7 @@ class _InTiles(torch.autograd.Function):
     def forward(ctx, x, function, tokens, *trained):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x)
         ctx.function, ctx.tokens, ctx.trained = function, tokens, trained
-        y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)  # and so they stay where nothing reads them
         if not nothing_reads(ctx.needs_input_grad, (x,)):
             with without_blocks():
                 for part, into in zip(_tiles(x, tokens), _tiles(y, tokens), strict=True):

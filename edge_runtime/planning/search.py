@@ -142,8 +142,8 @@ def _seconds(way: Plan) -> float:
 
 def candidates(fleet: Fleet, facts: dict[str, Facts], runtime_bytes: int, rates: Rates) -> Iterator[list[Plan]]:
     """For each model and weight format in order of preference, its plans in order of preference: from the longest sequence,
-    highest rank and largest micro-batch to the shortest, the lowest and a single row with 8-bit boundaries, MLPs in small
-    tiles and, where they are packed, streamed weights.
+    highest rank and largest micro-batch to the shortest, the lowest and a single row with 8-bit boundaries and MLPs in small
+    tiles, or, where they are packed, streamed weights without tiles.
 
     Lengths above a model's positions are left out, unless all are.
     """

@@ -171,11 +171,12 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
             )
         said: attach.State = {}
         written: list[greedy.Written] = []
-        if anchors:
+        heard = job.round < job.rounds  # nobody will learn from what is said in the last round
+        if anchors and heard:
             tell("predict")
             with meter.phase("predict"):
                 said = public.predict(model, adapter, labels, examples, anchors, micro_rows)
-        if prompts and stops and job.round < job.rounds:  # nobody will learn from the last round's
+        if prompts and stops and heard:
             with meter.phase("complete"):
                 progress = partial(tell, "complete prompts", of=len(prompts))
                 written = public.complete(model, job, examples, prompts, stops, micro_rows, progress)

@@ -244,6 +244,7 @@ def study(
     failed = grid.run(chosen, data, models, folder, workers or os.cpu_count() or 1, _say)
     from edge_runtime.study import report
 
+    wanted = specs.with_seeds(wanted, chosen.study.seeds)
     found = grid.kept(wanted, folder)
     report.write(wanted, found, spec.stem, folder)
     report.show(wanted, found, spec.stem)

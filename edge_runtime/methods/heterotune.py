@@ -9,7 +9,8 @@ All branches run: no router, no tokens dropped. A device holds as many branches 
 entry is averaged over the devices that hold it. U is drawn, V and the gates are 0 at the start, so that C is the identity and
 a branch counts the same on devices that hold few and on those that hold many.
 
-Across classes (CMGA), for each of U and V: d_c is the mean of class c's devices, p_c its share of the rows, and
+Across classes (CMGA), for each of U and V: d_c is the mean of class c's devices, p_c its share of the rows (of those behind the
+entry that most of its devices hold), and
 
     g = Σ_c p_c d_c / ‖d_c‖,   d_c' = d_c - min(0, <d_c, g>) / ‖g‖² · g,   step = Σ_c p_c d_c' · ‖Σ_c p_c d_c‖ / ‖Σ_c p_c d_c'‖
 
@@ -97,10 +98,12 @@ def across_classes(contributions: Contributions, alignment: str) -> Tensors:
         steps = np.stack([mean[key] for _, mean in means if key in mean])
         holders = (counts * steps).sum(0) / np.maximum(counts.sum(0), 1)
         steps = np.where(counts > 0, steps, holders)  # a class is neither for nor against what it does not hold
-        shares = counts.reshape(len(counts), -1).max(1)
-        if alignment == "gate" and not _agree(steps[:, (counts > 0).all(0)]):
-            steps = np.zeros_like(steps)
-        found[key] = combined(list(steps), list(shares / shares.sum()), alignment)
+        if alignment in ("off", "gate"):
+            closed = alignment == "gate" and not _agree(steps[:, (counts > 0).all(0)])
+            found[key] = np.zeros_like(holders) if closed else holders
+        else:
+            shares = counts.reshape(len(counts), -1).max(1)
+            found[key] = combined(list(steps), list(shares / shares.sum()), alignment)
     return found
 
 
@@ -112,7 +115,7 @@ def combined(steps: list[Array], shares: list[float], alignment: str) -> Array:
     p = np.array(shares)
     plain = p @ flat
     norms = np.linalg.norm(flat, axis=1)
-    if alignment in ("off", "gate") or len(flat) == 1 or not norms.all():
+    if len(flat) == 1 or not norms.all():
         made = plain
     elif alignment == "cagrad":
         made = _cagrad(flat, plain)

@@ -83,7 +83,7 @@ class Factor(NamedTuple):
 
     @property
     def width(self) -> int:
-        """The axis of the numbers that are added up where the factor is applied; drawn values are in proportion to it."""
+        """The axis by whose size n drawn values are scaled, to 1/sqrt(n): the layer's own width, else the last."""
         return next((place for place, axis in enumerate(self.axes) if axis in WIDTHS), len(self.axes) - 1)
 
 

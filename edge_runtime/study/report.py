@@ -2,10 +2,9 @@
 
 import datetime
 import math
-import platform
 import statistics
+from collections import Counter
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ COLUMNS = (
     "KB up",
     "KB down",
     "trained",
-    "runs",
+    "seeds",
 )
 Outcomes = Mapping[tuple[str, int], Outcome]
 
@@ -82,7 +81,7 @@ def rows(spec: Spec, outcomes: Outcomes) -> list[tuple[str, ...]]:
                 _kilobytes([_mean(m.bytes_up) for m in members]),
                 _kilobytes([_mean(m.bytes_down) for m in members]),
                 f"{_mean([m.trained_values for m in members]) / 1e6:.2f} M",
-                str(len(own)),
+                ", ".join(str(one.seed) for one in own),
             )
         )
     return found
@@ -102,6 +101,8 @@ def write(spec: Spec, outcomes: Outcomes, name: str, out: Path) -> None:
     lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(row) + " |" for row in rows(spec, outcomes)]
     seconds = statistics.median([one.seconds for one in outcomes.values()]) if outcomes else 0
+    made = Counter(one.code or "code that was not told" for one in outcomes.values())
+    machines = sorted({one.machine for one in outcomes.values()} - {""})
     lines += [
         "",
         "Accuracy: mean over the devices after the last round, mean and standard deviation over seeds. By model: "
@@ -115,10 +116,10 @@ def write(spec: Spec, outcomes: Outcomes, name: str, out: Path) -> None:
         "round, as encoded, mean over the rounds of the first seed, without public texts and the last version; trained: "
         "values of a device's adapter, without its head.",
         "",
-        f"Seeds that have run: {', '.join(sorted({str(seed) for _, seed in outcomes}))}. A run took {seconds:.0f} s (median) on "
-        f"one core of {', '.join(sorted({one.machine for one in outcomes.values()} - {''})) or 'a machine not told'}; Python "
-        f"{platform.python_version()}, torch {version('torch')}, transformers {version('transformers')}; "
-        f"{datetime.date.today().isoformat()}, `edge-runtime study studies/{name}.toml`.",
+        f"A run took {seconds:.0f} s (median) on one core of {', '.join(machines) or 'a machine not told'}. Runs by what made "
+        "them: "
+        + "; ".join(f"{count} by {code}" for code, count in sorted(made.items()))
+        + f". {datetime.date.today().isoformat()}, `edge-runtime study studies/{name}.toml`.",
         "",
         "![Accuracy over rounds](rounds.svg) ![Accuracy against bytes](bytes.svg)",
         "",

@@ -4,21 +4,26 @@ What devices and node do is theirs: training/run.py, codec.py and aggregator/mer
 the planner; base models stay in memory from one job to the next.
 """
 
+import hashlib
 import math
 import platform
 import shutil
 import time
 from collections import defaultdict
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import edge_broker
+import edge_kernels
 import msgspec
 from edge_broker import messages
 from edge_broker.journal import Update
 from safetensors.numpy import load_file
 from transformers import PreTrainedModel
 
+import edge_runtime
 from edge_runtime import methods, processes
 from edge_runtime.adapters import attach
 from edge_runtime.agent import work
@@ -56,10 +61,14 @@ class Member(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What a run found. digest: of what it depends on. moved: the squared norm of what each round changed of
-    adapters and heads in all versions; empty for methods whose versions have the same product in other factors. cosines: of
-    each round between the classes' steps (agreement.py), their mean and the share of them below 0; empty where nothing
-    trained crosses classes."""
+    """What a run found.
+
+    digest: of what it depends on in the study's file. code: that it ran with.
+    moved: the squared norm of what each round changed of adapters and heads in all versions; empty for methods whose versions
+    have the same product in other factors.
+    cosines: of each round between the classes' steps (agreement.py), their mean and the share of them below 0; empty where
+    nothing trained crosses classes.
+    """
 
     arm: str
     seed: int
@@ -67,6 +76,7 @@ class Outcome(msgspec.Struct, frozen=True):
     seconds: float
     members: list[Member]
     machine: str = ""
+    code: str = ""
     moved: list[float] = []
     cosines: list[tuple[float, float]] = []
 
@@ -90,6 +100,17 @@ def processor() -> str:
     return next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
+
+
+@cache
+def code() -> str:
+    """Versions of what computes, and a digest of our own source."""
+    found = hashlib.sha256()
+    for package in (edge_broker, edge_kernels, edge_runtime):
+        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
+            found.update(path.read_bytes())
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    return f"Python {platform.python_version()}, {libraries}, source {found.hexdigest()[:8]}"
 
 
 class KeptBases(Bases):
@@ -168,7 +189,7 @@ class _Run:
             terms={},
             step_seconds=0.0,
         )
-        version = self.versions.get(facts.model_class, self.versions.get(FLEET))
+        latest = self.versions.get(facts.model_class, self.versions.get(FLEET))
         steps = fleet.training.steps * standing_for
         held = self.files_of(device)
         return Job(
@@ -187,7 +208,7 @@ class _Run:
             data=str(held["train"]),
             evaluation={name: str(path) for name, path in held.items() if name in ("seen", "unseen")},
             depths=(depth,) if self.arm.pooled else work.depths(fleet, plan),
-            start=str(version.artifact) if version else None,
+            start=str(latest.artifact) if latest else None,
             anchors=str(self.folder / ANCHORS) if fleet.codistill is not None else None,
             threads=1,
             private=self.left[device.id].get("private"),
@@ -265,7 +286,7 @@ class _Run:
                 made = merge.merge(updates, self.versions, self.fleet, self.method, round_, self.folder / "versions")
                 if not self.method.refactored:  # the same product in other factors would count as a move
                     self.moved.append(sum(map(self.moved_by, made)))
-                self.versions |= {version.model_class: version for version in made}
+                self.versions |= {one.model_class: one for one in made}
         return [
             Member(
                 id=device.id,
@@ -340,5 +361,14 @@ def run_arm(spec: Spec, arm: Arm, seed: int, files: Path, models: Path, folder: 
     members = fleet.go()
     shutil.rmtree(folder)
     seconds = time.monotonic() - began
-    digest = spec.digest(arm, seed)
-    return Outcome(arm.name, seed, digest, seconds, members, processor(), fleet.moved, fleet.cosines)
+    return Outcome(
+        arm=arm.name,
+        seed=seed,
+        digest=spec.digest(arm, seed),
+        seconds=seconds,
+        members=members,
+        machine=processor(),
+        code=code(),
+        moved=fleet.moved,
+        cosines=fleet.cosines,
+    )

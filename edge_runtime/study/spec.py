@@ -67,7 +67,7 @@ class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One line of the table. control: the arm it is judged against. pooled: a device of each model holds all
-    devices' rows, and makes all their steps."""
+    devices' rows, and makes all their steps. The tables take the place of the file's, or add to them."""
 
     name: str
     control: str | None = None
@@ -76,6 +76,7 @@ class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapter: dict[str, Any] = {}
     training: dict[str, Any] = {}
     codistill: dict[str, Any] | None = None
+    head: dict[str, Any] = {}
 
 
 class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -114,7 +115,7 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "training": {**self.training, **arm.training},
         }
         if self.head is not None:
-            tables["head"] = self.head
+            tables["head"] = {**self.head, **arm.head}
         if arm.codistill is not None:
             tables["codistill"] = {
                 "anchors": ANCHORS,
@@ -138,6 +139,8 @@ def load(path: Path) -> Spec:
         for arm in spec.arm:
             if arm.codistill is not None and spec.anchors is None:
                 raise InputError(f"the arm `{arm.name}` distils, which needs [anchors]")
+            if arm.head and spec.head is None:
+                raise InputError(f"the arm `{arm.name}` has a head, but the file has no [head]")
             methods.of(spec.fleet_of(arm, 0))
     except OSError as error:
         raise InputError(f"cannot read the study {path}: {error.strerror}") from error
@@ -145,11 +148,15 @@ def load(path: Path) -> Spec:
         raise InputError(f"{path}: {error}") from error
     if "seed" in spec.fleet:
         raise InputError(f"{path}: [fleet] seed is each run's own; write the seeds into [study]")
+    if "rank" in spec.adapter and all(device.rank not in (None, spec.adapter["rank"]) for device in spec.device):
+        raise InputError(
+            f"{path}: [adapter] rank is {spec.adapter['rank']}, but every device has another one of its own"
+        )
     names, ids = [slug(arm.name) for arm in spec.arm], [device.id for device in spec.device]
     for twice in [name for name in names if names.count(name) > 1] + [one for one in ids if ids.count(one) > 1]:
         raise InputError(f"{path}: two arms or two devices are called `{twice}`, as far as a file's name can tell")
     for arm in spec.arm:
-        if arm.control is not None and slug(arm.control) not in names:
+        if arm.control is not None and arm.control not in [other.name for other in spec.arm]:
             raise InputError(f"{path}: the arm `{arm.name}` has the control `{arm.control}`, which is not there")
     for device in spec.device:
         if device.data not in spec.data:
@@ -181,6 +188,12 @@ def chosen(spec: Spec, seeds: str | None, arms: str | None) -> Spec:
             raise InputError(f"the study has no arm `{name}`; it has {', '.join(known)}")
     study = msgspec.structs.replace(spec.study, seeds=numbers)
     return msgspec.structs.replace(spec, study=study, arm=tuple(arm for name, arm in known.items() if name in names))
+
+
+def with_seeds(spec: Spec, seeds: tuple[int, ...]) -> Spec:
+    """The study with these seeds besides its own."""
+    every = tuple(dict.fromkeys((*spec.study.seeds, *seeds)))
+    return msgspec.structs.replace(spec, study=msgspec.structs.replace(spec.study, seeds=every))
 
 
 def shares(spec: Spec, folder: Path, seed: int) -> dict[str, list[data.Row]]:

@@ -12,7 +12,7 @@ from edge_runtime.aggregator import anchors, merge
 from edge_runtime.errors import InputError
 from edge_runtime.methods import codistill
 from edge_runtime.methods.interface import Contribution
-from edge_runtime.training import data
+from edge_runtime.training import data, public
 
 SPEC = settings.Codistill("anchors.jsonl", texts=5)
 RNG = np.random.default_rng(0)
@@ -112,6 +112,23 @@ def test_labels_that_a_device_has_no_rows_of_are_news_to_it():
     told = np.array([[0.3, 0.1, 0.0], [0.0, 0.2, 0.2], [0.0, 0.0, 0.0]], np.float32)
     assert list(codistill.news(told, np.array([False, False, True]))) == pytest.approx([0, 0.5, 0])
     assert list(codistill.news(told, np.array([False, True, True]))) == pytest.approx([0.25, 1, 0])
+
+
+@pytest.mark.parametrize(("round_", "ramp"), [(1, np.exp(-5)), (6, 1.0)])
+def test_labels_that_a_device_has_no_rows_of_count_in_full_from_the_first_round(round_, ramp):
+    fleet = settings.Codistill("", texts=2, rows=10, weight=3.0, temperature=1.0)
+    job = types.SimpleNamespace(codistill=fleet, round=round_, rounds=6, device="cpu")
+    texts = [data.Example([1], [], number) for number in range(2)]
+    shared = {
+        "anchors.met.T": np.array([[0.6, 0.1]], np.float32),
+        "anchors.unmet.T": np.array([[0.0, 0.3]], np.float32),
+    }
+    lesson = public.predicted(job, texts, ["met", "unmet"], {"met"}, shared)
+    shares = [0.6 * ramp, 0.4 * (0.75 + 0.25 * ramp)]
+    assert lesson.shares == pytest.approx(shares, rel=1e-6)
+    assert lesson.rows == round(10 * sum(shares)) and lesson.weight == 3.0
+    np.testing.assert_allclose(lesson.targets, [[1, 0], [0.25, 0.75]], rtol=1e-6)
+    assert public.predicted(job, texts, ["met"], {"met"}, {}) is None
 
 
 @pytest.mark.parametrize("name", list(methods.METHODS))

@@ -85,6 +85,24 @@ def test_of_public_messages_the_last_turn_alone_is_learned():
     assert public._last_turn(Example([1, 2], [IGNORED, 2])).labels == [IGNORED, 2]
 
 
+def test_what_is_learned_of_completions_weighs_by_the_prompts_that_have_one(tmp_path):
+    """Of four prompts this model can be asked three, and the fleet has completed two of these."""
+    said = [Completion(0, " a", 0.9), Completion(1, " b", 0.3), Completion(3, " c", 1.0)]
+    (tmp_path / "start").write_bytes(codec.encode({}, said))
+    fleet = settings.Codistill("", texts=4, rows=10, weight=3.0)
+    job = types.SimpleNamespace(codistill=fleet, round=2, rounds=3, start=str(tmp_path / "start"))
+    prompts = [{"text": f"{number}"} for number in range(4)]
+
+    def read(rows):
+        return [Example([1, int(row["prompt"])], [IGNORED, 2]) for row in rows]
+
+    lesson = public.completed(job, prompts, {0, 1, 2}, read)
+    ramp = np.exp(-5 / 4)
+    assert [text.ids[1] for text in lesson.texts] == [0, 1]
+    assert lesson.shares == pytest.approx([0.9 * ramp, 0.3 * ramp], rel=1e-4)
+    assert lesson.weight == 3.0 / 2 and lesson.rows == round(10 / 2 * ramp) and lesson.targets is None
+
+
 class Words:
     """A tokenizer whose texts begin without their leading space, as some do."""
 

@@ -77,8 +77,8 @@ def test_peft_computes_what_we_compute(tiny, facts_of, family, tmp_path):
     assert difference(plain, logits(ours)) > 1e-2
 
 
-def changed(tiny, passes, steps=3, chosen=(0, 1, 2, 3)):
-    """Which factors some steps move, and the losses. chosen: blocks that the steps go through."""
+def trained(tiny, passes, steps=3, chosen=(0, 1, 2, 3)):
+    """The state before some steps and after them, and the losses. chosen: blocks that the steps go through."""
     model = tiny("llama")
     adapter = attach.attach(model, LAYERS, SPEC, METHOD, seed=0)
     values = random_state(adapter)
@@ -97,7 +97,12 @@ def changed(tiny, passes, steps=3, chosen=(0, 1, 2, 3)):
         progress=lambda *_: None,
         passes=passes,
     )
-    after = attach.state(adapter)
+    return before, attach.state(adapter), losses
+
+
+def changed(tiny, passes, steps=3, chosen=(0, 1, 2, 3)):
+    """Which factors some steps move, and the losses."""
+    before, after, losses = trained(tiny, passes, steps, chosen)
     moved = {key for key in after if not np.array_equal(after[key], before[key])}
     assert all(int(key.split(".")[1]) in chosen for key in moved if key.startswith("layers"))
     return {key.rpartition(".")[2] for key in moved}, losses
@@ -121,6 +126,12 @@ def test_what_holds_the_cores_and_the_outputs_back_does(tiny):
     free = h2tune.method(h2tune.Settings(depths=3, norm=0.0, keep=0.0, apart=0.0)).passes(2)
     held = h2tune.method(h2tune.Settings(depths=3, norm=0.0, keep=0.0, apart=1e3)).passes(2)
     assert changed(tiny, held, steps=12)[1][-1] > changed(tiny, free, steps=12)[1][-1]
+    kept = h2tune.method(h2tune.Settings(depths=3, norm=0.0, keep=1e4, apart=0.0)).passes(2)
+    ways = []
+    for passes in (free, kept):
+        before, after, _ = trained(tiny, passes[:1], steps=12)
+        ways.append(sum(np.abs(after[key] - before[key]).sum() for key in after if key.endswith(".S")))
+    assert ways[1] < 0.5 * ways[0]
 
 
 def test_layers_that_a_step_leaves_out_are_not_penalised(tiny):
@@ -175,12 +186,12 @@ def test_the_divergence_is_torchs_with_its_gradient(softcap, chunk_bytes, packed
 
     truth = torch.nn.functional.kl_div(logs(truth_of), logs(before.double()), log_target=True, reduction="batchmean")
     (3 * truth).backward()
-    assert float(found) == pytest.approx(float(truth), rel=1e-5)
+    assert found.item() == pytest.approx(truth.item(), rel=1e-5)
     assert torch.allclose(hidden.grad.double(), truth_of.grad, atol=1e-5)
 
 
 def test_nothing_has_moved_where_nothing_changed():
     rows, head = torch.randn(4, 16), torch.randn(50, 16)
-    assert float(divergence(rows, rows.clone().requires_grad_(True), head, None, 1 << 20)) == pytest.approx(0, abs=1e-6)
+    assert divergence(rows, rows.clone().requires_grad_(True), head, None, 1 << 20).item() == pytest.approx(0, abs=1e-6)
     empty = divergence(rows[:0], rows[:0].clone().requires_grad_(True), head, None, 1 << 20)
     assert float(empty) == 0

@@ -71,6 +71,21 @@ def test_pairwise_leaves_two_classes_without_conflict():
     np.testing.assert_allclose(merged(two, "pairwise")["stages.0.q.U"].ravel(), step, atol=1e-6)
 
 
+def test_pairwise_takes_from_each_class_what_opposes_any_of_the_others_as_they_were():
+    three = [made(of, seed, samples, rank=2) for seed, of, samples in ((9, "m", 5), (10, "n", 10), (11, "o", 20))]
+    p, d = class_means(three)
+    mended = []
+    for own in range(3):
+        left = d[own].copy()
+        for other in (d[number] for number in range(3) if number != own):
+            left -= min(0.0, left @ other) / (other @ other) * other
+        mended.append(left)
+    plain, step = p @ np.stack(d), p @ np.stack(mended)
+    expected = step * np.linalg.norm(plain) / np.linalg.norm(step)
+    assert abs(np.linalg.norm(step) / np.linalg.norm(plain) - 1) > 0.1  # what is left is brought to the mean's length
+    np.testing.assert_allclose(merged(three, "pairwise")["stages.0.q.U"][:2, :2].ravel(), expected, atol=1e-6)
+
+
 def test_off_is_the_mean_weighted_by_rows():
     p, d = class_means(DEVICES)
     np.testing.assert_allclose(merged(DEVICES, "off")["stages.0.q.U"].ravel(), p @ np.stack(d), atol=1e-6)
@@ -84,6 +99,18 @@ def test_cagrad_raises_the_least_progress_of_any_class():
     radius = heterotune.CAGRAD_C * np.linalg.norm(plain)
     assert np.linalg.norm(step - plain) <= radius * 1.001
     assert (flat @ step).min() > (flat @ plain).min()
+
+
+def test_no_step_in_cagrads_radius_is_better_for_its_worst_class():
+    """By duality that progress is the least of g_w · plain + c ‖plain‖ ‖g_w‖ over the simplex, here on a grid."""
+    p, d = class_means([made(of, seed, rank=2) for seed, of in enumerate("mno")])
+    flat, plain = np.stack(d), p @ np.stack(d)
+    radius = heterotune.CAGRAD_C * np.linalg.norm(plain)
+    grid = np.array([(a, b, 200 - a - b) for a in range(201) for b in range(201 - a)]) / 200
+    mixed = grid @ flat
+    bound = (mixed @ plain + radius * np.linalg.norm(mixed, axis=1)).min()
+    step = heterotune.combined([one.astype(np.float32) for one in d], list(p), "cagrad")
+    assert (flat @ step).min() == pytest.approx(bound, rel=2e-3)
 
 
 def sent(of, step, samples=10):
@@ -133,6 +160,17 @@ def test_a_device_of_lower_rank_counts_where_it_holds_an_entry():
     truth = high.delta["stages.0.q.U"].astype(np.float64)
     truth[:2, :2] = (10 * low.delta["stages.0.q.U"] + 30 * truth[:2, :2]) / 40
     np.testing.assert_allclose(step, truth, atol=1e-6)
+
+
+@pytest.mark.parametrize("alignment", ["gate", "off"])
+def test_each_entry_is_averaged_over_its_holders_whatever_their_ranks(alignment):
+    rows = {"m": [(4, 100, 1.0), (2, 50, 1.0)], "n": [(4, 100, 0.4)]}
+    devices = [
+        sent(of, np.full((rank, rank), step), samples) for of, some in rows.items() for rank, samples, step in some
+    ]
+    expected = np.full((4, 4), (100 + 40) / 200)
+    expected[:2, :2] = (150 + 40) / 250
+    np.testing.assert_allclose(merged(devices, alignment)["stages.0.q.U"][:4, :4], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("alignment", ["projection", "pairwise", "off"])

@@ -53,6 +53,12 @@ first = 2
 data = "colours"
 domains = ["cold"]
 
+[[device]]
+id = "d"
+source = "tiny"
+data = "colours"
+domains = ["warm"]
+
 [fleet]
 rounds = 2
 
@@ -150,7 +156,10 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
     study = spec.load(files / "study.toml")
     outcomes = grid.kept(study, out)
     members = {one.id: one for one in outcomes["fedit + codistill", 0].members}
-    assert [len(member.scores) for member in members.values()] == [3, 3, 3]
+    assert [len(member.scores) for member in members.values()] == [3, 3, 3, 3]
+    assert members["a"].scores[1:] == members["d"].scores[1:]  # they hold the same version when a round begins
+    alone = {one.id: one for one in outcomes["local", 0].members}
+    assert alone["a"].scores[1]["seen"].loss != alone["d"].scores[1]["seen"].loss
     assert members["b"].scores[0].keys() == {"seen"}
     assert members["a"].scores[0].keys() == {"seen", "unseen"}  # what b holds, of the same model, is not its own
     assert members["c"].scores[0].keys() == {"seen", "unseen"}
@@ -158,8 +167,9 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
     assert all(member.bytes_down[0] == 0 < member.bytes_down[1] for member in members.values())
     assert outcomes["local", 0].members[0].bytes_up == [0, 0]
     pooled = {one.id: one for one in outcomes["all in one", 0].members}
-    assert {(one.rows, one.steps) for one in pooled.values()} == {(32, 9)}  # all rows and steps of three devices
-    assert "| fedit + codistill |" in (out / "README.md").read_text()
+    assert {(one.rows, one.steps) for one in pooled.values()} == {(40, 12)}  # all rows and steps of four devices
+    table = (out / "README.md").read_text()
+    assert "| fedit + codistill |" in table and f"3 by {outcomes['local', 0].code}" in table
     assert all("<svg" in (out / f"{picture}.svg").read_text() for picture in ("rounds", "bytes", "convergence"))
     assert outcomes["fedit + codistill", 0].cosines == []  # no trained tensor crosses the classes
     assert outcomes["local", 0].moved == [] and len(outcomes["fedit + codistill", 0].moved) == 2
@@ -168,6 +178,8 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
     assert again.exit_code == 0, again.output
     assert {path.name: path.stat().st_mtime_ns for path in (out / "runs").iterdir() if path.name in written} == written
     assert (out / "runs" / "local-1.json").exists()
+    more = CliRunner().invoke(cli.app, [*command, "--seeds", "7", "--arms", "local", "--workers", "1"])
+    assert more.exit_code == 0 and "| 0, 1, 7 |" in (out / "README.md").read_text()  # not one of the file's seeds
     nowhere = [*command[:4], "--models", str(files / "nowhere"), *command[6:], "--seeds", "0,2", "--arms", "local"]
     failed = CliRunner().invoke(cli.app, [*nowhere, "--workers", "1"])
     assert isinstance(failed.exception, EdgeError) and "1 of the runs failed" in str(failed.exception)
@@ -223,6 +235,7 @@ def test_the_slope_is_that_of_the_power_of_the_rounds():
     [
         (("seeds = [0, 1]", "seeds = 3"), "Expected `array`, got `int`"),
         (('control = "local"', 'control = "nobody"'), "has the control `nobody`, which is not there"),
+        (('control = "local"', 'control = "Local"'), "has the control `Local`, which is not there"),
         (('[anchors]\nfile = "public.jsonl"\nrows = 6', ""), "distils, which needs \\[anchors\\]"),
         (('data = "colours"\ndomains = ["cold"]', 'data = "sounds"'), "there is no \\[data.sounds\\]"),
         (('method = {name = "fedit"}', 'method = {name = "fedit", branches = 2}'), "no key `branches`"),
@@ -236,6 +249,23 @@ def test_what_does_not_fit_is_named_before_anything_runs(files, change, reason):
     path = files / "study.toml"
     path.write_text(STUDY.replace(*change))
     with pytest.raises(InputError, match=reason):
+        spec.load(path)
+
+
+def test_a_rank_that_no_device_has_is_refused(files):
+    path = files / "study.toml"
+    path.write_text(STUDY.replace('data = "colours"\n', 'data = "colours"\nrank = 1\n'))
+    with pytest.raises(InputError, match=r"\[adapter\] rank is 2, but every device has another one of its own"):
+        spec.load(path)
+
+
+def test_an_arm_may_have_a_head_of_its_own(files):
+    path = files / "study.toml"
+    path.write_text(STUDY + 'head = {shared = "private"}\n')
+    study = spec.load(path)
+    assert [study.fleet_of(arm, 0).head.shared for arm in study.arm] == ["class", "class", "private"]
+    path.write_text(path.read_text().replace("[head]\n", ""))
+    with pytest.raises(InputError, match=r"`fedit \+ codistill` has a head, but the file has no \[head\]"):
         spec.load(path)
 
 

@@ -188,7 +188,13 @@ def measure(
 
 
 @app.command()
-@click.option("--port", default=1883, show_default=True, help="Port to listen on; 0 takes a free one.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=1883,
+    show_default=True,
+    help="Port to listen on; 0 takes a free one.",
+)
 @click.option(
     "--state",
     type=click.Path(path_type=Path),
@@ -221,7 +227,12 @@ def broker(port: int, state: Path, kind: str) -> None:
 )
 @click.option("--data", type=click.Path(path_type=Path), default=Path(), help="Folder of the study's data files.")
 @with_models
-@click.option("--workers", default=0, help="Runs at a time, one core each; default: as many as there are cores.")
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    default=0,
+    help="Runs at a time, one core each; default: as many as there are cores.",
+)
 def study(
     spec: Path, seeds: str | None, arms: str | None, out: Path | None, data: Path, models: Path, workers: int
 ) -> None:
@@ -275,6 +286,7 @@ def aggregator(fleet: Path, state: Path, broker: str, node: str, until_finished:
     """
     from edge_runtime import settings
     from edge_runtime.aggregator.node import Event, Node, Options
+    from edge_runtime.state import alone
 
     def tell(event: Event) -> None:
         there = f"; in: {', '.join(event.in_) or 'nobody'}" + (
@@ -283,7 +295,9 @@ def aggregator(fleet: Path, state: Path, broker: str, node: str, until_finished:
         text = f": {event.text}" if event.text else ""
         _print(event) if json else _say(f"round {event.round}: {event.phase}{text}{there}")
 
-    Node(settings.load(fleet), Options(broker, state, node, until_finished, noop), tell).run()
+    known = settings.load(fleet)
+    with alone(state):
+        Node(known, Options(broker, state.resolve(), node, until_finished, noop), tell).run()
 
 
 @app.command()
@@ -338,7 +352,10 @@ def agent(
 
     from edge_runtime.agent.agent import Agent
     from edge_runtime.agent.options import Event, Options
+    from edge_runtime.state import alone
 
+    if not 0 < wait < float("inf"):
+        raise InputError(f"--wait is {wait:g}, but has to be seconds, more than 0")
     found = _probe()
     cap_bytes = _cap(board, device, found)
     options = Options(
@@ -346,7 +363,7 @@ def agent(
         fleet=fleet,
         id=id,
         data=data,
-        state=state,
+        state=state.resolve(),
         budget_bytes=_budget(budget, board, found),
         evaluation=_evaluation(evaluation),
         models=models,
@@ -368,7 +385,8 @@ def agent(
         text = f": {event.text}" if event.text else ""
         _say(f"{event.device}, round {event.round}: {event.phase}{step}{loss}{memory}{text}")
 
-    Agent(options, tell).run()
+    with alone(state):
+        Agent(options, tell).run()
 
 
 @app.command()
@@ -425,7 +443,7 @@ def main() -> None:
         _fail(str(error), InputError.exit_code)
     except BrokerError as error:
         _fail(str(error), LinkError.exit_code)
-    except (OSError, sqlite3.OperationalError) as error:  # a full disk, a folder that is not ours
+    except (OSError, sqlite3.DatabaseError) as error:  # a full disk, a folder that is not ours, a damaged file
         log.debug("", exc_info=True)
         _fail(f"a file cannot be read or written: {error}; what was kept before is as it was", InputError.exit_code)
     except KeyboardInterrupt:

@@ -1,5 +1,7 @@
 """Reads what a fleet's devices and node have left on the broker: the round, presence and last reports, all retained."""
 
+import time
+
 import msgspec
 from edge_broker import messages, presence, signing, topics
 from edge_broker.errors import BadMessage
@@ -10,6 +12,7 @@ from edge_runtime.errors import LinkError
 from edge_runtime.rounds import REPORT_DOMAIN, ROUND_DOMAIN, Report, Round
 
 QUIET_S = 1.0  # retained messages come at once; a second without one means that was all
+LONGEST_S = 15.0  # in a fleet that is never so long silent
 
 
 class Device(msgspec.Struct):
@@ -41,7 +44,8 @@ def read(broker: str, fleet: str) -> Status:
         with Session(broker, f"status-{_unique()}", clean_start=True, session_expiry_s=0) as session:
             session.connect(15.0)
             session.subscribe(topics.all_rounds(), topics.all_presence(fleet), topics.all_reports(fleet))
-            while (item := session.receive(QUIET_S)) is not None:
+            until = time.monotonic() + LONGEST_S
+            while time.monotonic() < until and (item := session.receive(QUIET_S)) is not None:
                 if isinstance(item, Message):
                     _take(item, tracker, rounds, reports)
     except BrokerError as error:

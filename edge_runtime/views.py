@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from edge_profiles import format_size
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from edge_runtime.planning.plan import Plan
 from edge_runtime.planning.search import Choice, over_deadline_s
@@ -27,7 +29,7 @@ def show_profile(values: dict[str, Any]) -> None:
     for key, value in values.items():
         if isinstance(value, dict):
             value = ", ".join(f"{inner}: {_shown(inner, one)}" for inner, one in value.items())
-        table.add_row(key.removesuffix("_bytes").replace("_", " "), _shown(key, value))
+        _add(table, key.removesuffix("_bytes").replace("_", " "), _shown(key, value))
     Console().print(table)
 
 
@@ -41,7 +43,7 @@ def show_measurement(done: "Measurement") -> None:
     known = [key for key in next(iter(phases.values())) if any(sizes[key] is not None for sizes in phases.values())]
     table = _table("measured", "phase", *(key.removesuffix("_bytes").replace("_", " ") for key in known))
     for name, sizes in phases.items():
-        table.add_row(name, *(_shown(key, sizes[key]) for key in known))
+        _add(table, name, *(_shown(key, sizes[key]) for key in known))
     console.print(table)
     table = _table("", "", "Edge Runtime", *(["PEFT", "ratio"] if done.peft else []))
     taken = [done, *([done.peft] if done.peft else [])]
@@ -52,7 +54,7 @@ def show_measurement(done: "Measurement") -> None:
         ("seconds a step", [one.step_seconds for one in taken], "{:.2f}".format),
     ]
     for name, values, text in rows:
-        table.add_row(name, *map(text, values), *([f"{values[0] / values[1]:.2f}"] if done.peft else []))
+        _add(table, name, *map(text, values), *([f"{values[0] / values[1]:.2f}"] if done.peft else []))
     console.print(table)
     console.print(
         f"predicted {format_size(done.predicted_peak_bytes)}, measured {format_size(done.measured_peak_bytes)}: "
@@ -102,7 +104,7 @@ def show_plan(choice: Choice, budget_bytes: int, deadline_s: float | None) -> No
     """The winner's peak, term by term, and its time; what was too large or slow, of the winner's own model last."""
     console, plan = Console(), choice.fits
     console.print(
-        f"{plan.summary}: [bold]{format_size(plan.predicted_peak_bytes)}[/] of a budget of {format_size(budget_bytes)}, "
+        f"{escape(plan.summary)}: [bold]{format_size(plan.predicted_peak_bytes)}[/] of a budget of {format_size(budget_bytes)}, "
         f"about [bold]{plan.step_seconds:.3g} s[/]{'' if deadline_s is None else f' of {deadline_s:g} s'} a step on this machine",
         highlight=False,
     )
@@ -118,14 +120,14 @@ def show_plan(choice: Choice, budget_bytes: int, deadline_s: float | None) -> No
             over = [format_size(peak - budget_bytes)] if peak > budget_bytes else []
             over += [f"{over_s:.3g} s"] if over_s else []
             name = f"{Path(one.source).name}, {one.depth} layers, {one.weights}"
-            table.add_row(name, one.how, format_size(peak), f"{one.step_seconds:.3g} s", " and ".join(over))
+            _add(table, name, one.how, format_size(peak), f"{one.step_seconds:.3g} s", " and ".join(over))
         console.print(table)
 
 
 def _show_terms(console: Console, terms: dict[str, int], whole_bytes: int) -> None:
     table = _table("predicted peak", "term", "size", "")
     for term, size in sorted(terms.items(), key=lambda item: -item[1]):
-        table.add_row(term, format_size(size), "█" * round(BAR * size / whole_bytes))
+        _add(table, term, format_size(size), "█" * round(BAR * size / whole_bytes))
     console.print(table)
 
 
@@ -133,25 +135,26 @@ def show_status(status: "Status") -> None:
     """A fleet's round and its devices."""
     console, fleet = Console(), status.round.fleet
     state = "finished" if status.round.state == "finished" else f"round {status.round.round} of {fleet.rounds} is open"
-    console.print(f"fleet [bold]{status.fleet}[/], method {fleet.method.name}: {state}", highlight=False)
+    console.print(f"fleet [bold]{escape(status.fleet)}[/], method {fleet.method.name}: {state}", highlight=False)
     columns = ("device", "is", "round", "model", "peak / budget", "up / down", "held-out loss (exact)")
     table = _table("", *columns)
     for device in status.devices:
         report = device.report
         if report is None:
-            table.add_row(device.id, device.presence)
+            _add(table, device.id, device.presence)
             continue
         result = report.result
         peak = f"{_mib(result.measured_peak_bytes) if result else '-'} / {_mib(report.budget_bytes)}"
         scores = result.evaluation.items() if result else ()
-        table.add_row(
+        _add(
+            table,
             device.id,
             device.presence,
             f"{report.round}, {report.state}",
             f"{report.plan.depth} layers, {report.plan.weights}" if report.plan else "-",
             peak,
             f"{format_size(report.bytes_up)} / {format_size(report.bytes_down)}",
-            report.reason or ", ".join(f"{name} {score.loss:.3f} ({score.accuracy:.0%})" for name, score in scores),
+            report.reason or ", ".join(f"{name} {_loss(score.loss)} ({score.accuracy:.0%})" for name, score in scores),
         )
     console.print(table)
 
@@ -169,7 +172,8 @@ def show_demo(outcome: "Outcome") -> None:
         *("device", "own loss", "own exact", "others' loss", "others' exact"),
     )
     for device in outcome.devices:
-        memory.add_row(
+        _add(
+            memory,
             device.id,
             f"{device.depth} layers, {device.weights}",
             " / ".join(
@@ -180,15 +184,25 @@ def show_demo(outcome: "Outcome") -> None:
             format_size(device.bytes_up),
             format_size(device.bytes_down),
         )
-        learned.add_row(
+        _add(
+            learned,
             device.id,
-            f"{device.loss_before:.2f} -> {device.loss_after:.3f}",
+            f"{_loss(device.loss_before, 2)} -> {_loss(device.loss_after)}",
             f"{device.accuracy_before:.0%} -> {device.accuracy_after:.0%}",
-            f"{device.others_loss_before:.2f} -> {device.others_loss_after:.3f}",
+            f"{_loss(device.others_loss_before, 2)} -> {_loss(device.others_loss_after)}",
             f"{device.others_accuracy_before:.0%} -> {device.others_accuracy_after:.0%}",
         )
     console.print(memory)
     console.print(learned)
+
+
+def _loss(value: float | None, places: int = 3) -> str:
+    return "not finite" if value is None else f"{value:.{places}f}"
+
+
+def _add(table: Table, *cells: str) -> None:
+    """A row of text as it is: what devices say may hold brackets."""
+    table.add_row(*map(Text, cells))
 
 
 def _table(title: str, *columns: str) -> Table:

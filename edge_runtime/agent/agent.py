@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -52,13 +53,14 @@ class Agent:
         """Check the data and open the state; nothing is sent yet.
 
         Raises:
-            InputError: the data or a held-out file cannot be used.
+            InputError: the data or a held-out file cannot be used, or the state is another device's.
         """
         self.options, self._tell = options, tell
         self._work, self._adapter = options.state.resolve() / "work", options.state.resolve() / "adapter"
         given = (options.data, options.evaluation)
         self._rows = work.Rows(*given) if options.noop_bytes else work.check_rows(*given, self._work)
         self._store = Store(options.state / "agent.db")
+        self._check_owner()
         key = signing.load_or_create_key(options.state / "device.key")
         spec = PresenceSpec(options.fleet, options.id, int(self._store.get("epoch") or 0))
         self._session = Session(options.broker, topics.client_id("device", options.fleet, options.id), presence=spec)
@@ -73,6 +75,7 @@ class Agent:
         self._wanted: dict[str, Artifact] = {}  # what the round starts from, and where what is here of it lies
         self._got: dict[str, Path] = {}
         self._interrupted = False  # fetching, by an outage
+        self._starved = False  # what the round starts from could not be had
         self._introduced = 0  # the round whose update the node did not know our key for
         self._trainer: Trainer | None = None
         self._attempt = 0
@@ -103,6 +106,17 @@ class Agent:
             self._session.close()
             self._store.connection.close()
 
+    def _check_owner(self) -> None:
+        """What the state owes is signed for one device of one fleet."""
+        for name, value in (("fleet", self.options.fleet), ("id", self.options.id)):
+            before = self._store.get(name)
+            if before not in (None, value):
+                raise InputError(
+                    f"{self.options.state} is that of {name} `{before}`, not `{value}`: give another --state, or "
+                    f"--{name} {before}"
+                )
+            self._store.set(name, value)
+
     # --- the loop's parts
 
     def _connect(self) -> None:
@@ -132,6 +146,8 @@ class Agent:
             self._reports.publish_owed()
             if self._interrupted:
                 self._fetch(self._got)
+            elif self._starved:
+                self._plan()
         elif isinstance(item, Message) and item.topic == topics.round(self.options.fleet):
             self._on_round(item.payload)
 
@@ -159,12 +175,14 @@ class Agent:
             return
         known = self._round and (self._node_key, self._round.state, self._round.round)
         if known == (key, announced.state, announced.round):
+            if self._starved:  # its node is there again
+                self._plan()
             return
         if self._trainer:  # the fleet went on without us
             self._trainer.stop()
             self._trainer = None
         self._fetcher.drop()
-        self._interrupted = False
+        self._interrupted = self._starved = False
         self._reports.publish_owed()
         self._reports.begin()
         self._round, self._node_key, self._attempt, self._patience = announced, key, 0, math.inf
@@ -198,6 +216,7 @@ class Agent:
     def _begin(self) -> None:
         """Say what this device will train (the node pins the key of a first report), and get the global version."""
         assert self._round is not None
+        self._starved = False
         self._reports.publish(self._report("joined", None))
         if self._outbox.pending():  # the next one builds on it, and a report of the end follows it
             self._uploader.offer_now()
@@ -239,6 +258,7 @@ class Agent:
         if self._round.state == "finished":
             self._give_up(LinkError(reason))
         else:
+            self._starved = True
             self._fail(reason)
 
     def _train(self) -> None:
@@ -354,6 +374,8 @@ class Agent:
 
     def _settled(self, settled: Committed | Rejected, _: object) -> None:
         work.settle(self._work, self._store, settled)
+        if isinstance(settled, Rejected) and settled.final:
+            self._reports.withdraw(settled.manifest.round)
 
     def _after_transfer(self, settled: Committed | Rejected) -> None:
         round_ = settled.manifest.round
@@ -362,7 +384,6 @@ class Agent:
             self._close_round()
         elif settled.final:
             self._say("rejected", text=settled.reason)
-            self._reports.withdraw(round_)
             if self._round is None or self._round.state == "open":  # else the node would not wait for the end's report
                 failed = self._report("failed", None, settled.reason)
                 self._reports.publish(msgspec.structs.replace(failed, round=round_))
@@ -437,9 +458,10 @@ class Agent:
         if self._ignored:
             return self._ignored
         self._session.subscribe(topics.all_rounds())
-        seen = set()
-        while isinstance(item := self._session.receive(1.0), Message):
-            seen.add(topics.parse(item.topic).fleet)
+        seen, until = set(), time.monotonic() + CONNECT_TIMEOUT_S
+        while time.monotonic() < until and isinstance(item := self._session.receive(1.0), Message):
+            with suppress(BadMessage):
+                seen.add(topics.parse(item.topic).fleet)
         there = f"fleets on this broker: {', '.join(sorted(seen))}" if seen else "no fleet is announced on this broker"
         return (
             f"no round of fleet `{self.options.fleet}` was announced at {self.options.broker} within "

@@ -1,5 +1,6 @@
 """What an agent must not forget: a few named values in the SQLite file it shares with its outbox.
 
+    fleet, id    whose state this is
     node_key     public key of the node that this device has trained for: no other one is followed from then on
     epoch        of the last connection
     round        the last round this device trained

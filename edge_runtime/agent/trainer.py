@@ -62,7 +62,7 @@ class Trainer:
         for line in self._process.stdout:
             try:
                 self._post(msgspec.json.decode(line, type=Progress))
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, UnicodeDecodeError):
                 continue  # something a library printed
         code = self._process.wait()
         self._timer.cancel()

@@ -7,14 +7,14 @@ from edge_runtime.settings import Fleet
 from edge_runtime.training import data
 
 
-def write(fleet: Fleet, folder: Path) -> Path | None:
-    """Write the first `texts` rows into the folder; returns the file, or None where the fleet does not distil.
+def read(fleet: Fleet) -> list[data.Row]:
+    """The first `texts` rows of the fleet's file, as devices are asked them; none where the fleet does not distil.
 
     Raises:
         InputError: the fleet's file cannot be read, or has too few rows that can be used.
     """
     if fleet.codistill is None:
-        return None
+        return []
     spec, headed = fleet.codistill, fleet.head is not None  # a head tells labels of texts alone
     asked = [_asked(row) for row in data.read_rows(Path(spec.anchors))]
     texts = [row for row in asked if row.get("text", "").strip() or ("messages" in row and not headed)]
@@ -23,8 +23,7 @@ def write(fleet: Fleet, folder: Path) -> Path | None:
         raise InputError(
             f"[codistill] texts is {spec.texts}, but {spec.anchors} has {len(texts)} rows with {what}: lower it, or add rows"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    return data.write_rows(folder / "anchors.jsonl", texts[: spec.texts])
+    return texts[: spec.texts]
 
 
 def _asked(row: data.Row) -> data.Row:

@@ -16,6 +16,7 @@ import numpy as np
 from edge_broker import files
 from edge_broker.journal import Update
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from edge_runtime import codec
@@ -233,7 +234,10 @@ def _write(
     for path in (version.master, version.artifact):
         part = path.with_suffix(".part")
         if path is version.master:
-            save_file(state, part)
+            try:
+                save_file(state, part)
+            except SafetensorError as error:  # a full disk, most likely
+                raise OSError(f"{part}: {error}") from error
         else:
             part.write_bytes(codec.encode({**state, **shared}, agreed))
         files.put(part, path)

@@ -6,6 +6,7 @@ One loop over the session's queue. Store and journal share a SQLite file, so an 
 same round with every committed update; a merge that was cut short is done again from the journal.
 """
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from edge_runtime.aggregator.store import Store, Version
 from edge_runtime.errors import EdgeError, InputError, LinkError
 from edge_runtime.rounds import CODEC, FLEET, NOOP, REPORT_DOMAIN, ROUND_DOMAIN, Report, Round
 from edge_runtime.settings import Fleet
+from edge_runtime.training import data
 
 log = logging.getLogger(__name__)
 LARGEST_PAYLOAD_BYTES = 1 << 30
@@ -70,8 +72,9 @@ class Node:
         self._method = methods.of(fleet)
         self._store = Store(options.state / "node.db")
         self._journal = Journal(self._store.connection, options.state)
-        self._check_settings()
-        self._texts = anchors.write(fleet, options.state)
+        texts = anchors.read(fleet)
+        self._check_settings(texts)
+        self._texts = data.write_rows(options.state / "anchors.jsonl", texts) if texts else None
         self._key = signing.load_or_create_key(options.state / "node.key")
         name = topics.client_id("node", fleet.name, options.node)
         self._session = Session(options.broker, name, clean_start=True, session_expiry_s=0)
@@ -112,7 +115,7 @@ class Node:
             self._session.close()
             self._store.connection.close()
 
-    def _check_settings(self) -> None:
+    def _check_settings(self, texts: list[data.Row]) -> None:
         """Versions and updates of earlier rounds do not fit a fleet file that says otherwise what they are made of."""
         fleet, public = self.fleet, self.fleet.codistill
         fixed = {
@@ -120,6 +123,7 @@ class Node:
             "[adapter]": msgspec.structs.replace(fleet.adapter, lower=()),
             "[head]": fleet.head,
             "[codistill] texts and across": (public.texts, public.across) if public is not None else None,
+            "[codistill] anchors": hashlib.sha256(msgspec.json.encode(texts)).hexdigest()[:12],  # told by number
             "[fleet] seed": fleet.seed,
         }
         values = {name: msgspec.json.encode(value).decode() for name, value in fixed.items()}
@@ -221,8 +225,9 @@ class Node:
             return f"the codec {manifest.codec} is not known; needed: {CODEC}"
         if manifest.size > LARGEST_PAYLOAD_BYTES:
             return f"{manifest.size} bytes are more than the {LARGEST_PAYLOAD_BYTES} a node takes"
-        if manifest.samples < 1:
-            return "the manifest has 0 samples, but the mean is weighted by them: at least 1 is needed"
+        most = self.fleet.training.steps * self.fleet.training.rows_a_step
+        if not 1 <= manifest.samples <= most:
+            return f"the manifest has {manifest.samples} samples, which weigh its mean, but a round has 1 to {most}"
         return None
 
     def _take(self, complete: Complete) -> None:

@@ -4,6 +4,7 @@ import msgspec
 from rich.console import Console
 from rich.live import Live as RichLive
 from rich.table import Table
+from rich.text import Text
 
 from edge_runtime.agent.options import Event
 from edge_runtime.aggregator import node
@@ -33,7 +34,7 @@ class Live:
             if event.phase != "presence":
                 self._round = f"round {event.round} of {self._rounds}: {event.phase} {event.text}".rstrip()
             if event.phase in ("merged", "extended", "failed", "refused") or not self._console.is_terminal:
-                self._console.print(f"node     {self._round}", highlight=False)
+                self._console.print(f"node     {self._round}", highlight=False, markup=False)
         else:
             before = self._devices[event.device]
             kept = {
@@ -42,16 +43,16 @@ class Live:
             }
             self._devices[event.device] = msgspec.structs.replace(event, **kept)
             if not self._console.is_terminal and (event.phase != before.phase or event.step == event.steps):
-                self._console.print(_line(self._devices[event.device]), highlight=False)
+                self._console.print(_line(self._devices[event.device]), highlight=False, markup=False)
         if self._console.is_terminal:
             self._live.update(self._table(), refresh=True)
 
     def _table(self) -> Table:
-        table = Table(title=self._round, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        table = Table(title=Text(self._round), title_justify="left", box=None, padding=(0, 2, 0, 0))
         for column in ("device", "round", "phase", "step", "loss", "memory / budget"):
             table.add_column(column)
         for event in self._devices.values():
-            table.add_row(*_cells(event))
+            table.add_row(*map(Text, _cells(event)))
         return table
 
 

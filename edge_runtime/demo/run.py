@@ -49,12 +49,12 @@ class Device(msgspec.Struct):
     measured_peak_bytes: int
     bytes_up: int
     bytes_down: int
-    loss_before: float
-    loss_after: float
+    loss_before: float | None
+    loss_after: float | None
     accuracy_before: float
     accuracy_after: float
-    others_loss_before: float
-    others_loss_after: float
+    others_loss_before: float | None
+    others_loss_after: float | None
     others_accuracy_before: float
     others_accuracy_after: float
     seconds: dict[str, float]
@@ -206,7 +206,8 @@ def _outcome(method: str, rounds: int, budgets: dict[str, int], folder: Path, se
         if device.measured_peak_bytes > device.budget_bytes:
             over = (device.measured_peak_bytes - device.budget_bytes) / MIB
             faults.append(f"{device.id} went {over:.0f} MiB over its budget")
-        if not device.loss_after < device.loss_before:
+        before, after = device.loss_before, device.loss_after
+        if before is None or after is None or not after < before:
             faults.append(f"the held-out loss of {device.id} did not fall")
     return Outcome(method, rounds, closed, seconds, devices, faults)
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from edge_runtime.study.run import Member, Outcome, accuracy
 from edge_runtime.study.spec import Arm, Spec
@@ -91,7 +92,7 @@ def show(spec: Spec, outcomes: Outcomes, name: str) -> None:
     """Print the table."""
     table = Table(*COLUMNS, title=name)
     for row in rows(spec, outcomes):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console(width=160).print(table)
 
 

@@ -13,7 +13,7 @@ import re
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -27,6 +27,7 @@ else:
     import tomli as tomllib
 
 ANCHORS = "anchors.jsonl"
+AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -35,23 +36,23 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     train: str
     test: str
-    per_label: int | None = None
-    rows: int = 1000
-    test_rows: int = 0
+    per_label: AtLeastOne | None = None
+    rows: AtLeastOne = 1000
+    test_rows: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class Anchors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Public texts: so many rows of a file, evenly drawn over its labels."""
 
     file: str
-    rows: int
+    rows: AtLeastOne
 
 
 class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """first: the model is cut to so many of its first layers; depth: the slice of it that the device holds. domains: of its
     rows' `domain`; none for all."""
 
-    id: str
+    id: Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9_-]+$")]
     source: str
     data: str
     first: int | None = None
@@ -83,7 +84,7 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The [study] table."""
 
     about: str
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)] = (0, 1, 2)
     weights: settings.Weights = "bfloat16"
 
 

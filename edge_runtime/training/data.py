@@ -72,6 +72,10 @@ def _row(line: str, where: str) -> Row:
             raise InputError(f"{where}: `{key}` has to be text that is not empty, seen {json.dumps(row[key])[:60]}")
     if "messages" in keys:
         _check_messages(row["messages"], where)
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: holds half of a character (a lone surrogate), which is no text") from error
     return row
 
 

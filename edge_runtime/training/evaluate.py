@@ -5,6 +5,7 @@ the same completion exactly then, so one forward pass replaces generation. Of a 
 most likely one; a label that the head lacks counts as missed, and has no loss.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,8 @@ def evaluate(model: PreTrainedModel, adapter: Adapter, examples: list[Example], 
             counted += int(kept.sum())
             exact += int(hits.all(1).sum())
         release()
-    return Score(loss / max(counted, 1), exact / max(len(examples), 1), len(examples))
+    mean = loss / max(counted, 1)
+    return Score(mean if math.isfinite(mean) else None, exact / max(len(examples), 1), len(examples))
 
 
 @torch.no_grad()

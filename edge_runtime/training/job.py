@@ -56,10 +56,10 @@ class Job(msgspec.Struct, frozen=True):
 
 
 class Score(msgspec.Struct, frozen=True):
-    """loss: mean over completion tokens. accuracy: share of rows whose every completion token is the most likely one,
-    that is, rows that greedy decoding would complete exactly."""
+    """loss: mean over completion tokens, None where it is not finite. accuracy: share of rows whose every completion token is
+    the most likely one, that is, rows that greedy decoding would complete exactly."""
 
-    loss: float
+    loss: float | None
     accuracy: float
     rows: int
 

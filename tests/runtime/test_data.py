@@ -49,6 +49,7 @@ def test_a_separator_of_lines_inside_a_text_is_part_of_it(tmp_path, separator):
     ("line", "message"),
     [
         ("{", "not a JSON object"),
+        ('{"text": "\\ud83d"}', "holds half of a character"),
         ("not json", "not a JSON object"),
         ('{"text": "a"', "not a JSON object"),
         ("[" * 100_000, "not a JSON object"),

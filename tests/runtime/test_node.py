@@ -61,6 +61,28 @@ def test_a_fleet_file_that_no_longer_fits_what_is_there_is_refused(node, tables,
     assert f"was made with another {named}:" in str(error.value)
 
 
+def test_public_texts_that_are_others_than_those_that_were_asked_are_refused(node, tmp_path):
+    file = tmp_path / "public.jsonl"
+    tables = {"codistill": {"anchors": str(file), "texts": 2}}
+    file.write_text('{"text": "a"}\n{"text": "b"}\n')
+    update(node(**tables), "a")
+    node(**tables)
+    file.write_text('{"text": "b"}\n{"text": "a"}\n')
+    with pytest.raises(InputError, match=r"was made with another \[codistill\] anchors"):
+        node(**tables)
+    assert (tmp_path / "anchors.jsonl").read_text().startswith('{"text": "a"}')
+
+
+@pytest.mark.parametrize(("samples", "taken"), [(0, False), (1, True), (6, True), (7, False), (1 << 53, False)])
+def test_an_update_weighs_no_more_than_the_rows_of_a_round(node, samples, taken):
+    one = node(noop=True, training={"steps": 3, "rows_a_step": 2})
+    described = {"fleet": "f", "device": "a", "round": 1, "model_class": "m", "codec": "c", "chunk_bytes": 8}
+    reason = one._check_manifest(messages.describe(b"delta", samples=samples, **described))
+    assert (reason is None) is taken
+    if not taken:
+        assert reason == f"the manifest has {samples} samples, which weigh its mean, but a round has 1 to 6"
+
+
 def test_what_a_kill_left_of_a_merged_round_is_refused_and_deleted(node):
     first = node()
     merged, late = update(first, "a"), update(first, "b", commit=False)

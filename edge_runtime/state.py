@@ -1,0 +1,28 @@
+"""A state folder belongs to one process at a time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from edge_runtime.errors import InputError
+
+
+@contextmanager
+def alone(state: Path) -> Iterator[None]:
+    """Hold the folder; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    state.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(state / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(f"another process works in {state}: end it first, or give another --state") from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,29 @@
+"""What a person sees of what devices say."""
+
+from edge_runtime import settings, views
+from edge_runtime.rounds import Report, Round
+from edge_runtime.status import Device, Status
+from edge_runtime.training.job import Result, Score
+
+
+def test_what_a_device_says_is_shown_as_it_is(capsys, monkeypatch):
+    """Brackets are no markup, and a loss that was not finite is said to be none."""
+    monkeypatch.setenv("COLUMNS", "200")
+    fleet = settings.Fleet("f", (settings.Model("m"),))
+    reason = "[training] in [/data/model]"
+    failed = Report(device="a", node_key="", round=1, state="failed", budget_bytes=0, reason=reason)
+    result = Result(
+        samples=1,
+        evaluation={"[red]": Score(None, 0.0, 3)},
+        losses=[],
+        step_seconds=[],
+        phases={},
+        seconds={},
+        measured_peak_bytes=0,
+        payload_bytes=0,
+    )
+    trained = Report(device="b", node_key="", round=1, state="trained", budget_bytes=0, result=result)
+    devices = [Device(report.device, "online", report) for report in (failed, trained)]
+    views.show_status(Status("f", Round(node="n", fleet=fleet, round=1, state="open", versions={}), devices))
+    shown = capsys.readouterr().out
+    assert reason in shown and "[red] not finite (0%)" in shown

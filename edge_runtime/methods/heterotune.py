@@ -16,9 +16,10 @@ entry that most of its devices hold), and
 
 It acts where <d_c, g> < 0, with two classes where their cosine is below -p_1 / p_2: of two with equal shares neither ever is
 against g, and this is the plain mean. `alignment` chooses: "projection" is this; "pairwise" takes from each d_c what opposes
-any other class's (FedGH); "cagrad" is the step of conflict-averse gradients; "gate" is the plain mean of a tensor of n values
-where the cosine of each d_c with the others' common direction is above 2 / √n, twice what chance gives, over the entries that
-all of them hold, and no step at all elsewhere; "off" the plain mean.
+any other class's (FedGH); "cagrad" is the step of conflict-averse gradients, which takes a class that is alone 1 + CAGRAD_C
+times as far as its own; "gate" is the plain mean of a tensor of n values where the cosine of each d_c with the others' common
+direction is above 2 / √n, twice what chance gives, over the entries that all of them hold, and no step at all elsewhere; "off"
+the plain mean.
 `across = false` keeps U and V in the class: the control in which nothing crosses. `core = "frozen"` draws U and V and trains
 neither: the other one.
 
@@ -115,10 +116,10 @@ def combined(steps: list[Array], shares: list[float], alignment: str) -> Array:
     p = np.array(shares)
     plain = p @ flat
     norms = np.linalg.norm(flat, axis=1)
-    if len(flat) == 1 or not norms.all():
-        made = plain
-    elif alignment == "cagrad":
+    if alignment == "cagrad":
         made = _cagrad(flat, plain)
+    elif len(flat) == 1 or not norms.all():
+        made = plain
     else:
         mended = _projected(flat, (p / norms) @ flat) if alignment == "projection" else _pairwise(flat, norms)
         made = p @ mended

@@ -101,6 +101,12 @@ def test_cagrad_raises_the_least_progress_of_any_class():
     assert (flat @ step).min() > (flat @ plain).min()
 
 
+def test_cagrad_takes_a_class_that_is_alone_further():
+    """The control of what crosses has to go as far."""
+    _, (d,) = class_means([DEVICES[0]])
+    np.testing.assert_allclose(heterotune.combined([d], [1.0], "cagrad"), 1.5 * d, rtol=1e-5)
+
+
 def test_no_step_in_cagrads_radius_is_better_for_its_worst_class():
     """By duality that progress is the least of g_w · plain + c ‖plain‖ ‖g_w‖ over the simplex, here on a grid."""
     p, d = class_means([made(of, seed, rank=2) for seed, of in enumerate("mno")])

@@ -24,8 +24,33 @@ log = logging.getLogger(__name__)
 LOCAL_BROKER = "mqtt://127.0.0.1:1883"
 BROKER_HELP = "The MQTT broker: mqtt://host:port, or mqtts://user:password@host:port?ca=FILE."
 
+
+def _broker_url(_context: click.Context, _option: click.Parameter, url: str | None) -> str | None:
+    """The URL as it is, once its form and its certificates are good: told before a state is made."""
+    from edge_broker import address
+    from edge_broker.errors import LinkError as BrokerError
+
+    try:
+        if url is not None:
+            address.parse(url).tls()
+    except BrokerError as error:
+        raise InputError(str(error)) from None
+    return url
+
+
+def _name(_context: click.Context, option: click.Parameter, name: str) -> str:
+    """The name as it is, once it can be part of a topic: told before a state is made."""
+    from edge_broker import topics
+    from edge_broker.errors import LinkError as BrokerError
+
+    try:
+        return topics.name(option.opts[0], name)
+    except BrokerError as error:
+        raise InputError(str(error)) from None
+
+
 as_json = click.option("--json", "json", is_flag=True, help="Print JSON instead of text.")
-at_broker = click.option("--broker", default=LOCAL_BROKER, show_default=True, help=BROKER_HELP)
+at_broker = click.option("--broker", default=LOCAL_BROKER, show_default=True, callback=_broker_url, help=BROKER_HELP)
 from_fleet_file = click.option(
     "--fleet", type=click.Path(path_type=Path), required=True, help="The fleet file (TOML); docs/fleet.md describes it."
 )
@@ -275,7 +300,7 @@ def study(
     help="Folder for rounds, updates and global versions; give the same one to go on.",
 )
 @at_broker
-@click.option("--node", default="node", show_default=True, help="This node's name.")
+@click.option("--node", default="node", show_default=True, callback=_name, help="This node's name.")
 @click.option("--until-finished", is_flag=True, help="End when the last round is merged and reported.")
 @click.option("--noop", is_flag=True, hidden=True)
 @as_json
@@ -302,8 +327,8 @@ def aggregator(fleet: Path, state: Path, broker: str, node: str, until_finished:
 
 @app.command()
 @at_broker
-@click.option("--fleet", required=True, help="The fleet's name, as its fleet file has it.")
-@click.option("--id", required=True, help="This device's name, unique in the fleet.")
+@click.option("--fleet", required=True, callback=_name, help="The fleet's name, as its fleet file has it.")
+@click.option("--id", required=True, callback=_name, help="This device's name, unique in the fleet.")
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -391,7 +416,7 @@ def agent(
 
 @app.command()
 @at_broker
-@click.option("--fleet", required=True, help="The fleet's name.")
+@click.option("--fleet", required=True, callback=_name, help="The fleet's name.")
 @as_json
 def status(broker: str, fleet: str, json: bool) -> None:
     """Show a fleet's round and its devices.
@@ -409,7 +434,7 @@ def status(broker: str, fleet: str, json: bool) -> None:
 @click.option(
     "--method", default="fedit", show_default=True, help="As in [method] of a fleet file; local is the control."
 )
-@click.option("--broker", help="Use a broker that already runs, at this URL.")
+@click.option("--broker", callback=_broker_url, help="Use a broker that already runs, at this URL.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Keep state, logs and adapters in this folder.")
 @click.option("--json", "json", type=click.Path(path_type=Path), help="Write the result to this file.")
 def demo(method: str, broker: str | None, keep: Path | None, json: Path | None) -> None:
@@ -435,6 +460,8 @@ def main() -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a script's background processes have it
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # click would make it 1
     try:
         app(prog_name="edge-runtime")
     except EdgeError as error:
@@ -446,8 +473,6 @@ def main() -> None:
     except (OSError, sqlite3.DatabaseError) as error:  # a full disk, a folder that is not ours, a damaged file
         log.debug("", exc_info=True)
         _fail(f"a file cannot be read or written: {error}; what was kept before is as it was", InputError.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def _fail(message: str, code: int) -> None:

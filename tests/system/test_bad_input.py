@@ -1,5 +1,6 @@
 """What a user gets wrong ends in one sentence and the documented exit code."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,28 @@ def test_plan_and_profile_speak_json(fleet: Fleet, tiny_model: Path) -> None:
     assert planned["predicted_peak_bytes"] == sum(planned["plan"]["terms"].values()) <= planned["budget_bytes"]
     profile = Command("profile", "--json", cache=fleet.cache).until(lambda _: True)
     assert profile["ram_total_bytes"] > profile["runtime_baseline_bytes"] > 100 << 20
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--broker", "nope", ["mqtt://host:port"]),
+        ("--broker", "mqtts://h?ca=/no-such.pem", ["no-such.pem"]),
+        ("--id", "a b", ["--id", "'a b'"]),
+        ("--fleet", "a/b", ["--fleet", "'a/b'"]),
+    ],
+)
+def test_an_address_or_a_name_is_refused_before_a_state_is_made(
+    tmp_path: Path, option: str, value: str, words: list[str]
+) -> None:
+    given = {"--fleet": "x", "--id": "a", "--data": "rows.jsonl", "--state": str(tmp_path / "state"), option: value}
+    assert_one_sentence(Command("agent", *(text for pair in given.items() for text in pair)), 2, *words)
+    assert not (tmp_path / "state").exists()
+
+
+def test_ctrl_c_has_a_code_of_its_own(fleet: Fleet) -> None:
+    fleet.write()
+    node = fleet.node()
+    node.phase("collecting")
+    node.process.send_signal(signal.SIGINT)
+    assert (node.end(), node.error()) == (130, "")

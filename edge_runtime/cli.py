@@ -188,10 +188,13 @@ def measure(
     """
     from edge_runtime import measure as measuring
     from edge_runtime import views
+    from edge_runtime.methods import MOST_RANK
 
     for name, value in {"rank": rank, "batch": batch, "tokens": tokens, "steps": steps}.items():
         if value < 1:
             raise InputError(f"--{name} is {value}, but has to be 1 or more")
+    if rank > MOST_RANK:
+        raise InputError(f"--rank is {rank}, but can be {MOST_RANK} at most")
     found = _probe()
     done = measuring.measure(
         model,

@@ -45,9 +45,9 @@ def prepared(source: str, models: Path, *, random_weights: bool = False) -> Fact
     random_weights: as `edge_runtime.models.prepare` has it.
     """
     cache = cache_folder() / "models"
-    command = ["edge_runtime.models.prepare", source, "--models", str(models), "--cache", str(cache)]
+    command = ["edge_runtime.models.prepare", "--models", str(models), "--cache", str(cache)]
     command += ["--random-weights"] if random_weights else []
-    return msgspec.json.decode(_output(command, PREPARE_TIMEOUT_S, InputError), type=Facts)
+    return msgspec.json.decode(_output([*command, "--", source], PREPARE_TIMEOUT_S, InputError), type=Facts)
 
 
 def runtime_bytes() -> int:

@@ -17,6 +17,10 @@ class BadMessage(LinkError):
     """A message from outside is malformed, unsigned, or signed by the wrong key; the text is the reason."""
 
 
+class WrongKey(BadMessage):
+    """It is signed, but not by the key that was expected."""
+
+
 _PERHAPS_LATER = {0x88, 0x89, 0x97, 0x9F}  # unavailable, busy, quota exceeded, rate exceeded
 _HINTS = {
     0x84: "it does not speak MQTT 5",

@@ -1,4 +1,4 @@
-"""Files that survive a power cut."""
+"""Files that survive a power cut, and a move of the folder they lie in."""
 
 import os
 from pathlib import Path
@@ -9,6 +9,12 @@ def put(fresh: Path, path: Path) -> None:
     sync(fresh)
     fresh.replace(path)
     sync(path.parent)
+
+
+def told(path: Path, folder: Path) -> str:
+    """A path as a database in the folder keeps it, so that `folder / told` finds it wherever the folder is by then."""
+    path, folder = path.absolute(), folder.absolute()
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
 def sync(path: Path) -> None:

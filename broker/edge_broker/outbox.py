@@ -38,9 +38,9 @@ class Outbox:
             database: a file, or an open connection that may hold the caller's own tables too (ours begin with
                 `outbox_`).
             folder: payloads given as bytes go to its subfolder `outbox`, which is cleared of all that no pending update
-                needs.
+                needs. It may move with all that is in it, other payloads too.
         """
-        self._database, self._folder = store.connect(database), folder / "outbox"
+        self._database, self._home, self._folder = store.connect(database), folder, folder / "outbox"
         with store.transaction(self._database):
             for statement in _TABLES:
                 self._database.execute(statement)
@@ -75,7 +75,7 @@ class Outbox:
             sequence = max(last, time.time_ns() // 1_000_000) + 1
             database.execute("UPDATE outbox_sequence SET last = ?", (sequence,))
             manifest = msgspec.structs.replace(manifest, sequence=sequence)
-            row = (sequence, manifest.transfer, messages.encode(manifest).decode(), str(path.absolute()))
+            row = (sequence, manifest.transfer, messages.encode(manifest).decode(), files.told(path, self._home))
             try:
                 database.execute(
                     "INSERT INTO outbox_update (sequence, transfer, manifest, payload) VALUES (?, ?, ?, ?)", row
@@ -106,7 +106,7 @@ class Outbox:
         row = self._database.execute("SELECT payload FROM outbox_update WHERE transfer = ?", (transfer,)).fetchone()
         if not row:
             raise LinkError(f"transfer {transfer} is not in the outbox")
-        return Path(row[0])
+        return self._home.absolute() / str(row[0])
 
     def commit(self, transfer: str) -> None:
         """The receipt came. Again, or for an unknown or settled update, this does nothing."""

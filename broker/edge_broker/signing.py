@@ -15,7 +15,7 @@ import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from edge_broker.errors import BadMessage, LinkError
+from edge_broker.errors import BadMessage, LinkError, WrongKey
 
 OFFER = "edge/1/offer"  # the domain of manifests
 
@@ -71,11 +71,12 @@ def open(signed_bytes: bytes, domain: str, expected_key: str | None) -> tuple[by
         The body, and the public key (hex) that signed it.
 
     Raises:
-        BadMessage: the envelope is malformed, the key is another one, or the signature does not verify.
+        BadMessage: the envelope is malformed, or the signature does not verify.
+        WrongKey: the key is another one.
     """
     signed = peek(signed_bytes)
     if expected_key is not None and signed.key != expected_key:
-        raise BadMessage(f"signed by key {signed.key[:16]}…, expected {expected_key[:16]}…")
+        raise WrongKey(f"signed by key {signed.key[:16]}…, expected {expected_key[:16]}…")
     body = signed.body.encode()
     try:
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(signed.key))

@@ -18,7 +18,7 @@ from typing import Literal
 
 import msgspec
 from edge_broker import messages, signing, topics
-from edge_broker.errors import BadMessage
+from edge_broker.errors import BadMessage, WrongKey
 from edge_broker.errors import LinkError as BrokerError
 from edge_broker.messages import Artifact
 from edge_broker.outbox import Outbox
@@ -171,7 +171,8 @@ class Agent:
             announced = messages.decode(body, Round)
         except BadMessage as error:
             log.warning("ignored a round: %s", error)
-            self._ignored = f"a round was announced, but {error}; to trust that node, start with a new --state"
+            advice = "; to trust that node, start with a new --state" if isinstance(error, WrongKey) else ""
+            self._ignored = f"a round was announced, but {error}{advice}"
             return
         known = self._round and (self._node_key, self._round.state, self._round.round)
         if known == (key, announced.state, announced.round):
@@ -375,7 +376,10 @@ class Agent:
     def _settled(self, settled: Committed | Rejected, _: object) -> None:
         work.settle(self._work, self._store, settled)
         if isinstance(settled, Rejected) and settled.final:
-            self._reports.withdraw(settled.manifest.round)
+            finished = (
+                self._round is not None and self._round.state == "finished"
+            )  # one that failed is not waited for then
+            self._reports.refused(settled.manifest.round, None if finished else settled.reason)
 
     def _after_transfer(self, settled: Committed | Rejected) -> None:
         round_ = settled.manifest.round
@@ -384,9 +388,7 @@ class Agent:
             self._close_round()
         elif settled.final:
             self._say("rejected", text=settled.reason)
-            if self._round is None or self._round.state == "open":  # else the node would not wait for the end's report
-                failed = self._report("failed", None, settled.reason)
-                self._reports.publish(msgspec.structs.replace(failed, round=round_))
+            self._reports.publish_owed()
         else:
             self._say("waiting", text=f"the node does not take round {round_} yet: {settled.reason}")
             if settled.code == "signature" and self._round is not None and self._introduced != round_:

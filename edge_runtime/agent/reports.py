@@ -41,11 +41,16 @@ class Reports:
         if owed and not self._outbox.pending() and self.publish(msgspec.json.decode(owed, type=Report)):
             self._store.set("report", None)
 
-    def withdraw(self, round_: int) -> None:
-        """Forget what is kept of a round: the node did not take it."""
+    def refused(self, round_: int, reason: str | None) -> None:
+        """The node did not take the round whose report is kept: say that it failed; or, without a reason, nothing."""
         owed = self._store.get("report")
-        if owed and msgspec.json.decode(owed, type=Report).round == round_:
+        report = msgspec.json.decode(owed, type=Report) if owed else None
+        if report is None or report.round != round_:
+            return
+        if reason is None:
             self._store.set("report", None)
+        else:
+            self.owe(msgspec.structs.replace(report, state="failed", result=None, reason=reason))
 
     def publish(self, report: Report) -> bool:
         """Publish now; False where it did not get through."""

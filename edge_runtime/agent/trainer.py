@@ -67,7 +67,14 @@ class Trainer:
         code = self._process.wait()
         self._timer.cancel()
         if self._late:
-            self._post(Ended(self.folder, self.pid, TIMED_OUT, f"the trainer took longer than {self._timeout_s:g} s"))
-            return
-        lines = (self.folder / "stderr.log").read_text(errors="replace").strip().splitlines()
-        self._post(Ended(self.folder, self.pid, code, lines[-1] if lines else ""))
+            code, reason = TIMED_OUT, f"the trainer took longer than {self._timeout_s:g} s"
+        else:
+            reason = self._last_line()
+        self._post(Ended(self.folder, self.pid, code, reason))
+
+    def _last_line(self) -> str:
+        try:
+            lines = (self.folder / "stderr.log").read_text(errors="replace").strip().splitlines()
+        except OSError as error:
+            return f"what it wrote cannot be read: {error}"
+        return lines[-1] if lines else ""

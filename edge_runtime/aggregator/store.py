@@ -6,12 +6,15 @@ shapes     keys and shapes of a class's adapter, as its first accepted updates h
 devices    public key, pinned when first seen
 reports    the last report of each device and round
 fixed      what the fleet file said of what later rounds build on
+
+Files are named as they lie beside it, so the folder may move.
 """
 
 import sqlite3
 from pathlib import Path
 
 import msgspec
+from edge_broker import files
 
 from edge_runtime.rounds import Report
 
@@ -39,7 +42,8 @@ class Store:
     """The node's tables; every method takes part in the transaction that is open on the connection, if any."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._folder = path.absolute().parent
+        self._folder.mkdir(parents=True, exist_ok=True)
         self.connection = sqlite3.connect(path, isolation_level=None)
         self.connection.execute("PRAGMA journal_mode = WAL")
         self.connection.execute("PRAGMA synchronous = FULL")
@@ -75,10 +79,9 @@ class Store:
         self.connection.execute("BEGIN IMMEDIATE")
         with self.connection:
             for version in versions:
-                self.connection.execute(
-                    "INSERT OR REPLACE INTO versions VALUES (?, ?, ?, ?)",
-                    (version.model_class, round_, str(version.master), str(version.artifact)),
-                )
+                where = [files.told(path, self._folder) for path in (version.master, version.artifact)]
+                query = "INSERT OR REPLACE INTO versions VALUES (?, ?, ?, ?)"
+                self.connection.execute(query, (version.model_class, round_, *where))
             self.connection.execute(
                 "INSERT INTO rounds VALUES (?, 'merged', 0) ON CONFLICT (round) DO UPDATE SET state = 'merged'",
                 (round_,),
@@ -89,7 +92,7 @@ class Store:
         rows = self.connection.execute(
             "SELECT model_class, master, artifact, max(round) FROM versions GROUP BY model_class"
         )
-        return {row[0]: Version(row[0], Path(row[1]), Path(row[2])) for row in rows}
+        return {row[0]: Version(row[0], self._folder / row[1], self._folder / row[2]) for row in rows}
 
     def shapes(self, model_class: str) -> dict[str, tuple[int, ...]]:
         """Keys and shapes known of a class."""

@@ -133,7 +133,10 @@ def _write(path: Path, work: Path, ready: Path, model_class: str, random_weights
     tokenizer.save_pretrained(work)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    block = roles.blocks(model)[0]
+    blocks = roles.blocks(model)
+    if not blocks:
+        raise InputError(f"the model at {path} has 0 layers, but needs 1 or more: its config.json may be damaged")
+    block = blocks[0]
     linears = {role: roles.widths(block.get_submodule(inner)) for role, inner in roles.linears(block).items()}
     if path.is_file():
         names = [name for name in model.state_dict() if not (config.tie_word_embeddings and name == "lm_head.weight")]

@@ -67,6 +67,20 @@ def test_a_file_of_the_caller_is_neither_moved_nor_deleted(outbox, tmp_path, des
     assert file.exists()
 
 
+def test_the_folder_may_move(outbox, tmp_path, describe_one):
+    file = tmp_path / "work" / "delta.bin"
+    file.parent.mkdir()
+    file.write_bytes(b"delta")
+    ours, theirs = outbox.add(describe_one(), b"delta"), outbox.add(describe_one(round=2), file)
+    moved = tmp_path.rename(tmp_path.with_name(f"{tmp_path.name}-moved"))
+    again = Outbox(moved / "box.sqlite", moved)
+    assert [again.payload(one.transfer).read_bytes() for one in (ours, theirs)] == [b"delta", b"delta"]
+    outside = tmp_path / "delta.bin"
+    outside.parent.mkdir()
+    outside.write_bytes(b"delta")
+    assert again.payload(again.add(describe_one(round=3), outside).transfer) == outside
+
+
 def test_what_a_crash_left_is_cleared(outbox, tmp_path, describe_one):
     manifest = outbox.add(describe_one(), b"delta")
     (tmp_path / "outbox" / "orphan").write_bytes(b"x")

@@ -1,12 +1,16 @@
 """What an agent makes of a state folder that it is given, and of a round that it hears of again."""
 
+from queue import Queue
+
 import msgspec
 import pytest
 from edge_broker import signing
+from edge_broker.transfer import Rejected
 
 from edge_runtime import settings
 from edge_runtime.agent.agent import Agent
 from edge_runtime.agent.options import Options
+from edge_runtime.agent.trainer import Trainer
 from edge_runtime.errors import InputError
 from edge_runtime.rounds import ROUND_DOMAIN, Round
 from edge_runtime.state import alone
@@ -72,3 +76,47 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path):
         raise AssertionError("both hold it")
     with alone(state):
         pass
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_that_an_update_was_refused_is_kept_until_it_is_said(agent, finished, monkeypatch):
+    """A kill may come right after the refusal was settled; after the last round the node waits for no such report."""
+    one, said = agent(), []
+    fleet = settings.Fleet("f", (settings.Model("m"),), rounds=1)
+    one._round = Round(node="n", fleet=fleet, round=1, state="open", versions={})
+    one._send_noise()
+    (manifest,) = one._outbox.pending()
+    one._round = msgspec.structs.replace(one._round, state="finished" if finished else "open")
+    refusal = Rejected(manifest, "late", "round 1 is closed", True)
+    with one._outbox.transaction():
+        one._settled(refusal, None)
+        one._outbox.reject(manifest.transfer, refusal.code, refusal.reason)
+    one._store.connection.close()
+    again = agent()
+    monkeypatch.setattr(again._reports, "publish", lambda report: said.append((report.state, report.reason)) or True)
+    again._reports.publish_owed()
+    again._reports.publish_owed()
+    assert said == ([] if finished else [("failed", "round 1 is closed")])
+
+
+def test_a_new_state_is_advised_where_it_would_help(agent, tmp_path):
+    one = agent()
+    one._on_round(b"{}")
+    assert "not a signed message" in one._ignored and "--state" not in one._ignored
+    one._store.set("node_key", "00" * 32)
+    one._on_round(signing.sign(signing.load_or_create_key(tmp_path / "node.key"), ROUND_DOMAIN, b"{}").encode())
+    assert one._ignored.endswith("to trust that node, start with a new --state")
+
+
+class NoJob(msgspec.Struct):
+    """A trainer that reads it ends by itself."""
+
+    training: settings.Training = settings.Training()
+
+
+def test_a_trainers_end_is_told_though_its_last_words_are_gone(tmp_path):
+    ended, folder = Queue(), tmp_path / "work"
+    started = Trainer(NoJob(), folder, ended.put)  # type: ignore[arg-type]
+    (folder / "stderr.log").unlink()
+    end = ended.get(timeout=60)
+    assert (end.pid, end.exit_code != 0) == (started.pid, True) and "stderr.log" in end.reason

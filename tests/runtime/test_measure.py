@@ -116,6 +116,10 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(tiny_folder, cache):
     for option in ("--steps", "--tokens"):
         done = measure(tiny_folder, option, "0")
         assert (done.returncode, done.stderr.strip()) == (2, f"edge-runtime: {option} is 0, but has to be 1 or more")
+    done = measure("-x")
+    assert done.returncode == 2 and done.stderr.startswith("edge-runtime: there is no model at -x, nor in ")
+    done = measure(tiny_folder, "--rank", "300")
+    assert (done.returncode, done.stderr.strip()) == (2, "edge-runtime: --rank is 300, but can be 256 at most")
     done = measure(tiny_folder, "--tokens", "4096")
     said = f"edge-runtime: rows of 4096 tokens are too long: {tiny_folder} has 64 positions"
     assert (done.returncode, done.stderr.strip()) == (2, said)

@@ -344,12 +344,18 @@ def test_an_unknown_architecture_is_refused_by_name(copied, tmp_path):
         prepare(str(copied), tmp_path, tmp_path / "cache")
 
 
+def with_layers(folder, layers):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": layers}))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no .safetensors file"),
+        (lambda folder: with_layers(folder, 0), "has 0 layers, but needs 1 or more"),
     ],
 )
 def test_a_folder_that_is_no_model_is_refused(copied, tmp_path, spoil, message):

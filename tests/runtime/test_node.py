@@ -5,6 +5,7 @@ from edge_broker import messages
 
 from edge_runtime import settings
 from edge_runtime.aggregator.node import Node, Options
+from edge_runtime.aggregator.store import Store, Version
 from edge_runtime.errors import InputError
 
 FLEET = {
@@ -93,3 +94,11 @@ def test_what_a_kill_left_of_a_merged_round_is_refused_and_deleted(node):
     assert (entry.state, entry.code) == ("rejected", "late")
     assert not again._journal.payload(merged).exists() and not again._journal.payload(late).exists()
     assert again._journal.find(merged).state == "committed"
+
+
+def test_versions_are_found_where_the_state_has_moved_to(tmp_path):
+    before, after = tmp_path / "before", tmp_path / "after"
+    Store(before / "node.db").merged(1, [Version("m", before / "versions" / "master", before / "versions" / "sent")])
+    before.rename(after)
+    found = Store(after / "node.db").versions()["m"]
+    assert (found.master, found.artifact) == (after / "versions" / "master", after / "versions" / "sent")

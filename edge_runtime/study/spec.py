@@ -1,7 +1,7 @@
 """A study's file: which devices there are, what they hold, and which arms are compared.
 
 [study]      seeds, about; fleet tables beside it are every arm's: [fleet] [adapter] [training] [head] ...
-[data.NAME]  train and test files under --data; per_label rows of each label a device; test_rows
+[data.NAME]  train and test files under --data; per_label rows of each label a device; test_rows or test_per_label
 [anchors]    rows of a file that every device may see, without their labels
 [[device]]   id, source, first, depth, rank, data, and the domains it is confined to
 [[arm]]      name, control; its own fleet tables; pooled: the ceiling
@@ -11,7 +11,7 @@ import hashlib
 import random
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,13 +32,16 @@ AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
 
 class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One task. per_label: training rows of each label for a device; None: rows / labels, or
-    as many as there are for each of those that hold the data. test_rows: 0 for all."""
+    as many as there are for each of those that hold the data. test_rows: 0 for all. test_per_label: as many of each label
+    instead, so that a device which has learned nothing is right by chance, whatever it says; left out of digests where the
+    file has none."""
 
     train: str
     test: str
     per_label: AtLeastOne | None = None
     rows: AtLeastOne = 1000
     test_rows: Annotated[int, msgspec.Meta(ge=0)] = 0
+    test_per_label: AtLeastOne | msgspec.UnsetType = msgspec.UNSET
 
 
 class Anchors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -159,6 +162,9 @@ def load(path: Path) -> Spec:
     for arm in spec.arm:
         if arm.control is not None and arm.control not in [other.name for other in spec.arm]:
             raise InputError(f"{path}: the arm `{arm.name}` has the control `{arm.control}`, which is not there")
+    for name, task in spec.data.items():
+        if task.test_rows and task.test_per_label:
+            raise InputError(f"{path}: [data.{name}] has test_rows and test_per_label; leave one of them out")
     for device in spec.device:
         if device.data not in spec.data:
             raise InputError(
@@ -225,15 +231,8 @@ def anchors(spec: Spec, folder: Path) -> list[data.Row]:
     """The public texts, without labels."""
     if spec.anchors is None:
         return []
-    by_label: dict[str, list[data.Row]] = defaultdict(list)
-    for row in data.read_rows(folder / spec.anchors.file):
-        by_label[row.get("label", "")].append(row)
-    each = -(-spec.anchors.rows // len(by_label))
-    drawn = [
-        row
-        for label, rows in sorted(by_label.items())
-        for row in random.Random(label).sample(rows, min(each, len(rows)))
-    ]
+    rows = data.read_rows(folder / spec.anchors.file)
+    drawn = _evenly(rows, -(-spec.anchors.rows // len({row.get("label", "") for row in rows})))
     if len(drawn) < spec.anchors.rows:
         raise InputError(
             f"[anchors] rows is {spec.anchors.rows}, but {spec.anchors.file} gives {len(drawn)} that are spread evenly over its "
@@ -245,8 +244,26 @@ def anchors(spec: Spec, folder: Path) -> list[data.Row]:
 def test_rows(task: Data, folder: Path) -> list[data.Row]:
     """A task's held-out rows, the same for every arm and seed."""
     rows = _labelled(folder / task.test)
-    drawn = random.Random(0).sample(rows, min(task.test_rows or len(rows), len(rows)))
+    if task.test_per_label:
+        drawn = _evenly(rows, task.test_per_label)
+        label, count = Counter(row["label"] for row in drawn).most_common()[-1]
+        if count < task.test_per_label:
+            raise InputError(f"test_per_label is {task.test_per_label}, but {task.test} has {count} rows of `{label}`")
+    else:
+        drawn = random.Random(0).sample(rows, min(task.test_rows or len(rows), len(rows)))
     return [{"text": row["text"], "label": row["label"]} for row in drawn]
+
+
+def _evenly(rows: list[data.Row], each: int) -> list[data.Row]:
+    """So many rows of each label, or as many as there are."""
+    by_label: dict[str, list[data.Row]] = defaultdict(list)
+    for row in rows:
+        by_label[row.get("label", "")].append(row)
+    return [
+        row
+        for label, rows in sorted(by_label.items())
+        for row in random.Random(label).sample(rows, min(each, len(rows)))
+    ]
 
 
 def _labelled(path: Path) -> list[data.Row]:

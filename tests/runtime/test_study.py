@@ -123,6 +123,20 @@ def test_no_row_is_on_two_devices_and_domains_confine_them(study, files):
     assert spec.shares(study, files, 0) == held != spec.shares(study, files, 1)
 
 
+def test_held_out_rows_are_drawn_evenly_over_labels_where_that_is_asked_for(files):
+    rows = [{"text": f"{n}", "label": "no" if n % 3 else "yes"} for n in range(30)]
+    (files / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = spec.Data("train.jsonl", "test.jsonl", test_per_label=7)
+    drawn = spec.test_rows(task, files)
+    assert sorted(row["label"] for row in drawn) == ["no"] * 7 + ["yes"] * 7
+    assert len({row["text"] for row in drawn}) == 14 and drawn == spec.test_rows(task, files)
+    with pytest.raises(InputError, match=r"test_per_label is 11, but test\.jsonl has 10 rows of `yes`"):
+        spec.test_rows(msgspec.structs.replace(task, test_per_label=11), files)
+    (files / "study.toml").write_text(STUDY.replace("per_label = 4", "test_rows = 5\ntest_per_label = 3"))
+    with pytest.raises(InputError, match=r"\[data.colours\] has test_rows and test_per_label; leave one"):
+        spec.load(files / "study.toml")
+
+
 def test_public_texts_have_no_labels_and_are_the_same_for_every_arm(study, files):
     found = spec.anchors(study, files)
     assert len(found) == 6 and all(row.keys() == {"text"} for row in found)
@@ -137,6 +151,7 @@ def test_a_run_is_done_again_when_what_it_depends_on_has_changed(study):
     anchors = msgspec.structs.replace(study, anchors=spec.Anchors("public.jsonl", 5))
     digests = [study.digest(arm, 0), study.digest(arm, 1), fleet.digest(arm, 0), anchors.digest(arm, 0)]
     assert len(set(digests)) == 4
+    assert b"test_per_label" not in msgspec.json.encode(study)  # runs from before there was the key stand
     assert study.digest(study.arm[0], 0) == anchors.digest(study.arm[0], 0)  # it has no public texts
 
 

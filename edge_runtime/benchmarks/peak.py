@@ -3,7 +3,7 @@
     make bench-peak
 
 Each setting runs in a real trainer process for a few steps. SmolLM2-135M's steps have 4 rows, those of Gemma-3-270M's shape,
-whose weights are drawn at random, one.
+whose weights are drawn at random, one; with ARGS="--gemma FILE", its GGUF file, the model itself, whose tokenizer is large.
 """
 
 import argparse
@@ -27,13 +27,15 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m edge_runtime.benchmarks.peak")
     parser.add_argument("--steps", type=int, default=3)
-    steps = parser.parse_args().steps
+    parser.add_argument("--gemma", type=Path, default=GEMMA)
+    options = parser.parse_args()
+    steps, gemma = options.steps, options.gemma
     console = Console(width=100)
     title = f"runtime baseline {processes.runtime_bytes() / MIB:.0f} MiB, {steps} steps"
     table = Table(*("model", "rows x tokens", "weights", "rank", "predicted", "measured", "ratio"), title=title)
     ratios = []
     for (source, rows, lengths), weights, rank in product(
-        ((SMOLLM2, 4, (256, 64)), (GEMMA, 1, (512, 128))), FORMATS, RANKS
+        ((SMOLLM2, 4, (256, 64)), (gemma, 1, (512, 128))), FORMATS, RANKS
     ):
         for tokens in lengths:
             done = measure(

@@ -17,7 +17,7 @@ class Facts(msgspec.Struct, frozen=True):
     model_class: id and revision; only devices of one class share A and B.
     folder: configuration and tokenizer. weights: where the tensors are, a GGUF file or a folder of safetensors files; empty
     for random ones.
-    linears: (out, in) of each linear layer of a block, by role. fused: attention and MLP forms, for the workspace's size.
+    linears: (out, in) of each linear layer of a block, by role. tokenizer_bytes: of the tokenizer's file.
     """
 
     model_class: str
@@ -34,6 +34,7 @@ class Facts(msgspec.Struct, frozen=True):
     positions: int
     tied_head: bool
     linears: dict[Role, tuple[int, int]]
+    tokenizer_bytes: int = 0
 
     @property
     def block_parameters(self) -> int:
@@ -60,7 +61,7 @@ def adapter_shapes(
     return shapes
 
 
-def read(config: Any, linears: dict[Role, tuple[int, int]], **where: str) -> Facts:
+def read(config: Any, linears: dict[Role, tuple[int, int]], *, model_class: str, folder: str, weights: str) -> Facts:
     """Facts of a transformers configuration; names differ between families, optimum's NormalizedConfig levels them."""
     from optimum.utils.normalized_config import NormalizedTextConfigWithGQA
 
@@ -68,6 +69,9 @@ def read(config: Any, linears: dict[Role, tuple[int, int]], **where: str) -> Fac
     named = NormalizedTextConfigWithGQA(text)
     heads = named.num_attention_heads
     return Facts(
+        model_class=model_class,
+        folder=folder,
+        weights=weights,
         family=text.model_type,
         layers=named.num_layers,
         hidden=named.hidden_size,
@@ -79,5 +83,4 @@ def read(config: Any, linears: dict[Role, tuple[int, int]], **where: str) -> Fac
         positions=text.max_position_embeddings,
         tied_head=bool(config.tie_word_embeddings),
         linears=linears,
-        **where,
     )

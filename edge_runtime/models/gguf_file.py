@@ -8,7 +8,7 @@ Source: llama.cpp's convert_hf_to_gguf.py (LlamaModel.permute, GemmaModel.modify
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import gguf
 import msgspec
@@ -19,11 +19,11 @@ from edge_kernels.quant import from_gguf
 from numpy.typing import NDArray
 
 from edge_runtime.errors import InputError
-from edge_runtime.models.packed import pack_pieces
+from edge_runtime.models.packed import join_pieces, pack_pieces
 
 ARCHITECTURES = {"gemma3_text": "gemma3", "mistral": "llama"}  # where GGUF's name differs from the configuration's
 SUPPORTED = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3")
-PIECE_BYTES = 4 << 20  # of float32 expanded at once
+PIECE_BYTES = 4 << 20  # read at once, as float32
 
 
 class Tensor(msgspec.Struct, frozen=True):
@@ -106,11 +106,11 @@ class Reader(NamedTuple):
             return pack(self.dense(name, torch.float32), "nf4")
         tensor = self.tensors[name]
         if gguf.GGMLQuantizationType(tensor.kind).name.lower() == format:
-            out, into = tensor.shape
-            with self.path.open("rb") as stream:
-                stream.seek(tensor.offset)
-                held = _read_rows(self.path, stream, tensor, out)
-            weight = from_gguf(torch.from_numpy(held), format, (out, into))  # type: ignore[arg-type]
+            taken = (
+                from_gguf(torch.from_numpy(held), format, (len(held), tensor.shape[-1]))  # type: ignore[arg-type]
+                for held in _blocks(self.path, tensor)
+            )
+            weight = join_pieces(taken, _rows(tensor))
         else:
             weight = pack_pieces(_expanded(self.path, tensor), format, _rows(tensor))
         order = _order(tensor)
@@ -119,24 +119,24 @@ class Reader(NamedTuple):
 
 def _expanded(path: Path, tensor: Tensor) -> Iterator[torch.Tensor]:
     """The rows in float32, some at a time."""
+    for held in _blocks(path, tensor):
+        values = gguf.quants.dequantize(held, gguf.GGMLQuantizationType(tensor.kind)).astype(np.float32, copy=False)
+        yield torch.from_numpy(values - np.float32(tensor.added))
+
+
+def _blocks(path: Path, tensor: Tensor) -> Iterator[NDArray[np.uint8]]:
+    """The rows as they lie in the file, (some, bytes of a row)."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.kind)]
     rows, step = _rows(tensor), max(PIECE_BYTES // (4 * tensor.shape[-1]), 1)
-    kind = gguf.GGMLQuantizationType(tensor.kind)
+    row_bytes = tensor.shape[-1] // block * block_bytes
     with path.open("rb") as stream:
         stream.seek(tensor.offset)
         for first in range(0, rows, step):
             count = min(step, rows - first)
-            packed = _read_rows(path, stream, tensor, count).reshape(count, -1)
-            values = gguf.quants.dequantize(packed, kind).astype(np.float32, copy=False)
-            yield torch.from_numpy(values - np.float32(tensor.added))
-
-
-def _read_rows(path: Path, stream: BinaryIO, tensor: Tensor, count: int) -> NDArray[np.uint8]:
-    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.kind)]
-    wanted = count * (tensor.shape[-1] // block * block_bytes)
-    held = np.fromfile(stream, np.uint8, wanted)
-    if held.size != wanted:
-        raise InputError(f"{path} is cut short: {wanted - held.size} bytes are missing")
-    return held
+            held = np.fromfile(stream, np.uint8, count * row_bytes)
+            if held.size != count * row_bytes:
+                raise InputError(f"{path} is cut short: {count * row_bytes - held.size} bytes are missing")
+            yield held.reshape(count, row_bytes)
 
 
 def _rows(tensor: Tensor) -> int:

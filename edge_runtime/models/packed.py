@@ -42,16 +42,20 @@ class PackedEmbedding(nn.Module):
 def pack_pieces(pieces: Iterable[torch.Tensor], format: str, rows: int) -> Packed:
     """Pack a matrix of so many rows that comes some at a time, so that it is never whole in float32, nor twice packed. Not for
     nf4, whose rows are not independent of one another."""
+    return join_pieces((pack(piece, format) for piece in pieces), rows)  # type: ignore[arg-type]
+
+
+def join_pieces(pieces: Iterable[Packed], rows: int) -> Packed:
+    """A matrix of so many rows of pieces that are packed, each of which may go before the next one comes."""
     whole, filled = None, 0
-    for piece in pieces:
-        part = pack(piece, format)  # type: ignore[arg-type]
+    for part in pieces:
         if whole is None:
             held = (None if one is None else one.new_empty(rows, *one.shape[1:]) for one in part.parts)
             whole = Packed(part.format, (rows, part.shape[1]), *held)
         for all_, some in zip(whole.parts, part.parts, strict=True):
             if all_ is not None and some is not None:
                 all_[filled : filled + len(some)] = some
-        filled += len(piece)
+        filled += part.shape[0]
     assert whole is not None and filled == rows, f"{filled} of {rows} rows"
     return whole
 

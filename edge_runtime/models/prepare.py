@@ -59,7 +59,12 @@ def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = Fa
                 _write(path, Path(scratch) / ready.name, ready, f"{name}@{revision}", random_weights)
                 (Path(scratch) / ready.name).rename(ready)
     facts = msgspec.json.decode((ready / "facts.json").read_bytes(), type=Facts)
-    return msgspec.structs.replace(facts, weights="" if random_weights else str(path))  # the file may have moved since
+    tokenizer = ready / "tokenizer.json"
+    return msgspec.structs.replace(
+        facts,
+        weights="" if random_weights else str(path),  # the file may have moved since
+        tokenizer_bytes=tokenizer.stat().st_size if tokenizer.exists() else 0,
+    )
 
 
 def find(source: str, models: Path) -> Path:

@@ -5,6 +5,7 @@
            weights + boundaries + activations + loss       between forward and backward
            weights + answers       prompts are completed, after training, where the method exchanges completions
            encode                  what is sent is made; the model is gone
+           tokenizer               rows are read; it is gone before the model comes, and kernels and adapter are not there yet
 
     runtime     a trainer that trained a model of almost nothing (measured once on the device, see `baseline`)
     kernels     what the matrix library builds and keeps for each length of rows that a run meets; long ones have more shapes,
@@ -21,6 +22,7 @@
     loss        the chunk of logits, what is made of it, and pieces of a packed head
     answers     keys and values of a micro-batch, and half of what a block takes in backward
     encode      what is sent and what it leaves behind, beside the factor, which becomes the latter
+    tokenizer   vocabulary and merges, eleven times its file, less what of the runtime's own comes with the first step
 
 Where norms follow attention and MLP too, they are 8 more hidden rows a token (measured with Gemma 3).
 The factors were fitted to measured peaks; `make bench-peak` prints prediction beside measurement.
@@ -37,6 +39,7 @@ from edge_runtime.settings import PACKED, Role, Weights
 MIB = 1 << 20
 VALUE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "q8_0": 34 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32, "nf4": 0.516}
 ADAPTER_BYTES, SUM_BYTES, FROZEN_BYTES, ENCODE_BYTES = 6, 4, 4, 9
+TOKENIZER_COPIES, FIRST_STEP_BYTES = 11, 36 * MIB  # of its file; measured with 49,152 and 262,144 tokens
 KERNEL_BYTES, MOST_LENGTHS = 8 * MIB, 6  # of a length of rows; the library's cache holds that of so many
 LONG_TOKENS, LONG_BYTES = 256, 4 * MIB  # rows of more than so many: that much more
 VARIED_BYTES = 20 * MIB  # of the loss, where rows are of several lengths
@@ -99,15 +102,17 @@ def terms(
         training["activations"] = plan.kept_blocks * held
         block = max(block - held, 0)  # the one that goes through backward is among them
     training |= {"block": block} if block > loss else {"loss": loss}
-    ways = (training, weights | answers, {"encode": ENCODE_BYTES * sent})
     of_a_length = KERNEL_BYTES + (LONG_BYTES if plan.tokens > LONG_TOKENS else 0)
     of_loss = VARIED_BYTES if lengths > 1 else 0
-    return {
+    always = {
         "runtime": runtime_bytes,
         "kernels": KERNEL_BYTES + of_a_length * min(lengths, MOST_LENGTHS) + of_loss,
         "adapter": factor_bytes * trained + FROZEN_BYTES * (adapter - trained),
-        **max(ways, key=lambda terms: sum(terms.values())),
     }
+    not_yet = FIRST_STEP_BYTES + always["kernels"] + always["adapter"]
+    tokenizer = {"tokenizer": max(TOKENIZER_COPIES * facts.tokenizer_bytes - not_yet, 0)}
+    ways = (training, weights | answers, {"encode": ENCODE_BYTES * sent}, tokenizer)
+    return always | max(ways, key=lambda terms: sum(terms.values()))
 
 
 def factor_values(facts: Facts, plan: Plan, roles: tuple[Role, ...], method: Method) -> dict[str, int]:

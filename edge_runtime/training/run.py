@@ -21,7 +21,7 @@ from edge_kernels import apply
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from edge_runtime import codec, methods, settings
 from edge_runtime.adapters import attach, export
@@ -31,6 +31,7 @@ from edge_runtime.methods.interface import LABEL, WIDTHS, Completion, Method, ki
 from edge_runtime.models import weights
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.slices import kept_layers, nested_blocks
+from edge_runtime.models.tokenizer import load as load_tokenizer
 from edge_runtime.planning.plan import Plan
 from edge_runtime.planning.predict import loss_chunk_bytes
 from edge_runtime.planning.search import lower
@@ -50,7 +51,7 @@ class Bases:
     """Where a job gets tokenizer and frozen base model from: its files."""
 
     def tokenizer(self, facts: Facts) -> Any:
-        return AutoTokenizer.from_pretrained(facts.folder)
+        return load_tokenizer(Path(facts.folder))
 
     def model(self, facts: Facts, plan: Plan, device: str) -> PreTrainedModel:
         return weights.load(facts, plan.depth, plan.weights, device, streamed=plan.streamed)

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import transformers
 from edge_kernels import expand
 from safetensors.torch import load_file, save_file
 
@@ -23,7 +24,7 @@ from edge_runtime.adapters import attach, roles
 from edge_runtime.demo import model as demo
 from edge_runtime.errors import InputError
 from edge_runtime.methods import fedit
-from edge_runtime.models import gguf_file, weights, whole
+from edge_runtime.models import gguf_file, tokenizer, weights, whole
 from edge_runtime.models.packed import PackedLinear
 from edge_runtime.models.prepare import prepare
 from edge_runtime.models.slices import kept_layers, nested_blocks
@@ -247,7 +248,38 @@ def test_a_prepared_folder_has_facts_tokenizer_and_weights(tiny_facts, tiny_fold
     assert (tiny_facts.layers, tiny_facts.hidden, tiny_facts.head_dim) == (4, 32, 16)
     assert tiny_facts.model_class.startswith("tiny@")
     assert tiny_facts.weights == str(tiny_folder)
-    assert (Path(tiny_facts.folder) / "tokenizer.json").exists()
+    assert tiny_facts.tokenizer_bytes == (Path(tiny_facts.folder) / "tokenizer.json").stat().st_size
+
+
+def test_the_tokenizer_that_trains_is_the_one_that_transformers_has(demo_facts, demo_tokenizer):
+    found = tokenizer.load(Path(demo_facts.folder))
+    texts = ["", "  a  b\n\tc ", "Größe 漢字 😀", "<|im_start|>user\nhi<|im_end|>", "0123 don't"]
+    for text in texts:
+        ids = demo_tokenizer(text).input_ids
+        assert found(text).input_ids == ids and found.decode(ids) == demo_tokenizer.decode(ids)
+        assert (
+            found(text, add_special_tokens=False).input_ids == demo_tokenizer(text, add_special_tokens=False).input_ids
+        )
+    assert found.eos_token_id == demo_tokenizer.eos_token_id is not None
+    assert found.added_tokens_decoder == demo_tokenizer.added_tokens_decoder
+    assert sorted(found.all_special_ids) == sorted(demo_tokenizer.all_special_ids)
+    said = [{"role": "user", "content": "hi"}]
+    assert found.apply_chat_template(said, tokenize=False) == demo_tokenizer.apply_chat_template(said, tokenize=False)
+
+
+def test_special_tokens_that_are_written_with_how_they_match_are_known(demo_facts, tmp_path):
+    folder = Path(shutil.copytree(demo_facts.folder, tmp_path / "copied"))
+    file = folder / "tokenizer_config.json"
+    written = json.loads(file.read_text())
+    token = {"__type": "AddedToken", "content": written["eos_token"], "special": True}
+    file.write_text(json.dumps({**written, "eos_token": token}))
+    assert tokenizer.load(folder).eos_token == written["eos_token"]
+
+
+def test_a_tokenizer_without_the_librarys_form_is_read_as_transformers_does(tmp_path):
+    transformers.ByT5Tokenizer().save_pretrained(tmp_path)
+    assert not (tmp_path / "tokenizer.json").exists()
+    assert tokenizer.load(tmp_path)("a").input_ids == transformers.ByT5Tokenizer()("a").input_ids
 
 
 def test_a_missing_tensor_is_named(tiny, facts_of, tmp_path):

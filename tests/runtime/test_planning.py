@@ -4,7 +4,7 @@ import os
 
 import msgspec
 import pytest
-from architectures import RATES, SMOLLM2
+from architectures import GEMMA, RATES, SMOLLM2
 from edge_profiles import format_size
 
 from edge_runtime import measure, views
@@ -475,3 +475,17 @@ def test_what_a_method_freezes_or_keeps_takes_less():
     assert predicted("fedit") == predicted("fedsa") == 10 * values
     assert 4 * values < predicted("fedsb") < 4.5 * values  # both are frozen, and a core is small
     assert predicted("fedsb") < predicted("ffa") < predicted("fedit")
+
+
+def test_a_large_tokenizer_takes_more_than_a_small_packed_model():
+    def planned(megabytes, tokens=16):
+        known = msgspec.structs.replace(GEMMA, tokenizer_bytes=megabytes * MIB)
+        more = {"tokens": tokens, "rank": 4, "way": Way(1), "runtime_bytes": RUNTIME, "rates": RATES}
+        return search.plan(fleet(), known, "m", 2, "q4_1", **more)
+
+    assert planned(3) == planned(0)
+    read = planned(32)
+    assert read.terms.keys() == {"runtime", "kernels", "adapter", "tokenizer"}
+    assert read.predicted_peak_bytes == RUNTIME + (11 * 32 - 36) * MIB
+    assert planned(32, tokens=128).predicted_peak_bytes == read.predicted_peak_bytes
+    assert "weights" in planned(24).terms

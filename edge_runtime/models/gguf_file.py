@@ -7,6 +7,7 @@ Source: llama.cpp's convert_hf_to_gguf.py (LlamaModel.permute, GemmaModel.modify
 
 import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from edge_kernels.quant import from_gguf
 from numpy.typing import NDArray
 
 from edge_runtime.errors import InputError
+from edge_runtime.models import whole
 from edge_runtime.models.packed import join_pieces, pack_pieces
 
 ARCHITECTURES = {"gemma3_text": "gemma3", "mistral": "llama"}  # where GGUF's name differs from the configuration's
@@ -51,26 +53,47 @@ def index(path: Path, names: list[str], config: Any) -> dict[str, Tensor]:
         raise InputError(f"{path}: GGUF files of {architecture} are not supported; known: {', '.join(SUPPORTED)}")
     number = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     gguf_names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
-    held = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    held = whole.tensors(path)
     found = {}
     for name in names:
         inner = gguf_names.get_name(name, try_suffixes=(".weight", ".bias"))
         if inner not in held:
             raise InputError(f"{path} lacks the tensor {inner or name}")
         tensor = held[inner]
-        if not _expandable(tensor.tensor_type):
-            raise InputError(
-                f"{path}: {inner} is held in {tensor.tensor_type.name}, which cannot be expanded to numbers"
-            )
+        kind = gguf.GGMLQuantizationType(tensor.kind)
+        if not _expandable(kind):
+            raise InputError(f"{path}: {inner} is held in {kind.name}, which cannot be expanded to numbers")
         heads = 0
         if architecture == "llama" and ".attn_q." in inner:
             heads = config.num_attention_heads
         elif architecture == "llama" and ".attn_k." in inner:
             heads = config.num_key_value_heads
         added = 1.0 if architecture.startswith("gemma") and inner.endswith("norm.weight") else 0.0
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        found[name] = Tensor(int(tensor.data_offset), int(tensor.tensor_type), shape, heads, added)
+        found[name] = Tensor(tensor.first, tensor.kind, tensor.shape, heads, added)
     return found
+
+
+class _PlainReader(gguf.GGUFReader):
+    """Keeps plain arrays of a file's parts. Those of a memory map take a kilobyte each, and there are four for each token."""
+
+    @property
+    def data(self) -> NDArray[np.uint8]:
+        return self._data
+
+    @data.setter
+    def data(self, mapped: NDArray[np.uint8]) -> None:
+        self._data = np.asarray(mapped)
+
+
+@contextmanager
+def plain_reader() -> Iterator[None]:
+    """While inside, transformers reads GGUF files in half the memory: 620 MiB in place of 970 for Gemma's 262,144 tokens."""
+    usual = gguf.GGUFReader
+    gguf.GGUFReader = _PlainReader
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = usual
 
 
 @functools.cache

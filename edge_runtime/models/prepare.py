@@ -62,7 +62,8 @@ def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = Fa
     tokenizer = ready / "tokenizer.json"
     return msgspec.structs.replace(
         facts,
-        weights="" if random_weights else str(path),  # the file may have moved since
+        folder=str(ready),  # the cache may have moved since, and so may the file
+        weights="" if random_weights else str(path),
         tokenizer_bytes=tokenizer.stat().st_size if tokenizer.exists() else 0,
     )
 
@@ -113,11 +114,13 @@ def _download(source: str, models: Path) -> Path:
 
 
 def _write(path: Path, work: Path, ready: Path, model_class: str, random_weights: bool) -> None:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from edge_runtime.training.lean import lean_imports
 
-    from edge_runtime.adapters import roles
-    from edge_runtime.models import gguf_file, whole
+    with lean_imports():
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
+
+        from edge_runtime.adapters import roles
+        from edge_runtime.models import gguf_file, weights, whole
 
     for file in [path] if path.is_file() else [] if random_weights else whole.files(path):
         whole.tensors(file)
@@ -126,18 +129,21 @@ def _write(path: Path, work: Path, ready: Path, model_class: str, random_weights
     if not where:
         _refuse_remote_code(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **where)
-        tokenizer = (
-            _words() if random_weights else AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
-        )
+        with gguf_file.plain_reader():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **where)
+            tokenizer = (
+                _words() if random_weights else AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
+            )
     except Exception as error:  # transformers raises many kinds here; each means the same to the user
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"the model at {path} cannot be read: {reason}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f"the model at {path} is a {config.model_type}, which transformers cannot have write text")
     work.mkdir()
     config.save_pretrained(work)
     tokenizer.save_pretrained(work)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    del tokenizer
+    model = weights.empty(config)
     blocks = roles.blocks(model)
     if not blocks:
         raise InputError(f"the model at {path} has 0 layers, but needs 1 or more: its config.json may be damaged")

@@ -52,10 +52,8 @@ def load(facts: Facts, depth: int, weights: Weights, device: str = "cpu", *, str
     if getattr(text, "layer_types", None):
         text.layer_types = [text.layer_types[layer] for layer in kept]
     text.use_cache = False
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     dtype = torch.bfloat16 if weights in PACKED else getattr(torch, weights)
-    with _WithoutMemory(), no_init_weights():
-        model = kind(config)
+    model = empty(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     read: _Reader = _Numbered(_reader(facts), kept) if facts.weights else _Random(shapes)
     if weights in PACKED:
@@ -75,6 +73,12 @@ def load(facts: Facts, depth: int, weights: Weights, device: str = "cpu", *, str
         model.tie_weights()  # the head above
     model.to(device)  # rotary frequencies, which are in no file
     return model.eval().requires_grad_(False)
+
+
+def empty(config: Any) -> PreTrainedModel:
+    """The model of a configuration; its tensors take no memory."""
+    with _WithoutMemory(), no_init_weights():
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
 
 
 class _WithoutMemory(TorchFunctionMode):

@@ -10,7 +10,7 @@ Sources: safetensors' README; docs/gguf.md of ggml.
 import math
 import struct
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 
@@ -21,8 +21,17 @@ STRING, ARRAY = 8, 9
 VERSIONS, DIMENSIONS = (2, 3), 4
 
 
-def tensors(path: Path) -> list[str]:
-    """The names of the tensors in a .gguf or .safetensors file, after a check that all of them lie inside it.
+class Place(NamedTuple):
+    """A tensor's bytes in its file, from first to before end; in a GGUF file also its shape, as torch has it, and its kind."""
+
+    first: int
+    end: int
+    shape: tuple[int, ...] = ()
+    kind: int = 0
+
+
+def tensors(path: Path) -> dict[str, Place]:
+    """The tensors in a .gguf or .safetensors file by their names, after a check that all of them lie inside it.
 
     Raises:
         InputError: the file is cut short (the first tensor outside is named, with bytes seen and needed), or its header is
@@ -35,14 +44,14 @@ def tensors(path: Path) -> list[str]:
             places = _gguf(header) if path.suffix == ".gguf" else _safetensors(header)
     except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors too
         raise InputError(f"{path} cannot be read: {error}") from error
-    whole = max((end for _, end in places.values()), default=0)
-    for name, (first, end) in sorted(places.items(), key=lambda item: item[1]):
-        if end > size:
+    whole = max((place.end for place in places.values()), default=0)
+    for name, place in sorted(places.items(), key=lambda item: item[1]):
+        if place.end > size:
             raise InputError(
                 f"{path} is cut short: it has {size} bytes and needs {whole}; the first tensor that is not all there is {name}, "
-                f"bytes {first} to {end}; copy the file again"
+                f"bytes {place.first} to {place.end}; copy the file again"
             )
-    return list(places)
+    return places
 
 
 def files(folder: Path) -> list[Path]:
@@ -101,18 +110,18 @@ class _Place(msgspec.Struct):
     data_offsets: tuple[int, int]
 
 
-def _safetensors(header: _Header) -> dict[str, tuple[int, int]]:
+def _safetensors(header: _Header) -> dict[str, Place]:
     listed = msgspec.json.decode(header.take(header.number("Q")), type=dict[str, msgspec.Raw])
     listed.pop("__metadata__", None)
     start = header.at
     found = {name: msgspec.json.decode(entry, type=_Place).data_offsets for name, entry in listed.items()}
-    return {name: (start + first, start + end) for name, (first, end) in found.items()}
+    return {name: Place(start + first, start + end) for name, (first, end) in found.items()}
 
 
 # --- GGUF
 
 
-def _gguf(header: _Header) -> dict[str, tuple[int, int]]:
+def _gguf(header: _Header) -> dict[str, Place]:
     import gguf  # 2 MiB that a trainer of other files does without
 
     kinds = {int(kind): kind for kind in gguf.GGMLQuantizationType}
@@ -134,14 +143,14 @@ def _gguf(header: _Header) -> dict[str, tuple[int, int]]:
         name = header.take(header.number("Q")).decode()
         if (dimensions := header.number("I")) > DIMENSIONS:
             raise ValueError(f"{name} has {dimensions} dimensions, but GGUF allows {DIMENSIONS}")
-        values = math.prod(header.number("Q") for _ in range(dimensions))
+        shape = tuple(header.number("Q") for _ in range(dimensions))[::-1]
         if (kind := header.number("I")) not in kinds:
             raise ValueError(f"{name} is of kind {kind}, which the installed gguf package does not know")
         block, block_bytes = gguf.GGML_QUANT_SIZES[kinds[kind]]
         first = header.number("Q")
-        found[name] = (first, first + values // block * block_bytes)
+        found[name] = Place(first, first + math.prod(shape) // block * block_bytes, shape, kind)
     start = -(-header.at // alignment) * alignment
-    return {name: (start + first, start + end) for name, (first, end) in found.items()}
+    return {name: place._replace(first=start + place.first, end=start + place.end) for name, place in found.items()}
 
 
 def _skip(header: _Header, kind: int) -> None:

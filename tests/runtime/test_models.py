@@ -19,7 +19,7 @@ import transformers
 from edge_kernels import expand
 from safetensors.torch import load_file, save_file
 
-from edge_runtime import settings
+from edge_runtime import processes, settings
 from edge_runtime.adapters import attach, roles
 from edge_runtime.demo import model as demo
 from edge_runtime.errors import InputError
@@ -183,7 +183,10 @@ def cut_short(path, left, places):
 def test_a_gguf_file_cut_short_is_refused_before_any_weight_is_read(demo_facts, where, tmp_path, monkeypatch):
     held = gguf.GGUFReader(demo.path()).tensors
     places = [(int(one.data_offset), int(one.data_offset + one.n_bytes), one.name) for one in held]
-    assert whole.tensors(demo.path()) == [name for _, _, name in places]
+    assert whole.tensors(demo.path()) == {
+        name: (first, end, tuple(one.shape[::-1].tolist()), int(one.tensor_type))
+        for (first, end, name), one in zip(places, held, strict=True)
+    }
     start, end = min(places)[0], max(places)[1]
     left = {"begin": 3, "header": start // 2, "data": start + 1, "middle": end // 2, "last byte": end - 1}[where]
     path = tmp_path / "cut.gguf"
@@ -249,6 +252,30 @@ def test_a_prepared_folder_has_facts_tokenizer_and_weights(tiny_facts, tiny_fold
     assert tiny_facts.model_class.startswith("tiny@")
     assert tiny_facts.weights == str(tiny_folder)
     assert tiny_facts.tokenizer_bytes == (Path(tiny_facts.folder) / "tokenizer.json").stat().st_size
+
+
+def test_preparing_takes_no_more_memory_than_training(tmp_path):
+    """In transformers' own way it was 622 MiB for SmolLM2, and 1,211 MiB for Gemma 3."""
+    script = (
+        "import re, sys; from edge_runtime.models import prepare; code = prepare.main(); "
+        "sys.exit(code or re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
+    )
+    command = [sys.executable, "-c", script, str(demo.path()), "--models", ".", "--cache", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=processes.environment())
+    assert 200 << 10 < int(done.stderr) < 480 << 10  # KiB; 416 MiB where it was measured
+
+
+def test_a_prepared_folder_may_move(tiny_folder, tmp_path):
+    before = prepare(str(tiny_folder), tmp_path, tmp_path / "cache")
+    (tmp_path / "cache").rename(tmp_path / "other")
+    after = prepare(str(tiny_folder), tmp_path, tmp_path / "other")
+    assert after.folder == before.folder.replace("cache", "other") and Path(after.folder).is_dir()
+
+
+def test_a_model_that_writes_no_text_is_refused(copied, tmp_path):
+    (copied / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(InputError, match=r"copied is a vit, which transformers cannot have write text"):
+        prepare(str(copied), tmp_path, tmp_path / "cache")
 
 
 def test_the_tokenizer_that_trains_is_the_one_that_transformers_has(demo_facts, demo_tokenizer):

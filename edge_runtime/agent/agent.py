@@ -376,9 +376,8 @@ class Agent:
     def _settled(self, settled: Committed | Rejected, _: object) -> None:
         work.settle(self._work, self._store, settled)
         if isinstance(settled, Rejected) and settled.final:
-            finished = (
-                self._round is not None and self._round.state == "finished"
-            )  # one that failed is not waited for then
+            # One that failed is not waited for after the last round, when only the end's report counts.
+            finished = self._round is not None and self._round.state == "finished"
             self._reports.refused(settled.manifest.round, None if finished else settled.reason)
 
     def _after_transfer(self, settled: Committed | Rejected) -> None:

@@ -245,32 +245,32 @@ def plan(
 
 
 def lower(known: Facts, plan: Plan, *, method: Method, roles: tuple[Role, ...], rows_a_step: int) -> list[Plan]:
-    """The plans that a running trainer can go on with, each in less memory than the one before: all blocks run again, then
-    smaller micro-batches, 8-bit boundaries, small tiles of the MLP.
+    """The plan as a running trainer has it, whose tokenizer is gone, and those that it can go on with, each in less memory than
+    the one before: all blocks run again, then smaller micro-batches, 8-bit boundaries, small tiles of the MLP.
 
     Model, weights, rank and length stay; the time a step is not predicted.
     """
-    found, runtime_bytes = [plan], plan.terms["runtime"]
+    known = msgspec.structs.replace(known, tokenizer_bytes=0)
+
+    def predicted(way: Way) -> Plan:
+        made = msgspec.structs.replace(plan, **way._asdict())
+        runtime_bytes = plan.terms["runtime"]
+        found = terms(
+            known, made, method=method, roles=roles, rows_a_step=rows_a_step, lengths=1, runtime_bytes=runtime_bytes
+        )
+        found["kernels"] = plan.terms["kernels"] + KERNEL_BYTES * (way.rows != plan.rows)  # those so far stay
+        return msgspec.structs.replace(made, terms=found)
+
     first = Way(plan.rows, plan.boundaries, plan.mlp_tokens, plan.streamed)
     ways = [way for way in _ways(rows_a_step, plan.weights, plan.tokens) if way != first]
+    found = [predicted(first._replace(kept_blocks=plan.kept_blocks))]
     for way in [first, *ways] if plan.kept_blocks else ways:
         if way.rows > plan.rows or way.streamed != plan.streamed:
             continue
-        made = msgspec.structs.replace(plan, **way._asdict())
-        predicted = terms(
-            known,
-            made,
-            method=method,
-            roles=roles,
-            rows_a_step=rows_a_step,
-            lengths=1,
-            runtime_bytes=runtime_bytes,
-        )
-        predicted["kernels"] = plan.terms["kernels"] + KERNEL_BYTES * (way.rows != plan.rows)  # those so far stay
-        made = msgspec.structs.replace(made, terms=predicted)
+        made = predicted(way)
         if way == first or made.predicted_peak_bytes < found[-1].predicted_peak_bytes:
             found.append(made)
-    return found[1:]
+    return found
 
 
 def _ways(rows_a_step: int, weights: Weights, tokens: int) -> Iterator[Way]:

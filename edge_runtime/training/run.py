@@ -214,8 +214,8 @@ def _limit(job: Job, method: Method, meter: Meter) -> Limit | None:
     if job.budget_bytes is None:
         return None
     rows = settings.rows_of_a_step(job.training, job.codistill)
-    ways = lower(job.facts, job.plan, method=method, roles=job.adapter.roles, rows_a_step=rows)
-    return Limit(job.budget_bytes, job.plan, ways, meter.lap)
+    now, *ways = lower(job.facts, job.plan, method=method, roles=job.adapter.roles, rows_a_step=rows)
+    return Limit(job.budget_bytes, now, ways, meter.lap)
 
 
 def _labels(job: Job, rows: list[data.Row]) -> list[str]:

@@ -288,7 +288,7 @@ def test_memory_that_is_left_over_keeps_as_many_blocks_as_fit(monkeypatch):
         before = fits
     assert before.how.endswith(f", {before.kept_blocks} blocks run once")
     assert choose(of, FACTS, 1 << 40, RUNTIME, RATES).fits.kept_blocks == 30
-    ways = lower(LARGE, before, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=4)
+    _, *ways = lower(LARGE, before, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=4)
     assert [(way.rows, way.kept_blocks) for way in ways[:2]] == [(4, 0), (2, 0)]  # first what costs time alone
 
 
@@ -334,7 +334,7 @@ def test_a_running_plan_with_kept_blocks_first_runs_them_again_and_never_takes_m
         runtime_bytes=RUNTIME,
         rates=RATES,
     )
-    ways = lower(LARGE, kept, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=20)  # with public texts
+    _, *ways = lower(LARGE, kept, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=20)  # with public texts
     assert [(way.rows, way.kept_blocks) for way in ways][:2] == [(4, 0), (3, 0)]
 
 
@@ -360,7 +360,8 @@ def test_keys_and_values_of_answers_are_predicted_where_they_weigh_more_than_tra
 def test_a_running_plan_is_lowered_in_the_order_that_costs_least():
     of = fleet(Model("large", weights=("bfloat16",)), rank=16, rows_a_step=8, max_tokens=1024)
     first = plans(of)[0]
-    ways = lower(LARGE, first, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=8)
+    now, *ways = lower(LARGE, first, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=8)
+    assert now == first
     assert [(way.rows, way.boundaries, way.mlp_tokens) for way in ways] == [
         *((rows, "input", 1024) for rows in (4, 2, 1)),
         (1, "int8", 1024),
@@ -370,10 +371,11 @@ def test_a_running_plan_is_lowered_in_the_order_that_costs_least():
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
     same = {name: getattr(first, name) for name in ("source", "depth", "weights", "rank", "tokens", "streamed")}
     assert all({name: getattr(way, name) for name in same} == same for way in ways)
-    assert lower(LARGE, ways[-1], method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=8) == []
+    assert lower(LARGE, ways[-1], method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=8)[1:] == []
     streamed = plans(fleet(Model("large", weights=("q4_1",)), rows_a_step=8, max_tokens=512))[-1]
     assert (
-        streamed.streamed and lower(LARGE, streamed, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=8) == []
+        streamed.streamed
+        and lower(LARGE, streamed, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=8)[1:] == []
     )
 
 
@@ -382,7 +384,7 @@ def test_smaller_micro_batches_that_would_need_more_for_their_sums_are_no_way_do
     first = plans(of)[0]
     assert all(
         way.predicted_peak_bytes < first.predicted_peak_bytes
-        for way in lower(LARGE, first, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=8)
+        for way in lower(LARGE, first, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=8)[1:]
     )
     assert plans(of)[1].predicted_peak_bytes > first.predicted_peak_bytes
 
@@ -489,3 +491,13 @@ def test_a_large_tokenizer_takes_more_than_a_small_packed_model():
     assert read.predicted_peak_bytes == RUNTIME + (11 * 32 - 36) * MIB
     assert planned(32, tokens=128).predicted_peak_bytes == read.predicted_peak_bytes
     assert "weights" in planned(24).terms
+
+
+def test_a_running_trainer_is_without_its_tokenizer():
+    of = fleet(Model("large", weights=("q4_1",)), rows_a_step=4, max_tokens=128)
+    large = msgspec.structs.replace(GEMMA, tokenizer_bytes=48 * MIB)
+    (bare, *_), (first, *_) = (next(iter(candidates(of, {"large": known}, RUNTIME, RATES))) for known in (GEMMA, large))
+    assert "tokenizer" in first.terms and first.predicted_peak_bytes > bare.predicted_peak_bytes
+    ways = lower(large, first, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=4)
+    assert ways[0].terms == bare.terms and len(ways) > 1
+    assert ways == lower(GEMMA, bare, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=4)

@@ -55,7 +55,9 @@ def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = Fa
         ready.with_suffix(".lock"), timeout=LOCK_TIMEOUT_S
     ):  # several agents of one machine may share the cache
         if not ready.exists():
-            with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            from edge_runtime.training.lean import lean_imports
+
+            with tempfile.TemporaryDirectory(dir=cache) as scratch, lean_imports():  # a family's code comes late
                 _write(path, Path(scratch) / ready.name, ready, f"{name}@{revision}", random_weights)
                 (Path(scratch) / ready.name).rename(ready)
     facts = msgspec.json.decode((ready / "facts.json").read_bytes(), type=Facts)
@@ -114,13 +116,10 @@ def _download(source: str, models: Path) -> Path:
 
 
 def _write(path: Path, work: Path, ready: Path, model_class: str, random_weights: bool) -> None:
-    from edge_runtime.training.lean import lean_imports
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
-    with lean_imports():
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
-
-        from edge_runtime.adapters import roles
-        from edge_runtime.models import gguf_file, weights, whole
+    from edge_runtime.adapters import roles
+    from edge_runtime.models import gguf_file, weights, whole
 
     for file in [path] if path.is_file() else [] if random_weights else whole.files(path):
         whole.tensors(file)

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from edge_runtime.methods.fedit import holders_mean
-from edge_runtime.methods.interface import A, B, C, Method
+from edge_runtime.methods.interface import A, B, C, Kind, Method, Scope
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,8 +33,8 @@ def method(settings: Settings) -> Method:
     """The method with these settings; raises ValidationError where layers would be one across models by their numbers."""
     if settings.across and not settings.stages:
         raise msgspec.ValidationError("`across` needs `stages`, as models have other layers")
-    of: Literal["layers", "stages"] = "stages" if settings.stages else "layers"
-    scope: Literal["class", "fleet"] = "fleet" if settings.across else "class"
+    of: Kind = "stages" if settings.stages else "layers"
+    scope: Scope = "fleet" if settings.across else "class"
     return Method(
         "fedsb",
         {

@@ -35,7 +35,7 @@ from typing import Any, Literal
 import msgspec
 
 from edge_runtime.methods.fedit import RunningMean, holders_mean
-from edge_runtime.methods.interface import A, Array, AtLeastOne, B, Contributions, Factor, Method, Tensors
+from edge_runtime.methods.interface import A, Array, AtLeastOne, B, Contributions, Factor, Method, Scope, Tensors
 
 CAGRAD_C, CAGRAD_STEPS = 0.5, 200
 SMALL, TINY = 1e-6, 1e-12
@@ -63,8 +63,9 @@ def core(factors: Mapping[str, Any], _: float) -> Any:
 
 def method(settings: Settings) -> Method:
     """The method with these settings."""
-    trained, scope = settings.core == "trained", "fleet" if settings.across else "class"
-    U = Factor(("widths", "rank"), trained, scope, "drawn", of="stages")  # type: ignore[arg-type]
+    trained = settings.core == "trained"
+    scope: Scope = "fleet" if settings.across else "class"
+    U = Factor(("widths", "rank"), trained, scope, "drawn", of="stages")
     V = U._replace(axes=("rank", "widths"), start="zero" if trained else "drawn")
     g = Factor(("branches",), True, "private", "zero")
 

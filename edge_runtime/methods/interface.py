@@ -24,6 +24,7 @@ AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=256)]  # of a method's setting
 NotNegative = Annotated[float, msgspec.Meta(ge=0.0, le=1e6)]
 Start = Literal["drawn", "zero", "singular"]
 Kind = Literal["layers", "stages", "labels", "anchors"]
+Scope = Literal["private", "class", "fleet"]  # shared with nobody, within the model class, or with all
 Array: TypeAlias = "NDArray[np.float32]"
 Tensors: TypeAlias = "dict[str, Array]"
 LABEL = re.compile(r"[^\x00-\x1f]{1,80}")
@@ -65,14 +66,14 @@ def add_to(sums: "Tensors", key: str, value: "Array") -> None:
 
 class Factor(NamedTuple):
     """axes: what each axis is as long as: "rank", "in" and "out" of the layer, "one", or a name of the method's own sizes.
-    trained: by the device; frozen otherwise. shared: with nobody, within the model class, or across the fleet. start: what it
-    is in version 0, drawn evenly from the fleet's seed or nothing (adapters/initial.py), or, where it is frozen, of the layer's
-    own weights (adapters/singular.py). of: what each such tensor belongs to.
+    trained: by the device; frozen otherwise. start: what it is in version 0, drawn evenly from the fleet's seed or nothing
+    (adapters/initial.py), or, where it is frozen, of the layer's own weights (adapters/singular.py). of: what each such tensor
+    belongs to.
     anew: whether every round begins it as it was in version 0; the node then keeps none of it."""
 
     axes: tuple[str, ...]
     trained: bool
-    shared: Literal["private", "class", "fleet"]
+    shared: Scope
     start: Start
     of: Kind = "layers"
     anew: bool = False
@@ -174,7 +175,7 @@ class Method(NamedTuple):
             A, B = self.low_rank(factors)
         return A, self.core(factors, depth) if self.core is not None else factors.get("C"), B
 
-    def scope(self, kind: str) -> str:
+    def scope(self, kind: str) -> Scope:
         """With whom this kind of tensors is shared, of which some factor travels."""
         return next(f.shared for f in self.factors.values() if f.of == kind and f.trained and f.shared != "private")
 

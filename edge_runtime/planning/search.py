@@ -240,7 +240,8 @@ def plan(
         lengths=lengths or -(-tokens // LENGTH_STEP),
         runtime_bytes=runtime_bytes,
     )
-    seconds = step_seconds(known, made, method=method, roles=roles, rows_a_step=rows_a_step, rates=rates)
+    headed = fleet.head is not None
+    seconds = step_seconds(known, made, method=method, roles=roles, rows_a_step=rows_a_step, rates=rates, headed=headed)
     return msgspec.structs.replace(made, terms=predicted, step_seconds=seconds)
 
 

@@ -3,7 +3,8 @@
     step = FLOP / rate of matrix products + bytes / rate of a large copy + calls
 
     FLOP        blocks: 2 a parameter and token, three times: forward, again in backward, and for dx; twice where they do not
-                run again; the head twice: for the loss and its gradient, with every token labelled
+                run again; the vocabulary's head twice: for the loss and its gradient, with every token labelled; one over labels
+                takes next to nothing
                 causal attention, at ATTENTION of the rate
                 adapter: nine products with A or B, at THIN of the rate: two forward, two again if the block is, x Aᵀ once
                 more, two for dx, two for dA and dB
@@ -12,10 +13,11 @@
                 read besides; a packed head is expanded once
     calls       what starting a block's operations takes, once a micro-batch, and its factors' optimiser, once a step
 
-Rows are taken to be as long as the plan allows, the slice as deep, and a streamed file to be in the page cache. The constants
-were fitted to steps of five settings on two cores of an AMD EPYC (SmolLM2-135M and Gemma-3-270M's shape, 256 and 512 tokens a
-row, bfloat16 and q4_1); a prediction is within about a third of those, which tests/runtime/test_time.py has. Nothing else was
-measured: no GPU, no float32. `edge-runtime measure` shows prediction and measurement side by side.
+Rows are taken to be as long as the plan allows, the slice as deep, and a streamed file to be in the page cache; where the fleet
+has a head over labels, all rows to be for it. The constants were fitted to steps of five settings on two cores of an AMD EPYC
+(SmolLM2-135M and Gemma-3-270M's shape, 256 and 512 tokens a row, bfloat16 and q4_1); a prediction is within about a third of
+those, and of five with a head, which tests/runtime/test_time.py has. Nothing else was measured: no GPU, no float32.
+`edge-runtime measure` shows prediction and measurement side by side.
 """
 
 import msgspec
@@ -43,7 +45,7 @@ class Rates(msgspec.Struct, frozen=True):
 
 
 def step_seconds(
-    facts: Facts, plan: Plan, *, method: Method, roles: tuple[Role, ...], rows_a_step: int, rates: Rates
+    facts: Facts, plan: Plan, *, method: Method, roles: tuple[Role, ...], rows_a_step: int, rates: Rates, headed: bool
 ) -> float:
     """Predicted seconds of an optimiser step.
 
@@ -52,6 +54,7 @@ def step_seconds(
         method: whose factors they are.
         roles: of the layers that the adapter is on.
         rates: of the device, with as many threads as the trainer has.
+        headed: whether a head over labels learns the rows, and not the vocabulary's.
     """
     tokens, micro_batches = rows_a_step * plan.tokens, -(-rows_a_step // plan.rows)
     width, flops = (4, rates.float32_flops) if plan.weights == "float32" else (2, rates.bfloat16_flops)
@@ -59,14 +62,15 @@ def step_seconds(
     blocks = plan.depth * facts.block_parameters
     mlps = plan.depth * sum(facts.linears[role][0] * facts.linears[role][1] for role in MLP if role in facts.linears)
     attention = plan.depth * 1.5 * plan.tokens * facts.heads * facts.head_dim  # half of the pairs; backward 2.5 times
-    head = facts.vocabulary * facts.hidden
+    logits = 0 if headed else facts.vocabulary  # a token
+    head = logits * facts.hidden
     runs = 3 - plan.kept_blocks / plan.depth
     if plan.tiled:  # and then MLPs run again in any case
         runs += (3 - runs) * mlps / blocks
     products = tokens * (2 * runs * (blocks + attention / ATTENTION) + 4 * head)
     products += (3 + 2 * runs) * tokens * factors / THIN
     rows = plan.depth * (HIDDEN_ROWS * facts.hidden + INTERMEDIATE_ROWS * facts.intermediate)
-    moved = width * tokens * (BLOCK_PASSES / 3 * runs * rows + LOSS_PASSES * facts.vocabulary)
+    moved = width * tokens * (BLOCK_PASSES / 3 * runs * rows + LOSS_PASSES * logits)
     moved += runs * micro_batches * blocks * EXPAND_BYTES.get(plan.weights, width)
     if plan.weights in PACKED:
         moved += micro_batches * head * EXPAND_BYTES["q8_0"]

@@ -46,7 +46,7 @@ def read_rows(path: Path) -> list[Row]:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a JSON text may hold U+2028 and the like
     except OSError as error:
         raise InputError(
-            f"cannot read the data file {path}: {error.strerror}; give a .jsonl file with --data"
+            f"cannot read the data file {path}: {error.strerror}; give the path of a .jsonl file"
         ) from error
     except UnicodeDecodeError as error:
         raise InputError(f"the data file {path} is not UTF-8 text (byte {error.start})") from error

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
+from edge_broker import files
 
 from edge_runtime.errors import EdgeError, InputError
 from edge_runtime.models.facts import Facts
@@ -92,7 +93,7 @@ def _measured_once(name: str, module: list[str], error: type[EdgeError]) -> byte
         measured = _output(module, MEASURE_TIMEOUT_S, error)
         fresh = kept.with_suffix(f".{os.getpid()}")
         fresh.write_bytes(measured)
-        fresh.replace(kept)
+        files.put(fresh, kept)
     return kept.read_bytes()
 
 

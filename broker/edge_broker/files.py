@@ -5,8 +5,12 @@ from pathlib import Path
 
 
 def put(fresh: Path, path: Path) -> None:
-    """Give a written file its name: its bytes are on the disk before the name is, and the name when this returns."""
-    sync(fresh)
+    """Give a written file or folder its name: its bytes are on the disk before the name is, and the name when this returns.
+
+    A folder takes no other's place: OSError where there is one with files in it.
+    """
+    for part in (*fresh.rglob("*"), fresh):
+        sync(part)
     fresh.replace(path)
     sync(path.parent)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from edge_broker.files import put
 from filelock import FileLock
 
 from edge_runtime.errors import EdgeError, InputError
@@ -59,7 +60,7 @@ def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = Fa
 
             with tempfile.TemporaryDirectory(dir=cache) as scratch, lean_imports():  # a family's code comes late
                 _write(path, Path(scratch) / ready.name, ready, f"{name}@{revision}", random_weights)
-                (Path(scratch) / ready.name).rename(ready)
+                put(Path(scratch) / ready.name, ready)
     facts = msgspec.json.decode((ready / "facts.json").read_bytes(), type=Facts)
     tokenizer = ready / "tokenizer.json"
     return msgspec.structs.replace(
@@ -191,7 +192,7 @@ def _digest(files: list[Path], cache: Path) -> str:
     memo.parent.mkdir(parents=True, exist_ok=True)
     fresh = memo.with_suffix(f".{os.getpid()}")
     fresh.write_text(digest.hexdigest())
-    fresh.replace(memo)
+    put(fresh, memo)
     return digest.hexdigest()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from edge_broker import files
 from edge_kernels import Packed
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
@@ -82,7 +83,7 @@ def _write(matrices: Mapping[str, Packed], file: Path) -> None:
     }
     fresh = file.with_suffix(".part")
     save_file(tensors, fresh)
-    fresh.replace(file)
+    files.put(fresh, file)
 
 
 def empty(format: Any, shape: tuple[int, int], device: str) -> Packed:

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import msgspec
+from edge_broker import files
 from filelock import FileLock
 
 from edge_runtime import processes
@@ -49,7 +50,7 @@ def _cut(facts: Facts, layers: int, folder: Path) -> None:
         if done.returncode:
             said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
             raise InputError(f"{facts.model_class} cannot be cut to its first {layers} layers: {said[-1]}")
-        made.replace(folder)
+        files.put(made, folder)
 
 
 def _write(facts: Facts, layers: int, folder: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+from edge_broker.files import put
 
 from edge_runtime import processes
 from edge_runtime.errors import EdgeError
@@ -113,7 +114,7 @@ def _run(spec: Spec, arm: Arm, seed: int, files: Path, models: Path, out: Path) 
     outcome = run_arm(spec, arm, seed, files, models, out / "work" / path.stem, _bases[0])
     fresh = path.with_suffix(".part")
     fresh.write_bytes(msgspec.json.format(msgspec.json.encode(outcome)) + b"\n")
-    fresh.replace(path)
+    put(fresh, path)
     return outcome.accuracy, outcome.seconds
 
 

@@ -290,7 +290,7 @@ def study(
     _say(f"written: {folder / 'README.md'}")
     if failed:
         raise EdgeError(
-            f"{len(failed)} of the runs failed, and are tried again when the command is given again: {'; '.join(failed)}"
+            f"not all runs are done; those that failed are tried again when the command is given again: {'; '.join(failed)}"
         )
 
 

@@ -32,7 +32,7 @@ KEY = re.compile(
     r"(layers\.(0|[1-9][0-9]{0,3})|stages\.(?P<stage>0|[1-9][0-9]{0,3}))\.(?P<role>[a-z0-9_]+)\.[A-Za-z]+"
     rf"|(labels|anchors)\.{LABEL.pattern}\.[A-Z]"
 )
-STATE = ("layers", "stages", "labels")  # what has a start and is added to; the rest is told anew each round
+STATE = ("layers", "stages", "labels")  # what has a start and is added to; the rest takes the place of what was there
 WIDEST = 1 << 20  # rows or columns of a factor
 LARGEST_ADAPTER = 1 << 28  # values
 MOST_LABELS = 1 << 14

@@ -22,6 +22,7 @@ row for every label that the fleet predicts. A device that is asked about texts 
 wrong label as of a right one; what tells is that they are unlike its rows. What it sends is s p, which adds up to s over the
 labels, in the adapter's own codec; the node keeps two running sums, whatever the number of devices. In-class methods go on
 beside it.
+A label that no device of a round predicts keeps the T it has: what one knew who has left goes on being taught.
 The method is ours; distillation on public data between models that differ is that of Li & Wang 2019 (arXiv 1910.03581, FedMD),
 the ramp that of Laine & Aila 2017 (arXiv 1610.02242).
 """
@@ -43,7 +44,7 @@ FLOOR = 1e-6  # of a probability
 
 
 def combined(contributions: Contributions) -> Tensors:
-    """The step from the targets that were to the devices' predictions, weighted by how sure they are."""
+    """The step from the targets that were to the devices' predictions, weighted by how sure they are, for labels they name."""
     sums: dict[str, Any] = {}
     before: Tensors = {}
     samples = 0

@@ -3,7 +3,8 @@
     logit of a label = h / rms(h) · H        H: one row a label, 0 at the start
 
 Rows go by their label's name: devices that know other labels have other rows, and each row's mean is taken over the devices
-that trained it. Labels that a device has never met reach it through the class's version.
+that trained it. Labels that a device has never met reach it through the class's version. From then on it trains their rows
+too, towards "none of mine", and has its say in their means.
 """
 
 from edge_runtime.methods.fedit import holders_mean

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,8 @@ def run(
     """Do the runs that are missing, seed by seed so that every arm has its first result early.
 
     Returns:
-        Why runs failed, a sentence each; the others are done all the same.
+        Why runs failed, a sentence each; the others are done all the same, unless a worker was killed: that ends all that
+        are not done.
 
     Raises:
         InputError: data that runs could not use.
@@ -61,6 +63,7 @@ def run(
     missing = [(arm, seed) for seed in spec.study.seeds for arm in spec.arm if (arm.name, seed) not in done]
     (out / "runs").mkdir(parents=True, exist_ok=True)
     failed: list[str] = []
+    lost = 0
     before = dict(os.environ)
     os.environ.update(processes.TRAINER_ENVIRONMENT)  # a worker reads it as it starts
     context = multiprocessing.get_context("spawn")
@@ -73,6 +76,9 @@ def run(
         for ended in as_completed(runs):
             name, seed = runs[ended]
             error = ended.exception()
+            if isinstance(error, BrokenProcessPool):  # of every run that has not ended
+                lost += 1
+                continue
             if error is not None:
                 failed.append(f"{name}, seed {seed}: {error if isinstance(error, EdgeError) else repr(error)}")
                 tell(f"failed: {failed[-1]}")
@@ -87,6 +93,12 @@ def run(
         pool.shutdown(cancel_futures=True)
         os.environ.clear()
         os.environ.update(before)
+    if lost:
+        failed.append(
+            f"{lost} of {len(missing)} runs: a worker process was killed, most likely for want of memory; "
+            f"fewer --workers than {workers} take less"
+        )
+        tell(f"failed: {failed[-1]}")
     return failed
 
 

@@ -73,6 +73,15 @@ def test_equal_devices_get_their_own_predictions_and_the_last_rounds_are_replace
         np.testing.assert_allclose(found[key[:-1] + "T"] / evidence, value, atol=1e-4)
 
 
+def test_what_one_said_who_has_left_goes_on_being_taught():
+    first = said("ab", 2, 4)
+    before = combined((first, 3), (said("cd", 2, 5), 3))
+    step = combined((first, 3), before=before)
+    assert step.keys() == {"anchors.a.T", "anchors.b.T"}  # what the others know stays as it is
+    for key in step:  # and what is told takes the place of what was
+        np.testing.assert_allclose(before[key] + step[key], combined((first, 3))[key], atol=1e-6)
+
+
 def test_who_finds_a_text_unlike_its_own_rows_is_not_heard():
     """Both are as sure; what one says is scaled by how like its rows each text is."""
     first = {"anchors.a.P": np.full((1, 5), 0.98, np.float32), "anchors.b.P": np.full((1, 5), 0.02, np.float32)}

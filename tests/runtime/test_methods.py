@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from edge_runtime import cli, methods, settings
 from edge_runtime.errors import InputError
-from edge_runtime.methods import fedit
+from edge_runtime.methods import codistill, fedit
 from edge_runtime.methods.interface import Contribution
 
 SHAPES = {"layers.0.q.A": (4, 32), "layers.0.q.B": (48, 4), "layers.7.q.A": (4, 32), "layers.7.q.B": (48, 4)}
@@ -101,9 +101,12 @@ def test_a_round_without_updates_changes_nothing():
 ONE_UPDATE = 2 * 256 * 256 * 4
 
 
-def peak_bytes(merge, updates):
+LARGE = {f"layers.0.q.{name}": (256, 256) for name in "AB"}
+
+
+def peak_bytes(merge, updates, shapes=LARGE):
     """Memory that merging so many updates takes at its peak, each update a fresh one."""
-    big = {key: np.ones((256, 256), np.float32) for key in ("layers.0.q.A", "layers.0.q.B")}
+    big = {key: np.ones(shape, np.float32) for key, shape in shapes.items()}
 
     def contributions():
         for _ in range(updates):
@@ -121,6 +124,20 @@ def test_memory_does_not_grow_with_the_number_of_updates(name):
     merge = methods.by_name(name).merges["layers"]
     peak_bytes(merge, 1)  # what is imported for it stays
     assert peak_bytes(merge, 40) - peak_bytes(merge, 2) < ONE_UPDATE / 2
+
+
+@pytest.mark.parametrize(
+    ("merge", "shapes"),
+    [
+        (methods.by_name("heterotune").merges["stages"], {f"stages.0.q.{name}": (256, 256) for name in "UV"}),
+        (methods.by_name("h2tune").merges["stages"], {f"stages.{stage}.q.S": (256, 256) for stage in (0, 1)}),
+        (codistill.combined, {f"anchors.{label}.P": (1, 256 * 256) for label in "ab"}),
+    ],
+    ids=["heterotune", "h2tune", "codistill"],
+)
+def test_nor_does_that_of_what_crosses_models(merge, shapes):
+    peak_bytes(merge, 1, shapes)
+    assert peak_bytes(merge, 40, shapes) - peak_bytes(merge, 2, shapes) < ONE_UPDATE / 2
 
 
 def test_the_measure_of_memory_sees_a_merge_that_keeps_all():

@@ -197,7 +197,7 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
     assert more.exit_code == 0 and "| 0, 1, 7 |" in (out / "README.md").read_text()  # not one of the file's seeds
     nowhere = [*command[:4], "--models", str(files / "nowhere"), *command[6:], "--seeds", "0,2", "--arms", "local"]
     failed = CliRunner().invoke(cli.app, [*nowhere, "--workers", "1"])
-    assert isinstance(failed.exception, EdgeError) and "1 of the runs failed" in str(failed.exception)
+    assert isinstance(failed.exception, EdgeError) and "not all runs are done" in str(failed.exception)
     assert (
         "local, seed 2: " in str(failed.exception) and "written: " in failed.output
     )  # the table of those that are done
@@ -218,6 +218,25 @@ def test_a_study_that_is_stopped_takes_its_runs_with_it(files, tiny_folder, tmp_
     running.send_signal(how)
     running.wait(timeout=20)
     assert workers and not psutil.wait_procs(workers, timeout=10)[1]
+
+
+def test_a_killed_worker_is_told_in_a_sentence(files, tiny_folder, tmp_path):
+    path = files / "study.toml"
+    path.write_text(STUDY.replace("steps = 3", "steps = 1000000"))
+    command = [sys.executable, "-m", "edge_runtime.cli", "study", str(path), "--data", str(files), "--arms", "local"]
+    command += ["--seeds", "0,1", "--models", str(tiny_folder.parent), "--out", str(tmp_path / "out"), "--workers", "1"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 100
+    while not list(tmp_path.glob("out/work/*/a/round-1")):
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    (worker,) = [one for one in psutil.Process(running.pid).children() if "spawn_main" in " ".join(one.cmdline())]
+    worker.kill()
+    said = running.communicate(timeout=60)[0]
+    assert running.returncode == 1
+    assert (
+        said.count("2 of 2 runs: a worker process was killed, most likely for want of memory") == 2
+    )  # at once, at the end
 
 
 def outcome(name, seed, right):

@@ -34,6 +34,7 @@ from edge_runtime.training import data
 log = logging.getLogger(__name__)
 LARGEST_PAYLOAD_BYTES = 1 << 30
 OFFLINE_S = 60.0  # between two looks at the time while there is no broker
+KEPT_ROUNDS = 10  # whose versions stay in the state folder, for whoever looks back
 GREETING_S = 1.0  # after connecting: who is there has to be heard before a round may close without them
 
 
@@ -315,6 +316,7 @@ class Node:
                 self._receiver.reject(manifest.transfer, reason, "late")
         if not self.options.noop:
             self._journal.release(self._round - 1)
+            self._store.forget_versions(self._round - KEPT_ROUNDS)
 
     def _extend(self, inside: set[str]) -> None:
         used = self._store.extensions(self._round)

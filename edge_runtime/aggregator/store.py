@@ -1,7 +1,7 @@
 """What the node knows, in one SQLite file that the journal of transfers shares.
 
 rounds     state of each round: collecting, then merged; how often its deadline was extended
-versions   global version of each model class after each round: the float32 master and the encoded artifact
+versions   global version of each model class after each of the last rounds: the float32 master and the encoded artifact
 shapes     keys and shapes of a class's adapter, as its first accepted updates had them
 devices    public key, pinned when first seen
 reports    the last report of each device and round
@@ -93,6 +93,17 @@ class Store:
             "SELECT model_class, master, artifact, max(round) FROM versions GROUP BY model_class"
         )
         return {row[0]: Version(row[0], self._folder / row[1], self._folder / row[2]) for row in rows}
+
+    def forget_versions(self, before: int) -> None:
+        """Delete the versions of rounds before this one, but for the latest of each class, and their files first."""
+        older = (
+            "FROM versions AS one WHERE round < ? AND round <"
+            " (SELECT max(round) FROM versions AS other WHERE other.model_class = one.model_class)"
+        )
+        for found in self.connection.execute(f"SELECT master, artifact {older}", (before,)).fetchall():
+            for path in found:
+                (self._folder / path).unlink(missing_ok=True)
+        self.connection.execute(f"DELETE {older}", (before,))
 
     def shapes(self, model_class: str) -> dict[str, tuple[int, ...]]:
         """Keys and shapes known of a class."""

@@ -4,7 +4,7 @@ import pytest
 from edge_broker import messages
 
 from edge_runtime import settings
-from edge_runtime.aggregator.node import Node, Options
+from edge_runtime.aggregator.node import KEPT_ROUNDS, Node, Options
 from edge_runtime.aggregator.store import Store, Version
 from edge_runtime.errors import InputError
 
@@ -102,3 +102,23 @@ def test_versions_are_found_where_the_state_has_moved_to(tmp_path):
     before.rename(after)
     found = Store(after / "node.db").versions()["m"]
     assert (found.master, found.artifact) == (after / "versions" / "master", after / "versions" / "sent")
+
+
+def test_of_older_rounds_only_a_class_s_latest_version_stays(node, tmp_path):
+    one, folder = node(), tmp_path / "versions"
+    folder.mkdir()
+    for round_ in range(1, KEPT_ROUNDS + 3):
+        classes = ["rests", "m"] if round_ < 3 else ["m"]
+        versions = [Version(of, folder / f"{round_}-{of}", folder / f"{round_}-{of}.edc") for of in classes]
+        for version in versions:
+            version.master.touch()
+            version.artifact.touch()
+        one._store.merged(round_, versions)
+        one._round += 1
+        one._end_earlier_rounds()
+    kept = {f"{round_}-m" for round_ in range(3, KEPT_ROUNDS + 3)} | {"2-rests"}
+    assert {path.name for path in folder.iterdir()} == kept | {f"{name}.edc" for name in kept}
+    assert {of: version.master.name for of, version in one._store.versions().items()} == {
+        "rests": "2-rests",
+        "m": f"{KEPT_ROUNDS + 2}-m",
+    }

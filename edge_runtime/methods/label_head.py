@@ -2,9 +2,11 @@
 
     logit of a label = h / rms(h) · H        H: one row a label, 0 at the start
 
-Rows go by their label's name: devices that know other labels have other rows, and each row's mean is taken over the devices
-that trained it. Labels that a device has never met reach it through the class's version. From then on it trains their rows
-too, towards "none of mine", and has its say in their means.
+Rows go by their label's name: devices that know other labels have other rows. Labels that a device has never met reach it
+through the class's version, and its own rows teach it that they are none of these. What it makes of such a row serves it alone
+and is not sent: each row's mean is over the devices that were shown its label, by their rows or by the fleet's predictions. With
+the others in that mean, each round pushes a label that few devices have away from all rows (see docs/study). So a delta's keys
+tell which labels a device has.
 """
 
 from edge_runtime.methods.fedit import holders_mean

@@ -111,8 +111,10 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         shared = codec.decode(Path(job.start).read_bytes()) if job.start is not None else {}
         start = _start(job, method, attach.state(adapter), shared)
         attach.load_state(adapter, start)
+        taught = own = data.labels_of(rows)
         if anchors:
-            distillation = public.predicted(job, anchors, labels, data.labels_of(rows), shared)
+            distillation = public.predicted(job, anchors, labels, own, shared)
+            taught = own if distillation is None else set(labels)
         del shared
         if job.train:
             _put_aside(start, method, folder, tell)
@@ -188,7 +190,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         tell("encode")
         with meter.phase("encode"):
             completions = public.as_text(written, prompts, bases.tokenizer(job.facts)) if written else []
-            payload, rank = _write(folder, job, method, adapter, said, completions, tell)
+            payload, rank = _write(folder, job, method, adapter, taught, said, completions, tell)
     else:
         attach.detach(model)
         if job.export is not None:
@@ -273,6 +275,7 @@ def _write(
     job: Job,
     method: Method,
     adapter: attach.Adapter,
+    taught: set[str],
     said: attach.State,
     completions: list[Completion],
     tell: Callable[[str], None],
@@ -280,13 +283,18 @@ def _write(
     """Write what the round made: payload and residual of the exchanged factors, the state of the private ones. Gives the
     payload, and the rank in which the device goes on if its method prunes.
 
+    taught: the labels that this device was shown; of others the head's rows do not travel.
     said, completions: what goes with the delta as it is; nothing is owed of it.
 
     The factors themselves become delta and then residual: whatever is of their size exists once.
     """
     trained = {key: factor.detach().float().cpu().numpy() for key, factor in adapter.rows()}
     private = {key: value for key, value in trained.items() if method.kept(key)}
-    delta = {key: value for key, value in trained.items() if method.exchanged(key)}
+    delta = {
+        key: value
+        for key, value in trained.items()
+        if method.exchanged(key) and (kind_of(key) != "labels" or label_of(key) in taught)
+    }
     if private:
         _save(folder / "state.bin", private, tell)
     rank = None

@@ -51,6 +51,20 @@ def test_a_private_head_stays_on_the_device(trained):
     assert not any(key.startswith("labels") for key in sent)
 
 
+@pytest.mark.parametrize("predicted", [False, True])
+def test_rows_of_labels_that_a_device_was_not_shown_are_not_sent(trained, tmp_path, predicted):
+    """Nor are they owed; the fleet's predictions show them too."""
+    version = {f"labels.{label}.H": np.ones((1, 32), np.float32) for label in ("red", "blue")}
+    told = {"anchors.blue.T": np.ones((1, len(PUBLIC)), np.float32)} if predicted else {}
+    (tmp_path / "start").write_bytes(codec.encode({**version, **told}))
+    anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC)) if predicted else None
+    codistill = CODISTILL if predicted else None
+    folder, _ = trained("foreign", start=str(tmp_path / "start"), codistill=codistill, anchors=anchors)
+    shown = {"red", "green", "blue"} if predicted else {"red", "green"}
+    for sent in (codec.decode((folder / "payload.bin").read_bytes()), load_file(folder / "residual.bin")):
+        assert {key for key in sent if key.startswith("labels")} == {f"labels.{label}.H" for label in shown}
+
+
 def test_without_a_head_labels_are_learned_as_text(trained):
     folder, result = trained("text", head=None)
     assert result.losses[0] > 1.5 * np.log(2)

@@ -68,3 +68,16 @@ def test_the_version_has_the_fleets_rank_and_goes_on_from_the_last(tmp_path):
     both = [*low, update(tmp_path / "high", payload(4, 4, seed=1))]
     (second,) = merge.merge(both, {"m@1": first}, FLEET, HETLORA, 2, tmp_path / "2")
     assert np.abs(load_file(second.master)["layers.0.q.A"][2:]).mean() > 0.1
+
+
+def test_the_row_of_a_label_that_nobody_was_shown_stays(tmp_path):
+    fleet = settings.Fleet("f", (settings.Model("m"),), head=settings.Head())
+    draw = np.random.default_rng(0)
+    red, blue, more = draw.normal(0, 1, (3, 1, 32)).astype(np.float32)
+    both = update(tmp_path / "both", codec.encode({"labels.red.H": red, "labels.blue.H": blue}))
+    (first,) = merge.merge([both], {}, fleet, methods.of(fleet), 1, tmp_path / "1")
+    red_alone = update(tmp_path / "red", codec.encode({"labels.red.H": more}))
+    (second,) = merge.merge([red_alone], {"m@1": first}, fleet, methods.of(fleet), 2, tmp_path / "2")
+    before, after = load_file(first.master), load_file(second.master)
+    assert np.array_equal(after["labels.blue.H"], before["labels.blue.H"])
+    assert np.abs(after["labels.red.H"] - before["labels.red.H"]).mean() > 0.1

@@ -1,4 +1,4 @@
-# make demo | test | setup | study | bench-round | bench-merge | bench-peak | bench-memory | bench-step | bench-claims
+# make demo | test | setup | study | bench-round | bench-merge | bench-peak | bench-memory | bench-step | bench-claims | bench-kernels
 
 PYTHON ?= python3
 METHOD ?= fedit
@@ -12,7 +12,7 @@ DATA ?= data
 
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test study bench-round bench-merge bench-peak bench-memory bench-step bench-claims
+.PHONY: setup demo test study bench-round bench-merge bench-peak bench-memory bench-step bench-claims bench-kernels
 
 setup: .venv/.ready
 
@@ -49,19 +49,22 @@ study: .venv/.study
 	touch $@
 
 bench-round: setup
-	$(BIN)/python -m edge_runtime.benchmarks.round $(ARGS)
+	$(BIN)/python -m benchmarks.round $(ARGS)
 
 bench-merge: setup
-	$(BIN)/python -m edge_runtime.benchmarks.merge $(ARGS)
+	$(BIN)/python -m benchmarks.merge $(ARGS)
 
 bench-step: .venv/.checks
-	$(BIN)/python -m edge_runtime.benchmarks.step $(ARGS)
+	$(BIN)/python -m benchmarks.step $(ARGS)
 
 bench-memory: .venv/.checks
-	$(BIN)/python -m edge_runtime.benchmarks.memory $(ARGS)
+	$(BIN)/python -m benchmarks.memory $(ARGS)
+
+bench-kernels: .venv/.checks
+	$(BIN)/python -m benchmarks.kernels $(ARGS)
 
 bench-claims: .venv/.checks
-	$(BIN)/python -m edge_runtime.benchmarks.claims $(ARGS)
+	$(BIN)/python -m benchmarks.claims $(ARGS)
 
 bench-peak: setup
-	$(BIN)/python -m edge_runtime.benchmarks.peak $(ARGS)
+	$(BIN)/python -m benchmarks.peak $(ARGS)

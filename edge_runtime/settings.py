@@ -161,7 +161,9 @@ def load(path: Path) -> Fleet:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"cannot read the fleet file {path}: {error.strerror}; give its path with --fleet") from error
+        raise InputError(
+            f"cannot read the fleet file {path}: {error.strerror}; give its path with --fleet"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid TOML: {error}") from error
     try:
@@ -171,7 +173,9 @@ def load(path: Path) -> Fleet:
     if fleet.codistill is None:
         return fleet
     anchors = str(path.parent / fleet.codistill.anchors)  # from the fleet file's folder
-    return msgspec.structs.replace(fleet, codistill=msgspec.structs.replace(fleet.codistill, anchors=anchors))
+    return msgspec.structs.replace(
+        fleet, codistill=msgspec.structs.replace(fleet.codistill, anchors=anchors)
+    )
 
 
 def parse(tables: dict[str, Any]) -> Fleet:
@@ -180,7 +184,9 @@ def parse(tables: dict[str, Any]) -> Fleet:
     head = fields.pop("fleet", {})
     for name in ("fleet", "method", "adapter", "training", "head", "codistill"):
         if not isinstance(tables.get(name, {}), dict):
-            raise InputError(f"`{name}` is a table: write [{name}] on a line of its own and its keys below")
+            raise InputError(
+                f"`{name}` is a table: write [{name}] on a line of its own and its keys below"
+            )
     allowed = {"fleet", "catalog", "method", "adapter", "training", "head", "codistill"}
     own = set(Fleet.__struct_fields__) - allowed
     refuse_unknown(fields, allowed, "")
@@ -214,7 +220,11 @@ def refuse_unknown(table: Any, allowed: set[str], where: str) -> None:
     for key in table if isinstance(table, dict) else ():
         if key not in allowed:
             near = difflib.get_close_matches(key, allowed, 1)
-            hint = f"; did you mean `{near[0]}`?" if near else f"; known keys: {', '.join(sorted(allowed))}"
+            hint = (
+                f"; did you mean `{near[0]}`?"
+                if near
+                else f"; known keys: {', '.join(sorted(allowed))}"
+            )
             raise InputError(f"{where}has no key `{key}`{hint}".lstrip())
 
 
@@ -224,7 +234,12 @@ def _check(fleet: Fleet) -> None:
         ("[[catalog]]", len(fleet.catalog), len(fleet.catalog) >= 1, "at least one model"),
         ("[fleet] rounds", fleet.rounds, fleet.rounds >= 1, "1 or more"),
         ("[fleet] quorum", fleet.quorum, fleet.quorum >= 1, "1 or more"),
-        ("[fleet] deadline_s", fleet.deadline_s, 0 < fleet.deadline_s < float("inf"), "a number of seconds above 0"),
+        (
+            "[fleet] deadline_s",
+            fleet.deadline_s,
+            0 < fleet.deadline_s < float("inf"),
+            "a number of seconds above 0",
+        ),
         ("[fleet] extensions", fleet.extensions, fleet.extensions >= 0, "0 or more"),
         ("[adapter] rank", adapter.rank, 1 <= adapter.rank <= 256, "1 to 256"),
         (
@@ -237,10 +252,25 @@ def _check(fleet: Fleet) -> None:
         ("[adapter] roles", adapter.roles, len(adapter.roles) >= 1, "at least one role"),
         ("[training] steps", training.steps, training.steps >= 1, "1 or more"),
         ("[training] rows_a_step", training.rows_a_step, training.rows_a_step >= 1, "1 or more"),
-        ("[training] learning_rate", training.learning_rate, 0 < training.learning_rate < 1, "between 0 and 1"),
+        (
+            "[training] learning_rate",
+            training.learning_rate,
+            0 < training.learning_rate < 1,
+            "between 0 and 1",
+        ),
         ("[training] warmup_steps", training.warmup_steps, training.warmup_steps >= 0, "0 or more"),
-        ("[training] weight_decay", training.weight_decay, 0 <= training.weight_decay < 1, "0 or more, and below 1"),
-        ("[training] clip_norm", training.clip_norm, 0 < training.clip_norm < float("inf"), "a number above 0"),
+        (
+            "[training] weight_decay",
+            training.weight_decay,
+            0 <= training.weight_decay < 1,
+            "0 or more, and below 1",
+        ),
+        (
+            "[training] clip_norm",
+            training.clip_norm,
+            0 < training.clip_norm < float("inf"),
+            "a number above 0",
+        ),
         ("[training] max_tokens", training.max_tokens, training.max_tokens >= 8, "8 or more"),
         (
             "[training] shorter",
@@ -248,7 +278,12 @@ def _check(fleet: Fleet) -> None:
             _fall((training.max_tokens, *training.shorter), 8),
             f"lengths that fall, from below max_tokens ({training.max_tokens}) to 8 or more",
         ),
-        ("[training] timeout_s", training.timeout_s, 0 < training.timeout_s < float("inf"), "seconds above 0"),
+        (
+            "[training] timeout_s",
+            training.timeout_s,
+            0 < training.timeout_s < float("inf"),
+            "seconds above 0",
+        ),
         (
             "[training] step_deadline_s",
             training.step_deadline_s,
@@ -265,17 +300,36 @@ def _check(fleet: Fleet) -> None:
         if fleet.head is None:
             tokens, most = fleet.codistill.tokens, min((training.max_tokens, *training.shorter)) - 8
             rules.append(
-                ("[codistill] texts x tokens", texts * tokens, texts * tokens <= MOST_TOKENS, f"{MOST_TOKENS} or less")
+                (
+                    "[codistill] texts x tokens",
+                    texts * tokens,
+                    texts * tokens <= MOST_TOKENS,
+                    f"{MOST_TOKENS} or less",
+                )
             )
             rules.append(
-                ("[codistill] tokens", tokens, 2 <= tokens <= most, f"2 to {most}, as rows are cut to {most + 8}")
+                (
+                    "[codistill] tokens",
+                    tokens,
+                    2 <= tokens <= most,
+                    f"2 to {most}, as rows are cut to {most + 8}",
+                )
             )
-        rules.append(("[codistill] temperature", temperature, 0.05 <= temperature <= 20, "0.05 to 20"))
+        rules.append(
+            ("[codistill] temperature", temperature, 0.05 <= temperature <= 20, "0.05 to 20")
+        )
     for model in fleet.catalog:
         depth = model.depth if model.depth is not None else 1
-        rules.append((f"[[catalog]] depth of {model.source}", depth, depth >= 1, "1 or more layers"))
         rules.append(
-            (f"[[catalog]] weights of {model.source}", model.weights, bool(model.weights), "at least one format")
+            (f"[[catalog]] depth of {model.source}", depth, depth >= 1, "1 or more layers")
+        )
+        rules.append(
+            (
+                f"[[catalog]] weights of {model.source}",
+                model.weights,
+                bool(model.weights),
+                "at least one format",
+            )
         )
     for name, seen, holds, needed in rules:
         if not holds:

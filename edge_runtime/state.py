@@ -21,7 +21,9 @@ def alone(state: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise InputError(f"another process works in {state}: end it first, or give another --state") from error
+        raise InputError(
+            f"another process works in {state}: end it first, or give another --state"
+        ) from error
     try:
         yield
     finally:

@@ -46,7 +46,9 @@ class Address(msgspec.Struct, frozen=True):
         return context
 
 
-def parse(url: str, *, ca: Path | None = None, cert: Path | None = None, key: Path | None = None) -> Address:
+def parse(
+    url: str, *, ca: Path | None = None, cert: Path | None = None, key: Path | None = None
+) -> Address:
     """Read a broker's URL; files given as arguments win over those in the URL.
 
     Raises:
@@ -56,17 +58,25 @@ def parse(url: str, *, ca: Path | None = None, cert: Path | None = None, key: Pa
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise LinkError(f"the broker's address is not a URL: {error}; it needs the form mqtt://host:port") from None
+        raise LinkError(
+            f"the broker's address is not a URL: {error}; it needs the form mqtt://host:port"
+        ) from None
     if parts.scheme not in _PORTS or not parts.hostname or parts.path not in ("", "/"):
         shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"  # never the password
-        raise LinkError(f"the broker's address is {shown!r}; it needs the form mqtt://host:port or mqtts://host:port")
+        raise LinkError(
+            f"the broker's address is {shown!r}; it needs the form mqtt://host:port or mqtts://host:port"
+        )
     query = dict(parse_qsl(parts.query))
     if unknown := sorted(set(query) - set(_FILES)):
-        raise LinkError(f"the broker's address has {', '.join(unknown)} after '?'; only ca, cert and key are known")
+        raise LinkError(
+            f"the broker's address has {', '.join(unknown)} after '?'; only ca, cert and key are known"
+        )
     files = {name: Path(query[name]) if name in query else None for name in _FILES}
     files |= {name: path for name, path in (("ca", ca), ("cert", cert), ("key", key)) if path}
     if parts.scheme == "mqtt" and any(files.values()):
-        raise LinkError(f"certificates are given for {parts.scheme}://{parts.hostname}; they need mqtts://")
+        raise LinkError(
+            f"certificates are given for {parts.scheme}://{parts.hostname}; they need mqtts://"
+        )
     return Address(
         scheme=parts.scheme,
         host=parts.hostname,

@@ -89,7 +89,9 @@ class Journal:
 
     def sequence(self, device: str) -> int:
         """The highest sequence number seen from a device, or 0."""
-        row = self._database.execute("SELECT sequence FROM journal_device WHERE device = ?", (device,)).fetchone()
+        row = self._database.execute(
+            "SELECT sequence FROM journal_device WHERE device = ?", (device,)
+        ).fetchone()
         return row[0] if row else 0
 
     def counted(self, device: str, round: int) -> str | None:
@@ -100,14 +102,23 @@ class Journal:
 
     def open_transfers(self, limit: int = -1) -> list[Manifest]:
         """Transfers neither committed nor rejected, the latest first."""
-        query = "SELECT manifest FROM journal_transfer WHERE state = 'open' ORDER BY rowid DESC LIMIT ?"
-        return [messages.decode(text, Manifest) for (text,) in self._database.execute(query, (limit,))]
+        query = (
+            "SELECT manifest FROM journal_transfer WHERE state = 'open' ORDER BY rowid DESC LIMIT ?"
+        )
+        return [
+            messages.decode(text, Manifest) for (text,) in self._database.execute(query, (limit,))
+        ]
 
     def committed(self, round: int) -> list[Update]:
         """What counts in a round, in the order of the commits; the files exist until `release`."""
         query = "SELECT manifest FROM journal_transfer WHERE round = ? AND state = 'committed' ORDER BY settled"
-        manifests = [messages.decode(text, Manifest) for (text,) in self._database.execute(query, (round,))]
-        return [Update(manifest=manifest, payload=self.payload(manifest.transfer)) for manifest in manifests]
+        manifests = [
+            messages.decode(text, Manifest) for (text,) in self._database.execute(query, (round,))
+        ]
+        return [
+            Update(manifest=manifest, payload=self.payload(manifest.transfer))
+            for manifest in manifests
+        ]
 
     def payload(self, transfer: str) -> Path:
         """The file of a transfer's bytes."""
@@ -131,7 +142,9 @@ class Journal:
             OSError: the disk is full or broken.
         """
         if index >= manifest.chunks or len(data) != messages.chunk_size(manifest, index):
-            raise BadMessage(f"chunk {index} of {len(data)} bytes does not fit transfer {manifest.transfer}")
+            raise BadMessage(
+                f"chunk {index} of {len(data)} bytes does not fit transfer {manifest.transfer}"
+            )
         written = self._load(manifest)
         if written[index]:
             return False
@@ -160,7 +173,8 @@ class Journal:
                 files.sync(self.payload(one))
                 with self.transaction() as database:
                     database.execute(
-                        "UPDATE journal_transfer SET written = ? WHERE transfer = ?", (self._written[one], one)
+                        "UPDATE journal_transfer SET written = ? WHERE transfer = ?",
+                        (self._written[one], one),
                     )
                 del self._unflushed[one]
 
@@ -174,7 +188,9 @@ class Journal:
         path = self.payload(manifest.transfer)
         digest, size = messages.digest_and_size(path)
         if (digest, size) != (manifest.sha256, manifest.size):
-            raise BadMessage(f"the bytes have SHA-256 {digest[:16]}…, the manifest says {manifest.sha256[:16]}…")
+            raise BadMessage(
+                f"the bytes have SHA-256 {digest[:16]}…, the manifest says {manifest.sha256[:16]}…"
+            )
         return path
 
     # --- settling
@@ -182,7 +198,11 @@ class Journal:
     def commit(self, transfer: str) -> bool:
         """Count an open transfer in its round; False if it is not open, or the device already counts in that round."""
         entry = self.find(transfer)
-        if not entry or entry.state != "open" or self.counted(entry.manifest.device, entry.manifest.round):
+        if (
+            not entry
+            or entry.state != "open"
+            or self.counted(entry.manifest.device, entry.manifest.round)
+        ):
             return False
         with self.transaction():
             self._settle(transfer, "committed", None, None)
@@ -208,13 +228,27 @@ class Journal:
             update.payload.unlink(missing_ok=True)
 
     def _insert(
-        self, manifest: Manifest, state: str, written: bytes | None, code: str | None, reason: str | None
+        self,
+        manifest: Manifest,
+        state: str,
+        written: bytes | None,
+        code: str | None,
+        reason: str | None,
     ) -> None:
         text = messages.encode(manifest).decode()
         self._database.execute(
             "INSERT INTO journal_transfer (transfer, device, round, manifest, state, written, code, reason)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (manifest.transfer, manifest.device, manifest.round, text, state, written, code, reason),
+            (
+                manifest.transfer,
+                manifest.device,
+                manifest.round,
+                text,
+                state,
+                written,
+                code,
+                reason,
+            ),
         )
         self._database.execute(
             "INSERT INTO journal_device VALUES (?, ?)"
@@ -238,5 +272,7 @@ class Journal:
             query = "SELECT written FROM journal_transfer WHERE transfer = ? AND state = 'open'"
             row = self._database.execute(query, (manifest.transfer,)).fetchone()
             here = row and self.payload(manifest.transfer).exists()
-            written = self._written[manifest.transfer] = bytearray(row[0] if here else manifest.chunks)
+            written = self._written[manifest.transfer] = bytearray(
+                row[0] if here else manifest.chunks
+            )
         return written

@@ -73,7 +73,9 @@ log = logging.getLogger(__name__)
 class Broker:
     """A running broker: its url, kind (mosquitto or embedded) and log file; stop it, or use it as a context manager."""
 
-    def __init__(self, process: subprocess.Popen[bytes], host: str, port: int, kind: str, log_file: Path) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], host: str, port: int, kind: str, log_file: Path
+    ) -> None:
         self.host, self.port, self.kind, self.log = host, port, kind, log_file
         self.url = f"mqtt://{f'[{host}]' if ':' in host else host}:{port}"
         self._process = process
@@ -121,13 +123,17 @@ def start_broker(
         )
     program = None if kind == "embedded" else find_mosquitto()
     if kind not in ("auto", "mosquitto", "embedded"):
-        raise LinkError(f"the kind of broker is {kind!r}; it needs to be auto, mosquitto or embedded")
+        raise LinkError(
+            f"the kind of broker is {kind!r}; it needs to be auto, mosquitto or embedded"
+        )
     if kind == "mosquitto" and not program:
         raise LinkError(
             "mosquitto is neither on PATH nor in /usr/sbin or /usr/local/sbin; install it or use the embedded one"
         )
     if not program and not importlib.util.find_spec("iotcore"):
-        raise LinkError("no broker is installed here; install mosquitto, or `pip install 'edge-runtime[broker]'`")
+        raise LinkError(
+            "no broker is installed here; install mosquitto, or `pip install 'edge-runtime[broker]'`"
+        )
     state_dir.mkdir(parents=True, exist_ok=True)
     for attempt in range(1, _ATTEMPTS + 1):
         try:
@@ -140,7 +146,10 @@ def start_broker(
 
 def find_mosquitto() -> str | None:
     """The path of an installed Mosquitto; distributions put it where only root's PATH leads."""
-    return shutil.which("mosquitto", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
+    return shutil.which(
+        "mosquitto",
+        path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]),
+    )
 
 
 def _start(port: int, host: str, state_dir: Path, program: str | None, timeout_s: float) -> Broker:
@@ -151,7 +160,9 @@ def _start(port: int, host: str, state_dir: Path, program: str | None, timeout_s
     job = {"command": [program, "-c", str(config)]} if program else {"rumqttd": str(config)}
     log_file = state_dir / "broker.log"
     # The watcher must find this package however the owner found it.
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(
+        filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
+    )
     with log_file.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "edge_broker.local", json.dumps(job)],
@@ -202,7 +213,9 @@ def _shake_hands(host: str, port: int, timeout_s: float) -> None:
 def _free_port(host: str, port: int) -> int:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as brokers do: a port in TIME_WAIT is free
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # as brokers do: a port in TIME_WAIT is free
         try:
             probe.bind((host, port))
         except OSError as error:
@@ -246,11 +259,17 @@ def _watch(job: dict[str, Any]) -> None:
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the whole group; the owner decides when the broker ends
     if "rumqttd" in job:
-        threading.Thread(target=_until_stdin_closes, args=(lambda: os._exit(0),), daemon=True).start()
+        threading.Thread(
+            target=_until_stdin_closes, args=(lambda: os._exit(0),), daemon=True
+        ).start()
         from iotcore.iotcore import IotCoreBroker
 
-        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        logging.getLogger("rumqttd").setLevel(logging.CRITICAL)  # it reports every packet as an error
+        logging.basicConfig(
+            level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        )
+        logging.getLogger("rumqttd").setLevel(
+            logging.CRITICAL
+        )  # it reports every packet as an error
         IotCoreBroker(config_path=job["rumqttd"]).run_forever()
         sys.exit(1)  # it only returns when it cannot listen
     child = subprocess.Popen(job["command"], stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)

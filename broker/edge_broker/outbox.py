@@ -40,7 +40,11 @@ class Outbox:
             folder: payloads given as bytes go to its subfolder `outbox`, which is cleared of all that no pending update
                 needs. It may move with all that is in it, other payloads too.
         """
-        self._database, self._home, self._folder = store.connect(database), folder, folder / "outbox"
+        self._database, self._home, self._folder = (
+            store.connect(database),
+            folder,
+            folder / "outbox",
+        )
         with store.transaction(self._database):
             for statement in _TABLES:
                 self._database.execute(statement)
@@ -69,16 +73,24 @@ class Outbox:
         """
         path = payload if isinstance(payload, Path) else self._write(manifest.transfer, payload)
         if (size := path.stat().st_size) != manifest.size:
-            raise LinkError(f"{path} has {size} bytes, its manifest says {manifest.size}; describe it again")
+            raise LinkError(
+                f"{path} has {size} bytes, its manifest says {manifest.size}; describe it again"
+            )
         with self.transaction() as database:
             (last,) = database.execute("SELECT last FROM outbox_sequence").fetchone()
             sequence = max(last, time.time_ns() // 1_000_000) + 1
             database.execute("UPDATE outbox_sequence SET last = ?", (sequence,))
             manifest = msgspec.structs.replace(manifest, sequence=sequence)
-            row = (sequence, manifest.transfer, messages.encode(manifest).decode(), files.told(path, self._home))
+            row = (
+                sequence,
+                manifest.transfer,
+                messages.encode(manifest).decode(),
+                files.told(path, self._home),
+            )
             try:
                 database.execute(
-                    "INSERT INTO outbox_update (sequence, transfer, manifest, payload) VALUES (?, ?, ?, ?)", row
+                    "INSERT INTO outbox_update (sequence, transfer, manifest, payload) VALUES (?, ?, ?, ?)",
+                    row,
                 )
             except sqlite3.IntegrityError:
                 raise LinkError(f"transfer {manifest.transfer} is already in the outbox") from None
@@ -87,7 +99,8 @@ class Outbox:
     def pending(self, limit: int = -1) -> list[Manifest]:
         """What waits for a receipt, oldest first."""
         rows = self._database.execute(
-            "SELECT manifest FROM outbox_update WHERE state = 'pending' ORDER BY sequence LIMIT ?", (limit,)
+            "SELECT manifest FROM outbox_update WHERE state = 'pending' ORDER BY sequence LIMIT ?",
+            (limit,),
         )
         return [messages.decode(text, Manifest) for (text,) in rows]
 
@@ -103,7 +116,9 @@ class Outbox:
         Raises:
             LinkError: there is no such update.
         """
-        row = self._database.execute("SELECT payload FROM outbox_update WHERE transfer = ?", (transfer,)).fetchone()
+        row = self._database.execute(
+            "SELECT payload FROM outbox_update WHERE transfer = ?", (transfer,)
+        ).fetchone()
         if not row:
             raise LinkError(f"transfer {transfer} is not in the outbox")
         return self._home.absolute() / str(row[0])

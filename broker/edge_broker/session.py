@@ -100,7 +100,9 @@ class Session:
         connection = self._connection
         if connection.connected and connection.spec:
             try:
-                self._publish(lambda: connection.say("offline", waited=True), "say offline", _OFFLINE_S)
+                self._publish(
+                    lambda: connection.say("offline", waited=True), "say offline", _OFFLINE_S
+                )
             except LinkError as error:
                 log.warning("%s", error)
         connection.stop()
@@ -129,7 +131,13 @@ class Session:
         self._connection.client.unsubscribe(list(filters))
 
     def publish(
-        self, topic: str, payload: bytes, *, retain: bool = False, expiry_s: int | None = None, timeout_s: float = 30.0
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        retain: bool = False,
+        expiry_s: int | None = None,
+        timeout_s: float = 30.0,
     ) -> None:
         """Publish and wait until the broker has taken it; waits for a connection and for room in the window first.
 
@@ -167,7 +175,10 @@ class Session:
         Raises:
             Refused: the packet is larger than the broker takes.
         """
-        return self._connection.post(topic, payload, retain, expiry_s, window, waited=False) is not None
+        return (
+            self._connection.post(topic, payload, retain, expiry_s, window, waited=False)
+            is not None
+        )
 
     def receive(self, timeout_s: float) -> Message | Event | None:
         """The next message or event, or None after timeout_s (0: only what is already there)."""
@@ -214,8 +225,12 @@ class Session:
         ticket = None
         while ticket is None:
             connection.wait_connected(deadline, what)
-            if not connection.wait(lambda: connection.connected and window.used < window.slots, deadline):
-                raise LinkError(f"cannot {what}: no room within {timeout_s:g} s, {window.used} publishes unanswered")
+            if not connection.wait(
+                lambda: connection.connected and window.used < window.slots, deadline
+            ):
+                raise LinkError(
+                    f"cannot {what}: no room within {timeout_s:g} s, {window.used} publishes unanswered"
+                )
             ticket = post()
         if not connection.wait(lambda: ticket.answer is not None, deadline):
             raise LinkError(f"cannot {what}: no answer within {timeout_s:g} s; it may still arrive")

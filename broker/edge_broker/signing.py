@@ -46,7 +46,9 @@ def load_or_create_key(path: Path) -> Ed25519PrivateKey:
         raw = bytes.fromhex(path.read_text("ascii").strip())
         return Ed25519PrivateKey.from_private_bytes(raw)
     except (OSError, ValueError) as error:
-        raise LinkError(f"cannot use {path} as a signing key: {error}; it needs 64 characters of hex") from error
+        raise LinkError(
+            f"cannot use {path} as a signing key: {error}; it needs 64 characters of hex"
+        ) from error
 
 
 def public_key(key: Ed25519PrivateKey) -> str:
@@ -56,7 +58,9 @@ def public_key(key: Ed25519PrivateKey) -> str:
 
 def sign(key: Ed25519PrivateKey, domain: str, body: bytes) -> Signed:
     """Sign a UTF-8 body for one domain."""
-    return Signed(body=body.decode(), key=public_key(key), signature=key.sign(_bound(domain, body)).hex())
+    return Signed(
+        body=body.decode(), key=public_key(key), signature=key.sign(_bound(domain, body)).hex()
+    )
 
 
 def open(signed_bytes: bytes, domain: str, expected_key: str | None) -> tuple[bytes, str]:
@@ -82,7 +86,9 @@ def open(signed_bytes: bytes, domain: str, expected_key: str | None) -> tuple[by
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(signed.key))
         key.verify(bytes.fromhex(signed.signature), _bound(domain, body))
     except (InvalidSignature, ValueError):
-        raise BadMessage(f"the signature by key {signed.key[:16]}… does not verify for {domain}") from None
+        raise BadMessage(
+            f"the signature by key {signed.key[:16]}… does not verify for {domain}"
+        ) from None
     return body, signed.key
 
 
@@ -110,7 +116,9 @@ def _create(path: Path) -> None:
             file.write(Ed25519PrivateKey.generate().private_bytes_raw().hex() + "\n")
             file.flush()
             os.fsync(file.fileno())
-        os.link(draft, path)  # unlike a rename, this never replaces a key that another process made first
+        os.link(
+            draft, path
+        )  # unlike a rename, this never replaces a key that another process made first
     except FileExistsError:
         pass
     finally:

@@ -26,7 +26,11 @@ def default_budget_bytes(profile: Profile) -> int:
     """
     gpu = profile.gpu
     if gpu is not None and not profile.unified_memory:
-        available = gpu.memory_total_bytes if gpu.memory_available_bytes is None else gpu.memory_available_bytes
+        available = (
+            gpu.memory_total_bytes
+            if gpu.memory_available_bytes is None
+            else gpu.memory_available_bytes
+        )
         budget = available - max(RESERVE_BYTES, gpu.memory_total_bytes // GPU_RESERVE_DIVISOR)
     else:
         budget = profile.ram_available_bytes * RAM_SHARE_PERCENT // 100 - RESERVE_BYTES

@@ -53,7 +53,9 @@ def selected() -> str:
 def _bounded_nvml(gpu: str, timeout_s: float) -> Sighting | None:
     """Ask NVML on a thread of its own, which a stuck driver may keep."""
     answers: list[Sighting | None] = []
-    thread = threading.Thread(target=lambda: answers.append(ask_nvml(gpu)), name="nvml", daemon=True)
+    thread = threading.Thread(
+        target=lambda: answers.append(ask_nvml(gpu)), name="nvml", daemon=True
+    )
     thread.start()
     thread.join(timeout_s)
     if thread.is_alive():
@@ -75,7 +77,10 @@ def ask_nvml(gpu: str, library: str = "libnvidia-ml.so.1") -> Sighting | None:
             return _ask_device(nvml, gpu)
         finally:
             nvml.nvmlShutdown()
-    except (OSError, AttributeError):  # AttributeError: a function this old or stubbed library lacks
+    except (
+        OSError,
+        AttributeError,
+    ):  # AttributeError: a function this old or stubbed library lacks
         return None
 
 
@@ -88,8 +93,13 @@ def _ask_device(nvml: ctypes.CDLL, gpu: str) -> Sighting | None:
     if status != 0 or nvml.nvmlDeviceGetName(device, name, ctypes.c_uint(len(name))) != 0:
         return None
     major, minor = ctypes.c_int(), ctypes.c_int()
-    capable = nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor)) == 0
-    own_memory = nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory)) == 0 and memory.total > 0
+    capable = (
+        nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
+        == 0
+    )
+    own_memory = (
+        nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory)) == 0 and memory.total > 0
+    )
     return Sighting(
         name=name.value.decode("utf-8", "replace"),
         compute_capability=f"{major.value}.{minor.value}" if capable else None,
@@ -103,7 +113,9 @@ def ask_nvidia_smi(gpu: str, timeout_s: float = TIMEOUT_S) -> Sighting | None:
     command = ["nvidia-smi", f"--id={gpu}", "--query-gpu=name,compute_cap,memory.total,memory.free"]
     command += ["--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=True)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=True
+        )
     except subprocess.TimeoutExpired:
         _log.warning("nvidia-smi did not answer within %g s; going on without it", timeout_s)
         return None
@@ -112,7 +124,9 @@ def ask_nvidia_smi(gpu: str, timeout_s: float = TIMEOUT_S) -> Sighting | None:
     return _read_row(done.stdout.decode("utf-8", "replace"))
 
 
-_ROW = re.compile(r"(?P<name>\S.*?), (?P<capability>\d+\.\d+|\[.+?\]), (?P<total>\d+|\[.+?\]), (?P<free>\d+|\[.+?\])")
+_ROW = re.compile(
+    r"(?P<name>\S.*?), (?P<capability>\d+\.\d+|\[.+?\]), (?P<total>\d+|\[.+?\]), (?P<free>\d+|\[.+?\])"
+)
 
 
 def _read_row(output: str) -> Sighting | None:

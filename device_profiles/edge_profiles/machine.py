@@ -33,9 +33,14 @@ def probe(path_for_disk: str = ".") -> Profile:
 def _probe(path_for_disk: Path, root: Path) -> Profile:
     ram = psutil.virtual_memory()
     total, available = cgroups.limit_memory(ram.total, ram.available, root)
-    model, dmi = _line(root / "proc/device-tree/model"), _line(root / "sys/devices/virtual/dmi/id/product_name")
+    model, dmi = (
+        _line(root / "proc/device-tree/model"),
+        _line(root / "sys/devices/virtual/dmi/id/product_name"),
+    )
     # ram.total, not the cgroup's limit, tells an 8 GB board from a 16 GB one
-    board = next((b for name in (model, dmi) if name and (b := known.recognise_model(name, ram.total))), None)
+    board = next(
+        (b for name in (model, dmi) if name and (b := known.recognise_model(name, ram.total))), None
+    )
     description = board.title if board else model or _cpu_model(root)
     seen = gpus.find()
     if board is None and seen is not None and seen.memory_total_bytes is not None:
@@ -67,8 +72,12 @@ def _gpu(
         capability = seen.compute_capability or (on_board.compute_capability if on_board else None)
         if unified or seen.memory_total_bytes is None:
             return Gpu(seen.name, capability, ram_total, ram_available), True
-        return Gpu(seen.name, capability, seen.memory_total_bytes, seen.memory_available_bytes), False
-    if unified and on_board is not None and not gpus.hidden():  # JetPack 5 and older have neither NVML nor nvidia-smi
+        return Gpu(
+            seen.name, capability, seen.memory_total_bytes, seen.memory_available_bytes
+        ), False
+    if (
+        unified and on_board is not None and not gpus.hidden()
+    ):  # JetPack 5 and older have neither NVML nor nvidia-smi
         return Gpu(on_board.name, on_board.compute_capability, ram_total, ram_available), True
     return None, unified
 

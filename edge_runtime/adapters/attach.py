@@ -16,11 +16,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from edge_runtime import settings
-from edge_runtime.adapters import roles
 from edge_runtime.adapters.initial import initial
 from edge_runtime.adapters.singular import frames
 from edge_runtime.errors import InputError
-from edge_runtime.methods.interface import Factor, Method, leading, name_of, relative_depth
+from edge_runtime.methods.interface import Factor, Method, relative_depth
+from edge_runtime.models import families as roles
+from edge_runtime.protocol.keys import leading, name_of
 
 State = dict[str, NDArray[np.float32]]
 
@@ -55,7 +56,9 @@ class Adapter(NamedTuple):
     @contextmanager
     def without(self, names: Collection[str]) -> Iterator[None]:
         """While inside, factors of these names, H for the head's rows, do not train."""
-        still = [one for key, one in self.factors.items() if name_of(key) in names and one.requires_grad]
+        still = [
+            one for key, one in self.factors.items() if name_of(key) in names and one.requires_grad
+        ]
         still += [self.head.weight] if self.head and "H" in names else []
         for factor in still:
             factor.requires_grad_(False)
@@ -81,10 +84,17 @@ class AdapterLinear(nn.Module):
         base: nn.Module,
         scale: float,
         factors: Mapping[str, nn.Parameter],
-        product: Callable[[Mapping[str, Any]], tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]],
+        product: Callable[
+            [Mapping[str, Any]], tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
+        ],
     ) -> None:
         super().__init__()
-        self.base, self.scale, self.factors, self._product = base, scale, nn.ParameterDict(factors), product
+        self.base, self.scale, self.factors, self._product = (
+            base,
+            scale,
+            nn.ParameterDict(factors),
+            product,
+        )
 
     def product(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """A, C and B; C is None where it is the identity."""
@@ -139,7 +149,9 @@ def attach(
                 if name in own_frames:
                     attached[key] = nn.Parameter(own_frames[name], requires_grad=False)
                 elif key not in attached:  # one of a stage is there already
-                    attached[key] = _parameter(key, method.factors[name], own_sizes, full, seed, base.weight.device)
+                    attached[key] = _parameter(
+                        key, method.factors[name], own_sizes, full, seed, base.weight.device
+                    )
             paths[f"layers.{layer}.{role}"] = places[base]
             own = {name: attached[key] for name, key in keys.items()}
             product = partial(method.product, depth=relative_depth(layer, whole or len(layers)))
@@ -157,7 +169,11 @@ def attach(
 def detach(model: nn.Module) -> None:
     """Put the model's own linear layers back."""
     for block in roles.blocks(model):
-        adapted = {path: module for path, module in block.named_modules() if isinstance(module, AdapterLinear)}
+        adapted = {
+            path: module
+            for path, module in block.named_modules()
+            if isinstance(module, AdapterLinear)
+        }
         for path, module in adapted.items():
             block.set_submodule(path, module.base)
 
@@ -167,14 +183,25 @@ def _frames(base: nn.Module, rank: int, method: Method) -> dict[str, torch.Tenso
     if not method.reads_weights:
         return {}
     A, B = frames(base.weight, rank, transposed=isinstance(base, Conv1D))
-    return {name: frame for name, frame in (("A", A), ("B", B)) if method.factors[name].start == "singular"}
+    return {
+        name: frame
+        for name, frame in (("A", A), ("B", B))
+        if method.factors[name].start == "singular"
+    }
 
 
 def _parameter(
-    key: str, factor: Factor, sizes: Mapping[str, int], full: Mapping[str, int], seed: int, device: torch.device
+    key: str,
+    factor: Factor,
+    sizes: Mapping[str, int],
+    full: Mapping[str, int],
+    seed: int,
+    device: torch.device,
 ) -> nn.Parameter:
     value = initial(key, factor.shape(full), seed, factor)[leading(factor.shape(sizes))]
-    return nn.Parameter(torch.from_numpy(np.ascontiguousarray(value)).to(device), requires_grad=factor.trained)
+    return nn.Parameter(
+        torch.from_numpy(np.ascontiguousarray(value)).to(device), requires_grad=factor.trained
+    )
 
 
 def state(adapter: Adapter) -> State:
@@ -190,7 +217,9 @@ def load_state(adapter: Adapter, values: Mapping[str, NDArray[np.float32]]) -> N
             factor.copy_(torch.from_numpy(values[key]))
 
 
-def check_keys(values: Mapping[str, NDArray[np.float32]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_keys(
+    values: Mapping[str, NDArray[np.float32]], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     """Raise InputError unless the values have exactly these keys and shapes."""
     for key in shapes.keys() - values.keys():
         raise InputError(f"the adapter state lacks {key}")
@@ -198,4 +227,6 @@ def check_keys(values: Mapping[str, NDArray[np.float32]], shapes: Mapping[str, t
         if key not in shapes:
             raise InputError(f"the adapter state has {key}, which this adapter has not")
         if value.shape != shapes[key]:
-            raise InputError(f"{key} is {value.shape} in the adapter state, but has to be {shapes[key]}")
+            raise InputError(
+                f"{key} is {value.shape} in the adapter state, but has to be {shapes[key]}"
+            )

@@ -14,7 +14,9 @@ from edge_kernels import Packed, expand
 
 
 @torch.no_grad()
-def frames(weight: torch.Tensor | Packed, rank: int, *, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def frames(
+    weight: torch.Tensor | Packed, rank: int, *, transposed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A (rank, in) and B (out, rank) in float32; where the layer is narrower than that, zero beyond.
 
     Args:
@@ -29,6 +31,9 @@ def frames(weight: torch.Tensor | Packed, rank: int, *, transposed: bool) -> tup
     second = torch.nn.functional.normalize(first @ side, dim=1)
     u, v = (first, second) if wide else (second, first)
     signs = v.gather(1, v.abs().argmax(1, keepdim=True)).sign()
-    A, B = torch.zeros(rank, W.shape[1], device=W.device), torch.zeros(W.shape[0], rank, device=W.device)
+    A, B = (
+        torch.zeros(rank, W.shape[1], device=W.device),
+        torch.zeros(W.shape[0], rank, device=W.device),
+    )
     A[: len(v)], B[:, : len(u)] = signs * v / math.sqrt(3), (signs * u).T / math.sqrt(3)
     return A, B

@@ -34,10 +34,18 @@ from edge_runtime.agent.planner import Planned, Unplanned, Wanted
 from edge_runtime.agent.reports import Reports
 from edge_runtime.agent.store import Store
 from edge_runtime.agent.trainer import Ended, Trainer
-from edge_runtime.errors import BudgetError, EdgeError, InputError, LinkError, MemoryShortError, TrainerError
-from edge_runtime.planning.plan import Plan
-from edge_runtime.rounds import CODEC, FLEET, NOOP, ROUND_DOMAIN, Report, Round
-from edge_runtime.training.job import Job, Progress, Result
+from edge_runtime.errors import (
+    BudgetError,
+    EdgeError,
+    InputError,
+    LinkError,
+    MemoryShortError,
+    TrainerError,
+)
+from edge_runtime.protocol.plan import Plan
+from edge_runtime.protocol.report import Report, Result
+from edge_runtime.protocol.round import CODEC, FLEET, NOOP, ROUND_DOMAIN, Round
+from edge_runtime.trainer.job import Job, Progress
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3  # trainer processes a round
@@ -56,23 +64,36 @@ class Agent:
             InputError: the data or a held-out file cannot be used, or the state is another device's.
         """
         self.options, self._tell = options, tell
-        self._work, self._adapter = options.state.resolve() / "work", options.state.resolve() / "adapter"
+        self._work, self._adapter = (
+            options.state.resolve() / "work",
+            options.state.resolve() / "adapter",
+        )
         given = (options.data, options.evaluation)
-        self._rows = work.Rows(*given) if options.noop_bytes else work.check_rows(*given, self._work)
+        self._rows = (
+            work.Rows(*given) if options.noop_bytes else work.check_rows(*given, self._work)
+        )
         self._store = Store(options.state / "agent.db")
         self._check_owner()
         key = signing.load_or_create_key(options.state / "device.key")
         spec = PresenceSpec(options.fleet, options.id, int(self._store.get("epoch") or 0))
-        self._session = Session(options.broker, topics.client_id("device", options.fleet, options.id), presence=spec)
+        self._session = Session(
+            options.broker, topics.client_id("device", options.fleet, options.id), presence=spec
+        )
         self._outbox = Outbox(self._store.connection, options.state)
         self._reports = Reports(self._session, self._store, self._outbox, options.fleet, key)
-        self._uploader = Uploader(self._session, self._outbox, options.fleet, options.id, key, self._settled)
-        self._fetcher = Fetcher(self._session, options.fleet, options.id, options.state / "versions")
+        self._uploader = Uploader(
+            self._session, self._outbox, options.fleet, options.id, key, self._settled
+        )
+        self._fetcher = Fetcher(
+            self._session, options.fleet, options.id, options.state / "versions"
+        )
         self._round: Round | None = None
         self._node_key = ""  # of the node that announced it
         self._planned: Planned | None = None
         self._planning = False
-        self._wanted: dict[str, Artifact] = {}  # what the round starts from, and where what is here of it lies
+        self._wanted: dict[
+            str, Artifact
+        ] = {}  # what the round starts from, and where what is here of it lies
         self._got: dict[str, Path] = {}
         self._interrupted = False  # fetching, by an outage
         self._starved = False  # what the round starts from could not be had
@@ -82,7 +103,9 @@ class Agent:
         self._budget_bytes = options.budget_bytes
         self._fill = True  # the budget, with what only saves time
         self._finished = False
-        self._patience = math.inf  # until when the node has to be heard of: a first round, its word after the last one
+        self._patience = (
+            math.inf
+        )  # until when the node has to be heard of: a first round, its word after the last one
         self._ignored = ""  # why a round that was announced does not count
 
     def run(self) -> None:
@@ -96,7 +119,12 @@ class Agent:
             self._connect()
             self._patience = time.monotonic() + self.options.wait_s
             while not self._finished:
-                due_s = min(self._uploader.tick(), self._fetcher.tick(), IDLE_S, self._patience - time.monotonic())
+                due_s = min(
+                    self._uploader.tick(),
+                    self._fetcher.tick(),
+                    IDLE_S,
+                    self._patience - time.monotonic(),
+                )
                 self._handle(self._session.receive(max(due_s, 0.0)))
                 if time.monotonic() >= self._patience:
                     raise LinkError(self._no_round() if self._round is None else self._no_word())
@@ -137,7 +165,11 @@ class Agent:
             self._after_transfer(settled)
         fetched = self._fetcher.handle(item)
         if isinstance(fetched, Fetched):
-            named = {name: fetched.path for name, one in self._wanted.items() if one.digest == fetched.artifact.digest}
+            named = {
+                name: fetched.path
+                for name, one in self._wanted.items()
+                if one.digest == fetched.artifact.digest
+            }
             self._fetch({**self._got, **named})
         elif isinstance(fetched, Failed):
             self._unfetched(fetched.reason)
@@ -171,7 +203,11 @@ class Agent:
             announced = messages.decode(body, Round)
         except BadMessage as error:
             log.warning("ignored a round: %s", error)
-            advice = "; to trust that node, start with a new --state" if isinstance(error, WrongKey) else ""
+            advice = (
+                "; to trust that node, start with a new --state"
+                if isinstance(error, WrongKey)
+                else ""
+            )
             self._ignored = f"a round was announced, but {error}{advice}"
             return
         known = self._round and (self._node_key, self._round.state, self._round.round)
@@ -226,10 +262,14 @@ class Agent:
                 self._patience = time.monotonic() + self.options.wait_s
             return
         versions = self._round.versions
-        version = versions.get(self._planned.plan.model_class if self._planned else NOOP, versions.get(FLEET))
+        version = versions.get(
+            self._planned.plan.model_class if self._planned else NOOP, versions.get(FLEET)
+        )
         wanted = {"start": version, "anchors": self._round.anchors}
         self._wanted = {name: artifact for name, artifact in wanted.items() if artifact is not None}
-        work.forget_others(self.options.state / "versions", {artifact.digest for artifact in self._wanted.values()})
+        work.forget_others(
+            self.options.state / "versions", {artifact.digest for artifact in self._wanted.values()}
+        )
         self._fetch({})
 
     def _fetch(self, got: dict[str, Path]) -> None:
@@ -306,7 +346,9 @@ class Agent:
         written = ended.folder / "result.json"
         if ended.exit_code == 0 and written.exists():
             result = msgspec.json.decode(written.read_bytes(), type=Result)
-            self._keep(ended.folder, result) if self._round.state == "open" else self._finish(result)
+            self._keep(ended.folder, result) if self._round.state == "open" else self._finish(
+                result
+            )
             return
         reason = ended.reason or f"the trainer ended with exit code {ended.exit_code}"
         if ended.exit_code == InputError.exit_code:
@@ -314,7 +356,10 @@ class Agent:
         elif self._attempt >= ATTEMPTS:
             self._give_up(TrainerError(reason))
         else:
-            if ended.exit_code in (-9, MemoryShortError.exit_code):  # killed for memory, most likely, or said so
+            if ended.exit_code in (
+                -9,
+                MemoryShortError.exit_code,
+            ):  # killed for memory, most likely, or said so
                 self._take_less(self._planned.plan, ended.exit_code == -9)
             self._say("again", text=reason)
             self._plan()
@@ -324,7 +369,10 @@ class Agent:
         self._fill = False
         if killed and plan.kept_blocks:
             return  # a trainer that was not killed had tried to go on without
-        runtime, peak = plan.terms["runtime"], plan.predicted_peak_bytes - plan.terms.get("activations", 0)
+        runtime, peak = (
+            plan.terms["runtime"],
+            plan.predicted_peak_bytes - plan.terms.get("activations", 0),
+        )
         self._budget_bytes = min(self._budget_bytes, int(runtime + SMALLER * (peak - runtime)))
 
     def _send_noise(self) -> None:
@@ -354,7 +402,9 @@ class Agent:
         if not payload:
             self._close_round()
 
-    def _owe(self, payload: Path | bytes | None, codec: str, samples: int, result: Result | None) -> None:
+    def _owe(
+        self, payload: Path | bytes | None, codec: str, samples: int, result: Result | None
+    ) -> None:
         assert self._round is not None
         self._store.set("node_key", self._node_key)
         self._store.set("round", str(self._round.round))
@@ -389,13 +439,21 @@ class Agent:
             self._say("rejected", text=settled.reason)
             self._reports.publish_owed()
         else:
-            self._say("waiting", text=f"the node does not take round {round_} yet: {settled.reason}")
-            if settled.code == "signature" and self._round is not None and self._introduced != round_:
+            self._say(
+                "waiting", text=f"the node does not take round {round_} yet: {settled.reason}"
+            )
+            if (
+                settled.code == "signature"
+                and self._round is not None
+                and self._introduced != round_
+            ):
                 self._introduced = round_  # once: the report that tells it our key may be lost
                 self._reports.publish(self._report("joined", None))
                 self._uploader.offer_now()
             return
-        if self._round is not None and (self._round.state == "finished" or round_ < self._round.round):
+        if self._round is not None and (
+            self._round.state == "finished" or round_ < self._round.round
+        ):
             self._patience = math.inf
             self._plan()  # it waited for this word
 
@@ -423,7 +481,10 @@ class Agent:
             raise error
 
     def _report(
-        self, state: Literal["joined", "trained", "failed", "finished"], result: Result | None, reason: str = ""
+        self,
+        state: Literal["joined", "trained", "failed", "finished"],
+        result: Result | None,
+        reason: str = "",
     ) -> Report:
         return Report(
             device=self.options.id,
@@ -447,7 +508,9 @@ class Agent:
     ) -> None:
         round_ = self._round.round if self._round else 0
         budget = self.options.budget_bytes
-        self._tell(Event(self.options.id, round_, phase, step, steps, loss, memory_bytes, budget, text))
+        self._tell(
+            Event(self.options.id, round_, phase, step, steps, loss, memory_bytes, budget, text)
+        )
 
     def _no_word(self) -> str:
         return (
@@ -463,7 +526,11 @@ class Agent:
         while time.monotonic() < until and isinstance(item := self._session.receive(1.0), Message):
             with suppress(BadMessage):
                 seen.add(topics.parse(item.topic).fleet)
-        there = f"fleets on this broker: {', '.join(sorted(seen))}" if seen else "no fleet is announced on this broker"
+        there = (
+            f"fleets on this broker: {', '.join(sorted(seen))}"
+            if seen
+            else "no fleet is announced on this broker"
+        )
         return (
             f"no round of fleet `{self.options.fleet}` was announced at {self.options.broker} within "
             f"{self.options.wait_s:g} s; {there}; check --fleet, or start `edge-runtime aggregator` there"

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import msgspec
 
-from edge_runtime import processes
 from edge_runtime.errors import EdgeError
 from edge_runtime.models.facts import Facts
-from edge_runtime.planning.plan import Plan
+from edge_runtime.planning import processes
 from edge_runtime.planning.search import choose
+from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import Fleet
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,9 @@ def start(
             if wanted.most_rank is not None:
                 fleet = _in_ranks(fleet, wanted.most_rank)
             runtime_bytes = processes.runtime_bytes()
-            fits = choose(fleet, facts, wanted.budget_bytes, runtime_bytes, rates, fill=wanted.fill).fits
+            fits = choose(
+                fleet, facts, wanted.budget_bytes, runtime_bytes, rates, fill=wanted.fill
+            ).fits
             put(Planned(wanted, fits, facts[fits.source]))
         except EdgeError as error:
             put(Unplanned(error))
@@ -76,5 +78,9 @@ def start(
 
 def _in_ranks(fleet: Fleet, most: int) -> Fleet:
     """The fleet with its ranks cut to at most this."""
-    rank, *lower = sorted({min(one, most) for one in (fleet.adapter.rank, *fleet.adapter.lower)}, reverse=True)
-    return msgspec.structs.replace(fleet, adapter=msgspec.structs.replace(fleet.adapter, rank=rank, lower=tuple(lower)))
+    rank, *lower = sorted(
+        {min(one, most) for one in (fleet.adapter.rank, *fleet.adapter.lower)}, reverse=True
+    )
+    return msgspec.structs.replace(
+        fleet, adapter=msgspec.structs.replace(fleet.adapter, rank=rank, lower=tuple(lower))
+    )

@@ -14,7 +14,7 @@ from edge_broker.outbox import Outbox
 from edge_broker.session import Session
 
 from edge_runtime.agent.store import Store
-from edge_runtime.rounds import REPORT_DOMAIN, Report
+from edge_runtime.protocol.report import REPORT_DOMAIN, Report
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,9 @@ log = logging.getLogger(__name__)
 class Reports:
     """One device's reports."""
 
-    def __init__(self, session: Session, store: Store, outbox: Outbox, fleet: str, key: Ed25519PrivateKey) -> None:
+    def __init__(
+        self, session: Session, store: Store, outbox: Outbox, fleet: str, key: Ed25519PrivateKey
+    ) -> None:
         self._session, self._store, self._outbox = session, store, outbox
         self._fleet, self._key = fleet, key
         self._began = session.traffic
@@ -38,7 +40,11 @@ class Reports:
     def publish_owed(self) -> None:
         """Publish the report that is kept, if nothing is left in the outbox."""
         owed = self._store.get("report")
-        if owed and not self._outbox.pending() and self.publish(msgspec.json.decode(owed, type=Report)):
+        if (
+            owed
+            and not self._outbox.pending()
+            and self.publish(msgspec.json.decode(owed, type=Report))
+        ):
             self._store.set("report", None)
 
     def refused(self, round_: int, reason: str | None) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from edge_runtime.processes import environment
-from edge_runtime.training.job import Job, Progress
+from edge_runtime.planning.processes import environment
+from edge_runtime.trainer.job import Job, Progress
 
 TIMED_OUT = 124  # exit code, as `timeout` has it
 
@@ -35,7 +35,7 @@ class Trainer:
         self._timeout_s, self._late = job.training.timeout_s, False
         with (folder / "stderr.log").open("wb") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "edge_runtime.training", str(folder), "--attended"],
+                [sys.executable, "-m", "edge_runtime.trainer", str(folder), "--attended"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -1,6 +1,6 @@
 """What rounds leave on a device's disk, and which of it the next round needs.
 
-    work/round-<n>/    of one round's trainer: payload.bin, residual.bin, state.bin (training/job.py)
+    work/round-<n>/    of one round's trainer: payload.bin, residual.bin, state.bin (trainer/job.py)
 
 Error feedback goes on from what the node took: a receipt makes that round's residual the current one; a final refusal does
 too, and its payload is owed on top, unless it is the payload itself that cannot be used. Which round each comes from is in
@@ -15,11 +15,15 @@ from edge_broker.outbox import Outbox
 from edge_broker.transfer import Committed, Rejected
 
 from edge_runtime.agent.store import Store
-from edge_runtime.planning.plan import Plan
+from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import Fleet
-from edge_runtime.training import data
+from edge_runtime.trainer import data
 
-SPOILT = ("content", "digest", "payload")  # refusals of what an update holds: it would spoil the next one too
+SPOILT = (
+    "content",
+    "digest",
+    "payload",
+)  # refusals of what an update holds: it would spoil the next one too
 FILES = {"private": "state.bin", "residual": "residual.bin", "unsent": "payload.bin"}
 
 
@@ -51,8 +55,14 @@ def depths(fleet: Fleet, plan: Plan) -> tuple[int, ...]:
     """The slices a device trains in turn, the deepest, which takes the most memory, first."""
     if fleet.training.slices == "own":
         return (plan.depth,)
-    smaller = {model.depth for model in fleet.catalog if model.source == plan.source and model.depth is not None}
-    return tuple(sorted({plan.depth} | {depth for depth in smaller if depth < plan.depth}, reverse=True))
+    smaller = {
+        model.depth
+        for model in fleet.catalog
+        if model.source == plan.source and model.depth is not None
+    }
+    return tuple(
+        sorted({plan.depth} | {depth for depth in smaller if depth < plan.depth}, reverse=True)
+    )
 
 
 def folder_of(work: Path, round_: int) -> Path:

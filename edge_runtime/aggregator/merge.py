@@ -19,20 +19,26 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from edge_runtime import codec
 from edge_runtime.adapters.initial import initial
 from edge_runtime.aggregator.store import Version
 from edge_runtime.errors import InputError
 from edge_runtime.methods import completions
-from edge_runtime.methods.interface import LABEL, WIDTHS, Completion, Contribution, Method, kind_of, name_of
-from edge_runtime.rounds import FLEET
+from edge_runtime.methods.interface import WIDTHS, Contribution, Method
+from edge_runtime.protocol import codec
+from edge_runtime.protocol.completion import Completion
+from edge_runtime.protocol.keys import LABEL, kind_of, name_of
+from edge_runtime.protocol.round import FLEET
 from edge_runtime.settings import Fleet
 
 KEY = re.compile(
     r"(layers\.(0|[1-9][0-9]{0,3})|stages\.(?P<stage>0|[1-9][0-9]{0,3}))\.(?P<role>[a-z0-9_]+)\.[A-Za-z]+"
     rf"|(labels|anchors)\.{LABEL.pattern}\.[A-Z]"
 )
-STATE = ("layers", "stages", "labels")  # what has a start and is added to; the rest takes the place of what was there
+STATE = (
+    "layers",
+    "stages",
+    "labels",
+)  # what has a start and is added to; the rest takes the place of what was there
 WIDEST = 1 << 20  # rows or columns of a factor
 LARGEST_ADAPTER = 1 << 28  # values
 MOST_LABELS = 1 << 14
@@ -41,7 +47,9 @@ CHARACTERS_A_TOKEN = 32  # of a completion, at most
 LARGEST_NORM = 1e4  # of one factor's delta; a trained one has a few units
 
 
-def check(payload: bytes, known: Mapping[str, tuple[int, ...]], fleet: Fleet, method: Method) -> codec.Tensors:
+def check(
+    payload: bytes, known: Mapping[str, tuple[int, ...]], fleet: Fleet, method: Method
+) -> codec.Tensors:
     """Decode a device's delta if nothing is wrong with it.
 
     Args:
@@ -70,7 +78,9 @@ def _check_predictions(delta: codec.Tensors) -> None:
     for key, value in said.items():
         total = total + value
         if float(value.min()) < 0 or float(total.max()) > LARGEST_TOTAL:
-            raise InputError(f"{key} is no probabilities: they have to be 0 or more, and to add up to 1 at most")
+            raise InputError(
+                f"{key} is no probabilities: they have to be 0 or more, and to add up to 1 at most"
+            )
 
 
 def _check_completions(said: list[Completion], fleet: Fleet, method: Method) -> None:
@@ -91,12 +101,17 @@ def _check_completions(said: list[Completion], fleet: Fleet, method: Method) -> 
                 f"the completion of prompt {one.prompt} has {len(one.text)} characters, but has to have 1 to {most}"
             )
         if not 0 <= one.confidence <= 1:
-            raise InputError(f"the confidence in the completion of prompt {one.prompt} is {one.confidence}, not 0 to 1")
+            raise InputError(
+                f"the confidence in the completion of prompt {one.prompt} is {one.confidence}, not 0 to 1"
+            )
         met.add(one.prompt)
 
 
 def _check_shapes(
-    shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, tuple[int, ...]], fleet: Fleet, method: Method
+    shapes: Mapping[str, tuple[int, ...]],
+    known: Mapping[str, tuple[int, ...]],
+    fleet: Fleet,
+    method: Method,
 ) -> None:
     """Refuse what is no adapter of this fleet; the node holds no model, so what a class's first device sent is the measure."""
     allowed, ranks = (fleet.adapter.rank, *fleet.adapter.lower), set()
@@ -107,19 +122,38 @@ def _check_shapes(
         raise InputError("the delta holds no factor")
     for key, shape in shapes.items():
         if not _exchanged(key, fleet, method):
-            raise InputError(f"the delta holds {key[:80]}, which this fleet's adapter does not exchange")
+            raise InputError(
+                f"the delta holds {key[:80]}, which this fleet's adapter does not exchange"
+            )
         axes = method.factor(key).axes
         sizes = dict(zip(axes, shape, strict=False))
         like = known.get(key, known.get(kind_of(key), shape))
         widths = dict(zip(axes, like, strict=False))
         rank = sizes.get("rank", allowed[0])
-        full = {**method.sizes(rank), "one": 1, "rank": rank, **{axis: widths.get(axis, 0) for axis in WIDTHS}}
-        fits = len(shape) == len(axes) and rank in allowed and shape == method.factor(key).shape(full)
+        full = {
+            **method.sizes(rank),
+            "one": 1,
+            "rank": rank,
+            **{axis: widths.get(axis, 0) for axis in WIDTHS},
+        }
+        fits = (
+            len(shape) == len(axes) and rank in allowed and shape == method.factor(key).shape(full)
+        )
         if not fits or any(not 1 <= sizes[axis] <= WIDEST for axis in axes):
-            one_of = " or ".join(map(str, allowed)) if method.pruned is None else f"{allowed[0]} or lower"
+            one_of = (
+                " or ".join(map(str, allowed))
+                if method.pruned is None
+                else f"{allowed[0]} or lower"
+            )
             of = f"of rank {one_of}" if "rank" in axes else "as the fleet has it"
-            needed = [f"for a layer {widths[axis]} wide" for axis in axes if axis in WIDTHS and key in known]
-            raise InputError(f"{key} is {shape} in the delta, but has to be {', '.join([of, *needed])}")
+            needed = [
+                f"for a layer {widths[axis]} wide"
+                for axis in axes
+                if axis in WIDTHS and key in known
+            ]
+            raise InputError(
+                f"{key} is {shape} in the delta, but has to be {', '.join([of, *needed])}"
+            )
         ranks |= {rank} if "rank" in axes else set()
     if len(ranks) > 1:
         raise InputError(f"the delta has factors of ranks {sorted(ranks)}, but one device has one")
@@ -144,13 +178,20 @@ def _exchanged(key: str, fleet: Fleet, method: Method) -> bool:
     if not parts or name not in method.factors or not method.exchanged(key):
         return False
     role = parts["role"]
-    if parts["stage"] is not None and int(parts["stage"]) >= method.sizes(fleet.adapter.rank).get("stages", 1):
+    if parts["stage"] is not None and int(parts["stage"]) >= method.sizes(fleet.adapter.rank).get(
+        "stages", 1
+    ):
         return False
     return method.factors[name].of == kind_of(key) and (role is None or role in fleet.adapter.roles)
 
 
 def merge(
-    updates: list[Update], versions: Mapping[str, Version], fleet: Fleet, method: Method, round_: int, folder: Path
+    updates: list[Update],
+    versions: Mapping[str, Version],
+    fleet: Fleet,
+    method: Method,
+    round_: int,
+    folder: Path,
 ) -> list[Version]:
     """The global version of every class after a round, and what the fleet shares across them.
 
@@ -164,10 +205,16 @@ def merge(
     shared = load_file(versions[FLEET].master) if FLEET in versions else {}
     for kind in across:
         _merge_kind(method, kind, updates, shared, fleet)
-    agreed = completions.agreed(partial(_completions, updates)) if method.completions == "fleet" else []
+    agreed = (
+        completions.agreed(partial(_completions, updates)) if method.completions == "fleet" else []
+    )
     own = {update.manifest.model_class for update in updates}
     crosses = bool(across) or method.completions == "fleet"
-    written = [_write(FLEET, shared, {}, agreed, round_, folder)] if shared or agreed or FLEET in versions else []
+    written = (
+        [_write(FLEET, shared, {}, agreed, round_, folder)]
+        if shared or agreed or FLEET in versions
+        else []
+    )
     for of in sorted(
         own | (versions.keys() - {FLEET} if crosses else set())
     ):  # who is not there gets what is shared, too
@@ -189,17 +236,27 @@ def _completions(updates: list[Update]) -> Iterator[tuple[int, list[Completion]]
 
 
 def _merge_kind(
-    method: Method, kind: str, updates: list[Update], state: dict[str, NDArray[np.float32]], fleet: Fleet
+    method: Method,
+    kind: str,
+    updates: list[Update],
+    state: dict[str, NDArray[np.float32]],
+    fleet: Fleet,
 ) -> None:
     """Take the step of one kind of tensors, in place."""
-    for key, step in method.merges[kind](partial(_contributions, kind, updates, state, fleet, method)).items():
+    for key, step in method.merges[kind](
+        partial(_contributions, kind, updates, state, fleet, method)
+    ).items():
         state[key] = state[key] + step if key in state else step
     for key in [key for key in state if method.factor(key).anew]:
         del state[key]
 
 
 def _contributions(
-    kind: str, updates: list[Update], before: dict[str, NDArray[np.float32]], fleet: Fleet, method: Method
+    kind: str,
+    updates: list[Update],
+    before: dict[str, NDArray[np.float32]],
+    fleet: Fleet,
+    method: Method,
 ) -> Iterator[Contribution]:
     """The updates one after another, of each this kind of tensors; what no version has yet is put into `before` when it is
     first met."""
@@ -212,7 +269,9 @@ def _contributions(
             yield Contribution(before, delta, update.manifest.samples, update.manifest.model_class)
 
 
-def version_0(key: str, shape: tuple[int, ...], fleet: Fleet, method: Method) -> NDArray[np.float32]:
+def version_0(
+    key: str, shape: tuple[int, ...], fleet: Fleet, method: Method
+) -> NDArray[np.float32]:
     """What a factor starts from, in the fleet's full rank, whichever the device has."""
     factor = method.factor(key)
     sizes = dict(zip(factor.axes, shape, strict=True))

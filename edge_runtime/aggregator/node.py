@@ -27,15 +27,18 @@ from edge_runtime import methods
 from edge_runtime.aggregator import anchors, merge
 from edge_runtime.aggregator.store import Store, Version
 from edge_runtime.errors import EdgeError, InputError, LinkError
-from edge_runtime.rounds import CODEC, FLEET, NOOP, REPORT_DOMAIN, ROUND_DOMAIN, Report, Round
+from edge_runtime.protocol.report import REPORT_DOMAIN, Report
+from edge_runtime.protocol.round import CODEC, FLEET, NOOP, ROUND_DOMAIN, Round
 from edge_runtime.settings import Fleet
-from edge_runtime.training import data
+from edge_runtime.trainer import data
 
 log = logging.getLogger(__name__)
 LARGEST_PAYLOAD_BYTES = 1 << 30
 OFFLINE_S = 60.0  # between two looks at the time while there is no broker
 KEPT_ROUNDS = 10  # whose versions stay in the state folder, for whoever looks back
-GREETING_S = 1.0  # after connecting: who is there has to be heard before a round may close without them
+GREETING_S = (
+    1.0  # after connecting: who is there has to be heard before a round may close without them
+)
 
 
 class Options(NamedTuple):
@@ -80,7 +83,12 @@ class Node:
         name = topics.client_id("node", fleet.name, options.node)
         self._session = Session(options.broker, name, clean_start=True, session_expiry_s=0)
         self._receiver = Receiver(
-            self._session, self._journal, fleet.name, options.node, self._check_manifest, self._store.key
+            self._session,
+            self._journal,
+            fleet.name,
+            options.node,
+            self._check_manifest,
+            self._store.key,
         )
         self._publisher = Publisher(self._session, fleet.name)
         self._presence = presence.Tracker()
@@ -123,15 +131,21 @@ class Node:
             "[method]": fleet.method,
             "[adapter]": msgspec.structs.replace(fleet.adapter, lower=()),
             "[head]": fleet.head,
-            "[codistill] texts and across": (public.texts, public.across) if public is not None else None,
-            "[codistill] anchors": hashlib.sha256(msgspec.json.encode(texts)).hexdigest()[:12],  # told by number
+            "[codistill] texts and across": (public.texts, public.across)
+            if public is not None
+            else None,
+            "[codistill] anchors": hashlib.sha256(msgspec.json.encode(texts)).hexdigest()[
+                :12
+            ],  # told by number
             "[fleet] seed": fleet.seed,
         }
         values = {name: msgspec.json.encode(value).decode() for name, value in fixed.items()}
         before = self._store.fixed()
         if self._store.open_round() == 1 and not self._journal.committed(1):
             self._store.fix(values)
-        elif changed := [name for name, value in values.items() if before.get(name, value) != value]:
+        elif changed := [
+            name for name, value in values.items() if before.get(name, value) != value
+        ]:
             raise InputError(
                 f"{self.options.state} was made with another {', '.join(changed)}: `{before[changed[0]]}`, now "
                 f"`{values[changed[0]]}`; put that back into the fleet file, or start anew with another --state"
@@ -162,7 +176,9 @@ class Node:
         for digest in {artifact.digest for artifact in self._served.values()}:
             self._publisher.withdraw(digest)
         public = self._publisher.serve(self._texts) if self._texts is not None else None
-        self._served = {name: self._publisher.serve(version.artifact) for name, version in versions.items()}
+        self._served = {
+            name: self._publisher.serve(version.artifact) for name, version in versions.items()
+        }
         done = self._round > self.fleet.rounds
         announced = Round(
             node=self.options.node,
@@ -172,7 +188,9 @@ class Node:
             versions=self._served,
             anchors=public,
         )
-        self._announced = signing.sign(self._key, ROUND_DOMAIN, msgspec.json.encode(announced)).encode()
+        self._announced = signing.sign(
+            self._key, ROUND_DOMAIN, msgspec.json.encode(announced)
+        ).encode()
         self._publish_round()
         self._deadline = time.monotonic() + self.fleet.deadline_s
         self._say("finishing" if done else "collecting")
@@ -180,7 +198,9 @@ class Node:
     def _publish_round(self) -> None:
         """Hand it over without waiting for the broker's word: an outage has to be heard of while it lasts."""
         try:
-            self._unsaid = not self._session.publish_nowait(topics.round(self.fleet.name), self._announced, retain=True)
+            self._unsaid = not self._session.publish_nowait(
+                topics.round(self.fleet.name), self._announced, retain=True
+            )
         except BrokerError as error:
             raise LinkError(str(error)) from error
 
@@ -244,7 +264,9 @@ class Node:
                 self._say("refused", text=f"{manifest.device}: {error}")
                 return
             shapes = {key: value.shape for key, value in delta.items()}
-        self._receiver.commit(manifest.transfer, lambda _: self._store.learn_shapes(manifest.model_class, shapes))
+        self._receiver.commit(
+            manifest.transfer, lambda _: self._store.learn_shapes(manifest.model_class, shapes)
+        )
         self._say("received", text=f"{manifest.device}: {manifest.size} bytes")
 
     def _take_report(self, message: Message) -> None:
@@ -257,7 +279,9 @@ class Node:
         if report.device != device:
             raise BadMessage(f"{device} sent a report of {report.device}")
         if not 1 <= report.round <= self.fleet.rounds:
-            raise BadMessage(f"{device} reports round {report.round}, this fleet has 1 to {self.fleet.rounds}")
+            raise BadMessage(
+                f"{device} reports round {report.round}, this fleet has 1 to {self.fleet.rounds}"
+            )
         self._store.pin(device, key)
         self._store.add_report(report)
         if report.state == "failed":
@@ -275,7 +299,9 @@ class Node:
 
     def _waiting(self) -> set[str]:
         """Devices that are online and neither in nor failed: a round waits for them until its deadline."""
-        online = {device for device, seen in self._presence.devices.items() if seen.state == "online"}
+        online = {
+            device for device, seen in self._presence.devices.items() if seen.state == "online"
+        }
         failed = self._store.reported(min(self._round, self.fleet.rounds), "failed")
         return online - self._in() - failed
 
@@ -283,7 +309,9 @@ class Node:
         late = time.monotonic() >= self._deadline
         inside, waiting = self._in(), self._waiting()
         if self._round > self.fleet.rounds:
-            if self.options.until_finished and (late or (len(inside) >= self.fleet.quorum and not waiting)):
+            if self.options.until_finished and (
+                late or (len(inside) >= self.fleet.quorum and not waiting)
+            ):
                 self._say("finished")
                 self._finished = True
             return
@@ -301,7 +329,9 @@ class Node:
             versions = [Version(NOOP, updates[-1].payload, updates[-1].payload)]
         elif updates:
             folder = self.options.state / "versions"
-            versions = merge.merge(updates, self._store.versions(), self.fleet, self._method, self._round, folder)
+            versions = merge.merge(
+                updates, self._store.versions(), self.fleet, self._method, self._round, folder
+            )
         self._store.merged(self._round, versions)
         self._say("merged", seconds=time.monotonic() - started)
         self._round += 1
@@ -342,4 +372,6 @@ def _told(fleet: Fleet) -> Fleet:
     if fleet.codistill is None:
         return fleet
     name = Path(fleet.codistill.anchors).name
-    return msgspec.structs.replace(fleet, codistill=msgspec.structs.replace(fleet.codistill, anchors=name))
+    return msgspec.structs.replace(
+        fleet, codistill=msgspec.structs.replace(fleet.codistill, anchors=name)
+    )

@@ -51,12 +51,38 @@ COMMON: dict[str, tuple[str, ...]] = {
     "music": ("music", "speaker"),
     "camera": ("camera", "security camera"),
 }
-OPENINGS = ("", "please ", "could you ", "hey, ", "would you ", "I want you to ", "can you ", "now ")
+OPENINGS = (
+    "",
+    "please ",
+    "could you ",
+    "hey, ",
+    "would you ",
+    "I want you to ",
+    "can you ",
+    "now ",
+)
 PATTERNS: dict[str, tuple[str, ...]] = {  # by the action they mean
-    "on": ("turn on the {thing}", "switch the {thing} on", "start the {thing}", "power up the {thing}"),
-    "off": ("turn off the {thing}", "switch the {thing} off", "stop the {thing}", "shut down the {thing}"),
-    "set {value}": ("set the {thing} to {value}", "put the {thing} at {value}", "change the {thing} to {value}"),
-    "on in {value}": ("start the {thing} in {value} minutes", "turn on the {thing} after {value} minutes"),
+    "on": (
+        "turn on the {thing}",
+        "switch the {thing} on",
+        "start the {thing}",
+        "power up the {thing}",
+    ),
+    "off": (
+        "turn off the {thing}",
+        "switch the {thing} off",
+        "stop the {thing}",
+        "shut down the {thing}",
+    ),
+    "set {value}": (
+        "set the {thing} to {value}",
+        "put the {thing} at {value}",
+        "change the {thing} to {value}",
+    ),
+    "on in {value}": (
+        "start the {thing} in {value} minutes",
+        "turn on the {thing} after {value} minutes",
+    ),
     "status": ("is the {thing} on", "check the {thing}", "how is the {thing} doing"),
 }
 COMMON_SHARE = 0.2  # of a device's rows
@@ -94,7 +120,11 @@ def rows(domain: str, train: int, held_out: int, seed: int) -> Rows:
     return Rows(
         _draw(draw, own, COMMON_SHARE, train, held=False),
         _draw(draw, own, COMMON_SHARE, held_out, held=True),
-        [row for things, n in zip(others, shares, strict=True) for row in _draw(draw, things, 0.0, n, held=True)],
+        [
+            row
+            for things, n in zip(others, shares, strict=True)
+            for row in _draw(draw, things, 0.0, n, held=True)
+        ],
     )
 
 
@@ -111,7 +141,9 @@ def _draw(
             in_vain = 0
     if len(found) == n:
         return list(found.values())
-    raise ValueError(f"asked for {n} distinct commands, the generator ran out at {len(found)}: ask for fewer rows")
+    raise ValueError(
+        f"asked for {n} distinct commands, the generator ran out at {len(found)}: ask for fewer rows"
+    )
 
 
 def _is_held_out(prompt: str) -> bool:
@@ -123,6 +155,8 @@ def _row(draw: random.Random, things: dict[str, tuple[str, ...]]) -> dict[str, s
     name = draw.choice(sorted(things))
     action = draw.choice(sorted(PATTERNS))
     value = draw.randrange(5, 100, 5)
-    spoken = draw.choice(OPENINGS) + draw.choice(PATTERNS[action]).format(thing=draw.choice(things[name]), value=value)
+    spoken = draw.choice(OPENINGS) + draw.choice(PATTERNS[action]).format(
+        thing=draw.choice(things[name]), value=value
+    )
     completion = json.dumps({name: action.format(value=value)})
     return {"prompt": f"Command: {spoken}\nAction:", "completion": f" {completion}"}

@@ -18,17 +18,16 @@ from pathlib import Path
 import msgspec
 from edge_broker.local import start_broker
 
-from edge_runtime import processes
 from edge_runtime.agent.options import Event
 from edge_runtime.aggregator import node
 from edge_runtime.aggregator.store import Store
 from edge_runtime.demo import commands, model
 from edge_runtime.demo.live import Live
 from edge_runtime.errors import EdgeError
-from edge_runtime.rounds import Report
+from edge_runtime.planning import processes
+from edge_runtime.protocol.report import Report, Score
 from edge_runtime.settings import load
-from edge_runtime.training import data
-from edge_runtime.training.job import Score
+from edge_runtime.trainer import data
 
 MIB = 1 << 20
 BUDGETS_ABOVE_RUNTIME = {"kitchen": 560 * MIB, "garage": 405 * MIB, "garden": 305 * MIB}
@@ -84,20 +83,27 @@ def run(method: str, broker: str | None, keep: Path | None) -> Outcome:
     """
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
-        folder = (keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edge-runtime-demo-")))).resolve()
+        folder = (
+            keep
+            or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edge-runtime-demo-")))
+        ).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "node").exists():
             raise EdgeError(f"{folder} holds an earlier demo: remove it or keep this one elsewhere")
         fleet_file = folder / "fleet.toml"
         fleet_file.write_text(FLEET.read_text().replace('name = "fedit"', f'name = "{method}"'))
         fleet = load(fleet_file)
-        budgets = {name: processes.runtime_bytes() + above for name, above in BUDGETS_ABOVE_RUNTIME.items()}
+        budgets = {
+            name: processes.runtime_bytes() + above for name, above in BUDGETS_ABOVE_RUNTIME.items()
+        }
         if broker is None:
             running = start_broker(port=0, state_dir=folder / "broker")
             stack.callback(running.stop)
             broker = running.url
         lines: queue.SimpleQueue[tuple[str, bytes | None]] = queue.SimpleQueue()
-        children = stack.enter_context(_processes(_commands(folder, broker, budgets), folder, lines))
+        children = stack.enter_context(
+            _processes(_commands(folder, broker, budgets), folder, lines)
+        )
         with Live(budgets, fleet.rounds) as live:
             _follow(children, lines, live, folder)
         return _outcome(method, fleet.rounds, budgets, folder, time.monotonic() - started)
@@ -111,7 +117,9 @@ def _commands(folder: Path, broker: str, budgets: dict[str, int]) -> dict[str, l
             *("--broker", broker, "--until-finished", "--json"),
         ]
     }
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     threads = max(1, cores // len(budgets))
     for name, budget in budgets.items():
         home = folder / name
@@ -120,9 +128,31 @@ def _commands(folder: Path, broker: str, budgets: dict[str, int]) -> dict[str, l
         own = data.write_rows(home / "own.jsonl", rows.held_out)
         others = data.write_rows(home / "others.jsonl", rows.others_held_out)
         found[name] = [
-            *("agent", "--broker", broker, "--fleet", "demo", "--id", name, "--state", str(home / "state")),
-            *("--data", str(data.write_rows(home / "train.jsonl", rows.train)), "--budget", str(budget)),
-            *("--eval", f"own={own}", "--eval", f"others={others}", "--models", str(model.path().parent)),
+            *(
+                "agent",
+                "--broker",
+                broker,
+                "--fleet",
+                "demo",
+                "--id",
+                name,
+                "--state",
+                str(home / "state"),
+            ),
+            *(
+                "--data",
+                str(data.write_rows(home / "train.jsonl", rows.train)),
+                "--budget",
+                str(budget),
+            ),
+            *(
+                "--eval",
+                f"own={own}",
+                "--eval",
+                f"others={others}",
+                "--models",
+                str(model.path().parent),
+            ),
             *("--threads", str(threads), "--until-finished", "--json"),
         ]
     return found
@@ -130,7 +160,9 @@ def _commands(folder: Path, broker: str, budgets: dict[str, int]) -> dict[str, l
 
 @contextlib.contextmanager
 def _processes(
-    lines_of: dict[str, list[str]], folder: Path, lines: "queue.SimpleQueue[tuple[str, bytes | None]]"
+    lines_of: dict[str, list[str]],
+    folder: Path,
+    lines: "queue.SimpleQueue[tuple[str, bytes | None]]",
 ) -> Iterator[dict[str, "subprocess.Popen[bytes]"]]:
     """Start the processes; what they print goes to the queue, and a None when one ends. None is left behind."""
     children: dict[str, subprocess.Popen[bytes]] = {}
@@ -148,7 +180,9 @@ def _processes(
         for name, arguments in lines_of.items():
             with (folder / f"{name}.log").open("wb") as errors:
                 children[name] = subprocess.Popen(
-                    [sys.executable, "-m", "edge_runtime.cli", *arguments], stdout=subprocess.PIPE, stderr=errors
+                    [sys.executable, "-m", "edge_runtime.cli", *arguments],
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
                 )
             threading.Thread(target=read, args=(name, children[name]), daemon=True).start()
         yield children
@@ -175,7 +209,9 @@ def _follow(
         try:
             name, line = lines.get(timeout=max(deadline - time.monotonic(), 0.0))
         except queue.Empty:
-            raise EdgeError(f"the demo did not end within {TIMEOUT_S:g} s; logs are in {folder}") from None
+            raise EdgeError(
+                f"the demo did not end within {TIMEOUT_S:g} s; logs are in {folder}"
+            ) from None
         if line is not None:
             if name == "node":
                 live.show(msgspec.json.decode(line, type=node.Event))
@@ -190,16 +226,21 @@ def _follow(
             )
 
 
-def _outcome(method: str, rounds: int, budgets: dict[str, int], folder: Path, seconds: float) -> Outcome:
+def _outcome(
+    method: str, rounds: int, budgets: dict[str, int], folder: Path, seconds: float
+) -> Outcome:
     store = Store(folder / "node" / "node.db")
     reports = [
         msgspec.json.decode(row[0], type=Report)
-        for row in store.connection.execute("SELECT body FROM reports ORDER BY device, round, state DESC")
+        for row in store.connection.execute(
+            "SELECT body FROM reports ORDER BY device, round, state DESC"
+        )
     ]
     closed = store.open_round() - 1
     store.connection.close()
     devices = [
-        _device(name, budget, [one for one in reports if one.device == name]) for name, budget in budgets.items()
+        _device(name, budget, [one for one in reports if one.device == name])
+        for name, budget in budgets.items()
     ]
     faults = [f"{closed} of {rounds} rounds closed"] if closed != rounds else []
     for device in devices:
@@ -242,7 +283,8 @@ def _device(name: str, budget: int, reports: list[Report]) -> Device:
         others_accuracy_before=others[0].accuracy,
         others_accuracy_after=others[1].accuracy,
         seconds={
-            phase: round(sum(result.seconds.get(phase, 0.0) for result in results), 1) for phase in sorted(phases)
+            phase: round(sum(result.seconds.get(phase, 0.0) for result in results), 1)
+            for phase in sorted(phases)
         },
     )
 

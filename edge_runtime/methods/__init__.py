@@ -25,7 +25,19 @@ from edge_runtime.methods import (
 from edge_runtime.methods.interface import Method
 
 MOST_RANK = 256  # of what a layer multiplies, as edge_kernels.adapter_linear has it
-MODULES: tuple[Any, ...] = (local, fedit, ffa, fedsa, fedsb, hetlora, flexlora, flora, fedadapter, heterotune, h2tune)
+MODULES: tuple[Any, ...] = (
+    local,
+    fedit,
+    ffa,
+    fedsa,
+    fedsb,
+    hetlora,
+    flexlora,
+    flora,
+    fedadapter,
+    heterotune,
+    h2tune,
+)
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in MODULES}
 
 
@@ -36,7 +48,9 @@ def by_name(name: str) -> Method:
     return METHODS[name]
 
 
-def build(spec: settings.Method, head: settings.Head | None, distils: settings.Codistill | None) -> Method:
+def build(
+    spec: settings.Method, head: settings.Head | None, distils: settings.Codistill | None
+) -> Method:
     """A method with what the fleet adds to it; raises InputError where it is not known, or its settings do not fit."""
     method = _with_settings(spec)
     if head is not None:

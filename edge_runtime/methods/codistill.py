@@ -31,7 +31,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from edge_runtime.methods.interface import Array, Contributions, Factor, Method, Tensors, add_to, label_of
+from edge_runtime.methods.interface import Array, Contributions, Factor, Method, Tensors, add_to
+from edge_runtime.protocol.keys import label_of
 from edge_runtime.settings import Codistill
 
 if TYPE_CHECKING:
@@ -102,4 +103,6 @@ def added(method: Method, spec: Codistill) -> Method:
     def sizes(rank: int) -> dict[str, int]:
         return {**method.sizes(rank), "anchors": spec.texts}
 
-    return method._replace(factors=factors, merges={**method.merges, "anchors": combined}, sizes=sizes)
+    return method._replace(
+        factors=factors, merges={**method.merges, "anchors": combined}, sizes=sizes
+    )

@@ -15,7 +15,8 @@ Kim & Rush 2016 (arXiv 1606.07947); the candidates are those of Misra & Gries 19
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
-from edge_runtime.methods.interface import Completion, Method
+from edge_runtime.methods.interface import Method
+from edge_runtime.protocol.completion import Completion
 from edge_runtime.settings import Codistill
 
 CANDIDATES = 4  # of a prompt
@@ -34,8 +35,15 @@ def agreed(said: Callable[[], Iterable[tuple[int, Sequence[Completion]]]]) -> li
         for one in completions:
             if one.text in votes[one.prompt]:
                 votes[one.prompt][one.text] += rows * one.confidence
-    best = {prompt: max(texts.items(), key=lambda item: (item[1], item[0])) for prompt, texts in votes.items() if texts}
-    return [Completion(prompt, text, weight / samples) for prompt, (text, weight) in sorted(best.items())]
+    best = {
+        prompt: max(texts.items(), key=lambda item: (item[1], item[0]))
+        for prompt, texts in votes.items()
+        if texts
+    }
+    return [
+        Completion(prompt, text, weight / samples)
+        for prompt, (text, weight) in sorted(best.items())
+    ]
 
 
 def _count(candidates: dict[str, float], text: str, weight: float) -> None:

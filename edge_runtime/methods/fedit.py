@@ -7,7 +7,8 @@ Zhang et al. 2023 (arXiv 2305.05644, FedIT) with the depth rule of Diao et al. 2
 A mean of factors is not the factors of the mean product; the method is known to be biased there.
 """
 
-from edge_runtime.methods.interface import A, Array, B, Contribution, Contributions, Method, Tensors, leading
+from edge_runtime.methods.interface import A, Array, B, Contribution, Contributions, Method, Tensors
+from edge_runtime.protocol.keys import leading
 
 
 class RunningMean:
@@ -16,7 +17,9 @@ class RunningMean:
 
     def __init__(self) -> None:
         self._sums: Tensors = {}
-        self._held: dict[str, dict[tuple[int, ...], int]] = {}  # samples of each shape that was sent
+        self._held: dict[
+            str, dict[tuple[int, ...], int]
+        ] = {}  # samples of each shape that was sent
 
     def add(self, made: Contribution) -> None:
         """Count one device."""
@@ -24,7 +27,10 @@ class RunningMean:
 
         for key, value in made.delta.items():
             if key not in self._sums:
-                self._sums[key], self._held[key] = np.zeros(made.before.get(key, value).shape, np.float32), {}
+                self._sums[key], self._held[key] = (
+                    np.zeros(made.before.get(key, value).shape, np.float32),
+                    {},
+                )
             self._sums[key][leading(value.shape)] += made.samples * value
             self._held[key][value.shape] = self._held[key].get(value.shape, 0) + made.samples
 

@@ -17,7 +17,14 @@ from typing import TypeAlias
 from zlib import crc32
 
 from edge_runtime.methods import fedit
-from edge_runtime.methods.interface import Array, Contribution, Contributions, Method, Tensors, add_to
+from edge_runtime.methods.interface import (
+    Array,
+    Contribution,
+    Contributions,
+    Method,
+    Tensors,
+    add_to,
+)
 
 OVER = 16  # columns of a sketch beyond the factors' rank
 SMALLEST = 1e-6  # singular value, of the largest; below it is rounding
@@ -35,19 +42,25 @@ def mean_product(contributions: Contributions) -> Tensors:
 
     def products() -> Iterator[tuple[str, int, Array, Array]]:
         for made, layer, A, B in counted(contributions, samples):
-            before.update({f"{layer}.{factor}": made.before[f"{layer}.{factor}"] for factor in "AB"})
+            before.update(
+                {f"{layer}.{factor}": made.before[f"{layer}.{factor}"] for factor in "AB"}
+            )
             yield layer, made.samples, A, B
 
     steps: Tensors = {}
     for layer, A, B in best_factors(products, lambda layer: len(before[f"{layer}.A"])):
         old = {factor: before[f"{layer}.{factor}"] for factor in "AB"}
         steps[f"{layer}.A"], steps[f"{layer}.B"] = np.zeros_like(old["A"]), -old["B"]
-        steps[f"{layer}.A"][: len(A)] = A - old["A"][: len(A)]  # a layer narrower than its rank has fewer directions
+        steps[f"{layer}.A"][: len(A)] = (
+            A - old["A"][: len(A)]
+        )  # a layer narrower than its rank has fewer directions
         steps[f"{layer}.B"][:, : len(A)] += B / samples[layer]
     return steps
 
 
-def best_factors(products: Products, rank: Callable[[str], int]) -> Iterator[tuple[str, Array, Array]]:
+def best_factors(
+    products: Products, rank: Callable[[str], int]
+) -> Iterator[tuple[str, Array, Array]]:
     """Each layer with A and B, of this rank or the sum's if that is lower, whose product is the nearest to the sum of the
     terms; what a layer took is freed before the next one.
 
@@ -65,7 +78,9 @@ def best_factors(products: Products, rank: Callable[[str], int]) -> Iterator[tup
         yield layer, vt[:kept], ranges.pop(layer) @ (u[:, :kept] * s[:kept])
 
 
-def counted(contributions: Contributions, samples: dict[str, int]) -> Iterator[tuple[Contribution, str, Array, Array]]:
+def counted(
+    contributions: Contributions, samples: dict[str, int]
+) -> Iterator[tuple[Contribution, str, Array, Array]]:
     """Each device's layers of which it sent both factors, with what it held of them after the round; the rows behind each
     layer are counted anew in samples."""
     samples.clear()
@@ -109,4 +124,6 @@ def _bases(sketches: Tensors) -> Tensors:
     return {layer: np.linalg.qr(sketch)[0] for layer, sketch in sketches.items()}
 
 
-METHOD = Method("flexlora", fedit.METHOD.factors, {"layers": mean_product}, unequal=True, refactored=True)
+METHOD = Method(
+    "flexlora", fedit.METHOD.factors, {"layers": mean_product}, unequal=True, refactored=True
+)

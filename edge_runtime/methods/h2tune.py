@@ -59,7 +59,9 @@ def core(factors: Mapping[str, Any], depth: float) -> Any:
     import torch
 
     S = factors["S"]
-    return torch.eye(S.shape[1], device=S.device) + torch.tensordot(relation(factors["D"], depth), S, 1)
+    return torch.eye(S.shape[1], device=S.device) + torch.tensordot(
+        relation(factors["D"], depth), S, 1
+    )
 
 
 def method(settings: Settings) -> Method:
@@ -84,7 +86,10 @@ def method(settings: Settings) -> Method:
         return weight * sum(_increment(C).norm() for _, C, _ in now) / len(now)
 
     def shared(now: list[tuple[Any, Any, Any]], before: list[Any]) -> Any:
-        moved = sum(_divergence(_increment(old), _increment(new)) for old, (_, new, _) in zip(before, now, strict=True))
+        moved = sum(
+            _divergence(_increment(old), _increment(new))
+            for old, (_, new, _) in zip(before, now, strict=True)
+        )
         return norms(now, before) + settings.keep * moved / len(now)
 
     def passes(round_: int) -> tuple[Pass, ...]:

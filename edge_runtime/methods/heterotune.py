@@ -35,7 +35,17 @@ from typing import Any, Literal
 import msgspec
 
 from edge_runtime.methods.fedit import RunningMean, holders_mean
-from edge_runtime.methods.interface import A, Array, AtLeastOne, B, Contributions, Factor, Method, Scope, Tensors
+from edge_runtime.methods.interface import (
+    A,
+    Array,
+    AtLeastOne,
+    B,
+    Contributions,
+    Factor,
+    Method,
+    Scope,
+    Tensors,
+)
 
 CAGRAD_C, CAGRAD_STEPS = 0.5, 200
 SMALL, TINY = 1e-6, 1e-12
@@ -71,7 +81,11 @@ def method(settings: Settings) -> Method:
 
     def sizes(rank: int) -> dict[str, int]:
         branches = max(1, min(settings.branches, rank // settings.width))
-        return {"stages": settings.stages, "branches": branches, "widths": branches * settings.width}
+        return {
+            "stages": settings.stages,
+            "branches": branches,
+            "widths": branches * settings.width,
+        }
 
     def aligned(contributions: Contributions) -> Tensors:
         return across_classes(contributions, settings.alignment)
@@ -99,7 +113,9 @@ def across_classes(contributions: Contributions, alignment: str) -> Tensors:
         counts = np.stack([one.counts(key) for one, mean in means if key in mean])
         steps = np.stack([mean[key] for _, mean in means if key in mean])
         holders = (counts * steps).sum(0) / np.maximum(counts.sum(0), 1)
-        steps = np.where(counts > 0, steps, holders)  # a class is neither for nor against what it does not hold
+        steps = np.where(
+            counts > 0, steps, holders
+        )  # a class is neither for nor against what it does not hold
         if alignment in ("off", "gate"):
             closed = alignment == "gate" and not _agree(steps[:, (counts > 0).all(0)])
             found[key] = np.zeros_like(holders) if closed else holders
@@ -122,7 +138,11 @@ def combined(steps: list[Array], shares: list[float], alignment: str) -> Array:
     elif len(flat) == 1 or not norms.all():
         made = plain
     else:
-        mended = _projected(flat, (p / norms) @ flat) if alignment == "projection" else _pairwise(flat, norms)
+        mended = (
+            _projected(flat, (p / norms) @ flat)
+            if alignment == "projection"
+            else _pairwise(flat, norms)
+        )
         made = p @ mended
         length = float(np.linalg.norm(made))
         opposed = length < SMALL * norms.max()  # nothing in common is left but rounding

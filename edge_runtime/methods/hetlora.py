@@ -21,7 +21,8 @@ from typing import Annotated, Any
 import msgspec
 
 from edge_runtime.methods import fedit
-from edge_runtime.methods.interface import Contributions, Method, NotNegative, Pass, Tensors, leading
+from edge_runtime.methods.interface import Contributions, Method, NotNegative, Pass, Tensors
+from edge_runtime.protocol.keys import leading
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -84,7 +85,11 @@ def method(settings: Settings) -> Method:
         return kept(rank) if fell else rank
 
     plain = Method("hetlora", fedit.METHOD.factors, {"layers": norm_weighted_mean}, unequal=True)
-    return plain if not settings.penalty else plain._replace(passes=lambda _: (Pass(penalty=penalty),), pruned=pruned)
+    return (
+        plain
+        if not settings.penalty
+        else plain._replace(passes=lambda _: (Pass(penalty=penalty),), pruned=pruned)
+    )
 
 
 def _tails(layers: list[str], state: Callable[[str], Any], kept: int) -> float:

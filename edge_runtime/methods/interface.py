@@ -10,11 +10,12 @@ A tensor's key says what it belongs to and which factor of that it is:
 An agent plans with the statements and never merges, so nothing in this package imports numpy before a merge needs it.
 """
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
+
+from edge_runtime.protocol.keys import leading, name_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,36 +25,17 @@ AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=256)]  # of a method's setting
 NotNegative = Annotated[float, msgspec.Meta(ge=0.0, le=1e6)]
 Start = Literal["drawn", "zero", "singular"]
 Kind = Literal["layers", "stages", "labels", "anchors"]
-Scope = Literal["private", "class", "fleet"]  # shared with nobody, within the model class, or with all
+Scope = Literal[
+    "private", "class", "fleet"
+]  # shared with nobody, within the model class, or with all
 Array: TypeAlias = "NDArray[np.float32]"
 Tensors: TypeAlias = "dict[str, Array]"
-LABEL = re.compile(r"[^\x00-\x1f]{1,80}")
 WIDTHS = ("in", "out")  # axes that are as long as a model makes them; the others are the fleet's
-
-
-def kind_of(key: str) -> str:
-    """What a tensor belongs to: the first part of its key."""
-    return key.partition(".")[0]
-
-
-def name_of(key: str) -> str:
-    """Which factor a tensor is: the last part of its key."""
-    return key.rpartition(".")[2]
-
-
-def label_of(key: str) -> str:
-    """The label of labels.<label>.<factor> or anchors.<label>.<factor>."""
-    return key.partition(".")[2].rpartition(".")[0]
 
 
 def relative_depth(layer: int, layers: int) -> float:
     """Where a layer lies in a checkpoint of so many: 0 for the first, 1 for the last."""
     return layer / max(layers - 1, 1)
-
-
-def leading(shape: Sequence[int]) -> tuple[slice, ...]:
-    """Where a factor of a lower rank has its values in one of a higher."""
-    return tuple(map(slice, shape))
 
 
 def add_to(sums: "Tensors", key: str, value: "Array") -> None:
@@ -85,20 +67,14 @@ class Factor(NamedTuple):
     @property
     def width(self) -> int:
         """The axis by whose size n drawn values are scaled, to 1/sqrt(n): the layer's own width, else the last."""
-        return next((place for place, axis in enumerate(self.axes) if axis in WIDTHS), len(self.axes) - 1)
+        return next(
+            (place for place, axis in enumerate(self.axes) if axis in WIDTHS), len(self.axes) - 1
+        )
 
 
 A = Factor(("rank", "in"), trained=True, shared="class", start="drawn")
 B = Factor(("out", "rank"), trained=True, shared="class", start="zero")
 C = Factor(("rank", "rank"), trained=True, shared="class", start="zero")
-
-
-class Completion(msgspec.Struct, frozen=True, array_like=True):
-    """How a public prompt, told by its number, goes on, and how much that is to be believed, 0 to 1."""
-
-    prompt: int
-    text: str
-    confidence: float
 
 
 class Contribution(NamedTuple):
@@ -112,7 +88,9 @@ class Contribution(NamedTuple):
 
     def after(self) -> Tensors:
         """What the device held when the round ended, in its own rank."""
-        return {key: self.before[key][leading(delta.shape)] + delta for key, delta in self.delta.items()}
+        return {
+            key: self.before[key][leading(delta.shape)] + delta for key, delta in self.delta.items()
+        }
 
 
 # A round's, of one class or of all: they can be gone through more than once, and only one of them is in memory at a time.
@@ -162,7 +140,11 @@ class Method(NamedTuple):
         stages = self.sizes(1).get("stages", 1)
         stage = min(int(stages * relative_depth(layer, layers)), stages - 1)
         owner = {"layers": f"layers.{layer}", "stages": f"stages.{stage}"}
-        return {name: f"{owner[f.of]}.{role}.{name}" for name, f in self.factors.items() if f.of in owner}
+        return {
+            name: f"{owner[f.of]}.{role}.{name}"
+            for name, f in self.factors.items()
+            if f.of in owner
+        }
 
     def lengths(self, rank: int, into: int, out: int) -> dict[str, int]:
         """Of every axis that a factor of such a layer has, on a device of this rank."""
@@ -177,7 +159,11 @@ class Method(NamedTuple):
 
     def scope(self, kind: str) -> Scope:
         """With whom this kind of tensors is shared, of which some factor travels."""
-        return next(f.shared for f in self.factors.values() if f.of == kind and f.trained and f.shared != "private")
+        return next(
+            f.shared
+            for f in self.factors.values()
+            if f.of == kind and f.trained and f.shared != "private"
+        )
 
     @property
     def exchanges(self) -> bool:

@@ -20,4 +20,6 @@ def added(method: Method, head: Head) -> Method:
     """The method with a head; it stays private where the fleet says so, and where the method exchanges nothing."""
     if head.shared == "private" or not method.merges:
         return method._replace(factors={**method.factors, "H": H._replace(shared="private")})
-    return method._replace(factors={**method.factors, "H": H}, merges={**method.merges, "labels": holders_mean})
+    return method._replace(
+        factors={**method.factors, "H": H}, merges={**method.merges, "labels": holders_mean}
+    )

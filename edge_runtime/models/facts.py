@@ -7,7 +7,6 @@ from typing import Any
 
 import msgspec
 
-from edge_runtime.methods.interface import Method
 from edge_runtime.settings import Role
 
 
@@ -47,21 +46,14 @@ class Facts(msgspec.Struct, frozen=True):
         return self.vocabulary * self.hidden * (1 if self.tied_head else 2)
 
 
-def adapter_shapes(
-    facts: Facts, layers: tuple[int, ...], roles: tuple[Role, ...], rank: int, method: Method
-) -> dict[str, tuple[int, ...]]:
-    """Canonical keys and shapes of a device's adapter, without what the labels of its rows add."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer in layers:
-        for role, (out, into) in facts.linears.items():
-            if role in roles:
-                sizes = method.lengths(rank, into, out)
-                keys = method.keys(layer, facts.layers, role)
-                shapes |= {key: method.factors[name].shape(sizes) for name, key in keys.items()}
-    return shapes
-
-
-def read(config: Any, linears: dict[Role, tuple[int, int]], *, model_class: str, folder: str, weights: str) -> Facts:
+def read(
+    config: Any,
+    linears: dict[Role, tuple[int, int]],
+    *,
+    model_class: str,
+    folder: str,
+    weights: str,
+) -> Facts:
     """Facts of a transformers configuration; names differ between families, optimum's NormalizedConfig levels them."""
     from optimum.utils.normalized_config import NormalizedTextConfigWithGQA
 

@@ -23,7 +23,10 @@ from edge_runtime.errors import InputError
 from edge_runtime.models import whole
 from edge_runtime.models.packed import join_pieces, pack_pieces
 
-ARCHITECTURES = {"gemma3_text": "gemma3", "mistral": "llama"}  # where GGUF's name differs from the configuration's
+ARCHITECTURES = {
+    "gemma3_text": "gemma3",
+    "mistral": "llama",
+}  # where GGUF's name differs from the configuration's
 SUPPORTED = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3")
 PIECE_BYTES = 4 << 20  # read at once, as float32
 
@@ -50,7 +53,9 @@ def index(path: Path, names: list[str], config: Any) -> dict[str, Tensor]:
     """
     architecture = ARCHITECTURES.get(config.model_type, config.model_type)
     if architecture not in SUPPORTED:
-        raise InputError(f"{path}: GGUF files of {architecture} are not supported; known: {', '.join(SUPPORTED)}")
+        raise InputError(
+            f"{path}: GGUF files of {architecture} are not supported; known: {', '.join(SUPPORTED)}"
+        )
     number = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     gguf_names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     held = whole.tensors(path)
@@ -62,7 +67,9 @@ def index(path: Path, names: list[str], config: Any) -> dict[str, Tensor]:
         tensor = held[inner]
         kind = gguf.GGMLQuantizationType(tensor.kind)
         if not _expandable(kind):
-            raise InputError(f"{path}: {inner} is held in {kind.name}, which cannot be expanded to numbers")
+            raise InputError(
+                f"{path}: {inner} is held in {kind.name}, which cannot be expanded to numbers"
+            )
         heads = 0
         if architecture == "llama" and ".attn_q." in inner:
             heads = config.num_attention_heads
@@ -143,7 +150,9 @@ class Reader(NamedTuple):
 def _expanded(path: Path, tensor: Tensor) -> Iterator[torch.Tensor]:
     """The rows in float32, some at a time."""
     for held in _blocks(path, tensor):
-        values = gguf.quants.dequantize(held, gguf.GGMLQuantizationType(tensor.kind)).astype(np.float32, copy=False)
+        values = gguf.quants.dequantize(held, gguf.GGMLQuantizationType(tensor.kind)).astype(
+            np.float32, copy=False
+        )
         yield torch.from_numpy(values - np.float32(tensor.added))
 
 
@@ -158,7 +167,9 @@ def _blocks(path: Path, tensor: Tensor) -> Iterator[NDArray[np.uint8]]:
             count = min(step, rows - first)
             held = np.fromfile(stream, np.uint8, count * row_bytes)
             if held.size != count * row_bytes:
-                raise InputError(f"{path} is cut short: {count * row_bytes - held.size} bytes are missing")
+                raise InputError(
+                    f"{path} is cut short: {count * row_bytes - held.size} bytes are missing"
+                )
             yield held.reshape(count, row_bytes)
 
 
@@ -169,4 +180,8 @@ def _rows(tensor: Tensor) -> int:
 def _order(tensor: Tensor) -> torch.Tensor | None:
     """Where each row of a tensor with interleaved heads lies in the file."""
     heads = tensor.interleaved_heads
-    return torch.arange(tensor.shape[0]).view(heads, -1, 2).transpose(1, 2).flatten() if heads else None
+    return (
+        torch.arange(tensor.shape[0]).view(heads, -1, 2).transpose(1, 2).flatten()
+        if heads
+        else None
+    )

@@ -50,7 +50,9 @@ def join_pieces(pieces: Iterable[Packed], rows: int) -> Packed:
     whole, filled = None, 0
     for part in pieces:
         if whole is None:
-            held = (None if one is None else one.new_empty(rows, *one.shape[1:]) for one in part.parts)
+            held = (
+                None if one is None else one.new_empty(rows, *one.shape[1:]) for one in part.parts
+            )
             whole = Packed(part.format, (rows, part.shape[1]), *held)
         for all_, some in zip(whole.parts, part.parts, strict=True):
             if all_ is not None and some is not None:

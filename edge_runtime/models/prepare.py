@@ -25,7 +25,14 @@ from edge_runtime.models import facts as facts_
 from edge_runtime.models.facts import Facts
 
 LOCK_TIMEOUT_S = 600.0
-FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")  # of a model folder
+FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.model",
+    "*.jinja",
+    "merges.txt",
+    "vocab.txt",
+)  # of a model folder
 
 
 def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = False) -> Facts:
@@ -45,10 +52,14 @@ def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = Fa
     weights, others = ([path], []) if path.is_file() else _files(path)
     if random_weights:
         if path.is_file():
-            raise InputError(f"{path} has weights of its own: random ones need a folder with a config.json")
+            raise InputError(
+                f"{path} has weights of its own: random ones need a folder with a config.json"
+            )
         weights, others = [path / "config.json"], []
     if not weights:
-        raise InputError(f"{path} has no .safetensors file: give a folder in Hugging Face's layout or a GGUF file")
+        raise InputError(
+            f"{path} has no .safetensors file: give a folder in Hugging Face's layout or a GGUF file"
+        )
     name, revision = _name(path), _digest(weights, cache)[:12]
     kind = ["random"] if random_weights else [_digest(others, cache)[:12]] if others else []
     ready = cache / "-".join([name, revision, *kind])
@@ -56,10 +67,15 @@ def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = Fa
         ready.with_suffix(".lock"), timeout=LOCK_TIMEOUT_S
     ):  # several agents of one machine may share the cache
         if not ready.exists():
-            from edge_runtime.training.lean import lean_imports
+            from edge_runtime.trainer.lean import lean_imports
 
-            with tempfile.TemporaryDirectory(dir=cache) as scratch, lean_imports():  # a family's code comes late
-                _write(path, Path(scratch) / ready.name, ready, f"{name}@{revision}", random_weights)
+            with (
+                tempfile.TemporaryDirectory(dir=cache) as scratch,
+                lean_imports(),
+            ):  # a family's code comes late
+                _write(
+                    path, Path(scratch) / ready.name, ready, f"{name}@{revision}", random_weights
+                )
                 put(Path(scratch) / ready.name, ready)
     facts = msgspec.json.decode((ready / "facts.json").read_bytes(), type=Facts)
     tokenizer = ready / "tokenizer.json"
@@ -76,22 +92,30 @@ def find(source: str, models: Path) -> Path:
     for path in (Path(source).expanduser(), models / source):
         if path.is_file():
             if path.suffix != ".gguf":
-                raise InputError(f"{path} is no GGUF file: a model is a .gguf file, a folder or a hub id")
+                raise InputError(
+                    f"{path} is no GGUF file: a model is a .gguf file, a folder or a hub id"
+                )
             return path.resolve()
         if path.is_dir():
             if not (path / "config.json").exists():
-                raise InputError(f"{path} has no config.json: a model folder needs Hugging Face's layout")
+                raise InputError(
+                    f"{path} has no config.json: a model folder needs Hugging Face's layout"
+                )
             return path.resolve()
     a_path = source.startswith((".", "/", "~")) or source.endswith(".gguf")
     if a_path or source.count("/") != 1:
-        raise InputError(f"there is no model at {source}, nor in {models}: copy it there or name a hub id (owner/name)")
+        raise InputError(
+            f"there is no model at {source}, nor in {models}: copy it there or name a hub id (owner/name)"
+        )
     return _download(source, models)
 
 
 def _files(folder: Path) -> tuple[list[Path], list[Path]]:
     """The weights of a model folder, and what else it is read from."""
     patterns = [pattern for pattern in FILES if pattern != "*.safetensors"]
-    return sorted(folder.glob("*.safetensors")), sorted(file for one in patterns for file in folder.glob(one))
+    return sorted(folder.glob("*.safetensors")), sorted(
+        file for one in patterns for file in folder.glob(one)
+    )
 
 
 def _name(path: Path) -> str:
@@ -107,8 +131,15 @@ def _download(source: str, models: Path) -> Path:
 
     repository, _, revision = source.partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:  # ValueError: no hub id
+        return Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES))
+        )
+    except (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OSError,
+        ValueError,
+    ) as error:  # ValueError: no hub id
         reason = " ".join(str(error).split()).rstrip(".")  # the hub's reasons go over several lines
         raise InputError(
             f"there is no model at {source}, nor in {models}, and it cannot be fetched from the hub either: {reason}; copy it "
@@ -119,7 +150,7 @@ def _download(source: str, models: Path) -> Path:
 def _write(path: Path, work: Path, ready: Path, model_class: str, random_weights: bool) -> None:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
-    from edge_runtime.adapters import roles
+    from edge_runtime.models import families as roles
     from edge_runtime.models import gguf_file, weights, whole
 
     for file in [path] if path.is_file() else [] if random_weights else whole.files(path):
@@ -132,13 +163,19 @@ def _write(path: Path, work: Path, ready: Path, model_class: str, random_weights
         with gguf_file.plain_reader():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **where)
             tokenizer = (
-                _words() if random_weights else AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
+                _words()
+                if random_weights
+                else AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
             )
-    except Exception as error:  # transformers raises many kinds here; each means the same to the user
+    except (
+        Exception
+    ) as error:  # transformers raises many kinds here; each means the same to the user
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"the model at {path} cannot be read: {reason}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise InputError(f"the model at {path} is a {config.model_type}, which transformers cannot have write text")
+        raise InputError(
+            f"the model at {path} is a {config.model_type}, which transformers cannot have write text"
+        )
     work.mkdir()
     config.save_pretrained(work)
     tokenizer.save_pretrained(work)
@@ -146,13 +183,26 @@ def _write(path: Path, work: Path, ready: Path, model_class: str, random_weights
     model = weights.empty(config)
     blocks = roles.blocks(model)
     if not blocks:
-        raise InputError(f"the model at {path} has 0 layers, but needs 1 or more: its config.json may be damaged")
+        raise InputError(
+            f"the model at {path} has 0 layers, but needs 1 or more: its config.json may be damaged"
+        )
     block = blocks[0]
-    linears = {role: roles.widths(block.get_submodule(inner)) for role, inner in roles.linears(block).items()}
+    linears = {
+        role: roles.widths(block.get_submodule(inner))
+        for role, inner in roles.linears(block).items()
+    }
     if path.is_file():
-        names = [name for name in model.state_dict() if not (config.tie_word_embeddings and name == "lm_head.weight")]
-        (work / "tensors.json").write_bytes(msgspec.json.encode(gguf_file.index(path, names, config)))
-    facts = facts_.read(config, linears, model_class=model_class, folder=str(ready), weights=str(path))
+        names = [
+            name
+            for name in model.state_dict()
+            if not (config.tie_word_embeddings and name == "lm_head.weight")
+        ]
+        (work / "tensors.json").write_bytes(
+            msgspec.json.encode(gguf_file.index(path, names, config))
+        )
+    facts = facts_.read(
+        config, linears, model_class=model_class, folder=str(ready), weights=str(path)
+    )
     (work / "facts.json").write_bytes(msgspec.json.encode(facts))
 
 
@@ -205,7 +255,9 @@ def main() -> int:
     parser.add_argument("--random-weights", action="store_true")
     options = parser.parse_args()
     try:
-        facts = prepare(options.source, options.models, options.cache, random_weights=options.random_weights)
+        facts = prepare(
+            options.source, options.models, options.cache, random_weights=options.random_weights
+        )
     except EdgeError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

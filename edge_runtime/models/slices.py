@@ -24,7 +24,9 @@ def kept_layers(depth: int, layers: int) -> tuple[int, ...]:
         ValueError: depth is not between 1 and layers.
     """
     if not 1 <= depth <= layers:
-        raise ValueError(f"a slice of {depth} layers cannot be cut from a model of {layers}: choose 1 to {layers}")
+        raise ValueError(
+            f"a slice of {depth} layers cannot be cut from a model of {layers}: choose 1 to {layers}"
+        )
     return (*range((depth + 1) // 2), *range(layers - depth // 2, layers))
 
 
@@ -40,4 +42,6 @@ def nested_blocks(depths: Iterable[int], depth: int, layers: int) -> list[tuple[
         ValueError: a depth is larger than the slice at hand.
     """
     held = kept_layers(depth, layers)
-    return [tuple(held.index(layer) for layer in kept_layers(smaller, layers)) for smaller in depths]
+    return [
+        tuple(held.index(layer) for layer in kept_layers(smaller, layers)) for smaller in depths
+    ]

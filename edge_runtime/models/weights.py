@@ -20,18 +20,29 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedMode
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
-from edge_runtime.adapters import roles
 from edge_runtime.errors import InputError
+from edge_runtime.models import families as roles
 from edge_runtime.models import stream, whole
 from edge_runtime.models.facts import Facts
-from edge_runtime.models.packed import EMBEDDING, PIECE_VALUES, PackedEmbedding, PackedLinear, pack_matrix, pack_pieces
+from edge_runtime.models.packed import (
+    EMBEDDING,
+    PIECE_VALUES,
+    PackedEmbedding,
+    PackedLinear,
+    pack_matrix,
+    pack_pieces,
+)
 from edge_runtime.models.slices import kept_layers
 from edge_runtime.settings import PACKED, Weights
 
-LAYER = re.compile(r"(?<=\.)\d+(?=\.)")  # the block's number is the first number in a state_dict key
+LAYER = re.compile(
+    r"(?<=\.)\d+(?=\.)"
+)  # the block's number is the first number in a state_dict key
 
 
-def load(facts: Facts, depth: int, weights: Weights, device: str = "cpu", *, streamed: bool = False) -> PreTrainedModel:
+def load(
+    facts: Facts, depth: int, weights: Weights, device: str = "cpu", *, streamed: bool = False
+) -> PreTrainedModel:
     """The frozen base model of a plan, in evaluation mode.
 
     Args:
@@ -57,7 +68,9 @@ def load(facts: Facts, depth: int, weights: Weights, device: str = "cpu", *, str
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     read: _Reader = _Numbered(_reader(facts), kept) if facts.weights else _Random(shapes)
     if weights in PACKED:
-        files = [Path(facts.folder) / f"streamed-{weights}" / f"{layer}.safetensors" for layer in kept]
+        files = [
+            Path(facts.folder) / f"streamed-{weights}" / f"{layer}.safetensors" for layer in kept
+        ]
         _pack(model, read, dtype, weights, device, files if streamed else [])
     for name, parameter in list(model.named_parameters()):
         if facts.tied_head and name == "lm_head.weight":
@@ -66,7 +79,9 @@ def load(facts: Facts, depth: int, weights: Weights, device: str = "cpu", *, str
         filled = read.dense(name, dtype)
         if filled.numel() != parameter.numel():
             needed = tuple(parameter.shape)
-            raise InputError(f"{name} is {tuple(filled.shape)} in {facts.weights}, but this model needs {needed}")
+            raise InputError(
+                f"{name} is {tuple(filled.shape)} in {facts.weights}, but this model needs {needed}"
+            )
         filled = filled.view(parameter.shape).to(device)
         setattr(model.get_submodule(owner), own, nn.Parameter(filled, requires_grad=False))
     if weights not in PACKED:
@@ -112,7 +127,12 @@ class _Numbered(NamedTuple):
 
 
 def _pack(
-    model: PreTrainedModel, read: _Reader, dtype: torch.dtype, format: str, device: str, files: list[Path]
+    model: PreTrainedModel,
+    read: _Reader,
+    dtype: torch.dtype,
+    format: str,
+    device: str,
+    files: list[Path],
 ) -> None:
     """Put packed matrices into a model without memory. files: one for each block's matrices, or none."""
     places = {module: name for name, module in model.named_modules()}
@@ -130,7 +150,9 @@ def _pack(
     ]
     for layer in [*layers, head]:
         if not isinstance(layer, nn.Linear):
-            raise InputError(f"{places[layer]} is a {type(layer).__name__}: models of this family cannot be packed")
+            raise InputError(
+                f"{places[layer]} is a {type(layer).__name__}: models of this family cannot be packed"
+            )
 
     def place(layer: nn.Module, weight: Packed) -> None:
         bias = None if layer.bias is None else read.dense(f"{places[layer]}.bias", dtype).to(device)
@@ -141,22 +163,32 @@ def _pack(
         names = {path: places[block.get_submodule(path)] for path in paths}
         for path, name in names.items():
             shape = tuple(block.get_submodule(path).weight.shape)
-            held = stream.empty(format, shape, device) if files else read.packed(f"{name}.weight", format).to(device)
+            held = (
+                stream.empty(format, shape, device)
+                if files
+                else read.packed(f"{name}.weight", format).to(device)
+            )
             place(block.get_submodule(path), held)
         if files:
-            read_all = {path: partial(read.packed, f"{name}.weight", format) for path, name in names.items()}
+            read_all = {
+                path: partial(read.packed, f"{name}.weight", format) for path, name in names.items()
+            }
             stream.stream(block, read_all, files[number], device)
 
 
 def _reader(facts: Facts) -> _Reader:
     path = Path(facts.weights)
     if path.suffix == ".gguf":
-        from edge_runtime.models import gguf_file  # whose library is 2 MiB
+        from edge_runtime.models import gguf_file
 
         whole.tensors(path)
         content = (Path(facts.folder) / "tensors.json").read_bytes()
-        return gguf_file.Reader(path, msgspec.json.decode(content, type=dict[str, gguf_file.Tensor]))
-    return _Safetensors(path, {name: file for file in whole.files(path) for name in whole.tensors(file)})
+        return gguf_file.Reader(
+            path, msgspec.json.decode(content, type=dict[str, gguf_file.Tensor])
+        )
+    return _Safetensors(
+        path, {name: file for file in whole.files(path) for name in whole.tensors(file)}
+    )
 
 
 class _Safetensors(NamedTuple):

@@ -30,29 +30,57 @@ The factors were fitted to measured peaks; `make bench-peak` prints prediction b
 
 import math
 
-from edge_runtime.methods.interface import Method, name_of
-from edge_runtime.models.facts import Facts, adapter_shapes
+from edge_runtime.adapters.shapes import adapter_shapes
+from edge_runtime.methods.interface import Method
+from edge_runtime.models.facts import Facts
 from edge_runtime.models.slices import kept_layers
-from edge_runtime.planning.plan import Plan
+from edge_runtime.protocol.keys import name_of
+from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import PACKED, Role, Weights
 
 MIB = 1 << 20
-VALUE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "q8_0": 34 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32, "nf4": 0.516}
+VALUE_BYTES = {
+    "float32": 4.0,
+    "bfloat16": 2.0,
+    "q8_0": 34 / 32,
+    "q4_1": 20 / 32,
+    "q4_0": 18 / 32,
+    "nf4": 0.516,
+}
 ADAPTER_BYTES, SUM_BYTES, FROZEN_BYTES, ENCODE_BYTES = 6, 4, 4, 9
-TOKENIZER_COPIES, FIRST_STEP_BYTES = 11, 36 * MIB  # of its file; measured with 49,152 and 262,144 tokens
-KERNEL_BYTES, MOST_LENGTHS = 8 * MIB, 6  # of a length of rows; the library's cache holds that of so many
+TOKENIZER_COPIES, FIRST_STEP_BYTES = (
+    11,
+    36 * MIB,
+)  # of its file; measured with 49,152 and 262,144 tokens
+KERNEL_BYTES, MOST_LENGTHS = (
+    8 * MIB,
+    6,
+)  # of a length of rows; the library's cache holds that of so many
 LONG_TOKENS, LONG_BYTES = 256, 4 * MIB  # rows of more than so many: that much more
 VARIED_BYTES = 20 * MIB  # of the loss, where rows are of several lengths
 LOSS_CHUNK_BYTES = 8 * MIB  # of logits at once, unless memory is short
 LOSS_COPIES = {"dense": 2.6, "packed": 1.9}
 BLOCK_BYTES = 4 * MIB  # of any size: pieces of the optimiser's step
 BLOCK_COPIES = {2: 1.05, 4: 0.75}  # by the bytes of a value
-HIDDEN_ROWS, INTERMEDIATE_ROWS = 17, 7  # a token, of a block's activations and their gradients, in its MLP
+HIDDEN_ROWS, INTERMEDIATE_ROWS = (
+    17,
+    7,
+)  # a token, of a block's activations and their gradients, in its MLP
 ATTENTION_ROWS = 10  # the same in its attention, of each kind
-KEPT_HIDDEN_ROWS, KEPT_HEAD_ROWS, KEPT_INTERMEDIATE_ROWS = 5, 5, 3  # a token, of a block's activations alone
+KEPT_HIDDEN_ROWS, KEPT_HEAD_ROWS, KEPT_INTERMEDIATE_ROWS = (
+    5,
+    5,
+    3,
+)  # a token, of a block's activations alone
 KEPT_COPIES = 1.2
-NORMED_FAMILIES, NORM_ROWS = ("gemma2", "gemma3", "gemma3_text"), 8  # norms after attention and MLP too
-MLP_TOKENS, FEWER_MLP_TOKENS = 1024, 256  # that go through an MLP at once: at no cost, and where memory is short
+NORMED_FAMILIES, NORM_ROWS = (
+    ("gemma2", "gemma3", "gemma3_text"),
+    8,
+)  # norms after attention and MLP too
+MLP_TOKENS, FEWER_MLP_TOKENS = (
+    1024,
+    256,
+)  # that go through an MLP at once: at no cost, and where memory is short
 UNGATED_FAMILIES = ("gpt2", "phi")  # their MLPs do not come in tiles
 LENGTH_STEP = 8  # rows are padded to multiples of it
 
@@ -87,10 +115,18 @@ def terms(
     at_once = batch if facts.family in UNGATED_FAMILIES else min(batch, plan.mlp_tokens or batch)
     norms = batch * _norm_rows(facts) * facts.hidden
     mlp = batch * HIDDEN_ROWS * facts.hidden + at_once * INTERMEDIATE_ROWS * facts.intermediate
-    attention = batch * ATTENTION_ROWS * (facts.hidden + (facts.heads + 2 * facts.kv_heads) * facts.head_dim)
-    joined = FROZEN_BYTES * adapter // plan.depth if method.low_rank is not None else 0  # a block's factors once more
+    attention = (
+        batch
+        * ATTENTION_ROWS
+        * (facts.hidden + (facts.heads + 2 * facts.kv_heads) * facts.head_dim)
+    )
+    joined = (
+        FROZEN_BYTES * adapter // plan.depth if method.low_rank is not None else 0
+    )  # a block's factors once more
     values_at_once = norms + max(mlp, attention)
-    block = BLOCK_BYTES + int(BLOCK_COPIES[width] * width * values_at_once) + 2 * joined  # and their gradients
+    block = (
+        BLOCK_BYTES + int(BLOCK_COPIES[width] * width * values_at_once) + 2 * joined
+    )  # and their gradients
     chunk = min(width * batch * facts.vocabulary, loss_chunk_bytes(plan))
     loss = int(LOSS_COPIES["packed" if plan.weights in PACKED else "dense"] * chunk)
     cache = 2 * facts.kv_heads * facts.head_dim * width * batch * plan.depth
@@ -115,7 +151,9 @@ def terms(
     return always | max(ways, key=lambda terms: sum(terms.values()))
 
 
-def factor_values(facts: Facts, plan: Plan, roles: tuple[Role, ...], method: Method) -> dict[str, int]:
+def factor_values(
+    facts: Facts, plan: Plan, roles: tuple[Role, ...], method: Method
+) -> dict[str, int]:
     """Values of each of the adapter's factors, over all layers."""
     values = dict.fromkeys(method.factors, 0)
     shapes = adapter_shapes(facts, kept_layers(plan.depth, facts.layers), roles, plan.rank, method)
@@ -132,7 +170,9 @@ def loss_chunk_bytes(plan: Plan) -> int:
 def _activations(facts: Facts, batch: int, width: int, *, tiled: bool) -> int:
     """What a block keeps for backward of so many tokens; an MLP in tiles runs again in any case."""
     intermediate = INTERMEDIATE_ROWS if facts.family in UNGATED_FAMILIES else KEPT_INTERMEDIATE_ROWS
-    values = (KEPT_HIDDEN_ROWS + _norm_rows(facts)) * facts.hidden + KEPT_HEAD_ROWS * facts.heads * facts.head_dim
+    values = (
+        KEPT_HIDDEN_ROWS + _norm_rows(facts)
+    ) * facts.hidden + KEPT_HEAD_ROWS * facts.heads * facts.head_dim
     values += 0 if tiled else intermediate * facts.intermediate
     return int(KEPT_COPIES * width * batch * values)
 

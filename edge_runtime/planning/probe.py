@@ -57,7 +57,9 @@ def main() -> None:
     """Print the rates of the device that the command line names."""
     device, threads = sys.argv[1], int(sys.argv[2])
     if device == "cuda" and not torch.cuda.is_available():
-        sys.exit("the installed torch cannot use this device's GPU: install its CUDA build, or use --device cpu")
+        sys.exit(
+            "the installed torch cannot use this device's GPU: install its CUDA build, or use --device cpu"
+        )
     if threads:
         torch.set_num_threads(threads)
     sys.stdout.write(msgspec.json.encode(rates(device)).decode())

@@ -15,9 +15,15 @@ from edge_runtime import methods
 from edge_runtime.errors import BudgetError, InputError
 from edge_runtime.methods.interface import Method
 from edge_runtime.models.facts import Facts
-from edge_runtime.planning.plan import Plan
-from edge_runtime.planning.predict import FEWER_MLP_TOKENS, KERNEL_BYTES, LENGTH_STEP, MLP_TOKENS, terms
+from edge_runtime.planning.predict import (
+    FEWER_MLP_TOKENS,
+    KERNEL_BYTES,
+    LENGTH_STEP,
+    MLP_TOKENS,
+    terms,
+)
 from edge_runtime.planning.time import Rates, step_seconds
+from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import PACKED, Boundaries, Fleet, Role, Weights, rows_of_a_step
 
 FULL = 0.95  # of the budget, which memory that only saves time may fill: a prediction can be wrong by a twentieth
@@ -48,7 +54,13 @@ class Choice(NamedTuple):
 
 
 def choose(
-    fleet: Fleet, facts: dict[str, Facts], budget_bytes: int, runtime_bytes: int, rates: Rates, *, fill: bool = True
+    fleet: Fleet,
+    facts: dict[str, Facts],
+    budget_bytes: int,
+    runtime_bytes: int,
+    rates: Rates,
+    *,
+    fill: bool = True,
 ) -> Choice:
     """The best plan within a budget, and within the fleet's deadline for a step if it has one.
 
@@ -74,9 +86,14 @@ def choose(
         for way in plans:
             if way.predicted_peak_bytes <= budget_bytes:
                 known = facts[way.source]
-                fits = _filled(fleet, known, way, budget_bytes, runtime_bytes, rates) if fill else way
+                fits = (
+                    _filled(fleet, known, way, budget_bytes, runtime_bytes, rates) if fill else way
+                )
                 if over_deadline_s(fits, deadline_s) == 0:
-                    same = before is not None and (before.source, before.depth) == (way.source, way.depth)
+                    same = before is not None and (before.source, before.depth) == (
+                        way.source,
+                        way.depth,
+                    )
                     return Choice(fits, rejected, before if same else None)
                 too_slow.append(fits)
             before = way
@@ -85,7 +102,9 @@ def choose(
     raise BudgetError(_why_none(every, small, budget_bytes, deadline_s))
 
 
-def _filled(fleet: Fleet, known: Facts, fits: Plan, budget_bytes: int, runtime_bytes: int, rates: Rates) -> Plan:
+def _filled(
+    fleet: Fleet, known: Facts, fits: Plan, budget_bytes: int, runtime_bytes: int, rates: Rates
+) -> Plan:
     """The plan with as many blocks that run once as there is memory left for."""
     for kept_blocks in range(0 if fits.streamed else fits.depth, 0, -1):
         faster = plan(
@@ -110,7 +129,9 @@ def over_deadline_s(way: Plan, deadline_s: float | None) -> float:
     return 0.0 if deadline_s is None else max(0.0, way.step_seconds - deadline_s)
 
 
-def _why_none(every: list[Plan], small: list[Plan], budget_bytes: int, deadline_s: float | None) -> str:
+def _why_none(
+    every: list[Plan], small: list[Plan], budget_bytes: int, deadline_s: float | None
+) -> str:
     """every: as enumerated; small: those within the budget, filled."""
     in_time = [way for way in every if over_deadline_s(way, deadline_s) == 0]
     if small or not in_time:
@@ -140,7 +161,9 @@ def _seconds(way: Plan) -> float:
     return way.step_seconds
 
 
-def candidates(fleet: Fleet, facts: dict[str, Facts], runtime_bytes: int, rates: Rates) -> Iterator[list[Plan]]:
+def candidates(
+    fleet: Fleet, facts: dict[str, Facts], runtime_bytes: int, rates: Rates
+) -> Iterator[list[Plan]]:
     """For each model and weight format in order of preference, its plans in order of preference: from the longest sequence,
     highest rank and largest micro-batch to the shortest, the lowest and a single row with 8-bit boundaries and MLPs in small
     tiles, or, where they are packed, streamed weights without tiles.
@@ -154,7 +177,9 @@ def candidates(fleet: Fleet, facts: dict[str, Facts], runtime_bytes: int, rates:
         known = facts[model.source]
         depth = known.layers if model.depth is None else model.depth
         if not 1 <= depth <= known.layers:
-            raise InputError(f"the catalog wants {depth} layers of {model.source}, which has {known.layers}")
+            raise InputError(
+                f"the catalog wants {depth} layers of {model.source}, which has {known.layers}"
+            )
         possible = [tokens for tokens in lengths if tokens <= known.positions] or lengths[-1:]
         for weights in model.weights:
             yield [
@@ -217,7 +242,9 @@ def plan(
     if way.streamed and way.kept_blocks:
         raise InputError("blocks whose weights are streamed cannot run once: they would keep them")
     if not 0 <= way.kept_blocks <= depth:
-        raise InputError(f"{way.kept_blocks} blocks are to run once, but {source} has {depth} of them here")
+        raise InputError(
+            f"{way.kept_blocks} blocks are to run once, but {source} has {depth} of them here"
+        )
     made = Plan(
         source=source,
         model_class=known.model_class,
@@ -241,11 +268,15 @@ def plan(
         runtime_bytes=runtime_bytes,
     )
     headed = fleet.head is not None
-    seconds = step_seconds(known, made, method=method, roles=roles, rows_a_step=rows_a_step, rates=rates, headed=headed)
+    seconds = step_seconds(
+        known, made, method=method, roles=roles, rows_a_step=rows_a_step, rates=rates, headed=headed
+    )
     return msgspec.structs.replace(made, terms=predicted, step_seconds=seconds)
 
 
-def lower(known: Facts, plan: Plan, *, method: Method, roles: tuple[Role, ...], rows_a_step: int) -> list[Plan]:
+def lower(
+    known: Facts, plan: Plan, *, method: Method, roles: tuple[Role, ...], rows_a_step: int
+) -> list[Plan]:
     """The plan as a running trainer has it, whose tokenizer is gone, and those that it can go on with, each in less memory than
     the one before: all blocks run again, then smaller micro-batches, 8-bit boundaries, small tiles of the MLP.
 
@@ -257,9 +288,17 @@ def lower(known: Facts, plan: Plan, *, method: Method, roles: tuple[Role, ...], 
         made = msgspec.structs.replace(plan, **way._asdict())
         runtime_bytes = plan.terms["runtime"]
         found = terms(
-            known, made, method=method, roles=roles, rows_a_step=rows_a_step, lengths=1, runtime_bytes=runtime_bytes
+            known,
+            made,
+            method=method,
+            roles=roles,
+            rows_a_step=rows_a_step,
+            lengths=1,
+            runtime_bytes=runtime_bytes,
         )
-        found["kernels"] = plan.terms["kernels"] + KERNEL_BYTES * (way.rows != plan.rows)  # those so far stay
+        found["kernels"] = plan.terms["kernels"] + KERNEL_BYTES * (
+            way.rows != plan.rows
+        )  # those so far stay
         return msgspec.structs.replace(made, terms=found)
 
     first = Way(plan.rows, plan.boundaries, plan.mlp_tokens, plan.streamed)

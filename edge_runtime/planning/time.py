@@ -24,13 +24,21 @@ import msgspec
 
 from edge_runtime.methods.interface import Method
 from edge_runtime.models.facts import Facts
-from edge_runtime.planning.plan import Plan
 from edge_runtime.planning.predict import HIDDEN_ROWS, INTERMEDIATE_ROWS, VALUE_BYTES, factor_values
+from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import PACKED, Role
 
 ATTENTION, THIN = 0.25, 0.5  # of the rate of matrix products
-BLOCK_PASSES, LOSS_PASSES = 10, 60  # over the rows that predict.py counts in a block, and over the logits
-EXPAND_BYTES = {"q8_0": 24, "q4_1": 60, "q4_0": 60, "nf4": 190}  # a value takes as long as a copy that moves so many
+BLOCK_PASSES, LOSS_PASSES = (
+    10,
+    60,
+)  # over the rows that predict.py counts in a block, and over the logits
+EXPAND_BYTES = {
+    "q8_0": 24,
+    "q4_1": 60,
+    "q4_0": 60,
+    "nf4": 190,
+}  # a value takes as long as a copy that moves so many
 CALL_S = 6e-3  # a block
 MLP: tuple[Role, ...] = ("gate", "up", "gate_up", "down")
 
@@ -45,7 +53,14 @@ class Rates(msgspec.Struct, frozen=True):
 
 
 def step_seconds(
-    facts: Facts, plan: Plan, *, method: Method, roles: tuple[Role, ...], rows_a_step: int, rates: Rates, headed: bool
+    facts: Facts,
+    plan: Plan,
+    *,
+    method: Method,
+    roles: tuple[Role, ...],
+    rows_a_step: int,
+    rates: Rates,
+    headed: bool,
 ) -> float:
     """Predicted seconds of an optimiser step.
 
@@ -57,11 +72,17 @@ def step_seconds(
         headed: whether a head over labels learns the rows, and not the vocabulary's.
     """
     tokens, micro_batches = rows_a_step * plan.tokens, -(-rows_a_step // plan.rows)
-    width, flops = (4, rates.float32_flops) if plan.weights == "float32" else (2, rates.bfloat16_flops)
+    width, flops = (
+        (4, rates.float32_flops) if plan.weights == "float32" else (2, rates.bfloat16_flops)
+    )
     factors = sum(factor_values(facts, plan, roles, method).values())
     blocks = plan.depth * facts.block_parameters
-    mlps = plan.depth * sum(facts.linears[role][0] * facts.linears[role][1] for role in MLP if role in facts.linears)
-    attention = plan.depth * 1.5 * plan.tokens * facts.heads * facts.head_dim  # half of the pairs; backward 2.5 times
+    mlps = plan.depth * sum(
+        facts.linears[role][0] * facts.linears[role][1] for role in MLP if role in facts.linears
+    )
+    attention = (
+        plan.depth * 1.5 * plan.tokens * facts.heads * facts.head_dim
+    )  # half of the pairs; backward 2.5 times
     logits = 0 if headed else facts.vocabulary  # a token
     head = logits * facts.hidden
     runs = 3 - plan.kept_blocks / plan.depth

@@ -1,4 +1,4 @@
-"""Command line of the operators: `python -m edge_kernels check` and `bench`."""
+"""Command line of the operators: `python -m edge_kernels check`."""
 
 import dataclasses
 import json
@@ -13,18 +13,29 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_kernels import ahead
-from edge_kernels.bench import bench
 
 
 @click.group()
 def main() -> None:
-    """The operators of low-memory fine-tuning: check their kernels, measure them."""
+    """The operators of low-memory fine-tuning: check their kernels."""
 
 
 @main.command()
-@click.option("--arch", "architectures", multiple=True, type=click.Choice([str(n) for n in ahead.ARCHITECTURES]))
-@click.option("--only", "chosen", multiple=True, help="An operator's file, as rms_norm; may be given again.")
-@click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write every figure there.")
+@click.option(
+    "--arch",
+    "architectures",
+    multiple=True,
+    type=click.Choice([str(n) for n in ahead.ARCHITECTURES]),
+)
+@click.option(
+    "--only", "chosen", multiple=True, help="An operator's file, as rms_norm; may be given again."
+)
+@click.option(
+    "--json",
+    "file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write every figure there.",
+)
 def check(architectures: tuple[str, ...], chosen: tuple[str, ...], file: Path | None) -> None:
     """Compile every kernel in every configuration ahead of time; no GPU is needed.
 
@@ -33,11 +44,14 @@ def check(architectures: tuple[str, ...], chosen: tuple[str, ...], file: Path | 
     """
     known = {name.rpartition(".")[2]: name for name in ahead.operators()}
     if unknown := [name for name in chosen if name not in known]:
-        raise click.UsageError(f"{unknown[0]} is no operator with kernels; these are: {', '.join(known)}")
+        raise click.UsageError(
+            f"{unknown[0]} is no operator with kernels; these are: {', '.join(known)}"
+        )
     began = time.monotonic()
     try:
         compiled = ahead.compile_all(
-            [known[name] for name in chosen or known], tuple(int(name) for name in architectures) or ahead.ARCHITECTURES
+            [known[name] for name in chosen or known],
+            tuple(int(name) for name in architectures) or ahead.ARCHITECTURES,
         )
     except RuntimeError as error:
         raise click.ClickException(str(error)) from error
@@ -48,22 +62,33 @@ def check(architectures: tuple[str, ...], chosen: tuple[str, ...], file: Path | 
         console.print(f"{one.name} on sm_{one.architecture}: {'; '.join(one.faults)}", style="red")
     if file is not None:
         file.write_text(json.dumps([dataclasses.asdict(one) for one in compiled], indent=1) + "\n")
-    console.print(f"{len(compiled)} configurations, {len(faults)} faulty, {time.monotonic() - began:.0f} s")
+    console.print(
+        f"{len(compiled)} configurations, {len(faults)} faulty, {time.monotonic() - began:.0f} s"
+    )
     sys.exit(1 if faults else 0)
-
-
-main.add_command(bench)
 
 
 def _table(compiled: list[ahead.Compiled]) -> Table:
     """A row an operator and architecture: the most that any of its configurations takes, and the median of its code."""
-    columns = ("operator", "arch", "kernels", "registers", "spilled B", "shared KiB", "instructions", "async copies")
+    columns = (
+        "operator",
+        "arch",
+        "kernels",
+        "registers",
+        "spilled B",
+        "shared KiB",
+        "instructions",
+        "async copies",
+    )
     table = Table(
-        *columns, title="Most of any configuration; instructions: median and most; async copies: fewest and most"
+        *columns,
+        title="Most of any configuration; instructions: median and most; async copies: fewest and most",
     )
     for column in table.columns[2:]:
         column.justify = "right"
-    for (operator, architecture), group in groupby(compiled, lambda one: (one.operator, one.architecture)):
+    for (operator, architecture), group in groupby(
+        compiled, lambda one: (one.operator, one.architecture)
+    ):
         rows = list(group)
         code = [one.instructions for one in rows]
         copies = [one.asynchronous_copies for one in rows]

@@ -72,7 +72,13 @@ class AdamW8bit:
     ) -> None:
         self.parameters = list(parameters)
         _check(self.parameters, lr, betas, eps, weight_decay, clip_norm)
-        self.lr, self.betas, self.eps, self.weight_decay, self.clip_norm = lr, betas, eps, weight_decay, clip_norm
+        self.lr, self.betas, self.eps, self.weight_decay, self.clip_norm = (
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            clip_norm,
+        )
         device = self.parameters[0].device
         blocks = [math.ceil(p.numel() / BLOCK) for p in self.parameters]
         *self._starts, _ = accumulate(blocks, initial=0)
@@ -84,8 +90,12 @@ class AdamW8bit:
         self._steps = [0] * len(blocks)
         self._stepped: set[int] = set()  # factors that had their turn in this step
         self._waiting: dict[int, torch.Tensor] = {}  # gradients of factors that will step together
-        self._squares = torch.zeros(2, device=device)  # of the last step's norm, and of this one's so far
-        self._so_far = torch.zeros(len(blocks), device=device)  # the latter, when each factor had its turn
+        self._squares = torch.zeros(
+            2, device=device
+        )  # of the last step's norm, and of this one's so far
+        self._so_far = torch.zeros(
+            len(blocks), device=device
+        )  # the latter, when each factor had its turn
         self._shares = torch.zeros(
             len(blocks), device=device
         )  # what it then was of the whole, in each factor's last step
@@ -93,7 +103,8 @@ class AdamW8bit:
         self._summed: set[int] = set()  # factors with a gradient in the sums
         self._accumulating = self._measuring = False
         self._hooks = [
-            p.register_post_accumulate_grad_hook(partial(self._take, i)) for i, p in enumerate(self.parameters)
+            p.register_post_accumulate_grad_hook(partial(self._take, i))
+            for i, p in enumerate(self.parameters)
         ]
 
     @property
@@ -171,7 +182,9 @@ class AdamW8bit:
         """
         sizes = [p.numel() for p in self.parameters]
         if state["sizes"] != sizes:
-            raise ValueError(f"state is of parameters with {state['sizes']} values, but these have {sizes}")
+            raise ValueError(
+                f"state is of parameters with {state['sizes']} values, but these have {sizes}"
+            )
         self.lr, self._steps = state["lr"], list(state["steps"])
         self._stepped, self._summed = set(state["stepped"]), set(state["summed"])
         for ours, theirs in (
@@ -183,7 +196,9 @@ class AdamW8bit:
             (self._shares, state["shares"]),
         ):
             ours.copy_(theirs)
-        self._sums = None if state["sums"] is None else state["sums"].to(self._first.device, copy=True)
+        self._sums = (
+            None if state["sums"] is None else state["sums"].to(self._first.device, copy=True)
+        )
 
     # --- the course of a step
 
@@ -201,7 +216,9 @@ class AdamW8bit:
             grad = self._sum(index).add_(grad.reshape(-1))
             self._summed.add(index)
         if not self._accumulating:
-            torch.autograd.Variable._execution_engine.queue_callback(self._apply)  # at the end of this backward
+            torch.autograd.Variable._execution_engine.queue_callback(
+                self._apply
+            )  # at the end of this backward
             self._update(index, grad)
 
     def _update(self, index: int, grad: torch.Tensor) -> None:
@@ -223,7 +240,9 @@ class AdamW8bit:
         """Step the factors that wait, those of one count of steps and type together."""
         if not self._waiting:
             return
-        self._waiting = dict(sorted(self._waiting.items()))  # however backward came to those of a block
+        self._waiting = dict(
+            sorted(self._waiting.items())
+        )  # however backward came to those of a block
         groups: dict[tuple[int, torch.dtype], list[int]] = {}
         for index in self._waiting:
             groups.setdefault((self._steps[index], self.parameters[index].dtype), []).append(index)
@@ -236,7 +255,9 @@ class AdamW8bit:
             state = self._first, self._second, *self._scales
             if on_triton(rows):
                 part = slice(self._starts[group[0]], self._starts[group[0]] + len(rows))
-                _update_triton(values[0], grads[0], [one[part] for one in state], clip, numbers, seed)
+                _update_triton(
+                    values[0], grads[0], [one[part] for one in state], clip, numbers, seed
+                )
             else:
                 _update_torch(values, grads, state, rows, clip, numbers, seed)
         for index in self._summed & self._waiting.keys():
@@ -293,7 +314,13 @@ def _check(
     if len({id(p) for p in parameters}) < len(parameters):
         raise ValueError("parameters has one twice, but each has to be there once")
     for number, p in enumerate(parameters):
-        if p.dtype not in DTYPES or not p.numel() or not p.requires_grad or not p.is_contiguous() or not p.is_leaf:
+        if (
+            p.dtype not in DTYPES
+            or not p.numel()
+            or not p.requires_grad
+            or not p.is_contiguous()
+            or not p.is_leaf
+        ):
             raise ValueError(
                 f"parameters[{number}] is {p.dtype} {tuple(p.shape)}, strides {p.stride()}, requires_grad={p.requires_grad}, "
                 "but has to be a contiguous leaf in float32, float16 or bfloat16 that wants a gradient and is not empty"
@@ -327,7 +354,9 @@ def _seed(index: int, step: int) -> int:
 def _update_torch(values, grads, state, rows, clip, numbers, seed):  # type: ignore[no-untyped-def]
     """Step factors as if they were one. rows: of the state, for each block of theirs."""
     decay, rest1, rest2, size, root, eps = numbers
-    flat, grad_flat = (torch.cat([_whole_blocks(one) for one in ones]).view(-1, BLOCK) for ones in (values, grads))
+    flat, grad_flat = (
+        torch.cat([_whole_blocks(one) for one in ones]).view(-1, BLOCK) for ones in (values, grads)
+    )
     for start in range(0, len(rows), PIECE // BLOCK):
         piece = slice(start, start + PIECE // BLOCK)
         p, grad, at = flat[piece], grad_flat[piece].float() * clip, rows[piece]
@@ -343,8 +372,15 @@ def _update_torch(values, grads, state, rows, clip, numbers, seed):  # type: ign
         sign, x = m.sign(), m.abs_().div_(largest[0][:, None].clamp_min(TINY))
         codes1 = _round(x, 1 << CUT - 1, BITS1, LEAST1) * sign
         x = v.div_(largest[1][:, None].clamp_min(TINY))
-        dice = torch.arange(start * BLOCK, start * BLOCK + x.numel(), dtype=torch.int32, device=x.device)
-        dice = dice.mul_(SPREAD - (1 << 32)).add_(seed).bitwise_right_shift_(32 - CUT).bitwise_and_((1 << CUT) - 1)
+        dice = torch.arange(
+            start * BLOCK, start * BLOCK + x.numel(), dtype=torch.int32, device=x.device
+        )
+        dice = (
+            dice.mul_(SPREAD - (1 << 32))
+            .add_(seed)
+            .bitwise_right_shift_(32 - CUT)
+            .bitwise_and_((1 << CUT) - 1)
+        )
         codes2 = torch.maximum(_round(x, dice.view(x.shape), BITS2, LEAST2), x > 0)
         for part, new in zip(state, (codes1, codes2, *largest), strict=True):
             part[at] = new.to(part.dtype)
@@ -453,7 +489,11 @@ def ahead_of_time(capability: int) -> list[Launch]:
         "second_ptr": "*u8",
         **dict.fromkeys(("scale1_ptr", "scale2_ptr", "clip_ptr"), "*fp32"),
     }
-    scalars = {"n": "i32", **dict.fromkeys(("decay", "rest1", "rest2", "size", "root", "eps"), "fp32"), "seed": "i32"}
+    scalars = {
+        "n": "i32",
+        **dict.fromkeys(("decay", "rest1", "rest2", "size", "root", "eps"), "fp32"),
+        "seed": "i32",
+    }
     return [
         Launch(
             f"adamw8bit {p} factor, {g} gradient",
@@ -463,5 +503,11 @@ def ahead_of_time(capability: int) -> list[Launch]:
             num_warps=WARPS,
             divisible=("n",),
         )
-        for p, g in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32"), ("fp16", "fp32"))
+        for p, g in (
+            ("fp32", "fp32"),
+            ("bf16", "bf16"),
+            ("fp16", "fp16"),
+            ("bf16", "fp32"),
+            ("fp16", "fp32"),
+        )
     ]

@@ -49,13 +49,19 @@ def adapter_linear(
     check_frozen(x, weight, bias, "weight")
     out, into = weight.shape
     rank = A.shape[0]
-    for name, factor, needed in (("A", A, (rank, into)), ("C", C, (rank, rank)), ("B", B, (out, rank))):
+    for name, factor, needed in (
+        ("A", A, (rank, into)),
+        ("C", C, (rank, rank)),
+        ("B", B, (out, rank)),
+    ):
         if factor is None:
             continue
         if tuple(factor.shape) != needed:
             raise ValueError(f"{name} is {tuple(factor.shape)} but has to be {needed}")
         if not factor.is_floating_point() or factor.device != x.device:
-            raise ValueError(f"{name} is {factor.dtype} on {factor.device}, but has to be floats on {x.device}")
+            raise ValueError(
+                f"{name} is {factor.dtype} on {factor.device}, but has to be floats on {x.device}"
+            )
     if not 1 <= rank <= 256:
         raise ValueError(f"A has rank {rank}, but it has to be 1 to 256")
     if not math.isfinite(scale):
@@ -73,7 +79,11 @@ class _AdapterLinear(torch.autograd.Function):
         kept = rows if trains_a else z if trains_c or trains_b else None
         saved = (kept, A, C, B, *(weight.parts if isinstance(weight, Packed) else (weight,)))
         ctx.save_for_backward(*saved)
-        ctx.form, ctx.scale, ctx.shape = weight[:2] if isinstance(weight, Packed) else None, scale, x.shape
+        ctx.form, ctx.scale, ctx.shape = (
+            weight[:2] if isinstance(weight, Packed) else None,
+            scale,
+            x.shape,
+        )
         if nothing_reads(ctx.needs_input_grad, saved):
             return x.new_zeros(*x.shape[:-1], B.shape[0])
         low = (z if C is None else z @ C.to(x.dtype).T) * scale

@@ -46,7 +46,11 @@ def _new_enough(index: int) -> bool:
     capability = torch.cuda.get_device_capability(index)
     if capability < OLDEST:
         name = torch.cuda.get_device_name(index)
-        log.warning("%s is sm_%d%d, older than sm_80: operators run in torch instead of Triton", name, *capability)
+        log.warning(
+            "%s is sm_%d%d, older than sm_80: operators run in torch instead of Triton",
+            name,
+            *capability,
+        )
     return capability >= OLDEST
 
 

@@ -16,7 +16,9 @@ from edge_kernels.checkpoint_block import nothing_reads, start, without_blocks
 Rows = Callable[[torch.Tensor], torch.Tensor]
 
 
-def in_tiles(function: Rows, x: torch.Tensor, tokens: int, trained: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+def in_tiles(
+    function: Rows, x: torch.Tensor, tokens: int, trained: Sequence[torch.nn.Parameter]
+) -> torch.Tensor:
     """Run the function over x.
 
     Args:
@@ -44,7 +46,9 @@ class _InTiles(torch.autograd.Function):
     def forward(ctx, x, function, tokens, *trained):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x)
         ctx.function, ctx.tokens, ctx.trained = function, tokens, trained
-        y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)  # and so they stay where nothing reads them
+        y = torch.zeros(
+            x.shape, dtype=x.dtype, device=x.device
+        )  # and so they stay where nothing reads them
         if not nothing_reads(ctx.needs_input_grad, (x,)):
             with without_blocks():
                 for part, into in zip(_tiles(x, tokens), _tiles(y, tokens), strict=True):
@@ -55,8 +59,13 @@ class _InTiles(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in ctx.trained]
-        for part, dpart, into in zip(*(_tiles(tensor, ctx.tokens) for tensor in (x, dy, dx)), strict=True):
+        sums = [
+            torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            for p in ctx.trained
+        ]
+        for part, dpart, into in zip(
+            *(_tiles(tensor, ctx.tokens) for tensor in (x, dy, dx)), strict=True
+        ):
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
                 y = ctx.function(leaf)
@@ -64,9 +73,16 @@ class _InTiles(torch.autograd.Function):
             into.copy_(dleaf)
             for total, grad in zip(sums, grads, strict=True):
                 total += grad
-        return dx, None, None, *(total.to(p.dtype) for total, p in zip(sums, ctx.trained, strict=True))
+        return (
+            dx,
+            None,
+            None,
+            *(total.to(p.dtype) for total, p in zip(sums, ctx.trained, strict=True)),
+        )
 
 
 def _tiles(x: torch.Tensor, tokens: int) -> tuple[torch.Tensor, ...]:
     rows = x.reshape(-1, x.shape[-1])
-    return rows.chunk(-(-len(rows) // tokens))  # of one size: what one leaves in the heap fits the next
+    return rows.chunk(
+        -(-len(rows) // tokens)
+    )  # of one size: what one leaves in the heap fits the next

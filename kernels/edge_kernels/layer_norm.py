@@ -34,7 +34,9 @@ def layer_norm(
     """
     check_norm(x, weight, eps)
     if bias is not None and bias.shape != weight.shape:
-        raise ValueError(f"bias is {tuple(bias.shape)} but weight {tuple(weight.shape)}: they have to be alike")
+        raise ValueError(
+            f"bias is {tuple(bias.shape)} but weight {tuple(weight.shape)}: they have to be alike"
+        )
     for name, part in (("weight", weight), ("bias", bias)):
         if part is not None and part.dtype != x.dtype:
             raise ValueError(f"x is {x.dtype} but {name} is {part.dtype}: hold them in one type")
@@ -56,7 +58,12 @@ class _LayerNorm(torch.autograd.Function):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         rows = x.reshape(-1, x.shape[-1])
         backend = _backward_triton if on_triton(x) and len(rows) else _backward_torch
-        return backend(dy.reshape(rows.shape), rows, weight, bias, mean, rstd).view(x.shape), None, None, None
+        return (
+            backend(dy.reshape(rows.shape), rows, weight, bias, mean, rstd).view(x.shape),
+            None,
+            None,
+            None,
+        )
 
 
 # --- torch: its own kernels are one pass each and keep no more
@@ -81,7 +88,9 @@ def _forward_triton(x, weight, bias, eps):  # type: ignore[no-untyped-def]
     y = torch.empty_like(x)
     mean, rstd = torch.empty(2, len(x), device=x.device).unbind()
     _forward_kernel[(triton.cdiv(len(x), tile["ROWS"]),)](
-        *(x, weight, x if bias is None else bias, y, mean, rstd, *x.shape, eps), BIASED=bias is not None, **tile
+        *(x, weight, x if bias is None else bias, y, mean, rstd, *x.shape, eps),
+        BIASED=bias is not None,
+        **tile,
     )
     return y, mean, rstd
 
@@ -128,7 +137,16 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
-    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, count, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    count,
+    n,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
@@ -141,7 +159,11 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     weight = tl.load(weight_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
     g = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32) * weight[None, :]
     along = tl.sum(g * x_hat, axis=1) / n
-    tl.store(dx_ptr + at, (g - (tl.sum(g, axis=1) / n)[:, None] - x_hat * along[:, None]) * rstd, mask=inside)
+    tl.store(
+        dx_ptr + at,
+        (g - (tl.sum(g, axis=1) / n)[:, None] - x_hat * along[:, None]) * rstd,
+        mask=inside,
+    )
 
 
 def ahead_of_time(capability: int) -> list[Launch]:
@@ -155,7 +177,28 @@ def ahead_of_time(capability: int) -> list[Launch]:
             signature = {"x_ptr": x, "weight_ptr": x, "bias_ptr": x, "y_ptr": x, **row}
             signature |= {"count": "i32", "n": "i32", "eps": "fp32"}
             constants, label = {"BIASED": True, **tile}, f"layer_norm {name} {n}"
-            launches.append(Launch(f"{label} forward", _forward_kernel, signature, constants, warps, divisible=("n",)))
-            signature = {"dy_ptr": x, "x_ptr": x, "weight_ptr": x, **row, "dx_ptr": x, "count": "i32", "n": "i32"}
-            launches.append(Launch(f"{label} backward", _backward_kernel, signature, tile, warps, divisible=("n",)))
+            launches.append(
+                Launch(
+                    f"{label} forward",
+                    _forward_kernel,
+                    signature,
+                    constants,
+                    warps,
+                    divisible=("n",),
+                )
+            )
+            signature = {
+                "dy_ptr": x,
+                "x_ptr": x,
+                "weight_ptr": x,
+                **row,
+                "dx_ptr": x,
+                "count": "i32",
+                "n": "i32",
+            }
+            launches.append(
+                Launch(
+                    f"{label} backward", _backward_kernel, signature, tile, warps, divisible=("n",)
+                )
+            )
     return launches

@@ -68,7 +68,9 @@ def linear_cross_entropy(
     """
     vocabulary, width = head.shape
     if hidden.shape[:-1] != labels.shape:
-        raise ValueError(f"hidden has tokens {tuple(hidden.shape[:-1])} but labels have {tuple(labels.shape)}")
+        raise ValueError(
+            f"hidden has tokens {tuple(hidden.shape[:-1])} but labels have {tuple(labels.shape)}"
+        )
     if hidden.shape[-1] != width:
         raise ValueError(f"hidden has rows of {hidden.shape[-1]} but head reads {width}")
     if hidden.dtype not in DTYPES:
@@ -82,7 +84,9 @@ def linear_cross_entropy(
     if isinstance(head, Packed):
         check_packed("head", head)
     elif head.dtype != hidden.dtype:
-        raise ValueError(f"hidden is {hidden.dtype} but head is {head.dtype}: hold them in one type")
+        raise ValueError(
+            f"hidden is {hidden.dtype} but head is {head.dtype}: hold them in one type"
+        )
     _check_adapter(A, C, B, scale, vocabulary, width)
 
     flat = labels.reshape(-1)
@@ -99,18 +103,30 @@ def linear_cross_entropy(
         rows, A, C, B = (None if part is None else part.detach() for part in (rows, A, C, B))
     way = _Chunks if A is not None or not tokens else _way(rows, head, tokens, chunk_bytes)
     loss: torch.Tensor = way.apply(
-        rows, index, head, targets, softcap, chunk_bytes, *((A, C, B, scale) if way is _Chunks else ())
+        rows,
+        index,
+        head,
+        targets,
+        softcap,
+        chunk_bytes,
+        *((A, C, B, scale) if way is _Chunks else ()),
     )
     return loss
 
 
 def _check_adapter(A: Any, C: Any, B: Any, scale: float, vocabulary: int, width: int) -> None:
     if (A is None) != (B is None) or (A is None and C is not None):
-        raise ValueError("an adapter is A and B, and C where it has a core: give all of its factors or none")
+        raise ValueError(
+            "an adapter is A and B, and C where it has a core: give all of its factors or none"
+        )
     if A is None:
         return
     rank = A.shape[0]
-    for name, factor, needed in (("A", A, (rank, width)), ("C", C, (rank, rank)), ("B", B, (vocabulary, rank))):
+    for name, factor, needed in (
+        ("A", A, (rank, width)),
+        ("C", C, (rank, rank)),
+        ("B", B, (vocabulary, rank)),
+    ):
         if factor is not None and tuple(factor.shape) != needed:
             raise ValueError(f"{name} is {tuple(factor.shape)} but has to be {needed}")
     if not isfinite(scale):
@@ -167,7 +183,15 @@ class _Sweep(torch.autograd.Function):
         losses = torch.empty(tokens, device=rows.device)
         step = chunk_bytes // (8 * width)  # whose gradient in float32 is half the budget
         for chunk, x in _groups(rows, index, tokens, step):
-            _sweep(x, head, targets[chunk], softcap, chunk_bytes, losses[chunk], None if dh is None else dh[chunk])
+            _sweep(
+                x,
+                head,
+                targets[chunk],
+                softcap,
+                chunk_bytes,
+                losses[chunk],
+                None if dh is None else dh[chunk],
+            )
         ctx.save_for_backward(index, dh)
         ctx.shape = rows.shape
         return losses.mean()
@@ -185,7 +209,9 @@ def _sweep(x, head, targets, softcap, chunk_bytes, losses, dh):  # type: ignore[
     mean = None if dh is None else torch.zeros(x.shape, device=x.device)
     buffer = None
     for columns, weight in _pieces(head, x.dtype, chunk_bytes // (x.element_size() * len(x))):
-        buffer = x.new_empty(len(x) * len(weight)) if buffer is None else buffer  # no later piece is larger
+        buffer = (
+            x.new_empty(len(x) * len(weight)) if buffer is None else buffer
+        )  # no later piece is larger
         logits = torch.mm(x, weight.T, out=buffer[: len(x) * len(weight)].view(len(x), -1))
         place = targets - columns.start
         here = (place >= 0) & (place < len(weight))
@@ -193,7 +219,9 @@ def _sweep(x, head, targets, softcap, chunk_bytes, losses, dh):  # type: ignore[
         piece = _softmax_in_place(logits, place, here, wanted, softcap, chunk_bytes)
         joint = torch.logaddexp(log_sum, piece)
         if mean is not None:
-            mean.mul_((log_sum - joint).exp_()[:, None]).addcmul_(logits @ weight, (piece - joint).exp_()[:, None])
+            mean.mul_((log_sum - joint).exp_()[:, None]).addcmul_(
+                logits @ weight, (piece - joint).exp_()[:, None]
+            )
             dh[here] = weight[place[here]]
         log_sum = joint
     losses.copy_(torch.nn.functional.softplus(log_sum - wanted))
@@ -209,7 +237,9 @@ def _softmax_in_place(logits, place, here, wanted, softcap, chunk_bytes):  # typ
     """
     step = _tokens_a_strip(logits, softcap, chunk_bytes)
     sums = torch.empty(len(logits), device=logits.device)
-    for part in zip(*(x.split(step) for x in (logits, place[:, None], here[:, None], wanted, sums)), strict=True):
+    for part in zip(
+        *(x.split(step) for x in (logits, place[:, None], here[:, None], wanted, sums)), strict=True
+    ):
         some, column, among, label, log_sum = part
         strip = some.float()
         slope = _cap_in_place(strip, softcap)
@@ -238,7 +268,9 @@ class _Chunks(torch.autograd.Function):
         tokens, vocabulary, device = len(targets), head.shape[0], rows.device
         step = min(_tokens_a_chunk(rows, vocabulary, chunk_bytes), tokens)
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[6:9])
-        factors: list[Any] = [None if factor is None else factor.to(rows.dtype) for factor in (A, C, B)]
+        factors: list[Any] = [
+            None if factor is None else factor.to(rows.dtype) for factor in (A, C, B)
+        ]
         a, c, b = factors
         dh = rows.new_empty(tokens, rows.shape[1]) if needs[0] else None
         dA, dC, dB = (
@@ -281,7 +313,10 @@ class _Chunks(torch.autograd.Function):
         index, dh, *dfactors = ctx.saved_tensors
         share = dloss / max(ctx.tokens, 1)
         drows = None if dh is None else _placed(dh, share, index, ctx.shape)
-        factors = [None if d is None else (d * share).to(dtype) for d, dtype in zip(dfactors, ctx.like, strict=True)]
+        factors = [
+            None if d is None else (d * share).to(dtype)
+            for d, dtype in zip(dfactors, ctx.like, strict=True)
+        ]
         return drows, None, None, None, None, None, *factors, None
 
 
@@ -317,7 +352,9 @@ def _torch_gradient(logits, targets, losses, softcap, wanted, chunk_bytes):  # t
     """Write each token's loss, and where wanted its gradient over its logits: float32 within, a strip at a time."""
     step = _tokens_a_strip(logits, softcap, chunk_bytes)
     buffer = logits.new_empty(
-        min(step, len(logits)), logits.shape[1], dtype=torch.promote_types(logits.dtype, torch.float32)
+        min(step, len(logits)),
+        logits.shape[1],
+        dtype=torch.promote_types(logits.dtype, torch.float32),
     )
     for part in zip(logits.split(step), targets.split(step), losses.split(step), strict=True):
         _strip_gradient(buffer[: len(part[0])], *part, softcap, wanted)
@@ -337,7 +374,14 @@ def _strip_gradient(strip, logits, targets, losses, softcap, wanted):  # type: i
 def _triton_gradient(logits, targets, losses, softcap, wanted, _chunk_bytes):  # type: ignore[no-untyped-def]
     tokens, vocabulary = logits.shape
     _gradient_kernel[(tokens,)](
-        logits, targets, losses, vocabulary, softcap or 1.0, CAPPED=softcap is not None, WANTED=wanted, **GRADIENT
+        logits,
+        targets,
+        losses,
+        vocabulary,
+        softcap or 1.0,
+        CAPPED=softcap is not None,
+        WANTED=wanted,
+        **GRADIENT,
     )
 
 
@@ -362,11 +406,15 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     wanted = tl.load(logits_ptr + target).to(tl.float32)
     if CAPPED:
         wanted = _cap(wanted, softcap)
-    peak = tl.full((BLOCK,), -1e38, tl.float32)  # each lane keeps its own; finite, so that a lane without logits adds 0
+    peak = tl.full(
+        (BLOCK,), -1e38, tl.float32
+    )  # each lane keeps its own; finite, so that a lane without logits adds 0
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, vocabulary, BLOCK):
         columns = first + tl.arange(0, BLOCK)
-        logits = tl.load(logits_ptr + columns, mask=columns < vocabulary, other=float("-inf")).to(tl.float32)
+        logits = tl.load(logits_ptr + columns, mask=columns < vocabulary, other=float("-inf")).to(
+            tl.float32
+        )
         if CAPPED:
             logits = tl.where(columns < vocabulary, _cap(logits, softcap), float("-inf"))
         higher = tl.maximum(peak, logits)
@@ -390,7 +438,9 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _cap(logits, softcap):  # type: ignore[no-untyped-def]
-    return softcap * (1 - 2 / (tl.exp(2 * logits / softcap) + 1))  # tanh; the interpreter has no libdevice
+    return softcap * (
+        1 - 2 / (tl.exp(2 * logits / softcap) + 1)
+    )  # tanh; the interpreter has no libdevice
 
 
 # --- tiles, in Triton: what is kept is one log-sum-exp a token
@@ -401,7 +451,9 @@ class _Tiles(torch.autograd.Function):
     def forward(ctx, rows, index, head, targets, softcap, chunk_bytes):  # type: ignore[no-untyped-def]
         tokens = len(targets)
         log_sum, wanted = (torch.empty(tokens, device=rows.device) for _ in range(2))
-        for chunk, x in _groups(rows, index, tokens, _tokens_a_tile_group(rows, head.shape[0], chunk_bytes)):
+        for chunk, x in _groups(
+            rows, index, tokens, _tokens_a_tile_group(rows, head.shape[0], chunk_bytes)
+        ):
             log_sum[chunk], wanted[chunk] = _log_sum(x, head, targets[chunk], softcap)
         ctx.save_for_backward(rows, index, targets, log_sum)
         ctx.head, ctx.softcap, ctx.chunk_bytes = head, softcap, chunk_bytes
@@ -430,10 +482,21 @@ def _log_sum(x, head, targets, softcap):  # type: ignore[no-untyped-def]
     x, (tokens, width), vocabulary = x.contiguous(), x.shape, head.shape[0]
     tile = _tile(tokens, format)
     pieces = triton.cdiv(vocabulary, tile["V"])
-    log_sums, wanted = x.new_empty(pieces, tokens, dtype=torch.float32), torch.empty(tokens, device=x.device)
+    log_sums, wanted = (
+        x.new_empty(pieces, tokens, dtype=torch.float32),
+        torch.empty(tokens, device=x.device),
+    )
     sizes = (tokens, vocabulary, width, softcap or 1.0)
     _log_sum_kernel[(triton.cdiv(tokens, tile["M"]) * pieces,)](
-        x, *pointers(head), targets, log_sums, wanted, *sizes, CAPPED=softcap is not None, FORMAT=format, **tile
+        x,
+        *pointers(head),
+        targets,
+        log_sums,
+        wanted,
+        *sizes,
+        CAPPED=softcap is not None,
+        FORMAT=format,
+        **tile,
     )
     return log_sums.logsumexp(0), wanted
 
@@ -444,7 +507,15 @@ def _dhidden(dh, x, head, targets, log_sum, softcap):  # type: ignore[no-untyped
     tile = _tile(tokens, format)
     sizes = (tokens, vocabulary, width, softcap or 1.0, torch.finfo(x.dtype).eps / 32)
     _dhidden_kernel[(triton.cdiv(tokens, tile["M"]) * triton.cdiv(vocabulary, tile["V"]),)](
-        x, *pointers(head), targets, log_sum, dh, *sizes, CAPPED=softcap is not None, FORMAT=format, **tile
+        x,
+        *pointers(head),
+        targets,
+        log_sum,
+        dh,
+        *sizes,
+        CAPPED=softcap is not None,
+        FORMAT=format,
+        **tile,
     )
 
 
@@ -490,7 +561,18 @@ def _log_sum_kernel(  # type: ignore[no-untyped-def]
         k = first + tl.arange(0, K)
         x = tl.load(x_ptr + x_row[:, None] + k[None, :], mask=k[None, :] < width, other=0.0)
         weight = expand_tile(
-            quants_ptr, scales_ptr, mins_ptr, groups_ptr, offset_ptr, tables_ptr, head_row, first, width, FORMAT, V, K
+            quants_ptr,
+            scales_ptr,
+            mins_ptr,
+            groups_ptr,
+            offset_ptr,
+            tables_ptr,
+            head_row,
+            first,
+            width,
+            FORMAT,
+            V,
+            K,
         )
         logits = tl.dot(x, weight.to(x.dtype).T, logits, input_precision="ieee")
     if CAPPED:
@@ -538,7 +620,18 @@ def _dhidden_kernel(  # type: ignore[no-untyped-def]
         k = first + tl.arange(0, K)
         x = tl.load(x_ptr + x_row[:, None] + k[None, :], mask=k[None, :] < width, other=0.0)
         weight = expand_tile(
-            quants_ptr, scales_ptr, mins_ptr, groups_ptr, offset_ptr, tables_ptr, head_row, first, width, FORMAT, V, K
+            quants_ptr,
+            scales_ptr,
+            mins_ptr,
+            groups_ptr,
+            offset_ptr,
+            tables_ptr,
+            head_row,
+            first,
+            width,
+            FORMAT,
+            V,
+            K,
         )
         logits = tl.dot(x, weight.to(x.dtype).T, logits, input_precision="ieee")
     if CAPPED:
@@ -591,18 +684,34 @@ def ahead_of_time(capability: int) -> list[Launch]:
         constants = capped | {"WANTED": True, "BLOCK": GRADIENT["BLOCK"]}
         label = f"linear_cross_entropy {name} gradient"
         launches.append(
-            Launch(label, _gradient_kernel, signature, constants, GRADIENT["num_warps"], divisible=("vocabulary",))
+            Launch(
+                label,
+                _gradient_kernel,
+                signature,
+                constants,
+                GRADIENT["num_warps"],
+                divisible=("vocabulary",),
+            )
         )
         for format, tokens in product(("dense", *BLOCK) if name != "fp32" else (), (16, 17)):
             tile = _tile(tokens, format)
-            parts = {part: f"*{name}" for part in pointer_types("q8_0")} if format == "dense" else pointer_types(format)
+            parts = (
+                {part: f"*{name}" for part in pointer_types("q8_0")}
+                if format == "dense"
+                else pointer_types(format)
+            )
             sizes = {"tokens": "i32", "vocabulary": "i32", "width": "i32", "softcap": "fp32"}
             for kernel, own in (
                 (_log_sum_kernel, {"log_sums_ptr": "*fp32", "wanted_ptr": "*fp32", **sizes}),
-                (_dhidden_kernel, {"log_sum_ptr": "*fp32", "dh_ptr": "*fp32", **sizes, "least": "fp32"}),
+                (
+                    _dhidden_kernel,
+                    {"log_sum_ptr": "*fp32", "dh_ptr": "*fp32", **sizes, "least": "fp32"},
+                ),
             ):
                 signature = {"x_ptr": f"*{name}", **parts, "targets_ptr": "*i64", **own}
-                constants = capped | {"FORMAT": format} | {axis: tile[axis] for axis in ("M", "V", "K")}
+                constants = (
+                    capped | {"FORMAT": format} | {axis: tile[axis] for axis in ("M", "V", "K")}
+                )
                 label = f"linear_cross_entropy {name} {kernel.__name__.strip('_')} {format} M={tile['M']}"
                 how = (tile["num_warps"], tile["num_stages"], ("width",), True)
                 launches.append(Launch(label, kernel, signature, constants, *how))

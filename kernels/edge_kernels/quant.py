@@ -25,7 +25,14 @@ GROUP = 256  # nf4 scales that share a second-level scale
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
     *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
-    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    *(
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
 )
 
 
@@ -66,14 +73,28 @@ class Packed(NamedTuple):
         mins = None if self.mins is None else self.mins[index]
         groups = self.groups
         if groups is not None:
-            assert isinstance(index, slice) and index.start % GROUP == 0, f"nf4 rows {index} do not start at a group"
+            assert isinstance(index, slice) and index.start % GROUP == 0, (
+                f"nf4 rows {index} do not start at a group"
+            )
             groups = groups[index.start * self.scales.shape[1] // GROUP :]
         quants = self.quants[index]
-        return Packed(self.format, (len(quants), self.shape[1]), quants, self.scales[index], mins, groups, self.offset)
+        return Packed(
+            self.format,
+            (len(quants), self.shape[1]),
+            quants,
+            self.scales[index],
+            mins,
+            groups,
+            self.offset,
+        )
 
     def to(self, device: torch.device | str) -> "Packed":
         """The same matrix on another device."""
-        return Packed(self.format, self.shape, *(None if part is None else part.to(device) for part in self.parts))
+        return Packed(
+            self.format,
+            self.shape,
+            *(None if part is None else part.to(device) for part in self.parts),
+        )
 
 
 def pack(weight: torch.Tensor, format: Format) -> Packed:
@@ -87,7 +108,9 @@ def pack(weight: torch.Tensor, format: Format) -> Packed:
         ValueError: the weight is no matrix, holds a value that is not finite, or needs a scale that float16 has not.
     """
     if weight.dim() != 2 or not weight.numel():
-        raise ValueError(f"weight is {tuple(weight.shape)}, but has to be a matrix (out, in) that is not empty")
+        raise ValueError(
+            f"weight is {tuple(weight.shape)}, but has to be a matrix (out, in) that is not empty"
+        )
     if format not in BLOCK:
         raise ValueError(f"format is {format!r}, but has to be one of {', '.join(BLOCK)}")
     out, into = weight.shape
@@ -96,25 +119,37 @@ def pack(weight: torch.Tensor, format: Format) -> Packed:
     blocks = padded.view(out, -1, size)
     if not blocks.isfinite().all():
         raise ValueError("weight holds a value that is not finite")
-    packed = {"q8_0": _pack_q8_0, "q4_0": _pack_q4_0, "q4_1": _pack_q4_1, "nf4": _pack_nf4}[format](blocks, (out, into))
-    if not packed.scales.isfinite().all() or (packed.mins is not None and not packed.mins.isfinite().all()):
-        raise ValueError(f"weight has values up to {float(weight.abs().max()):.3g}, too large for a float16 scale")
+    packed = {"q8_0": _pack_q8_0, "q4_0": _pack_q4_0, "q4_1": _pack_q4_1, "nf4": _pack_nf4}[format](
+        blocks, (out, into)
+    )
+    if not packed.scales.isfinite().all() or (
+        packed.mins is not None and not packed.mins.isfinite().all()
+    ):
+        raise ValueError(
+            f"weight has values up to {float(weight.abs().max()):.3g}, too large for a float16 scale"
+        )
     return packed
 
 
-def expand(packed: Packed, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None) -> torch.Tensor:
+def expand(
+    packed: Packed, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """The matrix in a float dtype, each value rounded once from float32.
 
     Args:
         out: (out, in) to write to, which also sets the dtype; so one buffer serves many matrices.
     """
-    matrix = torch.empty(packed.shape, dtype=dtype, device=packed.quants.device) if out is None else out
+    matrix = (
+        torch.empty(packed.shape, dtype=dtype, device=packed.quants.device) if out is None else out
+    )
     for rows in row_pieces(packed.shape, PIECE_VALUES):
         matrix[rows] = _values(packed, rows)[:, : packed.shape[1]]
     return matrix
 
 
-def from_gguf(data: torch.Tensor, format: Literal["q8_0", "q4_0", "q4_1"], shape: tuple[int, int]) -> Packed:
+def from_gguf(
+    data: torch.Tensor, format: Literal["q8_0", "q4_0", "q4_1"], shape: tuple[int, int]
+) -> Packed:
     """Take a matrix out of a GGUF file's blocks, value for value.
 
     Args:
@@ -138,7 +173,9 @@ def from_gguf(data: torch.Tensor, format: Literal["q8_0", "q4_0", "q4_1"], shape
     quants = blocks[..., 4 if format == "q4_1" else 2 :].reshape(out, -1)
     if not scales.isfinite().all() or (mins is not None and not mins.isfinite().all()):
         raise ValueError("data holds a block whose scale is not finite")
-    return Packed(format, shape, quants.view(torch.int8) if format == "q8_0" else quants, scales, mins)
+    return Packed(
+        format, shape, quants.view(torch.int8) if format == "q8_0" else quants, scales, mins
+    )
 
 
 def to_gguf(packed: Packed) -> torch.Tensor:
@@ -162,7 +199,9 @@ def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = torch.empty(len(rows), 1, device=x.device)
     for some in row_pieces(rows.shape, PIECE_VALUES):
         scale[some] = rows[some].abs().amax(-1, keepdim=True).float() / 127
-        quants[some] = (rows[some] / scale[some].clamp_min(torch.finfo(torch.float32).tiny)).round_()
+        quants[some] = (
+            rows[some] / scale[some].clamp_min(torch.finfo(torch.float32).tiny)
+        ).round_()
     return quants.view(x.shape), scale.view(*x.shape[:-1], 1)
 
 
@@ -198,19 +237,26 @@ def _halves(quants: torch.Tensor, size: int) -> torch.Tensor:
 
     Sixteen bytes are moved at once, as a complex number: eight times as fast as each alone.
     """
-    low, high = (half.view(len(quants), -1, size // 2).view(torch.complex128) for half in (quants & 15, quants >> 4))
+    low, high = (
+        half.view(len(quants), -1, size // 2).view(torch.complex128)
+        for half in (quants & 15, quants >> 4)
+    )
     return torch.stack((low, high), -2).view(torch.uint8).view(len(quants), -1)
 
 
 def _pack_q8_0(blocks: torch.Tensor, shape: tuple[int, int]) -> Packed:
     d = blocks.abs().amax(-1, keepdim=True) / 127
     scaled = blocks * _inverse(d)
-    quants = (scaled.sign() * (scaled.abs() + 0.5).floor()).to(torch.int8)  # halves away from zero, as ggml does
+    quants = (scaled.sign() * (scaled.abs() + 0.5).floor()).to(
+        torch.int8
+    )  # halves away from zero, as ggml does
     return Packed("q8_0", shape, quants.flatten(1), d[..., 0].half())
 
 
 def _pack_q4_0(blocks: torch.Tensor, shape: tuple[int, int]) -> Packed:
-    d = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8  # the largest value becomes -8 exactly
+    d = (
+        blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8
+    )  # the largest value becomes -8 exactly
     quants = (blocks * _inverse(d) + 8.5).to(torch.uint8).clamp_max(15)
     return Packed("q4_0", shape, _nibbles(quants), d[..., 0].half())
 
@@ -249,8 +295,14 @@ def _scales(packed: Packed, rows: slice) -> torch.Tensor:
     if packed.groups is None or packed.offset is None:
         return packed.scales[rows]
     blocks = packed.scales.shape[1]
-    numbers = torch.arange(packed.scales.numel(), device=packed.scales.device).view(-1, blocks)[rows] // GROUP
-    return packed.groups[numbers] * dynamic_map(packed.scales.device)[packed.scales[rows].int()] + packed.offset
+    numbers = (
+        torch.arange(packed.scales.numel(), device=packed.scales.device).view(-1, blocks)[rows]
+        // GROUP
+    )
+    return (
+        packed.groups[numbers] * dynamic_map(packed.scales.device)[packed.scales[rows].int()]
+        + packed.offset
+    )
 
 
 def dynamic_map(device: torch.device | str = "cpu") -> torch.Tensor:

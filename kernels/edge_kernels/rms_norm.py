@@ -13,10 +13,14 @@ import torch
 
 from edge_kernels.backend import Launch, jit, on_triton, row_pieces, row_tile, tl, triton
 
-PIECE = 1 << 17  # values that the torch backend has in float32 at once: a core's cache, and a heap's small change
+PIECE = (
+    1 << 17
+)  # values that the torch backend has in float32 at once: a core's cache, and a heap's small change
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: float = 0.0) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: float = 0.0
+) -> torch.Tensor:
     """Normalise the rows of x.
 
     Args:
@@ -39,7 +43,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: f
 def check_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
     """Refuse what a norm over the last axis cannot be applied to: ValueError, naming the argument."""
     if x.dim() == 0 or weight.dim() != 1 or x.shape[-1] != len(weight):
-        raise ValueError(f"x is {tuple(x.shape)} but weight {tuple(weight.shape)}: x's last axis has to be weight's")
+        raise ValueError(
+            f"x is {tuple(x.shape)} but weight {tuple(weight.shape)}: x's last axis has to be weight's"
+        )
     if not x.is_floating_point():
         raise ValueError(f"x is {x.dtype}, but has to be of a float type")
     if x.device != weight.device:
@@ -52,7 +58,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, offset):  # type: ignore[no-untyped-def]
         rows = x.reshape(-1, x.shape[-1])
-        y, rstd = (_forward_triton if on_triton(x) and len(rows) else _forward_torch)(rows, weight, eps, offset)
+        y, rstd = (_forward_triton if on_triton(x) and len(rows) else _forward_torch)(
+            rows, weight, eps, offset
+        )
         ctx.save_for_backward(x, weight, rstd)
         ctx.offset = offset
         return y.view(x.shape)
@@ -62,7 +70,12 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         rows = x.reshape(-1, x.shape[-1])
         backend = _backward_triton if on_triton(x) and len(rows) else _backward_torch
-        return backend(dy.reshape(rows.shape), rows, weight, rstd, ctx.offset).view(x.shape), None, None, None
+        return (
+            backend(dy.reshape(rows.shape), rows, weight, rstd, ctx.offset).view(x.shape),
+            None,
+            None,
+            None,
+        )
 
 
 # --- torch
@@ -95,7 +108,9 @@ def _backward_torch(dy, x, weight, rstd, offset):  # type: ignore[no-untyped-def
 def _forward_triton(x, weight, eps, offset):  # type: ignore[no-untyped-def]
     x, tile = x.contiguous(), row_tile(x.shape[1])
     y, rstd = torch.empty_like(x), torch.empty(len(x), device=x.device)
-    _forward_kernel[(triton.cdiv(len(x), tile["ROWS"]),)](x, weight, y, rstd, *x.shape, eps, offset, **tile)
+    _forward_kernel[(triton.cdiv(len(x), tile["ROWS"]),)](
+        x, weight, y, rstd, *x.shape, eps, offset, **tile
+    )
     return y, rstd
 
 
@@ -109,7 +124,16 @@ def _backward_triton(dy, x, weight, rstd, offset):  # type: ignore[no-untyped-de
 
 @jit
 def _forward_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, weight_ptr, y_ptr, rstd_ptr, count, n, eps, offset, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    x_ptr,
+    weight_ptr,
+    y_ptr,
+    rstd_ptr,
+    count,
+    n,
+    eps,
+    offset,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
@@ -124,7 +148,16 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
-    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, count, n, offset, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    rstd_ptr,
+    dx_ptr,
+    count,
+    n,
+    offset,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
@@ -138,7 +171,11 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(dx_ptr + at, (g - x_hat * mean[:, None]) * rstd, mask=inside)
 
 
-WIDTHS = (64, 4096, 8192)  # of a head whose keys are normed; of hidden states, up to those of 70 billion parameters
+WIDTHS = (
+    64,
+    4096,
+    8192,
+)  # of a head whose keys are normed; of hidden states, up to those of 70 billion parameters
 
 
 def ahead_of_time(capability: int) -> list[Launch]:
@@ -152,11 +189,32 @@ def ahead_of_time(capability: int) -> list[Launch]:
             x = f"*{name}"
             signature = {"x_ptr": x, "weight_ptr": x, "y_ptr": x, "rstd_ptr": "*fp32", **ends}
             launches.append(
-                Launch(f"rms_norm {name} {n} forward", _forward_kernel, signature, tile, warps, divisible=("n",))
+                Launch(
+                    f"rms_norm {name} {n} forward",
+                    _forward_kernel,
+                    signature,
+                    tile,
+                    warps,
+                    divisible=("n",),
+                )
             )
-            signature = {"dy_ptr": x, "x_ptr": x, "weight_ptr": x, "rstd_ptr": "*fp32", "dx_ptr": x, **ends}
+            signature = {
+                "dy_ptr": x,
+                "x_ptr": x,
+                "weight_ptr": x,
+                "rstd_ptr": "*fp32",
+                "dx_ptr": x,
+                **ends,
+            }
             del signature["eps"]
             launches.append(
-                Launch(f"rms_norm {name} {n} backward", _backward_kernel, signature, tile, warps, divisible=("n",))
+                Launch(
+                    f"rms_norm {name} {n} backward",
+                    _backward_kernel,
+                    signature,
+                    tile,
+                    warps,
+                    divisible=("n",),
+                )
             )
     return launches

@@ -13,7 +13,9 @@ import torch
 from edge_kernels.backend import Launch, jit, on_triton, tl, triton
 
 
-def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn queries and keys to their positions.
 
     Args:
@@ -35,13 +37,17 @@ def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
             )
         n = cos.shape[-1] if cos.dim() else 0
         if n % 2 or not 0 < n <= x.shape[-1]:
-            raise ValueError(f"cos has rows of {n}, but an even number up to {name}'s width {x.shape[-1]} is needed")
+            raise ValueError(
+                f"cos has rows of {n}, but an even number up to {name}'s width {x.shape[-1]} is needed"
+            )
         if cos.shape not in ((x.shape[0], x.shape[2], n), (1, x.shape[2], n)):
             raise ValueError(
                 f"cos is {tuple(cos.shape)} but {name} {tuple(x.shape)} needs {(x.shape[0], x.shape[2], n)}"
             )
     if sin.shape != cos.shape:
-        raise ValueError(f"sin is {tuple(sin.shape)} but cos {tuple(cos.shape)}: they have to be alike")
+        raise ValueError(
+            f"sin is {tuple(sin.shape)} but cos {tuple(cos.shape)}: they have to be alike"
+        )
     q_turned: torch.Tensor = _Rotary.apply(q, cos, sin)
     k_turned: torch.Tensor = _Rotary.apply(k, cos, sin)
     return q_turned, k_turned
@@ -98,7 +104,11 @@ def _turn_triton(x, cos, sin, back):  # type: ignore[no-untyped-def]
 def _tile(heads: int, width: int) -> dict[str, int]:
     """HEADS at a time, by the padded COLUMNS of half of what is turned and of what passes."""
     columns = triton.next_power_of_2(width)
-    return {"HEADS": min(triton.next_power_of_2(heads), max(4096 // columns, 1)), "COLUMNS": columns, "num_warps": 4}
+    return {
+        "HEADS": min(triton.next_power_of_2(heads), max(4096 // columns, 1)),
+        "COLUMNS": columns,
+        "num_warps": 4,
+    }
 
 
 @jit
@@ -137,7 +147,9 @@ def _turn_kernel(  # type: ignore[no-untyped-def]
         inside = (head[:, None] < heads) & (column[None, :] < WIDTH)
         row = x_ptr + batch * x_batch + head[:, None] * x_head + token * x_token
         x = tl.load(row + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        other = tl.load(row + partner[None, :], mask=inside & turned[None, :], other=0.0).to(tl.float32)
+        other = tl.load(row + partner[None, :], mask=inside & turned[None, :], other=0.0).to(
+            tl.float32
+        )
         where = y_ptr + batch * y_batch + head[:, None] * y_head + token * y_token + column[None, :]
         tl.store(where, x * cos + other * sin, mask=inside)
 
@@ -154,6 +166,10 @@ def ahead_of_time(capability: int) -> list[Launch]:
                 signature = {f"{part}_ptr": f"*{name}" for part in ("x", "cos", "sin", "y")}
                 signature |= {"heads": "i32", **dict.fromkeys(strides, "i32")}
                 constants = {"WIDTH": width, "HALF": half, "BACK": back, **tile}
-                label = f"rotary {name} {heads} heads of {width} {'backward' if back else 'forward'}"
-                launches.append(Launch(label, _turn_kernel, signature, constants, warps, divisible=strides))
+                label = (
+                    f"rotary {name} {heads} heads of {width} {'backward' if back else 'forward'}"
+                )
+                launches.append(
+                    Launch(label, _turn_kernel, signature, constants, warps, divisible=strides)
+                )
     return launches

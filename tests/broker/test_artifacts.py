@@ -14,7 +14,11 @@ class Reader:
     """A device that fetches; what the fetcher returned is in result."""
 
     def __init__(self, session, fleet, name, folder):
-        self.session, self.fetcher, self.result = session, Fetcher(session, fleet, name, folder / name), None
+        self.session, self.fetcher, self.result = (
+            session,
+            Fetcher(session, fleet, name, folder / name),
+            None,
+        )
 
     def fetch(self, artifact):
         self.result = self.fetcher.fetch(artifact)
@@ -49,7 +53,9 @@ def test_one_device_fetches_and_has_it_from_then_on(reader, node, drive, artifac
     assert [file.name for file in r.result.path.parent.iterdir()] == [artifact.digest]
 
 
-def test_devices_that_ask_together_are_served_by_about_one_publication(reader, node, drive, artifact_file):
+def test_devices_that_ask_together_are_served_by_about_one_publication(
+    reader, node, drive, artifact_file
+):
     readers, n = [reader("r1"), reader("r2")], node()
     artifact = n.publisher.serve(artifact_file)
     for r in readers:
@@ -68,7 +74,9 @@ def test_devices_that_ask_one_after_the_other_cost_two(reader, node, drive, arti
     assert n.publisher.published == 2 * 48
 
 
-def test_a_latecomer_takes_the_rest_along_and_gets_what_it_missed(reader, node, drive, artifact_file):
+def test_a_latecomer_takes_the_rest_along_and_gets_what_it_missed(
+    reader, node, drive, artifact_file
+):
     readers, n = [reader("r1"), reader("r2")], node()
     artifact = n.publisher.serve(artifact_file, chunk_bytes=8192)
     readers[0].fetch(artifact)
@@ -77,7 +85,9 @@ def test_a_latecomer_takes_the_rest_along_and_gets_what_it_missed(reader, node, 
     readers[1].fetch(artifact)
     drive(lambda: all(r.result for r in readers), n, *readers)
     assert all(r.result.path.read_bytes() == CONTENT for r in readers)
-    assert artifact.chunks + missed <= n.publisher.published < 2 * artifact.chunks  # fewer than one by one
+    assert (
+        artifact.chunks + missed <= n.publisher.published < 2 * artifact.chunks
+    )  # fewer than one by one
 
 
 def test_more_chunks_than_are_asked_for_at_once(reader, node, drive, artifact_file):
@@ -107,7 +117,9 @@ def test_a_chunk_that_was_lost_is_asked_for_again(reader, node, drive, artifact_
     assert r.result.path.read_bytes() == CONTENT and n.publisher.published == 49
 
 
-def test_nobody_who_serves_it_is_said_after_a_bounded_number_of_asks(reader, node, drive, artifact_file, monkeypatch):
+def test_nobody_who_serves_it_is_said_after_a_bounded_number_of_asks(
+    reader, node, drive, artifact_file, monkeypatch
+):
     monkeypatch.setattr(download, "retry_s", lambda tries: 0.02)
     r, n = reader(), node()
     artifact = n.publisher.serve(artifact_file)
@@ -118,7 +130,9 @@ def test_nobody_who_serves_it_is_said_after_a_bounded_number_of_asks(reader, nod
     assert list((artifact_file.parent / "r").iterdir()) == []
 
 
-def test_wrong_bytes_are_fetched_once_more_and_then_refused(reader, node, drive, artifact_file, monkeypatch):
+def test_wrong_bytes_are_fetched_once_more_and_then_refused(
+    reader, node, drive, artifact_file, monkeypatch
+):
     r, n = reader(), node()
     artifact = n.publisher.serve(artifact_file)
     artifact_file.write_bytes(CONTENT[::-1])
@@ -128,7 +142,9 @@ def test_wrong_bytes_are_fetched_once_more_and_then_refused(reader, node, drive,
     assert n.publisher.published == 2 * 48
 
 
-def test_a_newer_artifact_takes_the_place_of_the_one_under_way(reader, node, drive, artifact_file, tmp_path):
+def test_a_newer_artifact_takes_the_place_of_the_one_under_way(
+    reader, node, drive, artifact_file, tmp_path
+):
     r, n = reader(), node()
     (tmp_path / "next.bin").write_bytes(CONTENT[:100_000])
     old, new = n.publisher.serve(artifact_file), n.publisher.serve(tmp_path / "next.bin")
@@ -138,7 +154,9 @@ def test_a_newer_artifact_takes_the_place_of_the_one_under_way(reader, node, dri
     assert r.result.artifact == new and r.result.path.read_bytes() == CONTENT[:100_000]
 
 
-def test_a_chunk_that_does_not_fit_is_ignored(reader, node, drive, artifact_file, fleet, open_session):
+def test_a_chunk_that_does_not_fit_is_ignored(
+    reader, node, drive, artifact_file, fleet, open_session
+):
     r, n = reader(), node()
     artifact = n.publisher.serve(artifact_file)
     r.fetch(artifact)
@@ -149,8 +167,12 @@ def test_a_chunk_that_does_not_fit_is_ignored(reader, node, drive, artifact_file
     assert r.result.path.read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("changes", [{"chunks": 2}, {"size": 2 << 30, "chunks": 32768}, {"chunk_bytes": 1}])
-def test_a_pointer_that_cannot_be_right_is_refused_before_anything_is_allocated(reader, tmp_path, changes):
+@pytest.mark.parametrize(
+    "changes", [{"chunks": 2}, {"size": 2 << 30, "chunks": 32768}, {"chunk_bytes": 1}]
+)
+def test_a_pointer_that_cannot_be_right_is_refused_before_anything_is_allocated(
+    reader, tmp_path, changes
+):
     fields = {"digest": "0" * 64, "size": 3 << 20, "chunk_bytes": 65536, "chunks": 48} | changes
     with pytest.raises(LinkError, match="add up"):
         reader().fetch(messages.Artifact(**fields))

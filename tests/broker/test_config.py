@@ -34,12 +34,19 @@ def certify(folder: Path, name: str, authority: tuple | None = None) -> tuple:
         .not_valid_before(NOW - datetime.timedelta(days=1))
         .not_valid_after(NOW + datetime.timedelta(days=1))
         .add_extension(x509.BasicConstraints(ca=authority is None, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
+            critical=False,
+        )
         .sign(issuer_key, hashes.SHA256())
     )
     (folder / f"{name}.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     (folder / f"{name}.key").write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
     )
     return subject, key
 
@@ -55,8 +62,12 @@ def fleet_broker(tmp_path_factory):
         certify(folder, name, authority)
     port = _free_port("127.0.0.1", 0)
     config = (FOLDER / "mosquitto.conf").read_text()
-    config = config.replace("/etc/mosquitto/edge", str(folder)).replace("/var/lib/mosquitto", str(folder))
-    config = config.replace("listener 8883", f"listener {port} 127.0.0.1").replace("log_dest syslog", "log_dest stderr")
+    config = config.replace("/etc/mosquitto/edge", str(folder)).replace(
+        "/var/lib/mosquitto", str(folder)
+    )
+    config = config.replace("listener 8883", f"listener {port} 127.0.0.1").replace(
+        "log_dest syslog", "log_dest stderr"
+    )
     (folder / "conf").write_text(config + "user root\n")
     (folder / "mosquitto.acl").write_text((FOLDER / "mosquitto.acl").read_text())
     with (folder / "log").open("wb") as log:
@@ -68,7 +79,11 @@ def fleet_broker(tmp_path_factory):
 
 def session_of(fleet_broker, name: str, **options) -> Session:
     folder, url = fleet_broker
-    session = Session(f"{url}?ca={folder}/ca.crt&cert={folder}/{name}.crt&key={folder}/{name}.key", name, **options)
+    session = Session(
+        f"{url}?ca={folder}/ca.crt&cert={folder}/{name}.crt&key={folder}/{name}.key",
+        name,
+        **options,
+    )
     deadline = time.monotonic() + 5
     while True:
         try:
@@ -84,10 +99,15 @@ def test_a_device_and_a_node_can_do_their_part(fleet_broker, await_message):
         session_of(fleet_broker, "node-1", clean_start=True, session_expiry_s=0) as node,
     ):
         node.subscribe(
-            topics.all_offers("f"), topics.all_up("f", "node-1"), topics.all_wants("f"), topics.all_presence("f")
+            topics.all_offers("f"),
+            topics.all_up("f", "node-1"),
+            topics.all_wants("f"),
+            topics.all_presence("f"),
         )
         assert b"online" in await_message(node, "/presence").payload
-        device.subscribe(topics.all_inbox("f", "device-1"), topics.all_chunks("f", "0" * 64), topics.round("f"))
+        device.subscribe(
+            topics.all_inbox("f", "device-1"), topics.all_chunks("f", "0" * 64), topics.round("f")
+        )
         for topic in (
             topics.offer("f", "device-1"),
             topics.up("f", "node-1", "device-1", "t"),
@@ -121,7 +141,9 @@ def test_a_device_cannot_speak_or_listen_for_another(fleet_broker):
 
 def test_a_broker_of_another_authority_is_not_trusted(fleet_broker, tmp_path):
     certify(tmp_path, "other")
-    with pytest.raises(Refused, match=r"TLS with mqtts://127\.0\.0\.1:\d+ failed: .*certificate verify failed"):
+    with pytest.raises(
+        Refused, match=r"TLS with mqtts://127\.0\.0\.1:\d+ failed: .*certificate verify failed"
+    ):
         Session(fleet_broker[1], "d", ca=tmp_path / "other.crt").connect(5)
 
 

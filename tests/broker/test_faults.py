@@ -103,7 +103,9 @@ def test_a_megabyte_between_two_processes_takes_less_than_300_ms(broker, child, 
     (tmp_path / "payload").write_bytes(PAYLOAD[: 1 << 20])
     node = child(NODE, broker.url, fleet, tmp_path, 0)
     assert node.stdout.readline() == "ready\n"
-    outcome = json.loads(child(DEVICE, broker.url, fleet, tmp_path, 0, tmp_path / "payload", 65536).stdout.readline())
+    outcome = json.loads(
+        child(DEVICE, broker.url, fleet, tmp_path, 0, tmp_path / "payload", 65536).stdout.readline()
+    )
     assert outcome["kind"] == "Committed" and outcome["sent"] == 16
     assert outcome["seconds"] < 0.3
 
@@ -122,7 +124,9 @@ def test_a_device_killed_between_chunks_and_started_again_counts_once(
     drive(lambda: second.poll() is not None, n)
     outcome = json.loads(second.stdout.readline())
     assert outcome["kind"] == "Committed" and counted(n) == PAYLOAD and len(n.complete) == 1
-    assert outcome["sent"] <= CHUNKS - 51  # of 59 sent all but the 8 unanswered had reached the broker
+    assert (
+        outcome["sent"] <= CHUNKS - 51
+    )  # of 59 sent all but the 8 unanswered had reached the broker
 
 
 def test_a_node_killed_between_chunks_and_started_again_gets_only_what_it_misses(
@@ -154,7 +158,9 @@ def test_a_node_killed_before_its_first_flush_gets_everything_again(
     assert counted(n) == PAYLOAD and n.chunks >= CHUNKS
 
 
-def test_a_node_killed_between_commit_and_receipt_sends_the_receipt_later(device, node, drive, impatient):
+def test_a_node_killed_between_commit_and_receipt_sends_the_receipt_later(
+    device, node, drive, impatient
+):
     d, n = device(), node()
     n.hold = True
     manifest = d.add(PAYLOAD[:1000])
@@ -187,7 +193,9 @@ def test_a_full_disk_makes_devices_wait(device, node, drive, impatient, monkeypa
     whole, times = getattr(owner, broken), iter(range(3))
 
     def full(what):
-        if what != n.journal.payload("") and next(times, None) is not None:  # of a transfer, not of the folder
+        if (
+            what != n.journal.payload("") and next(times, None) is not None
+        ):  # of a transfer, not of the folder
             raise sqlite3.OperationalError("database or disk is full")
         return whole(what)
 
@@ -199,7 +207,10 @@ def test_a_full_disk_makes_devices_wait(device, node, drive, impatient, monkeypa
 
 def test_a_broker_restarted_without_its_memory(broker, tmp_path, device, node, drive, impatient):
     running = start_broker(state_dir=tmp_path / "first", kind=broker.kind)
-    with Session(running.url, "d") as down, Session(running.url, "n", clean_start=True, session_expiry_s=0) as up:
+    with (
+        Session(running.url, "d") as down,
+        Session(running.url, "n", clean_start=True, session_expiry_s=0) as up,
+    ):
         down.connect(5)
         up.connect(5)
         d, n = device("d", session=down), node(session=up)
@@ -227,9 +238,9 @@ def test_chunks_under_way_are_bounded_even_if_the_node_does_not_look(device, nod
     d.add(PAYLOAD, chunk_bytes=CHUNK)
     drive(lambda: n.chunks, d, n)
     sent = []
-    d.session.publish_nowait = (lambda publish: lambda *a, **k: publish(*a, **k) and not sent.append(a[0]))(
-        d.session.publish_nowait
-    )
+    d.session.publish_nowait = (
+        lambda publish: lambda *a, **k: publish(*a, **k) and not sent.append(a[0])
+    )(d.session.publish_nowait)
     deadline = time.monotonic() + 0.3
     while time.monotonic() < deadline:
         d.turn()

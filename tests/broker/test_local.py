@@ -32,7 +32,9 @@ def wait_until_free(port, timeout_s=5.0):
 
 
 def test_it_is_of_the_kind_asked_for(broker):
-    assert broker.kind in ("mosquitto", "embedded") and broker.url == f"mqtt://127.0.0.1:{broker.port}"
+    assert (
+        broker.kind in ("mosquitto", "embedded") and broker.url == f"mqtt://127.0.0.1:{broker.port}"
+    )
     assert broker.log.exists()
 
 
@@ -48,7 +50,9 @@ def test_stop_frees_the_port_and_it_can_start_there_again(broker, tmp_path):
 
 
 def test_a_taken_port_is_said(broker, tmp_path):
-    with pytest.raises(LinkError, match=rf"cannot listen on 127\.0\.0\.1:{broker.port}: Address already in use"):
+    with pytest.raises(
+        LinkError, match=rf"cannot listen on 127\.0\.0\.1:{broker.port}: Address already in use"
+    ):
         local.start_broker(broker.port, state_dir=tmp_path)
 
 
@@ -56,7 +60,8 @@ def test_what_the_log_says_is_in_the_error(broker, tmp_path, monkeypatch):
     monkeypatch.setattr(local, "_MOSQUITTO", local._MOSQUITTO + "nonsense true\n")
     monkeypatch.setattr(local, "_RUMQTTD", "nonsense")
     with pytest.raises(
-        LinkError, match=r"(?s)did not start: it ended with status [13]; its log .* ends:\n.*(onsense|toml|TOML)"
+        LinkError,
+        match=r"(?s)did not start: it ended with status [13]; its log .* ends:\n.*(onsense|toml|TOML)",
     ):
         local.start_broker(state_dir=tmp_path, kind=broker.kind)
 

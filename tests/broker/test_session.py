@@ -9,7 +9,17 @@ import pytest
 from edge_broker import topics, window
 from edge_broker.errors import BrokerUnreachable, LinkError, Refused
 from edge_broker.local import find_mosquitto, start_broker
-from edge_broker.session import Connected, Disconnected, Message, Own, PresenceSpec, Room, Session, Traffic, Unsent
+from edge_broker.session import (
+    Connected,
+    Disconnected,
+    Message,
+    Own,
+    PresenceSpec,
+    Room,
+    Session,
+    Traffic,
+    Unsent,
+)
 
 
 def next_event(session, kind, timeout_s=10.0):
@@ -70,7 +80,9 @@ def test_an_address_that_cannot_be_used(url, message):
 
 
 def test_plain_text_where_tls_is_needed_is_said(broker):
-    with pytest.raises(LinkError, match=rf"TLS with mqtts://127.0.0.1:{broker.url.rsplit(':')[-1]}|no MQTT broker"):
+    with pytest.raises(
+        LinkError, match=rf"TLS with mqtts://127.0.0.1:{broker.url.rsplit(':')[-1]}|no MQTT broker"
+    ):
         Session(broker.url.replace("mqtt:", "mqtts:"), "a").connect(5)
 
 
@@ -166,7 +178,11 @@ def test_at_most_eight_publishes_are_unanswered(slots, open_session, relay, flee
 def test_a_call_can_ask_for_a_narrower_window(open_session, relay, fleet):
     session = open_session(url=relay.url)
     relay.let_acks_pass.clear()
-    assert [session.publish_nowait(f"{fleet}/x", b"x", window=2) for _ in range(3)] == [True, True, False]
+    assert [session.publish_nowait(f"{fleet}/x", b"x", window=2) for _ in range(3)] == [
+        True,
+        True,
+        False,
+    ]
     relay.let_acks_pass.set()
     next_event(session, Room)
     assert session.publish_nowait(f"{fleet}/x", b"x", window=2)
@@ -183,7 +199,9 @@ def narrow_mosquitto(tmp_path):
         f"listener {port} 127.0.0.1\nallow_anonymous true\nmax_inflight_messages 3\nmax_packet_size 2000\n"
         f"acl_file {tmp_path}/acl\nuser root\n"
     )
-    process = subprocess.Popen([find_mosquitto(), "-c", tmp_path / "conf"], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [find_mosquitto(), "-c", tmp_path / "conf"], stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 5
     while True:
         try:
@@ -201,7 +219,9 @@ def test_the_brokers_own_limits_hold(narrow_mosquitto):
         session.connect(5)
         assert session._connection.window.slots == 3
         assert session.chunk_bytes == 2000 - 512
-        room = 2000 - window.publish_size(b"ok/x", 0, None) - 1  # the length of a larger packet takes a byte more
+        room = (
+            2000 - window.publish_size(b"ok/x", 0, None) - 1
+        )  # the length of a larger packet takes a byte more
         session.publish("ok/x", bytes(room))
         with pytest.raises(Refused, match="is 2001 bytes encoded, the broker takes 2000"):
             session.publish("ok/x", bytes(room + 1))
@@ -220,7 +240,9 @@ def test_what_the_broker_refuses_is_raised(narrow_mosquitto):
 
 
 def test_it_comes_back_and_subscriptions_with_it(open_session, relay, fleet, await_message):
-    session = open_session(url=relay.url, clean_start=True)  # the broker forgets: the session must not
+    session = open_session(
+        url=relay.url, clean_start=True
+    )  # the broker forgets: the session must not
     session.subscribe(f"{fleet}/x")
     next_event(session, Connected)
     relay.cut()
@@ -230,7 +252,9 @@ def test_it_comes_back_and_subscriptions_with_it(open_session, relay, fleet, awa
     assert await_message(session).payload == b"after"
 
 
-def test_a_session_kept_by_the_broker_gets_what_came_meanwhile(broker, open_session, relay, fleet, await_message):
+def test_a_session_kept_by_the_broker_gets_what_came_meanwhile(
+    broker, open_session, relay, fleet, await_message
+):
     if broker.kind == "embedded":
         pytest.skip("rumqttd keeps no session that began with a clean start, whatever its expiry")
     away, other = open_session(url=relay.url), open_session()
@@ -242,7 +266,9 @@ def test_a_session_kept_by_the_broker_gets_what_came_meanwhile(broker, open_sess
     assert await_message(away).payload == b"meanwhile"
 
 
-def test_a_device_started_again_is_told_what_is_retained(broker, open_session, fleet, await_message):
+def test_a_device_started_again_is_told_what_is_retained(
+    broker, open_session, fleet, await_message
+):
     open_session().publish(f"{fleet}/x", b"kept", retain=True)
     for _ in range(2):  # the second time the broker still has the session
         with Session(broker.url, f"{fleet}-d") as device:
@@ -274,7 +300,10 @@ def test_traffic_is_what_passed_on_the_wire(open_session, relay, fleet, await_me
     session.subscribe(f"{fleet}/down/#")
     for size in (0, 1, 100, 127, 128, 16_000, 17_000, 70_000):
         session.publish(
-            f"{fleet}/up/{'n' * (size % 7)}", bytes(size), expiry_s=60 if size % 2 else None, retain=size == 1
+            f"{fleet}/up/{'n' * (size % 7)}",
+            bytes(size),
+            expiry_s=60 if size % 2 else None,
+            retain=size == 1,
         )
         other.publish(f"{fleet}/down/{size}", bytes(size), expiry_s=60 if size % 2 else None)
         assert len(await_message(session).payload) == size

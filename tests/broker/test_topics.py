@@ -8,12 +8,24 @@ DIGEST = "0123456789abcdef" * 4
 EVERY = [
     (topics.round("f"), Topic("round", "f"), "edge/1/f/round"),
     (topics.presence("f", "d"), Topic("presence", "f", device="d"), "edge/1/f/device/d/presence"),
-    (topics.inbox("f", "d", "t"), Topic("inbox", "f", device="d", transfer="t"), "edge/1/f/device/d/inbox/t"),
+    (
+        topics.inbox("f", "d", "t"),
+        Topic("inbox", "f", device="d", transfer="t"),
+        "edge/1/f/device/d/inbox/t",
+    ),
     (topics.report("f", "d"), Topic("report", "f", device="d"), "edge/1/f/device/d/report"),
     (topics.offer("f", "d"), Topic("offer", "f", device="d"), "edge/1/f/offer/d"),
-    (topics.up("f", "n", "d", "t"), Topic("up", "f", device="d", node="n", transfer="t"), "edge/1/f/node/n/up/d/t"),
+    (
+        topics.up("f", "n", "d", "t"),
+        Topic("up", "f", device="d", node="n", transfer="t"),
+        "edge/1/f/node/n/up/d/t",
+    ),
     (topics.want("f", "d"), Topic("want", "f", device="d"), "edge/1/f/want/d"),
-    (topics.artifact("f", DIGEST, 7), Topic("artifact", "f", digest=DIGEST, chunk=7), f"edge/1/f/artifact/{DIGEST}/7"),
+    (
+        topics.artifact("f", DIGEST, 7),
+        Topic("artifact", "f", digest=DIGEST, chunk=7),
+        f"edge/1/f/artifact/{DIGEST}/7",
+    ),
 ]
 
 

@@ -22,6 +22,14 @@ def ahead_of_time(capability: int) -> list[Launch]:
     return [
         Launch("good", product, signature, small, divisible=("n",), streamed=True),
         Launch("too many registers", product, signature, large, num_warps=2, divisible=("n",)),
-        Launch("too much shared memory", product, signature, large, num_warps=8, num_stages=5, divisible=("n",)),
+        Launch(
+            "too much shared memory",
+            product,
+            signature,
+            large,
+            num_warps=8,
+            num_stages=5,
+            divisible=("n",),
+        ),
         Launch("single loads", product, signature, small, streamed=True),
     ]

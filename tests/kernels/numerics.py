@@ -11,7 +11,9 @@ def relative_error(seen: torch.Tensor, truth: torch.Tensor) -> float:
     return float((seen.double() - truth).norm() / truth.norm().clamp_min(1e-300))
 
 
-def assert_as_good_as(ours: list[torch.Tensor], torchs: list[torch.Tensor], truth: list[torch.Tensor]) -> None:
+def assert_as_good_as(
+    ours: list[torch.Tensor], torchs: list[torch.Tensor], truth: list[torch.Tensor]
+) -> None:
     """Each error against float64 truth is at most twice what torch's own ops make in the same dtype, plus one rounding."""
     for one, two, true in zip(ours, torchs, truth, strict=True):
         assert (one.shape, one.dtype) == (two.shape, two.dtype)

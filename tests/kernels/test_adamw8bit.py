@@ -54,7 +54,9 @@ def fit(make, steps=120, spread=0.0):
 
 def deviation(make, **kwargs):
     """Mean relative difference to float32 AdamW's losses."""
-    truth = fit(lambda parameters: torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.1), **kwargs)
+    truth = fit(
+        lambda parameters: torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.1), **kwargs
+    )
     return float(((fit(make, **kwargs) - truth) / truth).abs().mean())
 
 
@@ -88,10 +90,31 @@ def test_the_first_step_is_that_of_adamw(dtype):
 @pytest.mark.parametrize(
     "broken",
     [
-        lambda decay, rest1, rest2, size, root, eps: (1.0, rest1, rest2, size, root, eps),  # decay lost
-        lambda decay, rest1, rest2, size, root, eps: (decay, rest1, rest2, RATE, 1.0, eps),  # bias correction lost
+        lambda decay, rest1, rest2, size, root, eps: (
+            1.0,
+            rest1,
+            rest2,
+            size,
+            root,
+            eps,
+        ),  # decay lost
+        lambda decay, rest1, rest2, size, root, eps: (
+            decay,
+            rest1,
+            rest2,
+            RATE,
+            1.0,
+            eps,
+        ),  # bias correction lost
         lambda decay, rest1, rest2, size, root, eps: (decay, rest1, rest2, -size, root, eps),
-        lambda decay, rest1, rest2, size, root, eps: (decay, 0.0, rest2, size, root, eps),  # dead gradient
+        lambda decay, rest1, rest2, size, root, eps: (
+            decay,
+            0.0,
+            rest2,
+            size,
+            root,
+            eps,
+        ),  # dead gradient
     ],
 )
 def test_the_check_sees_a_broken_step(monkeypatch, broken):
@@ -130,7 +153,9 @@ def second_moments(optimiser, index):
 def first_moments(optimiser, index):
     rows = optimiser._rows[index]
     code, scale = optimiser._first[rows], optimiser._scales[0, rows]
-    return module._expand(code.int().abs(), module.BITS1, module.LEAST1) * code.sign() * scale[:, None]
+    return (
+        module._expand(code.int().abs(), module.BITS1, module.LEAST1) * code.sign() * scale[:, None]
+    )
 
 
 def test_moments_keep_their_relative_precision_over_four_decades():
@@ -163,7 +188,9 @@ def lag(steps=1500):
     for step in range(steps):
         torch.manual_seed(step)
         gradient = torch.randn(2 * BLOCK, device=DEVICE)
-        gradient[1::2] *= max(math.exp(-step / 100), 1 / 30)  # its neighbours in the block do not shrink
+        gradient[1::2] *= max(
+            math.exp(-step / 100), 1 / 30
+        )  # its neighbours in the block do not shrink
         with torch.no_grad():
             optimiser._update(0, gradient)
             optimiser._apply()
@@ -171,17 +198,23 @@ def lag(steps=1500):
     return float((second_moments(optimiser, 0).view(-1) / truth)[1::2].sqrt().median())
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the rounding to the nearest is put into the torch backend; long")
+@pytest.mark.skipif(
+    INTERPRETED, reason="the rounding to the nearest is put into the torch backend; long"
+)
 def test_second_moments_follow_gradients_that_shrink_and_to_the_nearest_would_not(monkeypatch):
     steps = 600
     assert 0.9 < lag(steps) < 1.1
     half = 1 << module.CUT - 1
     to_nearest = module._round
-    monkeypatch.setattr(module, "_round", lambda x, dice, bits, least: to_nearest(x, half, bits, least))
+    monkeypatch.setattr(
+        module, "_round", lambda x, dice, bits, least: to_nearest(x, half, bits, least)
+    )
     assert lag(steps) > 1.5
 
 
-@pytest.mark.skipif(not on_triton(torch.zeros(1, device=DEVICE)), reason="compares the Triton backend with torch's")
+@pytest.mark.skipif(
+    not on_triton(torch.zeros(1, device=DEVICE)), reason="compares the Triton backend with torch's"
+)
 def test_both_backends_write_the_same_state():
     results = []
     for triton in (True, False):
@@ -197,7 +230,9 @@ def test_both_backends_write_the_same_state():
         results.append((parameters, optimiser))
     (ours, one), (torchs, two) = results
     for p, q in zip(ours, torchs, strict=True):
-        assert torch.allclose(p, q, rtol=1e-4, atol=1e-4)  # a code may differ where the sums round differently
+        assert torch.allclose(
+            p, q, rtol=1e-4, atol=1e-4
+        )  # a code may differ where the sums round differently
     for codes in ("_first", "_second"):
         difference = (getattr(one, codes).int() - getattr(two, codes).int()).abs()
         assert int(difference.max()) <= 1 and float(difference.float().mean()) < 0.01
@@ -224,7 +259,9 @@ def test_no_gradient_outlives_its_layer():
     AdamW8bit(parameters)
     alive = []
     for p in parameters:
-        p.register_post_accumulate_grad_hook(lambda _: alive.append(sum(p.grad is not None for p in parameters)))
+        p.register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(p.grad is not None for p in parameters))
+        )
     before = [p.detach().clone() for p in parameters]
     feed(parameters, gradients_of(parameters, 0))
     assert alive == [0, 0, 0]
@@ -243,7 +280,9 @@ def test_a_factor_that_backward_does_not_reach_is_left_alone():
     assert optimiser.state_dict()["steps"] == [3, 0, 3]
     gradient = gradients_of(parameters, 3)[1]
     feed(parameters, [None, gradient, None])  # its own first step: full size
-    assert torch.allclose((parameters[1] - before * (1 - 1e-4)).abs(), torch.full_like(before, 1e-3), rtol=1e-3)
+    assert torch.allclose(
+        (parameters[1] - before * (1 - 1e-4)).abs(), torch.full_like(before, 1e-3), rtol=1e-3
+    )
 
 
 def test_the_rate_of_a_step_is_the_one_set_before_backward():
@@ -313,7 +352,9 @@ def check_clipping():
             assert low * 0.999 <= 1 / factor <= high * 1.001
         if low == high:
             assert factors_ == pytest.approx([1 / norms[step]] * 3, rel=1e-4)
-    assert found[3][-1] == pytest.approx(1 / norms[3], rel=0.3)  # the last factor of a step ten times as large
+    assert found[3][-1] == pytest.approx(
+        1 / norms[3], rel=0.3
+    )  # the last factor of a step ten times as large
 
 
 def test_clipping_estimates_the_norm_from_the_part_that_has_passed():
@@ -333,7 +374,9 @@ def test_measuring_steps_nothing_and_keeps_no_gradient():
     before = [p.detach().clone() for p in parameters]
     with optimiser.measuring():
         feed(parameters, gradients_of(parameters, 0))
-    assert all(torch.equal(p, old) and p.grad is None for p, old in zip(parameters, before, strict=True))
+    assert all(
+        torch.equal(p, old) and p.grad is None for p, old in zip(parameters, before, strict=True)
+    )
     assert optimiser.state_dict()["steps"] == [0, 0, 0]
     assert float(optimiser._squares[0]) > 0
 
@@ -370,7 +413,9 @@ def test_micro_batches_add_up_to_one_step():
         with optimiser.accumulating():
             feed(ours, pieces[0])
             feed(ours, pieces[1])
-        assert all(torch.equal(p, old) and p.grad is None for p, old in zip(ours, before, strict=True))
+        assert all(
+            torch.equal(p, old) and p.grad is None for p, old in zip(ours, before, strict=True)
+        )
         feed(ours, pieces[2])
         feed(whole, [sum(parts) for parts in zip(*pieces, strict=True)])
     for p, q in zip(ours, whole, strict=True):
@@ -416,7 +461,9 @@ def test_a_resumed_run_is_the_same_to_the_bit():
     optimiser = AdamW8bit(parameters, weight_decay=0.1, clip_norm=1.0)
     course(parameters, optimiser, range(4))
     file = io.BytesIO()
-    torch.save({"factors": [p.detach() for p in parameters], "optimiser": optimiser.state_dict()}, file)
+    torch.save(
+        {"factors": [p.detach() for p in parameters], "optimiser": optimiser.state_dict()}, file
+    )
     course(parameters, optimiser, range(4, 8))
 
     file.seek(0)
@@ -427,13 +474,19 @@ def test_a_resumed_run_is_the_same_to_the_bit():
     course(resumed, other, range(4, 8))
     for p, q in zip(parameters, resumed, strict=True):
         assert torch.equal(p, q)
-    for (name, one), two in zip(optimiser.state_dict().items(), other.state_dict().values(), strict=True):
+    for (name, one), two in zip(
+        optimiser.state_dict().items(), other.state_dict().values(), strict=True
+    ):
         assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two, name
 
 
-@pytest.mark.parametrize("lost", ["first", "second", "scales", "steps", "squares", "so_far", "sums"])
+@pytest.mark.parametrize(
+    "lost", ["first", "second", "scales", "steps", "squares", "so_far", "sums"]
+)
 def test_the_check_sees_a_part_of_the_state_that_was_not_taken_over(monkeypatch, lost):
-    monkeypatch.setattr(module, "PIECE", BLOCK)  # each factor by itself: the first ones are clipped by an estimate
+    monkeypatch.setattr(
+        module, "PIECE", BLOCK
+    )  # each factor by itself: the first ones are clipped by an estimate
     parameters = factors()
     optimiser = AdamW8bit(parameters, clip_norm=1.0)
     course(parameters, optimiser, range(4))
@@ -449,7 +502,10 @@ def test_the_check_sees_a_part_of_the_state_that_was_not_taken_over(monkeypatch,
 
 
 def test_state_is_two_bytes_a_value_and_the_scales():
-    parameters = [nn.Parameter(torch.zeros(64, 256, device=DEVICE)), nn.Parameter(torch.zeros(16, 16, device=DEVICE))]
+    parameters = [
+        nn.Parameter(torch.zeros(64, 256, device=DEVICE)),
+        nn.Parameter(torch.zeros(16, 16, device=DEVICE)),
+    ]
     optimiser = AdamW8bit(parameters)
     values = 64 * 256 + 16 * 16
     assert optimiser.nbytes == 2 * values + 8 * values // BLOCK + 8 + 8 * len(parameters)
@@ -468,7 +524,10 @@ def test_bad_parameters_are_refused():
     for bad, message in (
         ([], "at least one"),
         ([good, good], "twice"),
-        ([good, nn.Parameter(torch.zeros(3, dtype=torch.float64))], r"parameters\[1\] is torch.float64"),
+        (
+            [good, nn.Parameter(torch.zeros(3, dtype=torch.float64))],
+            r"parameters\[1\] is torch.float64",
+        ),
         ([nn.Parameter(torch.zeros(6, 4).T)], r"strides \(1, 4\)"),
         ([nn.Parameter(torch.zeros(3), requires_grad=False)], "requires_grad=False"),
         ([nn.Parameter(torch.zeros(0))], "not empty"),
@@ -481,7 +540,14 @@ def test_bad_parameters_are_refused():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"lr": -1.0}, {"lr": math.nan}, {"betas": (0.9, 1.0)}, {"eps": 0.0}, {"weight_decay": -0.1}, {"clip_norm": 0.0}],
+    [
+        {"lr": -1.0},
+        {"lr": math.nan},
+        {"betas": (0.9, 1.0)},
+        {"eps": 0.0},
+        {"weight_decay": -0.1},
+        {"clip_norm": 0.0},
+    ],
 )
 def test_bad_numbers_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=f"{next(iter(bad))} is"):

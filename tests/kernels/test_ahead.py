@@ -42,7 +42,9 @@ def test_a_bad_kernel_fails_for_its_reason(compiled, name, word):
 @needs_triton
 def test_the_command_says_what_is_wrong_and_exits_with_1(monkeypatch, tmp_path):
     monkeypatch.setattr(ahead, "operators", lambda: ["faulty_kernels"])
-    done = CliRunner().invoke(main, ["check", "--arch", "87", "--json", str(tmp_path / "seen.json")])
+    done = CliRunner().invoke(
+        main, ["check", "--arch", "87", "--json", str(tmp_path / "seen.json")]
+    )
     assert done.exit_code == 1
     assert "too many registers on sm_87: spills" in done.output
     assert "4 configurations, 3 faulty" in done.output
@@ -56,6 +58,8 @@ def test_an_unknown_operator_is_refused_by_name():
 
 
 def test_every_file_with_kernels_is_found():
-    assert {"edge_kernels.packed_linear", "edge_kernels.linear_cross_entropy", "edge_kernels.rms_norm"} <= set(
-        ahead.operators()
-    )
+    assert {
+        "edge_kernels.packed_linear",
+        "edge_kernels.linear_cross_entropy",
+        "edge_kernels.rms_norm",
+    } <= set(ahead.operators())

@@ -70,7 +70,9 @@ def test_gradcheck():
     "broken",
     [
         lambda mlp, x: tiled(3, mlp, x.detach()) + 0 * x,  # no way back
-        lambda mlp, x: in_tiles(mlp, x, 3, []) + 0 * sum(p.sum() for p in mlp.parameters()),  # what trains is forgotten
+        lambda mlp, x: (
+            in_tiles(mlp, x, 3, []) + 0 * sum(p.sum() for p in mlp.parameters())
+        ),  # what trains is forgotten
         lambda mlp, x: torch.cat([tiled(3, mlp, x.flatten(0, 1)[:9]), torch.zeros(1, 8)]).view(
             SHAPE
         ),  # the rest is lost
@@ -117,8 +119,15 @@ def test_inside_a_tile_no_layer_takes_itself_for_the_last_of_the_block():
     weight = torch.randn(8, 8, device=DEVICE)
     factors = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((2, 8), (8, 2))]
 
-    def block(h):  # after the layer, the tiles keep h and what follows three more: as many as the layer itself saves
-        y = in_tiles(lambda rows: adapter_linear(rows, weight, factors[0], None, factors[1], 0.5), h, 4, factors)
+    def block(
+        h,
+    ):  # after the layer, the tiles keep h and what follows three more: as many as the layer itself saves
+        y = in_tiles(
+            lambda rows: adapter_linear(rows, weight, factors[0], None, factors[1], 0.5),
+            h,
+            4,
+            factors,
+        )
         return h + y * y + y.sin()
 
     gradients = []
@@ -136,7 +145,9 @@ def test_an_optimiser_inside_backward_steps_once():
     before = mlp.down.weight.detach().clone()
     tiled(2, mlp, x).sum().backward()
     optimiser.step()
-    assert (mlp.down.weight - before).abs().max() < 0.11  # a first step of Adam is the learning rate
+    assert (
+        mlp.down.weight - before
+    ).abs().max() < 0.11  # a first step of Adam is the learning rate
     assert mlp.down.weight.grad is None
 
 

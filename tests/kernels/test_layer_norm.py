@@ -25,14 +25,18 @@ def outcome(fn, x, weight, bias, dy):
 
 def check(fn, dtype=torch.float32, shape=(3, 7), biased=True):
     torch.manual_seed(0)
-    x, weight, bias, dy = (torch.randn(size).to(DEVICE, dtype) for size in (shape, shape[-1], shape[-1], shape))
+    x, weight, bias, dy = (
+        torch.randn(size).to(DEVICE, dtype) for size in (shape, shape[-1], shape[-1], shape)
+    )
     draws = [x + 3, weight, bias if biased else None, dy]
     exact = [None if draw is None else draw.double() for draw in draws]
     assert_as_good_as(outcome(fn, *draws), outcome(plain, *draws), outcome(plain, *exact))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 3), (3, 7), (2, 5, 64), (4, 768), (2, 1000), (2, 2, 3, 2049)])
+@pytest.mark.parametrize(
+    "shape", [(1, 3), (3, 7), (2, 5, 64), (4, 768), (2, 1000), (2, 2, 3, 2049)]
+)
 @pytest.mark.parametrize("biased", [True, False])
 def test_values_and_gradient_are_as_good_as_torchs(dtype, shape, biased):
     check(layer_norm, dtype, shape, biased)
@@ -74,7 +78,10 @@ def test_no_rows_give_no_rows():
 
 @pytest.mark.skipif(INTERPRETED or ON_GPU, reason="float64 is the torch backend's")
 def test_gradients_are_those_of_finite_differences():
-    x, (weight, bias) = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.randn(2, 5).double()
+    x, (weight, bias) = (
+        torch.randn(3, 5, dtype=torch.float64, requires_grad=True),
+        torch.randn(2, 5).double(),
+    )
     assert torch.autograd.gradcheck(lambda x: layer_norm(x, weight, bias), x)
 
 

@@ -32,11 +32,15 @@ def plain(hidden, head, labels, softcap=None, chunk_bytes=None, A=None, C=None, 
     logits = hidden @ head.T
     if A is not None:
         z = hidden @ A.to(hidden.dtype).T
-        logits = logits + scale * (z if C is None else z @ C.to(hidden.dtype).T) @ B.to(hidden.dtype).T
+        logits = (
+            logits + scale * (z if C is None else z @ C.to(hidden.dtype).T) @ B.to(hidden.dtype).T
+        )
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED
+    )
 
 
 def assert_as_good_as(ours, torchs, truth):
@@ -65,7 +69,11 @@ def adapter(core=True, dtype=torch.float32, scale=0.7):
 
 def outcome(fn, hidden, head, labels, softcap, **more):
     """The loss and the gradients of hidden and of the adapter's factors; the loss is scaled after it is made."""
-    leaves = {name: part.clone().requires_grad_() for name, part in more.items() if isinstance(part, torch.Tensor)}
+    leaves = {
+        name: part.clone().requires_grad_()
+        for name, part in more.items()
+        if isinstance(part, torch.Tensor)
+    }
     leaf = hidden.clone().requires_grad_()
     loss = fn(leaf, head, labels, softcap, **{**more, **leaves})
     (3 * loss).backward()
@@ -74,7 +82,10 @@ def outcome(fn, hidden, head, labels, softcap, **more):
 
 def check(fn, hidden, head, labels, softcap=None, **more):
     exact = expand(head).double() if isinstance(head, Packed) else head.double()
-    doubled = {name: part.double() if isinstance(part, torch.Tensor) else part for name, part in more.items()}
+    doubled = {
+        name: part.double() if isinstance(part, torch.Tensor) else part
+        for name, part in more.items()
+    }
     ours = outcome(fn, hidden, head, labels, softcap, **more)
     torchs = outcome(plain, hidden, head, labels, softcap, **more)
     truth = outcome(plain, hidden.double(), exact, labels, softcap, **doubled)
@@ -88,7 +99,14 @@ def test_loss_and_gradient_match_float64_whatever_the_chunks(way, dtype, softcap
     hidden, head, labels = case(dtype=dtype)
     kept = int((labels != IGNORED).sum())
     assert tokens_a_chunk == 1 or kept % tokens_a_chunk  # the last chunk is a smaller one
-    check(linear_cross_entropy, hidden, head, labels, softcap, chunk_bytes=dtype.itemsize * VOCABULARY * tokens_a_chunk)
+    check(
+        linear_cross_entropy,
+        hidden,
+        head,
+        labels,
+        softcap,
+        chunk_bytes=dtype.itemsize * VOCABULARY * tokens_a_chunk,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,7 +114,14 @@ def test_loss_and_gradient_match_float64_whatever_the_chunks(way, dtype, softcap
 def test_a_packed_head_gives_what_its_expansion_gives(way, format, dtype, monkeypatch):
     monkeypatch.setattr(SUBJECT, "PIECE", 1)  # the fewest rows at once
     hidden, head, labels = case(dtype=dtype, vocabulary=600, width=70)
-    check(linear_cross_entropy, hidden, pack(head, format), labels, 5.0, chunk_bytes=dtype.itemsize * 600 * 4)
+    check(
+        linear_cross_entropy,
+        hidden,
+        pack(head, format),
+        labels,
+        5.0,
+        chunk_bytes=dtype.itemsize * 600 * 4,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,7 +130,15 @@ def test_a_packed_head_gives_what_its_expansion_gives(way, format, dtype, monkey
 def test_an_adapter_on_the_head_and_its_factors_gradients_match_float64(dtype, core, format):
     hidden, head, labels = case(dtype=dtype)
     head = head if format is None else pack(head, format)
-    check(linear_cross_entropy, hidden, head, labels, 5.0, chunk_bytes=4 * VOCABULARY * 5, **adapter(core))
+    check(
+        linear_cross_entropy,
+        hidden,
+        head,
+        labels,
+        5.0,
+        chunk_bytes=4 * VOCABULARY * 5,
+        **adapter(core),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,7 +169,12 @@ def test_any_leading_axes_do(way, shape):
 
 def test_what_is_not_contiguous_does(way):
     hidden, head, labels = case((6, 4))
-    check(lambda h, *more, **named: linear_cross_entropy(h.mT.contiguous().mT, *more, **named), hidden, head, labels)
+    check(
+        lambda h, *more, **named: linear_cross_entropy(h.mT.contiguous().mT, *more, **named),
+        hidden,
+        head,
+        labels,
+    )
     wide = torch.stack((labels, labels), -1)[..., 0]
     check(linear_cross_entropy, hidden, head if way == "tiles" else head.T.contiguous().T, wide)
 
@@ -149,7 +187,11 @@ def test_what_else_reads_hidden_keeps_its_share_of_the_gradient(way):
     ours = outcome(shared, hidden, head, labels, None)
     other = partial(shared, fn=plain)
     truth = outcome(
-        lambda h, w, y, s: plain(h, w, y, s) + h.square().sum() / 100, hidden.double(), head.double(), labels, None
+        lambda h, w, y, s: plain(h, w, y, s) + h.square().sum() / 100,
+        hidden.double(),
+        head.double(),
+        labels,
+        None,
     )
     assert_as_good_as(ours, outcome(other, hidden, head, labels, None), truth)
 
@@ -189,7 +231,9 @@ def test_only_what_asks_for_a_gradient_gets_one(way):
 
 def test_without_grad_mode_there_is_the_loss_alone(monkeypatch):
     hidden, head, labels = case()
-    named = {name: part.requires_grad_() if name != "scale" else part for name, part in adapter().items()}
+    named = {
+        name: part.requires_grad_() if name != "scale" else part for name, part in adapter().items()
+    }
     loss = linear_cross_entropy(hidden.requires_grad_(), head, labels, **named)
     monkeypatch.setattr(SUBJECT, "_product", None)
     with torch.no_grad():
@@ -199,7 +243,9 @@ def test_without_grad_mode_there_is_the_loss_alone(monkeypatch):
 def test_a_sweep_without_grad_mode_makes_no_gradient(monkeypatch):
     sweep, gradients = SUBJECT._sweep, []
     monkeypatch.setattr(SUBJECT, "_way", lambda *_: SUBJECT._Sweep)
-    monkeypatch.setattr(SUBJECT, "_sweep", lambda *given: gradients.append(given[-1]) or sweep(*given))
+    monkeypatch.setattr(
+        SUBJECT, "_sweep", lambda *given: gradients.append(given[-1]) or sweep(*given)
+    )
     hidden, head, labels = case()
     loss = linear_cross_entropy(hidden.requires_grad_(), head, labels)
     with torch.no_grad():
@@ -209,7 +255,11 @@ def test_a_sweep_without_grad_mode_makes_no_gradient(monkeypatch):
 
 
 def count_ignored(hidden, head, labels, softcap=None, **more):
-    return linear_cross_entropy(hidden, head, labels, softcap, **more) * (labels != IGNORED).sum() / labels.numel()
+    return (
+        linear_cross_entropy(hidden, head, labels, softcap, **more)
+        * (labels != IGNORED).sum()
+        / labels.numel()
+    )
 
 
 def learn_ignored(hidden, head, labels, softcap=None, **more):
@@ -231,7 +281,9 @@ def forgets_what_came_back(hidden, head, labels, softcap=None, **more):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("fault", [count_ignored, learn_ignored, no_gradient, no_softcap, forgets_what_came_back])
+@pytest.mark.parametrize(
+    "fault", [count_ignored, learn_ignored, no_gradient, no_softcap, forgets_what_came_back]
+)
 def test_the_check_sees_a_fault(way, fault, dtype):
     with pytest.raises(AssertionError, match="relative error"):
         check(fault, *case(dtype=dtype), 5.0)
@@ -263,7 +315,12 @@ def test_the_gradient_is_that_of_finite_differences(way):
 
     def agrees(fn):
         return torch.autograd.gradcheck(
-            lambda h: fn(h.float(), head, labels, 5.0), (leaf,), eps=1e-3, atol=2e-3, rtol=1e-2, raise_exception=False
+            lambda h: fn(h.float(), head, labels, 5.0),
+            (leaf,),
+            eps=1e-3,
+            atol=2e-3,
+            rtol=1e-2,
+            raise_exception=False,
         )
 
     assert agrees(linear_cross_entropy)
@@ -271,20 +328,26 @@ def test_the_gradient_is_that_of_finite_differences(way):
 
 
 @pytest.mark.skipif(not on_triton(torch.ones(1, device=DEVICE)), reason="tiles are Triton's")
-@pytest.mark.parametrize(("rows", "tokens", "tiles"), [(64, 500, False), (63, 500, True), (63, 56, False)])
+@pytest.mark.parametrize(
+    ("rows", "tokens", "tiles"), [(64, 500, False), (63, 500, True), (63, 56, False)]
+)
 def test_a_dense_head_goes_by_tiles_where_chunks_would_be_many_and_small(rows, tokens, tiles):
     hidden, head, _ = case((tokens,), torch.float16)
     assert (_way(hidden, head, tokens, 2 * VOCABULARY * rows) is SUBJECT._Tiles) is tiles
     assert _way(hidden, head.T.contiguous().T, tokens, 2 * VOCABULARY * rows) is SUBJECT._Chunks
     assert _way(hidden, pack(head, "q8_0"), tokens, 2 * VOCABULARY * rows) is SUBJECT._Tiles
-    assert _way(hidden.float(), pack(head, "q8_0"), tokens, 2 * VOCABULARY * rows) is SUBJECT._Chunks
+    assert (
+        _way(hidden.float(), pack(head, "q8_0"), tokens, 2 * VOCABULARY * rows) is SUBJECT._Chunks
+    )
 
 
 @pytest.mark.skipif(INTERPRETED or ON_GPU, reason="kernels expand a packed head in their tiles")
 def test_a_packed_head_is_expanded_once(monkeypatch):
     expanded = []
     monkeypatch.setattr(
-        SUBJECT, "expand", lambda packed, **more: expanded.append(packed.shape[0]) or expand(packed, **more)
+        SUBJECT,
+        "expand",
+        lambda packed, **more: expanded.append(packed.shape[0]) or expand(packed, **more),
     )
     monkeypatch.setattr(SUBJECT, "PIECE", 1)
     hidden, head, labels = case((40,), vocabulary=600)
@@ -301,7 +364,9 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        if isinstance(made, torch.Tensor) and made.is_floating_point():  # the interpreter copies bytes
+        if (
+            isinstance(made, torch.Tensor) and made.is_floating_point()
+        ):  # the interpreter copies bytes
             self.numbers = max(self.numbers, made.numel())
         return made
 
@@ -314,7 +379,9 @@ def largest(fn, *given, **more):
 
 def test_the_logits_of_the_whole_batch_never_exist(way):
     given = case((400,), ignored=0.0)
-    chunk_bytes = 4 * VOCABULARY * 30  # the batch's hidden states are 9600 numbers, its logits would be 20 000
+    chunk_bytes = (
+        4 * VOCABULARY * 30
+    )  # the batch's hidden states are 9600 numbers, its logits would be 20 000
     assert largest(linear_cross_entropy, *given, chunk_bytes=chunk_bytes) == given[0].numel()
     assert largest(plain, *given) == 400 * VOCABULARY
 
@@ -332,10 +399,20 @@ def test_a_packed_head_is_never_expanded_whole(way, monkeypatch):
 @pytest.mark.parametrize(
     ("hidden", "head", "labels", "message"),
     [
-        ((2, 3, 4), (9, 4), torch.zeros(2, 2).long(), r"hidden has tokens \(2, 3\) but labels have \(2, 2\)"),
+        (
+            (2, 3, 4),
+            (9, 4),
+            torch.zeros(2, 2).long(),
+            r"hidden has tokens \(2, 3\) but labels have \(2, 2\)",
+        ),
         ((2, 3, 4), (9, 5), torch.zeros(2, 3).long(), "hidden has rows of 4 but head reads 5"),
         ((2, 4), (9, 4), torch.tensor([0, 9]), "labels go from 0 to 9, the head has 9 rows"),
-        ((2, 4), (9, 4), torch.tensor([-1, IGNORED]), "labels go from -1 to -1, the head has 9 rows"),
+        (
+            (2, 4),
+            (9, 4),
+            torch.tensor([-1, IGNORED]),
+            "labels go from -1 to -1, the head has 9 rows",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(hidden, head, labels, message):
@@ -362,10 +439,18 @@ def test_what_does_not_fit_is_named(hidden, head, labels, message):
             {"A": torch.ones(2, 4), "B": torch.ones(9, 2), "C": torch.ones(2, 3)},
             r"C is \(2, 3\) but has to be \(2, 2\)",
         ),
-        ({"A": torch.ones(2, 4), "B": torch.ones(9, 2), "scale": float("nan")}, "scale is nan but has to be finite"),
+        (
+            {"A": torch.ones(2, 4), "B": torch.ones(9, 2), "scale": float("nan")},
+            "scale is nan but has to be finite",
+        ),
     ],
 )
 def test_what_is_of_no_use_is_named(named, message):
-    given = {"hidden": torch.ones(2, 4), "head": torch.ones(9, 4), "labels": torch.zeros(2).long(), **named}
+    given = {
+        "hidden": torch.ones(2, 4),
+        "head": torch.ones(9, 4),
+        "labels": torch.zeros(2).long(),
+        **named,
+    }
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**given)

@@ -27,7 +27,9 @@ def smi(tmp_path, monkeypatch):
 
 def test_nvidia_smi_is_read(smi):
     smi('echo "NVIDIA GeForce RTX 3060, 8.6, 12288, 11900"')
-    assert gpus.ask_nvidia_smi("0") == gpus.Sighting("NVIDIA GeForce RTX 3060", "8.6", 12288 * MIB, 11900 * MIB)
+    assert gpus.ask_nvidia_smi("0") == gpus.Sighting(
+        "NVIDIA GeForce RTX 3060", "8.6", 12288 * MIB, 11900 * MIB
+    )
 
 
 def test_nvidia_smi_is_asked_about_the_selected_gpu(smi):
@@ -127,7 +129,15 @@ def nvml(tmp_path_factory):
     def build(name, init=0, memory=0, source=NVML):
         folder = tmp_path_factory.mktemp(name)
         (folder / "nvml.c").write_text(source)
-        command = [compiler, "-shared", "-fPIC", f"-DINIT={init}", f"-DMEMORY={memory}", "-o", f"{folder}/nvml.so"]
+        command = [
+            compiler,
+            "-shared",
+            "-fPIC",
+            f"-DINIT={init}",
+            f"-DMEMORY={memory}",
+            "-o",
+            f"{folder}/nvml.so",
+        ]
         subprocess.run([*command, f"{folder}/nvml.c"], check=True)
         return f"{folder}/nvml.so"
 
@@ -145,7 +155,9 @@ def test_nvml_is_read_by_index_and_by_uuid_and_shut_down(nvml):
 
 
 def test_nvml_of_a_gpu_that_works_in_ram(nvml):
-    assert gpus.ask_nvml("1", nvml("unified", memory=3)) == gpus.Sighting("NVIDIA Test", "8.7", None, None)
+    assert gpus.ask_nvml("1", nvml("unified", memory=3)) == gpus.Sighting(
+        "NVIDIA Test", "8.7", None, None
+    )
 
 
 def test_nvml_that_will_not_start_lacks_functions_or_is_missing_is_no_gpu(nvml, tmp_path):

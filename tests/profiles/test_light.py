@@ -18,7 +18,9 @@ sys.stdout.write(json.dumps([resident() - start, sorted(sys.modules)]))
 
 
 def measure(before=""):
-    done = subprocess.run([sys.executable, "-c", SCRIPT.format(before=before)], capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(before=before)], capture_output=True, check=True
+    )
     grown_bytes, modules = json.loads(done.stdout)
     return grown_bytes, {name.partition(".")[0] for name in modules}
 

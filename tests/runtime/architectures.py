@@ -5,7 +5,9 @@ import msgspec
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning.time import Rates
 
-RATES = Rates(bfloat16_flops=389e9, float32_flops=167e9, copy_bytes=41e9)  # the probe, on two cores of an AMD EPYC
+RATES = Rates(
+    bfloat16_flops=389e9, float32_flops=167e9, copy_bytes=41e9
+)  # the probe, on two cores of an AMD EPYC
 SMOLLM2 = Facts(
     model_class="smollm2@1",
     folder="",

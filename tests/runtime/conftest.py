@@ -44,13 +44,18 @@ def tiny():
 @pytest.fixture(scope="session")
 def facts_of():
     """facts_of(model, **where): what `prepare` writes down of a model."""
-    from edge_runtime.adapters import roles
     from edge_runtime.models import facts
+    from edge_runtime.models import families as roles
 
     def read(model, **where):
         block = roles.blocks(model)[0]
-        linears = {role: roles.widths(block.get_submodule(path)) for role, path in roles.linears(block).items()}
-        return facts.read(model.config, linears, **{"model_class": "tiny", "folder": "", "weights": "", **where})
+        linears = {
+            role: roles.widths(block.get_submodule(path))
+            for role, path in roles.linears(block).items()
+        }
+        return facts.read(
+            model.config, linears, **{"model_class": "tiny", "folder": "", "weights": "", **where}
+        )
 
     return read
 
@@ -67,8 +72,8 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def demo_facts(cache):
     """Facts of the demo's model (SmolLM2-135M-Instruct), after it was prepared by a process of its own."""
-    from edge_runtime import processes
     from edge_runtime.demo import model
+    from edge_runtime.planning import processes
 
     return processes.prepared(str(model.path()), Path.cwd())
 
@@ -102,21 +107,36 @@ def trained(tiny_facts, tmp_path):
     """trained(name, rows, held_out, **changes): one job in a trainer process of its own; its folder and result."""
     import msgspec
 
-    from edge_runtime import processes, settings
-    from edge_runtime.planning.plan import Plan
-    from edge_runtime.training import data
-    from edge_runtime.training.job import Job, Result
+    from edge_runtime import settings
+    from edge_runtime.planning import processes
+    from edge_runtime.protocol.plan import Plan
+    from edge_runtime.protocol.report import Result
+    from edge_runtime.trainer import data
+    from edge_runtime.trainer.job import Job
 
     def run(name, rows, held_out, **changes):
         folder = tmp_path / name
         folder.mkdir()
-        plan = Plan("m", tiny_facts.model_class, 4, tiny_facts.layers, "float32", 2, 8, 32, terms={}, step_seconds=0.0)
+        plan = Plan(
+            "m",
+            tiny_facts.model_class,
+            4,
+            tiny_facts.layers,
+            "float32",
+            2,
+            8,
+            32,
+            terms={},
+            step_seconds=0.0,
+        )
         values = {
             "train": True,
             "facts": tiny_facts,
             "plan": plan,
             "adapter": settings.Adapter(rank=2),
-            "training": settings.Training(steps=12, rows_a_step=8, learning_rate=2e-2, max_tokens=32),
+            "training": settings.Training(
+                steps=12, rows_a_step=8, learning_rate=2e-2, max_tokens=32
+            ),
             "method": settings.Method("fedit"),
             "seed": 5,
             "round": 1,
@@ -128,8 +148,10 @@ def trained(tiny_facts, tmp_path):
             "threads": 1,
         }
         (folder / "job.json").write_bytes(msgspec.json.encode(Job(**{**values, **changes})))
-        command = [sys.executable, "-m", "edge_runtime.training", str(folder)]
-        ended = subprocess.run(command, env=processes.environment(), capture_output=True, timeout=120)
+        command = [sys.executable, "-m", "edge_runtime.trainer", str(folder)]
+        ended = subprocess.run(
+            command, env=processes.environment(), capture_output=True, timeout=120
+        )
         assert ended.returncode == 0, ended.stderr.decode()
         return folder, msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
 

@@ -12,20 +12,33 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from edge_runtime import settings
-from edge_runtime.adapters import attach, export, roles
+from edge_runtime.adapters import attach
+from edge_runtime.adapters.export import peft as export
 from edge_runtime.adapters.initial import initial
+from edge_runtime.adapters.shapes import adapter_shapes
 from edge_runtime.errors import InputError
 from edge_runtime.methods import fedit, fedsb, flora
-from edge_runtime.methods.interface import A, B, name_of
-from edge_runtime.models.facts import adapter_shapes
+from edge_runtime.methods.interface import A, B
+from edge_runtime.models import families as roles
 from edge_runtime.models.slices import kept_layers
+from edge_runtime.protocol.keys import name_of
 
 FEDIT = fedit.METHOD
 SEPARATE = {"q": (64, 32), "k": (32, 32), "v": (32, 32), "o": (32, 64)}
 GATED = {"gate": (48, 32), "up": (48, 32), "down": (32, 48)}
 FAMILIES = {
-    **{name: SEPARATE | GATED for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")},
-    "phi": {"q": (32, 32), "k": (16, 32), "v": (16, 32), "o": (32, 32), "fc1": (48, 32), "fc2": (32, 48)},
+    **{
+        name: SEPARATE | GATED
+        for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+    },
+    "phi": {
+        "q": (32, 32),
+        "k": (16, 32),
+        "v": (16, 32),
+        "o": (32, 32),
+        "fc1": (48, 32),
+        "fc2": (32, 48),
+    },
     "phi3": {"qkv": (64, 32), "o": (32, 32), "gate_up": (96, 32), "down": (32, 48)},
     "gpt2": {"qkv": (96, 32), "o": (32, 32), "fc1": (128, 32), "fc2": (32, 128)},
 }
@@ -49,7 +62,8 @@ def difference(one, two):
 def random_state(adapter):
     draw = np.random.default_rng(0)
     return {
-        key: draw.normal(0, 0.3, value.shape).astype(np.float32) for key, value in sorted(attach.state(adapter).items())
+        key: draw.normal(0, 0.3, value.shape).astype(np.float32)
+        for key, value in sorted(attach.state(adapter).items())
     }
 
 
@@ -58,18 +72,47 @@ def test_every_linear_layer_of_a_block_has_its_role_and_widths(tiny, facts_of, f
     model = tiny(family)
     facts = facts_of(model)
     assert facts.linears == FAMILIES[family]
-    assert (facts.layers, facts.hidden, facts.heads, facts.vocabulary, facts.positions) == (4, 32, 4, 96, 64)
-    seen = {roles.widths(module) for module in roles.blocks(model).modules() if isinstance(module, roles.LINEAR)}
+    assert (facts.layers, facts.hidden, facts.heads, facts.vocabulary, facts.positions) == (
+        4,
+        32,
+        4,
+        96,
+        64,
+    )
+    seen = {
+        roles.widths(module)
+        for module in roles.blocks(model).modules()
+        if isinstance(module, roles.LINEAR)
+    }
     assert seen == set(FAMILIES[family].values())
 
 
 @pytest.mark.parametrize(
     ("family", "names"),
     [
-        ("llama", {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "gate": "gate_proj", "up": "up_proj"}),
-        ("phi", {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "dense", "fc1": "fc1", "fc2": "fc2"}),
-        ("phi3", {"qkv": "qkv_proj", "o": "o_proj", "gate_up": "gate_up_proj", "down": "down_proj"}),
-        ("gpt2", {"qkv": "attn.c_attn", "o": "attn.c_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}),
+        (
+            "llama",
+            {
+                "q": "q_proj",
+                "k": "k_proj",
+                "v": "v_proj",
+                "o": "o_proj",
+                "gate": "gate_proj",
+                "up": "up_proj",
+            },
+        ),
+        (
+            "phi",
+            {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "dense", "fc1": "fc1", "fc2": "fc2"},
+        ),
+        (
+            "phi3",
+            {"qkv": "qkv_proj", "o": "o_proj", "gate_up": "gate_up_proj", "down": "down_proj"},
+        ),
+        (
+            "gpt2",
+            {"qkv": "attn.c_attn", "o": "attn.c_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"},
+        ),
     ],
 )
 def test_a_role_is_the_layer_that_plays_it(tiny, family, names):
@@ -93,7 +136,10 @@ def test_every_factor_and_nothing_else_gets_a_gradient(tiny, family):
     adapter = attach.attach(model, LAYERS, SPEC, FEDIT, seed=0)
     attach.load_state(adapter, random_state(adapter))
     model(IDS, labels=IDS).loss.backward()
-    assert all(factor.grad is not None and factor.grad.abs().sum() > 0 for factor in adapter.factors.values())
+    assert all(
+        factor.grad is not None and factor.grad.abs().sum() > 0
+        for factor in adapter.factors.values()
+    )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert len(trained) == len(adapter.factors) == 2 * len(LAYERS) * len(FAMILIES[family])
 
@@ -125,7 +171,10 @@ def test_a_state_taken_out_and_put_back_is_the_same_model(tiny, family):
     ("change", "message"),
     [
         (lambda state: state.pop("layers.2.q.A"), "lacks layers.2.q.A"),
-        (lambda state: state.update({"layers.9.q.A": state["layers.2.q.A"]}), "has layers.9.q.A, which this adapter"),
+        (
+            lambda state: state.update({"layers.9.q.A": state["layers.2.q.A"]}),
+            "has layers.9.q.A, which this adapter",
+        ),
         (
             lambda state: state.update({"layers.2.q.A": state["layers.2.q.A"][:2]}),
             r"layers.2.q.A is \(2, 32\) in the adapter state, but has to be \(3, 32\)",
@@ -142,7 +191,9 @@ def test_a_state_that_does_not_fit_is_refused_by_name_and_changes_nothing(tiny, 
 
 
 def test_only_the_wanted_roles_are_adapted(tiny):
-    adapter = attach.attach(tiny("llama"), LAYERS, settings.Adapter(rank=2, roles=("q", "down")), FEDIT, seed=0)
+    adapter = attach.attach(
+        tiny("llama"), LAYERS, settings.Adapter(rank=2, roles=("q", "down")), FEDIT, seed=0
+    )
     assert {key.split(".")[2] for key in adapter.factors} == {"q", "down"}
     with pytest.raises(InputError, match="no linear layer of the roles fc1, fc2"):
         attach.attach(tiny("llama"), LAYERS, settings.Adapter(roles=("fc1", "fc2")), FEDIT, seed=0)
@@ -151,7 +202,9 @@ def test_only_the_wanted_roles_are_adapted(tiny):
 def test_an_unknown_family_is_refused_by_name(tiny):
     model = tiny("llama")
     model.config.model_type = "mamba"
-    with pytest.raises(InputError, match="models of type mamba are not supported; known: llama, mistral"):
+    with pytest.raises(
+        InputError, match="models of type mamba are not supported; known: llama, mistral"
+    ):
         attach.attach(model, LAYERS, SPEC, FEDIT, seed=0)
 
 
@@ -164,7 +217,9 @@ def test_the_start_is_equal_in_every_process_and_version():
         "from edge_runtime.adapters.initial import initial; from edge_runtime.methods.interface import A; import hashlib;"
         "print(hashlib.sha256(initial('layers.3.q.A', (4, 64), 7, A).tobytes()).hexdigest()[:16])"
     )
-    printed = {subprocess.check_output([sys.executable, "-c", code], text=True).strip() for _ in range(2)}
+    printed = {
+        subprocess.check_output([sys.executable, "-c", code], text=True).strip() for _ in range(2)
+    }
     assert printed == {"368a476735aa3fa8"}
 
 
@@ -212,7 +267,13 @@ def test_peft_computes_what_we_compute(tiny, facts_of, family, tmp_path):
 @pytest.mark.filterwarnings("error:.*(fan_in_fan_out|adapter keys)")
 @pytest.mark.parametrize(
     ("family", "names"),
-    [("llama", ("q",)), ("llama", ("v", "down")), ("phi3", ("gate_up",)), ("gpt2", ("o",)), ("gpt2", ("fc2", "qkv"))],
+    [
+        ("llama", ("q",)),
+        ("llama", ("v", "down")),
+        ("phi3", ("gate_up",)),
+        ("gpt2", ("o",)),
+        ("gpt2", ("fc2", "qkv")),
+    ],
 )
 def test_any_roles_can_be_exported(tiny, facts_of, family, names, tmp_path):
     spec = settings.Adapter(rank=5, alpha=7.5, roles=names)
@@ -231,7 +292,9 @@ def with_method(model, method, seed=0):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize(("method", "factor"), [(fedsb.METHOD, "C"), (flora.METHOD, "keptB")])
-def test_a_core_goes_into_b_and_what_is_kept_beside_it(tiny, facts_of, family, method, factor, tmp_path):
+def test_a_core_goes_into_b_and_what_is_kept_beside_it(
+    tiny, facts_of, family, method, factor, tmp_path
+):
     model, plain = tiny(family), logits(tiny(family))
     facts = facts_of(model)
     ours = copy.deepcopy(model)
@@ -269,7 +332,9 @@ def test_the_comparison_sees_a_wrong_export(tiny, facts_of, fault, tmp_path):
     ours = exported(model, facts_of(model), SPEC, tmp_path)
     if fault == "alpha":
         path = tmp_path / "adapter_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": SPEC.alpha * 1.01}))
+        path.write_text(
+            json.dumps({**json.loads(path.read_text()), "lora_alpha": SPEC.alpha * 1.01})
+        )
     else:
         path = tmp_path / "adapter_model.safetensors"
         tensors = load_file(path)

@@ -12,7 +12,7 @@ from edge_runtime.agent.agent import Agent
 from edge_runtime.agent.options import Options
 from edge_runtime.agent.trainer import Trainer
 from edge_runtime.errors import InputError
-from edge_runtime.rounds import ROUND_DOMAIN, Round
+from edge_runtime.protocol.round import ROUND_DOMAIN, Round
 from edge_runtime.state import alone
 
 
@@ -45,7 +45,9 @@ def agent(tmp_path):
         one._store.connection.close()
 
 
-@pytest.mark.parametrize(("other", "named"), [({"id": "b"}, "id `a`, not `b`"), ({"fleet": "g"}, "fleet `f`, not `g`")])
+@pytest.mark.parametrize(
+    ("other", "named"), [({"id": "b"}, "id `a`, not `b`"), ({"fleet": "g"}, "fleet `f`, not `g`")]
+)
 def test_the_state_of_another_device_is_refused(agent, other, named):
     agent()
     with pytest.raises(InputError, match=f"is that of {named}: give another --state, or --"):
@@ -53,14 +55,18 @@ def test_the_state_of_another_device_is_refused(agent, other, named):
     agent()
 
 
-def test_a_round_whose_version_could_not_be_had_is_tried_again_when_it_is_announced_again(agent, tmp_path, monkeypatch):
+def test_a_round_whose_version_could_not_be_had_is_tried_again_when_it_is_announced_again(
+    agent, tmp_path, monkeypatch
+):
     """As a node does that was away for longer than its devices ask."""
     one, begun, said = agent(), [], []
     monkeypatch.setattr(one, "_plan", lambda: begun.append(1))
     monkeypatch.setattr(one._reports, "publish", lambda report: said.append(report.state))
     fleet = settings.Fleet("f", (settings.Model("m"),))
     body = msgspec.json.encode(Round(node="n", fleet=fleet, round=2, state="open", versions={}))
-    payload = signing.sign(signing.load_or_create_key(tmp_path / "node.key"), ROUND_DOMAIN, body).encode()
+    payload = signing.sign(
+        signing.load_or_create_key(tmp_path / "node.key"), ROUND_DOMAIN, body
+    ).encode()
     one._on_round(payload)
     one._on_round(payload)
     assert len(begun) == 1
@@ -93,7 +99,9 @@ def test_that_an_update_was_refused_is_kept_until_it_is_said(agent, finished, mo
         one._outbox.reject(manifest.transfer, refusal.code, refusal.reason)
     one._store.connection.close()
     again = agent()
-    monkeypatch.setattr(again._reports, "publish", lambda report: said.append((report.state, report.reason)) or True)
+    monkeypatch.setattr(
+        again._reports, "publish", lambda report: said.append((report.state, report.reason)) or True
+    )
     again._reports.publish_owed()
     again._reports.publish_owed()
     assert said == ([] if finished else [("failed", "round 1 is closed")])
@@ -104,7 +112,11 @@ def test_a_new_state_is_advised_where_it_would_help(agent, tmp_path):
     one._on_round(b"{}")
     assert "not a signed message" in one._ignored and "--state" not in one._ignored
     one._store.set("node_key", "00" * 32)
-    one._on_round(signing.sign(signing.load_or_create_key(tmp_path / "node.key"), ROUND_DOMAIN, b"{}").encode())
+    one._on_round(
+        signing.sign(
+            signing.load_or_create_key(tmp_path / "node.key"), ROUND_DOMAIN, b"{}"
+        ).encode()
+    )
     assert one._ignored.endswith("to trust that node, start with a new --state")
 
 

@@ -8,10 +8,10 @@ import torch
 
 from edge_runtime import cli, settings
 from edge_runtime.errors import InputError
-from edge_runtime.planning.plan import Plan
-from edge_runtime.training import run
-from edge_runtime.training.cap import cap_gpu
-from edge_runtime.training.job import Job
+from edge_runtime.protocol.plan import Plan
+from edge_runtime.trainer import run
+from edge_runtime.trainer.cap import cap_gpu
+from edge_runtime.trainer.job import Job
 
 GIB = 2**30
 
@@ -20,7 +20,9 @@ GIB = 2**30
 def told(monkeypatch):
     """What was asked of a GPU of 16 GiB."""
     asked = []
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=16 * GIB))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=16 * GIB)
+    )
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", asked.append)
     return asked
 
@@ -40,7 +42,19 @@ def test_a_gpu_that_has_less_is_refused(told):
 def test_a_job_is_capped_before_anything_else_is_done(told, tiny_facts, tmp_path, monkeypatch):
     plan = Plan("tiny", "tiny", 4, 4, "bfloat16", 4, 8, 2, {}, 1.0)
     job = Job(
-        True, tiny_facts, plan, settings.Adapter(), settings.Training(), settings.Method(), 0, 1, 1, "", {}, (4,), 16
+        True,
+        tiny_facts,
+        plan,
+        settings.Adapter(),
+        settings.Training(),
+        settings.Method(),
+        0,
+        1,
+        1,
+        "",
+        {},
+        (4,),
+        16,
     )
     job = msgspec.structs.replace(job, device="cuda", gpu_cap_bytes=4 * GIB)
     (tmp_path / "job.json").write_bytes(msgspec.json.encode(job))
@@ -60,6 +74,12 @@ def test_a_cap_is_a_gpus():
 
     found = msgspec.structs.replace(probe(), gpu=Gpu("NVIDIA H200", "9.0", 140 * GIB, 140 * GIB))
     assert cli._cap(None, "cpu", found) is None
-    assert cli._cap("rtx-3060-12gb", "auto", found) == cli._cap("rtx-3060-12gb", "cuda", found) < 12 * GIB
-    with pytest.raises(InputError, match="--board caps a GPU's memory, but --device is cpu: use --device cuda"):
+    assert (
+        cli._cap("rtx-3060-12gb", "auto", found)
+        == cli._cap("rtx-3060-12gb", "cuda", found)
+        < 12 * GIB
+    )
+    with pytest.raises(
+        InputError, match="--board caps a GPU's memory, but --device is cpu: use --device cuda"
+    ):
         cli._cap("rtx-3060-12gb", "cpu", found)

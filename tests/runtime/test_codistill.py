@@ -7,12 +7,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_runtime import codec, methods, settings
+from edge_runtime import methods, settings
 from edge_runtime.aggregator import anchors, merge
 from edge_runtime.errors import InputError
 from edge_runtime.methods import codistill
 from edge_runtime.methods.interface import Contribution
-from edge_runtime.training import data, public
+from edge_runtime.protocol import codec
+from edge_runtime.trainer import data, public
 
 SPEC = settings.Codistill("anchors.jsonl", texts=5)
 RNG = np.random.default_rng(0)
@@ -22,12 +23,17 @@ def said(labels, sharpness, seed, texts=5):
     """A device's probabilities (labels, texts)."""
     logits = sharpness * np.random.default_rng(seed).normal(0, 1, (len(labels), texts))
     p = np.exp(logits) / np.exp(logits).sum(0)
-    return {f"anchors.{label}.P": row[None].astype(np.float32) for label, row in zip(labels, p, strict=True)}
+    return {
+        f"anchors.{label}.P": row[None].astype(np.float32)
+        for label, row in zip(labels, p, strict=True)
+    }
 
 
 def combined(*devices, before=None):
     """What the node makes of (predictions, samples) pairs."""
-    return codistill.combined(lambda: (Contribution(before or {}, one, samples) for one, samples in devices))
+    return codistill.combined(
+        lambda: (Contribution(before or {}, one, samples) for one, samples in devices)
+    )
 
 
 def reference(*devices):
@@ -54,13 +60,18 @@ def test_predictions_are_weighted_by_rows_and_by_how_sure_a_device_is():
 
 
 def test_who_is_sure_is_followed_where_another_is_not():
-    sure = {"anchors.a.P": np.full((1, 5), 0.98, np.float32), "anchors.b.P": np.full((1, 5), 0.02, np.float32)}
+    sure = {
+        "anchors.a.P": np.full((1, 5), 0.98, np.float32),
+        "anchors.b.P": np.full((1, 5), 0.02, np.float32),
+    }
     unsure = {f"anchors.{label}.P": np.full((1, 5), 0.5, np.float32) for label in "cd"}
     found = combined((sure, 1), (unsure, 1))
     assert (found["anchors.a.T"] > 90 * found["anchors.c.T"]).all()
     alone = combined((sure, 1))  # half as many rows, and as much evidence for each
     np.testing.assert_allclose(found["anchors.a.T"], alone["anchors.a.T"] / 2, rtol=1e-6)
-    assert (sum(combined((unsure, 1)).values()) < 1e-5).all()  # a text that nobody can tell counts for nothing
+    assert (
+        sum(combined((unsure, 1)).values()) < 1e-5
+    ).all()  # a text that nobody can tell counts for nothing
 
 
 def test_equal_devices_get_their_own_predictions_and_the_last_rounds_are_replaced():
@@ -84,8 +95,14 @@ def test_what_one_said_who_has_left_goes_on_being_taught():
 
 def test_who_finds_a_text_unlike_its_own_rows_is_not_heard():
     """Both are as sure; what one says is scaled by how like its rows each text is."""
-    first = {"anchors.a.P": np.full((1, 5), 0.98, np.float32), "anchors.b.P": np.full((1, 5), 0.02, np.float32)}
-    second = {"anchors.a.P": np.full((1, 5), 0.02, np.float32), "anchors.b.P": np.full((1, 5), 0.98, np.float32)}
+    first = {
+        "anchors.a.P": np.full((1, 5), 0.98, np.float32),
+        "anchors.b.P": np.full((1, 5), 0.02, np.float32),
+    }
+    second = {
+        "anchors.a.P": np.full((1, 5), 0.02, np.float32),
+        "anchors.b.P": np.full((1, 5), 0.98, np.float32),
+    }
     like = np.array([[1.0, 1.0, 0.5, 0.01, 0.0]], np.float32)
     found = combined(({key: like * value for key, value in first.items()}, 10), (second, 10))
     heard = like / (like + 1)
@@ -104,17 +121,23 @@ FLEET = settings.Fleet(
 
 def test_it_gains_its_weight_towards_the_last_round():
     ramps = [codistill.ramp(round_, 6) for round_ in range(1, 7)]
-    assert ramps == pytest.approx([np.exp(-5 * (1 - done) ** 2) for done in (0, 0.2, 0.4, 0.6, 0.8, 1)])
+    assert ramps == pytest.approx(
+        [np.exp(-5 * (1 - done) ** 2) for done in (0, 0.2, 0.4, 0.6, 0.8, 1)]
+    )
     assert codistill.ramp(1, 1) == pytest.approx(np.exp(-5)) and codistill.ramp(2, 2) == 1
 
 
 def test_targets_are_as_sure_as_the_temperature_has_it_and_count_by_their_evidence():
-    told = np.array([[0.3, 0.1, 0.0], [0.02, 0.02, 0.04], [0.0, 0.0, 0.0], [0.9, 0.2, -1e-4]], np.float32)
+    told = np.array(
+        [[0.3, 0.1, 0.0], [0.02, 0.02, 0.04], [0.0, 0.0, 0.0], [0.9, 0.2, -1e-4]], np.float32
+    )
     shares, targets = codistill.learned(told, 1.0)
     assert list(shares) == pytest.approx([0.4, 0.08, 0.0, 1.0])
     np.testing.assert_allclose(targets[:2], [[0.75, 0.25, 0], [0.25, 0.25, 0.5]], rtol=1e-6)
     assert (targets[2] == 0).all() and targets[3, 2] == 0
-    np.testing.assert_allclose(codistill.learned(told, 0.5)[1][:2], [[0.9, 0.1, 0], [1 / 6, 1 / 6, 4 / 6]], rtol=1e-6)
+    np.testing.assert_allclose(
+        codistill.learned(told, 0.5)[1][:2], [[0.9, 0.1, 0], [1 / 6, 1 / 6, 4 / 6]], rtol=1e-6
+    )
 
 
 def test_labels_that_a_device_has_no_rows_of_are_news_to_it():
@@ -142,7 +165,10 @@ def test_labels_that_a_device_has_no_rows_of_count_in_full_from_the_first_round(
 
 @pytest.mark.parametrize("name", list(methods.METHODS))
 def test_it_goes_with_every_method(name):
-    alone, with_it = methods.by_name(name), methods.build(settings.Method(name), settings.Head(), SPEC)
+    alone, with_it = (
+        methods.by_name(name),
+        methods.build(settings.Method(name), settings.Head(), SPEC),
+    )
     assert with_it.merges["anchors"] is codistill.combined
     assert ("labels" in with_it.merges) is bool(alone.merges)
     assert alone.merges.keys() <= with_it.merges.keys()
@@ -151,7 +177,9 @@ def test_it_goes_with_every_method(name):
 
 def update(path, model_class, tensors):
     path.write_bytes(codec.encode(tensors))
-    return types.SimpleNamespace(manifest=types.SimpleNamespace(model_class=model_class, samples=10), payload=path)
+    return types.SimpleNamespace(
+        manifest=types.SimpleNamespace(model_class=model_class, samples=10), payload=path
+    )
 
 
 @pytest.mark.parametrize("across", [True, False])
@@ -164,21 +192,34 @@ def test_predictions_cross_models_or_stay_in_the_class(tmp_path, across):
         codistill=settings.Codistill("anchors.jsonl", texts=5, across=across),
     )
     method = methods.of(fleet)
-    first = {"layers.0.q.B": np.ones((8, 2), np.float32), "labels.a.H": np.ones((1, 4), np.float32), **said("ab", 2, 0)}
+    first = {
+        "layers.0.q.B": np.ones((8, 2), np.float32),
+        "labels.a.H": np.ones((1, 4), np.float32),
+        **said("ab", 2, 0),
+    }
     second = {
         "layers.0.q.B": np.ones((9, 2), np.float32),
         "labels.c.H": np.ones((1, 6), np.float32),
         **said("bc", 2, 1),
     }
     updates = [update(tmp_path / "1", "m@1", first), update(tmp_path / "2", "n@1", second)]
-    versions = {one.model_class: one for one in merge.merge(updates, {}, fleet, method, 1, tmp_path / "v")}
-    published = {of: codec.decode(version.artifact.read_bytes()) for of, version in versions.items()}
-    told = {of: {key.split(".")[1] for key in state if key.startswith("anchors")} for of, state in published.items()}
+    versions = {
+        one.model_class: one for one in merge.merge(updates, {}, fleet, method, 1, tmp_path / "v")
+    }
+    published = {
+        of: codec.decode(version.artifact.read_bytes()) for of, version in versions.items()
+    }
+    told = {
+        of: {key.split(".")[1] for key in state if key.startswith("anchors")}
+        for of, state in published.items()
+    }
     if across:
         assert told == {"m@1": {"a", "b", "c"}, "n@1": {"a", "b", "c"}, "*": {"a", "b", "c"}}
     else:
         assert told == {"m@1": {"a", "b"}, "n@1": {"b", "c"}}
-    heads = {of: {key for key in state if key.startswith("labels")} for of, state in published.items()}
+    heads = {
+        of: {key for key in state if key.startswith("labels")} for of, state in published.items()
+    }
     assert (heads["m@1"], heads["n@1"]) == ({"labels.a.H"}, {"labels.c.H"})
 
 
@@ -196,7 +237,10 @@ def test_predictions_cross_models_or_stay_in_the_class(tmp_path, across):
             r"labels.b.H is \(1, 6\)",
         ),
         ({"anchors.a.P": np.full((1, 5), -0.5, np.float32)}, "anchors.a.P is no probabilities"),
-        ({key: np.full((1, 5), 0.6, np.float32) for key in ("anchors.a.P", "anchors.b.P")}, "b.P is no probabilities"),
+        (
+            {key: np.full((1, 5), 0.6, np.float32) for key in ("anchors.a.P", "anchors.b.P")},
+            "b.P is no probabilities",
+        ),
     ],
 )
 def test_what_is_no_prediction_or_row_of_a_head_is_refused(delta, reason):
@@ -206,13 +250,22 @@ def test_what_is_no_prediction_or_row_of_a_head_is_refused(delta, reason):
 
 def test_a_labels_row_is_as_wide_as_those_of_other_labels_that_the_class_sent():
     known = {"labels.a.H": (1, 8), "layers.0.q.A": (2, 9)}
-    assert merge.check(codec.encode({"labels.b.H": np.ones((1, 8), np.float32)}), known, FLEET, methods.of(FLEET))
+    assert merge.check(
+        codec.encode({"labels.b.H": np.ones((1, 8), np.float32)}), known, FLEET, methods.of(FLEET)
+    )
     with pytest.raises(InputError, match=r"labels.b.H is \(1, 9\)"):
-        merge.check(codec.encode({"labels.b.H": np.ones((1, 9), np.float32)}), known, FLEET, methods.of(FLEET))
+        merge.check(
+            codec.encode({"labels.b.H": np.ones((1, 9), np.float32)}),
+            known,
+            FLEET,
+            methods.of(FLEET),
+        )
 
 
 def test_a_stage_that_the_method_has_not_is_refused():
-    fleet = settings.Fleet("f", FLEET.catalog, method=settings.Method("heterotune"), adapter=settings.Adapter(rank=16))
+    fleet = settings.Fleet(
+        "f", FLEET.catalog, method=settings.Method("heterotune"), adapter=settings.Adapter(rank=16)
+    )
     for stage, known in ((3, True), (4, False)):
         delta = codec.encode({f"stages.{stage}.q.U": np.ones((16, 16), np.float32)})
         if known:
@@ -224,7 +277,9 @@ def test_a_stage_that_the_method_has_not_is_refused():
 
 def test_the_nodes_texts_are_checked_before_anything_is_announced(tmp_path):
     file = tmp_path / "given.jsonl"
-    file.write_text("".join(json.dumps({"text": f"t{n}", "label": "secret"}) + "\n" for n in range(7)))
+    file.write_text(
+        "".join(json.dumps({"text": f"t{n}", "label": "secret"}) + "\n" for n in range(7))
+    )
 
     def of(texts):
         return msgspec.structs.replace(FLEET, codistill=settings.Codistill(str(file), texts=texts))
@@ -234,12 +289,19 @@ def test_the_nodes_texts_are_checked_before_anything_is_announced(tmp_path):
         anchors.read(of(8))
 
 
-def test_what_is_asked_is_served_without_its_answer_and_messages_only_where_no_head_reads_them(tmp_path):
+def test_what_is_asked_is_served_without_its_answer_and_messages_only_where_no_head_reads_them(
+    tmp_path,
+):
     file = tmp_path / "given.jsonl"
-    turns = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user", "assistant")]
+    turns = [
+        {"role": role, "content": role[0]}
+        for role in ("system", "user", "assistant", "user", "assistant")
+    ]
     rows = [{"prompt": "p", "completion": "secret"}, {"messages": turns}, {"text": "t"}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fleet = msgspec.structs.replace(FLEET, head=None, codistill=settings.Codistill(str(file), texts=3))
+    fleet = msgspec.structs.replace(
+        FLEET, head=None, codistill=settings.Codistill(str(file), texts=3)
+    )
     asked = [{"text": "p"}, {"messages": turns[:4]}, {"text": "t"}]
     assert anchors.read(fleet) == asked
     with pytest.raises(InputError, match=r"texts is 3, but .* has 2 rows with a text or a prompt"):

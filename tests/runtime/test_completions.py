@@ -9,16 +9,19 @@ import torch
 import zstandard
 from edge_kernels import apply, expand, pack
 
-from edge_runtime import codec, methods, settings
+from edge_runtime import methods, settings
 from edge_runtime.aggregator import merge
 from edge_runtime.errors import InputError
 from edge_runtime.methods import completions
-from edge_runtime.methods.interface import Completion
-from edge_runtime.training import data, evaluate, greedy, public
-from edge_runtime.training.data import IGNORED, Example
+from edge_runtime.protocol import codec
+from edge_runtime.protocol.completion import Completion
+from edge_runtime.trainer import data, evaluate, greedy, public
+from edge_runtime.trainer.data import IGNORED, Example
 
 SPEC = settings.Codistill("anchors.jsonl", texts=5, tokens=8)
-FLEET = settings.Fleet("f", (settings.Model("m"),), adapter=settings.Adapter(rank=2), codistill=SPEC)
+FLEET = settings.Fleet(
+    "f", (settings.Model("m"),), adapter=settings.Adapter(rank=2), codistill=SPEC
+)
 A = {"layers.0.q.A": np.ones((2, 4), np.float32)}
 
 
@@ -54,8 +57,12 @@ def test_a_batch_is_completed_as_each_prompt_alone(tiny, family, changes):
             wanted[number] = ids[:length], float(np.exp(np.mean(logs[: length + 1])))
     apply(model)
     found = greedy.write(model, prompts, [end], 6, 3)
-    assert wanted and {one.prompt: one.ids for one in found} == {number: ids for number, (ids, _) in wanted.items()}
-    assert [one.confidence for one in found] == pytest.approx([wanted[one.prompt][1] for one in found], rel=1e-3)
+    assert wanted and {one.prompt: one.ids for one in found} == {
+        number: ids for number, (ids, _) in wanted.items()
+    }
+    assert [one.confidence for one in found] == pytest.approx(
+        [wanted[one.prompt][1] for one in found], rel=1e-3
+    )
 
 
 def test_a_packed_head_is_swept_as_its_own_values_are():
@@ -100,7 +107,9 @@ def test_what_is_learned_of_completions_weighs_by_the_prompts_that_have_one(tmp_
     ramp = np.exp(-5 / 4)
     assert [text.ids[1] for text in lesson.texts] == [0, 1]
     assert lesson.shares == pytest.approx([0.9 * ramp, 0.3 * ramp], rel=1e-4)
-    assert lesson.weight == 3.0 / 2 and lesson.rows == round(10 / 2 * ramp) and lesson.targets is None
+    assert (
+        lesson.weight == 3.0 / 2 and lesson.rows == round(10 / 2 * ramp) and lesson.targets is None
+    )
 
 
 class Words:
@@ -118,8 +127,12 @@ def test_a_completion_keeps_the_space_before_it():
 # --- a real trainer
 
 WORDS = ("red", "green", "blue")
-ROWS = [{"prompt": f"{word} {n}:", "completion": f" {word}"} for n in range(6) for word in WORDS[:2]]
-HELD_OUT = [{"prompt": f"{word} {n}:", "completion": f" {word}"} for n in range(6, 9) for word in WORDS]
+ROWS = [
+    {"prompt": f"{word} {n}:", "completion": f" {word}"} for n in range(6) for word in WORDS[:2]
+]
+HELD_OUT = [
+    {"prompt": f"{word} {n}:", "completion": f" {word}"} for n in range(6, 9) for word in WORDS
+]
 PUBLIC = [{"text": f"{word} {n}:"} for n in range(10, 14) for word in WORDS]
 CODISTILL = settings.Codistill("", texts=len(PUBLIC), rows=6, tokens=8)
 TRAINING = settings.Training(steps=60, rows_a_step=8, learning_rate=2e-2, max_tokens=32)
@@ -138,15 +151,24 @@ def test_a_device_says_how_it_completes_public_prompts(trained, tmp_path):
     assert result.losses[-1] < result.losses[0]
     assert [said[number].text for number in known] == [right(PUBLIC[number]) for number in known]
     assert all(0 < one.confidence <= 1 for one in said.values())
-    assert codec.shapes((folder / "payload.bin").read_bytes()) == {}  # nothing else leaves with `local`
+    assert (
+        codec.shapes((folder / "payload.bin").read_bytes()) == {}
+    )  # nothing else leaves with `local`
 
 
 def test_a_device_that_ends_no_completion_takes_part_with_nothing(trained, tmp_path):
     anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC))
     training = msgspec.structs.replace(TRAINING, steps=1, learning_rate=1e-6)
-    common = {"method": settings.Method("local"), "codistill": CODISTILL, "anchors": anchors, "training": training}
+    common = {
+        "method": settings.Method("local"),
+        "codistill": CODISTILL,
+        "anchors": anchors,
+        "training": training,
+    }
     folder, result = trained("silent", ROWS, HELD_OUT, **common)
-    assert result.payload_bytes > 0 and codec.completions((folder / "payload.bin").read_bytes()) == []
+    assert (
+        result.payload_bytes > 0 and codec.completions((folder / "payload.bin").read_bytes()) == []
+    )
 
 
 def test_prompts_that_a_model_cannot_be_asked_are_left_out(trained, tmp_path):
@@ -170,7 +192,9 @@ def test_an_answer_is_learned_from_what_the_fleet_says_of_public_prompts(trained
     for name, start in (("taught", {"start": str(tmp_path / "start")}), ("alone", {})):
         folder, _ = trained(name, ROWS, HELD_OUT, **common, **start)
         private = str(folder / "state.bin")
-        _, after = trained(f"{name} after", ROWS, HELD_OUT, train=False, private=private, **common, **start)
+        _, after = trained(
+            f"{name} after", ROWS, HELD_OUT, train=False, private=private, **common, **start
+        )
         accuracy[name] = after.evaluation["all"].accuracy
     assert accuracy["alone"] <= 2 / 3 < accuracy["taught"]
 
@@ -183,7 +207,9 @@ def test_messages_are_asked_and_answered_in_the_models_own_template(demo_tokeniz
     assert learned.ids[: len(ids)] == ids and set(learned.labels[: len(ids)]) == {IGNORED}
     answer = demo_tokenizer("Paris", add_special_tokens=False).input_ids
     assert learned.ids[len(ids) :][: len(answer)] == answer
-    assert learned.ids[len(ids) + len(answer)] in demo_tokenizer.all_special_ids  # where greedy decoding ends
+    assert (
+        learned.ids[len(ids) + len(answer)] in demo_tokenizer.all_special_ids
+    )  # where greedy decoding ends
     assert data.asked({"text": "hi"}, demo_tokenizer) == demo_tokenizer("hi").input_ids
     assert data.answered({"text": "hi"}, " there") == {"prompt": "hi", "completion": " there"}
 
@@ -198,7 +224,10 @@ def test_votes_are_rows_times_confidence_and_the_best_counts_by_its_share_of_all
         (40, [Completion(0, "red", 0.2)]),
     ]
     found = completions.agreed(lambda: devices)
-    assert found == [Completion(0, "red", pytest.approx(58 / 200)), Completion(3, "x", pytest.approx(10 / 200))]
+    assert found == [
+        Completion(0, "red", pytest.approx(58 / 200)),
+        Completion(3, "x", pytest.approx(10 / 200)),
+    ]
 
 
 def test_equal_devices_agree_on_what_each_of_them_says_and_order_does_not_matter():
@@ -210,12 +239,19 @@ def test_equal_devices_agree_on_what_each_of_them_says_and_order_does_not_matter
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_the_node_holds_a_few_candidates_and_finds_what_many_say_whatever_the_order(order, monkeypatch):
+def test_the_node_holds_a_few_candidates_and_finds_what_many_say_whatever_the_order(
+    order, monkeypatch
+):
     """Four sure devices that differ, a hundred less sure ones that agree, and a hundred that agree with nobody."""
     sure = [(1, [Completion(0, f"sure {n}", 0.9)]) for n in range(4)]
-    many, noise = [(1, [Completion(0, "x", 0.3)])] * 100, [(1, [Completion(0, f"{n}", 0.1)]) for n in range(100)]
+    many, noise = (
+        [(1, [Completion(0, "x", 0.3)])] * 100,
+        [(1, [Completion(0, f"{n}", 0.1)]) for n in range(100)],
+    )
     held, count = [], completions._count
-    monkeypatch.setattr(completions, "_count", lambda *each: (count(*each), held.append(len(each[0]))))
+    monkeypatch.setattr(
+        completions, "_count", lambda *each: (count(*each), held.append(len(each[0])))
+    )
     devices = [*sure, *many, *noise][::order]
     assert completions.agreed(lambda: devices) == [Completion(0, "x", pytest.approx(30 / 204))]
     assert len(held) == 204 and max(held) == completions.CANDIDATES
@@ -227,7 +263,9 @@ def test_nothing_said_is_nothing_agreed():
 
 def update(path, model_class, tensors, said=(), samples=10):
     path.write_bytes(codec.encode(tensors, said))
-    return types.SimpleNamespace(manifest=types.SimpleNamespace(model_class=model_class, samples=samples), payload=path)
+    return types.SimpleNamespace(
+        manifest=types.SimpleNamespace(model_class=model_class, samples=samples), payload=path
+    )
 
 
 @pytest.mark.parametrize("name", ["local", "fedit", "heterotune"])
@@ -240,10 +278,20 @@ def test_completions_cross_models_or_stay_in_the_class(tmp_path, across, name):
     tensors = {} if name == "local" else {"layers.0.q.B": np.ones((8, 2), np.float32)}
     updates = [
         update(tmp_path / "1", "m@1", tensors, [Completion(0, "red", 0.9)]),
-        update(tmp_path / "2", "n@1", tensors, [Completion(0, "blue", 0.5), Completion(4, "é\n", 0.5)], samples=30),
+        update(
+            tmp_path / "2",
+            "n@1",
+            tensors,
+            [Completion(0, "blue", 0.5), Completion(4, "é\n", 0.5)],
+            samples=30,
+        ),
     ]
-    versions = {one.model_class: one for one in merge.merge(updates, {}, fleet, method, 1, tmp_path / "v")}
-    told = {of: codec.completions(version.artifact.read_bytes()) for of, version in versions.items()}
+    versions = {
+        one.model_class: one for one in merge.merge(updates, {}, fleet, method, 1, tmp_path / "v")
+    }
+    told = {
+        of: codec.completions(version.artifact.read_bytes()) for of, version in versions.items()
+    }
     if across:
         agreed = [Completion(0, "blue", 15 / 40), Completion(4, "é\n", 15 / 40)]
         assert told == {"m@1": agreed, "n@1": agreed, "*": agreed}
@@ -253,7 +301,10 @@ def test_completions_cross_models_or_stay_in_the_class(tmp_path, across, name):
             "n@1": [Completion(0, "blue", 0.5), Completion(4, "é\n", 0.5)],
         }
     later = [update(tmp_path / "3", "n@1", tensors, [Completion(1, "new", 1.0)])]
-    after = {one.model_class: one for one in merge.merge(later, versions, fleet, method, 2, tmp_path / "v")}
+    after = {
+        one.model_class: one
+        for one in merge.merge(later, versions, fleet, method, 2, tmp_path / "v")
+    }
     assert codec.completions(after["n@1"].artifact.read_bytes()) == [Completion(1, "new", 1.0)]
     if across:  # who was not there hears what the others say now
         assert codec.completions(after["m@1"].artifact.read_bytes()) == [Completion(1, "new", 1.0)]
@@ -288,7 +339,9 @@ def test_a_fleet_that_exchanges_no_completions_refuses_them_and_an_empty_delta()
             merge.check(codec.encode(A, [Completion(1, "a", 0.5)]), {}, fleet, methods.of(fleet))
     with pytest.raises(InputError, match="holds no factor"):
         merge.check(codec.encode({}), {}, plain, methods.of(plain))
-    assert merge.check(codec.encode({}), {}, FLEET, methods.of(FLEET)) == {}  # a device that has nothing to say yet
+    assert (
+        merge.check(codec.encode({}), {}, FLEET, methods.of(FLEET)) == {}
+    )  # a device that has nothing to say yet
 
 
 # --- the codec
@@ -298,7 +351,9 @@ def test_completions_travel_as_they_are_beside_the_tensors():
     said = [Completion(0, "blå\t\u2028", 0.125), Completion(2, "x", 1.0)]
     made = codec.encode(A, said)
     assert codec.completions(made) == said
-    np.testing.assert_array_equal(codec.decode(made)["layers.0.q.A"], codec.decode(codec.encode(A))["layers.0.q.A"])
+    np.testing.assert_array_equal(
+        codec.decode(made)["layers.0.q.A"], codec.decode(codec.encode(A))["layers.0.q.A"]
+    )
     assert codec.completions(codec.encode(A)) == []
     for length in range(len(made)):
         with pytest.raises(InputError):
@@ -312,14 +367,18 @@ def test_more_completions_than_a_payload_may_hold_are_not_sent():
 
 def test_all_that_a_fleet_may_agree_on_fits_a_payload():
     longest = merge.CHARACTERS_A_TOKEN * 32
-    worst = [Completion(n, "\x01" * longest, 0.123456789) for n in range(settings.MOST_TOKENS // 32)]
+    worst = [
+        Completion(n, "\x01" * longest, 0.123456789) for n in range(settings.MOST_TOKENS // 32)
+    ]
     assert len(codec.completions(codec.encode({}, worst))) == len(worst)
 
 
 NESTED = b'[[0, "a", 0.5, ' + b"[" * 100_000 + b"]" * 100_000 + b"]]"
 
 
-@pytest.mark.parametrize("body", [b"nonsense", b'[[0, "a"]]', b'[["x", "a", 0.5]]', b"\xff\xff", NESTED])
+@pytest.mark.parametrize(
+    "body", [b"nonsense", b'[[0, "a"]]', b'[["x", "a", 0.5]]', b"\xff\xff", NESTED]
+)
 def test_completions_that_cannot_be_read_are_refused(body):
     header = msgspec.json.encode(codec.Header({}, len(body)))
     made = codec.MAGIC + len(header).to_bytes(4, "big") + header + zstandard.compress(body)

@@ -11,17 +11,20 @@ from test_adapters import IDS, LAYERS, difference, logits, random_state
 from test_training import draw_examples
 
 from edge_runtime import methods, settings
-from edge_runtime.adapters import attach, export
+from edge_runtime.adapters import attach
+from edge_runtime.adapters.export import peft as export
 from edge_runtime.methods import h2tune
 from edge_runtime.methods.interface import Contribution
-from edge_runtime.training import step
-from edge_runtime.training.divergence import divergence
+from edge_runtime.trainer import step
+from edge_runtime.trainer.divergence import divergence
 
 SPEC = settings.Adapter(rank=4, alpha=12.0)
 METHOD = h2tune.method(h2tune.Settings(depths=3))
 
 
-@pytest.mark.parametrize(("depth", "truth"), [(0.0, (1, 0, 0)), (0.25, (0.5, 0.5, 0)), (1.0, (0, 0, 1))])
+@pytest.mark.parametrize(
+    ("depth", "truth"), [(0.0, (1, 0, 0)), (0.25, (0.5, 0.5, 0)), (1.0, (0, 0, 1))]
+)
 def test_a_layer_begins_between_the_points_next_to_it(depth, truth):
     assert h2tune.relation(torch.zeros(3), depth).tolist() == pytest.approx(truth)
 
@@ -51,7 +54,9 @@ def test_each_entry_is_the_mean_over_the_devices_that_trained_it():
     truth[:, :2, :2] = (30 * low + 10 * truth[:, :2, :2]) / 40
     found = METHOD.merges["stages"](lambda: iter(made))["stages.0.q.S"]
     np.testing.assert_allclose(found, truth, atol=1e-6)
-    alike = METHOD.merges["stages"](lambda: iter([made[1], made[1]._replace(model_class="o")]))["stages.0.q.S"]
+    alike = METHOD.merges["stages"](lambda: iter([made[1], made[1]._replace(model_class="o")]))[
+        "stages.0.q.S"
+    ]
     np.testing.assert_allclose(alike, high, atol=1e-6)
 
 
@@ -117,7 +122,9 @@ def test_round_1_trains_all_and_later_ones_by_turns(tiny):
     assert moved == set("AB")
     moved, both = changed(tiny, METHOD.passes(2), steps=6)
     assert moved == set("ABSD")
-    assert both[0] == pytest.approx(losses[0], rel=1e-5)  # what is told is the first pass's, before anything moved
+    assert both[0] == pytest.approx(
+        losses[0], rel=1e-5
+    )  # what is told is the first pass's, before anything moved
     assert both[-1] < both[0]
 
 
@@ -130,7 +137,9 @@ def test_what_holds_the_cores_and_the_outputs_back_does(tiny):
     ways = []
     for passes in (free, kept):
         before, after, _ = trained(tiny, passes[:1], steps=12)
-        ways.append(sum(np.abs(after[key] - before[key]).sum() for key in after if key.endswith(".S")))
+        ways.append(
+            sum(np.abs(after[key] - before[key]).sum() for key in after if key.endswith(".S"))
+        )
     assert ways[1] < 0.5 * ways[0]
 
 
@@ -141,7 +150,9 @@ def test_layers_that_a_step_leaves_out_are_not_penalised(tiny):
 
 def test_the_penalties_are_their_equations():
     draw = torch.Generator().manual_seed(0)
-    before, now = ([torch.eye(3) + torch.randn(3, 3, generator=draw) for _ in range(2)] for _ in range(2))
+    before, now = (
+        [torch.eye(3) + torch.randn(3, 3, generator=draw) for _ in range(2)] for _ in range(2)
+    )
     settings_ = h2tune.Settings(norm=0.5, keep=2.0)
     layers = [(None, C, None) for C in now]
     first = h2tune.method(settings_).passes(1)[0].penalty(layers, before)
@@ -153,7 +164,9 @@ def test_the_penalties_are_their_equations():
         moved += float((p * (p / q).log()).sum()) / 2
     second = h2tune.method(settings_).passes(2)[0].penalty(layers, before)
     assert float(second) == pytest.approx(0.5 * norms + 2.0 * moved, rel=1e-5)
-    released = h2tune.method(h2tune.Settings(preset="as-released")).passes(1)[0].penalty(layers, before)
+    released = (
+        h2tune.method(h2tune.Settings(preset="as-released")).passes(1)[0].penalty(layers, before)
+    )
     assert float(released) == pytest.approx(norms)
 
 
@@ -172,7 +185,9 @@ def test_its_controls_exchange_less():
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_divergence_is_torchs_with_its_gradient(softcap, chunk_bytes, packed):
     draw = torch.Generator().manual_seed(0)
-    before, hidden, head = (torch.randn(*shape, generator=draw) for shape in ((7, 64), (7, 64), (600, 64)))
+    before, hidden, head = (
+        torch.randn(*shape, generator=draw) for shape in ((7, 64), (7, 64), (600, 64))
+    )
     held = pack(head, "q8_0") if packed else head
     dense = (expand(held, torch.float32) if packed else head).double()
     hidden.requires_grad_(True)
@@ -184,7 +199,9 @@ def test_the_divergence_is_torchs_with_its_gradient(softcap, chunk_bytes, packed
         z = state @ dense.T
         return (z if softcap is None else softcap * (z / softcap).tanh()).log_softmax(-1)
 
-    truth = torch.nn.functional.kl_div(logs(truth_of), logs(before.double()), log_target=True, reduction="batchmean")
+    truth = torch.nn.functional.kl_div(
+        logs(truth_of), logs(before.double()), log_target=True, reduction="batchmean"
+    )
     (3 * truth).backward()
     assert found.item() == pytest.approx(truth.item(), rel=1e-5)
     assert torch.allclose(hidden.grad.double(), truth_of.grad, atol=1e-5)
@@ -192,6 +209,8 @@ def test_the_divergence_is_torchs_with_its_gradient(softcap, chunk_bytes, packed
 
 def test_nothing_has_moved_where_nothing_changed():
     rows, head = torch.randn(4, 16), torch.randn(50, 16)
-    assert divergence(rows, rows.clone().requires_grad_(True), head, None, 1 << 20).item() == pytest.approx(0, abs=1e-6)
+    assert divergence(
+        rows, rows.clone().requires_grad_(True), head, None, 1 << 20
+    ).item() == pytest.approx(0, abs=1e-6)
     empty = divergence(rows[:0], rows[:0].clone().requires_grad_(True), head, None, 1 << 20)
     assert float(empty) == 0

@@ -7,21 +7,34 @@ import sys
 
 import pytest
 
-from edge_runtime import measure as measuring
-from edge_runtime import views
+from edge_runtime.agent import measure as measuring
+from edge_runtime.agent.measure import Measurement, Taken, texts
+from edge_runtime.cli import views
 from edge_runtime.errors import TrainerError
-from edge_runtime.measure import Measurement, Taken, texts
 from edge_runtime.planning.search import Way
-from edge_runtime.training import data
-from edge_runtime.training.job import PhaseMemory
+from edge_runtime.protocol.report import PhaseMemory
+from edge_runtime.trainer import data
 
 MIB = 1 << 20
 
 
 def measure(folder, *more, environment=None):
-    command = [sys.executable, "-m", "edge_runtime.cli", "measure", "--model", str(folder), "--json", *more]
+    command = [
+        sys.executable,
+        "-m",
+        "edge_runtime.cli",
+        "measure",
+        "--model",
+        str(folder),
+        "--json",
+        *more,
+    ]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=200, env={**os.environ, **(environment or {})}
+        command,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, **(environment or {})},
     )
 
 
@@ -31,18 +44,36 @@ def test_rows_are_as_long_as_asked_for(demo_tokenizer):
 
 
 def test_both_train_the_same_and_say_what_they_took(tiny_folder, cache):
-    done = measure(tiny_folder, "--batch", "2", "--tokens", "32", "--steps", "4", "--rank", "2", "--against", "peft")
+    done = measure(
+        tiny_folder,
+        "--batch",
+        "2",
+        "--tokens",
+        "32",
+        "--steps",
+        "4",
+        "--rank",
+        "2",
+        "--against",
+        "peft",
+    )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
-    assert set(seen["phases"]) == {"load", "evaluate", "train", "encode"} and set(seen["peft"]["phases"]) == {
+    assert set(seen["phases"]) == {"load", "evaluate", "train", "encode"} and set(
+        seen["peft"]["phases"]
+    ) == {
         "load",
         "train",
     }
     for taken in (seen, seen["peft"]):
         assert len(taken["losses"]) == 4 and taken["step_seconds"] > 0
-        assert taken["measured_peak_bytes"] == max(phase["peak_bytes"] for phase in taken["phases"].values())
+        assert taken["measured_peak_bytes"] == max(
+            phase["peak_bytes"] for phase in taken["phases"].values()
+        )
         assert taken["baseline_bytes"] > 200 * MIB
-    assert seen["losses"][0] == pytest.approx(seen["peft"]["losses"][0], rel=0.01)  # both start from the base model
+    assert seen["losses"][0] == pytest.approx(
+        seen["peft"]["losses"][0], rel=0.01
+    )  # both start from the base model
     assert seen["predicted_peak_bytes"] == sum(seen["terms"].values())
     assert 0 < seen["predicted_step_seconds"] < 1
 
@@ -66,16 +97,27 @@ def test_the_table_has_the_views_that_are_there(capsys):
     }
     peft = Taken(**taken, phases={"load": PhaseMemory(4 * MIB, anonymous_bytes=7 * MIB)})
     phases = {"load": PhaseMemory(2 * MIB, driver_bytes=5 * MIB), "train": PhaseMemory(3 * MIB)}
-    predicted = {"predicted_peak_bytes": 3 * MIB, "predicted_step_seconds": 2.0, "terms": {"weights": 3 * MIB}}
+    predicted = {
+        "predicted_peak_bytes": 3 * MIB,
+        "predicted_step_seconds": 2.0,
+        "terms": {"weights": 3 * MIB},
+    }
     done = Measurement(**taken, **predicted, phases=phases, peft=peft)
     views.show_measurement(done)
     lines = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
     cells = [[cell.strip() for cell in line] for line in lines]
-    assert ["load", "2 MiB", "-", "5 MiB"] in cells and ["PEFT: load", "4 MiB", "7 MiB", "-"] in cells
+    assert ["load", "2 MiB", "-", "5 MiB"] in cells and [
+        "PEFT: load",
+        "4 MiB",
+        "7 MiB",
+        "-",
+    ] in cells
     assert ["peak", "3 MiB", "3 MiB", "1.00"] in cells
 
 
-def test_a_shape_without_weights_is_drawn_at_random_and_may_be_streamed(tiny_folder, cache, tmp_path):
+def test_a_shape_without_weights_is_drawn_at_random_and_may_be_streamed(
+    tiny_folder, cache, tmp_path
+):
     shape = tmp_path / "shape"
     shape.mkdir()
     (shape / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
@@ -90,14 +132,20 @@ def test_a_shape_without_weights_is_drawn_at_random_and_may_be_streamed(tiny_fol
     refused = measure(shape, *size)
     assert refused.returncode == 2 and "has no .safetensors file" in refused.stderr
     refused = measure(tiny_folder, "--stream", "--tokens", "16")
-    assert refused.returncode == 2 and "weights in bfloat16 cannot be streamed: use one of q8_0, q4_1" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "weights in bfloat16 cannot be streamed: use one of q8_0, q4_1" in refused.stderr
+    )
 
 
 def test_a_board_is_stood_for_by_a_larger_gpu_alone(tiny_folder, cache):
     for board, said in (
         ("rtx-3060-12g", "'rtx-3060-12g' is not known: did you mean rtx-3060-12gb"),
         ("raspberry-pi-5-8gb", "raspberry-pi-5-8gb has no GPU whose memory could be capped"),
-        ("rtx-3060-12gb", "this machine has no GPU that could be capped to the memory of rtx-3060-12gb"),
+        (
+            "rtx-3060-12gb",
+            "this machine has no GPU that could be capped to the memory of rtx-3060-12gb",
+        ),
     ):
         done = measure(tiny_folder, "--board", board, environment={"CUDA_VISIBLE_DEVICES": ""})
         assert done.returncode == 2 and said in done.stderr
@@ -108,18 +156,28 @@ def test_a_board_is_stood_for_by_a_larger_gpu_alone(tiny_folder, cache):
 
 def test_a_trainer_that_was_killed_is_said_to_be(tmp_path):
     (tmp_path / "killed.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
-    with pytest.raises(TrainerError, match="killed was killed, most likely because the machine ran out of memory"):
+    with pytest.raises(
+        TrainerError, match="killed was killed, most likely because the machine ran out of memory"
+    ):
         measuring._run("killed", tmp_path, {**os.environ, "PYTHONPATH": str(tmp_path)})
 
 
 def test_what_cannot_be_measured_is_refused_in_a_sentence(tiny_folder, cache):
     for option in ("--steps", "--tokens"):
         done = measure(tiny_folder, option, "0")
-        assert (done.returncode, done.stderr.strip()) == (2, f"edge-runtime: {option} is 0, but has to be 1 or more")
+        assert (done.returncode, done.stderr.strip()) == (
+            2,
+            f"edge-runtime: {option} is 0, but has to be 1 or more",
+        )
     done = measure("-x")
-    assert done.returncode == 2 and done.stderr.startswith("edge-runtime: there is no model at -x, nor in ")
+    assert done.returncode == 2 and done.stderr.startswith(
+        "edge-runtime: there is no model at -x, nor in "
+    )
     done = measure(tiny_folder, "--rank", "300")
-    assert (done.returncode, done.stderr.strip()) == (2, "edge-runtime: --rank is 300, but can be 256 at most")
+    assert (done.returncode, done.stderr.strip()) == (
+        2,
+        "edge-runtime: --rank is 300, but can be 256 at most",
+    )
     done = measure(tiny_folder, "--tokens", "4096")
     said = f"edge-runtime: rows of 4096 tokens are too long: {tiny_folder} has 64 positions"
     assert (done.returncode, done.stderr.strip()) == (2, said)

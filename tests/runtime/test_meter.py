@@ -7,8 +7,8 @@ import msgspec
 import pytest
 import torch
 
-from edge_runtime.training import meter
-from edge_runtime.training.job import PhaseMemory
+from edge_runtime.protocol.report import PhaseMemory
+from edge_runtime.trainer import meter
 
 MIB = 1 << 20
 
@@ -37,7 +37,11 @@ def test_mapped_files_are_told_from_anonymous_memory(tmp_path):
         assert sum(mapped[:: mmap.PAGESIZE]) == 0
         return mapped
 
-    idle, mapped, held = measured(lambda: None), measured(read), measured(lambda: b"\1" * (32 * MIB))
+    idle, mapped, held = (
+        measured(lambda: None),
+        measured(read),
+        measured(lambda: b"\1" * (32 * MIB)),
+    )
     assert mapped.file_mapped_bytes - idle.file_mapped_bytes == pytest.approx(32 * MIB, abs=4 * MIB)
     assert mapped.anonymous_bytes - idle.anonymous_bytes < 8 * MIB
     assert held.anonymous_bytes - idle.anonymous_bytes == pytest.approx(32 * MIB, abs=8 * MIB)
@@ -49,7 +53,9 @@ def test_without_a_gpu_its_figures_are_left_out():
 
 
 def test_a_phase_that_runs_twice_keeps_the_higher_of_each_figure(monkeypatch):
-    seen = iter([PhaseMemory(5, anonymous_bytes=3, file_mapped_bytes=2), PhaseMemory(4, anonymous_bytes=4)])
+    seen = iter(
+        [PhaseMemory(5, anonymous_bytes=3, file_mapped_bytes=2), PhaseMemory(4, anonymous_bytes=4)]
+    )
     of = meter.Meter("cpu")
     monkeypatch.setattr(of, "_memory", lambda: next(seen))
     for _ in range(2):
@@ -64,7 +70,9 @@ def gpu(monkeypatch):
 
     def make(integrated):
         told = {
-            "get_device_properties": lambda _: SimpleNamespace(is_integrated=integrated, total_memory=8192 * MIB),
+            "get_device_properties": lambda _: SimpleNamespace(
+                is_integrated=integrated, total_memory=8192 * MIB
+            ),
             "reset_peak_memory_stats": lambda: None,
             "memory_reserved": lambda: 40 * MIB,
             "max_memory_allocated": lambda: 50 * MIB,

@@ -23,7 +23,9 @@ def node(tmp_path):
 
     def start(noop=False, **tables):
         fleet = settings.parse({**FLEET, **tables})
-        started.append(Node(fleet, Options("mqtt://127.0.0.1:1", tmp_path, "node", True, noop), lambda _: None))
+        started.append(
+            Node(fleet, Options("mqtt://127.0.0.1:1", tmp_path, "node", True, noop), lambda _: None)
+        )
         return started[-1]
 
     yield start
@@ -33,7 +35,14 @@ def node(tmp_path):
 
 def update(node, device, round_=1, commit=True):
     manifest = messages.describe(
-        b"delta", fleet="f", device=device, round=round_, model_class="m", codec="c", samples=1, chunk_bytes=8
+        b"delta",
+        fleet="f",
+        device=device,
+        round=round_,
+        model_class="m",
+        codec="c",
+        samples=1,
+        chunk_bytes=8,
     )
     node._journal.open(manifest)
     node._journal.write(manifest, 0, b"delta")
@@ -74,14 +83,26 @@ def test_public_texts_that_are_others_than_those_that_were_asked_are_refused(nod
     assert (tmp_path / "anchors.jsonl").read_text().startswith('{"text": "a"}')
 
 
-@pytest.mark.parametrize(("samples", "taken"), [(0, False), (1, True), (6, True), (7, False), (1 << 53, False)])
+@pytest.mark.parametrize(
+    ("samples", "taken"), [(0, False), (1, True), (6, True), (7, False), (1 << 53, False)]
+)
 def test_an_update_weighs_no_more_than_the_rows_of_a_round(node, samples, taken):
     one = node(noop=True, training={"steps": 3, "rows_a_step": 2})
-    described = {"fleet": "f", "device": "a", "round": 1, "model_class": "m", "codec": "c", "chunk_bytes": 8}
+    described = {
+        "fleet": "f",
+        "device": "a",
+        "round": 1,
+        "model_class": "m",
+        "codec": "c",
+        "chunk_bytes": 8,
+    }
     reason = one._check_manifest(messages.describe(b"delta", samples=samples, **described))
     assert (reason is None) is taken
     if not taken:
-        assert reason == f"the manifest has {samples} samples, which weigh its mean, but a round has 1 to 6"
+        assert (
+            reason
+            == f"the manifest has {samples} samples, which weigh its mean, but a round has 1 to 6"
+        )
 
 
 def test_what_a_kill_left_of_a_merged_round_is_refused_and_deleted(node):
@@ -98,10 +119,15 @@ def test_what_a_kill_left_of_a_merged_round_is_refused_and_deleted(node):
 
 def test_versions_are_found_where_the_state_has_moved_to(tmp_path):
     before, after = tmp_path / "before", tmp_path / "after"
-    Store(before / "node.db").merged(1, [Version("m", before / "versions" / "master", before / "versions" / "sent")])
+    Store(before / "node.db").merged(
+        1, [Version("m", before / "versions" / "master", before / "versions" / "sent")]
+    )
     before.rename(after)
     found = Store(after / "node.db").versions()["m"]
-    assert (found.master, found.artifact) == (after / "versions" / "master", after / "versions" / "sent")
+    assert (found.master, found.artifact) == (
+        after / "versions" / "master",
+        after / "versions" / "sent",
+    )
 
 
 def test_of_older_rounds_only_a_class_s_latest_version_stays(node, tmp_path):
@@ -109,7 +135,9 @@ def test_of_older_rounds_only_a_class_s_latest_version_stays(node, tmp_path):
     folder.mkdir()
     for round_ in range(1, KEPT_ROUNDS + 3):
         classes = ["rests", "m"] if round_ < 3 else ["m"]
-        versions = [Version(of, folder / f"{round_}-{of}", folder / f"{round_}-{of}.edc") for of in classes]
+        versions = [
+            Version(of, folder / f"{round_}-{of}", folder / f"{round_}-{of}.edc") for of in classes
+        ]
         for version in versions:
             version.master.touch()
             version.artifact.touch()

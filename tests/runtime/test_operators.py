@@ -10,11 +10,12 @@ from peft import PeftModel
 from torch import nn
 
 from edge_runtime import settings
-from edge_runtime.adapters import attach, export
+from edge_runtime.adapters import attach
+from edge_runtime.adapters.export import peft as export
 from edge_runtime.demo import commands
 from edge_runtime.methods import fedit
 from edge_runtime.models import weights
-from edge_runtime.training import data, step
+from edge_runtime.trainer import data, step
 
 FEDIT = fedit.METHOD
 SPEC = settings.Adapter(rank=4)
@@ -83,7 +84,9 @@ class StrangeNorm(nn.Module):
 def test_a_module_that_is_not_known_is_refused_by_name_and_nothing_is_swapped(tiny):
     model = tiny("llama")
     model.model.layers[3].input_layernorm = StrangeNorm()
-    with pytest.raises(ValueError, match=r"model.layers.3.input_layernorm is a StrangeNorm, which is not known"):
+    with pytest.raises(
+        ValueError, match=r"model.layers.3.input_layernorm is a StrangeNorm, which is not known"
+    ):
         apply(model)
     assert not any("forward" in module.__dict__ for module in model.modules())
 
@@ -108,7 +111,9 @@ class PlainLora(nn.Module):
 
     def forward(self, x):
         z = x @ self.A.to(x.dtype).T
-        return torch.nn.functional.linear(x, self.base.weight, self.base.bias) + self.scale * (z @ self.B.to(x.dtype).T)
+        return torch.nn.functional.linear(x, self.base.weight, self.base.bias) + self.scale * (
+            z @ self.B.to(x.dtype).T
+        )
 
 
 REAL_SPEC = settings.Adapter(rank=8, alpha=16)
@@ -158,8 +163,13 @@ def plain_losses(model, trained, examples, steps, learning_rate=1e-3):
 
 
 @pytest.mark.timeout(900)
-def test_sixty_steps_on_the_real_model_follow_the_same_loss(demo_facts, demo_tokenizer, record_property):
-    rows = [{"text": row["prompt"] + row["completion"]} for row in commands.rows("kitchen", 64, 1, seed=0).train]
+def test_sixty_steps_on_the_real_model_follow_the_same_loss(
+    demo_facts, demo_tokenizer, record_property
+):
+    rows = [
+        {"text": row["prompt"] + row["completion"]}
+        for row in commands.rows("kitchen", 64, 1, seed=0).train
+    ]
     examples = data.tokenize(rows, demo_tokenizer, 40)
     plain = losses_of(demo_facts, examples, operators=False, steps=60)
     seen = losses_of(demo_facts, examples, operators=True, steps=60)
@@ -168,19 +178,28 @@ def test_sixty_steps_on_the_real_model_follow_the_same_loss(demo_facts, demo_tok
     record_property("mean loss, relative difference", round(apart, 5))
     assert apart < 0.01
     other = losses_of(demo_facts, examples, operators=True, steps=20, learning_rate=1.5e-3)
-    assert abs(sum(other) - sum(plain[:20])) / sum(plain[:20]) > 0.01  # another training is told apart
+    assert (
+        abs(sum(other) - sum(plain[:20])) / sum(plain[:20]) > 0.01
+    )  # another training is told apart
 
 
 @pytest.mark.timeout(900)
 def test_sixty_steps_on_packed_weights_follow_pefts_on_the_same_weights_expanded(
     demo_facts, demo_tokenizer, tmp_path, record_property
 ):
-    rows = [{"text": row["prompt"] + row["completion"]} for row in commands.rows("kitchen", 64, 1, seed=0).train]
+    rows = [
+        {"text": row["prompt"] + row["completion"]}
+        for row in commands.rows("kitchen", 64, 1, seed=0).train
+    ]
     examples = data.tokenize(rows, demo_tokenizer, 40)
     seen = losses_of(demo_facts, examples, operators=True, steps=60, form="q4_1")
     model = weights.load(demo_facts, demo_facts.layers, "bfloat16")
     adapter = attach.attach(
-        weights.load(demo_facts, demo_facts.layers, "q4_1"), tuple(range(30)), REAL_SPEC, FEDIT, seed=0
+        weights.load(demo_facts, demo_facts.layers, "q4_1"),
+        tuple(range(30)),
+        REAL_SPEC,
+        FEDIT,
+        seed=0,
     )
     export.to_peft(attach.state(adapter), demo_facts, REAL_SPEC, FEDIT, adapter.paths, tmp_path)
     peft = PeftModel.from_pretrained(model, tmp_path, is_trainable=True)

@@ -13,11 +13,12 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from edge_runtime import cli, codec, methods, settings
+from edge_runtime import cli, methods, settings
 from edge_runtime.errors import EdgeError, InputError
-from edge_runtime.study import agreement, grid, report, spec
-from edge_runtime.study.run import Member, Outcome, accuracy
-from edge_runtime.training.job import Score
+from edge_runtime.protocol import codec
+from edge_runtime.protocol.report import Score
+from edge_runtime.simulation import agreement, grid, report, spec
+from edge_runtime.simulation.run import Member, Outcome, accuracy
 
 STUDY = """
 [study]
@@ -130,10 +131,16 @@ def test_held_out_rows_are_drawn_evenly_over_labels_where_that_is_asked_for(file
     drawn = spec.test_rows(task, files)
     assert sorted(row["label"] for row in drawn) == ["no"] * 7 + ["yes"] * 7
     assert len({row["text"] for row in drawn}) == 14 and drawn == spec.test_rows(task, files)
-    with pytest.raises(InputError, match=r"test_per_label is 11, but test\.jsonl has 10 rows of `yes`"):
+    with pytest.raises(
+        InputError, match=r"test_per_label is 11, but test\.jsonl has 10 rows of `yes`"
+    ):
         spec.test_rows(msgspec.structs.replace(task, test_per_label=11), files)
-    (files / "study.toml").write_text(STUDY.replace("per_label = 4", "test_rows = 5\ntest_per_label = 3"))
-    with pytest.raises(InputError, match=r"\[data.colours\] has test_rows and test_per_label; leave one"):
+    (files / "study.toml").write_text(
+        STUDY.replace("per_label = 4", "test_rows = 5\ntest_per_label = 3")
+    )
+    with pytest.raises(
+        InputError, match=r"\[data.colours\] has test_rows and test_per_label; leave one"
+    ):
         spec.load(files / "study.toml")
 
 
@@ -145,19 +152,41 @@ def test_public_texts_have_no_labels_and_are_the_same_for_every_arm(study, files
 
 def test_a_run_is_done_again_when_what_it_depends_on_has_changed(study):
     arm = study.arm[2]
-    same = msgspec.structs.replace(study, study=msgspec.structs.replace(study.study, about="other", seeds=(0, 5)))
-    assert study.digest(arm, 0) == same.digest(msgspec.structs.replace(arm, control="all in one"), 0)
+    same = msgspec.structs.replace(
+        study, study=msgspec.structs.replace(study.study, about="other", seeds=(0, 5))
+    )
+    assert study.digest(arm, 0) == same.digest(
+        msgspec.structs.replace(arm, control="all in one"), 0
+    )
     fleet = msgspec.structs.replace(study, fleet={"rounds": 3})
     anchors = msgspec.structs.replace(study, anchors=spec.Anchors("public.jsonl", 5))
-    digests = [study.digest(arm, 0), study.digest(arm, 1), fleet.digest(arm, 0), anchors.digest(arm, 0)]
+    digests = [
+        study.digest(arm, 0),
+        study.digest(arm, 1),
+        fleet.digest(arm, 0),
+        anchors.digest(arm, 0),
+    ]
     assert len(set(digests)) == 4
-    assert b"test_per_label" not in msgspec.json.encode(study)  # runs from before there was the key stand
-    assert study.digest(study.arm[0], 0) == anchors.digest(study.arm[0], 0)  # it has no public texts
+    assert b"test_per_label" not in msgspec.json.encode(
+        study
+    )  # runs from before there was the key stand
+    assert study.digest(study.arm[0], 0) == anchors.digest(
+        study.arm[0], 0
+    )  # it has no public texts
 
 
 def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
     models, out = tiny_folder.parent, files / "out"
-    command = ["study", str(files / "study.toml"), "--data", str(files), "--models", str(models), "--out", str(out)]
+    command = [
+        "study",
+        str(files / "study.toml"),
+        "--data",
+        str(files),
+        "--models",
+        str(models),
+        "--out",
+        str(out),
+    ]
     first = CliRunner().invoke(cli.app, [*command, "--seeds", "0", "--workers", "1"])
     assert first.exit_code == 0, first.output
     assert [line.split(",")[0] for line in first.output.splitlines()[:3]] == [
@@ -172,32 +201,63 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
     outcomes = grid.kept(study, out)
     members = {one.id: one for one in outcomes["fedit + codistill", 0].members}
     assert [len(member.scores) for member in members.values()] == [3, 3, 3, 3]
-    assert members["a"].scores[1:] == members["d"].scores[1:]  # they hold the same version when a round begins
+    assert (
+        members["a"].scores[1:] == members["d"].scores[1:]
+    )  # they hold the same version when a round begins
     alone = {one.id: one for one in outcomes["local", 0].members}
     assert alone["a"].scores[1]["seen"].loss != alone["d"].scores[1]["seen"].loss
     assert members["b"].scores[0].keys() == {"seen"}
-    assert members["a"].scores[0].keys() == {"seen", "unseen"}  # what b holds, of the same model, is not its own
+    assert members["a"].scores[0].keys() == {
+        "seen",
+        "unseen",
+    }  # what b holds, of the same model, is not its own
     assert members["c"].scores[0].keys() == {"seen", "unseen"}
     assert all(size > 0 for member in members.values() for size in member.bytes_up)
     assert all(member.bytes_down[0] == 0 < member.bytes_down[1] for member in members.values())
     assert outcomes["local", 0].members[0].bytes_up == [0, 0]
     pooled = {one.id: one for one in outcomes["all in one", 0].members}
-    assert {(one.rows, one.steps) for one in pooled.values()} == {(40, 12)}  # all rows and steps of four devices
+    assert {(one.rows, one.steps) for one in pooled.values()} == {
+        (40, 12)
+    }  # all rows and steps of four devices
     table = (out / "README.md").read_text()
     assert "| fedit + codistill |" in table and f"3 by {outcomes['local', 0].code}" in table
-    assert all("<svg" in (out / f"{picture}.svg").read_text() for picture in ("rounds", "bytes", "convergence"))
+    assert all(
+        "<svg" in (out / f"{picture}.svg").read_text()
+        for picture in ("rounds", "bytes", "convergence")
+    )
     assert outcomes["fedit + codistill", 0].cosines == []  # no trained tensor crosses the classes
     assert outcomes["local", 0].moved == [] and len(outcomes["fedit + codistill", 0].moved) == 2
     assert all(norm > 0 for norm in outcomes["fedit + codistill", 0].moved)
-    again = CliRunner().invoke(cli.app, [*command, "--seeds", "0,1", "--arms", "local", "--workers", "1"])
+    again = CliRunner().invoke(
+        cli.app, [*command, "--seeds", "0,1", "--arms", "local", "--workers", "1"]
+    )
     assert again.exit_code == 0, again.output
-    assert {path.name: path.stat().st_mtime_ns for path in (out / "runs").iterdir() if path.name in written} == written
+    assert {
+        path.name: path.stat().st_mtime_ns
+        for path in (out / "runs").iterdir()
+        if path.name in written
+    } == written
     assert (out / "runs" / "local-1.json").exists()
-    more = CliRunner().invoke(cli.app, [*command, "--seeds", "7", "--arms", "local", "--workers", "1"])
-    assert more.exit_code == 0 and "| 0, 1, 7 |" in (out / "README.md").read_text()  # not one of the file's seeds
-    nowhere = [*command[:4], "--models", str(files / "nowhere"), *command[6:], "--seeds", "0,2", "--arms", "local"]
+    more = CliRunner().invoke(
+        cli.app, [*command, "--seeds", "7", "--arms", "local", "--workers", "1"]
+    )
+    assert (
+        more.exit_code == 0 and "| 0, 1, 7 |" in (out / "README.md").read_text()
+    )  # not one of the file's seeds
+    nowhere = [
+        *command[:4],
+        "--models",
+        str(files / "nowhere"),
+        *command[6:],
+        "--seeds",
+        "0,2",
+        "--arms",
+        "local",
+    ]
     failed = CliRunner().invoke(cli.app, [*nowhere, "--workers", "1"])
-    assert isinstance(failed.exception, EdgeError) and "not all runs are done" in str(failed.exception)
+    assert isinstance(failed.exception, EdgeError) and "not all runs are done" in str(
+        failed.exception
+    )
     assert (
         "local, seed 2: " in str(failed.exception) and "written: " in failed.output
     )  # the table of those that are done
@@ -207,8 +267,27 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
 def test_a_study_that_is_stopped_takes_its_runs_with_it(files, tiny_folder, tmp_path, how):
     path = files / "study.toml"
     path.write_text(STUDY.replace("steps = 3", "steps = 1000000"))
-    command = [sys.executable, "-m", "edge_runtime.cli", "study", str(path), "--data", str(files), "--arms", "local"]
-    command += ["--seeds", "0", "--models", str(tiny_folder.parent), "--out", str(tmp_path / "out"), "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "edge_runtime.cli",
+        "study",
+        str(path),
+        "--data",
+        str(files),
+        "--arms",
+        "local",
+    ]
+    command += [
+        "--seeds",
+        "0",
+        "--models",
+        str(tiny_folder.parent),
+        "--out",
+        str(tmp_path / "out"),
+        "--workers",
+        "1",
+    ]
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 100
     while not list(tmp_path.glob("out/work/*/a/round-1")):
@@ -223,14 +302,37 @@ def test_a_study_that_is_stopped_takes_its_runs_with_it(files, tiny_folder, tmp_
 def test_a_killed_worker_is_told_in_a_sentence(files, tiny_folder, tmp_path):
     path = files / "study.toml"
     path.write_text(STUDY.replace("steps = 3", "steps = 1000000"))
-    command = [sys.executable, "-m", "edge_runtime.cli", "study", str(path), "--data", str(files), "--arms", "local"]
-    command += ["--seeds", "0,1", "--models", str(tiny_folder.parent), "--out", str(tmp_path / "out"), "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "edge_runtime.cli",
+        "study",
+        str(path),
+        "--data",
+        str(files),
+        "--arms",
+        "local",
+    ]
+    command += [
+        "--seeds",
+        "0,1",
+        "--models",
+        str(tiny_folder.parent),
+        "--out",
+        str(tmp_path / "out"),
+        "--workers",
+        "1",
+    ]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 100
     while not list(tmp_path.glob("out/work/*/a/round-1")):
         assert running.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
-    (worker,) = [one for one in psutil.Process(running.pid).children() if "spawn_main" in " ".join(one.cmdline())]
+    (worker,) = [
+        one
+        for one in psutil.Process(running.pid).children()
+        if "spawn_main" in " ".join(one.cmdline())
+    ]
     worker.kill()
     said = running.communicate(timeout=60)[0]
     assert running.returncode == 1
@@ -268,11 +370,20 @@ def test_the_slope_is_that_of_the_power_of_the_rounds():
     ("change", "reason"),
     [
         (("seeds = [0, 1]", "seeds = 3"), "Expected `array`, got `int`"),
-        (('control = "local"', 'control = "nobody"'), "has the control `nobody`, which is not there"),
+        (
+            ('control = "local"', 'control = "nobody"'),
+            "has the control `nobody`, which is not there",
+        ),
         (('control = "local"', 'control = "Local"'), "has the control `Local`, which is not there"),
         (('[anchors]\nfile = "public.jsonl"\nrows = 6', ""), "distils, which needs \\[anchors\\]"),
-        (('data = "colours"\ndomains = ["cold"]', 'data = "sounds"'), "there is no \\[data.sounds\\]"),
-        (('method = {name = "fedit"}', 'method = {name = "fedit", branches = 2}'), "no key `branches`"),
+        (
+            ('data = "colours"\ndomains = ["cold"]', 'data = "sounds"'),
+            "there is no \\[data.sounds\\]",
+        ),
+        (
+            ('method = {name = "fedit"}', 'method = {name = "fedit", branches = 2}'),
+            "no key `branches`",
+        ),
         (("rounds = 2", "rounds = 2\nseed = 7"), "seed is each run's own"),
         (('id = "b"', 'id = "a"'), "two arms or two devices are called `a`"),
         (('name = "all in one"', 'name = "Local"'), "two arms or two devices are called `local`"),
@@ -289,7 +400,9 @@ def test_what_does_not_fit_is_named_before_anything_runs(files, change, reason):
 def test_a_rank_that_no_device_has_is_refused(files):
     path = files / "study.toml"
     path.write_text(STUDY.replace('data = "colours"\n', 'data = "colours"\nrank = 1\n'))
-    with pytest.raises(InputError, match=r"\[adapter\] rank is 2, but every device has another one of its own"):
+    with pytest.raises(
+        InputError, match=r"\[adapter\] rank is 2, but every device has another one of its own"
+    ):
         spec.load(path)
 
 
@@ -297,9 +410,15 @@ def test_an_arm_may_have_a_head_of_its_own(files):
     path = files / "study.toml"
     path.write_text(STUDY + 'head = {shared = "private"}\n')
     study = spec.load(path)
-    assert [study.fleet_of(arm, 0).head.shared for arm in study.arm] == ["class", "class", "private"]
+    assert [study.fleet_of(arm, 0).head.shared for arm in study.arm] == [
+        "class",
+        "class",
+        "private",
+    ]
     path.write_text(path.read_text().replace("[head]\n", ""))
-    with pytest.raises(InputError, match=r"`fedit \+ codistill` has a head, but the file has no \[head\]"):
+    with pytest.raises(
+        InputError, match=r"`fedit \+ codistill` has a head, but the file has no \[head\]"
+    ):
         spec.load(path)
 
 

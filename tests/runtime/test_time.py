@@ -4,7 +4,7 @@ import msgspec
 import pytest
 from architectures import GEMMA, RATES, SMOLLM2
 
-from edge_runtime import processes
+from edge_runtime.planning import processes
 from edge_runtime.planning.search import Way, plan
 from edge_runtime.planning.time import Rates
 from edge_runtime.settings import Adapter, Fleet, Head, Model, Training
@@ -43,8 +43,15 @@ def seconds(
 def test_a_machine_that_is_faster_in_what_a_plan_needs_makes_a_shorter_step(weights):
     other = "bfloat16_flops" if weights == "float32" else "float32_flops"
     for name in Rates.__struct_fields__:
-        faster = seconds(weights=weights, rates=msgspec.structs.replace(RATES, **{name: 2 * getattr(RATES, name)}))
-        assert faster == seconds(weights=weights) if name == other else faster < seconds(weights=weights)
+        faster = seconds(
+            weights=weights,
+            rates=msgspec.structs.replace(RATES, **{name: 2 * getattr(RATES, name)}),
+        )
+        assert (
+            faster == seconds(weights=weights)
+            if name == other
+            else faster < seconds(weights=weights)
+        )
 
 
 @pytest.mark.parametrize(
@@ -54,7 +61,10 @@ def test_a_machine_that_is_faster_in_what_a_plan_needs_makes_a_shorter_step(weig
         ({"rank": 4}, {"rank": 16}),
         ({"step": 4}, {"step": 8}),
         ({"tokens": 64}, {"tokens": 128}),
-        ({"rows": 4, "weights": "q4_1"}, {"rows": 1, "weights": "q4_1"}),  # the weights are expanded for each
+        (
+            {"rows": 4, "weights": "q4_1"},
+            {"rows": 1, "weights": "q4_1"},
+        ),  # the weights are expanded for each
         ({"weights": "bfloat16"}, {"weights": "q4_1"}),
         ({"weights": "q8_0"}, {"weights": "nf4"}),
         ({"weights": "q4_1"}, {"weights": "q4_1", "way": Way(4, "int8", None, True)}),
@@ -67,13 +77,19 @@ def test_more_work_is_predicted_to_take_longer(less, more):
 
 
 def test_packed_weights_pay_for_small_micro_batches_more_than_dense_ones():
-    packed, dense = (seconds(weights=weights, rows=1) - seconds(weights=weights) for weights in ("q4_1", "bfloat16"))
+    packed, dense = (
+        seconds(weights=weights, rows=1) - seconds(weights=weights)
+        for weights in ("q4_1", "bfloat16")
+    )
     assert packed > 3 * dense > 0
 
 
 # --- against what was measured
 
-HEADED = {"head": Head(), "rates": Rates(bfloat16_flops=441e9, float32_flops=200e9, copy_bytes=39e9)}  # of another day
+HEADED = {
+    "head": Head(),
+    "rates": Rates(bfloat16_flops=441e9, float32_flops=200e9, copy_bytes=39e9),
+}  # of another day
 MEASURED = [  # seconds: medians of real trainer processes on two cores of an AMD EPYC, rank 16 on all linear layers
     (3.5, {}),
     (3.9, {"weights": "q4_1"}),
@@ -89,7 +105,9 @@ MEASURED = [  # seconds: medians of real trainer processes on two cores of an AM
 
 
 def assert_near(predicted, measured):
-    assert 2 / 3 <= predicted / measured <= 4 / 3, f"predicted {predicted:.2f} s, measured {measured:.2f} s"
+    assert 2 / 3 <= predicted / measured <= 4 / 3, (
+        f"predicted {predicted:.2f} s, measured {measured:.2f} s"
+    )
 
 
 @pytest.mark.parametrize(("measured", "what"), MEASURED)

@@ -1,9 +1,10 @@
 """What a person sees of what devices say."""
 
-from edge_runtime import settings, views
-from edge_runtime.rounds import Report, Round
-from edge_runtime.status import Device, Status
-from edge_runtime.training.job import Result, Score
+from edge_runtime import settings
+from edge_runtime.cli import views
+from edge_runtime.protocol.report import Report, Result, Score
+from edge_runtime.protocol.round import Round
+from edge_runtime.protocol.status import Device, Status
 
 
 def test_what_a_device_says_is_shown_as_it_is(capsys, monkeypatch):
@@ -22,8 +23,12 @@ def test_what_a_device_says_is_shown_as_it_is(capsys, monkeypatch):
         measured_peak_bytes=0,
         payload_bytes=0,
     )
-    trained = Report(device="b", node_key="", round=1, state="trained", budget_bytes=0, result=result)
+    trained = Report(
+        device="b", node_key="", round=1, state="trained", budget_bytes=0, result=result
+    )
     devices = [Device(report.device, "online", report) for report in (failed, trained)]
-    views.show_status(Status("f", Round(node="n", fleet=fleet, round=1, state="open", versions={}), devices))
+    views.show_status(
+        Status("f", Round(node="n", fleet=fleet, round=1, state="open", versions={}), devices)
+    )
     shown = capsys.readouterr().out
     assert reason in shown and "[red] not finite (0%)" in shown

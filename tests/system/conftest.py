@@ -8,8 +8,8 @@ import pytest
 from edge_broker.local import Broker, start_broker
 from fleet import Fleet
 
-from edge_runtime import processes
 from edge_runtime.demo import model
+from edge_runtime.planning import processes
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +43,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={"</s>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={"</s>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
@@ -65,12 +67,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"say {n}: ", "completion": f"{n} {n}"}) + "\n" for n in range(40)))
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": f"say {n}: ", "completion": f"{n} {n}"}) + "\n" for n in range(40)
+        )
+    )
     return path
 
 
 @pytest.fixture
-def fleet(broker: Broker, cache: Path, tmp_path: Path, rows: Path, request: pytest.FixtureRequest) -> Iterator[Fleet]:
+def fleet(
+    broker: Broker, cache: Path, tmp_path: Path, rows: Path, request: pytest.FixtureRequest
+) -> Iterator[Fleet]:
     name = f"system-{abs(hash(request.node.nodeid)) % 10**10}"
     found = Fleet(broker, cache, tmp_path, rows, name)
     yield found

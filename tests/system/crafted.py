@@ -12,7 +12,8 @@ from edge_broker.session import Session
 from edge_broker.transfer import Committed, Rejected, Uploader
 from fleet import Fleet
 
-from edge_runtime.rounds import CODEC, REPORT_DOMAIN, Report
+from edge_runtime.protocol.report import REPORT_DOMAIN, Report
+from edge_runtime.protocol.round import CODEC
 
 
 class Crafted:
@@ -34,16 +35,33 @@ class Crafted:
     def report(self, **fields: Any) -> None:
         """Publish a signed report; the node pins the key of the first one."""
         said = Report(
-            device=self._id, **{"node_key": self._node_key, "round": 1, "state": "joined", "budget_bytes": 0, **fields}
+            device=self._id,
+            **{
+                "node_key": self._node_key,
+                "round": 1,
+                "state": "joined",
+                "budget_bytes": 0,
+                **fields,
+            },
         )
         signed = signing.sign(self._key, REPORT_DOMAIN, msgspec.json.encode(said)).encode()
         self.session.publish(topics.report(self._fleet, self._id), signed, retain=True)
 
     def offer(self, payload: bytes, **fields: Any) -> Committed | Rejected:
         """Send a payload and return the node's final word on it."""
-        described: dict[str, Any] = {"round": 1, "model_class": "crafted", "codec": CODEC, "samples": 4, **fields}
+        described: dict[str, Any] = {
+            "round": 1,
+            "model_class": "crafted",
+            "codec": CODEC,
+            "samples": 4,
+            **fields,
+        }
         manifest = messages.describe(
-            payload, fleet=self._fleet, device=self._id, chunk_bytes=self.session.chunk_bytes, **described
+            payload,
+            fleet=self._fleet,
+            device=self._id,
+            chunk_bytes=self.session.chunk_bytes,
+            **described,
         )
         self._outbox.add(manifest, payload)
         deadline = time.monotonic() + 30

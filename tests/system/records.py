@@ -12,25 +12,31 @@ from edge_broker.session import Message, Session
 from fleet import Fleet
 from safetensors.numpy import load_file
 
-from edge_runtime import codec
 from edge_runtime.adapters.initial import initial
 from edge_runtime.aggregator.store import Store
 from edge_runtime.methods import fedit
-from edge_runtime.rounds import Report
+from edge_runtime.protocol import codec
+from edge_runtime.protocol.report import Report
 
 
 def committed(fleet: Fleet) -> list[tuple[str, int]]:
     """Device and round of every update that counts."""
     with contextlib.closing(sqlite3.connect(fleet.folder / "node" / "node.db")) as database:
-        rows = database.execute("SELECT device, round FROM journal_transfer WHERE state = 'committed' ORDER BY 1, 2")
+        rows = database.execute(
+            "SELECT device, round FROM journal_transfer WHERE state = 'committed' ORDER BY 1, 2"
+        )
         return rows.fetchall()
 
 
 def reports(fleet: Fleet, state: str) -> dict[tuple[str, int], Report]:
     """The node's reports of this state, by device and round."""
     with contextlib.closing(Store(fleet.folder / "node" / "node.db").connection) as database:
-        rows = database.execute("SELECT device, round, body FROM reports WHERE state = ?", (state,)).fetchall()
-    return {(device, round_): msgspec.json.decode(body, type=Report) for device, round_, body in rows}
+        rows = database.execute(
+            "SELECT device, round, body FROM reports WHERE state = ?", (state,)
+        ).fetchall()
+    return {
+        (device, round_): msgspec.json.decode(body, type=Report) for device, round_, body in rows
+    }
 
 
 def master(fleet: Fleet, round_: int) -> dict[str, np.ndarray]:
@@ -47,12 +53,16 @@ def version_0(key: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def sent(fleet: Fleet, device: str, round_: int, work: str = "work") -> dict[str, np.ndarray]:
     """The delta a device sent, as the node decoded it; work is the folder of its rounds."""
-    return codec.decode((fleet.folder / device / work / f"round-{round_}" / "payload.bin").read_bytes())
+    return codec.decode(
+        (fleet.folder / device / work / f"round-{round_}" / "payload.bin").read_bytes()
+    )
 
 
 def job(fleet: Fleet, device: str, round_: int) -> dict[str, Any]:
     """The job a device gave its trainer."""
-    found: dict[str, Any] = json.loads((fleet.folder / device / "work" / f"round-{round_}" / "job.json").read_text())
+    found: dict[str, Any] = json.loads(
+        (fleet.folder / device / "work" / f"round-{round_}" / "job.json").read_text()
+    )
     return found
 
 
@@ -71,7 +81,9 @@ def owes(fleet: Fleet, device: str) -> bool:
 
 def await_round(fleet: Fleet) -> None:
     """Wait until the broker keeps a round for those who come later."""
-    with Session(fleet.broker.url, f"{fleet.name}-waits", clean_start=True, session_expiry_s=0) as session:
+    with Session(
+        fleet.broker.url, f"{fleet.name}-waits", clean_start=True, session_expiry_s=0
+    ) as session:
         session.connect(10)
         session.subscribe(topics.round(fleet.name))
         while not isinstance(item := session.receive(10), Message):
@@ -81,7 +93,9 @@ def await_round(fleet: Fleet) -> None:
 def presence_of(fleet: Fleet, device: str) -> str:
     """A device's presence, as the broker keeps it."""
     tracker = presence.Tracker()
-    with Session(fleet.broker.url, f"{fleet.name}-looks", clean_start=True, session_expiry_s=0) as session:
+    with Session(
+        fleet.broker.url, f"{fleet.name}-looks", clean_start=True, session_expiry_s=0
+    ) as session:
         session.connect(10)
         session.subscribe(topics.all_presence(fleet.name))
         while tracker.state(device) == "unknown":

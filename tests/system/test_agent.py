@@ -15,9 +15,9 @@ from filelock import FileLock
 from fleet import Command, Fleet, eventually
 from records import await_round, committed, job, owes, presence_of, remembered, reports
 
-from edge_runtime import codec
 from edge_runtime.errors import LinkError
-from edge_runtime.rounds import NOOP
+from edge_runtime.protocol import codec
+from edge_runtime.protocol.round import NOOP
 
 DELTA = codec.encode({"layers.0.q.A": np.ones((2, 8), np.float32)})
 
@@ -32,7 +32,9 @@ def test_a_refused_update_is_carried_into_the_next_round(fleet: Fleet, real_mode
     agent.process.send_signal(signal.SIGSTOP)
     node = fleet.node()
     with crafted(fleet, "other") as other:
-        declare_lost(other.session, fleet, "late")  # as the broker does, a minute after such a silence
+        declare_lost(
+            other.session, fleet, "late"
+        )  # as the broker does, a minute after such a silence
         other.report()
         assert isinstance(other.offer(DELTA), Committed)
         assert node.phase("merged")["missing"] == ["late"]
@@ -61,7 +63,9 @@ def owing(fleet: Fleet, device: str) -> Command:
     return agent
 
 
-def test_an_update_that_is_refused_after_the_last_round_does_not_keep_the_agent_from_its_end(fleet: Fleet) -> None:
+def test_an_update_that_is_refused_after_the_last_round_does_not_keep_the_agent_from_its_end(
+    fleet: Fleet,
+) -> None:
     owing(fleet, "late").kill()
     node = fleet.node("--noop", "--until-finished")
     with crafted(fleet, "other") as other:
@@ -93,7 +97,9 @@ def test_a_device_whose_first_report_was_lost_says_again_who_it_is(fleet: Fleet)
     agent = owing(fleet, "a")
     with contextlib.closing(sqlite3.connect(fleet.folder / "node" / "node.db")) as database:
         assert database.execute("SELECT count(*) FROM devices").fetchone() == (0,)
-    with Session(fleet.broker.url, f"{fleet.name}-forgets", clean_start=True, session_expiry_s=0) as session:
+    with Session(
+        fleet.broker.url, f"{fleet.name}-forgets", clean_start=True, session_expiry_s=0
+    ) as session:
         session.connect(10)
         session.publish(topics.report(fleet.name, "a"), b"", retain=True)
     node = fleet.node("--noop", "--until-finished")
@@ -102,12 +108,17 @@ def test_a_device_whose_first_report_was_lost_says_again_who_it_is(fleet: Fleet)
     assert committed(fleet) == [("a", 1)]
 
 
-def test_a_round_that_opens_while_the_agent_plans_is_trained_once(fleet: Fleet, real_model: str) -> None:
+def test_a_round_that_opens_while_the_agent_plans_is_trained_once(
+    fleet: Fleet, real_model: str
+) -> None:
     (lock,) = (fleet.cache / "models").glob("*.lock")
     fleet.write((real_model, 2), rounds=2, deadline_s=2, extensions=100)
     node = fleet.node()
     node.phase("collecting")
-    with FileLock(lock), crafted(fleet, "other") as other:  # the agent cannot read its model's facts meanwhile
+    with (
+        FileLock(lock),
+        crafted(fleet, "other") as other,
+    ):  # the agent cannot read its model's facts meanwhile
         agent = fleet.agent("slow")
         agent.phase("planning")
         other.report()
@@ -121,7 +132,10 @@ def test_a_round_that_opens_while_the_agent_plans_is_trained_once(fleet: Fleet, 
 def test_fresh_states_make_a_new_fleet_of_an_old_name(fleet: Fleet) -> None:
     """The broker keeps the old node's last word and the old device's report; neither ties the new ones."""
     fleet.write()
-    ended = [fleet.node("--noop", "--until-finished"), fleet.agent("a", "--noop", "10kB", "--until-finished")]
+    ended = [
+        fleet.node("--noop", "--until-finished"),
+        fleet.agent("a", "--noop", "10kB", "--until-finished"),
+    ]
     assert [command.end() for command in ended] == [0, 0]
     for name in ("node", "a"):
         shutil.rmtree(fleet.folder / name)
@@ -135,7 +149,10 @@ def test_fresh_states_make_a_new_fleet_of_an_old_name(fleet: Fleet) -> None:
 
 def test_a_device_that_trained_for_a_node_follows_no_other_one(fleet: Fleet) -> None:
     fleet.write()
-    ended = [fleet.node("--noop", "--until-finished"), fleet.agent("a", "--noop", "10kB", "--until-finished")]
+    ended = [
+        fleet.node("--noop", "--until-finished"),
+        fleet.agent("a", "--noop", "10kB", "--until-finished"),
+    ]
     assert [command.end() for command in ended] == [0, 0]
     shutil.rmtree(fleet.folder / "node")
     fleet.node("--noop").phase("collecting")
@@ -144,7 +161,9 @@ def test_a_device_that_trained_for_a_node_follows_no_other_one(fleet: Fleet) -> 
     assert "to trust that node, start with a new --state" in agent.error()
 
 
-def test_an_agent_asked_to_stop_while_it_trains_takes_its_trainer_along(fleet: Fleet, real_model: str) -> None:
+def test_an_agent_asked_to_stop_while_it_trains_takes_its_trainer_along(
+    fleet: Fleet, real_model: str
+) -> None:
     fleet.write((real_model, 2))
     fleet.node()
     agent = fleet.agent("a")

@@ -15,7 +15,9 @@ UP = {"offer", "up", "want", "report"}
 def test_bytes_up_and_down_are_those_a_listener_counts(fleet: Fleet) -> None:
     fleet.write(rounds=3)
     counted: Counter[str] = Counter()
-    with Session(fleet.broker.url, f"{fleet.name}-listens", clean_start=True, session_expiry_s=0) as listener:
+    with Session(
+        fleet.broker.url, f"{fleet.name}-listens", clean_start=True, session_expiry_s=0
+    ) as listener:
         listener.connect(10)
         listener.subscribe(f"edge/1/{fleet.name}/#")
         node = fleet.node("--noop", "--until-finished")
@@ -25,7 +27,9 @@ def test_bytes_up_and_down_are_those_a_listener_counts(fleet: Fleet) -> None:
         while (item := listener.receive(1.0)) is not None:
             if isinstance(item, Message):
                 kind = topics.parse(item.topic).kind
-                counted["up" if kind in UP else "down"] += publish_size(item.topic.encode(), len(item.payload), None)
+                counted["up" if kind in UP else "down"] += publish_size(
+                    item.topic.encode(), len(item.payload), None
+                )
     assert (node.end(20), agent.end(20)) == (0, 0)
     said = [*reports(fleet, "trained").values(), *reports(fleet, "finished").values()]
     assert sum(one.bytes_up for one in said) == pytest.approx(counted["up"], rel=0.03)

@@ -10,7 +10,7 @@ from fleet import Fleet
 from records import reports, sent
 from safetensors.numpy import load_file
 
-from edge_runtime import codec
+from edge_runtime.protocol import codec
 
 TABLES = """
 [head]
@@ -54,14 +54,22 @@ def test_a_label_that_a_model_never_met_reaches_it_from_another(
     fleet.write((tiny_model.name, 3), method="local", rounds=3, quorum=2, steps=40)
     file = fleet.folder / "fleet.toml"
     file.write_text(file.read_text() + TABLES)
-    public = [{"text": f"{letter * 3} {n}", "label": "not to be seen"} for n in range(20, 24) for letter in "rgb"]
+    public = [
+        {"text": f"{letter * 3} {n}", "label": "not to be seen"}
+        for n in range(20, 24)
+        for letter in "rgb"
+    ]
     (fleet.folder / "public.jsonl").write_text("".join(json.dumps(line) + "\n" for line in public))
     held_out = rows(fleet.folder / "all.jsonl", "red", "green", "blue")
     node = fleet.node("--until-finished")
     fleet.rows = rows(fleet.folder / "a.jsonl", "red", "green")
-    first = fleet.agent("a", "--until-finished", "--models", str(tiny_model.parent), "--eval", f"all={held_out}")
+    first = fleet.agent(
+        "a", "--until-finished", "--models", str(tiny_model.parent), "--eval", f"all={held_out}"
+    )
     fleet.rows = rows(fleet.folder / "b.jsonl", "green", "blue")
-    second = fleet.agent("b", "--until-finished", "--models", str(wider_model.parent), "--eval", f"all={held_out}")
+    second = fleet.agent(
+        "b", "--until-finished", "--models", str(wider_model.parent), "--eval", f"all={held_out}"
+    )
     assert (node.end(), first.end(), second.end()) == (0, 0, 0)
 
     taught = {key: value for state in published(fleet, 3).values() for key, value in state.items()}
@@ -75,7 +83,8 @@ def test_a_label_that_a_model_never_met_reaches_it_from_another(
             f"labels.{label}.H" for label in ("red", "green", "blue")
         }
         before, after = (
-            reports(fleet, state)[device, round_].result for state, round_ in (("trained", 1), ("finished", 3))
+            reports(fleet, state)[device, round_].result
+            for state, round_ in (("trained", 1), ("finished", 3))
         )
         assert before is not None and after is not None
         assert after.evaluation["all"].accuracy > before.evaluation["all"].accuracy
@@ -88,7 +97,9 @@ def test_a_class_that_comes_late_starts_from_what_the_fleet_shares(
     fleet.write((tiny_model.name, 3), rounds=2, quorum=1, steps=30)
     file = fleet.folder / "fleet.toml"
     file.write_text(file.read_text() + TABLES)
-    (fleet.folder / "public.jsonl").write_text("".join(json.dumps({"text": f"{n}"}) + "\n" for n in range(12)))
+    (fleet.folder / "public.jsonl").write_text(
+        "".join(json.dumps({"text": f"{n}"}) + "\n" for n in range(12))
+    )
     fleet.rows = rows(fleet.folder / "a.jsonl", "red", "green")
     node = fleet.node("--until-finished")
     early = fleet.agent("early", "--until-finished", "--models", str(tiny_model.parent))
@@ -96,13 +107,20 @@ def test_a_class_that_comes_late_starts_from_what_the_fleet_shares(
     fleet.rows = rows(fleet.folder / "b.jsonl", "blue")
     late = fleet.agent("late", "--until-finished", "--models", str(wider_model.parent))
     starting = late.phase("starting")
-    job = json.loads((fleet.folder / "late" / "work" / f"round-{starting['round']}" / "job.json").read_text())
+    job = json.loads(
+        (fleet.folder / "late" / "work" / f"round-{starting['round']}" / "job.json").read_text()
+    )
     told = codec.shapes(Path(job["start"]).read_bytes())
-    assert told.keys() == {"anchors.red.T", "anchors.green.T"}  # no version of its own class is there yet
+    assert told.keys() == {
+        "anchors.red.T",
+        "anchors.green.T",
+    }  # no version of its own class is there yet
     assert (node.end(), early.end(), late.end()) == (0, 0, 0)
 
 
-def test_a_fleet_whose_public_texts_are_too_few_is_not_announced(fleet: Fleet, tiny_model: Path) -> None:
+def test_a_fleet_whose_public_texts_are_too_few_is_not_announced(
+    fleet: Fleet, tiny_model: Path
+) -> None:
     fleet.write((str(tiny_model), 4))
     file = fleet.folder / "fleet.toml"
     file.write_text(file.read_text() + TABLES)

@@ -8,8 +8,8 @@ import pytest
 from fleet import Fleet
 from records import reports, sent
 
-from edge_runtime import codec
-from edge_runtime.methods.interface import Completion
+from edge_runtime.protocol import codec
+from edge_runtime.protocol.completion import Completion
 
 TABLES = """
 [codistill]
@@ -40,7 +40,9 @@ def two_models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
         found.append(folder)
     written = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = written["model"]["vocab"]
-    written["model"]["vocab"] = {token: 0 if token == "</s>" else 257 - number for token, number in vocabulary.items()}
+    written["model"]["vocab"] = {
+        token: 0 if token == "</s>" else 257 - number for token, number in vocabulary.items()
+    }
     (folder / "tokenizer.json").write_text(json.dumps(written))
     return found[0], found[1]
 
@@ -58,10 +60,15 @@ def rows(path: Path, letters: str, numbers: range, **more: str) -> Path:
 def published(fleet: Fleet, round_: int) -> dict[str, dict[int, Completion]]:
     """What the node published after a round, by file."""
     found = (fleet.folder / "node" / "versions").glob(f"{round_:05d}-*.edc")
-    return {path.name: {one.prompt: one for one in codec.completions(path.read_bytes())} for path in found}
+    return {
+        path.name: {one.prompt: one for one in codec.completions(path.read_bytes())}
+        for path in found
+    }
 
 
-def test_completions_reach_a_model_of_another_tokenizer(fleet: Fleet, two_models: tuple[Path, Path]) -> None:
+def test_completions_reach_a_model_of_another_tokenizer(
+    fleet: Fleet, two_models: tuple[Path, Path]
+) -> None:
     ours, other = two_models
     fleet.write((ours.name, 3), method="local", rounds=3, quorum=2, steps=40)
     file = fleet.folder / "fleet.toml"
@@ -70,19 +77,30 @@ def test_completions_reach_a_model_of_another_tokenizer(fleet: Fleet, two_models
     held_out = rows(fleet.folder / "all.jsonl", "rgb", range(12, 20))
     node = fleet.node("--until-finished")
     fleet.rows = rows(fleet.folder / "a.jsonl", "rg", range(12))
-    first = fleet.agent("a", "--until-finished", "--models", str(ours.parent), "--eval", f"all={held_out}")
+    first = fleet.agent(
+        "a", "--until-finished", "--models", str(ours.parent), "--eval", f"all={held_out}"
+    )
     fleet.rows = rows(fleet.folder / "b.jsonl", "gb", range(12))
-    second = fleet.agent("b", "--until-finished", "--models", str(other.parent), "--eval", f"all={held_out}")
+    second = fleet.agent(
+        "b", "--until-finished", "--models", str(other.parent), "--eval", f"all={held_out}"
+    )
     assert (node.end(), first.end(), second.end()) == (0, 0, 0)
 
-    assert sent(fleet, "a", 3) == {}  # nothing but completions leaves with `local`, and of the last round none
+    assert (
+        sent(fleet, "a", 3) == {}
+    )  # nothing but completions leaves with `local`, and of the last round none
     told = list(published(fleet, 2).values())
-    assert len(told) == 3 and all(one == told[0] for one in told)  # two classes, and whichever comes late
-    assert {"R", "G", "B"} <= {one.text for one in told[0].values()}  # R of the one model, B of the other
+    assert len(told) == 3 and all(
+        one == told[0] for one in told
+    )  # two classes, and whichever comes late
+    assert {"R", "G", "B"} <= {
+        one.text for one in told[0].values()
+    }  # R of the one model, B of the other
     assert all(0 <= prompt < 12 and 0 < one.confidence <= 1 for prompt, one in told[0].items())
     for device in "ab":
         before, after = (
-            reports(fleet, state)[device, round_].result for state, round_ in (("trained", 1), ("finished", 3))
+            reports(fleet, state)[device, round_].result
+            for state, round_ in (("trained", 1), ("finished", 3))
         )
         assert before is not None and after is not None
         assert after.evaluation["all"].accuracy > before.evaluation["all"].accuracy

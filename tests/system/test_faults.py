@@ -12,7 +12,7 @@ from edge_broker.transfer import Rejected
 from fleet import Fleet, eventually
 from records import committed, presence_of, reports
 
-from edge_runtime import codec
+from edge_runtime.protocol import codec
 
 
 def test_a_device_that_vanishes_is_named_and_not_waited_for(fleet: Fleet, tiny_model: Path) -> None:
@@ -43,7 +43,9 @@ def test_a_killed_aggregator_goes_on_in_the_same_round(fleet: Fleet, moment: str
     assert committed(fleet) == [("first", 1), ("first", 2), ("second", 1), ("second", 2)]
 
 
-def test_a_killed_agent_takes_its_trainer_along_and_trains_again(fleet: Fleet, tiny_model: Path) -> None:
+def test_a_killed_agent_takes_its_trainer_along_and_trains_again(
+    fleet: Fleet, tiny_model: Path
+) -> None:
     fleet.write((str(tiny_model), 4), steps=60)
     node = fleet.node("--until-finished")
     agent = fleet.agent("a", "--until-finished")
@@ -57,7 +59,9 @@ def test_a_killed_agent_takes_its_trainer_along_and_trains_again(fleet: Fleet, t
     assert committed(fleet) == [("a", 1)]
 
 
-def test_a_delta_that_waits_in_the_outbox_is_sent_without_training_again(fleet: Fleet, tiny_model: Path) -> None:
+def test_a_delta_that_waits_in_the_outbox_is_sent_without_training_again(
+    fleet: Fleet, tiny_model: Path
+) -> None:
     fleet.write((str(tiny_model), 4))
     node = fleet.node("--until-finished")
     agent = fleet.agent("a", "--until-finished")
@@ -108,7 +112,9 @@ def test_an_agent_that_is_asked_to_stop_says_offline(fleet: Fleet) -> None:
     assert presence_of(fleet, "a") == "offline"
 
 
-def test_an_agent_that_missed_the_nodes_word_on_its_last_update_asks_for_it_before_it_ends(fleet: Fleet) -> None:
+def test_an_agent_that_missed_the_nodes_word_on_its_last_update_asks_for_it_before_it_ends(
+    fleet: Fleet,
+) -> None:
     fleet.write(deadline_s=60)
     node = fleet.node("--noop", "--until-finished")
     node.phase("collecting")
@@ -117,7 +123,10 @@ def test_an_agent_that_missed_the_nodes_word_on_its_last_update_asks_for_it_befo
         agent = fleet.agent("a", "--noop", "10kB")
         agent.until(lambda event: event.get("text") == "the node took round 1")
         agent.kill()
-        with contextlib.closing(sqlite3.connect(fleet.folder / "a" / "agent.db")) as database, database:
+        with (
+            contextlib.closing(sqlite3.connect(fleet.folder / "a" / "agent.db")) as database,
+            database,
+        ):
             database.execute("UPDATE outbox_update SET state = 'pending'")
         node.kill()
         agent = fleet.agent("a", "--noop", "10kB", "--until-finished")

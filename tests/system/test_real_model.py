@@ -12,8 +12,9 @@ import pytest
 from fleet import Fleet
 from records import committed, job, master, remembered, reports, sent, version_0
 
-from edge_runtime import processes, settings
+from edge_runtime import settings
 from edge_runtime.demo import run as demo
+from edge_runtime.planning import processes
 from edge_runtime.planning.search import candidates
 
 FEW = 10  # rows of the shallow device; the deep one draws 16 a round out of its 40
@@ -26,7 +27,9 @@ def ran(
 ) -> Iterator[tuple[Fleet, dict[str, int]]]:
     """The fleet after both rounds, and its budgets; `kept` holds the work of round 1."""
     folder = tmp_path_factory.mktemp("ran")
-    rows = [json.dumps({"prompt": f"say {n}: ", "completion": f"{n} {n}"}) + "\n" for n in range(60)]
+    rows = [
+        json.dumps({"prompt": f"say {n}: ", "completion": f"{n} {n}"}) + "\n" for n in range(60)
+    ]
     files = {"many": rows[:40], "few": rows[:FEW], "own": rows[40:50], "others": rows[50:]}
     for name, chosen in files.items():
         (folder / f"{name}.jsonl").write_text("".join(chosen))
@@ -39,7 +42,9 @@ def ran(
         agents = {}
         for id, data in ((DEEP, "many"), (SHALLOW, "few")):
             fleet.rows = folder / f"{data}.jsonl"
-            agents[id] = fleet.agent(id, "--until-finished", "--budget", str(budgets[id]), *held_out)
+            agents[id] = fleet.agent(
+                id, "--until-finished", "--budget", str(budgets[id]), *held_out
+            )
         node.until(lambda event: event["phase"] == "collecting" and event["round"] == 2)
         for id in budgets:  # a round's work is tidied away once the next one is settled
             shutil.copytree(folder / id / "work" / "round-1", folder / id / "kept" / "round-1")
@@ -66,7 +71,8 @@ def mean(fleet: Fleet, round_: int, work: str = "work") -> dict[str, np.ndarray]
     assert {key.split(".")[1] for key in deep} == {"0", "1", "29"}
     assert {key.split(".")[1] for key in shallow} == {"0", "29"}
     return {
-        key: (16 * value + FEW * shallow[key]) / (16 + FEW) if key in shallow else value for key, value in deep.items()
+        key: (16 * value + FEW * shallow[key]) / (16 + FEW) if key in shallow else value
+        for key, value in deep.items()
     }
 
 
@@ -77,7 +83,9 @@ def test_the_first_version_is_the_initial_one_plus_the_weighted_mean(ran: Ran) -
     merged, steps = master(ran[0], 1), mean(ran[0], 1, "kept")
     assert merged.keys() == steps.keys()
     for key, step in steps.items():
-        np.testing.assert_allclose(merged[key], version_0(key, step.shape) + step, atol=1e-6, err_msg=key)
+        np.testing.assert_allclose(
+            merged[key], version_0(key, step.shape) + step, atol=1e-6, err_msg=key
+        )
 
 
 def test_the_second_version_adds_the_mean_of_its_round_to_the_first(ran: Ran) -> None:
@@ -90,13 +98,16 @@ def test_an_unweighted_mean_would_be_seen(ran: Ran) -> None:
     fleet, merged = ran[0], master(ran[0], 1)
     deep, shallow = sent(fleet, DEEP, 1, "kept"), sent(fleet, SHALLOW, 1, "kept")
     off = [
-        np.abs(merged[key] - version_0(key, deep[key].shape) - (deep[key] + shallow[key]) / 2).max() for key in shallow
+        np.abs(merged[key] - version_0(key, deep[key].shape) - (deep[key] + shallow[key]) / 2).max()
+        for key in shallow
     ]
     assert max(off) > 1e-4
 
 
 @pytest.mark.parametrize("device", [DEEP, SHALLOW])
-def test_what_rounding_lost_is_owed_until_the_receipt_of_the_next_round(ran: Ran, device: str) -> None:
+def test_what_rounding_lost_is_owed_until_the_receipt_of_the_next_round(
+    ran: Ran, device: str
+) -> None:
     fleet = ran[0]
     assert job(fleet, device, 2)["residual"].endswith("round-1/residual.bin")
     assert remembered(fleet, device)["residual"] == "2"
@@ -110,7 +121,9 @@ def test_reports_say_what_was_planned_measured_and_moved(ran: Ran) -> None:
     assert finished.keys() == {(device, 2) for device in budgets}
     for (device, _), report in trained.items():
         assert report.plan is not None and report.plan.depth == (3 if device == DEEP else 2)
-        assert report.result is not None and report.result.samples == (16 if device == DEEP else FEW)
+        assert report.result is not None and report.result.samples == (
+            16 if device == DEEP else FEW
+        )
         assert report.result.payload_bytes < report.bytes_up < report.result.payload_bytes + 16_384
 
 
@@ -122,7 +135,9 @@ def test_the_demo_reads_its_outcome_from_such_a_fleet(ran: Ran) -> None:
     every = [*reports(fleet, "trained").values(), *reports(fleet, "finished").values()]
     for device in outcome.devices:
         own = [one for one in every if one.device == device.id]
-        assert device.measured_peak_bytes == max(one.result.measured_peak_bytes for one in own if one.result)
+        assert device.measured_peak_bytes == max(
+            one.result.measured_peak_bytes for one in own if one.result
+        )
         assert device.bytes_up == sum(one.bytes_up for one in own)
         assert device.loss_after < device.loss_before
     assert not [fault for fault in outcome.faults if "round" in fault or "loss" in fault]

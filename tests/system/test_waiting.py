@@ -8,7 +8,7 @@ from edge_broker.transfer import Committed
 from fleet import Fleet
 from records import committed
 
-from edge_runtime.rounds import NOOP
+from edge_runtime.protocol.round import NOOP
 
 NOISE = {"codec": NOOP, "model_class": NOOP}
 

@@ -43,7 +43,9 @@ class Failed(msgspec.Struct, frozen=True):
 class Fetcher:
     """Fetches one artifact at a time into a folder."""
 
-    def __init__(self, session: Session, fleet: str, device_id: str, folder: Path, max_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self, session: Session, fleet: str, device_id: str, folder: Path, max_bytes: int = 1 << 30
+    ) -> None:
         """Prepare; files go to folder under their digest, larger ones than max_bytes are refused."""
         self._session, self._fleet, self._folder = session, fleet, folder
         self._want_topic = topics.want(fleet, device_id)
@@ -60,7 +62,10 @@ class Fetcher:
         Raises:
             LinkError: its numbers do not add up, it is too large, or the subscription failed.
         """
-        adds_up = artifact.chunks == -(-artifact.size // artifact.chunk_bytes) and artifact.chunks <= MAX_CHUNKS
+        adds_up = (
+            artifact.chunks == -(-artifact.size // artifact.chunk_bytes)
+            and artifact.chunks <= MAX_CHUNKS
+        )
         if not adds_up or artifact.size > self._max_bytes:
             raise LinkError(
                 f"an artifact of {artifact.size} bytes in {artifact.chunks} chunks of {artifact.chunk_bytes}; "
@@ -172,8 +177,13 @@ class _Download:
         return found
 
     def write(self, index: int, data: bytes) -> None:
-        if not (0 <= index < self.artifact.chunks and len(data) == messages.chunk_size(self.artifact, index)):
-            raise BadMessage(f"chunk {index} of {len(data)} bytes does not fit artifact {self.artifact.digest[:16]}…")
+        if not (
+            0 <= index < self.artifact.chunks
+            and len(data) == messages.chunk_size(self.artifact, index)
+        ):
+            raise BadMessage(
+                f"chunk {index} of {len(data)} bytes does not fit artifact {self.artifact.digest[:16]}…"
+            )
         if self._here[index]:
             return
         with self.part.open("r+b") as file:

@@ -53,7 +53,9 @@ class Publisher:
         """
         digest, size = messages.digest_and_size(path)
         chunk_bytes = chunk_bytes or self._session.chunk_bytes
-        artifact = Artifact(digest=digest, size=size, chunk_bytes=chunk_bytes, chunks=-(-size // chunk_bytes))
+        artifact = Artifact(
+            digest=digest, size=size, chunk_bytes=chunk_bytes, chunks=-(-size // chunk_bytes)
+        )
         self._served[digest] = (artifact, path)
         return artifact
 
@@ -111,5 +113,7 @@ class Publisher:
         if not self._queue:
             self._begin_at = time.monotonic() + _GATHER_S
         chunks = served[0].chunks
-        for index in islice(messages.from_ranges(want.missing, chunks), chunks):  # ranges may repeat each other
+        for index in islice(
+            messages.from_ranges(want.missing, chunks), chunks
+        ):  # ranges may repeat each other
             self._queue[want.digest, index] = None

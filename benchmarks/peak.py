@@ -1,0 +1,70 @@
+"""Predicted beside measured peak memory of the trainer: two models, three weight formats, two ranks, two lengths.
+
+    make bench-peak
+
+Each setting runs in a real trainer process for a few steps. SmolLM2-135M's steps have 4 rows, those of Gemma-3-270M's shape,
+whose weights are drawn at random, one; with ARGS="--gemma FILE", its GGUF file, the model itself, whose tokenizer is large.
+"""
+
+import argparse
+import statistics
+from itertools import product
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.memory import GEMMA, MIB, SMOLLM2
+from edge_runtime.agent.measure import measure
+from edge_runtime.planning import processes
+from edge_runtime.settings import Weights
+
+FORMATS: tuple[Weights, ...] = ("bfloat16", "q8_0", "q4_1")
+RANKS = (16, 4)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peak")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--gemma", type=Path, default=GEMMA)
+    options = parser.parse_args()
+    steps, gemma = options.steps, options.gemma
+    console = Console(width=100)
+    title = f"runtime baseline {processes.runtime_bytes() / MIB:.0f} MiB, {steps} steps"
+    table = Table(
+        *("model", "rows x tokens", "weights", "rank", "predicted", "measured", "ratio"),
+        title=title,
+    )
+    ratios = []
+    for (source, rows, lengths), weights, rank in product(
+        ((SMOLLM2, 4, (256, 64)), (gemma, 1, (512, 128))), FORMATS, RANKS
+    ):
+        for tokens in lengths:
+            done = measure(
+                str(source),
+                Path.cwd(),
+                weights=weights,
+                rank=rank,
+                rows=rows,
+                tokens=tokens,
+                steps=steps,
+                device="cpu",
+                peft=False,
+                random_weights=source == GEMMA,
+            )
+            predicted, measured = done.predicted_peak_bytes, done.measured_peak_bytes
+            ratios.append(predicted / measured)
+            sizes = (f"{predicted / MIB:.0f} MiB", f"{measured / MIB:.0f} MiB", f"{ratios[-1]:.3f}")
+            table.add_row(
+                source.name.partition(".")[0], f"{rows} x {tokens}", weights, str(rank), *sizes
+            )
+    console.print(table)
+    console.print(
+        f"{len(ratios)} settings, predicted / measured: {min(ratios):.3f} to {max(ratios):.3f}, "
+        f"median {statistics.median(ratios):.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

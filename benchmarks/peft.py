@@ -1,0 +1,109 @@
+"""What others do: the same steps with PEFT, torch's AdamW and gradient checkpointing, as PEFT's documentation has them.
+
+python -m benchmarks.peft FOLDER             trains FOLDER/job.json that way, and prints what it took as JSON
+python -m benchmarks.peft FOLDER --full      the same, with all parameters of the model and no adapter
+"""
+
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+import torch
+from transformers import AutoTokenizer
+
+from edge_runtime import settings
+from edge_runtime.agent.measure import Taken, typical
+from edge_runtime.models import weights
+from edge_runtime.models.facts import Facts
+from edge_runtime.planning import processes
+from edge_runtime.trainer import data, step
+from edge_runtime.trainer.cap import cap_gpu
+from edge_runtime.trainer.data import Example
+from edge_runtime.trainer.job import Job
+from edge_runtime.trainer.meter import Meter
+
+
+def trainer(
+    facts: Facts,
+    depth: int,
+    format: settings.Weights,
+    spec: settings.Adapter,
+    training: settings.Training,
+    device: str,
+    *,
+    full: bool = False,
+) -> Callable[[list[Example]], float]:
+    """Load the model; the function makes one step on some rows, all at once, and returns their loss.
+
+    full: train every parameter instead of an adapter.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning
+    )  # of gradient_checkpointing_enable, which 5.0 still needs
+    model = weights.load(facts, depth, "bfloat16" if format in settings.PACKED else format, device)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    config = LoraConfig(
+        r=spec.rank, lora_alpha=int(spec.alpha), target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    adapted = (model.requires_grad_(True) if full else get_peft_model(model, config)).train()
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(
+        trained, lr=training.learning_rate, weight_decay=training.weight_decay
+    )
+
+    def run(rows: list[Example]) -> float:
+        ids, labels = step.pad(rows, torch.device(device))
+        loss = adapted(input_ids=ids, labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, training.clip_norm)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return run
+
+
+def main() -> None:
+    """Do the job of the folder named on the command line."""
+    job = msgspec.json.decode((Path(sys.argv[1]) / "job.json").read_bytes(), type=Job)
+    if job.gpu_cap_bytes is not None:
+        cap_gpu(job.gpu_cap_bytes)
+    meter = Meter(job.device)
+    with meter.phase("load"):
+        tokenizer = AutoTokenizer.from_pretrained(job.facts.folder)
+        examples = data.tokenize(data.read_rows(Path(job.data)), tokenizer, job.plan.tokens)
+        full = "--full" in sys.argv[2:]
+        run = trainer(
+            job.facts,
+            job.plan.depth,
+            job.plan.weights,
+            job.adapter,
+            job.training,
+            job.device,
+            full=full,
+        )
+    rows, losses, seconds = data.epochs(examples, f"{job.seed}/{job.round}"), [], []
+    with meter.phase("train"):
+        for _ in range(job.training.steps):
+            began = time.monotonic()
+            losses.append(run(list(islice(rows, job.training.rows_a_step))))
+            seconds.append(time.monotonic() - began)
+    taken = Taken(
+        processes.runtime_bytes(),
+        meter.peak_bytes,
+        typical(seconds),
+        meter.phases,
+        losses,
+        meter.seconds["load"],
+    )
+    sys.stdout.write(msgspec.json.encode(taken).decode() + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""What the commands show a person: rich tables, and the same values as plain data for --json."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from edge_profiles import format_size
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from edge_runtime.planning.search import Choice, over_deadline_s
+from edge_runtime.protocol.plan import Plan
+
+if TYPE_CHECKING:
+    from edge_runtime.agent.measure import Measurement
+    from edge_runtime.demo.run import Outcome
+    from edge_runtime.protocol.status import Status
+
+MIB = 1 << 20
+BAR = 40  # characters for a whole budget
+
+
+def show_profile(values: dict[str, Any]) -> None:
+    """A device, one line a fact; bytes as sizes."""
+    table = _table("this device", "fact", "value")
+    for key, value in values.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{inner}: {_shown(inner, one)}" for inner, one in value.items())
+        _add(table, key.removesuffix("_bytes").replace("_", " "), _shown(key, value))
+    Console().print(table)
+
+
+def show_measurement(done: "Measurement") -> None:
+    """What was predicted, term by term, and what each phase took as every view of memory has it; PEFT's figures beside ours."""
+    console = Console()
+    _show_terms(console, done.terms, done.predicted_peak_bytes)
+    phases = {name: msgspec.structs.asdict(phase) for name, phase in done.phases.items()}
+    if done.peft:
+        phases |= {
+            f"PEFT: {name}": msgspec.structs.asdict(phase)
+            for name, phase in done.peft.phases.items()
+        }
+    known = [
+        key
+        for key in next(iter(phases.values()))
+        if any(sizes[key] is not None for sizes in phases.values())
+    ]
+    table = _table(
+        "measured", "phase", *(key.removesuffix("_bytes").replace("_", " ") for key in known)
+    )
+    for name, sizes in phases.items():
+        _add(table, name, *(_shown(key, sizes[key]) for key in known))
+    console.print(table)
+    table = _table("", "", "Edge Runtime", *(["PEFT", "ratio"] if done.peft else []))
+    taken = [done, *([done.peft] if done.peft else [])]
+    above: list[float] = [one.measured_peak_bytes - one.baseline_bytes for one in taken]
+    rows: list[tuple[str, list[float], Callable[[Any], str]]] = [
+        ("peak", [one.measured_peak_bytes for one in taken], format_size),
+        ("above the runtime's own", above, format_size),
+        ("seconds a step", [one.step_seconds for one in taken], "{:.2f}".format),
+    ]
+    for name, values, text in rows:
+        _add(
+            table,
+            name,
+            *map(text, values),
+            *([f"{values[0] / values[1]:.2f}"] if done.peft else []),
+        )
+    console.print(table)
+    console.print(
+        f"predicted {format_size(done.predicted_peak_bytes)}, measured {format_size(done.measured_peak_bytes)}: "
+        f"{done.predicted_peak_bytes / done.measured_peak_bytes:.2f}; the runtime itself {format_size(done.baseline_bytes)}\n"
+        f"a step predicted to take {done.predicted_step_seconds:.2f} s, measured {done.step_seconds:.2f} s: "
+        f"{done.predicted_step_seconds / done.step_seconds:.2f}",
+        highlight=False,
+    )
+
+
+def plan_values(choice: Choice, budget_bytes: int, deadline_s: float | None) -> dict[str, Any]:
+    """The winner and what was too large or too slow, as plain data; what is over neither limit by 0."""
+
+    def over(plan: Plan) -> dict[str, Any]:
+        told = (
+            "source",
+            "depth",
+            "weights",
+            "tokens",
+            "rank",
+            "rows",
+            "boundaries",
+            "mlp_tokens",
+            "streamed",
+            "kept_blocks",
+            "predicted_peak_bytes",
+            "step_seconds",
+        )
+        over_bytes, over_s = (
+            max(0, plan.predicted_peak_bytes - budget_bytes),
+            over_deadline_s(plan, deadline_s),
+        )
+        return {
+            **{name: getattr(plan, name) for name in told},
+            "over_budget_bytes": over_bytes,
+            "over_deadline_s": over_s,
+        }
+
+    return {
+        "budget_bytes": budget_bytes,
+        "step_deadline_s": deadline_s,
+        "plan": choice.fits,
+        "predicted_peak_bytes": choice.fits.predicted_peak_bytes,
+        "rejected": [over(plan) for plan in choice.rejected],
+        "better": over(choice.better) if choice.better else None,
+    }
+
+
+def show_plan(choice: Choice, budget_bytes: int, deadline_s: float | None) -> None:
+    """The winner's peak, term by term, and its time; what was too large or slow, of the winner's own model last."""
+    console, plan = Console(), choice.fits
+    console.print(
+        f"{escape(plan.summary)}: [bold]{format_size(plan.predicted_peak_bytes)}[/] of a budget of {format_size(budget_bytes)}, "
+        f"about [bold]{plan.step_seconds:.3g} s[/]{'' if deadline_s is None else f' of {deadline_s:g} s'} a step on this machine",
+        highlight=False,
+    )
+    _show_terms(console, plan.terms, budget_bytes)
+    preferred = [*choice.rejected]
+    if choice.better and choice.better not in preferred:
+        preferred.append(choice.better)
+    if preferred:
+        slow = " or too slow" if any(over_deadline_s(one, deadline_s) for one in preferred) else ""
+        table = _table(
+            f"preferred, but too large{slow}", "model", "at", "needs", "a step", "over by"
+        )
+        for one in preferred:
+            peak, over_s = one.predicted_peak_bytes, over_deadline_s(one, deadline_s)
+            over = [format_size(peak - budget_bytes)] if peak > budget_bytes else []
+            over += [f"{over_s:.3g} s"] if over_s else []
+            name = f"{Path(one.source).name}, {one.depth} layers, {one.weights}"
+            _add(
+                table,
+                name,
+                one.how,
+                format_size(peak),
+                f"{one.step_seconds:.3g} s",
+                " and ".join(over),
+            )
+        console.print(table)
+
+
+def _show_terms(console: Console, terms: dict[str, int], whole_bytes: int) -> None:
+    table = _table("predicted peak", "term", "size", "")
+    for term, size in sorted(terms.items(), key=lambda item: -item[1]):
+        _add(table, term, format_size(size), "█" * round(BAR * size / whole_bytes))
+    console.print(table)
+
+
+def show_status(status: "Status") -> None:
+    """A fleet's round and its devices."""
+    console, fleet = Console(), status.round.fleet
+    state = (
+        "finished"
+        if status.round.state == "finished"
+        else f"round {status.round.round} of {fleet.rounds} is open"
+    )
+    console.print(
+        f"fleet [bold]{escape(status.fleet)}[/], method {fleet.method.name}: {state}",
+        highlight=False,
+    )
+    columns = (
+        "device",
+        "is",
+        "round",
+        "model",
+        "peak / budget",
+        "up / down",
+        "held-out loss (exact)",
+    )
+    table = _table("", *columns)
+    for device in status.devices:
+        report = device.report
+        if report is None:
+            _add(table, device.id, device.presence)
+            continue
+        result = report.result
+        peak = (
+            f"{_mib(result.measured_peak_bytes) if result else '-'} / {_mib(report.budget_bytes)}"
+        )
+        scores = result.evaluation.items() if result else ()
+        _add(
+            table,
+            device.id,
+            device.presence,
+            f"{report.round}, {report.state}",
+            f"{report.plan.depth} layers, {report.plan.weights}" if report.plan else "-",
+            peak,
+            f"{format_size(report.bytes_up)} / {format_size(report.bytes_down)}",
+            report.reason
+            or ", ".join(
+                f"{name} {_loss(score.loss)} ({score.accuracy:.0%})" for name, score in scores
+            ),
+        )
+    console.print(table)
+
+
+def show_demo(outcome: "Outcome") -> None:
+    """The demo's tables: memory and bytes, then what was learned."""
+    console = Console()
+    memory = _table(
+        f"{outcome.rounds_closed} of {outcome.rounds} rounds with {outcome.method} in {outcome.seconds:.0f} s; "
+        f"base model {outcome.devices[0].model.partition('@')[0]}",
+        *("device", "model", "predicted / measured / budget", "sent", "received"),
+    )
+    learned = _table(
+        "held-out rows: loss and exact matches, before -> after",
+        *("device", "own loss", "own exact", "others' loss", "others' exact"),
+    )
+    for device in outcome.devices:
+        _add(
+            memory,
+            device.id,
+            f"{device.depth} layers, {device.weights}",
+            " / ".join(
+                f"{size / MIB:.0f}"
+                for size in (
+                    device.predicted_peak_bytes,
+                    device.measured_peak_bytes,
+                    device.budget_bytes,
+                )
+            )
+            + " MiB",
+            format_size(device.bytes_up),
+            format_size(device.bytes_down),
+        )
+        _add(
+            learned,
+            device.id,
+            f"{_loss(device.loss_before, 2)} -> {_loss(device.loss_after)}",
+            f"{device.accuracy_before:.0%} -> {device.accuracy_after:.0%}",
+            f"{_loss(device.others_loss_before, 2)} -> {_loss(device.others_loss_after)}",
+            f"{device.others_accuracy_before:.0%} -> {device.others_accuracy_after:.0%}",
+        )
+    console.print(memory)
+    console.print(learned)
+
+
+def _loss(value: float | None, places: int = 3) -> str:
+    return "not finite" if value is None else f"{value:.{places}f}"
+
+
+def _add(table: Table, *cells: str) -> None:
+    """A row of text as it is: what devices say may hold brackets."""
+    table.add_row(*map(Text, cells))
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:.0f} MiB"
+
+
+def _shown(key: str, value: object) -> str:
+    if key.endswith("_bytes") and isinstance(value, int):
+        return format_size(value)
+    return "-" if value is None else str(value)

@@ -1,0 +1,128 @@
+"""Runs the processes that may import torch on behalf of those that must not: preparing a model, measuring the device.
+
+What they print is read here; where they fail, their last line is the reason.
+"""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import msgspec
+from edge_broker import files
+
+from edge_runtime.errors import EdgeError, InputError
+from edge_runtime.models.facts import Facts
+from edge_runtime.planning.time import Rates
+
+PREPARE_TIMEOUT_S = 3600.0  # a hub download may be gigabytes
+MEASURE_TIMEOUT_S = 120.0
+NOT_INSTALLED = (
+    "this needs the trainer's packages, which are not installed: pip install 'edge-runtime[agent]'"
+)
+TRAINER_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "8000000",  # larger pieces go straight back to the system when freed; each costs page faults
+    "MALLOC_TRIM_THRESHOLD_": "64000000",  # else the heap's end goes back with what was there: a fifth of a step
+    # One heap for all threads: with several, peaks differ by 50 MiB from run to run. And before 2.38 glibc keeps what aligned
+    # blocks leave over in the two caches, and no block fits where it was before.
+    "GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",  # else each new shape's kernel stays, some 50 MiB after ten steps
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def cache_folder() -> Path:
+    """Where prepared models and what was measured of the device are kept: $EDGE_RUNTIME_CACHE, else under the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "edge-runtime"
+    return Path(os.environ.get("EDGE_RUNTIME_CACHE", default))
+
+
+def prepared(source: str, models: Path, *, random_weights: bool = False) -> Facts:
+    """The facts of a catalog's source, after it was found or fetched; raises InputError with the process's reason.
+
+    random_weights: as `edge_runtime.models.prepare` has it.
+    """
+    cache = cache_folder() / "models"
+    command = ["edge_runtime.models.prepare", "--models", str(models), "--cache", str(cache)]
+    command += ["--random-weights"] if random_weights else []
+    return msgspec.json.decode(
+        _output([*command, "--", source], PREPARE_TIMEOUT_S, InputError), type=Facts
+    )
+
+
+def runtime_bytes() -> int:
+    """The runtime baseline of this device: three seconds once, and again when a package was installed or removed."""
+    return int(_measured_once("baseline", ["edge_runtime.trainer", "--baseline"], EdgeError))
+
+
+def rates(device: str, threads: int = 0) -> Rates:
+    """What this device does in a second: two seconds once, and again when a package was installed or removed.
+
+    device: "cpu" or "cuda". threads: of the trainer; 0 for torch's default. Raises InputError where torch cannot use the device.
+    """
+    written = _measured_once(
+        f"rates-{device}-{threads}",
+        ["edge_runtime.planning.probe", device, str(threads)],
+        InputError,
+    )
+    return msgspec.json.decode(written, type=Rates)
+
+
+def environment() -> dict[str, str]:
+    """What a trainer process runs with."""
+    return {**os.environ, **TRAINER_ENVIRONMENT}
+
+
+def trainer_installed() -> bool:
+    """Whether the packages of a trainer process are there; a node does without them."""
+    return find_spec("torch") is not None and find_spec("transformers") is not None
+
+
+def study_installed() -> bool:
+    """Whether the packages of a study are there."""
+    return (
+        trainer_installed()
+        and find_spec("matplotlib") is not None
+        and find_spec("scipy") is not None
+    )
+
+
+def _measured_once(name: str, module: list[str], error: type[EdgeError]) -> bytes:
+    """What the module prints, from the cache where these packages have printed it before."""
+    if not trainer_installed():
+        raise InputError(NOT_INSTALLED)
+    installed = Path(sysconfig.get_path("purelib")).stat().st_mtime_ns
+    kept = cache_folder() / f"{name}-{version('torch')}-{version('transformers')}-{installed:x}"
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        measured = _output(module, MEASURE_TIMEOUT_S, error)
+        fresh = kept.with_suffix(f".{os.getpid()}")
+        fresh.write_bytes(measured)
+        files.put(fresh, kept)
+    return kept.read_bytes()
+
+
+def _output(module: list[str], timeout_s: float, error: type[EdgeError]) -> bytes:
+    if not trainer_installed():
+        raise InputError(NOT_INSTALLED)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", *module],
+            capture_output=True,
+            timeout=timeout_s,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired as late:
+        raise error(f"{module[0]} did not end within {timeout_s:.0f} s") from late
+    if done.returncode != 0:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or [
+            f"exit code {done.returncode}"
+        ]
+        raise error(lines[-1])
+    return done.stdout

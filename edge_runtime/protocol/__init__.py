@@ -1,0 +1,1 @@
+"""What travels between devices and node, and what it is called: canonical keys, codec, round, report."""

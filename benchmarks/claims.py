@@ -73,9 +73,7 @@ def _bytes(facts: Facts) -> Table:
 
 def _memory(facts: Facts, steps: int) -> Table:
     title = f"Peak above the runtime's own, 1 x {TOKENS} tokens"
-    table = Table(
-        "", "peak", "seconds a step", "less than all", "than LoRA", "claimed", title=title
-    )
+    table = Table("", "peak", "seconds a step", "less than all", "than LoRA", "claimed", title=title)
     ours: dict[str, measure.Taken] = {}
     others: dict[str, measure.Taken] = {}
     for weights in FORMATS:
@@ -91,15 +89,9 @@ def _memory(facts: Facts, steps: int) -> Table:
                 }
     lora, every = (_above(one) for one in others.values())
     for name, one in {**ours, **others}.items():
-        less = (
-            [f"{1 - _above(one) / other:.1%}" for other in (every, lora)]
-            if name in ours
-            else ["", ""]
-        )
+        less = [f"{1 - _above(one) / other:.1%}" for other in (every, lora)] if name in ours else ["", ""]
         claimed = f"{LESS_MEMORY:.0%}" if name in ours else ""
-        table.add_row(
-            name, f"{_above(one) / MIB:.0f} MiB", f"{one.step_seconds:.1f}", *less, claimed
-        )
+        table.add_row(name, f"{_above(one) / MIB:.0f} MiB", f"{one.step_seconds:.1f}", *less, claimed)
     return table
 
 

@@ -45,9 +45,7 @@ def taken(facts: Facts, name: str, updates: int) -> Taken:
     """Merge one round in this process."""
     method = methods.by_name(name)
     adapter = settings.Adapter(rank=RANK)
-    fleet = settings.Fleet(
-        "bench", (settings.Model("m"),), method=settings.Method(name), adapter=adapter
-    )
+    fleet = settings.Fleet("bench", (settings.Model("m"),), method=settings.Method(name), adapter=adapter)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         files = [_draw(facts, name, seed, folder) for seed in range(DRAWN)]
@@ -82,9 +80,7 @@ def drawn(facts: Facts, name: str, seed: int) -> bytes:
     method, draw = methods.by_name(name), np.random.default_rng(seed)
     shapes = adapter_shapes(facts, tuple(range(facts.layers)), tuple(facts.linears), RANK, method)
     sent = {key: shape for key, shape in shapes.items() if method.exchanged(key)}
-    return codec.encode(
-        {key: draw.normal(0, 1e-3, shape).astype(np.float32) for key, shape in sent.items()}
-    )
+    return codec.encode({key: draw.normal(0, 1e-3, shape).astype(np.float32) for key, shape in sent.items()})
 
 
 def _update(path: Path, number: int) -> Update:
@@ -128,23 +124,13 @@ def main() -> None:
     for name, method in methods.METHODS.items():
         if not method.merges:
             continue
-        command = [
-            sys.executable,
-            "-m",
-            __spec__.name,
-            "--method",
-            name,
-            "--updates",
-            str(asked.updates),
-        ]
+        command = [sys.executable, "-m", __spec__.name, "--method", name, "--updates", str(asked.updates)]
         done = subprocess.run(
             command, input=msgspec.json.encode(facts), check=True, capture_output=True, timeout=600
         )
         one = msgspec.json.decode(done.stdout, type=Taken)
         megabytes = one.update_bytes / asked.updates / 1e6
-        table.add_row(
-            name, f"{megabytes:.2f}", f"{one.seconds:.1f}", f"{one.peak_bytes / MIB:.0f} MiB"
-        )
+        table.add_row(name, f"{megabytes:.2f}", f"{one.seconds:.1f}", f"{one.peak_bytes / MIB:.0f} MiB")
     Console(width=100).print(table)
 
 

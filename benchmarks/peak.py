@@ -33,8 +33,7 @@ def main() -> None:
     console = Console(width=100)
     title = f"runtime baseline {processes.runtime_bytes() / MIB:.0f} MiB, {steps} steps"
     table = Table(
-        *("model", "rows x tokens", "weights", "rank", "predicted", "measured", "ratio"),
-        title=title,
+        *("model", "rows x tokens", "weights", "rank", "predicted", "measured", "ratio"), title=title
     )
     ratios = []
     for (source, rows, lengths), weights, rank in product(
@@ -56,9 +55,7 @@ def main() -> None:
             predicted, measured = done.predicted_peak_bytes, done.measured_peak_bytes
             ratios.append(predicted / measured)
             sizes = (f"{predicted / MIB:.0f} MiB", f"{measured / MIB:.0f} MiB", f"{ratios[-1]:.3f}")
-            table.add_row(
-                source.name.partition(".")[0], f"{rows} x {tokens}", weights, str(rank), *sizes
-            )
+            table.add_row(source.name.partition(".")[0], f"{rows} x {tokens}", weights, str(rank), *sizes)
     console.print(table)
     console.print(
         f"{len(ratios)} settings, predicted / measured: {min(ratios):.3f} to {max(ratios):.3f}, "

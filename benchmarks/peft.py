@@ -53,9 +53,7 @@ def trainer(
     )
     adapted = (model.requires_grad_(True) if full else get_peft_model(model, config)).train()
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(
-        trained, lr=training.learning_rate, weight_decay=training.weight_decay
-    )
+    optimiser = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
 
     def run(rows: list[Example]) -> float:
         ids, labels = step.pad(rows, torch.device(device))
@@ -80,13 +78,7 @@ def main() -> None:
         examples = data.tokenize(data.read_rows(Path(job.data)), tokenizer, job.plan.tokens)
         full = "--full" in sys.argv[2:]
         run = trainer(
-            job.facts,
-            job.plan.depth,
-            job.plan.weights,
-            job.adapter,
-            job.training,
-            job.device,
-            full=full,
+            job.facts, job.plan.depth, job.plan.weights, job.adapter, job.training, job.device, full=full
         )
     rows, losses, seconds = data.epochs(examples, f"{job.seed}/{job.round}"), [], []
     with meter.phase("train"):

@@ -40,13 +40,7 @@ def measure(kind: str, size: str, devices: int, rounds: int) -> list[float]:
         (folder / "fleet.toml").write_text(FLEET.format(rounds=rounds, devices=devices))
         with start_broker(port=0, state_dir=folder / "broker", kind=kind) as broker:
             node = _start(
-                *(
-                    "aggregator",
-                    "--fleet",
-                    str(folder / "fleet.toml"),
-                    "--state",
-                    str(folder / "node"),
-                ),
+                *("aggregator", "--fleet", str(folder / "fleet.toml"), "--state", str(folder / "node")),
                 *("--broker", broker.url, "--until-finished", "--noop", "--json"),
             )
             agents = [
@@ -62,14 +56,7 @@ def measure(kind: str, size: str, devices: int, rounds: int) -> list[float]:
                         "--noop",
                         size,
                     ),
-                    *(
-                        "--data",
-                        "none",
-                        "--state",
-                        str(folder / f"device-{i}"),
-                        "--until-finished",
-                        "--json",
-                    ),
+                    *("--data", "none", "--state", str(folder / f"device-{i}"), "--until-finished", "--json"),
                 )
                 for i in range(devices)
             ]
@@ -82,9 +69,7 @@ def measure(kind: str, size: str, devices: int, rounds: int) -> list[float]:
 
 
 def _start(*arguments: str) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "edge_runtime.cli", *arguments], stdout=subprocess.PIPE
-    )
+    return subprocess.Popen([sys.executable, "-m", "edge_runtime.cli", *arguments], stdout=subprocess.PIPE)
 
 
 def _intervals(node: "subprocess.Popen[bytes]") -> list[float]:
@@ -105,9 +90,7 @@ def main() -> None:
     options = parser.parse_args()
     kinds = (["mosquitto"] if find_mosquitto() else []) + ["embedded"]
     write = sys.stdout.write
-    write(
-        f"{options.devices} devices, {options.size} each way a device and round, {platform.platform()}\n"
-    )
+    write(f"{options.devices} devices, {options.size} each way a device and round, {platform.platform()}\n")
     for kind in kinds:
         seconds = measure(kind, options.size, options.devices, options.rounds)
         low, *_, high = statistics.quantiles(seconds, n=5)

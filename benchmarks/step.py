@@ -41,9 +41,7 @@ def rows_of(facts: Facts) -> list[Example]:
     return [Example(row, row) for row in ids.tolist()]
 
 
-def measured(
-    facts: Facts, examples: list[Example], format: settings.Weights
-) -> dict[str, list[float]]:
+def measured(facts: Facts, examples: list[Example], format: settings.Weights) -> dict[str, list[float]]:
     """Seconds of each warm step: ours in one round of training, and between two of its steps one of PEFT's."""
     peft = trainer(facts, facts.layers, "bfloat16", SPEC, TRAINING, "cpu")
     model = weights.load(facts, facts.layers, format)
@@ -91,9 +89,7 @@ def main() -> None:
     theirs = statistics.median(seconds["PEFT"])
     for name, taken in seconds.items():
         median, fifths = statistics.median(taken), statistics.quantiles(taken, n=5)
-        table.add_row(
-            name, f"{median:.2f}", f"{fifths[0]:.2f} to {fifths[-1]:.2f}", f"{median / theirs:.2f}"
-        )
+        table.add_row(name, f"{median:.2f}", f"{fifths[0]:.2f} to {fifths[-1]:.2f}", f"{median / theirs:.2f}")
     Console(width=100).print(table)
 
 

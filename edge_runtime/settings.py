@@ -173,9 +173,7 @@ def load(path: Path) -> Fleet:
     if fleet.codistill is None:
         return fleet
     anchors = str(path.parent / fleet.codistill.anchors)  # from the fleet file's folder
-    return msgspec.structs.replace(
-        fleet, codistill=msgspec.structs.replace(fleet.codistill, anchors=anchors)
-    )
+    return msgspec.structs.replace(fleet, codistill=msgspec.structs.replace(fleet.codistill, anchors=anchors))
 
 
 def parse(tables: dict[str, Any]) -> Fleet:
@@ -184,9 +182,7 @@ def parse(tables: dict[str, Any]) -> Fleet:
     head = fields.pop("fleet", {})
     for name in ("fleet", "method", "adapter", "training", "head", "codistill"):
         if not isinstance(tables.get(name, {}), dict):
-            raise InputError(
-                f"`{name}` is a table: write [{name}] on a line of its own and its keys below"
-            )
+            raise InputError(f"`{name}` is a table: write [{name}] on a line of its own and its keys below")
     allowed = {"fleet", "catalog", "method", "adapter", "training", "head", "codistill"}
     own = set(Fleet.__struct_fields__) - allowed
     refuse_unknown(fields, allowed, "")
@@ -220,11 +216,7 @@ def refuse_unknown(table: Any, allowed: set[str], where: str) -> None:
     for key in table if isinstance(table, dict) else ():
         if key not in allowed:
             near = difflib.get_close_matches(key, allowed, 1)
-            hint = (
-                f"; did you mean `{near[0]}`?"
-                if near
-                else f"; known keys: {', '.join(sorted(allowed))}"
-            )
+            hint = f"; did you mean `{near[0]}`?" if near else f"; known keys: {', '.join(sorted(allowed))}"
             raise InputError(f"{where}has no key `{key}`{hint}".lstrip())
 
 
@@ -315,14 +307,10 @@ def _check(fleet: Fleet) -> None:
                     f"2 to {most}, as rows are cut to {most + 8}",
                 )
             )
-        rules.append(
-            ("[codistill] temperature", temperature, 0.05 <= temperature <= 20, "0.05 to 20")
-        )
+        rules.append(("[codistill] temperature", temperature, 0.05 <= temperature <= 20, "0.05 to 20"))
     for model in fleet.catalog:
         depth = model.depth if model.depth is not None else 1
-        rules.append(
-            (f"[[catalog]] depth of {model.source}", depth, depth >= 1, "1 or more layers")
-        )
+        rules.append((f"[[catalog]] depth of {model.source}", depth, depth >= 1, "1 or more layers"))
         rules.append(
             (
                 f"[[catalog]] weights of {model.source}",

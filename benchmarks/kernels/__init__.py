@@ -41,20 +41,12 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "bitsandb
     type=click.Path(path_type=Path, dir_okay=False, writable=True),
     help=f"Where to write; default: {FOLDER}/MACHINE.json.",
 )
+@click.option("--quick", is_flag=True, help="A small model's shape alone, at three numbers of tokens.")
 @click.option(
-    "--quick", is_flag=True, help="A small model's shape alone, at three numbers of tokens."
+    "--only", type=click.Choice(list(OPERATORS)), multiple=True, help="This operator; may be given again."
 )
 @click.option(
-    "--only",
-    type=click.Choice(list(OPERATORS)),
-    multiple=True,
-    help="This operator; may be given again.",
-)
-@click.option(
-    "--device",
-    "kind",
-    type=click.Choice(["cpu", "cuda"]),
-    help="Default: the GPU where there is one.",
+    "--device", "kind", type=click.Choice(["cpu", "cuda"]), help="Default: the GPU where there is one."
 )
 def bench(file: Path | None, quick: bool, only: tuple[str, ...], kind: str | None) -> None:
     """Measure the operators beside plain torch, torch.compile, PEFT, Liger and bitsandbytes.
@@ -69,11 +61,7 @@ def bench(file: Path | None, quick: bool, only: tuple[str, ...], kind: str | Non
     device = torch.device(kind or ("cuda" if torch.cuda.is_available() else "cpu"))
     every = device.type == "cuda"
     shapes, tokens = (
-        ([SMALL], QUICK_TOKENS)
-        if quick
-        else (SHAPES, TOKENS)
-        if every
-        else (CPU_SHAPES, CPU_TOKENS)
+        ([SMALL], QUICK_TOKENS) if quick else (SHAPES, TOKENS) if every else (CPU_SHAPES, CPU_TOKENS)
     )
     console = Console()
     console = console if console.is_terminal else Console(width=200)
@@ -81,9 +69,7 @@ def bench(file: Path | None, quick: bool, only: tuple[str, ...], kind: str | Non
     machine = measure.rates(device)
     report["rates"] = asdict(machine)
     file = (
-        file
-        or FOLDER
-        / f"{'-'.join([slug(report['machine']), *['quick'] * quick, *map(slug, only)])}.json"
+        file or FOLDER / f"{'-'.join([slug(report['machine']), *['quick'] * quick, *map(slug, only)])}.json"
     )
     console.print(*heading(report), sep="\n")
     if not quick and not every:
@@ -156,11 +142,7 @@ def _version(package: str) -> str | None:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    found = (
-        re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
-        if info.exists()
-        else None
-    )
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
     return found[1] if found else platform.processor() or platform.machine()
 
 
@@ -175,25 +157,18 @@ def heading(report: dict[str, Any]) -> list[str]:
     missing = [name for name, version in versions.items() if version is None]
     noise, load = rate["peak_noise_bytes"], report["load"]
     return [
-        f"{report['machine']}, {report['date']}"
-        + (f", load {load:.1f} before" if load is not None else ""),
+        f"{report['machine']}, {report['date']}" + (f", load {load:.1f} before" if load is not None else ""),
         ", ".join(f"{name} {version}" for name, version in versions.items() if version)
         + (f"; not installed: {', '.join(missing)}" if missing else ""),
         f"copies {rate['bytes_per_s'] / 1e9:.1f} GB/s, multiplies {rate['flops_per_s'] / 1e12:.2f} TFLOP/s; "
-        + (
-            "peaks cannot be measured"
-            if noise is None
-            else f"peaks measured to {noise / 1024:.0f} KiB"
-        ),
+        + ("peaks cannot be measured" if noise is None else f"peaks measured to {noise / 1024:.0f} KiB"),
     ]
 
 
 def write(file: Path, report: dict[str, Any], results: list[Result]) -> None:
     """The report with its cases as JSON, and the picture beside it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(
-        json.dumps({**report, "cases": [asdict(result) for result in results]}, indent=1) + "\n"
-    )
+    file.write_text(json.dumps({**report, "cases": [asdict(result) for result in results]}, indent=1) + "\n")
     file.with_suffix(".svg").write_text(picture(results, heading(report)))
 
 
@@ -216,10 +191,7 @@ def table(operator: str, results: list[Result]) -> Table:
     for result in results:
         ours = result.variants.get(OURS)
         rivals = {name: it for name, it in result.variants.items() if not name.startswith(OURS)}
-        times = [
-            short(result.variants[name].median_s) if name in result.variants else "-"
-            for name in names
-        ]
+        times = [short(result.variants[name].median_s) if name in result.variants else "-" for name in names]
         ratio = f"{max(result.ours_to[name] for name in rivals):.2f}" if ours and rivals else "-"
         floor = f"{ours.to_slower_floor:.2f}" if ours else "-"
         memory = [_mib([ours] if ours else []), _mib(list(rivals.values()))]
@@ -238,11 +210,7 @@ def short(seconds: float) -> str:
     """Three digits with a unit."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
-            return (
-                f"{seconds / size:.3g} {unit}"
-                if seconds / size < 1000
-                else f"{seconds / size:.0f} {unit}"
-            )
+            return f"{seconds / size:.3g} {unit}" if seconds / size < 1000 else f"{seconds / size:.0f} {unit}"
     return f"{seconds / 1e-6:.3g} µs"
 
 
@@ -277,13 +245,9 @@ def picture(results: list[Result], lines: list[str]) -> str:
         lines: what to say above it.
     """
     found = [result for result in results if result.tokens and result.variants]
-    panels = [
-        list(group) for _, group in groupby(found, lambda result: (result.operator, result.kind))
-    ]
+    panels = [list(group) for _, group in groupby(found, lambda result: (result.operator, result.kind))]
     panels = [[result for result in panel if result.shape == panel[-1].shape] for panel in panels]
-    names = list(
-        dict.fromkeys(name for panel in panels for result in panel for name in result.variants)
-    )
+    names = list(dict.fromkeys(name for panel in panels for result in panel for name in result.variants))
     strokes = {
         name: f'stroke="{COLOURS[number % len(COLOURS)]}"{DASHES[number // len(COLOURS) % len(DASHES)]}'
         for number, name in enumerate(names)
@@ -294,8 +258,7 @@ def picture(results: list[Result], lines: list[str]) -> str:
     for number, (name, stroke) in enumerate(strokes.items()):
         x, y = 10 + 195 * (number % 6), head + 18 * (number // 6)
         body.append(
-            f'<path d="M{x} {y}h20" {stroke} stroke-width="2"/>'
-            + _text(x + 25, y + 4, name, "start")
+            f'<path d="M{x} {y}h20" {stroke} stroke-width="2"/>' + _text(x + 25, y + 4, name, "start")
         )
     head += 18 * (1 + (len(strokes) - 1) // 6)
     for number, panel in enumerate(panels):
@@ -305,37 +268,22 @@ def picture(results: list[Result], lines: list[str]) -> str:
     start = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     style = 'font-family="sans-serif" font-size="11" fill="none"'
     return "\n".join(
-        [
-            f"{start} {style}>",
-            f'<rect width="{width}" height="{height}" fill="white"/>',
-            *body,
-            "</svg>\n",
-        ]
+        [f"{start} {style}>", f'<rect width="{width}" height="{height}" fill="white"/>', *body, "</svg>\n"]
     )
 
 
 def _panel(panel: list[Result], strokes: dict[str, str]) -> str:
     """One case's lines in a box with its axes; strokes: how each variant's line, and the floor's, is drawn."""
     lines = {
-        name: [
-            (result.tokens, result.variants[name].median_s)
-            for result in panel
-            if name in result.variants
-        ]
+        name: [(result.tokens, result.variants[name].median_s) for result in panel if name in result.variants]
         for name in strokes
     }
-    lines["floor"] = [
-        (result.tokens, max(result.floor_bytes_s, result.floor_flops_s)) for result in panel
-    ]
-    tokens, seconds = (
-        [point[axis] for line in lines.values() for point in line] for axis in (0, 1)
-    )
+    lines["floor"] = [(result.tokens, max(result.floor_bytes_s, result.floor_flops_s)) for result in panel]
+    tokens, seconds = ([point[axis] for line in lines.values() for point in line] for axis in (0, 1))
     across, up = _axis(tokens, INNER[0]), _axis(seconds, INNER[1])
     bottom = TOP + INNER[1]
     body = [_text(8, TOP - 8, " ".join(label(panel[0])[:-1]), "start", bold=True)]
-    body.append(
-        f'<rect x="{LEFT}" y="{TOP}" width="{INNER[0]}" height="{INNER[1]}" stroke="#333"/>'
-    )
+    body.append(f'<rect x="{LEFT}" y="{TOP}" width="{INNER[0]}" height="{INNER[1]}" stroke="#333"/>')
     body += [_text(LEFT + across(count), bottom + 14, str(count)) for count in sorted(set(tokens))]
     body.append(_text(LEFT + INNER[0] / 2, bottom + 27, "tokens"))
     for tick in _ticks(min(seconds), max(seconds)):
@@ -345,12 +293,8 @@ def _panel(panel: list[Result], strokes: dict[str, str]) -> str:
             + _text(LEFT - 4, y + 4, short(tick), "end")
         )
     for name, points in lines.items():
-        path = " ".join(
-            f"{LEFT + across(count):.1f},{bottom - up(second):.1f}" for count, second in points
-        )
-        body.append(
-            f'<polyline points="{path}" {strokes[name]} stroke-width="1.5"/>' if path else ""
-        )
+        path = " ".join(f"{LEFT + across(count):.1f},{bottom - up(second):.1f}" for count, second in points)
+        body.append(f'<polyline points="{path}" {strokes[name]} stroke-width="1.5"/>' if path else "")
     return "\n".join(body)
 
 
@@ -364,14 +308,10 @@ def _axis(values: list[float], length: int) -> Any:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Powers of ten in a range; with less than two of them, 2 and 5 times them, too."""
-    powers = [
-        10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ]
+    powers = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     inside = [power for power in powers if low <= power <= high]
     if len(inside) < 2:
-        inside = [
-            power * part for power in powers for part in (1, 2, 5) if low <= power * part <= high
-        ]
+        inside = [power * part for power in powers for part in (1, 2, 5) if low <= power * part <= high]
     return inside
 
 

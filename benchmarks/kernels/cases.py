@@ -60,17 +60,8 @@ class Shape(NamedTuple):
     def linears(self) -> list[tuple[int, int]]:
         """(out, in) of the seven linears of a layer."""
         queries, keys = self.heads * self.width, self.kv_heads * self.width
-        attention = [
-            (queries, self.hidden),
-            (keys, self.hidden),
-            (keys, self.hidden),
-            (self.hidden, queries),
-        ]
-        return [
-            *attention,
-            *2 * [(self.intermediate, self.hidden)],
-            (self.hidden, self.intermediate),
-        ]
+        attention = [(queries, self.hidden), (keys, self.hidden), (keys, self.hidden), (self.hidden, queries)]
+        return [*attention, *2 * [(self.intermediate, self.hidden)], (self.hidden, self.intermediate)]
 
 
 SMALL = Shape("SmolLM2-135M", 576, 1536, 9, 3, 64, 49152, 30)
@@ -109,9 +100,7 @@ class Case:
     prepare: Callable[[torch.device], Variants]
 
 
-def select(
-    shapes: list[Shape], tokens: list[int], operators: Iterable[str] | None = None
-) -> Iterator[Case]:
+def select(shapes: list[Shape], tokens: list[int], operators: Iterable[str] | None = None) -> Iterator[Case]:
     """All cases of some operators, of all if None; in this order: operator, kind, shape, tokens."""
     for operator in OPERATORS if operators is None else operators:
         kinds, make = OPERATORS[operator]
@@ -152,9 +141,7 @@ def _adapter_linear(shape: Shape, tokens: int, kind: str) -> Made:
                 if layer is not None:
                     taught = [p for p in layer.parameters() if p.requires_grad]
                     held = [weight, *taught]
-                    found[name + base] = _both_ways(
-                        lambda x, *_, it=layer: it(x), [x, *taught], [dy], held
-                    )
+                    found[name + base] = _both_ways(lambda x, *_, it=layer: it(x), [x, *taught], [dy], held)
         return found
 
     return *_linear_cost(tokens, out, into, _weight_bytes(out, into, kind), RANK), prepare
@@ -173,9 +160,7 @@ def _packed_linear(shape: Shape, tokens: int, kind: str) -> Made:
         both = partial(_both_ways, leaves=[x], grads=[dy], held=[weight])
         found = {OURS: both(lambda x: packed_linear(x, weight))}
         found |= {name: both(product) for name, product in _products(weight).items()}
-        return found | {
-            base.strip(", "): both(frozen) for base, frozen in _frozen(weight, device).items()
-        }
+        return found | {base.strip(", "): both(frozen) for base, frozen in _frozen(weight, device).items()}
 
     return *_linear_cost(tokens, out, into, _weight_bytes(out, into, kind), rank=0), prepare
 
@@ -185,9 +170,7 @@ def _linear_cost(
 ) -> tuple[int, int]:
     """Bytes and FLOPs of a linear: `forwards` times y, and a backward pass."""
     once = SIZE * tokens * (into + out) + weight_bytes + 4 * rank * (into + out)  # x, y, W, A and B
-    back = (
-        SIZE * tokens * (into + out) + weight_bytes + 4 * rank * (into + out)
-    )  # dy, dx, W, A and B
+    back = SIZE * tokens * (into + out) + weight_bytes + 4 * rank * (into + out)  # dy, dx, W, A and B
     back += (SIZE * tokens * into + 4 * rank * (into + out)) if rank else 0  # x, dA and dB
     dense, low = 2 * tokens * out * into, 2 * tokens * rank * (into + out)
     return forwards * once + back, forwards * (dense + low) + dense + 2 * low
@@ -198,10 +181,7 @@ def _products(weight: torch.Tensor | Packed) -> dict[str, Callable[[torch.Tensor
     if isinstance(weight, torch.Tensor):
         return {"torch": lambda x: linear(x, weight)}
     read = _expansion(weight)
-    found = {
-        "expand": lambda x: _Expanding.apply(x, read),
-        "expand, kept": lambda x: linear(x, read()),
-    }
+    found = {"expand": lambda x: _Expanding.apply(x, read), "expand, kept": lambda x: linear(x, read())}
     if weight.quants.is_cuda:
         fused = torch.compile(read, dynamic=False)
         found["expand, compiled"] = lambda x: _Expanding.apply(x, fused)
@@ -240,14 +220,10 @@ def _whole(packed: Packed) -> Callable[[], torch.Tensor]:
         if packed.format == "nf4":
             assert packed.groups is not None and packed.offset is not None
             scales = levels[packed.scales.flatten().int()]
-            scales = (
-                scales * packed.groups.repeat_interleave(quant.GROUP)[: len(scales)] + packed.offset
-            )
+            scales = scales * packed.groups.repeat_interleave(quant.GROUP)[: len(scales)] + packed.offset
             matrix = values[quants.int()] * scales.view(-1, blocks, 1)
         else:
-            matrix = (quants.float() - (8 if packed.format == "q4_0" else 0)) * packed.scales[
-                ..., None
-            ]
+            matrix = (quants.float() - (8 if packed.format == "q4_0" else 0)) * packed.scales[..., None]
             matrix = matrix if packed.mins is None else matrix + packed.mins[..., None]
         return matrix.flatten(1)[:, : packed.shape[1]].to(DTYPE)
 
@@ -262,9 +238,7 @@ def _frozen(weight: torch.Tensor | Packed, device: torch.device) -> dict[str, nn
     if weight.format != "nf4" or bitsandbytes is None or device.type != "cuda":
         return {}
     out, into = weight.shape
-    module = bitsandbytes.nn.Linear4bit(
-        into, out, bias=False, compute_dtype=DTYPE, quant_type="nf4"
-    )
+    module = bitsandbytes.nn.Linear4bit(into, out, bias=False, compute_dtype=DTYPE, quant_type="nf4")
     dense = _expansion(weight)().cpu()
     module.weight = bitsandbytes.nn.Params4bit(
         dense, requires_grad=False, quant_type="nf4", compress_statistics=True
@@ -328,9 +302,7 @@ def _linear_cross_entropy(shape: Shape, tokens: int, kind: str) -> Made:
             )
         return found
 
-    moved = (
-        _weight_bytes(vocabulary, width, kind) + 2 * SIZE * tokens * width + 8 * tokens
-    )  # h, dh, labels
+    moved = _weight_bytes(vocabulary, width, kind) + 2 * SIZE * tokens * width + 8 * tokens  # h, dh, labels
     return moved, 4 * tokens * vocabulary * width, prepare
 
 
@@ -347,9 +319,7 @@ def _rms_norm(shape: Shape, tokens: int, kind: str) -> Made:
 
         def written_out(x: torch.Tensor) -> torch.Tensor:  # as transformers has it
             x32 = x.float()
-            return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + 1e-6)).to(
-                x.dtype
-            )
+            return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
         found = {
             OURS: both(lambda x: rms_norm(x, weight, 1e-6)),
@@ -403,10 +373,7 @@ def _gated_activation(shape: Shape, tokens: int, kind: str) -> Made:
         def plain(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
             return silu(gate) * up
 
-        found = {
-            OURS: both(lambda gate, up: gated_activation(gate, up, "silu")),
-            "torch": both(plain),
-        }
+        found = {OURS: both(lambda gate, up: gated_activation(gate, up, "silu")), "torch": both(plain)}
         found |= _compiled(device, both, plain)
         if (liger := _liger(device)) is not None:
             found["Liger"] = _overwriting(liger.liger_swiglu, [gate, up], [dy])
@@ -427,17 +394,13 @@ def _rotary(shape: Shape, tokens: int, kind: str) -> Made:
         cos, sin = _positions(device, tokens, shape.width)
         both = partial(_both_ways, leaves=[q, k], grads=grads)
 
-        def plain(
-            q: torch.Tensor, k: torch.Tensor
-        ) -> tuple[torch.Tensor, ...]:  # as transformers has it
+        def plain(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:  # as transformers has it
             return tuple(x * cos[:, None] + _half_turned(x) * sin[:, None] for x in (q, k))
 
         found = {OURS: both(lambda q, k: rotary(q, k, cos, sin)), "torch": both(plain)}
         found |= _compiled(device, both, plain)
         if (liger := _liger(device)) is not None:
-            found["Liger"] = _overwriting(
-                lambda q, k: liger.liger_rope(q, k, cos, sin), [q, k], grads
-            )
+            found["Liger"] = _overwriting(lambda q, k: liger.liger_rope(q, k, cos, sin), [q, k], grads)
         return found
 
     return (
@@ -463,9 +426,7 @@ def _attention(shape: Shape, tokens: int, kind: str) -> Made:
         both = partial(_both_ways, leaves=[q, k, v], grads=[torch.randn_like(q)])
 
         def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scale, enable_gqa=True
-            )
+            return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 
         return {OURS: both(lambda q, k, v: attention(q, k, v, scale)), "torch": both(plain)}
 
@@ -478,9 +439,7 @@ def _attention(shape: Shape, tokens: int, kind: str) -> Made:
 
 
 def _adamw8bit(shape: Shape, tokens: int, kind: str) -> Made:
-    sizes = shape.layers * [
-        size for out, into in shape.linears for size in ((RANK, into), (out, RANK))
-    ]
+    sizes = shape.layers * [size for out, into in shape.linears for size in ((RANK, into), (out, RANK))]
     values = sum(rows * columns for rows, columns in sizes)
 
     def prepare(device: torch.device) -> Variants:
@@ -581,14 +540,10 @@ def _decoder_layer(shape: Shape, tokens: int, kind: str) -> Made:
             layer = llama.LlamaDecoderLayer(config, 0).to(DTYPE).requires_grad_(False)
         x, dy = _leaf(device, 1, tokens, shape.hidden), _draw(device, 1, tokens, shape.hidden)
         positions = _positions(device, tokens, shape.width)
-        factors = [
-            _factors(device, part.out_features, part.in_features) for part in _linears(layer)
-        ]
+        factors = [_factors(device, part.out_features, part.in_features) for part in _linears(layer)]
         weights = list(layer.parameters())
 
-        def variant(
-            module: nn.Module, checkpoint: Callable[..., Any], taught: list[torch.Tensor]
-        ) -> Variant:
+        def variant(module: nn.Module, checkpoint: Callable[..., Any], taught: list[torch.Tensor]) -> Variant:
             forward = lambda x, *_: checkpoint(module, x, position_embeddings=positions)  # noqa: E731
             return _both_ways(forward, [x, *taught], [dy], [*weights, *taught])
 
@@ -596,16 +551,12 @@ def _decoder_layer(shape: Shape, tokens: int, kind: str) -> Made:
         for part, (A, B) in zip(_linears(ours), factors, strict=True):
             part.forward = partial(_adapted, part.weight, A, B)
         apply(ours)
-        found = {
-            OURS: variant(ours, checkpoint_block, [factor for pair in factors for factor in pair])
-        }
+        found = {OURS: variant(ours, checkpoint_block, [factor for pair in factors for factor in pair])}
         for name, casts in {"PEFT": True, "PEFT, bf16 factors": False}.items():
             theirs = _peft(_twin(layer), factors, casts)
             if theirs is not None:
                 taught = [p for p in theirs.parameters() if p.requires_grad]
-                both = partial(
-                    variant, checkpoint=partial(checkpoint, use_reentrant=False), taught=taught
-                )
+                both = partial(variant, checkpoint=partial(checkpoint, use_reentrant=False), taught=taught)
                 found[name] = both(theirs)
                 found |= _compiled(device, both, theirs, name)
         return found
@@ -624,9 +575,7 @@ def _twin(layer: nn.Module) -> nn.Module:
     return copy.deepcopy(layer, {id(weight): weight for weight in layer.parameters()})
 
 
-def _adapted(
-    weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, x: torch.Tensor
-) -> torch.Tensor:
+def _adapted(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return adapter_linear(x, weight, A, None, B, SCALE)
 
 
@@ -679,10 +628,7 @@ def _overwriting(
     held: Iterable[torch.Tensor | Packed] = (),
 ) -> Variant:
     """As _both_ways, for one that writes to what it is given: it gets its own, made anew before each run."""
-    pairs = [
-        (part, part.detach().clone().requires_grad_(part.requires_grad))
-        for part in (*leaves, *grads)
-    ]
+    pairs = [(part, part.detach().clone().requires_grad_(part.requires_grad)) for part in (*leaves, *grads)]
 
     @torch.no_grad()
     def renew() -> None:
@@ -697,11 +643,7 @@ def _compiled(
     device: torch.device, both: Callable[[Any], Variant], form: Any, name: str = "torch"
 ) -> Variants:
     """The compiled form, where there is a GPU: on a CPU the compiler's memory would be most of what is measured."""
-    return (
-        {f"{name}, compiled": both(torch.compile(form, dynamic=False))}
-        if device.type == "cuda"
-        else {}
-    )
+    return {f"{name}, compiled": both(torch.compile(form, dynamic=False))} if device.type == "cuda" else {}
 
 
 def _draw(device: torch.device, *shape: int) -> torch.Tensor:
@@ -714,10 +656,7 @@ def _leaf(device: torch.device, *shape: int) -> torch.Tensor:
 
 def _factors(device: torch.device, out: int, into: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B in float32, whose product matters beside the frozen one, but does not drown it."""
-    A, B = (
-        torch.randn(RANK, into, device=device) / into**0.5,
-        torch.randn(out, RANK, device=device) / 8,
-    )
+    A, B = (torch.randn(RANK, into, device=device) / into**0.5, torch.randn(out, RANK, device=device) / 8)
     return A.requires_grad_(), B.requires_grad_()
 
 

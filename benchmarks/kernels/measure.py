@@ -97,12 +97,8 @@ class Result:
 
 def rates(device: torch.device) -> Rates:
     """Measure the machine."""
-    one, other = (
-        torch.zeros(COPIED_BYTES[device.type], dtype=torch.uint8, device=device) for _ in range(2)
-    )
-    left, right = (
-        torch.randn(2 * [PRODUCT[device.type]], device=device, dtype=DTYPE) for _ in range(2)
-    )
+    one, other = (torch.zeros(COPIED_BYTES[device.type], dtype=torch.uint8, device=device) for _ in range(2))
+    left, right = (torch.randn(2 * [PRODUCT[device.type]], device=device, dtype=DTYPE) for _ in range(2))
     copy = min(_seconds(device, lambda: other.copy_(one)) for _ in range(10))
     product = min(_seconds(device, lambda: left @ right) for _ in range(10))
     offs = [
@@ -110,9 +106,7 @@ def rates(device: torch.device) -> Rates:
         for peak in (_peak(device, _known(device)) for _ in range(6))
         if peak is not None
     ]
-    return Rates(
-        2 * one.nbytes / copy, 2 * PRODUCT[device.type] ** 3 / product, max(offs[1:], default=None)
-    )
+    return Rates(2 * one.nbytes / copy, 2 * PRODUCT[device.type] ** 3 / product, max(offs[1:], default=None))
 
 
 def _known(device: torch.device) -> Callable[[], object]:
@@ -145,10 +139,7 @@ def run(case: Case, device: torch.device, machine: Rates, budget_s: float | None
     seconds = _rounds(variants, device, BUDGET_S[device.type] if budget_s is None else budget_s)
     for name, taken in seconds.items():
         fifths, median = statistics.quantiles(taken, n=5), statistics.median(taken)
-        peaks = [
-            _peak(device, variants[name].run, variants[name].before)
-            for _ in range(PEAKS[device.type])
-        ]
+        peaks = [_peak(device, variants[name].run, variants[name].before) for _ in range(PEAKS[device.type])]
         known = [peak for peak in peaks if peak is not None]
         result.variants[name] = Measured(
             median,
@@ -209,9 +200,7 @@ def _in_words(error: Exception) -> str:
 # --- time
 
 
-def _rounds(
-    variants: dict[str, Variant], device: torch.device, budget_s: float
-) -> dict[str, list[float]]:
+def _rounds(variants: dict[str, Variant], device: torch.device, budget_s: float) -> dict[str, list[float]]:
     """Seconds of each variant's runs."""
     flush = torch.zeros(FLUSH_BYTES[device.type], dtype=torch.uint8, device=device)
     rounds: list[dict[str, float]] = []

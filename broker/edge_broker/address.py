@@ -46,9 +46,7 @@ class Address(msgspec.Struct, frozen=True):
         return context
 
 
-def parse(
-    url: str, *, ca: Path | None = None, cert: Path | None = None, key: Path | None = None
-) -> Address:
+def parse(url: str, *, ca: Path | None = None, cert: Path | None = None, key: Path | None = None) -> Address:
     """Read a broker's URL; files given as arguments win over those in the URL.
 
     Raises:
@@ -74,9 +72,7 @@ def parse(
     files = {name: Path(query[name]) if name in query else None for name in _FILES}
     files |= {name: path for name, path in (("ca", ca), ("cert", cert), ("key", key)) if path}
     if parts.scheme == "mqtt" and any(files.values()):
-        raise LinkError(
-            f"certificates are given for {parts.scheme}://{parts.hostname}; they need mqtts://"
-        )
+        raise LinkError(f"certificates are given for {parts.scheme}://{parts.hostname}; they need mqtts://")
     return Address(
         scheme=parts.scheme,
         host=parts.hostname,

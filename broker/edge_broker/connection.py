@@ -22,13 +22,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge_broker import messages, presence, topics
 from edge_broker.address import Address
-from edge_broker.errors import (
-    BrokerUnreachable,
-    LinkError,
-    Refused,
-    refused_connection,
-    unreachable,
-)
+from edge_broker.errors import BrokerUnreachable, LinkError, Refused, refused_connection, unreachable
 from edge_broker.events import Connected, Disconnected, Event
 from edge_broker.window import SLOTS, Ticket, Window, publish_size
 
@@ -70,9 +64,7 @@ class Connection:
         self._greet: bool | None = None  # session_present of a connection not greeted yet
         self._announce = False  # presence of a connection not said yet
         self._leaving = False
-        self._speaking = (
-            threading.Lock()
-        )  # nothing is said after offline; never taken in a callback
+        self._speaking = threading.Lock()  # nothing is said after offline; never taken in a callback
         self._subacks: dict[int, list[ReasonCode]] = {}
         self._restoring: dict[int, list[str]] = {}
         self.client = self._make_client(client_id)
@@ -97,9 +89,7 @@ class Connection:
         # A new process knows nothing of what the broker kept, and not every broker (rumqttd) sends the retained messages
         # again to a session that it still has.
         clean = self._clean_start or paho.MQTT_CLEAN_START_FIRST_ONLY
-        self.client.connect_async(
-            at.host, at.port, _KEEPALIVE_S, clean_start=clean, properties=properties
-        )
+        self.client.connect_async(at.host, at.port, _KEEPALIVE_S, clean_start=clean, properties=properties)
         before = self._opened_at = self.generation
         self._thread = threading.Thread(target=self._run, name="edge-broker", daemon=True)
         self._thread.start()
@@ -129,8 +119,7 @@ class Connection:
         """
         with self.changed:
             self.changed.wait_for(
-                lambda: condition() or self._stopping.is_set(),
-                max(0.0, deadline - time.monotonic()),
+                lambda: condition() or self._stopping.is_set(), max(0.0, deadline - time.monotonic())
             )
             if self._stopping.is_set():
                 raise LinkError(f"the session with {self.address} is closed")
@@ -149,13 +138,7 @@ class Connection:
         return self.generation
 
     def post(
-        self,
-        topic: str,
-        payload: bytes,
-        retain: bool,
-        expiry_s: int | None,
-        limit: int | None,
-        waited: bool,
+        self, topic: str, payload: bytes, retain: bool, expiry_s: int | None, limit: int | None, waited: bool
     ) -> Ticket | None:
         """Give a publish to paho if there is a connection and a slot, else return None.
 
@@ -205,9 +188,7 @@ class Connection:
             if self._leaving and state != "offline":
                 return None
             body = messages.encode(messages.Presence(state=state, epoch=self.epoch))
-            return self.post(
-                topics.presence(self.spec.fleet, self.spec.id), body, True, None, None, waited
-            )
+            return self.post(topics.presence(self.spec.fleet, self.spec.id), body, True, None, None, waited)
 
     # --- the thread
 
@@ -225,7 +206,9 @@ class Connection:
                 ValueError,
             ) as error:  # no connection; ValueError: a certificate for another host
                 self._broken(self._explain(error))
-            except Exception as error:  # paho lets errors of parsing through; they end the connection, not the session
+            except (
+                Exception
+            ) as error:  # paho lets errors of parsing through; they end the connection, not the session
                 log.exception("the connection to %s broke on an unexpected error", self.address)
                 self._broken(unreachable(self.address, repr(error)))
             if self.generation == self._opened_at:  # the first connect failed: open() says so
@@ -237,17 +220,13 @@ class Connection:
                 return
             failures = 0 if time.monotonic() - began > _SETTLED_S else failures + 1
             first, largest = _BACKOFF_S
-            self._stopping.wait(
-                random.uniform(0, min(largest, first * 2 ** min(max(failures - 1, 0), 10)))
-            )
+            self._stopping.wait(random.uniform(0, min(largest, first * 2 ** min(max(failures - 1, 0), 10))))
 
     def _renew_will(self) -> None:
         if self.spec:
             self.epoch = presence.next_epoch(self.epoch)
             will = messages.encode(messages.Presence(state="lost", epoch=self.epoch))
-            self.client.will_set(
-                topics.presence(self.spec.fleet, self.spec.id), will, qos=1, retain=True
-            )
+            self.client.will_set(topics.presence(self.spec.fleet, self.spec.id), will, qos=1, retain=True)
 
     def _between_packets(self) -> None:
         if self._greet is not None:
@@ -266,9 +245,7 @@ class Connection:
         return mid
 
     def _check_granted(self, filters: Any, codes: list[ReasonCode]) -> None:
-        bad = [
-            f"{one} ({code})" for one, code in zip(filters, codes, strict=False) if code.is_failure
-        ]
+        bad = [f"{one} ({code})" for one, code in zip(filters, codes, strict=False) if code.is_failure]
         if bad:
             raise Refused(
                 f"{self.address} refused to subscribe us to {', '.join(bad)}; check its access rules"
@@ -276,9 +253,7 @@ class Connection:
 
     def _explain(self, error: Exception) -> LinkError:
         if isinstance(error, ssl.SSLError):
-            return Refused(
-                f"TLS with {self.address} failed: {error}; check ca, cert, key and the host name"
-            )
+            return Refused(f"TLS with {self.address} failed: {error}; check ca, cert, key and the host name")
         return unreachable(self.address, str(error))
 
     def _broken(self, error: LinkError) -> None:
@@ -297,10 +272,7 @@ class Connection:
 
     def _make_client(self, client_id: str) -> paho.Client:
         client = paho.Client(
-            paho.CallbackAPIVersion.VERSION2,
-            client_id=client_id,
-            protocol=paho.MQTTv5,
-            manual_ack=True,
+            paho.CallbackAPIVersion.VERSION2, client_id=client_id, protocol=paho.MQTTv5, manual_ack=True
         )
         if tls := self.address.tls():
             client.tls_set_context(tls)
@@ -327,12 +299,8 @@ class Connection:
             self._failure = refused_connection(self.address, code.value, str(code))
             return
         slots = min(SLOTS, getattr(properties, "ReceiveMaximum", SLOTS))
-        packet_max = min(
-            self._packet_max, getattr(properties, "MaximumPacketSize", self._packet_max)
-        )
-        if self.window.outgrows(
-            slots, packet_max
-        ):  # resending it would only break this connection too
+        packet_max = min(self._packet_max, getattr(properties, "MaximumPacketSize", self._packet_max))
+        if self.window.outgrows(slots, packet_max):  # resending it would only break this connection too
             for message in client.drop_out_messages():
                 self.window.settle(message.mid, "the broker came back with smaller limits")
         with self.changed:
@@ -369,7 +337,5 @@ class Connection:
 
     def _on_message(self, client: paho.Client, userdata: Any, message: paho.MQTTMessage) -> None:
         with self.changed:
-            self.bytes_down += publish_size(
-                message._topic, len(message.payload), message.properties
-            )
+            self.bytes_down += publish_size(message._topic, len(message.payload), message.properties)
         self._put((self.generation, message))

@@ -40,6 +40,4 @@ def refused_connection(where: object, code: int, said: str) -> LinkError:
     """The sentence for a failing CONNACK (MQTT 5, section 3.2.2.2)."""
     if code in _PERHAPS_LATER:
         return unreachable(where, f"it said {said}")
-    return Refused(
-        f"{where} refused the connection: {said}; {_HINTS.get(code, 'its log may say why')}"
-    )
+    return Refused(f"{where} refused the connection: {said}; {_HINTS.get(code, 'its log may say why')}")

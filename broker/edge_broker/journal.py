@@ -102,23 +102,16 @@ class Journal:
 
     def open_transfers(self, limit: int = -1) -> list[Manifest]:
         """Transfers neither committed nor rejected, the latest first."""
-        query = (
-            "SELECT manifest FROM journal_transfer WHERE state = 'open' ORDER BY rowid DESC LIMIT ?"
-        )
-        return [
-            messages.decode(text, Manifest) for (text,) in self._database.execute(query, (limit,))
-        ]
+        query = "SELECT manifest FROM journal_transfer WHERE state = 'open' ORDER BY rowid DESC LIMIT ?"
+        return [messages.decode(text, Manifest) for (text,) in self._database.execute(query, (limit,))]
 
     def committed(self, round: int) -> list[Update]:
         """What counts in a round, in the order of the commits; the files exist until `release`."""
-        query = "SELECT manifest FROM journal_transfer WHERE round = ? AND state = 'committed' ORDER BY settled"
-        manifests = [
-            messages.decode(text, Manifest) for (text,) in self._database.execute(query, (round,))
-        ]
-        return [
-            Update(manifest=manifest, payload=self.payload(manifest.transfer))
-            for manifest in manifests
-        ]
+        query = (
+            "SELECT manifest FROM journal_transfer WHERE round = ? AND state = 'committed' ORDER BY settled"
+        )
+        manifests = [messages.decode(text, Manifest) for (text,) in self._database.execute(query, (round,))]
+        return [Update(manifest=manifest, payload=self.payload(manifest.transfer)) for manifest in manifests]
 
     def payload(self, transfer: str) -> Path:
         """The file of a transfer's bytes."""
@@ -142,9 +135,7 @@ class Journal:
             OSError: the disk is full or broken.
         """
         if index >= manifest.chunks or len(data) != messages.chunk_size(manifest, index):
-            raise BadMessage(
-                f"chunk {index} of {len(data)} bytes does not fit transfer {manifest.transfer}"
-            )
+            raise BadMessage(f"chunk {index} of {len(data)} bytes does not fit transfer {manifest.transfer}")
         written = self._load(manifest)
         if written[index]:
             return False
@@ -198,11 +189,7 @@ class Journal:
     def commit(self, transfer: str) -> bool:
         """Count an open transfer in its round; False if it is not open, or the device already counts in that round."""
         entry = self.find(transfer)
-        if (
-            not entry
-            or entry.state != "open"
-            or self.counted(entry.manifest.device, entry.manifest.round)
-        ):
+        if not entry or entry.state != "open" or self.counted(entry.manifest.device, entry.manifest.round):
             return False
         with self.transaction():
             self._settle(transfer, "committed", None, None)
@@ -228,27 +215,13 @@ class Journal:
             update.payload.unlink(missing_ok=True)
 
     def _insert(
-        self,
-        manifest: Manifest,
-        state: str,
-        written: bytes | None,
-        code: str | None,
-        reason: str | None,
+        self, manifest: Manifest, state: str, written: bytes | None, code: str | None, reason: str | None
     ) -> None:
         text = messages.encode(manifest).decode()
         self._database.execute(
             "INSERT INTO journal_transfer (transfer, device, round, manifest, state, written, code, reason)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                manifest.transfer,
-                manifest.device,
-                manifest.round,
-                text,
-                state,
-                written,
-                code,
-                reason,
-            ),
+            (manifest.transfer, manifest.device, manifest.round, text, state, written, code, reason),
         )
         self._database.execute(
             "INSERT INTO journal_device VALUES (?, ?)"
@@ -272,7 +245,5 @@ class Journal:
             query = "SELECT written FROM journal_transfer WHERE transfer = ? AND state = 'open'"
             row = self._database.execute(query, (manifest.transfer,)).fetchone()
             here = row and self.payload(manifest.transfer).exists()
-            written = self._written[manifest.transfer] = bytearray(
-                row[0] if here else manifest.chunks
-            )
+            written = self._written[manifest.transfer] = bytearray(row[0] if here else manifest.chunks)
         return written

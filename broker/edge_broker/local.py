@@ -123,9 +123,7 @@ def start_broker(
         )
     program = None if kind == "embedded" else find_mosquitto()
     if kind not in ("auto", "mosquitto", "embedded"):
-        raise LinkError(
-            f"the kind of broker is {kind!r}; it needs to be auto, mosquitto or embedded"
-        )
+        raise LinkError(f"the kind of broker is {kind!r}; it needs to be auto, mosquitto or embedded")
     if kind == "mosquitto" and not program:
         raise LinkError(
             "mosquitto is neither on PATH nor in /usr/sbin or /usr/local/sbin; install it or use the embedded one"
@@ -147,8 +145,7 @@ def start_broker(
 def find_mosquitto() -> str | None:
     """The path of an installed Mosquitto; distributions put it where only root's PATH leads."""
     return shutil.which(
-        "mosquitto",
-        path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]),
+        "mosquitto", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
     )
 
 
@@ -160,9 +157,7 @@ def _start(port: int, host: str, state_dir: Path, program: str | None, timeout_s
     job = {"command": [program, "-c", str(config)]} if program else {"rumqttd": str(config)}
     log_file = state_dir / "broker.log"
     # The watcher must find this package however the owner found it.
-    path = os.pathsep.join(
-        filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
-    )
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     with log_file.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "edge_broker.local", json.dumps(job)],
@@ -259,17 +254,11 @@ def _watch(job: dict[str, Any]) -> None:
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the whole group; the owner decides when the broker ends
     if "rumqttd" in job:
-        threading.Thread(
-            target=_until_stdin_closes, args=(lambda: os._exit(0),), daemon=True
-        ).start()
+        threading.Thread(target=_until_stdin_closes, args=(lambda: os._exit(0),), daemon=True).start()
         from iotcore.iotcore import IotCoreBroker
 
-        logging.basicConfig(
-            level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-        )
-        logging.getLogger("rumqttd").setLevel(
-            logging.CRITICAL
-        )  # it reports every packet as an error
+        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logging.getLogger("rumqttd").setLevel(logging.CRITICAL)  # it reports every packet as an error
         IotCoreBroker(config_path=job["rumqttd"]).run_forever()
         sys.exit(1)  # it only returns when it cannot listen
     child = subprocess.Popen(job["command"], stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)

@@ -203,9 +203,7 @@ def unpack_chunk(payload: bytes) -> tuple[int, bytes]:
         BadMessage: the payload has no data.
     """
     if len(payload) <= _CHUNK_INDEX.size:
-        raise BadMessage(
-            f"a chunk of {len(payload)} bytes; it needs 4 of index and at least 1 of data"
-        )
+        raise BadMessage(f"a chunk of {len(payload)} bytes; it needs 4 of index and at least 1 of data")
     return _CHUNK_INDEX.unpack_from(payload)[0], payload[_CHUNK_INDEX.size :]
 
 

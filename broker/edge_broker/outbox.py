@@ -40,11 +40,7 @@ class Outbox:
             folder: payloads given as bytes go to its subfolder `outbox`, which is cleared of all that no pending update
                 needs. It may move with all that is in it, other payloads too.
         """
-        self._database, self._home, self._folder = (
-            store.connect(database),
-            folder,
-            folder / "outbox",
-        )
+        self._database, self._home, self._folder = (store.connect(database), folder, folder / "outbox")
         with store.transaction(self._database):
             for statement in _TABLES:
                 self._database.execute(statement)
@@ -73,9 +69,7 @@ class Outbox:
         """
         path = payload if isinstance(payload, Path) else self._write(manifest.transfer, payload)
         if (size := path.stat().st_size) != manifest.size:
-            raise LinkError(
-                f"{path} has {size} bytes, its manifest says {manifest.size}; describe it again"
-            )
+            raise LinkError(f"{path} has {size} bytes, its manifest says {manifest.size}; describe it again")
         with self.transaction() as database:
             (last,) = database.execute("SELECT last FROM outbox_sequence").fetchone()
             sequence = max(last, time.time_ns() // 1_000_000) + 1
@@ -99,8 +93,7 @@ class Outbox:
     def pending(self, limit: int = -1) -> list[Manifest]:
         """What waits for a receipt, oldest first."""
         rows = self._database.execute(
-            "SELECT manifest FROM outbox_update WHERE state = 'pending' ORDER BY sequence LIMIT ?",
-            (limit,),
+            "SELECT manifest FROM outbox_update WHERE state = 'pending' ORDER BY sequence LIMIT ?", (limit,)
         )
         return [messages.decode(text, Manifest) for (text,) in rows]
 

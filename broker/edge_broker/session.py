@@ -100,9 +100,7 @@ class Session:
         connection = self._connection
         if connection.connected and connection.spec:
             try:
-                self._publish(
-                    lambda: connection.say("offline", waited=True), "say offline", _OFFLINE_S
-                )
+                self._publish(lambda: connection.say("offline", waited=True), "say offline", _OFFLINE_S)
             except LinkError as error:
                 log.warning("%s", error)
         connection.stop()
@@ -175,10 +173,7 @@ class Session:
         Raises:
             Refused: the packet is larger than the broker takes.
         """
-        return (
-            self._connection.post(topic, payload, retain, expiry_s, window, waited=False)
-            is not None
-        )
+        return self._connection.post(topic, payload, retain, expiry_s, window, waited=False) is not None
 
     def receive(self, timeout_s: float) -> Message | Event | None:
         """The next message or event, or None after timeout_s (0: only what is already there)."""
@@ -225,9 +220,7 @@ class Session:
         ticket = None
         while ticket is None:
             connection.wait_connected(deadline, what)
-            if not connection.wait(
-                lambda: connection.connected and window.used < window.slots, deadline
-            ):
+            if not connection.wait(lambda: connection.connected and window.used < window.slots, deadline):
                 raise LinkError(
                     f"cannot {what}: no room within {timeout_s:g} s, {window.used} publishes unanswered"
                 )

@@ -58,9 +58,7 @@ def public_key(key: Ed25519PrivateKey) -> str:
 
 def sign(key: Ed25519PrivateKey, domain: str, body: bytes) -> Signed:
     """Sign a UTF-8 body for one domain."""
-    return Signed(
-        body=body.decode(), key=public_key(key), signature=key.sign(_bound(domain, body)).hex()
-    )
+    return Signed(body=body.decode(), key=public_key(key), signature=key.sign(_bound(domain, body)).hex())
 
 
 def open(signed_bytes: bytes, domain: str, expected_key: str | None) -> tuple[bytes, str]:
@@ -86,9 +84,7 @@ def open(signed_bytes: bytes, domain: str, expected_key: str | None) -> tuple[by
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(signed.key))
         key.verify(bytes.fromhex(signed.signature), _bound(domain, body))
     except (InvalidSignature, ValueError):
-        raise BadMessage(
-            f"the signature by key {signed.key[:16]}… does not verify for {domain}"
-        ) from None
+        raise BadMessage(f"the signature by key {signed.key[:16]}… does not verify for {domain}") from None
     return body, signed.key
 
 
@@ -116,9 +112,7 @@ def _create(path: Path) -> None:
             file.write(Ed25519PrivateKey.generate().private_bytes_raw().hex() + "\n")
             file.flush()
             os.fsync(file.fileno())
-        os.link(
-            draft, path
-        )  # unlike a rename, this never replaces a key that another process made first
+        os.link(draft, path)  # unlike a rename, this never replaces a key that another process made first
     except FileExistsError:
         pass
     finally:

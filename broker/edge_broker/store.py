@@ -31,9 +31,7 @@ def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     try:
         yield connection
     except BaseException:
-        with suppress(
-            sqlite3.OperationalError
-        ):  # SQLite may have undone it itself, as on a full disk
+        with suppress(sqlite3.OperationalError):  # SQLite may have undone it itself, as on a full disk
             connection.execute("ROLLBACK")
         raise
     connection.execute("COMMIT")

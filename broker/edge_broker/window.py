@@ -28,18 +28,14 @@ class Ticket:
 class Window:
     """The slots of one session; changed guards it and is notified when a slot comes free."""
 
-    def __init__(
-        self, changed: threading.Condition, put: Callable[[Event], None], packet_max: int
-    ) -> None:
+    def __init__(self, changed: threading.Condition, put: Callable[[Event], None], packet_max: int) -> None:
         self.slots, self.packet_max = SLOTS, packet_max
         self.used = 0
         self.bytes_up = 0
         self._changed, self._put = changed, put
         self._hungry = False  # a publish_nowait was turned away
         self._tickets: dict[int, Ticket] = {}
-        self._early: dict[
-            int, str
-        ] = {}  # answers that came before paho told the sender the packet's number
+        self._early: dict[int, str] = {}  # answers that came before paho told the sender the packet's number
 
     def take(self, topic: str, size: int, limit: int | None, waited: bool) -> Ticket | None:
         """A slot for a packet of size bytes, or None if limit (or all slots) are in use; waited: somebody waits for its
@@ -97,9 +93,7 @@ class Window:
     def outgrows(self, slots: int, packet_max: int) -> bool:
         """Whether what is on its way exceeds the limits of a new connection."""
         with self._changed:
-            return self.used > slots or any(
-                ticket.size > packet_max for ticket in self._tickets.values()
-            )
+            return self.used > slots or any(ticket.size > packet_max for ticket in self._tickets.values())
 
     def reconnected(self, slots: int, packet_max: int) -> None:
         """Take the limits of a new connection, on which paho now resends what is on its way."""

@@ -27,9 +27,7 @@ def default_budget_bytes(profile: Profile) -> int:
     gpu = profile.gpu
     if gpu is not None and not profile.unified_memory:
         available = (
-            gpu.memory_total_bytes
-            if gpu.memory_available_bytes is None
-            else gpu.memory_available_bytes
+            gpu.memory_total_bytes if gpu.memory_available_bytes is None else gpu.memory_available_bytes
         )
         budget = available - max(RESERVE_BYTES, gpu.memory_total_bytes // GPU_RESERVE_DIVISOR)
     else:

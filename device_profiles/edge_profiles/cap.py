@@ -23,9 +23,7 @@ def gpu_cap_bytes(board: Board, machine: Profile) -> int:
     left = there.memory_available_bytes
     assert left is not None  # a board says what it reserves
     if machine.gpu is None:
-        raise ProfileError(
-            f"this machine has no GPU that could be capped to the memory of {board.name}"
-        )
+        raise ProfileError(f"this machine has no GPU that could be capped to the memory of {board.name}")
     if machine.gpu.memory_total_bytes < left:
         raise ProfileError(
             f"{machine.gpu.name} has {format_size(machine.gpu.memory_total_bytes)}, but {board.name} leaves a process "

@@ -32,13 +32,8 @@ def limit_memory(total_bytes: int, available_bytes: int, root: Path = Path("/"))
             limit = _number(folder / "memory.limit_in_bytes")
             used, cache = "memory.usage_in_bytes", "total_inactive_file"
         if limit is not None:
-            left = limit - max(
-                (_number(folder / used) or 0) - _statistic(folder / "memory.stat", cache), 0
-            )
-            total_bytes, available_bytes = (
-                min(total_bytes, limit),
-                min(available_bytes, max(left, 0)),
-            )
+            left = limit - max((_number(folder / used) or 0) - _statistic(folder / "memory.stat", cache), 0)
+            total_bytes, available_bytes = (min(total_bytes, limit), min(available_bytes, max(left, 0)))
     return total_bytes, available_bytes
 
 

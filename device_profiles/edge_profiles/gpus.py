@@ -53,9 +53,7 @@ def selected() -> str:
 def _bounded_nvml(gpu: str, timeout_s: float) -> Sighting | None:
     """Ask NVML on a thread of its own, which a stuck driver may keep."""
     answers: list[Sighting | None] = []
-    thread = threading.Thread(
-        target=lambda: answers.append(ask_nvml(gpu)), name="nvml", daemon=True
-    )
+    thread = threading.Thread(target=lambda: answers.append(ask_nvml(gpu)), name="nvml", daemon=True)
     thread.start()
     thread.join(timeout_s)
     if thread.is_alive():
@@ -77,10 +75,7 @@ def ask_nvml(gpu: str, library: str = "libnvidia-ml.so.1") -> Sighting | None:
             return _ask_device(nvml, gpu)
         finally:
             nvml.nvmlShutdown()
-    except (
-        OSError,
-        AttributeError,
-    ):  # AttributeError: a function this old or stubbed library lacks
+    except (OSError, AttributeError):  # AttributeError: a function this old or stubbed library lacks
         return None
 
 
@@ -93,13 +88,8 @@ def _ask_device(nvml: ctypes.CDLL, gpu: str) -> Sighting | None:
     if status != 0 or nvml.nvmlDeviceGetName(device, name, ctypes.c_uint(len(name))) != 0:
         return None
     major, minor = ctypes.c_int(), ctypes.c_int()
-    capable = (
-        nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
-        == 0
-    )
-    own_memory = (
-        nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory)) == 0 and memory.total > 0
-    )
+    capable = nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor)) == 0
+    own_memory = nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory)) == 0 and memory.total > 0
     return Sighting(
         name=name.value.decode("utf-8", "replace"),
         compute_capability=f"{major.value}.{minor.value}" if capable else None,

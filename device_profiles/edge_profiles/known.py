@@ -112,21 +112,15 @@ def profile_of(board: Board) -> Profile:
 def recognise_model(model: str, ram_bytes: int) -> Board | None:
     """Return the board whose family the device tree's model names and whose RAM fits the kernel's total."""
     family = [
-        b
-        for b in _load(FOLDER).values()
-        if any(word.lower() in model.lower() for word in b.device_tree)
+        b for b in _load(FOLDER).values() if any(word.lower() in model.lower() for word in b.device_tree)
     ]
-    return _fitting(
-        {b.memory_bytes: b for b in family}, ram_bytes, least=0.6
-    )  # firmware takes up to a fifth
+    return _fitting({b.memory_bytes: b for b in family}, ram_bytes, least=0.6)  # firmware takes up to a fifth
 
 
 def recognise_gpu(name: str, memory_bytes: int) -> Board | None:
     """Return the card of exactly this name (a "Laptop GPU" is another) whose memory fits the driver's total."""
     cards = [(b.gpu, b) for b in _load(FOLDER).values() if b.gpu is not None and b.gpu.name == name]
-    return _fitting(
-        {gpu.memory_bytes: b for gpu, b in cards if gpu.memory_bytes}, memory_bytes, least=0.9
-    )
+    return _fitting({gpu.memory_bytes: b for gpu, b in cards if gpu.memory_bytes}, memory_bytes, least=0.9)
 
 
 def _fitting(by_size: dict[int, Board], seen_bytes: int, least: float) -> Board | None:
@@ -149,9 +143,7 @@ def _load(folder: Path) -> dict[str, Board]:
     for file in sorted(folder.glob("*.toml")):
         for entry in _read(file):
             if entry.name in found:
-                raise ProfileError(
-                    f"{file.name}: board {entry.name!r} is defined twice; rename one"
-                )
+                raise ProfileError(f"{file.name}: board {entry.name!r} is defined twice; rename one")
             found[entry.name] = entry
     return found
 
@@ -173,12 +165,7 @@ def _read(file: Path) -> list[Board]:
                         table[key] = parse_size(table[key])
             result.append(_checked(msgspec.convert(entry, Board)))
         return result
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        ProfileError,
-    ) as error:  # msgspec's errors are ValueErrors
+    except (OSError, ValueError, TypeError, ProfileError) as error:  # msgspec's errors are ValueErrors
         raise ProfileError(
             f"{file.name}: board {name!r}: {error}; device_profiles/README.md has the fields"
         ) from error
@@ -188,21 +175,13 @@ def _checked(board: Board) -> Board:
     """Refuse what types cannot: figures without a source, sources without a figure, memory that does not add up."""
     figures = {"memory_bytes", "reserved_bytes", "cpu_cores"}
     figures |= {
-        name
-        for name in ("memory_bandwidth_gb_s", "bf16_dense_tflops")
-        if getattr(board, name) is not None
+        name for name in ("memory_bandwidth_gb_s", "bf16_dense_tflops") if getattr(board, name) is not None
     }
     if board.gpu is not None:
         figures |= {"gpu_compute_capability"}
-        figures |= (
-            {"gpu_memory_bytes", "gpu_reserved_bytes"}
-            if board.gpu.memory_bytes is not None
-            else set()
-        )
+        figures |= {"gpu_memory_bytes", "gpu_reserved_bytes"} if board.gpu.memory_bytes is not None else set()
         if (board.gpu.memory_bytes is None) != board.unified_memory:
-            raise ProfileError(
-                "a GPU has either memory_bytes of its own or a board with unified_memory"
-            )
+            raise ProfileError("a GPU has either memory_bytes of its own or a board with unified_memory")
         if board.gpu.reserved_bytes > (board.gpu.memory_bytes or 0):
             raise ProfileError("the GPU's reserved_bytes exceed its own memory_bytes")
     elif board.unified_memory:

@@ -38,9 +38,7 @@ def _probe(path_for_disk: Path, root: Path) -> Profile:
         _line(root / "sys/devices/virtual/dmi/id/product_name"),
     )
     # ram.total, not the cgroup's limit, tells an 8 GB board from a 16 GB one
-    board = next(
-        (b for name in (model, dmi) if name and (b := known.recognise_model(name, ram.total))), None
-    )
+    board = next((b for name in (model, dmi) if name and (b := known.recognise_model(name, ram.total))), None)
     description = board.title if board else model or _cpu_model(root)
     seen = gpus.find()
     if board is None and seen is not None and seen.memory_total_bytes is not None:
@@ -72,9 +70,7 @@ def _gpu(
         capability = seen.compute_capability or (on_board.compute_capability if on_board else None)
         if unified or seen.memory_total_bytes is None:
             return Gpu(seen.name, capability, ram_total, ram_available), True
-        return Gpu(
-            seen.name, capability, seen.memory_total_bytes, seen.memory_available_bytes
-        ), False
+        return Gpu(seen.name, capability, seen.memory_total_bytes, seen.memory_available_bytes), False
     if (
         unified and on_board is not None and not gpus.hidden()
     ):  # JetPack 5 and older have neither NVML nor nvidia-smi

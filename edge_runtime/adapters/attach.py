@@ -56,9 +56,7 @@ class Adapter(NamedTuple):
     @contextmanager
     def without(self, names: Collection[str]) -> Iterator[None]:
         """While inside, factors of these names, H for the head's rows, do not train."""
-        still = [
-            one for key, one in self.factors.items() if name_of(key) in names and one.requires_grad
-        ]
+        still = [one for key, one in self.factors.items() if name_of(key) in names and one.requires_grad]
         still += [self.head.weight] if self.head and "H" in names else []
         for factor in still:
             factor.requires_grad_(False)
@@ -84,17 +82,10 @@ class AdapterLinear(nn.Module):
         base: nn.Module,
         scale: float,
         factors: Mapping[str, nn.Parameter],
-        product: Callable[
-            [Mapping[str, Any]], tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
-        ],
+        product: Callable[[Mapping[str, Any]], tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]],
     ) -> None:
         super().__init__()
-        self.base, self.scale, self.factors, self._product = (
-            base,
-            scale,
-            nn.ParameterDict(factors),
-            product,
-        )
+        self.base, self.scale, self.factors, self._product = (base, scale, nn.ParameterDict(factors), product)
 
     def product(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """A, C and B; C is None where it is the identity."""
@@ -170,9 +161,7 @@ def detach(model: nn.Module) -> None:
     """Put the model's own linear layers back."""
     for block in roles.blocks(model):
         adapted = {
-            path: module
-            for path, module in block.named_modules()
-            if isinstance(module, AdapterLinear)
+            path: module for path, module in block.named_modules() if isinstance(module, AdapterLinear)
         }
         for path, module in adapted.items():
             block.set_submodule(path, module.base)
@@ -183,11 +172,7 @@ def _frames(base: nn.Module, rank: int, method: Method) -> dict[str, torch.Tenso
     if not method.reads_weights:
         return {}
     A, B = frames(base.weight, rank, transposed=isinstance(base, Conv1D))
-    return {
-        name: frame
-        for name, frame in (("A", A), ("B", B))
-        if method.factors[name].start == "singular"
-    }
+    return {name: frame for name, frame in (("A", A), ("B", B)) if method.factors[name].start == "singular"}
 
 
 def _parameter(
@@ -217,9 +202,7 @@ def load_state(adapter: Adapter, values: Mapping[str, NDArray[np.float32]]) -> N
             factor.copy_(torch.from_numpy(values[key]))
 
 
-def check_keys(
-    values: Mapping[str, NDArray[np.float32]], shapes: Mapping[str, tuple[int, ...]]
-) -> None:
+def check_keys(values: Mapping[str, NDArray[np.float32]], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise InputError unless the values have exactly these keys and shapes."""
     for key in shapes.keys() - values.keys():
         raise InputError(f"the adapter state lacks {key}")
@@ -227,6 +210,4 @@ def check_keys(
         if key not in shapes:
             raise InputError(f"the adapter state has {key}, which this adapter has not")
         if value.shape != shapes[key]:
-            raise InputError(
-                f"{key} is {value.shape} in the adapter state, but has to be {shapes[key]}"
-            )
+            raise InputError(f"{key} is {value.shape} in the adapter state, but has to be {shapes[key]}")

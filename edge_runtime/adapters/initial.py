@@ -25,6 +25,4 @@ def initial(key: str, shape: tuple[int, ...], seed: int, factor: Factor) -> NDAr
         return np.zeros(shape, np.float32)
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     draw = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-    return ((2 * draw.random(shape, dtype=np.float32) - 1) / np.sqrt(shape[factor.width])).astype(
-        np.float32
-    )
+    return ((2 * draw.random(shape, dtype=np.float32) - 1) / np.sqrt(shape[factor.width])).astype(np.float32)

@@ -31,9 +31,6 @@ def frames(
     second = torch.nn.functional.normalize(first @ side, dim=1)
     u, v = (first, second) if wide else (second, first)
     signs = v.gather(1, v.abs().argmax(1, keepdim=True)).sign()
-    A, B = (
-        torch.zeros(rank, W.shape[1], device=W.device),
-        torch.zeros(W.shape[0], rank, device=W.device),
-    )
+    A, B = (torch.zeros(rank, W.shape[1], device=W.device), torch.zeros(W.shape[0], rank, device=W.device))
     A[: len(v)], B[:, : len(u)] = signs * v / math.sqrt(3), (signs * u).T / math.sqrt(3)
     return A, B

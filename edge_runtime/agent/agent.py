@@ -34,14 +34,7 @@ from edge_runtime.agent.planner import Planned, Unplanned, Wanted
 from edge_runtime.agent.reports import Reports
 from edge_runtime.agent.store import Store
 from edge_runtime.agent.trainer import Ended, Trainer
-from edge_runtime.errors import (
-    BudgetError,
-    EdgeError,
-    InputError,
-    LinkError,
-    MemoryShortError,
-    TrainerError,
-)
+from edge_runtime.errors import BudgetError, EdgeError, InputError, LinkError, MemoryShortError, TrainerError
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Report, Result
 from edge_runtime.protocol.round import CODEC, FLEET, NOOP, ROUND_DOMAIN, Round
@@ -49,7 +42,9 @@ from edge_runtime.trainer.job import Job, Progress
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3  # trainer processes a round
-SMALLER = 0.8  # of what was predicted above the runtime for a plan that memory was short for: the next one's budget
+SMALLER = (
+    0.8  # of what was predicted above the runtime for a plan that memory was short for: the next one's budget
+)
 CONNECT_TIMEOUT_S = 15.0
 IDLE_S = 5.0
 
@@ -64,14 +59,9 @@ class Agent:
             InputError: the data or a held-out file cannot be used, or the state is another device's.
         """
         self.options, self._tell = options, tell
-        self._work, self._adapter = (
-            options.state.resolve() / "work",
-            options.state.resolve() / "adapter",
-        )
+        self._work, self._adapter = (options.state.resolve() / "work", options.state.resolve() / "adapter")
         given = (options.data, options.evaluation)
-        self._rows = (
-            work.Rows(*given) if options.noop_bytes else work.check_rows(*given, self._work)
-        )
+        self._rows = work.Rows(*given) if options.noop_bytes else work.check_rows(*given, self._work)
         self._store = Store(options.state / "agent.db")
         self._check_owner()
         key = signing.load_or_create_key(options.state / "device.key")
@@ -81,12 +71,8 @@ class Agent:
         )
         self._outbox = Outbox(self._store.connection, options.state)
         self._reports = Reports(self._session, self._store, self._outbox, options.fleet, key)
-        self._uploader = Uploader(
-            self._session, self._outbox, options.fleet, options.id, key, self._settled
-        )
-        self._fetcher = Fetcher(
-            self._session, options.fleet, options.id, options.state / "versions"
-        )
+        self._uploader = Uploader(self._session, self._outbox, options.fleet, options.id, key, self._settled)
+        self._fetcher = Fetcher(self._session, options.fleet, options.id, options.state / "versions")
         self._round: Round | None = None
         self._node_key = ""  # of the node that announced it
         self._planned: Planned | None = None
@@ -120,10 +106,7 @@ class Agent:
             self._patience = time.monotonic() + self.options.wait_s
             while not self._finished:
                 due_s = min(
-                    self._uploader.tick(),
-                    self._fetcher.tick(),
-                    IDLE_S,
-                    self._patience - time.monotonic(),
+                    self._uploader.tick(), self._fetcher.tick(), IDLE_S, self._patience - time.monotonic()
                 )
                 self._handle(self._session.receive(max(due_s, 0.0)))
                 if time.monotonic() >= self._patience:
@@ -203,11 +186,7 @@ class Agent:
             announced = messages.decode(body, Round)
         except BadMessage as error:
             log.warning("ignored a round: %s", error)
-            advice = (
-                "; to trust that node, start with a new --state"
-                if isinstance(error, WrongKey)
-                else ""
-            )
+            advice = "; to trust that node, start with a new --state" if isinstance(error, WrongKey) else ""
             self._ignored = f"a round was announced, but {error}{advice}"
             return
         known = self._round and (self._node_key, self._round.state, self._round.round)
@@ -262,9 +241,7 @@ class Agent:
                 self._patience = time.monotonic() + self.options.wait_s
             return
         versions = self._round.versions
-        version = versions.get(
-            self._planned.plan.model_class if self._planned else NOOP, versions.get(FLEET)
-        )
+        version = versions.get(self._planned.plan.model_class if self._planned else NOOP, versions.get(FLEET))
         wanted = {"start": version, "anchors": self._round.anchors}
         self._wanted = {name: artifact for name, artifact in wanted.items() if artifact is not None}
         work.forget_others(
@@ -346,9 +323,7 @@ class Agent:
         written = ended.folder / "result.json"
         if ended.exit_code == 0 and written.exists():
             result = msgspec.json.decode(written.read_bytes(), type=Result)
-            self._keep(ended.folder, result) if self._round.state == "open" else self._finish(
-                result
-            )
+            self._keep(ended.folder, result) if self._round.state == "open" else self._finish(result)
             return
         reason = ended.reason or f"the trainer ended with exit code {ended.exit_code}"
         if ended.exit_code == InputError.exit_code:
@@ -369,10 +344,7 @@ class Agent:
         self._fill = False
         if killed and plan.kept_blocks:
             return  # a trainer that was not killed had tried to go on without
-        runtime, peak = (
-            plan.terms["runtime"],
-            plan.predicted_peak_bytes - plan.terms.get("activations", 0),
-        )
+        runtime, peak = (plan.terms["runtime"], plan.predicted_peak_bytes - plan.terms.get("activations", 0))
         self._budget_bytes = min(self._budget_bytes, int(runtime + SMALLER * (peak - runtime)))
 
     def _send_noise(self) -> None:
@@ -402,9 +374,7 @@ class Agent:
         if not payload:
             self._close_round()
 
-    def _owe(
-        self, payload: Path | bytes | None, codec: str, samples: int, result: Result | None
-    ) -> None:
+    def _owe(self, payload: Path | bytes | None, codec: str, samples: int, result: Result | None) -> None:
         assert self._round is not None
         self._store.set("node_key", self._node_key)
         self._store.set("round", str(self._round.round))
@@ -439,21 +409,13 @@ class Agent:
             self._say("rejected", text=settled.reason)
             self._reports.publish_owed()
         else:
-            self._say(
-                "waiting", text=f"the node does not take round {round_} yet: {settled.reason}"
-            )
-            if (
-                settled.code == "signature"
-                and self._round is not None
-                and self._introduced != round_
-            ):
+            self._say("waiting", text=f"the node does not take round {round_} yet: {settled.reason}")
+            if settled.code == "signature" and self._round is not None and self._introduced != round_:
                 self._introduced = round_  # once: the report that tells it our key may be lost
                 self._reports.publish(self._report("joined", None))
                 self._uploader.offer_now()
             return
-        if self._round is not None and (
-            self._round.state == "finished" or round_ < self._round.round
-        ):
+        if self._round is not None and (self._round.state == "finished" or round_ < self._round.round):
             self._patience = math.inf
             self._plan()  # it waited for this word
 
@@ -508,9 +470,7 @@ class Agent:
     ) -> None:
         round_ = self._round.round if self._round else 0
         budget = self.options.budget_bytes
-        self._tell(
-            Event(self.options.id, round_, phase, step, steps, loss, memory_bytes, budget, text)
-        )
+        self._tell(Event(self.options.id, round_, phase, step, steps, loss, memory_bytes, budget, text))
 
     def _no_word(self) -> str:
         return (

@@ -100,16 +100,12 @@ def measure(
         raise InputError("PEFT is not installed: pip install peft")
     facts = processes.prepared(source, models, random_weights=random_weights)
     if tokens > facts.positions:
-        raise InputError(
-            f"rows of {tokens} tokens are too long: {source} has {facts.positions} positions"
-        )
+        raise InputError(f"rows of {tokens} tokens are too long: {source} has {facts.positions} positions")
     way = Way(rows, boundaries, None if streamed else MLP_TOKENS, streamed, kept_blocks)
     fleet, made = planned(facts, facts.layers, weights, rank, way, tokens, steps, device)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        result = train(
-            facts, fleet, made, texts(rows * steps, tokens), [], folder, device, gpu_cap_bytes
-        )
+        result = train(facts, fleet, made, texts(rows * steps, tokens), [], folder, device, gpu_cap_bytes)
         return Measurement(
             **msgspec.structs.asdict(taken(result)),
             predicted_peak_bytes=made.predicted_peak_bytes,
@@ -195,9 +191,7 @@ def train(
         round=1,
         rounds=1,
         data=str(data.write_rows(folder / "train.jsonl", rows)),
-        evaluation={"own": str(data.write_rows(folder / "own.jsonl", held_out))}
-        if held_out
-        else {},
+        evaluation={"own": str(data.write_rows(folder / "own.jsonl", held_out))} if held_out else {},
         depths=(plan.depth,),
         device=device,
         gpu_cap_bytes=gpu_cap_bytes,
@@ -222,9 +216,7 @@ def _run(module: str, folder: Path, environment: dict[str, str] | None, *more: s
         timeout=TIMEOUT_S,
     )
     if done.returncode == -signal.SIGKILL:
-        raise TrainerError(
-            f"{module} was killed, most likely because the machine ran out of memory"
-        )
+        raise TrainerError(f"{module} was killed, most likely because the machine ran out of memory")
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines() or [
             f"it ended with exit code {done.returncode}"

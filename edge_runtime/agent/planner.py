@@ -42,11 +42,7 @@ class Unplanned(NamedTuple):
 
 
 def start(
-    wanted: Wanted,
-    models: Path,
-    device: str,
-    threads: int,
-    put: Callable[[Planned | Unplanned], None],
+    wanted: Wanted, models: Path, device: str, threads: int, put: Callable[[Planned | Unplanned], None]
 ) -> None:
     """Begin; put is called from the thread, once.
 
@@ -63,9 +59,7 @@ def start(
             if wanted.most_rank is not None:
                 fleet = _in_ranks(fleet, wanted.most_rank)
             runtime_bytes = processes.runtime_bytes()
-            fits = choose(
-                fleet, facts, wanted.budget_bytes, runtime_bytes, rates, fill=wanted.fill
-            ).fits
+            fits = choose(fleet, facts, wanted.budget_bytes, runtime_bytes, rates, fill=wanted.fill).fits
             put(Planned(wanted, fits, facts[fits.source]))
         except EdgeError as error:
             put(Unplanned(error))

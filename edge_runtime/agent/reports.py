@@ -40,11 +40,7 @@ class Reports:
     def publish_owed(self) -> None:
         """Publish the report that is kept, if nothing is left in the outbox."""
         owed = self._store.get("report")
-        if (
-            owed
-            and not self._outbox.pending()
-            and self.publish(msgspec.json.decode(owed, type=Report))
-        ):
+        if owed and not self._outbox.pending() and self.publish(msgspec.json.decode(owed, type=Report)):
             self._store.set("report", None)
 
     def refused(self, round_: int, reason: str | None) -> None:

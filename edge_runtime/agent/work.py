@@ -19,11 +19,7 @@ from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import Fleet
 from edge_runtime.trainer import data
 
-SPOILT = (
-    "content",
-    "digest",
-    "payload",
-)  # refusals of what an update holds: it would spoil the next one too
+SPOILT = ("content", "digest", "payload")  # refusals of what an update holds: it would spoil the next one too
 FILES = {"private": "state.bin", "residual": "residual.bin", "unsent": "payload.bin"}
 
 
@@ -56,13 +52,9 @@ def depths(fleet: Fleet, plan: Plan) -> tuple[int, ...]:
     if fleet.training.slices == "own":
         return (plan.depth,)
     smaller = {
-        model.depth
-        for model in fleet.catalog
-        if model.source == plan.source and model.depth is not None
+        model.depth for model in fleet.catalog if model.source == plan.source and model.depth is not None
     }
-    return tuple(
-        sorted({plan.depth} | {depth for depth in smaller if depth < plan.depth}, reverse=True)
-    )
+    return tuple(sorted({plan.depth} | {depth for depth in smaller if depth < plan.depth}, reverse=True))
 
 
 def folder_of(work: Path, round_: int) -> Path:

@@ -17,9 +17,7 @@ def read(fleet: Fleet) -> list[data.Row]:
         return []
     spec, headed = fleet.codistill, fleet.head is not None  # a head tells labels of texts alone
     asked = [_asked(row) for row in data.read_rows(Path(spec.anchors))]
-    texts = [
-        row for row in asked if row.get("text", "").strip() or ("messages" in row and not headed)
-    ]
+    texts = [row for row in asked if row.get("text", "").strip() or ("messages" in row and not headed)]
     if len(texts) < spec.texts:
         what = "a text or a prompt" if headed else "a text, a prompt or messages"
         raise InputError(
@@ -34,6 +32,4 @@ def _asked(row: data.Row) -> data.Row:
         return {"text": row.get("text", row.get("prompt"))}
     messages = row["messages"]
     last = max(number for number, turn in enumerate(messages) if turn["role"] == "assistant")
-    return {
-        "messages": [{"role": turn["role"], "content": turn["content"]} for turn in messages[:last]]
-    }
+    return {"messages": [{"role": turn["role"], "content": turn["content"]} for turn in messages[:last]]}

@@ -108,10 +108,7 @@ def _check_completions(said: list[Completion], fleet: Fleet, method: Method) -> 
 
 
 def _check_shapes(
-    shapes: Mapping[str, tuple[int, ...]],
-    known: Mapping[str, tuple[int, ...]],
-    fleet: Fleet,
-    method: Method,
+    shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, tuple[int, ...]], fleet: Fleet, method: Method
 ) -> None:
     """Refuse what is no adapter of this fleet; the node holds no model, so what a class's first device sent is the measure."""
     allowed, ranks = (fleet.adapter.rank, *fleet.adapter.lower), set()
@@ -122,9 +119,7 @@ def _check_shapes(
         raise InputError("the delta holds no factor")
     for key, shape in shapes.items():
         if not _exchanged(key, fleet, method):
-            raise InputError(
-                f"the delta holds {key[:80]}, which this fleet's adapter does not exchange"
-            )
+            raise InputError(f"the delta holds {key[:80]}, which this fleet's adapter does not exchange")
         axes = method.factor(key).axes
         sizes = dict(zip(axes, shape, strict=False))
         like = known.get(key, known.get(kind_of(key), shape))
@@ -136,24 +131,12 @@ def _check_shapes(
             "rank": rank,
             **{axis: widths.get(axis, 0) for axis in WIDTHS},
         }
-        fits = (
-            len(shape) == len(axes) and rank in allowed and shape == method.factor(key).shape(full)
-        )
+        fits = len(shape) == len(axes) and rank in allowed and shape == method.factor(key).shape(full)
         if not fits or any(not 1 <= sizes[axis] <= WIDEST for axis in axes):
-            one_of = (
-                " or ".join(map(str, allowed))
-                if method.pruned is None
-                else f"{allowed[0]} or lower"
-            )
+            one_of = " or ".join(map(str, allowed)) if method.pruned is None else f"{allowed[0]} or lower"
             of = f"of rank {one_of}" if "rank" in axes else "as the fleet has it"
-            needed = [
-                f"for a layer {widths[axis]} wide"
-                for axis in axes
-                if axis in WIDTHS and key in known
-            ]
-            raise InputError(
-                f"{key} is {shape} in the delta, but has to be {', '.join([of, *needed])}"
-            )
+            needed = [f"for a layer {widths[axis]} wide" for axis in axes if axis in WIDTHS and key in known]
+            raise InputError(f"{key} is {shape} in the delta, but has to be {', '.join([of, *needed])}")
         ranks |= {rank} if "rank" in axes else set()
     if len(ranks) > 1:
         raise InputError(f"the delta has factors of ranks {sorted(ranks)}, but one device has one")
@@ -205,15 +188,11 @@ def merge(
     shared = load_file(versions[FLEET].master) if FLEET in versions else {}
     for kind in across:
         _merge_kind(method, kind, updates, shared, fleet)
-    agreed = (
-        completions.agreed(partial(_completions, updates)) if method.completions == "fleet" else []
-    )
+    agreed = completions.agreed(partial(_completions, updates)) if method.completions == "fleet" else []
     own = {update.manifest.model_class for update in updates}
     crosses = bool(across) or method.completions == "fleet"
     written = (
-        [_write(FLEET, shared, {}, agreed, round_, folder)]
-        if shared or agreed or FLEET in versions
-        else []
+        [_write(FLEET, shared, {}, agreed, round_, folder)] if shared or agreed or FLEET in versions else []
     )
     for of in sorted(
         own | (versions.keys() - {FLEET} if crosses else set())
@@ -236,11 +215,7 @@ def _completions(updates: list[Update]) -> Iterator[tuple[int, list[Completion]]
 
 
 def _merge_kind(
-    method: Method,
-    kind: str,
-    updates: list[Update],
-    state: dict[str, NDArray[np.float32]],
-    fleet: Fleet,
+    method: Method, kind: str, updates: list[Update], state: dict[str, NDArray[np.float32]], fleet: Fleet
 ) -> None:
     """Take the step of one kind of tensors, in place."""
     for key, step in method.merges[kind](
@@ -252,11 +227,7 @@ def _merge_kind(
 
 
 def _contributions(
-    kind: str,
-    updates: list[Update],
-    before: dict[str, NDArray[np.float32]],
-    fleet: Fleet,
-    method: Method,
+    kind: str, updates: list[Update], before: dict[str, NDArray[np.float32]], fleet: Fleet, method: Method
 ) -> Iterator[Contribution]:
     """The updates one after another, of each this kind of tensors; what no version has yet is put into `before` when it is
     first met."""
@@ -269,9 +240,7 @@ def _contributions(
             yield Contribution(before, delta, update.manifest.samples, update.manifest.model_class)
 
 
-def version_0(
-    key: str, shape: tuple[int, ...], fleet: Fleet, method: Method
-) -> NDArray[np.float32]:
+def version_0(key: str, shape: tuple[int, ...], fleet: Fleet, method: Method) -> NDArray[np.float32]:
     """What a factor starts from, in the fleet's full rank, whichever the device has."""
     factor = method.factor(key)
     sizes = dict(zip(factor.axes, shape, strict=True))

@@ -36,9 +36,7 @@ log = logging.getLogger(__name__)
 LARGEST_PAYLOAD_BYTES = 1 << 30
 OFFLINE_S = 60.0  # between two looks at the time while there is no broker
 KEPT_ROUNDS = 10  # whose versions stay in the state folder, for whoever looks back
-GREETING_S = (
-    1.0  # after connecting: who is there has to be heard before a round may close without them
-)
+GREETING_S = 1.0  # after connecting: who is there has to be heard before a round may close without them
 
 
 class Options(NamedTuple):
@@ -83,12 +81,7 @@ class Node:
         name = topics.client_id("node", fleet.name, options.node)
         self._session = Session(options.broker, name, clean_start=True, session_expiry_s=0)
         self._receiver = Receiver(
-            self._session,
-            self._journal,
-            fleet.name,
-            options.node,
-            self._check_manifest,
-            self._store.key,
+            self._session, self._journal, fleet.name, options.node, self._check_manifest, self._store.key
         )
         self._publisher = Publisher(self._session, fleet.name)
         self._presence = presence.Tracker()
@@ -131,9 +124,7 @@ class Node:
             "[method]": fleet.method,
             "[adapter]": msgspec.structs.replace(fleet.adapter, lower=()),
             "[head]": fleet.head,
-            "[codistill] texts and across": (public.texts, public.across)
-            if public is not None
-            else None,
+            "[codistill] texts and across": (public.texts, public.across) if public is not None else None,
             "[codistill] anchors": hashlib.sha256(msgspec.json.encode(texts)).hexdigest()[
                 :12
             ],  # told by number
@@ -143,9 +134,7 @@ class Node:
         before = self._store.fixed()
         if self._store.open_round() == 1 and not self._journal.committed(1):
             self._store.fix(values)
-        elif changed := [
-            name for name, value in values.items() if before.get(name, value) != value
-        ]:
+        elif changed := [name for name, value in values.items() if before.get(name, value) != value]:
             raise InputError(
                 f"{self.options.state} was made with another {', '.join(changed)}: `{before[changed[0]]}`, now "
                 f"`{values[changed[0]]}`; put that back into the fleet file, or start anew with another --state"
@@ -176,9 +165,7 @@ class Node:
         for digest in {artifact.digest for artifact in self._served.values()}:
             self._publisher.withdraw(digest)
         public = self._publisher.serve(self._texts) if self._texts is not None else None
-        self._served = {
-            name: self._publisher.serve(version.artifact) for name, version in versions.items()
-        }
+        self._served = {name: self._publisher.serve(version.artifact) for name, version in versions.items()}
         done = self._round > self.fleet.rounds
         announced = Round(
             node=self.options.node,
@@ -188,9 +175,7 @@ class Node:
             versions=self._served,
             anchors=public,
         )
-        self._announced = signing.sign(
-            self._key, ROUND_DOMAIN, msgspec.json.encode(announced)
-        ).encode()
+        self._announced = signing.sign(self._key, ROUND_DOMAIN, msgspec.json.encode(announced)).encode()
         self._publish_round()
         self._deadline = time.monotonic() + self.fleet.deadline_s
         self._say("finishing" if done else "collecting")
@@ -299,9 +284,7 @@ class Node:
 
     def _waiting(self) -> set[str]:
         """Devices that are online and neither in nor failed: a round waits for them until its deadline."""
-        online = {
-            device for device, seen in self._presence.devices.items() if seen.state == "online"
-        }
+        online = {device for device, seen in self._presence.devices.items() if seen.state == "online"}
         failed = self._store.reported(min(self._round, self.fleet.rounds), "failed")
         return online - self._in() - failed
 
@@ -309,9 +292,7 @@ class Node:
         late = time.monotonic() >= self._deadline
         inside, waiting = self._in(), self._waiting()
         if self._round > self.fleet.rounds:
-            if self.options.until_finished and (
-                late or (len(inside) >= self.fleet.quorum and not waiting)
-            ):
+            if self.options.until_finished and (late or (len(inside) >= self.fleet.quorum and not waiting)):
                 self._say("finished")
                 self._finished = True
             return
@@ -372,6 +353,4 @@ def _told(fleet: Fleet) -> Fleet:
     if fleet.codistill is None:
         return fleet
     name = Path(fleet.codistill.anchors).name
-    return msgspec.structs.replace(
-        fleet, codistill=msgspec.structs.replace(fleet.codistill, anchors=name)
-    )
+    return msgspec.structs.replace(fleet, codistill=msgspec.structs.replace(fleet.codistill, anchors=name))

@@ -51,9 +51,7 @@ class Store:
 
     def open_round(self) -> int:
         """The round that is collecting; the first one on a new store. One past the last when all were merged."""
-        row = self.connection.execute(
-            "SELECT max(round) FROM rounds WHERE state = 'merged'"
-        ).fetchone()
+        row = self.connection.execute("SELECT max(round) FROM rounds WHERE state = 'merged'").fetchone()
         return int(row[0] or 0) + 1
 
     def fixed(self) -> dict[str, str]:
@@ -66,9 +64,7 @@ class Store:
 
     def extensions(self, round_: int) -> int:
         """How often this round's deadline was extended."""
-        row = self.connection.execute(
-            "SELECT extensions FROM rounds WHERE round = ?", (round_,)
-        ).fetchone()
+        row = self.connection.execute("SELECT extensions FROM rounds WHERE round = ?", (round_,)).fetchone()
         return int(row[0]) if row else 0
 
     def extend(self, round_: int) -> None:
@@ -83,9 +79,7 @@ class Store:
         self.connection.execute("BEGIN IMMEDIATE")
         with self.connection:
             for version in versions:
-                where = [
-                    files.told(path, self._folder) for path in (version.master, version.artifact)
-                ]
+                where = [files.told(path, self._folder) for path in (version.master, version.artifact)]
                 query = "INSERT OR REPLACE INTO versions VALUES (?, ?, ?, ?)"
                 self.connection.execute(query, (version.model_class, round_, *where))
             self.connection.execute(
@@ -98,9 +92,7 @@ class Store:
         rows = self.connection.execute(
             "SELECT model_class, master, artifact, max(round) FROM versions GROUP BY model_class"
         )
-        return {
-            row[0]: Version(row[0], self._folder / row[1], self._folder / row[2]) for row in rows
-        }
+        return {row[0]: Version(row[0], self._folder / row[1], self._folder / row[2]) for row in rows}
 
     def forget_versions(self, before: int) -> None:
         """Delete the versions of rounds before this one, but for the latest of each class, and their files first."""
@@ -108,28 +100,21 @@ class Store:
             "FROM versions AS one WHERE round < ? AND round <"
             " (SELECT max(round) FROM versions AS other WHERE other.model_class = one.model_class)"
         )
-        for found in self.connection.execute(
-            f"SELECT master, artifact {older}", (before,)
-        ).fetchall():
+        for found in self.connection.execute(f"SELECT master, artifact {older}", (before,)).fetchall():
             for path in found:
                 (self._folder / path).unlink(missing_ok=True)
         self.connection.execute(f"DELETE {older}", (before,))
 
     def shapes(self, model_class: str) -> dict[str, tuple[int, ...]]:
         """Keys and shapes known of a class."""
-        rows = self.connection.execute(
-            "SELECT key, shape FROM shapes WHERE model_class = ?", (model_class,)
-        )
+        rows = self.connection.execute("SELECT key, shape FROM shapes WHERE model_class = ?", (model_class,))
         return {key: msgspec.json.decode(shape, type=tuple[int, ...]) for key, shape in rows}
 
     def learn_shapes(self, model_class: str, shapes: dict[str, tuple[int, ...]]) -> None:
         """Keep the shapes of an accepted update."""
         self.connection.executemany(
             "INSERT OR IGNORE INTO shapes VALUES (?, ?, ?)",
-            [
-                (model_class, key, msgspec.json.encode(shape).decode())
-                for key, shape in shapes.items()
-            ],
+            [(model_class, key, msgspec.json.encode(shape).decode()) for key, shape in shapes.items()],
         )
 
     def key(self, device: str) -> str | None:

@@ -108,9 +108,7 @@ def profile(json: bool) -> None:
 @with_models
 @on_device
 @as_json
-def plan(
-    fleet: Path, budget: str | None, board: str | None, models: Path, device: str, json: bool
-) -> None:
+def plan(fleet: Path, budget: str | None, board: str | None, models: Path, device: str, json: bool) -> None:
     """Show which model fits, and why no larger one.
 
     Of the fleet's catalog, on this device or on a board one does not have.
@@ -130,10 +128,7 @@ def plan(
         )
     here = _probe()
     budget_bytes = _budget(budget, board, here)
-    facts = {
-        source: processes.prepared(source, models)
-        for source in {one.source for one in wanted.catalog}
-    }
+    facts = {source: processes.prepared(source, models) for source in {one.source for one in wanted.catalog}}
     rates = processes.rates(_device(device, here))
     choice = choose(wanted, facts, budget_bytes, processes.runtime_bytes(), rates)
     limits = budget_bytes, wanted.training.step_deadline_s
@@ -141,13 +136,9 @@ def plan(
 
 
 @app.command()
+@click.option("--model", required=True, help="A folder in Hugging Face's layout, a GGUF file or a hub id.")
 @click.option(
-    "--model", required=True, help="A folder in Hugging Face's layout, a GGUF file or a hub id."
-)
-@click.option(
-    "--random-weights",
-    is_flag=True,
-    help="Draw the weights: the model's folder needs a config.json alone.",
+    "--random-weights", is_flag=True, help="Draw the weights: the model's folder needs a config.json alone."
 )
 @click.option(
     "--weights",
@@ -174,9 +165,7 @@ def plan(
     show_default=True,
     help="How many of the blocks keep all that backward needs and run once.",
 )
-@click.option(
-    "--rank", default=16, show_default=True, help="Rank of the adapter on all linear layers."
-)
+@click.option("--rank", default=16, show_default=True, help="Rank of the adapter on all linear layers.")
 @click.option("--batch", default=4, show_default=True, help="Rows of a step.")
 @click.option("--tokens", default=256, show_default=True, help="Tokens of a row.")
 @click.option(
@@ -260,10 +249,7 @@ def measure(
     help="Where its configuration and log are kept.",
 )
 @click.option(
-    "--kind",
-    type=click.Choice(["auto", "mosquitto", "embedded"]),
-    default="auto",
-    show_default=True,
+    "--kind", type=click.Choice(["auto", "mosquitto", "embedded"]), default="auto", show_default=True
 )
 def broker(port: int, state: Path, kind: str) -> None:
     """Run a broker on this machine's loopback.
@@ -283,19 +269,14 @@ def broker(port: int, state: Path, kind: str) -> None:
 @app.command()
 @click.argument("spec", type=click.Path(path_type=Path))
 @click.option("--seeds", help="Seeds to run, such as 0,1,2; default: the file's.")
-@click.option(
-    "--arms", help="Arms to run, separated by commas, such as fedit,heterotune-gate; default: all."
-)
+@click.option("--arms", help="Arms to run, separated by commas, such as fedit,heterotune-gate; default: all.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="Folder for runs, table and pictures; default: docs/study/<spec>.",
 )
 @click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    default=Path(),
-    help="Folder of the study's data files.",
+    "--data", type=click.Path(path_type=Path), default=Path(), help="Folder of the study's data files."
 )
 @with_models
 @click.option(
@@ -305,13 +286,7 @@ def broker(port: int, state: Path, kind: str) -> None:
     help="Runs at a time, one core each; default: as many as there are cores.",
 )
 def study(
-    spec: Path,
-    seeds: str | None,
-    arms: str | None,
-    out: Path | None,
-    data: Path,
-    models: Path,
-    workers: int,
+    spec: Path, seeds: str | None, arms: str | None, out: Path | None, data: Path, models: Path, workers: int
 ) -> None:
     """Compare methods on virtual devices: a grid of arms by seeds.
 
@@ -355,9 +330,7 @@ def study(
 )
 @at_broker
 @click.option("--node", default="node", show_default=True, callback=_name, help="This node's name.")
-@click.option(
-    "--until-finished", is_flag=True, help="End when the last round is merged and reported."
-)
+@click.option("--until-finished", is_flag=True, help="End when the last round is merged and reported.")
 @click.option("--noop", is_flag=True, hidden=True)
 @as_json
 def aggregator(
@@ -385,12 +358,8 @@ def aggregator(
 
 @app.command()
 @at_broker
-@click.option(
-    "--fleet", required=True, callback=_name, help="The fleet's name, as its fleet file has it."
-)
-@click.option(
-    "--id", required=True, callback=_name, help="This device's name, unique in the fleet."
-)
+@click.option("--fleet", required=True, callback=_name, help="The fleet's name, as its fleet file has it.")
+@click.option("--id", required=True, callback=_name, help="This device's name, unique in the fleet.")
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -414,9 +383,7 @@ def aggregator(
 @click.option("--threads", default=0, help="CPU threads of the trainer; default: all cores.")
 @on_device
 @as_board
-@click.option(
-    "--wait", default=120.0, show_default=True, help="Seconds to wait for the fleet's first round."
-)
+@click.option("--wait", default=120.0, show_default=True, help="Seconds to wait for the fleet's first round.")
 @click.option("--until-finished", is_flag=True, help="End when the fleet has finished.")
 @click.option("--noop", hidden=True)
 @as_json
@@ -474,9 +441,7 @@ def agent(
         loss = f", loss {event.loss:.3f}" if event.loss is not None else ""
         step = f" {event.step}/{event.steps}" if event.steps else ""
         memory = (
-            f", {event.memory_bytes >> 20} of {event.budget_bytes >> 20} MiB"
-            if event.memory_bytes
-            else ""
+            f", {event.memory_bytes >> 20} of {event.budget_bytes >> 20} MiB" if event.memory_bytes else ""
         )
         text = f": {event.text}" if event.text else ""
         _say(f"{event.device}, round {event.round}: {event.phase}{step}{loss}{memory}{text}")
@@ -509,12 +474,8 @@ def status(broker: str, fleet: str, json: bool) -> None:
     help="As in [method] of a fleet file; local is the control.",
 )
 @click.option("--broker", callback=_broker_url, help="Use a broker that already runs, at this URL.")
-@click.option(
-    "--keep", type=click.Path(path_type=Path), help="Keep state, logs and adapters in this folder."
-)
-@click.option(
-    "--json", "json", type=click.Path(path_type=Path), help="Write the result to this file."
-)
+@click.option("--keep", type=click.Path(path_type=Path), help="Keep state, logs and adapters in this folder.")
+@click.option("--json", "json", type=click.Path(path_type=Path), help="Write the result to this file.")
 def demo(method: str, broker: str | None, keep: Path | None, json: Path | None) -> None:
     """Run a whole fleet on this machine.
 
@@ -538,9 +499,7 @@ def main() -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    if (
-        signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-    ):  # as a script's background processes have it
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a script's background processes have it
         signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # click would make it 1
     try:
         app(prog_name="edge-runtime")
@@ -605,9 +564,7 @@ def _budget(given: str | None, board: str | None, found: "Profile") -> int:
 
 def _device(wanted: str, found: "Profile") -> str:
     if wanted == "cuda" and found.gpu is None:
-        raise InputError(
-            "--device is cuda, but no GPU was found: `edge-runtime profile` shows what is there"
-        )
+        raise InputError("--device is cuda, but no GPU was found: `edge-runtime profile` shows what is there")
     return ("cuda" if found.gpu else "cpu") if wanted == "auto" else wanted
 
 
@@ -631,7 +588,3 @@ def _evaluation(given: tuple[str, ...]) -> dict[str, Path]:
             raise InputError(f"--eval is {one!r}, but has to be NAME=FILE.jsonl")
         found[name] = Path(path)
     return found
-
-
-if __name__ == "__main__":
-    main()

@@ -39,18 +39,11 @@ def show_measurement(done: "Measurement") -> None:
     _show_terms(console, done.terms, done.predicted_peak_bytes)
     phases = {name: msgspec.structs.asdict(phase) for name, phase in done.phases.items()}
     if done.peft:
-        phases |= {
-            f"PEFT: {name}": msgspec.structs.asdict(phase)
-            for name, phase in done.peft.phases.items()
-        }
+        phases |= {f"PEFT: {name}": msgspec.structs.asdict(phase) for name, phase in done.peft.phases.items()}
     known = [
-        key
-        for key in next(iter(phases.values()))
-        if any(sizes[key] is not None for sizes in phases.values())
+        key for key in next(iter(phases.values())) if any(sizes[key] is not None for sizes in phases.values())
     ]
-    table = _table(
-        "measured", "phase", *(key.removesuffix("_bytes").replace("_", " ") for key in known)
-    )
+    table = _table("measured", "phase", *(key.removesuffix("_bytes").replace("_", " ") for key in known))
     for name, sizes in phases.items():
         _add(table, name, *(_shown(key, sizes[key]) for key in known))
     console.print(table)
@@ -63,12 +56,7 @@ def show_measurement(done: "Measurement") -> None:
         ("seconds a step", [one.step_seconds for one in taken], "{:.2f}".format),
     ]
     for name, values, text in rows:
-        _add(
-            table,
-            name,
-            *map(text, values),
-            *([f"{values[0] / values[1]:.2f}"] if done.peft else []),
-        )
+        _add(table, name, *map(text, values), *([f"{values[0] / values[1]:.2f}"] if done.peft else []))
     console.print(table)
     console.print(
         f"predicted {format_size(done.predicted_peak_bytes)}, measured {format_size(done.measured_peak_bytes)}: "
@@ -131,22 +119,13 @@ def show_plan(choice: Choice, budget_bytes: int, deadline_s: float | None) -> No
         preferred.append(choice.better)
     if preferred:
         slow = " or too slow" if any(over_deadline_s(one, deadline_s) for one in preferred) else ""
-        table = _table(
-            f"preferred, but too large{slow}", "model", "at", "needs", "a step", "over by"
-        )
+        table = _table(f"preferred, but too large{slow}", "model", "at", "needs", "a step", "over by")
         for one in preferred:
             peak, over_s = one.predicted_peak_bytes, over_deadline_s(one, deadline_s)
             over = [format_size(peak - budget_bytes)] if peak > budget_bytes else []
             over += [f"{over_s:.3g} s"] if over_s else []
             name = f"{Path(one.source).name}, {one.depth} layers, {one.weights}"
-            _add(
-                table,
-                name,
-                one.how,
-                format_size(peak),
-                f"{one.step_seconds:.3g} s",
-                " and ".join(over),
-            )
+            _add(table, name, one.how, format_size(peak), f"{one.step_seconds:.3g} s", " and ".join(over))
         console.print(table)
 
 
@@ -166,18 +145,9 @@ def show_status(status: "Status") -> None:
         else f"round {status.round.round} of {fleet.rounds} is open"
     )
     console.print(
-        f"fleet [bold]{escape(status.fleet)}[/], method {fleet.method.name}: {state}",
-        highlight=False,
+        f"fleet [bold]{escape(status.fleet)}[/], method {fleet.method.name}: {state}", highlight=False
     )
-    columns = (
-        "device",
-        "is",
-        "round",
-        "model",
-        "peak / budget",
-        "up / down",
-        "held-out loss (exact)",
-    )
+    columns = ("device", "is", "round", "model", "peak / budget", "up / down", "held-out loss (exact)")
     table = _table("", *columns)
     for device in status.devices:
         report = device.report
@@ -185,9 +155,7 @@ def show_status(status: "Status") -> None:
             _add(table, device.id, device.presence)
             continue
         result = report.result
-        peak = (
-            f"{_mib(result.measured_peak_bytes) if result else '-'} / {_mib(report.budget_bytes)}"
-        )
+        peak = f"{_mib(result.measured_peak_bytes) if result else '-'} / {_mib(report.budget_bytes)}"
         scores = result.evaluation.items() if result else ()
         _add(
             table,
@@ -198,9 +166,7 @@ def show_status(status: "Status") -> None:
             peak,
             f"{format_size(report.bytes_up)} / {format_size(report.bytes_down)}",
             report.reason
-            or ", ".join(
-                f"{name} {_loss(score.loss)} ({score.accuracy:.0%})" for name, score in scores
-            ),
+            or ", ".join(f"{name} {_loss(score.loss)} ({score.accuracy:.0%})" for name, score in scores),
         )
     console.print(table)
 
@@ -224,11 +190,7 @@ def show_demo(outcome: "Outcome") -> None:
             f"{device.depth} layers, {device.weights}",
             " / ".join(
                 f"{size / MIB:.0f}"
-                for size in (
-                    device.predicted_peak_bytes,
-                    device.measured_peak_bytes,
-                    device.budget_bytes,
-                )
+                for size in (device.predicted_peak_bytes, device.measured_peak_bytes, device.budget_bytes)
             )
             + " MiB",
             format_size(device.bytes_up),

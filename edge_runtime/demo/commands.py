@@ -51,38 +51,16 @@ COMMON: dict[str, tuple[str, ...]] = {
     "music": ("music", "speaker"),
     "camera": ("camera", "security camera"),
 }
-OPENINGS = (
-    "",
-    "please ",
-    "could you ",
-    "hey, ",
-    "would you ",
-    "I want you to ",
-    "can you ",
-    "now ",
-)
+OPENINGS = ("", "please ", "could you ", "hey, ", "would you ", "I want you to ", "can you ", "now ")
 PATTERNS: dict[str, tuple[str, ...]] = {  # by the action they mean
-    "on": (
-        "turn on the {thing}",
-        "switch the {thing} on",
-        "start the {thing}",
-        "power up the {thing}",
-    ),
-    "off": (
-        "turn off the {thing}",
-        "switch the {thing} off",
-        "stop the {thing}",
-        "shut down the {thing}",
-    ),
+    "on": ("turn on the {thing}", "switch the {thing} on", "start the {thing}", "power up the {thing}"),
+    "off": ("turn off the {thing}", "switch the {thing} off", "stop the {thing}", "shut down the {thing}"),
     "set {value}": (
         "set the {thing} to {value}",
         "put the {thing} at {value}",
         "change the {thing} to {value}",
     ),
-    "on in {value}": (
-        "start the {thing} in {value} minutes",
-        "turn on the {thing} after {value} minutes",
-    ),
+    "on in {value}": ("start the {thing} in {value} minutes", "turn on the {thing} after {value} minutes"),
     "status": ("is the {thing} on", "check the {thing}", "how is the {thing} doing"),
 }
 COMMON_SHARE = 0.2  # of a device's rows

@@ -17,13 +17,10 @@ class Live:
         self._console = Console()
         self._rounds = rounds
         self._devices = {
-            name: Event(name, 0, "starting", budget_bytes=budget)
-            for name, budget in budgets.items()
+            name: Event(name, 0, "starting", budget_bytes=budget) for name, budget in budgets.items()
         }
         self._round = "starting"
-        self._live = RichLive(
-            self._table(), console=self._console, auto_refresh=False, transient=True
-        )
+        self._live = RichLive(self._table(), console=self._console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> "Live":
         if self._console.is_terminal:
@@ -37,13 +34,8 @@ class Live:
         """Take in one event of a device or of the node."""
         if isinstance(event, node.Event):
             if event.phase != "presence":
-                self._round = (
-                    f"round {event.round} of {self._rounds}: {event.phase} {event.text}".rstrip()
-                )
-            if (
-                event.phase in ("merged", "extended", "failed", "refused")
-                or not self._console.is_terminal
-            ):
+                self._round = f"round {event.round} of {self._rounds}: {event.phase} {event.text}".rstrip()
+            if event.phase in ("merged", "extended", "failed", "refused") or not self._console.is_terminal:
                 self._console.print(f"node     {self._round}", highlight=False, markup=False)
         else:
             before = self._devices[event.device]
@@ -52,12 +44,8 @@ class Live:
                 "loss": event.loss if event.loss is not None else before.loss,
             }
             self._devices[event.device] = msgspec.structs.replace(event, **kept)
-            if not self._console.is_terminal and (
-                event.phase != before.phase or event.step == event.steps
-            ):
-                self._console.print(
-                    _line(self._devices[event.device]), highlight=False, markup=False
-                )
+            if not self._console.is_terminal and (event.phase != before.phase or event.step == event.steps):
+                self._console.print(_line(self._devices[event.device]), highlight=False, markup=False)
         if self._console.is_terminal:
             self._live.update(self._table(), refresh=True)
 
@@ -79,11 +67,5 @@ def _cells(event: Event) -> tuple[str, ...]:
 
 def _line(event: Event) -> str:
     device, round_, phase, step, loss, memory = _cells(event)
-    words = [
-        f"{device:8} round {round_}: {phase}",
-        step,
-        f"loss {loss}" if loss else "",
-        memory,
-        event.text,
-    ]
+    words = [f"{device:8} round {round_}: {phase}", step, f"loss {loss}" if loss else "", memory, event.text]
     return "  ".join(word for word in words if word)

@@ -84,8 +84,7 @@ def run(method: str, broker: str | None, keep: Path | None) -> Outcome:
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
         folder = (
-            keep
-            or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edge-runtime-demo-")))
+            keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edge-runtime-demo-")))
         ).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "node").exists():
@@ -93,17 +92,13 @@ def run(method: str, broker: str | None, keep: Path | None) -> Outcome:
         fleet_file = folder / "fleet.toml"
         fleet_file.write_text(FLEET.read_text().replace('name = "fedit"', f'name = "{method}"'))
         fleet = load(fleet_file)
-        budgets = {
-            name: processes.runtime_bytes() + above for name, above in BUDGETS_ABOVE_RUNTIME.items()
-        }
+        budgets = {name: processes.runtime_bytes() + above for name, above in BUDGETS_ABOVE_RUNTIME.items()}
         if broker is None:
             running = start_broker(port=0, state_dir=folder / "broker")
             stack.callback(running.stop)
             broker = running.url
         lines: queue.SimpleQueue[tuple[str, bytes | None]] = queue.SimpleQueue()
-        children = stack.enter_context(
-            _processes(_commands(folder, broker, budgets), folder, lines)
-        )
+        children = stack.enter_context(_processes(_commands(folder, broker, budgets), folder, lines))
         with Live(budgets, fleet.rounds) as live:
             _follow(children, lines, live, folder)
         return _outcome(method, fleet.rounds, budgets, folder, time.monotonic() - started)
@@ -117,9 +112,7 @@ def _commands(folder: Path, broker: str, budgets: dict[str, int]) -> dict[str, l
             *("--broker", broker, "--until-finished", "--json"),
         ]
     }
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // len(budgets))
     for name, budget in budgets.items():
         home = folder / name
@@ -128,31 +121,9 @@ def _commands(folder: Path, broker: str, budgets: dict[str, int]) -> dict[str, l
         own = data.write_rows(home / "own.jsonl", rows.held_out)
         others = data.write_rows(home / "others.jsonl", rows.others_held_out)
         found[name] = [
-            *(
-                "agent",
-                "--broker",
-                broker,
-                "--fleet",
-                "demo",
-                "--id",
-                name,
-                "--state",
-                str(home / "state"),
-            ),
-            *(
-                "--data",
-                str(data.write_rows(home / "train.jsonl", rows.train)),
-                "--budget",
-                str(budget),
-            ),
-            *(
-                "--eval",
-                f"own={own}",
-                "--eval",
-                f"others={others}",
-                "--models",
-                str(model.path().parent),
-            ),
+            *("agent", "--broker", broker, "--fleet", "demo", "--id", name, "--state", str(home / "state")),
+            *("--data", str(data.write_rows(home / "train.jsonl", rows.train)), "--budget", str(budget)),
+            *("--eval", f"own={own}", "--eval", f"others={others}", "--models", str(model.path().parent)),
             *("--threads", str(threads), "--until-finished", "--json"),
         ]
     return found
@@ -160,9 +131,7 @@ def _commands(folder: Path, broker: str, budgets: dict[str, int]) -> dict[str, l
 
 @contextlib.contextmanager
 def _processes(
-    lines_of: dict[str, list[str]],
-    folder: Path,
-    lines: "queue.SimpleQueue[tuple[str, bytes | None]]",
+    lines_of: dict[str, list[str]], folder: Path, lines: "queue.SimpleQueue[tuple[str, bytes | None]]"
 ) -> Iterator[dict[str, "subprocess.Popen[bytes]"]]:
     """Start the processes; what they print goes to the queue, and a None when one ends. None is left behind."""
     children: dict[str, subprocess.Popen[bytes]] = {}
@@ -209,9 +178,7 @@ def _follow(
         try:
             name, line = lines.get(timeout=max(deadline - time.monotonic(), 0.0))
         except queue.Empty:
-            raise EdgeError(
-                f"the demo did not end within {TIMEOUT_S:g} s; logs are in {folder}"
-            ) from None
+            raise EdgeError(f"the demo did not end within {TIMEOUT_S:g} s; logs are in {folder}") from None
         if line is not None:
             if name == "node":
                 live.show(msgspec.json.decode(line, type=node.Event))
@@ -226,15 +193,11 @@ def _follow(
             )
 
 
-def _outcome(
-    method: str, rounds: int, budgets: dict[str, int], folder: Path, seconds: float
-) -> Outcome:
+def _outcome(method: str, rounds: int, budgets: dict[str, int], folder: Path, seconds: float) -> Outcome:
     store = Store(folder / "node" / "node.db")
     reports = [
         msgspec.json.decode(row[0], type=Report)
-        for row in store.connection.execute(
-            "SELECT body FROM reports ORDER BY device, round, state DESC"
-        )
+        for row in store.connection.execute("SELECT body FROM reports ORDER BY device, round, state DESC")
     ]
     closed = store.open_round() - 1
     store.connection.close()

@@ -48,9 +48,7 @@ def by_name(name: str) -> Method:
     return METHODS[name]
 
 
-def build(
-    spec: settings.Method, head: settings.Head | None, distils: settings.Codistill | None
-) -> Method:
+def build(spec: settings.Method, head: settings.Head | None, distils: settings.Codistill | None) -> Method:
     """A method with what the fleet adds to it; raises InputError where it is not known, or its settings do not fit."""
     method = _with_settings(spec)
     if head is not None:

@@ -103,6 +103,4 @@ def added(method: Method, spec: Codistill) -> Method:
     def sizes(rank: int) -> dict[str, int]:
         return {**method.sizes(rank), "anchors": spec.texts}
 
-    return method._replace(
-        factors=factors, merges={**method.merges, "anchors": combined}, sizes=sizes
-    )
+    return method._replace(factors=factors, merges={**method.merges, "anchors": combined}, sizes=sizes)

@@ -40,10 +40,7 @@ def agreed(said: Callable[[], Iterable[tuple[int, Sequence[Completion]]]]) -> li
         for prompt, texts in votes.items()
         if texts
     }
-    return [
-        Completion(prompt, text, weight / samples)
-        for prompt, (text, weight) in sorted(best.items())
-    ]
+    return [Completion(prompt, text, weight / samples) for prompt, (text, weight) in sorted(best.items())]
 
 
 def _count(candidates: dict[str, float], text: str, weight: float) -> None:

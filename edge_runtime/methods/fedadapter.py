@@ -38,9 +38,7 @@ def core(factors: Mapping[str, Any], _: float) -> Any:
 
 def method(settings: Settings) -> Method:
     """The method with these settings."""
-    shared = heterotune.Settings(
-        settings.branches, settings.width, settings.stages, "off", settings.across
-    )
+    shared = heterotune.Settings(settings.branches, settings.width, settings.stages, "off", settings.across)
     mixture = heterotune.method(shared)
     factors = {name: factor for name, factor in mixture.factors.items() if name != "g"}
     merges: dict[str, Merge] = {"layers": holders_mean, "stages": holders_mean}

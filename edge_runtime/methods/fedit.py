@@ -17,9 +17,7 @@ class RunningMean:
 
     def __init__(self) -> None:
         self._sums: Tensors = {}
-        self._held: dict[
-            str, dict[tuple[int, ...], int]
-        ] = {}  # samples of each shape that was sent
+        self._held: dict[str, dict[tuple[int, ...], int]] = {}  # samples of each shape that was sent
 
     def add(self, made: Contribution) -> None:
         """Count one device."""

@@ -17,14 +17,7 @@ from typing import TypeAlias
 from zlib import crc32
 
 from edge_runtime.methods import fedit
-from edge_runtime.methods.interface import (
-    Array,
-    Contribution,
-    Contributions,
-    Method,
-    Tensors,
-    add_to,
-)
+from edge_runtime.methods.interface import Array, Contribution, Contributions, Method, Tensors, add_to
 
 OVER = 16  # columns of a sketch beyond the factors' rank
 SMALLEST = 1e-6  # singular value, of the largest; below it is rounding
@@ -42,9 +35,7 @@ def mean_product(contributions: Contributions) -> Tensors:
 
     def products() -> Iterator[tuple[str, int, Array, Array]]:
         for made, layer, A, B in counted(contributions, samples):
-            before.update(
-                {f"{layer}.{factor}": made.before[f"{layer}.{factor}"] for factor in "AB"}
-            )
+            before.update({f"{layer}.{factor}": made.before[f"{layer}.{factor}"] for factor in "AB"})
             yield layer, made.samples, A, B
 
     steps: Tensors = {}
@@ -58,9 +49,7 @@ def mean_product(contributions: Contributions) -> Tensors:
     return steps
 
 
-def best_factors(
-    products: Products, rank: Callable[[str], int]
-) -> Iterator[tuple[str, Array, Array]]:
+def best_factors(products: Products, rank: Callable[[str], int]) -> Iterator[tuple[str, Array, Array]]:
     """Each layer with A and B, of this rank or the sum's if that is lower, whose product is the nearest to the sum of the
     terms; what a layer took is freed before the next one.
 
@@ -124,6 +113,4 @@ def _bases(sketches: Tensors) -> Tensors:
     return {layer: np.linalg.qr(sketch)[0] for layer, sketch in sketches.items()}
 
 
-METHOD = Method(
-    "flexlora", fedit.METHOD.factors, {"layers": mean_product}, unequal=True, refactored=True
-)
+METHOD = Method("flexlora", fedit.METHOD.factors, {"layers": mean_product}, unequal=True, refactored=True)

@@ -17,16 +17,7 @@ from typing import Any
 import msgspec
 
 from edge_runtime.methods.flexlora import best_factors, counted
-from edge_runtime.methods.interface import (
-    A,
-    Array,
-    AtLeastOne,
-    B,
-    Contributions,
-    Factor,
-    Method,
-    Tensors,
-)
+from edge_runtime.methods.interface import A, Array, AtLeastOne, B, Contributions, Factor, Method, Tensors
 
 TINY = 1e-12
 
@@ -52,10 +43,7 @@ def stacked(contributions: Contributions, rank: int) -> Tensors:
                     np.zeros((len(own_B), rank), np.float32),
                 )
                 keys = f"{layer}.keptA", f"{layer}.keptB"
-                old[layer] = (
-                    made.before.get(keys[0], nothing[0]),
-                    made.before.get(keys[1], nothing[1]),
-                )
+                old[layer] = (made.before.get(keys[0], nothing[0]), made.before.get(keys[1], nothing[1]))
             yield layer, made.samples, own_A, own_B
         for layer, count in samples.items():
             yield layer, count, *old[layer]
@@ -76,9 +64,7 @@ def low_rank(factors: Mapping[str, Any]) -> tuple[Any, Any]:
     """The kept A (kept x in) above A (r x in), and the kept B (out x kept) beside B (out x r), which are torch's."""
     import torch
 
-    return torch.cat([factors["keptA"], factors["A"]]), torch.cat(
-        [factors["keptB"], factors["B"]], 1
-    )
+    return torch.cat([factors["keptA"], factors["A"]]), torch.cat([factors["keptB"], factors["B"]], 1)
 
 
 def method(settings: Settings) -> Method:

@@ -59,9 +59,7 @@ def core(factors: Mapping[str, Any], depth: float) -> Any:
     import torch
 
     S = factors["S"]
-    return torch.eye(S.shape[1], device=S.device) + torch.tensordot(
-        relation(factors["D"], depth), S, 1
-    )
+    return torch.eye(S.shape[1], device=S.device) + torch.tensordot(relation(factors["D"], depth), S, 1)
 
 
 def method(settings: Settings) -> Method:

@@ -81,11 +81,7 @@ def method(settings: Settings) -> Method:
 
     def sizes(rank: int) -> dict[str, int]:
         branches = max(1, min(settings.branches, rank // settings.width))
-        return {
-            "stages": settings.stages,
-            "branches": branches,
-            "widths": branches * settings.width,
-        }
+        return {"stages": settings.stages, "branches": branches, "widths": branches * settings.width}
 
     def aligned(contributions: Contributions) -> Tensors:
         return across_classes(contributions, settings.alignment)
@@ -138,11 +134,7 @@ def combined(steps: list[Array], shares: list[float], alignment: str) -> Array:
     elif len(flat) == 1 or not norms.all():
         made = plain
     else:
-        mended = (
-            _projected(flat, (p / norms) @ flat)
-            if alignment == "projection"
-            else _pairwise(flat, norms)
-        )
+        mended = _projected(flat, (p / norms) @ flat) if alignment == "projection" else _pairwise(flat, norms)
         made = p @ mended
         length = float(np.linalg.norm(made))
         opposed = length < SMALL * norms.max()  # nothing in common is left but rounding

@@ -25,9 +25,7 @@ AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=256)]  # of a method's setting
 NotNegative = Annotated[float, msgspec.Meta(ge=0.0, le=1e6)]
 Start = Literal["drawn", "zero", "singular"]
 Kind = Literal["layers", "stages", "labels", "anchors"]
-Scope = Literal[
-    "private", "class", "fleet"
-]  # shared with nobody, within the model class, or with all
+Scope = Literal["private", "class", "fleet"]  # shared with nobody, within the model class, or with all
 Array: TypeAlias = "NDArray[np.float32]"
 Tensors: TypeAlias = "dict[str, Array]"
 WIDTHS = ("in", "out")  # axes that are as long as a model makes them; the others are the fleet's
@@ -67,9 +65,7 @@ class Factor(NamedTuple):
     @property
     def width(self) -> int:
         """The axis by whose size n drawn values are scaled, to 1/sqrt(n): the layer's own width, else the last."""
-        return next(
-            (place for place, axis in enumerate(self.axes) if axis in WIDTHS), len(self.axes) - 1
-        )
+        return next((place for place, axis in enumerate(self.axes) if axis in WIDTHS), len(self.axes) - 1)
 
 
 A = Factor(("rank", "in"), trained=True, shared="class", start="drawn")
@@ -88,9 +84,7 @@ class Contribution(NamedTuple):
 
     def after(self) -> Tensors:
         """What the device held when the round ended, in its own rank."""
-        return {
-            key: self.before[key][leading(delta.shape)] + delta for key, delta in self.delta.items()
-        }
+        return {key: self.before[key][leading(delta.shape)] + delta for key, delta in self.delta.items()}
 
 
 # A round's, of one class or of all: they can be gone through more than once, and only one of them is in memory at a time.
@@ -140,11 +134,7 @@ class Method(NamedTuple):
         stages = self.sizes(1).get("stages", 1)
         stage = min(int(stages * relative_depth(layer, layers)), stages - 1)
         owner = {"layers": f"layers.{layer}", "stages": f"stages.{stage}"}
-        return {
-            name: f"{owner[f.of]}.{role}.{name}"
-            for name, f in self.factors.items()
-            if f.of in owner
-        }
+        return {name: f"{owner[f.of]}.{role}.{name}" for name, f in self.factors.items() if f.of in owner}
 
     def lengths(self, rank: int, into: int, out: int) -> dict[str, int]:
         """Of every axis that a factor of such a layer has, on a device of this rank."""
@@ -160,9 +150,7 @@ class Method(NamedTuple):
     def scope(self, kind: str) -> Scope:
         """With whom this kind of tensors is shared, of which some factor travels."""
         return next(
-            f.shared
-            for f in self.factors.values()
-            if f.of == kind and f.trained and f.shared != "private"
+            f.shared for f in self.factors.values() if f.of == kind and f.trained and f.shared != "private"
         )
 
     @property

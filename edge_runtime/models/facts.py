@@ -47,12 +47,7 @@ class Facts(msgspec.Struct, frozen=True):
 
 
 def read(
-    config: Any,
-    linears: dict[Role, tuple[int, int]],
-    *,
-    model_class: str,
-    folder: str,
-    weights: str,
+    config: Any, linears: dict[Role, tuple[int, int]], *, model_class: str, folder: str, weights: str
 ) -> Facts:
     """Facts of a transformers configuration; names differ between families, optimum's NormalizedConfig levels them."""
     from optimum.utils.normalized_config import NormalizedTextConfigWithGQA

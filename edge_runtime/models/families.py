@@ -36,9 +36,7 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
             return module
-    raise InputError(
-        f"the {config.model_type} model has no list of {config.num_hidden_layers} blocks"
-    )
+    raise InputError(f"the {config.model_type} model has no list of {config.num_hidden_layers} blocks")
 
 
 def linears(block: nn.Module) -> dict[Role, str]:
@@ -82,6 +80,4 @@ def _mlp_roles(shapes: list[tuple[int, int]], block: str) -> tuple[Role, ...]:
         return ("gate", "up", "down")
     if len(shapes) == 2:
         return ("gate_up", "down") if shapes[0][0] == 2 * shapes[1][1] else ("fc1", "fc2")
-    raise InputError(
-        f"the MLP of a {block} has linear layers of (out, in) {shapes}, which fit no known form"
-    )
+    raise InputError(f"the MLP of a {block} has linear layers of (out, in) {shapes}, which fit no known form")

@@ -67,9 +67,7 @@ def index(path: Path, names: list[str], config: Any) -> dict[str, Tensor]:
         tensor = held[inner]
         kind = gguf.GGMLQuantizationType(tensor.kind)
         if not _expandable(kind):
-            raise InputError(
-                f"{path}: {inner} is held in {kind.name}, which cannot be expanded to numbers"
-            )
+            raise InputError(f"{path}: {inner} is held in {kind.name}, which cannot be expanded to numbers")
         heads = 0
         if architecture == "llama" and ".attn_q." in inner:
             heads = config.num_attention_heads
@@ -167,9 +165,7 @@ def _blocks(path: Path, tensor: Tensor) -> Iterator[NDArray[np.uint8]]:
             count = min(step, rows - first)
             held = np.fromfile(stream, np.uint8, count * row_bytes)
             if held.size != count * row_bytes:
-                raise InputError(
-                    f"{path} is cut short: {count * row_bytes - held.size} bytes are missing"
-                )
+                raise InputError(f"{path} is cut short: {count * row_bytes - held.size} bytes are missing")
             yield held.reshape(count, row_bytes)
 
 
@@ -180,8 +176,4 @@ def _rows(tensor: Tensor) -> int:
 def _order(tensor: Tensor) -> torch.Tensor | None:
     """Where each row of a tensor with interleaved heads lies in the file."""
     heads = tensor.interleaved_heads
-    return (
-        torch.arange(tensor.shape[0]).view(heads, -1, 2).transpose(1, 2).flatten()
-        if heads
-        else None
-    )
+    return torch.arange(tensor.shape[0]).view(heads, -1, 2).transpose(1, 2).flatten() if heads else None

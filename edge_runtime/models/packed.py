@@ -10,7 +10,9 @@ import torch
 from edge_kernels import Packed, expand, pack, packed_linear
 from torch import nn
 
-EMBEDDING = "q8_0"  # of embedding and head: a row of theirs is a token, and four bits are too few for rare ones
+EMBEDDING = (
+    "q8_0"  # of embedding and head: a row of theirs is a token, and four bits are too few for rare ones
+)
 PIECE_VALUES = 1 << 20  # packed at once
 
 
@@ -50,9 +52,7 @@ def join_pieces(pieces: Iterable[Packed], rows: int) -> Packed:
     whole, filled = None, 0
     for part in pieces:
         if whole is None:
-            held = (
-                None if one is None else one.new_empty(rows, *one.shape[1:]) for one in part.parts
-            )
+            held = (None if one is None else one.new_empty(rows, *one.shape[1:]) for one in part.parts)
             whole = Packed(part.format, (rows, part.shape[1]), *held)
         for all_, some in zip(whole.parts, part.parts, strict=True):
             if all_ is not None and some is not None:

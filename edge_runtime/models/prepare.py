@@ -25,14 +25,7 @@ from edge_runtime.models import facts as facts_
 from edge_runtime.models.facts import Facts
 
 LOCK_TIMEOUT_S = 600.0
-FILES = (
-    "*.safetensors",
-    "*.json",
-    "*.model",
-    "*.jinja",
-    "merges.txt",
-    "vocab.txt",
-)  # of a model folder
+FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")  # of a model folder
 
 
 def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = False) -> Facts:
@@ -52,9 +45,7 @@ def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = Fa
     weights, others = ([path], []) if path.is_file() else _files(path)
     if random_weights:
         if path.is_file():
-            raise InputError(
-                f"{path} has weights of its own: random ones need a folder with a config.json"
-            )
+            raise InputError(f"{path} has weights of its own: random ones need a folder with a config.json")
         weights, others = [path / "config.json"], []
     if not weights:
         raise InputError(
@@ -73,9 +64,7 @@ def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = Fa
                 tempfile.TemporaryDirectory(dir=cache) as scratch,
                 lean_imports(),
             ):  # a family's code comes late
-                _write(
-                    path, Path(scratch) / ready.name, ready, f"{name}@{revision}", random_weights
-                )
+                _write(path, Path(scratch) / ready.name, ready, f"{name}@{revision}", random_weights)
                 put(Path(scratch) / ready.name, ready)
     facts = msgspec.json.decode((ready / "facts.json").read_bytes(), type=Facts)
     tokenizer = ready / "tokenizer.json"
@@ -92,15 +81,11 @@ def find(source: str, models: Path) -> Path:
     for path in (Path(source).expanduser(), models / source):
         if path.is_file():
             if path.suffix != ".gguf":
-                raise InputError(
-                    f"{path} is no GGUF file: a model is a .gguf file, a folder or a hub id"
-                )
+                raise InputError(f"{path} is no GGUF file: a model is a .gguf file, a folder or a hub id")
             return path.resolve()
         if path.is_dir():
             if not (path / "config.json").exists():
-                raise InputError(
-                    f"{path} has no config.json: a model folder needs Hugging Face's layout"
-                )
+                raise InputError(f"{path} has no config.json: a model folder needs Hugging Face's layout")
             return path.resolve()
     a_path = source.startswith((".", "/", "~")) or source.endswith(".gguf")
     if a_path or source.count("/") != 1:
@@ -113,9 +98,7 @@ def find(source: str, models: Path) -> Path:
 def _files(folder: Path) -> tuple[list[Path], list[Path]]:
     """The weights of a model folder, and what else it is read from."""
     patterns = [pattern for pattern in FILES if pattern != "*.safetensors"]
-    return sorted(folder.glob("*.safetensors")), sorted(
-        file for one in patterns for file in folder.glob(one)
-    )
+    return sorted(folder.glob("*.safetensors")), sorted(file for one in patterns for file in folder.glob(one))
 
 
 def _name(path: Path) -> str:
@@ -131,15 +114,8 @@ def _download(source: str, models: Path) -> Path:
 
     repository, _, revision = source.partition("@")
     try:
-        return Path(
-            snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES))
-        )
-    except (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OSError,
-        ValueError,
-    ) as error:  # ValueError: no hub id
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:  # ValueError: no hub id
         reason = " ".join(str(error).split()).rstrip(".")  # the hub's reasons go over several lines
         raise InputError(
             f"there is no model at {source}, nor in {models}, and it cannot be fetched from the hub either: {reason}; copy it "
@@ -167,9 +143,7 @@ def _write(path: Path, work: Path, ready: Path, model_class: str, random_weights
                 if random_weights
                 else AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
             )
-    except (
-        Exception
-    ) as error:  # transformers raises many kinds here; each means the same to the user
+    except Exception as error:  # transformers raises many kinds here; each means the same to the user
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"the model at {path} cannot be read: {reason}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -187,22 +161,15 @@ def _write(path: Path, work: Path, ready: Path, model_class: str, random_weights
             f"the model at {path} has 0 layers, but needs 1 or more: its config.json may be damaged"
         )
     block = blocks[0]
-    linears = {
-        role: roles.widths(block.get_submodule(inner))
-        for role, inner in roles.linears(block).items()
-    }
+    linears = {role: roles.widths(block.get_submodule(inner)) for role, inner in roles.linears(block).items()}
     if path.is_file():
         names = [
             name
             for name in model.state_dict()
             if not (config.tie_word_embeddings and name == "lm_head.weight")
         ]
-        (work / "tensors.json").write_bytes(
-            msgspec.json.encode(gguf_file.index(path, names, config))
-        )
-    facts = facts_.read(
-        config, linears, model_class=model_class, folder=str(ready), weights=str(path)
-    )
+        (work / "tensors.json").write_bytes(msgspec.json.encode(gguf_file.index(path, names, config)))
+    facts = facts_.read(config, linears, model_class=model_class, folder=str(ready), weights=str(path))
     (work / "facts.json").write_bytes(msgspec.json.encode(facts))
 
 
@@ -255,9 +222,7 @@ def main() -> int:
     parser.add_argument("--random-weights", action="store_true")
     options = parser.parse_args()
     try:
-        facts = prepare(
-            options.source, options.models, options.cache, random_weights=options.random_weights
-        )
+        facts = prepare(options.source, options.models, options.cache, random_weights=options.random_weights)
     except EdgeError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

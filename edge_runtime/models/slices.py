@@ -42,6 +42,4 @@ def nested_blocks(depths: Iterable[int], depth: int, layers: int) -> list[tuple[
         ValueError: a depth is larger than the slice at hand.
     """
     held = kept_layers(depth, layers)
-    return [
-        tuple(held.index(layer) for layer in kept_layers(smaller, layers)) for smaller in depths
-    ]
+    return [tuple(held.index(layer) for layer in kept_layers(smaller, layers)) for smaller in depths]

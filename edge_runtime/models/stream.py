@@ -25,9 +25,7 @@ from edge_runtime.models.packed import PackedLinear
 LOCK_TIMEOUT_S = 600.0
 
 
-def stream(
-    block: nn.Module, matrices: Mapping[str, Callable[[], Packed]], file: Path, device: str
-) -> None:
+def stream(block: nn.Module, matrices: Mapping[str, Callable[[], Packed]], file: Path, device: str) -> None:
     """Let a block read its matrices from a file each time it runs.
 
     Args:
@@ -65,8 +63,7 @@ def _run(
             for layer, (path, without) in layers.items():
                 keys = [f"{path}.{part}" for part in Packed._fields[2:]]
                 layer.weight = Packed(
-                    *without[:2],
-                    *(tensors.get_tensor(key) if key in names else None for key in keys),
+                    *without[:2], *(tensors.get_tensor(key) if key in names else None for key in keys)
                 )
     except (SafetensorError, OSError) as error:
         raise InputError(

@@ -18,9 +18,7 @@ def load(folder: Path) -> PreTrainedTokenizerBase:
     if not (folder / FILE).exists():  # one that the library has no form of
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
         return loaded
-    written: dict[str, Any] = json.loads(
-        (folder / "tokenizer_config.json").read_text(encoding="utf-8")
-    )
+    written: dict[str, Any] = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     known = {name: value for name, value in written.items() if name in SETTINGS}
     for name, value in known.items():
         known[name] = (

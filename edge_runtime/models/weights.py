@@ -35,9 +35,7 @@ from edge_runtime.models.packed import (
 from edge_runtime.models.slices import kept_layers
 from edge_runtime.settings import PACKED, Weights
 
-LAYER = re.compile(
-    r"(?<=\.)\d+(?=\.)"
-)  # the block's number is the first number in a state_dict key
+LAYER = re.compile(r"(?<=\.)\d+(?=\.)")  # the block's number is the first number in a state_dict key
 
 
 def load(
@@ -68,9 +66,7 @@ def load(
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     read: _Reader = _Numbered(_reader(facts), kept) if facts.weights else _Random(shapes)
     if weights in PACKED:
-        files = [
-            Path(facts.folder) / f"streamed-{weights}" / f"{layer}.safetensors" for layer in kept
-        ]
+        files = [Path(facts.folder) / f"streamed-{weights}" / f"{layer}.safetensors" for layer in kept]
         _pack(model, read, dtype, weights, device, files if streamed else [])
     for name, parameter in list(model.named_parameters()):
         if facts.tied_head and name == "lm_head.weight":
@@ -127,12 +123,7 @@ class _Numbered(NamedTuple):
 
 
 def _pack(
-    model: PreTrainedModel,
-    read: _Reader,
-    dtype: torch.dtype,
-    format: str,
-    device: str,
-    files: list[Path],
+    model: PreTrainedModel, read: _Reader, dtype: torch.dtype, format: str, device: str, files: list[Path]
 ) -> None:
     """Put packed matrices into a model without memory. files: one for each block's matrices, or none."""
     places = {module: name for name, module in model.named_modules()}
@@ -170,9 +161,7 @@ def _pack(
             )
             place(block.get_submodule(path), held)
         if files:
-            read_all = {
-                path: partial(read.packed, f"{name}.weight", format) for path, name in names.items()
-            }
+            read_all = {path: partial(read.packed, f"{name}.weight", format) for path, name in names.items()}
             stream.stream(block, read_all, files[number], device)
 
 
@@ -183,12 +172,8 @@ def _reader(facts: Facts) -> _Reader:
 
         whole.tensors(path)
         content = (Path(facts.folder) / "tensors.json").read_bytes()
-        return gguf_file.Reader(
-            path, msgspec.json.decode(content, type=dict[str, gguf_file.Tensor])
-        )
-    return _Safetensors(
-        path, {name: file for file in whole.files(path) for name in whole.tensors(file)}
-    )
+        return gguf_file.Reader(path, msgspec.json.decode(content, type=dict[str, gguf_file.Tensor]))
+    return _Safetensors(path, {name: file for file in whole.files(path) for name in whole.tensors(file)})
 
 
 class _Safetensors(NamedTuple):

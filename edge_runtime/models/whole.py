@@ -16,9 +16,7 @@ import msgspec
 
 from edge_runtime.errors import InputError
 
-WIDTHS = dict(
-    enumerate((1, 1, 2, 2, 4, 4, 4, 1, None, None, 8, 8, 8))
-)  # bytes of a GGUF value by its kind
+WIDTHS = dict(enumerate((1, 1, 2, 2, 4, 4, 4, 1, None, None, 8, 8, 8)))  # bytes of a GGUF value by its kind
 STRING, ARRAY = 8, 9
 VERSIONS, DIMENSIONS = (2, 3), 4
 
@@ -116,9 +114,7 @@ def _safetensors(header: _Header) -> dict[str, Place]:
     listed = msgspec.json.decode(header.take(header.number("Q")), type=dict[str, msgspec.Raw])
     listed.pop("__metadata__", None)
     start = header.at
-    found = {
-        name: msgspec.json.decode(entry, type=_Place).data_offsets for name, entry in listed.items()
-    }
+    found = {name: msgspec.json.decode(entry, type=_Place).data_offsets for name, entry in listed.items()}
     return {name: Place(start + first, start + end) for name, (first, end) in found.items()}
 
 
@@ -151,9 +147,7 @@ def _gguf(header: _Header) -> dict[str, Place]:
             raise ValueError(f"{name} has {dimensions} dimensions, but GGUF allows {DIMENSIONS}")
         shape = tuple(header.number("Q") for _ in range(dimensions))[::-1]
         if (kind := header.number("I")) not in kinds:
-            raise ValueError(
-                f"{name} is of kind {kind}, which the installed gguf package does not know"
-            )
+            raise ValueError(f"{name} is of kind {kind}, which the installed gguf package does not know")
         block, block_bytes = gguf.GGML_QUANT_SIZES[kinds[kind]]
         first = header.number("Q")
         found[name] = Place(first, first + math.prod(shape) // block * block_bytes, shape, kind)

@@ -48,24 +48,15 @@ VALUE_BYTES = {
     "nf4": 0.516,
 }
 ADAPTER_BYTES, SUM_BYTES, FROZEN_BYTES, ENCODE_BYTES = 6, 4, 4, 9
-TOKENIZER_COPIES, FIRST_STEP_BYTES = (
-    11,
-    36 * MIB,
-)  # of its file; measured with 49,152 and 262,144 tokens
-KERNEL_BYTES, MOST_LENGTHS = (
-    8 * MIB,
-    6,
-)  # of a length of rows; the library's cache holds that of so many
+TOKENIZER_COPIES, FIRST_STEP_BYTES = (11, 36 * MIB)  # of its file; measured with 49,152 and 262,144 tokens
+KERNEL_BYTES, MOST_LENGTHS = (8 * MIB, 6)  # of a length of rows; the library's cache holds that of so many
 LONG_TOKENS, LONG_BYTES = 256, 4 * MIB  # rows of more than so many: that much more
 VARIED_BYTES = 20 * MIB  # of the loss, where rows are of several lengths
 LOSS_CHUNK_BYTES = 8 * MIB  # of logits at once, unless memory is short
 LOSS_COPIES = {"dense": 2.6, "packed": 1.9}
 BLOCK_BYTES = 4 * MIB  # of any size: pieces of the optimiser's step
 BLOCK_COPIES = {2: 1.05, 4: 0.75}  # by the bytes of a value
-HIDDEN_ROWS, INTERMEDIATE_ROWS = (
-    17,
-    7,
-)  # a token, of a block's activations and their gradients, in its MLP
+HIDDEN_ROWS, INTERMEDIATE_ROWS = (17, 7)  # a token, of a block's activations and their gradients, in its MLP
 ATTENTION_ROWS = 10  # the same in its attention, of each kind
 KEPT_HIDDEN_ROWS, KEPT_HEAD_ROWS, KEPT_INTERMEDIATE_ROWS = (
     5,
@@ -73,10 +64,7 @@ KEPT_HIDDEN_ROWS, KEPT_HEAD_ROWS, KEPT_INTERMEDIATE_ROWS = (
     3,
 )  # a token, of a block's activations alone
 KEPT_COPIES = 1.2
-NORMED_FAMILIES, NORM_ROWS = (
-    ("gemma2", "gemma3", "gemma3_text"),
-    8,
-)  # norms after attention and MLP too
+NORMED_FAMILIES, NORM_ROWS = (("gemma2", "gemma3", "gemma3_text"), 8)  # norms after attention and MLP too
 MLP_TOKENS, FEWER_MLP_TOKENS = (
     1024,
     256,
@@ -115,11 +103,7 @@ def terms(
     at_once = batch if facts.family in UNGATED_FAMILIES else min(batch, plan.mlp_tokens or batch)
     norms = batch * _norm_rows(facts) * facts.hidden
     mlp = batch * HIDDEN_ROWS * facts.hidden + at_once * INTERMEDIATE_ROWS * facts.intermediate
-    attention = (
-        batch
-        * ATTENTION_ROWS
-        * (facts.hidden + (facts.heads + 2 * facts.kv_heads) * facts.head_dim)
-    )
+    attention = batch * ATTENTION_ROWS * (facts.hidden + (facts.heads + 2 * facts.kv_heads) * facts.head_dim)
     joined = (
         FROZEN_BYTES * adapter // plan.depth if method.low_rank is not None else 0
     )  # a block's factors once more
@@ -151,9 +135,7 @@ def terms(
     return always | max(ways, key=lambda terms: sum(terms.values()))
 
 
-def factor_values(
-    facts: Facts, plan: Plan, roles: tuple[Role, ...], method: Method
-) -> dict[str, int]:
+def factor_values(facts: Facts, plan: Plan, roles: tuple[Role, ...], method: Method) -> dict[str, int]:
     """Values of each of the adapter's factors, over all layers."""
     values = dict.fromkeys(method.factors, 0)
     shapes = adapter_shapes(facts, kept_layers(plan.depth, facts.layers), roles, plan.rank, method)

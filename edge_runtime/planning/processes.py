@@ -50,9 +50,7 @@ def prepared(source: str, models: Path, *, random_weights: bool = False) -> Fact
     cache = cache_folder() / "models"
     command = ["edge_runtime.models.prepare", "--models", str(models), "--cache", str(cache)]
     command += ["--random-weights"] if random_weights else []
-    return msgspec.json.decode(
-        _output([*command, "--", source], PREPARE_TIMEOUT_S, InputError), type=Facts
-    )
+    return msgspec.json.decode(_output([*command, "--", source], PREPARE_TIMEOUT_S, InputError), type=Facts)
 
 
 def runtime_bytes() -> int:
@@ -66,9 +64,7 @@ def rates(device: str, threads: int = 0) -> Rates:
     device: "cpu" or "cuda". threads: of the trainer; 0 for torch's default. Raises InputError where torch cannot use the device.
     """
     written = _measured_once(
-        f"rates-{device}-{threads}",
-        ["edge_runtime.planning.probe", device, str(threads)],
-        InputError,
+        f"rates-{device}-{threads}", ["edge_runtime.planning.probe", device, str(threads)], InputError
     )
     return msgspec.json.decode(written, type=Rates)
 
@@ -85,11 +81,7 @@ def trainer_installed() -> bool:
 
 def study_installed() -> bool:
     """Whether the packages of a study are there."""
-    return (
-        trainer_installed()
-        and find_spec("matplotlib") is not None
-        and find_spec("scipy") is not None
-    )
+    return trainer_installed() and find_spec("matplotlib") is not None and find_spec("scipy") is not None
 
 
 def _measured_once(name: str, module: list[str], error: type[EdgeError]) -> bytes:
@@ -121,8 +113,6 @@ def _output(module: list[str], timeout_s: float, error: type[EdgeError]) -> byte
     except subprocess.TimeoutExpired as late:
         raise error(f"{module[0]} did not end within {timeout_s:.0f} s") from late
     if done.returncode != 0:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or [
-            f"exit code {done.returncode}"
-        ]
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
         raise error(lines[-1])
     return done.stdout

@@ -15,13 +15,7 @@ from edge_runtime import methods
 from edge_runtime.errors import BudgetError, InputError
 from edge_runtime.methods.interface import Method
 from edge_runtime.models.facts import Facts
-from edge_runtime.planning.predict import (
-    FEWER_MLP_TOKENS,
-    KERNEL_BYTES,
-    LENGTH_STEP,
-    MLP_TOKENS,
-    terms,
-)
+from edge_runtime.planning.predict import FEWER_MLP_TOKENS, KERNEL_BYTES, LENGTH_STEP, MLP_TOKENS, terms
 from edge_runtime.planning.time import Rates, step_seconds
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import PACKED, Boundaries, Fleet, Role, Weights, rows_of_a_step
@@ -86,14 +80,9 @@ def choose(
         for way in plans:
             if way.predicted_peak_bytes <= budget_bytes:
                 known = facts[way.source]
-                fits = (
-                    _filled(fleet, known, way, budget_bytes, runtime_bytes, rates) if fill else way
-                )
+                fits = _filled(fleet, known, way, budget_bytes, runtime_bytes, rates) if fill else way
                 if over_deadline_s(fits, deadline_s) == 0:
-                    same = before is not None and (before.source, before.depth) == (
-                        way.source,
-                        way.depth,
-                    )
+                    same = before is not None and (before.source, before.depth) == (way.source, way.depth)
                     return Choice(fits, rejected, before if same else None)
                 too_slow.append(fits)
             before = way
@@ -129,9 +118,7 @@ def over_deadline_s(way: Plan, deadline_s: float | None) -> float:
     return 0.0 if deadline_s is None else max(0.0, way.step_seconds - deadline_s)
 
 
-def _why_none(
-    every: list[Plan], small: list[Plan], budget_bytes: int, deadline_s: float | None
-) -> str:
+def _why_none(every: list[Plan], small: list[Plan], budget_bytes: int, deadline_s: float | None) -> str:
     """every: as enumerated; small: those within the budget, filled."""
     in_time = [way for way in every if over_deadline_s(way, deadline_s) == 0]
     if small or not in_time:
@@ -177,9 +164,7 @@ def candidates(
         known = facts[model.source]
         depth = known.layers if model.depth is None else model.depth
         if not 1 <= depth <= known.layers:
-            raise InputError(
-                f"the catalog wants {depth} layers of {model.source}, which has {known.layers}"
-            )
+            raise InputError(f"the catalog wants {depth} layers of {model.source}, which has {known.layers}")
         possible = [tokens for tokens in lengths if tokens <= known.positions] or lengths[-1:]
         for weights in model.weights:
             yield [
@@ -242,9 +227,7 @@ def plan(
     if way.streamed and way.kept_blocks:
         raise InputError("blocks whose weights are streamed cannot run once: they would keep them")
     if not 0 <= way.kept_blocks <= depth:
-        raise InputError(
-            f"{way.kept_blocks} blocks are to run once, but {source} has {depth} of them here"
-        )
+        raise InputError(f"{way.kept_blocks} blocks are to run once, but {source} has {depth} of them here")
     made = Plan(
         source=source,
         model_class=known.model_class,
@@ -296,9 +279,7 @@ def lower(
             lengths=1,
             runtime_bytes=runtime_bytes,
         )
-        found["kernels"] = plan.terms["kernels"] + KERNEL_BYTES * (
-            way.rows != plan.rows
-        )  # those so far stay
+        found["kernels"] = plan.terms["kernels"] + KERNEL_BYTES * (way.rows != plan.rows)  # those so far stay
         return msgspec.structs.replace(made, terms=found)
 
     first = Way(plan.rows, plan.boundaries, plan.mlp_tokens, plan.streamed)

@@ -29,10 +29,7 @@ from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import PACKED, Role
 
 ATTENTION, THIN = 0.25, 0.5  # of the rate of matrix products
-BLOCK_PASSES, LOSS_PASSES = (
-    10,
-    60,
-)  # over the rows that predict.py counts in a block, and over the logits
+BLOCK_PASSES, LOSS_PASSES = (10, 60)  # over the rows that predict.py counts in a block, and over the logits
 EXPAND_BYTES = {
     "q8_0": 24,
     "q4_1": 60,
@@ -72,9 +69,7 @@ def step_seconds(
         headed: whether a head over labels learns the rows, and not the vocabulary's.
     """
     tokens, micro_batches = rows_a_step * plan.tokens, -(-rows_a_step // plan.rows)
-    width, flops = (
-        (4, rates.float32_flops) if plan.weights == "float32" else (2, rates.bfloat16_flops)
-    )
+    width, flops = (4, rates.float32_flops) if plan.weights == "float32" else (2, rates.bfloat16_flops)
     factors = sum(factor_values(facts, plan, roles, method).values())
     blocks = plan.depth * facts.block_parameters
     mlps = plan.depth * sum(

@@ -38,9 +38,7 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
     completions_bytes: int = 0
 
 
-def encode(
-    tensors: Mapping[str, NDArray[np.float32]], completions: Sequence[Completion] = ()
-) -> bytes:
+def encode(tensors: Mapping[str, NDArray[np.float32]], completions: Sequence[Completion] = ()) -> bytes:
     """Encode float32 tensors, and completions beside them as they are.
 
     Raises:
@@ -62,9 +60,7 @@ def encode(
         raise InputError(
             f"the completions take {len(said)} bytes, but {LARGEST_COMPLETIONS_BYTES} is the most"
         )
-    header = msgspec.json.encode(
-        Header({key: tensor.shape for key, tensor in tensors.items()}, len(said))
-    )
+    header = msgspec.json.encode(Header({key: tensor.shape for key, tensor in tensors.items()}, len(said)))
     parts = (*(part.tobytes() for part in (*values, *scales)), said)
     body = zstandard.ZstdCompressor(level=3).compress(b"".join(parts))
     return MAGIC + len(header).to_bytes(4, "big") + header + body
@@ -125,9 +121,7 @@ def _body(payload: bytes) -> tuple[dict[str, tuple[int, ...]], bytes]:
     except zstandard.ZstdError as error:
         raise InputError(f"the payload cannot be decompressed: {error}") from error
     if len(raw) != expected:
-        raise InputError(
-            f"the payload holds {len(raw)} bytes of values, its header needs {expected}"
-        )
+        raise InputError(f"the payload holds {len(raw)} bytes of values, its header needs {expected}")
     return header.shapes, raw
 
 

@@ -42,13 +42,9 @@ def read(broker: str, fleet: str) -> Status:
     rounds: dict[str, Round] = {}
     reports: dict[str, Report] = {}
     try:
-        with Session(
-            broker, f"status-{_unique()}", clean_start=True, session_expiry_s=0
-        ) as session:
+        with Session(broker, f"status-{_unique()}", clean_start=True, session_expiry_s=0) as session:
             session.connect(15.0)
-            session.subscribe(
-                topics.all_rounds(), topics.all_presence(fleet), topics.all_reports(fleet)
-            )
+            session.subscribe(topics.all_rounds(), topics.all_presence(fleet), topics.all_reports(fleet))
             until = time.monotonic() + LONGEST_S
             while time.monotonic() < until and (item := session.receive(QUIET_S)) is not None:
                 if isinstance(item, Message):
@@ -63,9 +59,7 @@ def read(broker: str, fleet: str) -> Status:
         )
         raise LinkError(f"there is no fleet `{fleet}` at {broker}; {there}")
     ids = sorted({*tracker.devices, *reports})
-    return Status(
-        fleet, rounds[fleet], [Device(one, tracker.state(one), reports.get(one)) for one in ids]
-    )
+    return Status(fleet, rounds[fleet], [Device(one, tracker.state(one), reports.get(one)) for one in ids])
 
 
 def _take(
@@ -74,9 +68,7 @@ def _take(
     try:
         where = topics.parse(item.topic)
         if where.kind == "round":
-            rounds[where.fleet] = messages.decode(
-                signing.open(item.payload, ROUND_DOMAIN, None)[0], Round
-            )
+            rounds[where.fleet] = messages.decode(signing.open(item.payload, ROUND_DOMAIN, None)[0], Round)
         elif where.kind == "report":
             reports[where.device] = messages.decode(
                 signing.open(item.payload, REPORT_DOMAIN, None)[0], Report

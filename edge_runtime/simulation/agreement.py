@@ -22,9 +22,7 @@ def cosines(updates: list[Update], method: Method) -> list[float]:
     largest: codec.Tensors = {}
     for update in updates:
         delta = codec.decode(update.payload.read_bytes(), lambda key: kind_of(key) in kinds)
-        deltas.append(
-            Contribution(largest, delta, update.manifest.samples, update.manifest.model_class)
-        )
+        deltas.append(Contribution(largest, delta, update.manifest.samples, update.manifest.model_class))
         for key, value in delta.items():
             if key not in largest or value.size > largest[key].size:
                 largest[key] = np.zeros(value.shape, np.float32)

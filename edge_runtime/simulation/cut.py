@@ -26,12 +26,8 @@ def cut(source: str, layers: int, models: Path) -> str:
     """The folder of the cut model, made unless it is there; raises InputError where the model cannot be cut so."""
     facts = processes.prepared(source, models)
     if not 1 <= layers <= facts.layers:
-        raise InputError(
-            f"{source} has {facts.layers} layers, so it cannot be cut to its first {layers}"
-        )
-    folder = (
-        processes.cache_folder() / "cut" / f"{facts.model_class.replace('@', '-')}-first-{layers}"
-    )
+        raise InputError(f"{source} has {facts.layers} layers, so it cannot be cut to its first {layers}")
+    folder = processes.cache_folder() / "cut" / f"{facts.model_class.replace('@', '-')}-first-{layers}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock", timeout=TIMEOUT_S):  # several runs may want the same one
         if not folder.exists():
@@ -55,9 +51,7 @@ def _cut(facts: Facts, layers: int, folder: Path) -> None:
             said = done.stderr.decode(errors="replace").strip().splitlines() or [
                 f"exit code {done.returncode}"
             ]
-            raise InputError(
-                f"{facts.model_class} cannot be cut to its first {layers} layers: {said[-1]}"
-            )
+            raise InputError(f"{facts.model_class} cannot be cut to its first {layers} layers: {said[-1]}")
         files.put(made, folder)
 
 

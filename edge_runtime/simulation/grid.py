@@ -42,12 +42,7 @@ def kept(spec: Spec, out: Path) -> dict[tuple[str, int], "Outcome"]:
 
 
 def run(
-    spec: Spec,
-    files: Path,
-    models: Path,
-    out: Path,
-    workers: int,
-    tell: Callable[[str], None],
+    spec: Spec, files: Path, models: Path, out: Path, workers: int, tell: Callable[[str], None]
 ) -> list[str]:
     """Do the runs that are missing, seed by seed so that every arm has its first result early.
 
@@ -60,9 +55,7 @@ def run(
     """
     check_files(spec, files)
     done = kept(spec, out)
-    missing = [
-        (arm, seed) for seed in spec.study.seeds for arm in spec.arm if (arm.name, seed) not in done
-    ]
+    missing = [(arm, seed) for seed in spec.study.seeds for arm in spec.arm if (arm.name, seed) not in done]
     (out / "runs").mkdir(parents=True, exist_ok=True)
     failed: list[str] = []
     lost = 0
@@ -121,9 +114,7 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _run(
-    spec: Spec, arm: Arm, seed: int, files: Path, models: Path, out: Path
-) -> tuple[float, float]:
+def _run(spec: Spec, arm: Arm, seed: int, files: Path, models: Path, out: Path) -> tuple[float, float]:
     """One run in a worker: its accuracy and seconds."""
     from edge_runtime.trainer.lean import lean_imports
 

@@ -163,32 +163,19 @@ def _pictures(spec: Spec, outcomes: Outcomes, out: Path) -> None:
             continue
         rounds = len(own[0].members[0].scores)
         means = [
-            100 * _mean([_mean([accuracy(m, r) for m in one.members]) for one in own])
-            for r in range(rounds)
+            100 * _mean([_mean([accuracy(m, r) for m in one.members]) for one in own]) for r in range(rounds)
         ]
-        style: Any = {
-            "color": f"C{number % 10}",
-            "marker": "osv^Dx"[number // 10 % 6],
-            "label": arm.name,
-        }
+        style: Any = {"color": f"C{number % 10}", "marker": "osv^Dx"[number // 10 % 6], "label": arm.name}
         over[1].plot(range(rounds), means, **style)
         sent = _mean([sum(m.bytes_up) + sum(m.bytes_down) for m in own[0].members]) / 1e6
         against[1].scatter([sent], means[-1:], **style)
-        norms = [
-            _mean(list(each)) for each in zip(*(one.moved for one in own if one.moved), strict=True)
-        ]
+        norms = [_mean(list(each)) for each in zip(*(one.moved for one in own if one.moved), strict=True)]
         if len(norms) > 1 and all(norms):
-            moved[1].loglog(
-                range(1, rounds), norms, **{**style, "label": f"{arm.name}: {slope(norms):+.2f}"}
-            )
+            moved[1].loglog(range(1, rounds), norms, **{**style, "label": f"{arm.name}: {slope(norms):+.2f}"})
     over[1].set(xlabel="rounds done", ylabel="accuracy, %", title="Accuracy over rounds")
-    against[1].set(
-        xlabel="MB a device, all rounds", ylabel="accuracy, %", title="Accuracy against bytes"
-    )
+    against[1].set(xlabel="MB a device, all rounds", ylabel="accuracy, %", title="Accuracy against bytes")
     moved[1].set(
-        xlabel="round",
-        ylabel="squared norm of the averaged update",
-        title="Convergence, with fitted slopes",
+        xlabel="round", ylabel="squared norm of the averaged update", title="Convergence, with fitted slopes"
     )
     for (figure, axes), name in ((over, "rounds"), (against, "bytes"), (moved, "convergence")):
         axes.legend(fontsize=7)

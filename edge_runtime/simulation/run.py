@@ -148,13 +148,9 @@ class _Run:
         self.method = methods.of(self.fleet)
         self.versions: dict[str, Version] = {}
         self.known: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
-        self.left: dict[str, dict[str, str]] = defaultdict(
-            dict
-        )  # files of the last round, by device
+        self.left: dict[str, dict[str, str]] = defaultdict(dict)  # files of the last round, by device
         self.pruned: dict[str, int] = {}  # the rank in which a device goes on
-        self.moved: list[
-            float
-        ] = []  # by each round: the squared norm of what changed in the versions
+        self.moved: list[float] = []  # by each round: the squared norm of what changed in the versions
         self.cosines: list[tuple[float, float]] = []  # by each round: between the classes
 
     @cached_property
@@ -166,9 +162,7 @@ class _Run:
             else cut(device.source, device.first, self.models)
             for device in self.spec.device
         }
-        found = {
-            source: processes.prepared(source, self.models) for source in set(sources.values())
-        }
+        found = {source: processes.prepared(source, self.models) for source in set(sources.values())}
         return {device: found[source] for device, source in sources.items()}
 
     @cached_property
@@ -181,9 +175,7 @@ class _Run:
         if not self.arm.pooled:
             return [(device, self.rows[device.id], 1) for device in self.spec.device]
         found = []
-        for device in {
-            (one.model, one.depth, one.data): one for one in reversed(self.spec.device)
-        }.values():
+        for device in {(one.model, one.depth, one.data): one for one in reversed(self.spec.device)}.values():
             those = [one for one in self.spec.device if one.data == device.data]
             found.append((device, [row for one in those for row in self.rows[one.id]], len(those)))
         return found
@@ -222,9 +214,7 @@ class _Run:
             round=min(round_, fleet.rounds),
             rounds=fleet.rounds,
             data=str(held["train"]),
-            evaluation={
-                name: str(path) for name, path in held.items() if name in ("seen", "unseen")
-            },
+            evaluation={name: str(path) for name, path in held.items() if name in ("seen", "unseen")},
             depths=(depth,) if self.arm.pooled else work.depths(fleet, plan),
             start=str(latest.artifact) if latest else None,
             anchors=str(self.folder / ANCHORS) if fleet.codistill is not None else None,
@@ -298,29 +288,17 @@ class _Run:
                 if result.rank is not None:
                     self.pruned[device.id] = result.rank
                 if result.payload_bytes:
-                    updates.append(
-                        self.update(folder / "payload.bin", device.id, job, result.samples)
-                    )
+                    updates.append(self.update(folder / "payload.bin", device.id, job, result.samples))
             if updates:
                 between = cosines(updates, self.method)
                 if between:
                     self.cosines.append(
-                        (
-                            sum(between) / len(between),
-                            sum(one < 0 for one in between) / len(between),
-                        )
+                        (sum(between) / len(between), sum(one < 0 for one in between) / len(between))
                     )
                 made = merge.merge(
-                    updates,
-                    self.versions,
-                    self.fleet,
-                    self.method,
-                    round_,
-                    self.folder / "versions",
+                    updates, self.versions, self.fleet, self.method, round_, self.folder / "versions"
                 )
-                if (
-                    not self.method.refactored
-                ):  # the same product in other factors would count as a move
+                if not self.method.refactored:  # the same product in other factors would count as a move
                     self.moved.append(sum(map(self.moved_by, made)))
                 self.versions |= {one.model_class: one for one in made}
         return [
@@ -369,11 +347,7 @@ class _Run:
         for key, value in load_file(version.master).items():
             if kind_of(key) in merge.STATE:
                 start = old.get(key)
-                start = (
-                    merge.version_0(key, value.shape, self.fleet, self.method)
-                    if start is None
-                    else start
-                )
+                start = merge.version_0(key, value.shape, self.fleet, self.method) if start is None else start
                 total += float(((value - start) ** 2).sum(dtype="float64"))
         return total
 

@@ -66,9 +66,7 @@ class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def model(self) -> str:
         """What stands for its checkpoint in a fleet's catalog."""
-        return (
-            self.source if self.first is None else f"the first {self.first} layers of {self.source}"
-        )
+        return self.source if self.first is None else f"the first {self.first} layers of {self.source}"
 
 
 class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -109,8 +107,7 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def fleet_of(self, arm: Arm, seed: int) -> settings.Fleet:
         """The fleet an arm trains as; raises InputError for what does not fit."""
         catalog = [
-            {"source": one.model, **({"depth": one.depth} if one.depth else {})}
-            for one in self.device
+            {"source": one.model, **({"depth": one.depth} if one.depth else {})} for one in self.device
         ]
         default = self.adapter.get("rank", settings.Adapter().rank)
         rank, *lower = sorted({device.rank or default for device in self.device}, reverse=True)
@@ -136,13 +133,9 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def digest(self, arm: Arm, seed: int) -> str:
         """Changes with whatever an arm's result depends on in this file."""
         anchors = self.anchors if arm.codistill is not None else None
-        of = msgspec.structs.replace(
-            self, arm=(msgspec.structs.replace(arm, control=None),), anchors=anchors
-        )
+        of = msgspec.structs.replace(self, arm=(msgspec.structs.replace(arm, control=None),), anchors=anchors)
         study = msgspec.structs.replace(self.study, about="", seeds=(seed,))
-        return hashlib.sha256(
-            msgspec.json.encode(msgspec.structs.replace(of, study=study))
-        ).hexdigest()[:12]
+        return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(of, study=study))).hexdigest()[:12]
 
 
 def load(path: Path) -> Spec:
@@ -181,9 +174,7 @@ def load(path: Path) -> Spec:
             )
     for name, task in spec.data.items():
         if task.test_rows and task.test_per_label:
-            raise InputError(
-                f"{path}: [data.{name}] has test_rows and test_per_label; leave one of them out"
-            )
+            raise InputError(f"{path}: [data.{name}] has test_rows and test_per_label; leave one of them out")
     for device in spec.device:
         if device.data not in spec.data:
             raise InputError(
@@ -246,8 +237,7 @@ def shares(spec: Spec, folder: Path, seed: int) -> dict[str, list[data.Row]]:
         if not mine:
             raise InputError(f"the device {name} has no rows: its domains are not in its data")
     return {
-        name: [{"text": row["text"], "label": row["label"]} for row in mine]
-        for name, mine in found.items()
+        name: [{"text": row["text"], "label": row["label"]} for row in mine] for name, mine in found.items()
     }
 
 

@@ -16,7 +16,5 @@ def cap_gpu(cap_bytes: int) -> None:
     """
     total = int(torch.cuda.get_device_properties(0).total_memory)
     if cap_bytes > total:
-        raise InputError(
-            f"the GPU has {format_size(total)} and cannot be capped to {format_size(cap_bytes)}"
-        )
+        raise InputError(f"the GPU has {format_size(total)} and cannot be capped to {format_size(cap_bytes)}")
     torch.cuda.set_per_process_memory_fraction(cap_bytes / total)

@@ -52,9 +52,7 @@ def read_rows(path: Path) -> list[Row]:
         ) from error
     except UnicodeDecodeError as error:
         raise InputError(f"the data file {path} is not UTF-8 text (byte {error.start})") from error
-    rows = [
-        _row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
-    ]
+    rows = [_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise InputError(
             f"the data file {path} has no rows: write one JSON object a line, with prompt and completion"
@@ -93,9 +91,7 @@ def _row(line: str, where: str) -> Row:
 
 def _check_messages(messages: Any, where: str) -> None:
     form = isinstance(messages, list) and all(
-        isinstance(turn, dict)
-        and isinstance(turn.get("role"), str)
-        and isinstance(turn.get("content"), str)
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
         for turn in messages
     )
     if not form:
@@ -103,13 +99,9 @@ def _check_messages(messages: Any, where: str) -> None:
             f"{where}: `messages` has to be a list of objects with a role and a content, both text"
         )
     if not any(turn["role"] == "assistant" for turn in messages):
-        raise InputError(
-            f"{where}: no message has the role assistant, so there is nothing to learn"
-        )
+        raise InputError(f"{where}: no message has the role assistant, so there is nothing to learn")
     if messages[0]["role"] == "assistant":
-        raise InputError(
-            f"{where}: the first message is the assistant's, but it has to answer something"
-        )
+        raise InputError(f"{where}: the first message is the assistant's, but it has to answer something")
 
 
 def read_asked(path: Path) -> list[Row]:
@@ -134,9 +126,7 @@ def answered(row: Row, completion: str) -> Row:
 
 def write_rows(path: Path, rows: list[Row]) -> Path:
     """Write rows as a .jsonl file; returns its path."""
-    path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -168,9 +158,7 @@ def tokenize(
 
 def _example(row: Row, tokenizer: Any, max_tokens: int, numbers: dict[str, int] | None) -> Example:
     if numbers is not None and "label" in row:
-        return Example(
-            tokenizer(row["text"]).input_ids[:max_tokens], [], numbers.get(row["label"], IGNORED)
-        )
+        return Example(tokenizer(row["text"]).input_ids[:max_tokens], [], numbers.get(row["label"], IGNORED))
     if "messages" in row:
         ids, labels = _chat(row["messages"], tokenizer)
     elif "text" in row and "label" not in row:
@@ -178,15 +166,10 @@ def _example(row: Row, tokenizer: Any, max_tokens: int, numbers: dict[str, int] 
         return Example(ids, list(ids))
     else:
         prompt, completion = (
-            (row["prompt"], row["completion"])
-            if "prompt" in row
-            else (row["text"], f" {row['label']}")
+            (row["prompt"], row["completion"]) if "prompt" in row else (row["text"], f" {row['label']}")
         )
         before = tokenizer(prompt).input_ids
-        learned = [
-            *tokenizer(completion, add_special_tokens=False).input_ids,
-            tokenizer.eos_token_id,
-        ]
+        learned = [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         ids, labels = before + learned, [IGNORED] * len(before) + learned
     return Example(ids[-max_tokens:], labels[-max_tokens:])
 
@@ -204,9 +187,7 @@ def _chat(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], li
     return ids, labels
 
 
-def _templated(
-    messages: list[dict[str, str]], tokenizer: Any, *, add_generation_prompt: bool
-) -> list[int]:
+def _templated(messages: list[dict[str, str]], tokenizer: Any, *, add_generation_prompt: bool) -> list[int]:
     if not tokenizer.chat_template:
         raise InputError(
             "the model has no chat template, so it cannot learn from messages: use prompt and completion rows"
@@ -215,9 +196,7 @@ def _templated(
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except (
-        Exception
-    ) as error:  # a template may refuse roles or their order, with an error of its own
+    except Exception as error:  # a template may refuse roles or their order, with an error of its own
         seen = ", ".join(turn["role"] for turn in messages)
         raise InputError(
             f"the model's chat template refuses messages of the roles {seen}: {error}"

@@ -34,14 +34,10 @@ class _Divergence(torch.autograd.Function):
         rows = len(hidden)
         step = max(chunk_bytes // (8 * max(rows, 1)) // GROUP, 1) * GROUP
         old_sum, new_sum = (torch.full((rows,), -torch.inf, device=hidden.device) for _ in range(2))
-        moved = torch.zeros(
-            rows, device=hidden.device
-        )  # Σ exp(old) (old - new), in units of exp(old_sum)
+        moved = torch.zeros(rows, device=hidden.device)  # Σ exp(old) (old - new), in units of exp(old_sum)
         for _, old, _, new, _ in _pieces(before, hidden, head, softcap, step):
             total = torch.logaddexp(old_sum, old.logsumexp(1))
-            moved = moved * (old_sum - total).exp() + (
-                (old - total[:, None]).exp() * (old - new)
-            ).sum(1)
+            moved = moved * (old_sum - total).exp() + ((old - total[:, None]).exp() * (old - new)).sum(1)
             old_sum, new_sum = total, torch.logaddexp(new_sum, new.logsumexp(1))
         dh = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         if dh is not None:

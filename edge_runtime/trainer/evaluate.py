@@ -24,9 +24,7 @@ CHUNK_BYTES = 16 << 20  # of float32 logits, or of the expanded head where that 
 
 
 @torch.no_grad()
-def evaluate(
-    model: PreTrainedModel, adapter: Adapter, examples: list[Example], micro_rows: int
-) -> Score:
+def evaluate(model: PreTrainedModel, adapter: Adapter, examples: list[Example], micro_rows: int) -> Score:
     """Score the rows, micro_rows at a time; the model is in evaluation mode."""
     weight, softcap = head(model)
     loss, counted, exact = 0.0, 0, 0
@@ -50,18 +48,14 @@ def evaluate(
             exact += int(hits.all(1).sum())
         release()
     mean = loss / max(counted, 1)
-    return Score(
-        mean if math.isfinite(mean) else None, exact / max(len(examples), 1), len(examples)
-    )
+    return Score(mean if math.isfinite(mean) else None, exact / max(len(examples), 1), len(examples))
 
 
 @torch.no_grad()
 def states(model: PreTrainedModel, examples: list[Example], micro_rows: int) -> torch.Tensor:
     """What a head reads of each text: (texts, hidden) in float32."""
     weight, _ = head(model)
-    found = torch.empty(
-        len(examples), model.config.get_text_config().hidden_size, device=weight.device
-    )
+    found = torch.empty(len(examples), model.config.get_text_config().hidden_size, device=weight.device)
     numbered = [example._replace(answer=number) for number, example in enumerate(examples)]
     for batch in batches(numbered, micro_rows):
         ids, _ = pad(batch, weight.device)
@@ -95,10 +89,7 @@ class Swept(NamedTuple):
 
 
 def _score(
-    hidden: torch.Tensor,
-    weight: torch.Tensor | Packed,
-    targets: torch.Tensor,
-    softcap: float | None,
+    hidden: torch.Tensor, weight: torch.Tensor | Packed, targets: torch.Tensor, softcap: float | None
 ) -> tuple[float, torch.Tensor]:
     """Summed loss, and whether the most likely token is the target, for each of (tokens, hidden)."""
     swept = sweep(hidden, weight, softcap, targets)
@@ -120,16 +111,12 @@ def sweep(
     """
     vocabulary = weight.shape[0]
     step = max(CHUNK_BYTES // (4 * max(hidden.shape)) // GROUP, 1) * GROUP
-    log_sum, wanted, best = (
-        torch.full((len(hidden),), -torch.inf, device=hidden.device) for _ in range(3)
-    )
+    log_sum, wanted, best = (torch.full((len(hidden),), -torch.inf, device=hidden.device) for _ in range(3))
     likely = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
     targets = likely if targets is None else targets
     for first in range(0, vocabulary, step):
         rows = slice(first, min(first + step, vocabulary))
-        matrix = (
-            expand(weight.rows(rows), hidden.dtype) if isinstance(weight, Packed) else weight[rows]
-        )
+        matrix = expand(weight.rows(rows), hidden.dtype) if isinstance(weight, Packed) else weight[rows]
         logits = (hidden @ matrix.T).float()
         if softcap is not None:
             logits.div_(softcap).tanh_().mul_(softcap)

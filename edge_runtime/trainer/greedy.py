@@ -59,8 +59,7 @@ def _batch(
         [[ends[0]] * (longest - len(prompt)) + prompt for prompt in prompts], device=weight.device
     )
     mask = torch.tensor(
-        [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts],
-        device=weight.device,
+        [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=weight.device
     )
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     cache = DynamicCache(config=model.config)
@@ -70,11 +69,7 @@ def _batch(
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=weight.device)
     while len(tokens) < most_tokens and not ended.all():
         hidden = model.base_model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state[:, -1]
         swept = sweep(hidden, weight, softcap)
         tokens.append(swept.likely)

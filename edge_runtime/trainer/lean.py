@@ -51,9 +51,7 @@ def lean_imports() -> Iterator[None]:
         torch.distributed.is_available = available
         for name in absent:
             del hidden[name]
-        for name in [
-            name for name in sys.modules if name == COMPILER or name.startswith(f"{COMPILER}.")
-        ]:
+        for name in [name for name in sys.modules if name == COMPILER or name.startswith(f"{COMPILER}.")]:
             del sys.modules[name]
         vars(torch).pop("_dynamo", None)
 

@@ -13,16 +13,9 @@ NEAR = 0.98  # of the budget; rows differ in length, and a later step may take m
 class Limit:
     """Asked after each step."""
 
-    def __init__(
-        self, budget_bytes: int, plan: Plan, lower: Sequence[Plan], lap: Callable[[], int]
-    ) -> None:
+    def __init__(self, budget_bytes: int, plan: Plan, lower: Sequence[Plan], lap: Callable[[], int]) -> None:
         """lower: plans to go on with, each in less memory than the one before. lap: peak bytes since it was last called."""
-        self._budget_bytes, self._plan, self._lower, self._lap = (
-            budget_bytes,
-            plan,
-            list(lower),
-            lap,
-        )
+        self._budget_bytes, self._plan, self._lower, self._lap = (budget_bytes, plan, list(lower), lap)
 
     def ease(self) -> Plan | None:
         """The plan to go on with; None: the same.

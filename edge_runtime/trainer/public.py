@@ -62,17 +62,13 @@ def predicted(
     """What the fleet predicts of the anchors; None where it has not predicted yet. own: labels that this device has rows of."""
     found = {label: shared.get(f"anchors.{label}.T") for label in labels}
     # of as many texts as there are now: the fleet may have had others
-    columns = {
-        label: T[0] for label, T in found.items() if T is not None and T.shape[1] == len(anchors)
-    }
+    columns = {label: T[0] for label, T in found.items() if T is not None and T.shape[1] == len(anchors)}
     if job.codistill is None or not columns:
         return None
     told = np.stack([columns.get(label, np.zeros(len(anchors), np.float32)) for label in labels], 1)
     evidence, targets = codistill.learned(told, job.codistill.temperature)
     news = codistill.news(told, np.array([label not in own for label in labels]))
-    return _lesson(
-        job, job.codistill, anchors, evidence, news, torch.from_numpy(targets).to(job.device)
-    )
+    return _lesson(job, job.codistill, anchors, evidence, news, torch.from_numpy(targets).to(job.device))
 
 
 @torch.no_grad()
@@ -107,29 +103,20 @@ def prompts(job: Job, public: list[data.Row], tokenizer: Any) -> dict[int, list[
     return {number: ids for number, ids in found.items() if ids}
 
 
-def completed(
-    job: Job, public: list[data.Row], asked: Collection[int], read: Read
-) -> Distillation | None:
+def completed(job: Job, public: list[data.Row], asked: Collection[int], read: Read) -> Distillation | None:
     """How the fleet completes the texts that this model can be asked; None where it has completed none yet."""
     if job.codistill is None or job.start is None:
         return None
     agreed = [one for one in codec.completions(Path(job.start).read_bytes()) if one.prompt in asked]
     examples = [
-        _last_turn(row)
-        for row in read([data.answered(public[one.prompt], one.text) for one in agreed])
+        _last_turn(row) for row in read([data.answered(public[one.prompt], one.text) for one in agreed])
     ]
     # of a completion that is longer here than where it was written, the prompt may be cut off
     fit = [number for number, row in enumerate(examples) if row.labels[0] == data.IGNORED]
     evidence = np.array([agreed[number].confidence for number in fit])
     spoken = len(fit) / max(len(public), 1)
     return _lesson(
-        job,
-        job.codistill,
-        [examples[number] for number in fit],
-        evidence,
-        np.zeros(len(fit)),
-        None,
-        spoken,
+        job, job.codistill, [examples[number] for number in fit], evidence, np.zeros(len(fit)), None, spoken
     )
 
 
@@ -155,9 +142,7 @@ def complete(
     ]
 
 
-def as_text(
-    written: list[greedy.Written], asked: dict[int, list[int]], tokenizer: Any
-) -> list[Completion]:
+def as_text(written: list[greedy.Written], asked: dict[int, list[int]], tokenizer: Any) -> list[Completion]:
     """The completions as other tokenizers can read them."""
     found = []
     for one in written:
@@ -208,7 +193,5 @@ def _prompt(example: data.Example) -> data.Example:
 
 def _last_turn(example: data.Example) -> data.Example:
     """With what comes before the completion learned no more, as the turns of an assistant that others wrote."""
-    before = max(
-        (number for number, label in enumerate(example.labels) if label == data.IGNORED), default=-1
-    )
+    before = max((number for number, label in enumerate(example.labels) if label == data.IGNORED), default=-1)
     return example._replace(labels=[data.IGNORED] * (before + 1) + example.labels[before + 1 :])

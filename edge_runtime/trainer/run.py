@@ -89,9 +89,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         rows = data.read_rows(Path(job.data))
         labels = _labels(job, rows)
         tokenizer = bases.tokenizer(job.facts)
-        read = partial(
-            data.tokenize, tokenizer=tokenizer, max_tokens=job.plan.tokens, labels=labels or None
-        )
+        read = partial(data.tokenize, tokenizer=tokenizer, max_tokens=job.plan.tokens, labels=labels or None)
         examples = read(rows) if job.train else []
         held_out = {name: read(data.read_rows(Path(path))) for name, path in job.evaluation.items()}
         texts, stops = public.texts(job), public.ends(tokenizer)
@@ -189,18 +187,14 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         if prompts and stops and heard:
             with meter.phase("complete"):
                 progress = partial(tell, "complete prompts", of=len(prompts))
-                written = public.complete(
-                    model, job, examples, prompts, stops, micro_rows, progress
-                )
+                written = public.complete(model, job, examples, prompts, stops, micro_rows, progress)
         attach.detach(model)
         del model, undo
         gc.collect()  # its modules and their functions refer to each other
         release()
         tell("encode")
         with meter.phase("encode"):
-            completions = (
-                public.as_text(written, prompts, bases.tokenizer(job.facts)) if written else []
-            )
+            completions = public.as_text(written, prompts, bases.tokenizer(job.facts)) if written else []
             payload, rank = _write(folder, job, method, adapter, taught, said, completions, tell)
     else:
         attach.detach(model)
@@ -227,9 +221,7 @@ def _limit(job: Job, method: Method, meter: Meter) -> Limit | None:
     if job.budget_bytes is None:
         return None
     rows = settings.rows_of_a_step(job.training, job.codistill)
-    now, *ways = lower(
-        job.facts, job.plan, method=method, roles=job.adapter.roles, rows_a_step=rows
-    )
+    now, *ways = lower(job.facts, job.plan, method=method, roles=job.adapter.roles, rows_a_step=rows)
     return Limit(job.budget_bytes, now, ways, meter.lap)
 
 
@@ -262,26 +254,20 @@ def _start(job: Job, method: Method, initial: attach.State, shared: attach.State
     return state
 
 
-def _overlay(
-    state: attach.State, kept: attach.State, method: Method, put: Callable[..., object]
-) -> None:
+def _overlay(state: attach.State, kept: attach.State, method: Method, put: Callable[..., object]) -> None:
     """Put what is kept of an earlier round where the state has it: a plan since then may have other layers or another rank,
     and what is of layers of another width belongs to another model."""
     for key in kept.keys() & state.keys():
         factor = method.factor(key)
         if all(
             axis not in WIDTHS or mine == theirs
-            for axis, mine, theirs in zip(
-                factor.axes, state[key].shape, kept[key].shape, strict=True
-            )
+            for axis, mine, theirs in zip(factor.axes, state[key].shape, kept[key].shape, strict=True)
         ):
             both = leading(tuple(map(min, state[key].shape, kept[key].shape)))
             put(state[key][both], kept[key][both])
 
 
-def _put_aside(
-    start: attach.State, method: Method, folder: Path, tell: Callable[[str], None]
-) -> None:
+def _put_aside(start: attach.State, method: Method, folder: Path, tell: Callable[[str], None]) -> None:
     """Move what the delta will be counted from to a file; what stays private is not needed again."""
     exchanged = {key: value for key, value in start.items() if method.exchanged(key)}
     if exchanged:
@@ -359,9 +345,7 @@ def _load(path: str) -> attach.State:
         ) from error
 
 
-def _save(
-    path: Path, tensors: Mapping[str, NDArray[np.float32]], tell: Callable[[str], None]
-) -> None:
+def _save(path: Path, tensors: Mapping[str, NDArray[np.float32]], tell: Callable[[str], None]) -> None:
     contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
     _when_there_is_room(lambda fresh: save_file(contiguous, fresh), path, tell)
 
@@ -370,9 +354,7 @@ def _replace(path: Path, content: bytes, tell: Callable[[str], None]) -> None:
     _when_there_is_room(lambda fresh: fresh.write_bytes(content), path, tell)
 
 
-def _when_there_is_room(
-    write: Callable[[Path], object], path: Path, tell: Callable[[str], None]
-) -> None:
+def _when_there_is_room(write: Callable[[Path], object], path: Path, tell: Callable[[str], None]) -> None:
     """Write a file whole or not at all. A full disk is waited for: what a round has learned is worth it.
 
     Raises:
@@ -386,9 +368,7 @@ def _when_there_is_room(
             return
         except (OSError, SafetensorError) as error:  # safetensors has system errors as text alone
             fresh.unlink(missing_ok=True)
-            if getattr(error, "errno", None) != errno.ENOSPC and os.strerror(
-                errno.ENOSPC
-            ) not in str(error):
+            if getattr(error, "errno", None) != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
                 raise
             if time.monotonic() > until:
                 raise TrainerError(
@@ -445,9 +425,7 @@ def main() -> int:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
     except (torch.OutOfMemoryError, MemoryError) as error:
-        sys.stderr.write(
-            f"{MemoryShortError(f'out of memory: {str(error).partition(chr(10))[0]}')}\n"
-        )
+        sys.stderr.write(f"{MemoryShortError(f'out of memory: {str(error).partition(chr(10))[0]}')}\n")
         return MemoryShortError.exit_code
     except OSError as error:
         sys.stderr.write(f"{InputError(f'cannot read or write what the round needs: {error}')}\n")
@@ -461,7 +439,5 @@ def _say(progress: Progress) -> None:
 
 
 def _end_with_stdin() -> None:
-    os.read(
-        0, 1
-    )  # unbuffered: a lock of sys.stdin held here would stand in the way of a normal exit
+    os.read(0, 1)  # unbuffered: a lock of sys.stdin held here would stand in the way of a normal exit
     os._exit(1)

@@ -122,9 +122,7 @@ def parts(rows: list[Example], texts: list[Example], weight: float, micro_rows: 
 def _counted(batch: list[Example]) -> int:
     """What a micro-batch's loss is the mean of: a head's rows, or labelled tokens, of which the first has none before it."""
     return sum(
-        row.answer != IGNORED
-        if row.answer is not None
-        else sum(label != IGNORED for label in row.labels[1:])
+        row.answer != IGNORED if row.answer is not None else sum(label != IGNORED for label in row.labels[1:])
         for row in batch
     )
 
@@ -169,9 +167,7 @@ def train(
     Raises:
         TrainerError: the loss was not finite several times in a row, or what ease raises.
     """
-    optimiser = AdamW8bit(
-        adapter.trained(), weight_decay=training.weight_decay, clip_norm=training.clip_norm
-    )
+    optimiser = AdamW8bit(adapter.trained(), weight_decay=training.weight_decay, clip_norm=training.clip_norm)
     rows = epochs(examples, f"{seed}/{round_}")
     texts, taught, weight_taught = _taught(distillation, f"{seed}/{round_}/anchors")
     weight, softcap = head(model)
@@ -194,9 +190,7 @@ def train(
             return cross_entropy(logits, distillation.targets[answers]), logits, answers != IGNORED
         return cross_entropy(logits, answers, ignore_index=IGNORED), logits, answers != IGNORED
 
-    def apart(
-        part: Part, before: torch.Tensor, output: torch.Tensor, counts: torch.Tensor
-    ) -> torch.Tensor:
+    def apart(part: Part, before: torch.Tensor, output: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """How far what the part makes has moved from what it made in the first pass."""
         if part.batch[0].answer is None:
             return divergence(before, output[counts], weight, softcap, loss_chunk_bytes)
@@ -204,13 +198,10 @@ def train(
         return kl_div(*logs, log_target=True, reduction="batchmean")
 
     linears = [
-        [part for part in block.modules() if isinstance(part, AdapterLinear)]
-        for block in blocks(model)
+        [part for part in block.modules() if isinstance(part, AdapterLinear)] for block in blocks(model)
     ]
     penalised = any(one.penalty is not None for one in passes)
-    found = (
-        [[_core(linear) for linear in own] for own in linears] if penalised else []
-    )  # as the round begins
+    found = [[_core(linear) for linear in own] for own in linears] if penalised else []  # as the round begins
     keeps = any(one.apart for one in passes)
     for step in range(training.steps):
         optimiser.lr = learning_rate(training, step, round_, rounds)
@@ -218,10 +209,7 @@ def train(
         micro = parts(own, list(islice(texts, taught)), weight_taught, micro_rows)
         total = seen = 0.0
         first: list[torch.Tensor] = []
-        with (
-            only_blocks(model, slices[step % len(slices)]),
-            recomputed_blocks(model, keep, kept_blocks),
-        ):
+        with only_blocks(model, slices[step % len(slices)]), recomputed_blocks(model, keep, kept_blocks):
             for turn, one in enumerate(passes):
                 with adapter.without(one.frozen):
                     if step == 0:
@@ -234,15 +222,11 @@ def train(
                             seen += 0.0 if part.soft else loss.item()
                             first += [output.detach()[counts]] if keeps else []
                         if one.apart and turn and not part.soft:
-                            loss = loss + part.share * one.apart * apart(
-                                part, first[number], output, counts
-                            )
+                            loss = loss + part.share * one.apart * apart(part, first[number], output, counts)
                         last = number == len(micro) - 1
                         if one.penalty is not None and last:
                             chosen = slices[step % len(slices)]
-                            now = [
-                                linear.product() for block in chosen for linear in linears[block]
-                            ]
+                            now = [linear.product() for block in chosen for linear in linears[block]]
                             loss = loss + one.penalty(
                                 now, [core for block in chosen for core in found[block]]
                             )

@@ -22,19 +22,11 @@ def main() -> None:
 
 @main.command()
 @click.option(
-    "--arch",
-    "architectures",
-    multiple=True,
-    type=click.Choice([str(n) for n in ahead.ARCHITECTURES]),
+    "--arch", "architectures", multiple=True, type=click.Choice([str(n) for n in ahead.ARCHITECTURES])
 )
+@click.option("--only", "chosen", multiple=True, help="An operator's file, as rms_norm; may be given again.")
 @click.option(
-    "--only", "chosen", multiple=True, help="An operator's file, as rms_norm; may be given again."
-)
-@click.option(
-    "--json",
-    "file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write every figure there.",
+    "--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write every figure there."
 )
 def check(architectures: tuple[str, ...], chosen: tuple[str, ...], file: Path | None) -> None:
     """Compile every kernel in every configuration ahead of time; no GPU is needed.
@@ -44,9 +36,7 @@ def check(architectures: tuple[str, ...], chosen: tuple[str, ...], file: Path | 
     """
     known = {name.rpartition(".")[2]: name for name in ahead.operators()}
     if unknown := [name for name in chosen if name not in known]:
-        raise click.UsageError(
-            f"{unknown[0]} is no operator with kernels; these are: {', '.join(known)}"
-        )
+        raise click.UsageError(f"{unknown[0]} is no operator with kernels; these are: {', '.join(known)}")
     began = time.monotonic()
     try:
         compiled = ahead.compile_all(
@@ -62,9 +52,7 @@ def check(architectures: tuple[str, ...], chosen: tuple[str, ...], file: Path | 
         console.print(f"{one.name} on sm_{one.architecture}: {'; '.join(one.faults)}", style="red")
     if file is not None:
         file.write_text(json.dumps([dataclasses.asdict(one) for one in compiled], indent=1) + "\n")
-    console.print(
-        f"{len(compiled)} configurations, {len(faults)} faulty, {time.monotonic() - began:.0f} s"
-    )
+    console.print(f"{len(compiled)} configurations, {len(faults)} faulty, {time.monotonic() - began:.0f} s")
     sys.exit(1 if faults else 0)
 
 
@@ -86,9 +74,7 @@ def _table(compiled: list[ahead.Compiled]) -> Table:
     )
     for column in table.columns[2:]:
         column.justify = "right"
-    for (operator, architecture), group in groupby(
-        compiled, lambda one: (one.operator, one.architecture)
-    ):
+    for (operator, architecture), group in groupby(compiled, lambda one: (one.operator, one.architecture)):
         rows = list(group)
         code = [one.instructions for one in rows]
         copies = [one.asynchronous_copies for one in rows]

@@ -30,7 +30,9 @@ from edge_kernels.backend import Launch, jit, on_triton, tl
 
 BLOCK = 256  # values that share a scale
 PIECE = 1 << 17  # values that the torch backend has in float32 at once
-DAMPING = 0.1  # how much of the last step's norm goes into the estimate of the present one, as a share of the whole
+DAMPING = (
+    0.1  # how much of the last step's norm goes into the estimate of the present one, as a share of the whole
+)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LEAST1, LEAST2 = 2.0**-15, 2.0**-31  # what the 8-bit floats of m and v start from,
 BITS1, BITS2 = 127 - 15 << 23, 127 - 31 << 23  # as float32 has it in bits
@@ -90,12 +92,8 @@ class AdamW8bit:
         self._steps = [0] * len(blocks)
         self._stepped: set[int] = set()  # factors that had their turn in this step
         self._waiting: dict[int, torch.Tensor] = {}  # gradients of factors that will step together
-        self._squares = torch.zeros(
-            2, device=device
-        )  # of the last step's norm, and of this one's so far
-        self._so_far = torch.zeros(
-            len(blocks), device=device
-        )  # the latter, when each factor had its turn
+        self._squares = torch.zeros(2, device=device)  # of the last step's norm, and of this one's so far
+        self._so_far = torch.zeros(len(blocks), device=device)  # the latter, when each factor had its turn
         self._shares = torch.zeros(
             len(blocks), device=device
         )  # what it then was of the whole, in each factor's last step
@@ -182,9 +180,7 @@ class AdamW8bit:
         """
         sizes = [p.numel() for p in self.parameters]
         if state["sizes"] != sizes:
-            raise ValueError(
-                f"state is of parameters with {state['sizes']} values, but these have {sizes}"
-            )
+            raise ValueError(f"state is of parameters with {state['sizes']} values, but these have {sizes}")
         self.lr, self._steps = state["lr"], list(state["steps"])
         self._stepped, self._summed = set(state["stepped"]), set(state["summed"])
         for ours, theirs in (
@@ -196,9 +192,7 @@ class AdamW8bit:
             (self._shares, state["shares"]),
         ):
             ours.copy_(theirs)
-        self._sums = (
-            None if state["sums"] is None else state["sums"].to(self._first.device, copy=True)
-        )
+        self._sums = None if state["sums"] is None else state["sums"].to(self._first.device, copy=True)
 
     # --- the course of a step
 
@@ -240,9 +234,7 @@ class AdamW8bit:
         """Step the factors that wait, those of one count of steps and type together."""
         if not self._waiting:
             return
-        self._waiting = dict(
-            sorted(self._waiting.items())
-        )  # however backward came to those of a block
+        self._waiting = dict(sorted(self._waiting.items()))  # however backward came to those of a block
         groups: dict[tuple[int, torch.dtype], list[int]] = {}
         for index in self._waiting:
             groups.setdefault((self._steps[index], self.parameters[index].dtype), []).append(index)
@@ -255,9 +247,7 @@ class AdamW8bit:
             state = self._first, self._second, *self._scales
             if on_triton(rows):
                 part = slice(self._starts[group[0]], self._starts[group[0]] + len(rows))
-                _update_triton(
-                    values[0], grads[0], [one[part] for one in state], clip, numbers, seed
-                )
+                _update_triton(values[0], grads[0], [one[part] for one in state], clip, numbers, seed)
             else:
                 _update_torch(values, grads, state, rows, clip, numbers, seed)
         for index in self._summed & self._waiting.keys():
@@ -372,9 +362,7 @@ def _update_torch(values, grads, state, rows, clip, numbers, seed):  # type: ign
         sign, x = m.sign(), m.abs_().div_(largest[0][:, None].clamp_min(TINY))
         codes1 = _round(x, 1 << CUT - 1, BITS1, LEAST1) * sign
         x = v.div_(largest[1][:, None].clamp_min(TINY))
-        dice = torch.arange(
-            start * BLOCK, start * BLOCK + x.numel(), dtype=torch.int32, device=x.device
-        )
+        dice = torch.arange(start * BLOCK, start * BLOCK + x.numel(), dtype=torch.int32, device=x.device)
         dice = (
             dice.mul_(SPREAD - (1 << 32))
             .add_(seed)
@@ -408,11 +396,7 @@ def _round(x, dice, bits, least):  # type: ignore[no-untyped-def]
 
 def _update_triton(p, g, state, clip, numbers, seed):  # type: ignore[no-untyped-def]
     grid = (math.ceil(len(state[0]) / WARPS),)
-    _update_kernel[grid](
-        *(p, g, *state, clip, p.numel(), *numbers, seed),
-        **CONSTANTS,
-        num_warps=WARPS,
-    )
+    _update_kernel[grid](*(p, g, *state, clip, p.numel(), *numbers, seed), **CONSTANTS, num_warps=WARPS)
 
 
 WARPS = 4
@@ -503,11 +487,5 @@ def ahead_of_time(capability: int) -> list[Launch]:
             num_warps=WARPS,
             divisible=("n",),
         )
-        for p, g in (
-            ("fp32", "fp32"),
-            ("bf16", "bf16"),
-            ("fp16", "fp16"),
-            ("bf16", "fp32"),
-            ("fp16", "fp32"),
-        )
+        for p, g in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32"), ("fp16", "fp32"))
     ]

@@ -49,11 +49,7 @@ def adapter_linear(
     check_frozen(x, weight, bias, "weight")
     out, into = weight.shape
     rank = A.shape[0]
-    for name, factor, needed in (
-        ("A", A, (rank, into)),
-        ("C", C, (rank, rank)),
-        ("B", B, (out, rank)),
-    ):
+    for name, factor, needed in (("A", A, (rank, into)), ("C", C, (rank, rank)), ("B", B, (out, rank))):
         if factor is None:
             continue
         if tuple(factor.shape) != needed:
@@ -79,11 +75,7 @@ class _AdapterLinear(torch.autograd.Function):
         kept = rows if trains_a else z if trains_c or trains_b else None
         saved = (kept, A, C, B, *(weight.parts if isinstance(weight, Packed) else (weight,)))
         ctx.save_for_backward(*saved)
-        ctx.form, ctx.scale, ctx.shape = (
-            weight[:2] if isinstance(weight, Packed) else None,
-            scale,
-            x.shape,
-        )
+        ctx.form, ctx.scale, ctx.shape = (weight[:2] if isinstance(weight, Packed) else None, scale, x.shape)
         if nothing_reads(ctx.needs_input_grad, saved):
             return x.new_zeros(*x.shape[:-1], B.shape[0])
         low = (z if C is None else z @ C.to(x.dtype).T) * scale

@@ -44,9 +44,7 @@ class Compiled:
 
 def operators() -> list[str]:
     """Full names of the modules that have kernels."""
-    names = [
-        f"edge_kernels.{module.name}" for module in pkgutil.iter_modules(edge_kernels.__path__)
-    ]
+    names = [f"edge_kernels.{module.name}" for module in pkgutil.iter_modules(edge_kernels.__path__)]
     others = ("__main__", "ahead", "bench")
     modules = [import_module(name) for name in names if name.split(".")[1] not in others]
     return [module.__name__ for module in modules if hasattr(module, "ahead_of_time")]
@@ -73,9 +71,7 @@ def compile_all(modules: list[str], architectures: tuple[int, ...]) -> list[Comp
     ):
         counts = list(pool.map(_count, *zip(*groups, strict=True)))
         tasks = [
-            (*group, index)
-            for group, count in zip(groups, counts, strict=True)
-            for index in range(count)
+            (*group, index) for group, count in zip(groups, counts, strict=True) for index in range(count)
         ]
         return list(pool.map(_compile_one, *zip(*tasks, strict=True), chunksize=4))
 
@@ -99,9 +95,7 @@ def _compile_launch(operator: str, launch: Launch, architecture: int) -> Compile
     if stack:
         faults.append(f"spills {stack} bytes a thread")
     if shared > most:
-        faults.append(
-            f"takes {shared} bytes of shared memory, but a program of sm_{architecture} has {most}"
-        )
+        faults.append(f"takes {shared} bytes of shared memory, but a program of sm_{architecture} has {most}")
     if launch.streamed and not copies:
         faults.append("has no asynchronous copies: its loads are not vectors")
     numbers = (registers, stack, shared, instructions, copies)
@@ -113,9 +107,7 @@ def _compile(launch: Launch, architecture: int) -> Any:
     signature = {name: launch.signature.get(name, "constexpr") for name in kernel_names}
     constants = {(kernel_names.index(name),): value for name, value in launch.constants.items()}
     aligned = [
-        name
-        for name, kind in launch.signature.items()
-        if kind.startswith("*") or name in launch.divisible
+        name for name, kind in launch.signature.items() if kind.startswith("*") or name in launch.divisible
     ]
     attributes = {(kernel_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
@@ -131,9 +123,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         command = [str(tool), "-res-usage", file.name]
-        text = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=60
-        ).stdout
+        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     registers, stack = (int(re.findall(rf"{what}:(\d+)", text)[-1]) for what in ("REG", "STACK"))
     return registers, stack
 

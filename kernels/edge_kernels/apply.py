@@ -26,9 +26,7 @@ from edge_kernels.rms_norm import rms_norm
 from edge_kernels.rotary import rotary
 
 OFFSETS = {  # of the weight in each RMS norm
-    **dict.fromkeys(
-        ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"), 0.0
-    ),
+    **dict.fromkeys(("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"), 0.0),
     **dict.fromkeys(("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"), 1.0),
 }
 GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP")
@@ -58,11 +56,7 @@ def apply(model: nn.Module, mlp_tokens: int | None = None) -> Callable[[], None]
         ValueError: a module is of a kind that is not known, or its own weight wants a gradient. Nothing was swapped then.
     """
     found = {name: _forward(name, module, mlp_tokens) for name, module in model.named_modules()}
-    swapped = [
-        (model.get_submodule(name), forward)
-        for name, forward in found.items()
-        if forward is not None
-    ]
+    swapped = [(model.get_submodule(name), forward) for name, forward in found.items() if forward is not None]
     for module, forward in swapped:
         module.forward = forward
 
@@ -98,15 +92,11 @@ def _forward(name: str, module: nn.Module, mlp_tokens: int | None) -> Forward | 
 def _tiled(module: nn.Module, forward: Forward, tokens: int | None) -> Forward:
     if tokens is None:
         return forward
-    return lambda x: in_tiles(
-        forward, x, tokens, [p for p in module.parameters() if p.requires_grad]
-    )
+    return lambda x: in_tiles(forward, x, tokens, [p for p in module.parameters() if p.requires_grad])
 
 
 def _gated(module: Any, kind: Kind, x: torch.Tensor) -> torch.Tensor:
-    down: torch.Tensor = module.down_proj(
-        gated_activation(module.gate_proj(x), module.up_proj(x), kind)
-    )
+    down: torch.Tensor = module.down_proj(gated_activation(module.gate_proj(x), module.up_proj(x), kind))
     return down
 
 
@@ -121,15 +111,10 @@ def _attention(module: nn.Module) -> Forward | None:
     code = inspect.unwrap(type(module).forward)
     if not {ROTARY, INTERFACES} & code.__globals__.keys():
         return None
-    names = {
-        **code.__globals__,
-        ROTARY: lambda q, k, cos, sin, unsqueeze_dim=1: rotary(q, k, cos, sin),
-    }
+    names = {**code.__globals__, ROTARY: lambda q, k, cos, sin, unsqueeze_dim=1: rotary(q, k, cos, sin)}
     if INTERFACES in names:
         names[INTERFACES] = _Interfaces(names[INTERFACES])
-    ours = types.FunctionType(
-        code.__code__, names, code.__name__, code.__defaults__, code.__closure__
-    )
+    ours = types.FunctionType(code.__code__, names, code.__name__, code.__defaults__, code.__closure__)
     ours.__kwdefaults__ = code.__kwdefaults__
     return types.MethodType(ours, module)
 
@@ -162,9 +147,7 @@ def _attend(theirs, module, q, k, v, mask, dropout=0.0, scaling=None, **rest):  
 def _activation(name: str, module: Any) -> Kind:
     seen = getattr(module.config, "hidden_activation", None) or module.config.hidden_act
     if seen not in KINDS:
-        raise ValueError(
-            f"{name} has the activation {seen}, which is not known; known: {', '.join(KINDS)}"
-        )
+        raise ValueError(f"{name} has the activation {seen}, which is not known; known: {', '.join(KINDS)}")
     return KINDS[seen]
 
 

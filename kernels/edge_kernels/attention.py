@@ -41,9 +41,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -
             f"q is {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}: heads do not fit together"
         )
     if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
-        raise ValueError(
-            f"q is {tuple(q.shape)} but k {tuple(k.shape)}: only their heads may differ"
-        )
+        raise ValueError(f"q is {tuple(q.shape)} but k {tuple(k.shape)}: only their heads may differ")
     if q.device.type == "cpu" and q.dtype.itemsize == 2 and q.shape[2] <= SHORT:
         o: torch.Tensor = _Attention.apply(q, k, v, scale)
         return o
@@ -81,10 +79,7 @@ def _pieces(q: torch.Tensor) -> Iterator[slice]:
 def _rows_forward(scale, q, k, v, o):  # type: ignore[no-untyped-def]
     """Fill in the result of some rows."""
     batch, (tokens, width) = k.shape[0] * k.shape[1], k.shape[2:]
-    keys, values = (
-        k.float().reshape(batch, tokens, width),
-        v.to(_operand(v)).reshape(batch, tokens, width),
-    )
+    keys, values = (k.float().reshape(batch, tokens, width), v.to(_operand(v)).reshape(batch, tokens, width))
     for first in range(0, tokens, TILE):
         tile = slice(first, min(first + TILE, tokens))
         p = _softmax(q[:, :, tile].float().reshape(batch, -1, width).mul_(scale), keys, tile)

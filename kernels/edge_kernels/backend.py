@@ -47,9 +47,7 @@ def _new_enough(index: int) -> bool:
     if capability < OLDEST:
         name = torch.cuda.get_device_name(index)
         log.warning(
-            "%s is sm_%d%d, older than sm_80: operators run in torch instead of Triton",
-            name,
-            *capability,
+            "%s is sm_%d%d, older than sm_80: operators run in torch instead of Triton", name, *capability
         )
     return capability >= OLDEST
 

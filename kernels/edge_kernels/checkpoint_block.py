@@ -45,8 +45,7 @@ class Kept:
             piece = tensor.new_empty(self._blocks, *tensor.shape).untyped_storage()
             # not views of one tensor: autograd would take each that is filled for a change of all
             places.extend(
-                tensor.new_empty(0).set_(piece, n * tensor.numel(), tensor.shape)
-                for n in range(self._blocks)
+                tensor.new_empty(0).set_(piece, n * tensor.numel(), tensor.shape) for n in range(self._blocks)
             )
         return places.pop().copy_(tensor)
 
@@ -92,33 +91,19 @@ def checkpoint_block(
     def call(x: torch.Tensor) -> Output:
         return block(x, *args, **kwargs)
 
-    random, leaf = (
-        _random_states(hidden.device),
-        hidden.detach().requires_grad_(hidden.requires_grad),
-    )
+    random, leaf = (_random_states(hidden.device), hidden.detach().requires_grad_(hidden.requires_grad))
     with _run(None) as run:
         output = call(leaf)
     results = _parts(output)
-    parts = tuple(
-        result.detach() if isinstance(result, torch.Tensor) else result for result in results
-    )
+    parts = tuple(result.detach() if isinstance(result, torch.Tensor) else result for result in results)
     if any(map(_wants_gradient, results)):
-        constant = [
-            part for part, result in zip(parts, results, strict=True) if not _wants_gradient(result)
-        ]
+        constant = [part for part, result in zip(parts, results, strict=True) if not _wants_gradient(result)]
         drew = not all(map(torch.equal, random, _random_states(hidden.device)))
         leaves = _leaves(results, leaf)
         again = _Again(
-            call,
-            hidden.dtype,
-            hidden.requires_grad,
-            _autocast(hidden.device.type),
-            run.counted,
-            leaves,
+            call, hidden.dtype, hidden.requires_grad, _autocast(hidden.device.type), run.counted, leaves
         )
-        parts = _Block.apply(
-            again, boundary, random if drew else [], parts, constant, hidden, *leaves
-        )
+        parts = _Block.apply(again, boundary, random if drew else [], parts, constant, hidden, *leaves)
     return parts if isinstance(output, tuple) else parts[0]
 
 
@@ -209,11 +194,7 @@ class _Again(NamedTuple):
 
 def _leaves(parts: tuple[Any, ...], hidden: torch.Tensor) -> list[torch.Tensor]:
     """The leaves of the parts' graph but the input."""
-    nodes = [
-        part.grad_fn
-        for part in parts
-        if isinstance(part, torch.Tensor) and part.grad_fn is not None
-    ]
+    nodes = [part.grad_fn for part in parts if isinstance(part, torch.Tensor) and part.grad_fn is not None]
     seen, leaves = set(nodes), []
     while nodes:
         node = nodes.pop()
@@ -256,9 +237,7 @@ class _Block(torch.autograd.Function):
         with ExitStack() as stack:
             stack.enter_context(torch.autocast(**again.autocast))
             if random:
-                stack.enter_context(
-                    torch.random.fork_rng([hidden.device] if hidden.is_cuda else [])
-                )
+                stack.enter_context(torch.random.fork_rng([hidden.device] if hidden.is_cuda else []))
                 _set_random_states(hidden.device, random)
             run = stack.enter_context(_run(again.counted))
             output = again.call(hidden)
@@ -267,11 +246,7 @@ class _Block(torch.autograd.Function):
                 f"a checkpointed block kept {again.counted} tensors when it first ran but {run.counted} when it ran again: it "
                 "has to do the same both times"
             )
-        ways = [
-            (part, grad)
-            for part, grad in zip(_parts(output), grads, strict=True)
-            if grad is not None
-        ]
+        ways = [(part, grad) for part, grad in zip(_parts(output), grads, strict=True) if grad is not None]
         wanted = [hidden, *again.leaves] if again.wanted else again.leaves
         number = start(*zip(*ways, strict=True))
         del output, ways, grads

@@ -38,9 +38,7 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, kind: Kind) -> torch.
             "they have to be alike"
         )
     if gate.dim() == 0 or not gate.is_floating_point():
-        raise ValueError(
-            f"gate is {gate.dtype} {tuple(gate.shape)}, but has to have an axis of floats"
-        )
+        raise ValueError(f"gate is {gate.dtype} {tuple(gate.shape)}, but has to have an axis of floats")
     y: torch.Tensor = _GatedActivation.apply(gate, up, kind)
     return y
 
@@ -50,9 +48,7 @@ class _GatedActivation(torch.autograd.Function):
     def forward(ctx, gate, up, kind):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(gate, up)
         ctx.kind = kind
-        return (_forward_triton if on_triton(gate) and gate.numel() else _forward_torch)(
-            gate, up, kind
-        )
+        return (_forward_triton if on_triton(gate) and gate.numel() else _forward_torch)(gate, up, kind)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
@@ -94,9 +90,7 @@ TILE: dict[str, Any] = {"BLOCK": 1024, "num_warps": 4}
 def _forward_triton(gate, up, kind):  # type: ignore[no-untyped-def]
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     gate, up = _rows(gate), _rows(up)
-    _forward_kernel[_grid(y)](
-        gate, up, y, y.shape[-1], gate.stride(-2), up.stride(-2), KIND=kind, **TILE
-    )
+    _forward_kernel[_grid(y)](gate, up, y, y.shape[-1], gate.stride(-2), up.stride(-2), KIND=kind, **TILE)
     return y
 
 
@@ -135,16 +129,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
-    dy_ptr,
-    gate_ptr,
-    up_ptr,
-    dgate_ptr,
-    dup_ptr,
-    n,
-    gate_row,
-    up_row,
-    KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
+    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, gate_row, up_row, KIND: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -183,11 +168,7 @@ def ahead_of_time(capability: int) -> list[Launch]:
             x, sizes = f"*{name}", dict.fromkeys(("n", "gate_row", "up_row"), "i32")
             for label, kernel, names in (
                 ("forward", _forward_kernel, ("gate_ptr", "up_ptr", "y_ptr")),
-                (
-                    "backward",
-                    _backward_kernel,
-                    ("dy_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr"),
-                ),
+                ("backward", _backward_kernel, ("dy_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr")),
             ):
                 launches.append(
                     Launch(

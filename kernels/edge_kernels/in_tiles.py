@@ -46,9 +46,7 @@ class _InTiles(torch.autograd.Function):
     def forward(ctx, x, function, tokens, *trained):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x)
         ctx.function, ctx.tokens, ctx.trained = function, tokens, trained
-        y = torch.zeros(
-            x.shape, dtype=x.dtype, device=x.device
-        )  # and so they stay where nothing reads them
+        y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)  # and so they stay where nothing reads them
         if not nothing_reads(ctx.needs_input_grad, (x,)):
             with without_blocks():
                 for part, into in zip(_tiles(x, tokens), _tiles(y, tokens), strict=True):
@@ -59,13 +57,8 @@ class _InTiles(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        sums = [
-            torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-            for p in ctx.trained
-        ]
-        for part, dpart, into in zip(
-            *(_tiles(tensor, ctx.tokens) for tensor in (x, dy, dx)), strict=True
-        ):
+        sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in ctx.trained]
+        for part, dpart, into in zip(*(_tiles(tensor, ctx.tokens) for tensor in (x, dy, dx)), strict=True):
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
                 y = ctx.function(leaf)
@@ -73,16 +66,9 @@ class _InTiles(torch.autograd.Function):
             into.copy_(dleaf)
             for total, grad in zip(sums, grads, strict=True):
                 total += grad
-        return (
-            dx,
-            None,
-            None,
-            *(total.to(p.dtype) for total, p in zip(sums, ctx.trained, strict=True)),
-        )
+        return (dx, None, None, *(total.to(p.dtype) for total, p in zip(sums, ctx.trained, strict=True)))
 
 
 def _tiles(x: torch.Tensor, tokens: int) -> tuple[torch.Tensor, ...]:
     rows = x.reshape(-1, x.shape[-1])
-    return rows.chunk(
-        -(-len(rows) // tokens)
-    )  # of one size: what one leaves in the heap fits the next
+    return rows.chunk(-(-len(rows) // tokens))  # of one size: what one leaves in the heap fits the next

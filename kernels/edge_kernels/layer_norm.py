@@ -137,16 +137,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
-    dy_ptr,
-    x_ptr,
-    weight_ptr,
-    mean_ptr,
-    rstd_ptr,
-    dx_ptr,
-    count,
-    n,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, count, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
@@ -159,11 +150,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     weight = tl.load(weight_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
     g = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32) * weight[None, :]
     along = tl.sum(g * x_hat, axis=1) / n
-    tl.store(
-        dx_ptr + at,
-        (g - (tl.sum(g, axis=1) / n)[:, None] - x_hat * along[:, None]) * rstd,
-        mask=inside,
-    )
+    tl.store(dx_ptr + at, (g - (tl.sum(g, axis=1) / n)[:, None] - x_hat * along[:, None]) * rstd, mask=inside)
 
 
 def ahead_of_time(capability: int) -> list[Launch]:
@@ -178,14 +165,7 @@ def ahead_of_time(capability: int) -> list[Launch]:
             signature |= {"count": "i32", "n": "i32", "eps": "fp32"}
             constants, label = {"BIASED": True, **tile}, f"layer_norm {name} {n}"
             launches.append(
-                Launch(
-                    f"{label} forward",
-                    _forward_kernel,
-                    signature,
-                    constants,
-                    warps,
-                    divisible=("n",),
-                )
+                Launch(f"{label} forward", _forward_kernel, signature, constants, warps, divisible=("n",))
             )
             signature = {
                 "dy_ptr": x,
@@ -197,8 +177,6 @@ def ahead_of_time(capability: int) -> list[Launch]:
                 "n": "i32",
             }
             launches.append(
-                Launch(
-                    f"{label} backward", _backward_kernel, signature, tile, warps, divisible=("n",)
-                )
+                Launch(f"{label} backward", _backward_kernel, signature, tile, warps, divisible=("n",))
             )
     return launches

@@ -84,9 +84,7 @@ def linear_cross_entropy(
     if isinstance(head, Packed):
         check_packed("head", head)
     elif head.dtype != hidden.dtype:
-        raise ValueError(
-            f"hidden is {hidden.dtype} but head is {head.dtype}: hold them in one type"
-        )
+        raise ValueError(f"hidden is {hidden.dtype} but head is {head.dtype}: hold them in one type")
     _check_adapter(A, C, B, scale, vocabulary, width)
 
     flat = labels.reshape(-1)
@@ -103,22 +101,14 @@ def linear_cross_entropy(
         rows, A, C, B = (None if part is None else part.detach() for part in (rows, A, C, B))
     way = _Chunks if A is not None or not tokens else _way(rows, head, tokens, chunk_bytes)
     loss: torch.Tensor = way.apply(
-        rows,
-        index,
-        head,
-        targets,
-        softcap,
-        chunk_bytes,
-        *((A, C, B, scale) if way is _Chunks else ()),
+        rows, index, head, targets, softcap, chunk_bytes, *((A, C, B, scale) if way is _Chunks else ())
     )
     return loss
 
 
 def _check_adapter(A: Any, C: Any, B: Any, scale: float, vocabulary: int, width: int) -> None:
     if (A is None) != (B is None) or (A is None and C is not None):
-        raise ValueError(
-            "an adapter is A and B, and C where it has a core: give all of its factors or none"
-        )
+        raise ValueError("an adapter is A and B, and C where it has a core: give all of its factors or none")
     if A is None:
         return
     rank = A.shape[0]
@@ -209,9 +199,7 @@ def _sweep(x, head, targets, softcap, chunk_bytes, losses, dh):  # type: ignore[
     mean = None if dh is None else torch.zeros(x.shape, device=x.device)
     buffer = None
     for columns, weight in _pieces(head, x.dtype, chunk_bytes // (x.element_size() * len(x))):
-        buffer = (
-            x.new_empty(len(x) * len(weight)) if buffer is None else buffer
-        )  # no later piece is larger
+        buffer = x.new_empty(len(x) * len(weight)) if buffer is None else buffer  # no later piece is larger
         logits = torch.mm(x, weight.T, out=buffer[: len(x) * len(weight)].view(len(x), -1))
         place = targets - columns.start
         here = (place >= 0) & (place < len(weight))
@@ -268,9 +256,7 @@ class _Chunks(torch.autograd.Function):
         tokens, vocabulary, device = len(targets), head.shape[0], rows.device
         step = min(_tokens_a_chunk(rows, vocabulary, chunk_bytes), tokens)
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[6:9])
-        factors: list[Any] = [
-            None if factor is None else factor.to(rows.dtype) for factor in (A, C, B)
-        ]
+        factors: list[Any] = [None if factor is None else factor.to(rows.dtype) for factor in (A, C, B)]
         a, c, b = factors
         dh = rows.new_empty(tokens, rows.shape[1]) if needs[0] else None
         dA, dC, dB = (
@@ -314,8 +300,7 @@ class _Chunks(torch.autograd.Function):
         share = dloss / max(ctx.tokens, 1)
         drows = None if dh is None else _placed(dh, share, index, ctx.shape)
         factors = [
-            None if d is None else (d * share).to(dtype)
-            for d, dtype in zip(dfactors, ctx.like, strict=True)
+            None if d is None else (d * share).to(dtype) for d, dtype in zip(dfactors, ctx.like, strict=True)
         ]
         return drows, None, None, None, None, None, *factors, None
 
@@ -352,9 +337,7 @@ def _torch_gradient(logits, targets, losses, softcap, wanted, chunk_bytes):  # t
     """Write each token's loss, and where wanted its gradient over its logits: float32 within, a strip at a time."""
     step = _tokens_a_strip(logits, softcap, chunk_bytes)
     buffer = logits.new_empty(
-        min(step, len(logits)),
-        logits.shape[1],
-        dtype=torch.promote_types(logits.dtype, torch.float32),
+        min(step, len(logits)), logits.shape[1], dtype=torch.promote_types(logits.dtype, torch.float32)
     )
     for part in zip(logits.split(step), targets.split(step), losses.split(step), strict=True):
         _strip_gradient(buffer[: len(part[0])], *part, softcap, wanted)
@@ -412,9 +395,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, vocabulary, BLOCK):
         columns = first + tl.arange(0, BLOCK)
-        logits = tl.load(logits_ptr + columns, mask=columns < vocabulary, other=float("-inf")).to(
-            tl.float32
-        )
+        logits = tl.load(logits_ptr + columns, mask=columns < vocabulary, other=float("-inf")).to(tl.float32)
         if CAPPED:
             logits = tl.where(columns < vocabulary, _cap(logits, softcap), float("-inf"))
         higher = tl.maximum(peak, logits)
@@ -438,9 +419,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _cap(logits, softcap):  # type: ignore[no-untyped-def]
-    return softcap * (
-        1 - 2 / (tl.exp(2 * logits / softcap) + 1)
-    )  # tanh; the interpreter has no libdevice
+    return softcap * (1 - 2 / (tl.exp(2 * logits / softcap) + 1))  # tanh; the interpreter has no libdevice
 
 
 # --- tiles, in Triton: what is kept is one log-sum-exp a token
@@ -451,9 +430,7 @@ class _Tiles(torch.autograd.Function):
     def forward(ctx, rows, index, head, targets, softcap, chunk_bytes):  # type: ignore[no-untyped-def]
         tokens = len(targets)
         log_sum, wanted = (torch.empty(tokens, device=rows.device) for _ in range(2))
-        for chunk, x in _groups(
-            rows, index, tokens, _tokens_a_tile_group(rows, head.shape[0], chunk_bytes)
-        ):
+        for chunk, x in _groups(rows, index, tokens, _tokens_a_tile_group(rows, head.shape[0], chunk_bytes)):
             log_sum[chunk], wanted[chunk] = _log_sum(x, head, targets[chunk], softcap)
         ctx.save_for_backward(rows, index, targets, log_sum)
         ctx.head, ctx.softcap, ctx.chunk_bytes = head, softcap, chunk_bytes
@@ -507,15 +484,7 @@ def _dhidden(dh, x, head, targets, log_sum, softcap):  # type: ignore[no-untyped
     tile = _tile(tokens, format)
     sizes = (tokens, vocabulary, width, softcap or 1.0, torch.finfo(x.dtype).eps / 32)
     _dhidden_kernel[(triton.cdiv(tokens, tile["M"]) * triton.cdiv(vocabulary, tile["V"]),)](
-        x,
-        *pointers(head),
-        targets,
-        log_sum,
-        dh,
-        *sizes,
-        CAPPED=softcap is not None,
-        FORMAT=format,
-        **tile,
+        x, *pointers(head), targets, log_sum, dh, *sizes, CAPPED=softcap is not None, FORMAT=format, **tile
     )
 
 
@@ -703,15 +672,10 @@ def ahead_of_time(capability: int) -> list[Launch]:
             sizes = {"tokens": "i32", "vocabulary": "i32", "width": "i32", "softcap": "fp32"}
             for kernel, own in (
                 (_log_sum_kernel, {"log_sums_ptr": "*fp32", "wanted_ptr": "*fp32", **sizes}),
-                (
-                    _dhidden_kernel,
-                    {"log_sum_ptr": "*fp32", "dh_ptr": "*fp32", **sizes, "least": "fp32"},
-                ),
+                (_dhidden_kernel, {"log_sum_ptr": "*fp32", "dh_ptr": "*fp32", **sizes, "least": "fp32"}),
             ):
                 signature = {"x_ptr": f"*{name}", **parts, "targets_ptr": "*i64", **own}
-                constants = (
-                    capped | {"FORMAT": format} | {axis: tile[axis] for axis in ("M", "V", "K")}
-                )
+                constants = capped | {"FORMAT": format} | {axis: tile[axis] for axis in ("M", "V", "K")}
                 label = f"linear_cross_entropy {name} {kernel.__name__.strip('_')} {format} M={tile['M']}"
                 how = (tile["num_warps"], tile["num_stages"], ("width",), True)
                 launches.append(Launch(label, kernel, signature, constants, *how))

@@ -30,9 +30,7 @@ TILE = 64  # rows and columns of W expanded at once: a block of nf4
 SPLITS = 16  # at most; each has to have four tiles to walk
 
 
-def packed_linear(
-    x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def packed_linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Apply the layer.
 
     Args:
@@ -134,20 +132,11 @@ def _product_triton(left, packed, low, factor, bias, forward):  # type: ignore[n
     splits = max(1, min(2 * _processors(left.device) // programs, steps // 4, SPLITS))
     deep = triton.cdiv(steps, splits) * TILE  # of the contraction, a split
     splits = triton.cdiv(contraction, deep)
-    result = left.new_empty(
-        splits, rows, columns, dtype=torch.float32 if splits > 1 else left.dtype
-    )
+    result = left.new_empty(splits, rows, columns, dtype=torch.float32 if splits > 1 else left.dtype)
     low, factor = (left, left) if low is None else (low.contiguous(), factor)
     sizes = (rows, out, into, rank, *factor.stride(), deep)
     _product_kernel[(programs, splits)](
-        *(
-            left,
-            *pointers(packed),
-            low,
-            factor,
-            left if bias is None else bias.contiguous(),
-            result,
-        ),
+        *(left, *pointers(packed), low, factor, left if bias is None else bias.contiguous(), result),
         *sizes,
         FORMAT=packed.format,
         FORWARD=forward,
@@ -171,11 +160,7 @@ def _tile(rows: int, dtype: torch.dtype) -> dict[str, Any]:
 
 @cache
 def _processors(device: torch.device) -> int:
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 16
-    )
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
 
 
 @jit
@@ -217,9 +202,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     tile = tl.zeros((M, T), tl.float32)
     for first in range(split * deep, tl.minimum(split * deep + deep, contraction), T):
         k = first + tl.arange(0, T)
-        left = tl.load(
-            left_ptr + left_row[:, None] + k[None, :], mask=k[None, :] < contraction, other=0.0
-        )
+        left = tl.load(left_ptr + left_row[:, None] + k[None, :], mask=k[None, :] < contraction, other=0.0)
         # rows past the end repeat the last one: forward they are not stored, backward they meet a zero of left
         weight_row = tl.minimum(column if FORWARD else k, out - 1).to(tl.int64)
         weight = expand_tile(
@@ -247,9 +230,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
             where = row.to(tl.int64)[:, None] * rank + r[None, :]
             low = tl.load(low_ptr + where, mask=inside & (r[None, :] < rank), other=0.0)
             where = column.to(tl.int64)[None, :] * factor_column + r[:, None] * factor_rank
-            factor = tl.load(
-                factor_ptr + where, mask=within[None, :] & (r[:, None] < rank), other=0.0
-            )
+            factor = tl.load(factor_ptr + where, mask=within[None, :] & (r[:, None] < rank), other=0.0)
             tile = tl.dot(low, factor, tile, input_precision="ieee")
         if BIASED:
             tile += tl.load(bias_ptr + column, mask=within, other=0.0).to(tl.float32)[None, :]
@@ -275,8 +256,6 @@ def ahead_of_time(capability: int) -> list[Launch]:
         label = f"packed_linear {name} {format} {'forward' if forward else 'backward'} M={how['M']}"
         widths = ("out", "into", "deep")
         launches.append(
-            Launch(
-                label, _product_kernel, signature, constants, warps, stages, widths, streamed=True
-            )
+            Launch(label, _product_kernel, signature, constants, warps, stages, widths, streamed=True)
         )
     return launches

@@ -79,21 +79,13 @@ class Packed(NamedTuple):
             groups = groups[index.start * self.scales.shape[1] // GROUP :]
         quants = self.quants[index]
         return Packed(
-            self.format,
-            (len(quants), self.shape[1]),
-            quants,
-            self.scales[index],
-            mins,
-            groups,
-            self.offset,
+            self.format, (len(quants), self.shape[1]), quants, self.scales[index], mins, groups, self.offset
         )
 
     def to(self, device: torch.device | str) -> "Packed":
         """The same matrix on another device."""
         return Packed(
-            self.format,
-            self.shape,
-            *(None if part is None else part.to(device) for part in self.parts),
+            self.format, self.shape, *(None if part is None else part.to(device) for part in self.parts)
         )
 
 
@@ -122,9 +114,7 @@ def pack(weight: torch.Tensor, format: Format) -> Packed:
     packed = {"q8_0": _pack_q8_0, "q4_0": _pack_q4_0, "q4_1": _pack_q4_1, "nf4": _pack_nf4}[format](
         blocks, (out, into)
     )
-    if not packed.scales.isfinite().all() or (
-        packed.mins is not None and not packed.mins.isfinite().all()
-    ):
+    if not packed.scales.isfinite().all() or (packed.mins is not None and not packed.mins.isfinite().all()):
         raise ValueError(
             f"weight has values up to {float(weight.abs().max()):.3g}, too large for a float16 scale"
         )
@@ -139,17 +129,13 @@ def expand(
     Args:
         out: (out, in) to write to, which also sets the dtype; so one buffer serves many matrices.
     """
-    matrix = (
-        torch.empty(packed.shape, dtype=dtype, device=packed.quants.device) if out is None else out
-    )
+    matrix = torch.empty(packed.shape, dtype=dtype, device=packed.quants.device) if out is None else out
     for rows in row_pieces(packed.shape, PIECE_VALUES):
         matrix[rows] = _values(packed, rows)[:, : packed.shape[1]]
     return matrix
 
 
-def from_gguf(
-    data: torch.Tensor, format: Literal["q8_0", "q4_0", "q4_1"], shape: tuple[int, int]
-) -> Packed:
+def from_gguf(data: torch.Tensor, format: Literal["q8_0", "q4_0", "q4_1"], shape: tuple[int, int]) -> Packed:
     """Take a matrix out of a GGUF file's blocks, value for value.
 
     Args:
@@ -173,9 +159,7 @@ def from_gguf(
     quants = blocks[..., 4 if format == "q4_1" else 2 :].reshape(out, -1)
     if not scales.isfinite().all() or (mins is not None and not mins.isfinite().all()):
         raise ValueError("data holds a block whose scale is not finite")
-    return Packed(
-        format, shape, quants.view(torch.int8) if format == "q8_0" else quants, scales, mins
-    )
+    return Packed(format, shape, quants.view(torch.int8) if format == "q8_0" else quants, scales, mins)
 
 
 def to_gguf(packed: Packed) -> torch.Tensor:
@@ -199,9 +183,7 @@ def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = torch.empty(len(rows), 1, device=x.device)
     for some in row_pieces(rows.shape, PIECE_VALUES):
         scale[some] = rows[some].abs().amax(-1, keepdim=True).float() / 127
-        quants[some] = (
-            rows[some] / scale[some].clamp_min(torch.finfo(torch.float32).tiny)
-        ).round_()
+        quants[some] = (rows[some] / scale[some].clamp_min(torch.finfo(torch.float32).tiny)).round_()
     return quants.view(x.shape), scale.view(*x.shape[:-1], 1)
 
 
@@ -238,8 +220,7 @@ def _halves(quants: torch.Tensor, size: int) -> torch.Tensor:
     Sixteen bytes are moved at once, as a complex number: eight times as fast as each alone.
     """
     low, high = (
-        half.view(len(quants), -1, size // 2).view(torch.complex128)
-        for half in (quants & 15, quants >> 4)
+        half.view(len(quants), -1, size // 2).view(torch.complex128) for half in (quants & 15, quants >> 4)
     )
     return torch.stack((low, high), -2).view(torch.uint8).view(len(quants), -1)
 
@@ -254,9 +235,7 @@ def _pack_q8_0(blocks: torch.Tensor, shape: tuple[int, int]) -> Packed:
 
 
 def _pack_q4_0(blocks: torch.Tensor, shape: tuple[int, int]) -> Packed:
-    d = (
-        blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8
-    )  # the largest value becomes -8 exactly
+    d = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8  # the largest value becomes -8 exactly
     quants = (blocks * _inverse(d) + 8.5).to(torch.uint8).clamp_max(15)
     return Packed("q4_0", shape, _nibbles(quants), d[..., 0].half())
 
@@ -295,13 +274,9 @@ def _scales(packed: Packed, rows: slice) -> torch.Tensor:
     if packed.groups is None or packed.offset is None:
         return packed.scales[rows]
     blocks = packed.scales.shape[1]
-    numbers = (
-        torch.arange(packed.scales.numel(), device=packed.scales.device).view(-1, blocks)[rows]
-        // GROUP
-    )
+    numbers = torch.arange(packed.scales.numel(), device=packed.scales.device).view(-1, blocks)[rows] // GROUP
     return (
-        packed.groups[numbers] * dynamic_map(packed.scales.device)[packed.scales[rows].int()]
-        + packed.offset
+        packed.groups[numbers] * dynamic_map(packed.scales.device)[packed.scales[rows].int()] + packed.offset
     )
 
 

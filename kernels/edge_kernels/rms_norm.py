@@ -18,9 +18,7 @@ PIECE = (
 )  # values that the torch backend has in float32 at once: a core's cache, and a heap's small change
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: float = 0.0
-) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: float = 0.0) -> torch.Tensor:
     """Normalise the rows of x.
 
     Args:
@@ -108,9 +106,7 @@ def _backward_torch(dy, x, weight, rstd, offset):  # type: ignore[no-untyped-def
 def _forward_triton(x, weight, eps, offset):  # type: ignore[no-untyped-def]
     x, tile = x.contiguous(), row_tile(x.shape[1])
     y, rstd = torch.empty_like(x), torch.empty(len(x), device=x.device)
-    _forward_kernel[(triton.cdiv(len(x), tile["ROWS"]),)](
-        x, weight, y, rstd, *x.shape, eps, offset, **tile
-    )
+    _forward_kernel[(triton.cdiv(len(x), tile["ROWS"]),)](x, weight, y, rstd, *x.shape, eps, offset, **tile)
     return y, rstd
 
 
@@ -124,16 +120,7 @@ def _backward_triton(dy, x, weight, rstd, offset):  # type: ignore[no-untyped-de
 
 @jit
 def _forward_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,
-    weight_ptr,
-    y_ptr,
-    rstd_ptr,
-    count,
-    n,
-    eps,
-    offset,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    x_ptr, weight_ptr, y_ptr, rstd_ptr, count, n, eps, offset, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
@@ -148,16 +135,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
-    dy_ptr,
-    x_ptr,
-    weight_ptr,
-    rstd_ptr,
-    dx_ptr,
-    count,
-    n,
-    offset,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, count, n, offset, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
@@ -190,22 +168,10 @@ def ahead_of_time(capability: int) -> list[Launch]:
             signature = {"x_ptr": x, "weight_ptr": x, "y_ptr": x, "rstd_ptr": "*fp32", **ends}
             launches.append(
                 Launch(
-                    f"rms_norm {name} {n} forward",
-                    _forward_kernel,
-                    signature,
-                    tile,
-                    warps,
-                    divisible=("n",),
+                    f"rms_norm {name} {n} forward", _forward_kernel, signature, tile, warps, divisible=("n",)
                 )
             )
-            signature = {
-                "dy_ptr": x,
-                "x_ptr": x,
-                "weight_ptr": x,
-                "rstd_ptr": "*fp32",
-                "dx_ptr": x,
-                **ends,
-            }
+            signature = {"dy_ptr": x, "x_ptr": x, "weight_ptr": x, "rstd_ptr": "*fp32", "dx_ptr": x, **ends}
             del signature["eps"]
             launches.append(
                 Launch(

@@ -45,9 +45,7 @@ def rotary(
                 f"cos is {tuple(cos.shape)} but {name} {tuple(x.shape)} needs {(x.shape[0], x.shape[2], n)}"
             )
     if sin.shape != cos.shape:
-        raise ValueError(
-            f"sin is {tuple(sin.shape)} but cos {tuple(cos.shape)}: they have to be alike"
-        )
+        raise ValueError(f"sin is {tuple(sin.shape)} but cos {tuple(cos.shape)}: they have to be alike")
     q_turned: torch.Tensor = _Rotary.apply(q, cos, sin)
     k_turned: torch.Tensor = _Rotary.apply(k, cos, sin)
     return q_turned, k_turned
@@ -147,9 +145,7 @@ def _turn_kernel(  # type: ignore[no-untyped-def]
         inside = (head[:, None] < heads) & (column[None, :] < WIDTH)
         row = x_ptr + batch * x_batch + head[:, None] * x_head + token * x_token
         x = tl.load(row + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        other = tl.load(row + partner[None, :], mask=inside & turned[None, :], other=0.0).to(
-            tl.float32
-        )
+        other = tl.load(row + partner[None, :], mask=inside & turned[None, :], other=0.0).to(tl.float32)
         where = y_ptr + batch * y_batch + head[:, None] * y_head + token * y_token + column[None, :]
         tl.store(where, x * cos + other * sin, mask=inside)
 
@@ -166,10 +162,6 @@ def ahead_of_time(capability: int) -> list[Launch]:
                 signature = {f"{part}_ptr": f"*{name}" for part in ("x", "cos", "sin", "y")}
                 signature |= {"heads": "i32", **dict.fromkeys(strides, "i32")}
                 constants = {"WIDTH": width, "HALF": half, "BACK": back, **tile}
-                label = (
-                    f"rotary {name} {heads} heads of {width} {'backward' if back else 'forward'}"
-                )
-                launches.append(
-                    Launch(label, _turn_kernel, signature, constants, warps, divisible=strides)
-                )
+                label = f"rotary {name} {heads} heads of {width} {'backward' if back else 'forward'}"
+                launches.append(Launch(label, _turn_kernel, signature, constants, warps, divisible=strides))
     return launches

@@ -19,9 +19,7 @@ def check_packed(name: str, packed: Packed) -> None:
         ValueError: a part has another shape, type or device; the part is named.
     """
     if packed.format not in BLOCK:
-        raise ValueError(
-            f"{name}.format is {packed.format!r}, but has to be one of {', '.join(BLOCK)}"
-        )
+        raise ValueError(f"{name}.format is {packed.format!r}, but has to be one of {', '.join(BLOCK)}")
     (out, into), size, nf4 = packed.shape, BLOCK[packed.format], packed.format == "nf4"
     blocks = -(-into // size)
     scale = (out, blocks), torch.uint8 if nf4 else torch.float16
@@ -38,9 +36,7 @@ def check_packed(name: str, packed: Packed) -> None:
         tensor = getattr(packed, part)
         seen = None if tensor is None else (tuple(tensor.shape), tensor.dtype)
         if seen != need:
-            raise ValueError(
-                f"{name}.{part} is {seen}, but {packed.format} of {out} x {into} needs {need}"
-            )
+            raise ValueError(f"{name}.{part} is {seen}, but {packed.format} of {out} x {into} needs {need}")
         if tensor is not None and tensor.device != packed.quants.device:
             raise ValueError(
                 f"{name}.{part} is on {tensor.device} but {name}.quants on {packed.quants.device}"
@@ -98,9 +94,7 @@ def expand_tile(  # type: ignore[no-untyped-def]
     if FORMAT == "dense":
         column = first + tl.arange(0, COLUMNS)
         weight = tl.load(
-            quants_ptr + row[:, None] * width + column[None, :],
-            mask=column[None, :] < width,
-            other=0.0,
+            quants_ptr + row[:, None] * width + column[None, :], mask=column[None, :] < width, other=0.0
         )
     else:
         SIZE: tl.constexpr = 64 if FORMAT == "nf4" else 32
@@ -109,14 +103,10 @@ def expand_tile(  # type: ignore[no-untyped-def]
         blocks = tl.cdiv(width, SIZE)
         byte = first // SIZE * BYTES + tl.arange(0, BLOCKS * BYTES)
         inside = byte[None, :] < blocks * BYTES
-        quants = tl.load(
-            quants_ptr + row[:, None] * (blocks * BYTES) + byte[None, :], mask=inside, other=0
-        )
+        quants = tl.load(quants_ptr + row[:, None] * (blocks * BYTES) + byte[None, :], mask=inside, other=0)
         quants = quants.reshape(ROWS, BLOCKS, BYTES)
         if FORMAT != "q8_0":
-            quants = (
-                tl.join(quants & 15, quants >> 4).permute(0, 1, 3, 2).reshape(ROWS, BLOCKS, SIZE)
-            )
+            quants = tl.join(quants & 15, quants >> 4).permute(0, 1, 3, 2).reshape(ROWS, BLOCKS, SIZE)
         block = first // SIZE + tl.arange(0, BLOCKS)
         at = row[:, None] * blocks + block[None, :]
         inside = block[None, :] < blocks

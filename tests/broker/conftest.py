@@ -27,14 +27,10 @@ PUBLISH, PUBACK = 3, 4
 
 
 @pytest.fixture(scope="session", params=["mosquitto", "embedded"])
-def broker(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Broker]:
+def broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     if request.param == "mosquitto" and not find_mosquitto():
         pytest.skip("Mosquitto is not installed")
-    with start_broker(
-        state_dir=tmp_path_factory.mktemp(request.param), kind=request.param
-    ) as running:
+    with start_broker(state_dir=tmp_path_factory.mktemp(request.param), kind=request.param) as running:
         yield running
 
 
@@ -62,9 +58,7 @@ def open_session(broker: Broker) -> Iterator[Callable[..., Session]]:
 class Device:
     """One device with its outbox; what the uploader returned is in results."""
 
-    def __init__(
-        self, session: Session, fleet: str, name: str, folder: Path, key: Ed25519PrivateKey
-    ) -> None:
+    def __init__(self, session: Session, fleet: str, name: str, folder: Path, key: Ed25519PrivateKey) -> None:
         self.session, self.fleet, self.name, self.key = session, fleet, name, key
         self.outbox = Outbox(folder / f"{name}.sqlite", folder / name)
         self.uploader = Uploader(session, self.outbox, fleet, name, key)
@@ -72,9 +66,7 @@ class Device:
         self.results: list = []
 
     def add(self, payload: bytes, round: int = 1, chunk_bytes: int = 65536) -> messages.Manifest:
-        return self.outbox.add(
-            manifest(payload, self.fleet, self.name, round, chunk_bytes), payload
-        )
+        return self.outbox.add(manifest(payload, self.fleet, self.name, round, chunk_bytes), payload)
 
     def turn(self) -> None:
         if result := self.uploader.handle(self.session.receive(0.0003)):
@@ -86,18 +78,11 @@ class Node:
     """A node that commits what is complete, unless told to hold; chunks counts all that came, duplicates too."""
 
     def __init__(
-        self,
-        session: Session,
-        fleet: str,
-        folder: Path,
-        keys: dict,
-        check: Callable = lambda _: None,
+        self, session: Session, fleet: str, folder: Path, keys: dict, check: Callable = lambda _: None
     ) -> None:
         self.session = session
         self.journal = Journal(folder / "node.sqlite", folder / "node")
-        self.receiver = Receiver(
-            session, self.journal, fleet, "n", check, keys.get, max_bytes=8 << 20
-        )
+        self.receiver = Receiver(session, self.journal, fleet, "n", check, keys.get, max_bytes=8 << 20)
         self.receiver.start()
         self.publisher = Publisher(session, fleet)
         self.publisher.start()
@@ -136,9 +121,7 @@ def device(
 
 
 @pytest.fixture
-def node(
-    open_session: Callable[..., Session], fleet: str, tmp_path: Path, keys: dict
-) -> Callable[..., Node]:
+def node(open_session: Callable[..., Session], fleet: str, tmp_path: Path, keys: dict) -> Callable[..., Node]:
     def make(check: Callable = lambda _: None, session: Session | None = None) -> Node:
         session = session or open_session("node", clean_start=True, session_expiry_s=0)
         return Node(session, fleet, tmp_path, keys, check)
@@ -201,9 +184,7 @@ def child(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
     started = []
 
     def start(code: str, *arguments: object) -> subprocess.Popen:
-        path = os.pathsep.join(
-            [str(Path(edge_broker.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        )
+        path = os.pathsep.join([str(Path(edge_broker.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
         process = subprocess.Popen(
             [sys.executable, "-c", code, *map(str, arguments)],
             stdout=subprocess.PIPE,
@@ -240,9 +221,7 @@ class Relay:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def bytes(self, direction: str) -> int:
-        return sum(
-            size for way, kind, size in list(self.packets) if way == direction and kind == PUBLISH
-        )
+        return sum(size for way, kind, size in list(self.packets) if way == direction and kind == PUBLISH)
 
     def cut(self) -> None:
         for line in self._lines:

@@ -53,9 +53,7 @@ def test_one_device_fetches_and_has_it_from_then_on(reader, node, drive, artifac
     assert [file.name for file in r.result.path.parent.iterdir()] == [artifact.digest]
 
 
-def test_devices_that_ask_together_are_served_by_about_one_publication(
-    reader, node, drive, artifact_file
-):
+def test_devices_that_ask_together_are_served_by_about_one_publication(reader, node, drive, artifact_file):
     readers, n = [reader("r1"), reader("r2")], node()
     artifact = n.publisher.serve(artifact_file)
     for r in readers:
@@ -74,9 +72,7 @@ def test_devices_that_ask_one_after_the_other_cost_two(reader, node, drive, arti
     assert n.publisher.published == 2 * 48
 
 
-def test_a_latecomer_takes_the_rest_along_and_gets_what_it_missed(
-    reader, node, drive, artifact_file
-):
+def test_a_latecomer_takes_the_rest_along_and_gets_what_it_missed(reader, node, drive, artifact_file):
     readers, n = [reader("r1"), reader("r2")], node()
     artifact = n.publisher.serve(artifact_file, chunk_bytes=8192)
     readers[0].fetch(artifact)
@@ -85,9 +81,7 @@ def test_a_latecomer_takes_the_rest_along_and_gets_what_it_missed(
     readers[1].fetch(artifact)
     drive(lambda: all(r.result for r in readers), n, *readers)
     assert all(r.result.path.read_bytes() == CONTENT for r in readers)
-    assert (
-        artifact.chunks + missed <= n.publisher.published < 2 * artifact.chunks
-    )  # fewer than one by one
+    assert artifact.chunks + missed <= n.publisher.published < 2 * artifact.chunks  # fewer than one by one
 
 
 def test_more_chunks_than_are_asked_for_at_once(reader, node, drive, artifact_file):
@@ -130,9 +124,7 @@ def test_nobody_who_serves_it_is_said_after_a_bounded_number_of_asks(
     assert list((artifact_file.parent / "r").iterdir()) == []
 
 
-def test_wrong_bytes_are_fetched_once_more_and_then_refused(
-    reader, node, drive, artifact_file, monkeypatch
-):
+def test_wrong_bytes_are_fetched_once_more_and_then_refused(reader, node, drive, artifact_file, monkeypatch):
     r, n = reader(), node()
     artifact = n.publisher.serve(artifact_file)
     artifact_file.write_bytes(CONTENT[::-1])
@@ -142,9 +134,7 @@ def test_wrong_bytes_are_fetched_once_more_and_then_refused(
     assert n.publisher.published == 2 * 48
 
 
-def test_a_newer_artifact_takes_the_place_of_the_one_under_way(
-    reader, node, drive, artifact_file, tmp_path
-):
+def test_a_newer_artifact_takes_the_place_of_the_one_under_way(reader, node, drive, artifact_file, tmp_path):
     r, n = reader(), node()
     (tmp_path / "next.bin").write_bytes(CONTENT[:100_000])
     old, new = n.publisher.serve(artifact_file), n.publisher.serve(tmp_path / "next.bin")
@@ -154,9 +144,7 @@ def test_a_newer_artifact_takes_the_place_of_the_one_under_way(
     assert r.result.artifact == new and r.result.path.read_bytes() == CONTENT[:100_000]
 
 
-def test_a_chunk_that_does_not_fit_is_ignored(
-    reader, node, drive, artifact_file, fleet, open_session
-):
+def test_a_chunk_that_does_not_fit_is_ignored(reader, node, drive, artifact_file, fleet, open_session):
     r, n = reader(), node()
     artifact = n.publisher.serve(artifact_file)
     r.fetch(artifact)
@@ -167,12 +155,8 @@ def test_a_chunk_that_does_not_fit_is_ignored(
     assert r.result.path.read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize(
-    "changes", [{"chunks": 2}, {"size": 2 << 30, "chunks": 32768}, {"chunk_bytes": 1}]
-)
-def test_a_pointer_that_cannot_be_right_is_refused_before_anything_is_allocated(
-    reader, tmp_path, changes
-):
+@pytest.mark.parametrize("changes", [{"chunks": 2}, {"size": 2 << 30, "chunks": 32768}, {"chunk_bytes": 1}])
+def test_a_pointer_that_cannot_be_right_is_refused_before_anything_is_allocated(reader, tmp_path, changes):
     fields = {"digest": "0" * 64, "size": 3 << 20, "chunk_bytes": 65536, "chunks": 48} | changes
     with pytest.raises(LinkError, match="add up"):
         reader().fetch(messages.Artifact(**fields))

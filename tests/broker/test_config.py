@@ -35,17 +35,14 @@ def certify(folder: Path, name: str, authority: tuple | None = None) -> tuple:
         .not_valid_after(NOW + datetime.timedelta(days=1))
         .add_extension(x509.BasicConstraints(ca=authority is None, path_length=None), critical=True)
         .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
-            critical=False,
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
         )
         .sign(issuer_key, hashes.SHA256())
     )
     (folder / f"{name}.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     (folder / f"{name}.key").write_bytes(
         key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
     )
     return subject, key
@@ -62,9 +59,7 @@ def fleet_broker(tmp_path_factory):
         certify(folder, name, authority)
     port = _free_port("127.0.0.1", 0)
     config = (FOLDER / "mosquitto.conf").read_text()
-    config = config.replace("/etc/mosquitto/edge", str(folder)).replace(
-        "/var/lib/mosquitto", str(folder)
-    )
+    config = config.replace("/etc/mosquitto/edge", str(folder)).replace("/var/lib/mosquitto", str(folder))
     config = config.replace("listener 8883", f"listener {port} 127.0.0.1").replace(
         "log_dest syslog", "log_dest stderr"
     )
@@ -80,9 +75,7 @@ def fleet_broker(tmp_path_factory):
 def session_of(fleet_broker, name: str, **options) -> Session:
     folder, url = fleet_broker
     session = Session(
-        f"{url}?ca={folder}/ca.crt&cert={folder}/{name}.crt&key={folder}/{name}.key",
-        name,
-        **options,
+        f"{url}?ca={folder}/ca.crt&cert={folder}/{name}.crt&key={folder}/{name}.key", name, **options
     )
     deadline = time.monotonic() + 5
     while True:

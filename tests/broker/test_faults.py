@@ -124,9 +124,7 @@ def test_a_device_killed_between_chunks_and_started_again_counts_once(
     drive(lambda: second.poll() is not None, n)
     outcome = json.loads(second.stdout.readline())
     assert outcome["kind"] == "Committed" and counted(n) == PAYLOAD and len(n.complete) == 1
-    assert (
-        outcome["sent"] <= CHUNKS - 51
-    )  # of 59 sent all but the 8 unanswered had reached the broker
+    assert outcome["sent"] <= CHUNKS - 51  # of 59 sent all but the 8 unanswered had reached the broker
 
 
 def test_a_node_killed_between_chunks_and_started_again_gets_only_what_it_misses(
@@ -158,9 +156,7 @@ def test_a_node_killed_before_its_first_flush_gets_everything_again(
     assert counted(n) == PAYLOAD and n.chunks >= CHUNKS
 
 
-def test_a_node_killed_between_commit_and_receipt_sends_the_receipt_later(
-    device, node, drive, impatient
-):
+def test_a_node_killed_between_commit_and_receipt_sends_the_receipt_later(device, node, drive, impatient):
     d, n = device(), node()
     n.hold = True
     manifest = d.add(PAYLOAD[:1000])
@@ -238,9 +234,9 @@ def test_chunks_under_way_are_bounded_even_if_the_node_does_not_look(device, nod
     d.add(PAYLOAD, chunk_bytes=CHUNK)
     drive(lambda: n.chunks, d, n)
     sent = []
-    d.session.publish_nowait = (
-        lambda publish: lambda *a, **k: publish(*a, **k) and not sent.append(a[0])
-    )(d.session.publish_nowait)
+    d.session.publish_nowait = (lambda publish: lambda *a, **k: publish(*a, **k) and not sent.append(a[0]))(
+        d.session.publish_nowait
+    )
     deadline = time.monotonic() + 0.3
     while time.monotonic() < deadline:
         d.turn()

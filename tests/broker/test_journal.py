@@ -19,17 +19,12 @@ def manifest(describe):
 
 
 def write(journal, manifest, indices):
-    return [
-        journal.write(manifest, i, PAYLOAD[i * 100 : i * 100 + chunk_size(manifest, i)])
-        for i in indices
-    ]
+    return [journal.write(manifest, i, PAYLOAD[i * 100 : i * 100 + chunk_size(manifest, i)]) for i in indices]
 
 
 def test_a_transfer_is_collected_verified_counted_and_released(journal, manifest):
     journal.open(manifest)
-    assert journal.find(manifest.transfer).state == "open" and journal.open_transfers() == [
-        manifest
-    ]
+    assert journal.find(manifest.transfer).state == "open" and journal.open_transfers() == [manifest]
     order = list(range(41))
     random.Random(1).shuffle(order)
     assert all(write(journal, manifest, order)) and not any(write(journal, manifest, [3, 3]))

@@ -32,9 +32,7 @@ def wait_until_free(port, timeout_s=5.0):
 
 
 def test_it_is_of_the_kind_asked_for(broker):
-    assert (
-        broker.kind in ("mosquitto", "embedded") and broker.url == f"mqtt://127.0.0.1:{broker.port}"
-    )
+    assert broker.kind in ("mosquitto", "embedded") and broker.url == f"mqtt://127.0.0.1:{broker.port}"
     assert broker.log.exists()
 
 

@@ -5,14 +5,7 @@ from edge_broker import messages
 from edge_broker.errors import BadMessage, LinkError
 
 GOOD = messages.describe(
-    b"x" * 100,
-    fleet="f",
-    device="d",
-    round=1,
-    model_class="m",
-    codec="c",
-    samples=3,
-    chunk_bytes=30,
+    b"x" * 100, fleet="f", device="d", round=1, model_class="m", codec="c", samples=3, chunk_bytes=30
 )
 
 

@@ -16,10 +16,7 @@ def describe_one(describe):
 
 
 def test_it_is_there_after_a_restart_until_it_is_settled(outbox, tmp_path, describe_one):
-    first, second = (
-        outbox.add(describe_one(), b"delta"),
-        outbox.add(describe_one(round=2), b"delta"),
-    )
+    first, second = (outbox.add(describe_one(), b"delta"), outbox.add(describe_one(round=2), b"delta"))
     again = Outbox(tmp_path / "box.sqlite", tmp_path)
     assert again.pending() == [first, second] and again.pending(limit=1) == [first]
     assert again.payload(first.transfer).read_bytes() == b"delta"
@@ -40,10 +37,7 @@ def test_sequence_numbers_only_grow(outbox, tmp_path, describe_one, monkeypatch)
 
 def test_a_device_that_lost_its_state_goes_on_above_the_old_numbers(outbox, tmp_path, describe_one):
     before = outbox.add(describe_one(), b"delta").sequence
-    assert (
-        Outbox(tmp_path / "new.sqlite", tmp_path / "new").add(describe_one(), b"delta").sequence
-        > before
-    )
+    assert Outbox(tmp_path / "new.sqlite", tmp_path / "new").add(describe_one(), b"delta").sequence > before
 
 
 def test_the_callers_changes_share_the_transaction(tmp_path, describe_one):
@@ -80,10 +74,7 @@ def test_the_folder_may_move(outbox, tmp_path, describe_one):
     ours, theirs = outbox.add(describe_one(), b"delta"), outbox.add(describe_one(round=2), file)
     moved = tmp_path.rename(tmp_path.with_name(f"{tmp_path.name}-moved"))
     again = Outbox(moved / "box.sqlite", moved)
-    assert [again.payload(one.transfer).read_bytes() for one in (ours, theirs)] == [
-        b"delta",
-        b"delta",
-    ]
+    assert [again.payload(one.transfer).read_bytes() for one in (ours, theirs)] == [b"delta", b"delta"]
     outside = tmp_path / "delta.bin"
     outside.parent.mkdir()
     outside.write_bytes(b"delta")

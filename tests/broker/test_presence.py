@@ -69,9 +69,7 @@ def test_back_online_after_the_line_was_cut_with_a_higher_epoch(open_session, re
     assert isinstance(events[1], Connected) and events[1].epoch > first.epoch
 
 
-def test_an_epoch_from_the_callers_state_is_exceeded_even_if_the_clock_went_back(
-    open_session, fleet
-):
+def test_an_epoch_from_the_callers_state_is_exceeded_even_if_the_clock_went_back(open_session, fleet):
     ahead = next_epoch(0) + 3_600_000  # an hour
     session = open_session("d", presence=PresenceSpec(fleet, "d", epoch=ahead))
     assert session.receive(5).epoch > ahead
@@ -98,9 +96,7 @@ def test_an_operator_can_forget_a_device():
     tracker = Tracker()
     tracker.handle(*said("online", 7))
     assert tracker.handle(topics.presence("f", "d"), b"") == "d"
-    assert (
-        tracker.state("d") == "unknown" and tracker.handle(topics.presence("f", "d"), b"") is None
-    )
+    assert tracker.state("d") == "unknown" and tracker.handle(topics.presence("f", "d"), b"") is None
 
 
 def test_other_topics_are_ignored_and_nonsense_is_refused():

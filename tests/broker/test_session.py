@@ -178,11 +178,7 @@ def test_at_most_eight_publishes_are_unanswered(slots, open_session, relay, flee
 def test_a_call_can_ask_for_a_narrower_window(open_session, relay, fleet):
     session = open_session(url=relay.url)
     relay.let_acks_pass.clear()
-    assert [session.publish_nowait(f"{fleet}/x", b"x", window=2) for _ in range(3)] == [
-        True,
-        True,
-        False,
-    ]
+    assert [session.publish_nowait(f"{fleet}/x", b"x", window=2) for _ in range(3)] == [True, True, False]
     relay.let_acks_pass.set()
     next_event(session, Room)
     assert session.publish_nowait(f"{fleet}/x", b"x", window=2)
@@ -199,9 +195,7 @@ def narrow_mosquitto(tmp_path):
         f"listener {port} 127.0.0.1\nallow_anonymous true\nmax_inflight_messages 3\nmax_packet_size 2000\n"
         f"acl_file {tmp_path}/acl\nuser root\n"
     )
-    process = subprocess.Popen(
-        [find_mosquitto(), "-c", tmp_path / "conf"], stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([find_mosquitto(), "-c", tmp_path / "conf"], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 5
     while True:
         try:
@@ -240,9 +234,7 @@ def test_what_the_broker_refuses_is_raised(narrow_mosquitto):
 
 
 def test_it_comes_back_and_subscriptions_with_it(open_session, relay, fleet, await_message):
-    session = open_session(
-        url=relay.url, clean_start=True
-    )  # the broker forgets: the session must not
+    session = open_session(url=relay.url, clean_start=True)  # the broker forgets: the session must not
     session.subscribe(f"{fleet}/x")
     next_event(session, Connected)
     relay.cut()
@@ -266,9 +258,7 @@ def test_a_session_kept_by_the_broker_gets_what_came_meanwhile(
     assert await_message(away).payload == b"meanwhile"
 
 
-def test_a_device_started_again_is_told_what_is_retained(
-    broker, open_session, fleet, await_message
-):
+def test_a_device_started_again_is_told_what_is_retained(broker, open_session, fleet, await_message):
     open_session().publish(f"{fleet}/x", b"kept", retain=True)
     for _ in range(2):  # the second time the broker still has the session
         with Session(broker.url, f"{fleet}-d") as device:
@@ -300,10 +290,7 @@ def test_traffic_is_what_passed_on_the_wire(open_session, relay, fleet, await_me
     session.subscribe(f"{fleet}/down/#")
     for size in (0, 1, 100, 127, 128, 16_000, 17_000, 70_000):
         session.publish(
-            f"{fleet}/up/{'n' * (size % 7)}",
-            bytes(size),
-            expiry_s=60 if size % 2 else None,
-            retain=size == 1,
+            f"{fleet}/up/{'n' * (size % 7)}", bytes(size), expiry_s=60 if size % 2 else None, retain=size == 1
         )
         other.publish(f"{fleet}/down/{size}", bytes(size), expiry_s=60 if size % 2 else None)
         assert len(await_message(session).payload) == size

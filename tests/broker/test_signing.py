@@ -34,8 +34,7 @@ def test_any_change_is_found(key, tmp_path, change):
 def test_another_key_than_expected_is_named(key, tmp_path):
     expected = signing.public_key(signing.load_or_create_key(tmp_path / "other"))
     with pytest.raises(
-        BadMessage,
-        match=f"signed by key {signing.public_key(key)[:16]}…, expected {expected[:16]}…",
+        BadMessage, match=f"signed by key {signing.public_key(key)[:16]}…, expected {expected[:16]}…"
     ):
         signing.open(signing.sign(key, "a", BODY).encode(), "a", expected)
 
@@ -53,9 +52,7 @@ def test_what_is_no_envelope_is_a_bad_message(bad):
 
 def test_a_key_is_kept_for_its_owner_only(key, tmp_path):
     assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
-    assert signing.public_key(signing.load_or_create_key(tmp_path / "key")) == signing.public_key(
-        key
-    )
+    assert signing.public_key(signing.load_or_create_key(tmp_path / "key")) == signing.public_key(key)
     assert [file.name for file in tmp_path.iterdir()] == ["key"]
 
 

@@ -33,9 +33,7 @@ def test_several_updates_go_one_after_the_other(device, node, drive):
     assert d.outbox.pending() == []
 
 
-@pytest.mark.parametrize(
-    "under_way", [768, 8]
-)  # 8 chunks are two updates: the third device has to wait
+@pytest.mark.parametrize("under_way", [768, 8])  # 8 chunks are two updates: the third device has to wait
 def test_devices_share_one_node(under_way, device, node, drive, monkeypatch):
     monkeypatch.setattr(receive, "UNDER_WAY", under_way)
     monkeypatch.setattr(receive, "_PAUSE_S", 0.2)
@@ -43,9 +41,7 @@ def test_devices_share_one_node(under_way, device, node, drive, monkeypatch):
     for party in parties:
         party.add(payload_of(200_000))
     drive(lambda: all(party.results for party in parties), n, *parties)
-    assert {update.manifest.device for update in n.journal.committed(1)} == {
-        party.name for party in parties
-    }
+    assert {update.manifest.device for update in n.journal.committed(1)} == {party.name for party in parties}
 
 
 def test_a_payload_in_a_file_is_sent_from_where_it_is(device, node, drive, tmp_path, describe):
@@ -64,9 +60,9 @@ def test_a_payload_that_cannot_be_read_ends_the_update(broken, device, node, dri
     payload = d.outbox.payload(manifest.transfer)
     payload.unlink() if broken == "gone" else payload.write_bytes(b"short")
     drive(lambda: d.results, d, n)
-    assert (d.results[0].code, d.results[0].final) == ("payload", True) and str(
-        payload
-    ) in d.results[0].reason
+    assert (d.results[0].code, d.results[0].final) == ("payload", True) and str(payload) in d.results[
+        0
+    ].reason
     assert d.outbox.pending() == []
 
 
@@ -108,12 +104,7 @@ def test_a_chunk_that_does_not_fit_changes_nothing(device, node, drive, await_me
     manifest = d.add(payload, chunk_bytes=1024)
     offer_by_hand(d, manifest, n, drive, await_message)
     topic = topics.up(d.fleet, "n", d.name, manifest.transfer)
-    for bad in [
-        b"",
-        b"\0\0\0\0",
-        messages.pack_chunk(0, b"short"),
-        messages.pack_chunk(9, bytes(1024)),
-    ]:
+    for bad in [b"", b"\0\0\0\0", messages.pack_chunk(0, b"short"), messages.pack_chunk(9, bytes(1024))]:
         d.session.publish(topic, bad)
     drive(lambda: n.chunks == 4, n)
     assert n.journal.missing(manifest, 9) == [0, 1, 2]
@@ -140,9 +131,7 @@ def test_a_transfer_still_open_when_its_round_closes_is_ended_with_the_reason(de
     for late in n.journal.open_transfers():
         n.receiver.reject(late.transfer, "round 1 is closed", code="late")
     drive(lambda: d.results, d, n)
-    assert d.results == [
-        Rejected(manifest=manifest, code="late", reason="round 1 is closed", final=True)
-    ]
+    assert d.results == [Rejected(manifest=manifest, code="late", reason="round 1 is closed", final=True)]
     assert not n.journal.payload(manifest.transfer).exists() and n.complete == []
 
 
@@ -194,9 +183,7 @@ def test_the_check_can_refuse_a_manifest_before_any_chunk(device, node, drive):
     d, n = device(), node(check=lambda manifest: f"round {manifest.round} is closed")
     manifest = d.add(payload_of(1000))
     drive(lambda: d.results, d, n)
-    assert d.results == [
-        Rejected(manifest=manifest, code="check", reason="round 1 is closed", final=True)
-    ]
+    assert d.results == [Rejected(manifest=manifest, code="check", reason="round 1 is closed", final=True)]
     assert n.chunks == 0 and n.journal.find(manifest.transfer).reason == "round 1 is closed"
 
 
@@ -205,16 +192,11 @@ def test_a_device_counts_once_a_round(device, node, drive):
     d.add(payload_of(1000))
     d.add(payload_of(1001))
     drive(lambda: len(d.results) == 2, d, n)
-    assert (d.results[1].code, d.results[1].reason) == (
-        "duplicate",
-        "device d already counts in round 1",
-    )
+    assert (d.results[1].code, d.results[1].reason) == ("duplicate", "device d already counts in round 1")
     assert len(n.journal.committed(1)) == 1
 
 
-def test_two_transfers_of_one_round_that_were_both_complete_count_once(
-    device, node, drive, await_message
-):
+def test_two_transfers_of_one_round_that_were_both_complete_count_once(device, node, drive, await_message):
     d, n = device(), node()
     n.hold = True
     both = [d.add(payload_of(size)) for size in (1000, 1001)]
@@ -255,9 +237,7 @@ def test_a_changed_manifest_does_not_verify(device, node, drive, await_message):
 def test_a_signature_for_another_purpose_does_not_verify(device, node, drive, await_message):
     d, n = device(), node()
     body = messages.encode(d.add(payload_of(1000)))
-    reject = answer_to(
-        signing.sign(d.key, "edge/1/report", body).encode(), d, n, drive, await_message
-    )
+    reject = answer_to(signing.sign(d.key, "edge/1/report", body).encode(), d, n, drive, await_message)
     assert "does not verify for edge/1/offer" in reject.reason
 
 
@@ -277,9 +257,7 @@ def test_a_replayed_sequence_is_refused(device, node, drive, describe, await_mes
     replay = rewritten(describe(payload_of(2000), d.fleet, round=2), sequence=first.sequence)
     reject = answer_to(signed(d, replay), d, n, drive, await_message)
     assert (reject.code, reject.final) == ("replay", True) and str(first.sequence) in reject.reason
-    accepted = rewritten(
-        replay, sequence=first.sequence + 1
-    )  # the twin: one higher and it is granted
+    accepted = rewritten(replay, sequence=first.sequence + 1)  # the twin: one higher and it is granted
     assert isinstance(answer_to(signed(d, accepted), d, n, drive, await_message), messages.Grant)
 
 
@@ -292,9 +270,7 @@ def test_a_replayed_sequence_is_refused(device, node, drive, describe, await_mes
         ({"chunk_bytes": 1, "size": 70_000, "chunks": 70_000}, "size", "more than 65536 chunks"),
     ],
 )
-def test_a_manifest_that_cannot_be_taken(
-    changes, code, reason, device, node, drive, describe, await_message
-):
+def test_a_manifest_that_cannot_be_taken(changes, code, reason, device, node, drive, describe, await_message):
     d, n = device(), node()
     manifest = rewritten(describe(payload_of(1000), d.fleet), sequence=1, **changes)
     reject = answer_to(signed(d, manifest), d, n, drive, await_message)
@@ -319,9 +295,7 @@ def signed(party, manifest) -> bytes:
 
 
 def rewritten(manifest, **changes):
-    return messages.decode(
-        json.dumps(json.loads(messages.encode(manifest)) | changes), messages.Manifest
-    )
+    return messages.decode(json.dumps(json.loads(messages.encode(manifest)) | changes), messages.Manifest)
 
 
 def answer_to(offer, party, n, drive, await_message):
@@ -338,6 +312,4 @@ def inbox(session):
 
 
 def offer_by_hand(party, manifest, n, drive, await_message) -> None:
-    assert isinstance(
-        answer_to(signed(party, manifest), party, n, drive, await_message), messages.Grant
-    )
+    assert isinstance(answer_to(signed(party, manifest), party, n, drive, await_message), messages.Grant)

@@ -23,13 +23,7 @@ def ahead_of_time(capability: int) -> list[Launch]:
         Launch("good", product, signature, small, divisible=("n",), streamed=True),
         Launch("too many registers", product, signature, large, num_warps=2, divisible=("n",)),
         Launch(
-            "too much shared memory",
-            product,
-            signature,
-            large,
-            num_warps=8,
-            num_stages=5,
-            divisible=("n",),
+            "too much shared memory", product, signature, large, num_warps=8, num_stages=5, divisible=("n",)
         ),
         Launch("single loads", product, signature, small, streamed=True),
     ]

@@ -54,9 +54,7 @@ def fit(make, steps=120, spread=0.0):
 
 def deviation(make, **kwargs):
     """Mean relative difference to float32 AdamW's losses."""
-    truth = fit(
-        lambda parameters: torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.1), **kwargs
-    )
+    truth = fit(lambda parameters: torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.1), **kwargs)
     return float(((fit(make, **kwargs) - truth) / truth).abs().mean())
 
 
@@ -90,14 +88,7 @@ def test_the_first_step_is_that_of_adamw(dtype):
 @pytest.mark.parametrize(
     "broken",
     [
-        lambda decay, rest1, rest2, size, root, eps: (
-            1.0,
-            rest1,
-            rest2,
-            size,
-            root,
-            eps,
-        ),  # decay lost
+        lambda decay, rest1, rest2, size, root, eps: (1.0, rest1, rest2, size, root, eps),  # decay lost
         lambda decay, rest1, rest2, size, root, eps: (
             decay,
             rest1,
@@ -107,14 +98,7 @@ def test_the_first_step_is_that_of_adamw(dtype):
             eps,
         ),  # bias correction lost
         lambda decay, rest1, rest2, size, root, eps: (decay, rest1, rest2, -size, root, eps),
-        lambda decay, rest1, rest2, size, root, eps: (
-            decay,
-            0.0,
-            rest2,
-            size,
-            root,
-            eps,
-        ),  # dead gradient
+        lambda decay, rest1, rest2, size, root, eps: (decay, 0.0, rest2, size, root, eps),  # dead gradient
     ],
 )
 def test_the_check_sees_a_broken_step(monkeypatch, broken):
@@ -153,9 +137,7 @@ def second_moments(optimiser, index):
 def first_moments(optimiser, index):
     rows = optimiser._rows[index]
     code, scale = optimiser._first[rows], optimiser._scales[0, rows]
-    return (
-        module._expand(code.int().abs(), module.BITS1, module.LEAST1) * code.sign() * scale[:, None]
-    )
+    return module._expand(code.int().abs(), module.BITS1, module.LEAST1) * code.sign() * scale[:, None]
 
 
 def test_moments_keep_their_relative_precision_over_four_decades():
@@ -188,9 +170,7 @@ def lag(steps=1500):
     for step in range(steps):
         torch.manual_seed(step)
         gradient = torch.randn(2 * BLOCK, device=DEVICE)
-        gradient[1::2] *= max(
-            math.exp(-step / 100), 1 / 30
-        )  # its neighbours in the block do not shrink
+        gradient[1::2] *= max(math.exp(-step / 100), 1 / 30)  # its neighbours in the block do not shrink
         with torch.no_grad():
             optimiser._update(0, gradient)
             optimiser._apply()
@@ -198,17 +178,13 @@ def lag(steps=1500):
     return float((second_moments(optimiser, 0).view(-1) / truth)[1::2].sqrt().median())
 
 
-@pytest.mark.skipif(
-    INTERPRETED, reason="the rounding to the nearest is put into the torch backend; long"
-)
+@pytest.mark.skipif(INTERPRETED, reason="the rounding to the nearest is put into the torch backend; long")
 def test_second_moments_follow_gradients_that_shrink_and_to_the_nearest_would_not(monkeypatch):
     steps = 600
     assert 0.9 < lag(steps) < 1.1
     half = 1 << module.CUT - 1
     to_nearest = module._round
-    monkeypatch.setattr(
-        module, "_round", lambda x, dice, bits, least: to_nearest(x, half, bits, least)
-    )
+    monkeypatch.setattr(module, "_round", lambda x, dice, bits, least: to_nearest(x, half, bits, least))
     assert lag(steps) > 1.5
 
 
@@ -374,9 +350,7 @@ def test_measuring_steps_nothing_and_keeps_no_gradient():
     before = [p.detach().clone() for p in parameters]
     with optimiser.measuring():
         feed(parameters, gradients_of(parameters, 0))
-    assert all(
-        torch.equal(p, old) and p.grad is None for p, old in zip(parameters, before, strict=True)
-    )
+    assert all(torch.equal(p, old) and p.grad is None for p, old in zip(parameters, before, strict=True))
     assert optimiser.state_dict()["steps"] == [0, 0, 0]
     assert float(optimiser._squares[0]) > 0
 
@@ -413,9 +387,7 @@ def test_micro_batches_add_up_to_one_step():
         with optimiser.accumulating():
             feed(ours, pieces[0])
             feed(ours, pieces[1])
-        assert all(
-            torch.equal(p, old) and p.grad is None for p, old in zip(ours, before, strict=True)
-        )
+        assert all(torch.equal(p, old) and p.grad is None for p, old in zip(ours, before, strict=True))
         feed(ours, pieces[2])
         feed(whole, [sum(parts) for parts in zip(*pieces, strict=True)])
     for p, q in zip(ours, whole, strict=True):
@@ -461,9 +433,7 @@ def test_a_resumed_run_is_the_same_to_the_bit():
     optimiser = AdamW8bit(parameters, weight_decay=0.1, clip_norm=1.0)
     course(parameters, optimiser, range(4))
     file = io.BytesIO()
-    torch.save(
-        {"factors": [p.detach() for p in parameters], "optimiser": optimiser.state_dict()}, file
-    )
+    torch.save({"factors": [p.detach() for p in parameters], "optimiser": optimiser.state_dict()}, file)
     course(parameters, optimiser, range(4, 8))
 
     file.seek(0)
@@ -474,15 +444,11 @@ def test_a_resumed_run_is_the_same_to_the_bit():
     course(resumed, other, range(4, 8))
     for p, q in zip(parameters, resumed, strict=True):
         assert torch.equal(p, q)
-    for (name, one), two in zip(
-        optimiser.state_dict().items(), other.state_dict().values(), strict=True
-    ):
+    for (name, one), two in zip(optimiser.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two, name
 
 
-@pytest.mark.parametrize(
-    "lost", ["first", "second", "scales", "steps", "squares", "so_far", "sums"]
-)
+@pytest.mark.parametrize("lost", ["first", "second", "scales", "steps", "squares", "so_far", "sums"])
 def test_the_check_sees_a_part_of_the_state_that_was_not_taken_over(monkeypatch, lost):
     monkeypatch.setattr(
         module, "PIECE", BLOCK
@@ -524,10 +490,7 @@ def test_bad_parameters_are_refused():
     for bad, message in (
         ([], "at least one"),
         ([good, good], "twice"),
-        (
-            [good, nn.Parameter(torch.zeros(3, dtype=torch.float64))],
-            r"parameters\[1\] is torch.float64",
-        ),
+        ([good, nn.Parameter(torch.zeros(3, dtype=torch.float64))], r"parameters\[1\] is torch.float64"),
         ([nn.Parameter(torch.zeros(6, 4).T)], r"strides \(1, 4\)"),
         ([nn.Parameter(torch.zeros(3), requires_grad=False)], "requires_grad=False"),
         ([nn.Parameter(torch.zeros(0))], "not empty"),

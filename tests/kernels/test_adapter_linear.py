@@ -45,18 +45,9 @@ def case(leading=(2, 5), into=48, out=32, rank=3, core=True, bias=True, dtype=to
 
 def outcome(fn, draws, dy, kind=None):
     """y and the gradients of x, A, C, B; a gradient that did not come counts as zero."""
-    taken = {
-        name: None if value is None else value.to(kind or value.dtype)
-        for name, value in draws.items()
-    }
-    leaves = {
-        name: taken[name].clone().requires_grad_() for name in "xACB" if taken[name] is not None
-    }
-    y = fn(
-        *(leaves.get(name, taken[name]) for name in ("x", "weight", "A", "C", "B")),
-        SCALE,
-        taken["bias"],
-    )
+    taken = {name: None if value is None else value.to(kind or value.dtype) for name, value in draws.items()}
+    leaves = {name: taken[name].clone().requires_grad_() for name in "xACB" if taken[name] is not None}
+    y = fn(*(leaves.get(name, taken[name]) for name in ("x", "weight", "A", "C", "B")), SCALE, taken["bias"])
     y.backward(dy.to(y.dtype))
     grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves.values()]
     return [y.detach(), *grads]
@@ -103,9 +94,7 @@ def bent(tensor, how):
 
 MUTANTS = {
     "the scale is missing": lambda x, w, A, C, B, s, b: adapter_linear(x, w, A, C, B, 1.0, b),
-    "the core is transposed": lambda x, w, A, C, B, s, b: adapter_linear(
-        x, w, A, C.T.contiguous(), B, s, b
-    ),
+    "the core is transposed": lambda x, w, A, C, B, s, b: adapter_linear(x, w, A, C.T.contiguous(), B, s, b),
     "the core is left out": lambda x, w, A, C, B, s, b: adapter_linear(x, w, A, None, B, s, b),
     "the bias is left out": lambda x, w, A, C, B, s, b: adapter_linear(x, w, A, C, B, s, None),
     "x gets no gradient": lambda x, w, A, C, B, s, b: adapter_linear(x.detach(), w, A, C, B, s, b),
@@ -115,9 +104,7 @@ MUTANTS = {
     "dA without scale": lambda x, w, A, C, B, s, b: adapter_linear(
         x, w, bent(A, lambda g: g / s), C, B, s, b
     ),
-    "dC transposed": lambda x, w, A, C, B, s, b: adapter_linear(
-        x, w, A, bent(C, lambda g: g.T), B, s, b
-    ),
+    "dC transposed": lambda x, w, A, C, B, s, b: adapter_linear(x, w, A, bent(C, lambda g: g.T), B, s, b),
     "dB without scale": lambda x, w, A, C, B, s, b: adapter_linear(
         x, w, A, C, bent(B, lambda g: g / s), s, b
     ),
@@ -151,22 +138,10 @@ def test_gradients_are_those_of_finite_differences(core):
 
 def kept_shapes(fn, draws):
     """Shapes of the tensors that one forward pass keeps for backward."""
-    leaves = {
-        name: value.clone().requires_grad_() for name, value in draws.items() if name in "xACB"
-    }
+    leaves = {name: value.clone().requires_grad_() for name, value in draws.items() if name in "xACB"}
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.append(tuple(t.shape)) or t, lambda t: t
-    ):
-        fn(
-            leaves["x"],
-            draws["weight"],
-            leaves["A"],
-            leaves["C"],
-            leaves["B"],
-            SCALE,
-            draws["bias"],
-        )
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        fn(leaves["x"], draws["weight"], leaves["A"], leaves["C"], leaves["B"], SCALE, draws["bias"])
     return sorted(kept)
 
 
@@ -174,9 +149,7 @@ def test_x_is_the_only_activation_kept():
     draws, _ = case(leading=(2, 50), into=48, out=32, rank=3)
     factors_and_weight = [(3, 3), (3, 48), (32, 3), (32, 48)]
     assert kept_shapes(adapter_linear, draws) == sorted([*factors_and_weight, (100, 48)])
-    assert (100, 3) in kept_shapes(
-        plain, draws
-    )  # x Aᵀ, which torch’s own ops keep: this check can fail
+    assert (100, 3) in kept_shapes(plain, draws)  # x Aᵀ, which torch’s own ops keep: this check can fail
 
 
 def test_a_frozen_factor_gets_no_gradient():
@@ -190,11 +163,7 @@ def test_a_frozen_factor_gets_no_gradient():
     ("name", "wrong", "message"),
     [
         ("x", torch.ones(2, 47), "x has rows of 47 but weight reads 48"),
-        (
-            "x",
-            torch.ones(2, 48, dtype=torch.bfloat16),
-            "x is torch.bfloat16 but weight is torch.float32",
-        ),
+        ("x", torch.ones(2, 48, dtype=torch.bfloat16), "x is torch.bfloat16 but weight is torch.float32"),
         ("A", torch.ones(3, 47), r"A is \(3, 47\) but has to be \(3, 48\)"),
         ("B", torch.ones(3, 32), r"B is \(3, 32\) but has to be \(32, 3\)"),
         ("C", torch.ones(3, 2), r"C is \(3, 2\) but has to be \(3, 3\)"),
@@ -204,6 +173,4 @@ def test_what_does_not_fit_is_named(name, wrong, message):
     draws, _ = case()
     draws[name] = wrong
     with pytest.raises(ValueError, match=message):
-        adapter_linear(
-            *(draws[part] for part in ("x", "weight", "A", "C", "B")), SCALE, draws["bias"]
-        )
+        adapter_linear(*(draws[part] for part in ("x", "weight", "A", "C", "B")), SCALE, draws["bias"])

@@ -42,9 +42,7 @@ def test_a_bad_kernel_fails_for_its_reason(compiled, name, word):
 @needs_triton
 def test_the_command_says_what_is_wrong_and_exits_with_1(monkeypatch, tmp_path):
     monkeypatch.setattr(ahead, "operators", lambda: ["faulty_kernels"])
-    done = CliRunner().invoke(
-        main, ["check", "--arch", "87", "--json", str(tmp_path / "seen.json")]
-    )
+    done = CliRunner().invoke(main, ["check", "--arch", "87", "--json", str(tmp_path / "seen.json")])
     assert done.exit_code == 1
     assert "too many registers on sm_87: spills" in done.output
     assert "4 configurations, 3 faulty" in done.output

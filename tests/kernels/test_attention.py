@@ -18,9 +18,7 @@ from transformers import (
 )
 
 SCALE = 0.3
-module = importlib.import_module(
-    "edge_kernels.attention"
-)  # the package's name for it is the function
+module = importlib.import_module("edge_kernels.attention")  # the package's name for it is the function
 ROWS_BACKWARD = module._rows_backward
 on_cpu = pytest.mark.skipif(ON_GPU, reason="on a GPU attention is torch's")
 
@@ -72,8 +70,7 @@ def test_values_and_gradients_are_as_good_as_torchs(dtype, shape):
 def test_other_types_and_long_rows_are_torchs_own(dtype, tokens):
     draws = case(dtype, tokens=tokens, heads=1)
     own = outcome(
-        lambda q, k, v, scale: scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale),
-        *draws,
+        lambda q, k, v, scale: scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale), *draws
     )
     assert all(map(torch.equal, outcome(attention, *draws), own))
 
@@ -85,9 +82,7 @@ def test_gradients_are_laid_out_like_what_they_belong_to():
 
 
 MUTANTS = {
-    "no gradient for the keys": lambda q, k, v, scale: (
-        attention(q, k.detach(), v, scale) + 0 * k.sum()
-    ),
+    "no gradient for the keys": lambda q, k, v, scale: attention(q, k.detach(), v, scale) + 0 * k.sum(),
     "another scale": lambda q, k, v, scale: attention(q, k, v, 1.1 * scale),
     "keys and values change places": lambda q, k, v, scale: attention(q, v, k, scale),
     "later keys are seen": lambda q, k, v, scale: attention(q, k.flip(2), v.flip(2), scale),
@@ -119,9 +114,7 @@ def test_the_result_is_the_same_where_no_gradient_is_wanted(tokens):
 def test_q_k_v_and_the_result_alone_are_kept():
     kept = []
     q, k, v = (x.requires_grad_() for x in case())
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.append(t.data_ptr()) or t, lambda t: t
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
         o = attention(q, k, v, SCALE)
     assert kept == [x.data_ptr() for x in (q, k, v, o)]
 
@@ -141,13 +134,7 @@ MODELS = {
     "gemma3, beyond its window": lambda: gemma3(window=4),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=50,
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            attn_pdrop=0.0,
-            embd_pdrop=0.0,
-            resid_pdrop=0.0,
+            vocab_size=50, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0
         )
     ),
 }
@@ -171,15 +158,11 @@ def gemma3(window):
 
 @on_cpu
 @pytest.mark.parametrize("name", MODELS)
-def test_in_a_model_it_runs_wherever_later_keys_alone_are_masked_and_gradients_agree(
-    name, monkeypatch
-):
+def test_in_a_model_it_runs_wherever_later_keys_alone_are_masked_and_gradients_agree(name, monkeypatch):
     torch.manual_seed(0)
     model = MODELS[name]().bfloat16().requires_grad_(False)
     seen = []
-    monkeypatch.setattr(
-        module, "_rows_backward", lambda *rows: seen.append(1) or ROWS_BACKWARD(*rows)
-    )
+    monkeypatch.setattr(module, "_rows_backward", lambda *rows: seen.append(1) or ROWS_BACKWARD(*rows))
     embedded = model.get_input_embeddings()(torch.arange(20).view(2, 10))
 
     def gradient():

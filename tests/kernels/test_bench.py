@@ -16,9 +16,7 @@ from benchmarks.kernels import bench, cases, measure, picture
 from benchmarks.kernels.cases import OPERATORS, OURS, Case, Shape, Variant
 from benchmarks.kernels.measure import Measured, Rates, Result, relative_error
 
-TINY = Shape(
-    "tiny", hidden=64, intermediate=96, heads=4, kv_heads=2, width=16, vocabulary=100, layers=2
-)
+TINY = Shape("tiny", hidden=64, intermediate=96, heads=4, kv_heads=2, width=16, vocabulary=100, layers=2)
 MACHINE = Rates(bytes_per_s=1e9, flops_per_s=1e10, peak_noise_bytes=0)
 ON = torch.device(DEVICE)
 EACH = [(operator, kind) for operator, (kinds, _) in OPERATORS.items() for kind in kinds]
@@ -53,10 +51,7 @@ def test_bytes_and_flops_of_others():
     assert case_of("gated_activation", "silu").bytes == 2 * 8 * M * inner
     assert case_of("rotary", "").bytes == 2 * 2 * (2 * M * 6 * 16 + 2 * M * 16)
     seen = case_of("attention", "")  # 4 heads, 2 key heads of 16
-    assert (seen.bytes, seen.flops) == (
-        2 * 2 * M * 16 * (4 + 2 + 2 + 4),
-        14 * (M * M // 2) * 4 * 16,
-    )
+    assert (seen.bytes, seen.flops) == (2 * 2 * M * 16 * (4 + 2 + 2 + 4), 14 * (M * M // 2) * 4 * 16)
     assert (
         case_of("checkpoint_block", "").flops == cases.BLOCKS * (3 + 2 + 3) * 2 * M * H * inner
     )  # down once forward
@@ -129,10 +124,7 @@ def test_arguments_that_are_overwritten_are_made_anew():
 
 def test_variants_run_in_turns_and_each_comes_first():
     ran = []
-    runs = {
-        name: lambda name=name: ran.append(name) or [torch.ones(1)]
-        for name in ("ours", "one", "two")
-    }
+    runs = {name: lambda name=name: ran.append(name) or [torch.ones(1)] for name in ("ours", "one", "two")}
     measure._rounds({name: Variant(run) for name, run in runs.items()}, ON, budget_s=0)
     rounds = [ran[first : first + 3] for first in range(0, len(ran), 3)]
     assert all(sorted(names) == ["one", "ours", "two"] for names in rounds)
@@ -155,9 +147,7 @@ def test_a_result_has_every_field_and_its_ratios_are_right():
         assert it.to_faster_floor == it.median_s / min(bytes_s, flops_s)
         assert name == OURS or result.ours_to[name] == result.variants[OURS].median_s / it.median_s
         assert all(
-            getattr(it, field.name) is not None
-            for field in fields(Measured)
-            if field.name != "peak_bytes"
+            getattr(it, field.name) is not None for field in fields(Measured) if field.name != "peak_bytes"
         )
 
 
@@ -167,9 +157,7 @@ def test_the_peak_of_a_buffer_is_its_size():
     if peak is None:
         pytest.skip("this system does not set the peak back")
     assert abs(peak - size) < 8 << 20
-    two = measure._peak(
-        ON, lambda: [torch.ones(size, dtype=torch.uint8, device=ON) for _ in range(2)]
-    )
+    two = measure._peak(ON, lambda: [torch.ones(size, dtype=torch.uint8, device=ON) for _ in range(2)])
     assert two is not None and abs(two - 2 * size) < 8 << 20
 
 
@@ -190,17 +178,7 @@ def test_running_out_of_memory_is_reported_and_not_fatal():
 def made_results():
     measured = Measured(1e-3, 9e-4, 2e-3, 5, 1 << 20, 1 << 20, 1.5, 30.0, 0.0)
     return [
-        Result(
-            "norm & co",
-            "<q>",
-            "tiny",
-            tokens,
-            10,
-            10,
-            1e-4,
-            1e-5,
-            {OURS: measured, "a < b": measured},
-        )
+        Result("norm & co", "<q>", "tiny", tokens, 10, 10, 1e-4, 1e-5, {OURS: measured, "a < b": measured})
         for tokens in (32, 256)
     ]
 
@@ -209,18 +187,12 @@ def made_results():
 def test_the_picture_is_well_formed(results):
     tree = ET.fromstring(picture(results, ["a machine & its versions"]))
     assert tree.tag == "{http://www.w3.org/2000/svg}svg"
-    lines = [
-        element.get("points").split()
-        for element in tree.iter("{http://www.w3.org/2000/svg}polyline")
-    ]
+    lines = [element.get("points").split() for element in tree.iter("{http://www.w3.org/2000/svg}polyline")]
     assert [len(points) for points in lines] == [len(results)] * (
         3 if results else 0
     )  # two variants and the floor
     assert all(
-        math.isfinite(float(number))
-        for points in lines
-        for point in points
-        for number in point.split(",")
+        math.isfinite(float(number)) for points in lines for point in points for number in point.split(",")
     )
 
 
@@ -242,9 +214,7 @@ def test_the_command_writes_numbers_and_a_picture(small, tmp_path):
     assert [(case["operator"], case["tokens"]) for case in report["cases"]] == [
         (operator, tokens) for operator in ("rms_norm", "rotary") for tokens in (32, 256, 1024)
     ]
-    assert (
-        report["versions"]["torch"] == torch.__version__ and report["rates"]["bytes_per_s"] == 1e9
-    )
+    assert report["versions"]["torch"] == torch.__version__ and report["rates"]["bytes_per_s"] == 1e9
     assert report["machine"] and report["date"]
     ET.fromstring(file.with_suffix(".svg").read_text())
     assert "rms_norm" in done.output and "ours / best rival" in done.output

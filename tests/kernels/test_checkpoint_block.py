@@ -148,9 +148,7 @@ def test_a_random_state_is_kept_only_where_something_was_drawn():
 @pytest.mark.parametrize(
     "broken",
     [
-        lambda block, hidden, **kwargs: checkpoint_block(
-            block, hidden.detach(), **kwargs
-        ),  # no way back
+        lambda block, hidden, **kwargs: checkpoint_block(block, hidden.detach(), **kwargs),  # no way back
         lambda block, hidden, **kwargs: checkpoint_block(partial(dead, block), hidden, **kwargs),
         lambda block, hidden, **kwargs: checkpoint_block(Forgetful(block), hidden, **kwargs),
     ],
@@ -174,18 +172,14 @@ class Forgetful:
     def __call__(self, hidden, attention_mask, **kwargs):
         self.runs += 1
         other = torch.zeros_like(attention_mask)
-        return self.block(
-            hidden, attention_mask=attention_mask if self.runs == 1 else other, **kwargs
-        )
+        return self.block(hidden, attention_mask=attention_mask if self.runs == 1 else other, **kwargs)
 
 
 def test_the_gradient_is_that_of_finite_differences():
     torch.manual_seed(0)
     linear = nn.Linear(3, 3).double()
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda x: checkpoint_block(lambda h: linear(h).tanh() * h, x), x
-    )
+    assert torch.autograd.gradcheck(lambda x: checkpoint_block(lambda h: linear(h).tanh() * h, x), x)
 
 
 # --- int8
@@ -234,9 +228,7 @@ def test_nothing_of_its_graph_stays_between_the_runs():
             return grad
 
     alive = []
-    y = checkpoint_block(
-        lambda x: Node.apply(x).sin(), torch.ones(SHAPE, device=DEVICE, requires_grad=True)
-    )
+    y = checkpoint_block(lambda x: Node.apply(x).sin(), torch.ones(SHAPE, device=DEVICE, requires_grad=True))
     assert alive[0]() is None
     y.sum().backward()
     assert len(alive) == 2 and alive[1]() is None
@@ -256,14 +248,10 @@ def test_a_product_that_nothing_reads_is_not_made_again(monkeypatch):
     made = []
     layer = import_module("edge_kernels.adapter_linear")
     product = layer.product
-    monkeypatch.setattr(
-        layer, "product", lambda *a, **k: made.append(k["forward"]) or product(*a, **k)
-    )
+    monkeypatch.setattr(layer, "product", lambda *a, **k: made.append(k["forward"]) or product(*a, **k))
     torch.manual_seed(0)
     weights = [torch.randn(32, 32, device=DEVICE) for _ in range(2)]
-    factors = [
-        torch.randn(shape, device=DEVICE, requires_grad=True) for shape in [(4, 32), (32, 4)] * 2
-    ]
+    factors = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in [(4, 32), (32, 4)] * 2]
 
     def block(x):
         x = layer.adapter_linear(x, weights[0], factors[0], None, factors[1], 0.5).tanh()
@@ -289,9 +277,7 @@ def test_a_block_that_does_something_else_again_is_found_out():
         return linear(x).tanh() if len(runs) == 1 else linear(x)
 
     y = checkpoint_block(block, torch.ones(SHAPE, device=DEVICE))
-    with pytest.raises(
-        RuntimeError, match=r"kept \d tensors when it first ran but \d when it ran again"
-    ):
+    with pytest.raises(RuntimeError, match=r"kept \d tensors when it first ran but \d when it ran again"):
         y.sum().backward()
 
 
@@ -299,9 +285,7 @@ def test_a_block_that_does_something_else_again_is_found_out():
 def test_nothing_of_the_first_run_stays(keep):
     block, hidden, kwargs = llama()
     alive = []
-    block.mlp.act_fn.register_forward_hook(
-        lambda module, args, output: alive.append(weakref.ref(output))
-    )
+    block.mlp.act_fn.register_forward_hook(lambda module, args, output: alive.append(weakref.ref(output)))
     y = checkpoint_block(block, hidden * 1, keep=keep, **kwargs)
     gc.collect()
     assert alive[0]() is None
@@ -381,8 +365,7 @@ def test_the_gradient_of_a_parameter_alone_can_be_asked_for():
     block, hidden, kwargs = llama()
     weight = block.mlp.down_proj.weight
     seen, expected = (
-        torch.autograd.grad(run(block, hidden, **kwargs).sum(), weight)
-        for run in (checkpoint_block, plain)
+        torch.autograd.grad(run(block, hidden, **kwargs).sum(), weight) for run in (checkpoint_block, plain)
     )
     assert torch.equal(*seen, *expected) and weight.grad is None
 
@@ -430,9 +413,7 @@ def check_autocast():
         if not inside:
             y.float().sum().backward()
         trained = [p for p in block.parameters() if p.requires_grad]
-        gradients.append(
-            [hidden.grad, *(torch.zeros_like(p) if p.grad is None else p.grad for p in trained)]
-        )
+        gradients.append([hidden.grad, *(torch.zeros_like(p) if p.grad is None else p.grad for p in trained)])
     for other in gradients[1:]:
         assert all(map(torch.equal, gradients[0], other))
 
@@ -457,10 +438,7 @@ def test_bad_input_is_refused_by_name():
     leaf = hidden.clone().requires_grad_()
     for call, message in (
         (lambda: checkpoint_block(block, hidden, keep="int4"), "keep is 'int4'"),
-        (
-            lambda: checkpoint_block(block, torch.ones(2, 3, dtype=torch.int64)),
-            "hidden is torch.int64",
-        ),
+        (lambda: checkpoint_block(block, torch.ones(2, 3, dtype=torch.int64)), "hidden is torch.int64"),
         (lambda: checkpoint_block(block, hidden, leaf), "argument 1 wants a gradient"),
         (
             lambda: checkpoint_block(block, hidden, position_embeddings=(leaf, leaf)),

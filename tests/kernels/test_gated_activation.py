@@ -14,9 +14,7 @@ KINDS = ("silu", "gelu", "gelu_tanh")
 def plain(gate, up, kind):
     if kind == "silu":
         return gate * torch.sigmoid(gate) * up
-    return (
-        torch.nn.functional.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none") * up
-    )
+    return torch.nn.functional.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none") * up
 
 
 def outcome(fn, gate, up, dy, kind):
@@ -43,9 +41,7 @@ def test_values_and_gradients_are_as_good_as_torchs(kind, dtype, shape):
 @pytest.mark.parametrize("kind", KINDS)
 def test_large_gates_stay_finite(kind):
     gate = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4], device=DEVICE)
-    for value in outcome(
-        gated_activation, gate, torch.ones_like(gate), torch.ones_like(gate), kind
-    ):
+    for value in outcome(gated_activation, gate, torch.ones_like(gate), torch.ones_like(gate), kind):
         assert value.isfinite().all()
 
 
@@ -63,9 +59,7 @@ def test_halves_of_one_tensor_and_other_strides():
 
 
 MUTANTS = {
-    "no gradient for the gate": lambda gate, up, kind: (
-        gated_activation(gate.detach(), up, kind) + 0 * gate
-    ),
+    "no gradient for the gate": lambda gate, up, kind: gated_activation(gate.detach(), up, kind) + 0 * gate,
     "no gradient for up": lambda gate, up, kind: gated_activation(gate, up.detach(), kind) + 0 * up,
     "gate and up change places": lambda gate, up, kind: gated_activation(up, gate, kind),
     "another activation": lambda gate, up, kind: gated_activation(gate, up, "gelu"),
@@ -88,9 +82,7 @@ def test_gradients_are_those_of_finite_differences(kind):
 def test_gate_and_up_alone_are_kept():
     kept = []
     gate, up = (torch.randn(6, 8, device=DEVICE, requires_grad=True) for _ in range(2))
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.append(t.data_ptr()) or t, lambda t: t
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
         gated_activation(gate, up, "silu")
     assert kept == [gate.data_ptr(), up.data_ptr()]
 

@@ -123,10 +123,7 @@ def test_inside_a_tile_no_layer_takes_itself_for_the_last_of_the_block():
         h,
     ):  # after the layer, the tiles keep h and what follows three more: as many as the layer itself saves
         y = in_tiles(
-            lambda rows: adapter_linear(rows, weight, factors[0], None, factors[1], 0.5),
-            h,
-            4,
-            factors,
+            lambda rows: adapter_linear(rows, weight, factors[0], None, factors[1], 0.5), h, 4, factors
         )
         return h + y * y + y.sin()
 
@@ -145,9 +142,7 @@ def test_an_optimiser_inside_backward_steps_once():
     before = mlp.down.weight.detach().clone()
     tiled(2, mlp, x).sum().backward()
     optimiser.step()
-    assert (
-        mlp.down.weight - before
-    ).abs().max() < 0.11  # a first step of Adam is the learning rate
+    assert (mlp.down.weight - before).abs().max() < 0.11  # a first step of Adam is the learning rate
     assert mlp.down.weight.grad is None
 
 

@@ -14,13 +14,9 @@ KERNELS = Path(__file__).parents[2] / "kernels" / "edge_kernels"
 OPERATORS = sorted(path.stem for path in KERNELS.glob("*.py") if "@jit" in path.read_text())
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the operators' tests run their kernels on the GPU"
-)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the operators' tests run their kernels on the GPU")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize(
-    "operator", [name for name in OPERATORS if (HERE / f"test_{name}.py").exists()]
-)
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if (HERE / f"test_{name}.py").exists()])
 def test_the_kernels_compute_what_the_operator_promises(operator: str) -> None:
     command = [
         sys.executable,

@@ -34,9 +34,7 @@ def check(fn, dtype=torch.float32, shape=(3, 7), biased=True):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "shape", [(1, 3), (3, 7), (2, 5, 64), (4, 768), (2, 1000), (2, 2, 3, 2049)]
-)
+@pytest.mark.parametrize("shape", [(1, 3), (3, 7), (2, 5, 64), (4, 768), (2, 1000), (2, 2, 3, 2049)])
 @pytest.mark.parametrize("biased", [True, False])
 def test_values_and_gradient_are_as_good_as_torchs(dtype, shape, biased):
     check(layer_norm, dtype, shape, biased)

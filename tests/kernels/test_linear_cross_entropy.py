@@ -32,15 +32,11 @@ def plain(hidden, head, labels, softcap=None, chunk_bytes=None, A=None, C=None, 
     logits = hidden @ head.T
     if A is not None:
         z = hidden @ A.to(hidden.dtype).T
-        logits = (
-            logits + scale * (z if C is None else z @ C.to(hidden.dtype).T) @ B.to(hidden.dtype).T
-        )
+        logits = logits + scale * (z if C is None else z @ C.to(hidden.dtype).T) @ B.to(hidden.dtype).T
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return torch.nn.functional.cross_entropy(
-        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED
-    )
+    return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 
 
 def assert_as_good_as(ours, torchs, truth):
@@ -70,9 +66,7 @@ def adapter(core=True, dtype=torch.float32, scale=0.7):
 def outcome(fn, hidden, head, labels, softcap, **more):
     """The loss and the gradients of hidden and of the adapter's factors; the loss is scaled after it is made."""
     leaves = {
-        name: part.clone().requires_grad_()
-        for name, part in more.items()
-        if isinstance(part, torch.Tensor)
+        name: part.clone().requires_grad_() for name, part in more.items() if isinstance(part, torch.Tensor)
     }
     leaf = hidden.clone().requires_grad_()
     loss = fn(leaf, head, labels, softcap, **{**more, **leaves})
@@ -82,10 +76,7 @@ def outcome(fn, hidden, head, labels, softcap, **more):
 
 def check(fn, hidden, head, labels, softcap=None, **more):
     exact = expand(head).double() if isinstance(head, Packed) else head.double()
-    doubled = {
-        name: part.double() if isinstance(part, torch.Tensor) else part
-        for name, part in more.items()
-    }
+    doubled = {name: part.double() if isinstance(part, torch.Tensor) else part for name, part in more.items()}
     ours = outcome(fn, hidden, head, labels, softcap, **more)
     torchs = outcome(plain, hidden, head, labels, softcap, **more)
     truth = outcome(plain, hidden.double(), exact, labels, softcap, **doubled)
@@ -114,14 +105,7 @@ def test_loss_and_gradient_match_float64_whatever_the_chunks(way, dtype, softcap
 def test_a_packed_head_gives_what_its_expansion_gives(way, format, dtype, monkeypatch):
     monkeypatch.setattr(SUBJECT, "PIECE", 1)  # the fewest rows at once
     hidden, head, labels = case(dtype=dtype, vocabulary=600, width=70)
-    check(
-        linear_cross_entropy,
-        hidden,
-        pack(head, format),
-        labels,
-        5.0,
-        chunk_bytes=dtype.itemsize * 600 * 4,
-    )
+    check(linear_cross_entropy, hidden, pack(head, format), labels, 5.0, chunk_bytes=dtype.itemsize * 600 * 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -130,15 +114,7 @@ def test_a_packed_head_gives_what_its_expansion_gives(way, format, dtype, monkey
 def test_an_adapter_on_the_head_and_its_factors_gradients_match_float64(dtype, core, format):
     hidden, head, labels = case(dtype=dtype)
     head = head if format is None else pack(head, format)
-    check(
-        linear_cross_entropy,
-        hidden,
-        head,
-        labels,
-        5.0,
-        chunk_bytes=4 * VOCABULARY * 5,
-        **adapter(core),
-    )
+    check(linear_cross_entropy, hidden, head, labels, 5.0, chunk_bytes=4 * VOCABULARY * 5, **adapter(core))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -231,9 +207,7 @@ def test_only_what_asks_for_a_gradient_gets_one(way):
 
 def test_without_grad_mode_there_is_the_loss_alone(monkeypatch):
     hidden, head, labels = case()
-    named = {
-        name: part.requires_grad_() if name != "scale" else part for name, part in adapter().items()
-    }
+    named = {name: part.requires_grad_() if name != "scale" else part for name, part in adapter().items()}
     loss = linear_cross_entropy(hidden.requires_grad_(), head, labels, **named)
     monkeypatch.setattr(SUBJECT, "_product", None)
     with torch.no_grad():
@@ -243,9 +217,7 @@ def test_without_grad_mode_there_is_the_loss_alone(monkeypatch):
 def test_a_sweep_without_grad_mode_makes_no_gradient(monkeypatch):
     sweep, gradients = SUBJECT._sweep, []
     monkeypatch.setattr(SUBJECT, "_way", lambda *_: SUBJECT._Sweep)
-    monkeypatch.setattr(
-        SUBJECT, "_sweep", lambda *given: gradients.append(given[-1]) or sweep(*given)
-    )
+    monkeypatch.setattr(SUBJECT, "_sweep", lambda *given: gradients.append(given[-1]) or sweep(*given))
     hidden, head, labels = case()
     loss = linear_cross_entropy(hidden.requires_grad_(), head, labels)
     with torch.no_grad():
@@ -328,26 +300,20 @@ def test_the_gradient_is_that_of_finite_differences(way):
 
 
 @pytest.mark.skipif(not on_triton(torch.ones(1, device=DEVICE)), reason="tiles are Triton's")
-@pytest.mark.parametrize(
-    ("rows", "tokens", "tiles"), [(64, 500, False), (63, 500, True), (63, 56, False)]
-)
+@pytest.mark.parametrize(("rows", "tokens", "tiles"), [(64, 500, False), (63, 500, True), (63, 56, False)])
 def test_a_dense_head_goes_by_tiles_where_chunks_would_be_many_and_small(rows, tokens, tiles):
     hidden, head, _ = case((tokens,), torch.float16)
     assert (_way(hidden, head, tokens, 2 * VOCABULARY * rows) is SUBJECT._Tiles) is tiles
     assert _way(hidden, head.T.contiguous().T, tokens, 2 * VOCABULARY * rows) is SUBJECT._Chunks
     assert _way(hidden, pack(head, "q8_0"), tokens, 2 * VOCABULARY * rows) is SUBJECT._Tiles
-    assert (
-        _way(hidden.float(), pack(head, "q8_0"), tokens, 2 * VOCABULARY * rows) is SUBJECT._Chunks
-    )
+    assert _way(hidden.float(), pack(head, "q8_0"), tokens, 2 * VOCABULARY * rows) is SUBJECT._Chunks
 
 
 @pytest.mark.skipif(INTERPRETED or ON_GPU, reason="kernels expand a packed head in their tiles")
 def test_a_packed_head_is_expanded_once(monkeypatch):
     expanded = []
     monkeypatch.setattr(
-        SUBJECT,
-        "expand",
-        lambda packed, **more: expanded.append(packed.shape[0]) or expand(packed, **more),
+        SUBJECT, "expand", lambda packed, **more: expanded.append(packed.shape[0]) or expand(packed, **more)
     )
     monkeypatch.setattr(SUBJECT, "PIECE", 1)
     hidden, head, labels = case((40,), vocabulary=600)
@@ -364,9 +330,7 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        if (
-            isinstance(made, torch.Tensor) and made.is_floating_point()
-        ):  # the interpreter copies bytes
+        if isinstance(made, torch.Tensor) and made.is_floating_point():  # the interpreter copies bytes
             self.numbers = max(self.numbers, made.numel())
         return made
 
@@ -399,20 +363,10 @@ def test_a_packed_head_is_never_expanded_whole(way, monkeypatch):
 @pytest.mark.parametrize(
     ("hidden", "head", "labels", "message"),
     [
-        (
-            (2, 3, 4),
-            (9, 4),
-            torch.zeros(2, 2).long(),
-            r"hidden has tokens \(2, 3\) but labels have \(2, 2\)",
-        ),
+        ((2, 3, 4), (9, 4), torch.zeros(2, 2).long(), r"hidden has tokens \(2, 3\) but labels have \(2, 2\)"),
         ((2, 3, 4), (9, 5), torch.zeros(2, 3).long(), "hidden has rows of 4 but head reads 5"),
         ((2, 4), (9, 4), torch.tensor([0, 9]), "labels go from 0 to 9, the head has 9 rows"),
-        (
-            (2, 4),
-            (9, 4),
-            torch.tensor([-1, IGNORED]),
-            "labels go from -1 to -1, the head has 9 rows",
-        ),
+        ((2, 4), (9, 4), torch.tensor([-1, IGNORED]), "labels go from -1 to -1, the head has 9 rows"),
     ],
 )
 def test_what_does_not_fit_is_named(hidden, head, labels, message):
@@ -446,11 +400,6 @@ def test_what_does_not_fit_is_named(hidden, head, labels, message):
     ],
 )
 def test_what_is_of_no_use_is_named(named, message):
-    given = {
-        "hidden": torch.ones(2, 4),
-        "head": torch.ones(9, 4),
-        "labels": torch.zeros(2).long(),
-        **named,
-    }
+    given = {"hidden": torch.ones(2, 4), "head": torch.ones(9, 4), "labels": torch.zeros(2).long(), **named}
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**given)

@@ -28,8 +28,7 @@ def case(format, leading=(2, 5), into=72, out=40, rank=3, core=True, dtype=torch
         "bias": torch.randn(out).to(dtype),
     }
     draws = {
-        name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value
-        for name, value in draws.items()
+        name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in draws.items()
     }
     draws["weight"] = pack(torch.randn(out, into) / into**0.5, format).to(DEVICE)
     return draws, torch.randn(*leading, out).to(DEVICE, dtype)
@@ -46,11 +45,7 @@ def plain(x, weight, A, C, B, scale, bias):
 
 
 def layer(x, weight, A, C, B, scale, bias):
-    return (
-        packed_linear(x, weight, bias)
-        if A is None
-        else adapter_linear(x, weight, A, C, B, scale, bias)
-    )
+    return packed_linear(x, weight, bias) if A is None else adapter_linear(x, weight, A, C, B, scale, bias)
 
 
 def outcome(fn, draws, dy, kind=None, expanded=True):
@@ -91,9 +86,7 @@ def test_a_packed_layer_without_adapter_matches_float64(format, dtype):
 
 @pytest.mark.parametrize("rank", [1, 16, 17, 40])
 def test_any_rank_does(rank):
-    check(
-        layer, *case("q4_0", rank=rank, core=rank > 1)
-    )  # a core of one number has no norm to average over
+    check(layer, *case("q4_0", rank=rank, core=rank > 1))  # a core of one number has no norm to average over
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (17,), (70,), (2, 3, 4)])
@@ -170,12 +163,8 @@ MUTANTS = {
     "A gets no gradient": lambda x, w, A, C, B, s, b: layer(x, w, A.detach(), C, B, s, b),
     "C gets no gradient": lambda x, w, A, C, B, s, b: layer(x, w, A, C.detach(), B, s, b),
     "B gets no gradient": lambda x, w, A, C, B, s, b: layer(x, w, A, C, B.detach(), s, b),
-    "dx without scale": lambda x, w, A, C, B, s, b: layer(
-        bent(x, lambda g: g / s), w, A, C, B, s, b
-    ),
-    "dA without scale": lambda x, w, A, C, B, s, b: layer(
-        x, w, bent(A, lambda g: g / s), C, B, s, b
-    ),
+    "dx without scale": lambda x, w, A, C, B, s, b: layer(bent(x, lambda g: g / s), w, A, C, B, s, b),
+    "dA without scale": lambda x, w, A, C, B, s, b: layer(x, w, bent(A, lambda g: g / s), C, B, s, b),
     "dC transposed": lambda x, w, A, C, B, s, b: layer(x, w, A, bent(C, lambda g: g.T), B, s, b),
 }
 
@@ -214,8 +203,7 @@ FACTORS = [(3, 3), (3, 72), (40, 3)]
 
 
 @pytest.mark.parametrize(
-    ("trains", "activations"),
-    [("xACB", [(100, 72)]), ("xCB", [(100, 3)]), ("xB", [(100, 3)]), ("x", [])],
+    ("trains", "activations"), [("xACB", [(100, 72)]), ("xCB", [(100, 3)]), ("xB", [(100, 3)]), ("x", [])]
 )
 def test_no_more_is_kept_than_the_gradients_need(trains, activations):
     assert kept_shapes(layer, trains) == sorted([*FACTORS, *activations])
@@ -228,9 +216,9 @@ def test_frozen_factors_leave_the_other_gradients_as_they_are(trains):
     seen = {}
     for which in ("xACB", trains):
         leaves = {name: draws[name].clone().requires_grad_(name in which) for name in "xACB"}
-        adapter_linear(
-            leaves["x"], draws["weight"], leaves["A"], leaves["C"], leaves["B"], SCALE
-        ).backward(dy)
+        adapter_linear(leaves["x"], draws["weight"], leaves["A"], leaves["C"], leaves["B"], SCALE).backward(
+            dy
+        )
         seen[which] = {name: leaf.grad for name, leaf in leaves.items()}
     for name in "xACB":
         ours = seen[trains][name]
@@ -261,20 +249,14 @@ def test_the_expanded_matrix_is_gone_after_each_direction(monkeypatch):
     [
         (lambda d: {"x": torch.ones(2, 47, device=DEVICE)}, "x has rows of 47 but .* reads 72"),
         (lambda d: {"x": torch.ones(2, 72, dtype=torch.int32, device=DEVICE)}, "x is torch.int32"),
-        (
-            lambda d: {"bias": torch.ones(39, device=DEVICE)},
-            r"bias is \(39,\) but has to be \(40,\)",
-        ),
+        (lambda d: {"bias": torch.ones(39, device=DEVICE)}, r"bias is \(39,\) but has to be \(40,\)"),
         (lambda d: {"weight": requanted(d["weight"], lambda q: q[:-1])}, r"\.quants is .*39, 48"),
         (
             lambda d: {"weight": d["weight"]._replace(scales=d["weight"].scales.float())},
             r"\.scales is .*float32",
         ),
         (lambda d: {"weight": d["weight"]._replace(mins=d["weight"].scales)}, r"\.mins is"),
-        (
-            lambda d: {"weight": d["weight"]._replace(shape=(40, 200))},
-            r"\.quants is .*q4_0 of 40 x 200",
-        ),
+        (lambda d: {"weight": d["weight"]._replace(shape=(40, 200))}, r"\.quants is .*q4_0 of 40 x 200"),
         (lambda d: {"weight": d["weight"]._replace(format="q5_0")}, r"\.format is 'q5_0'"),
     ],
 )

@@ -33,19 +33,12 @@ def test_packing_gives_ggmls_bytes_and_values(format):
     theirs = gguf.quants.quantize(weight.numpy(), GGUF[format])
     packed = quant.pack(weight, format)
     assert np.array_equal(quant.to_gguf(packed).numpy(), theirs.ravel())
-    assert np.array_equal(
-        quant.expand(packed).numpy(), gguf.quants.dequantize(theirs, GGUF[format])
-    )
+    assert np.array_equal(quant.expand(packed).numpy(), gguf.quants.dequantize(theirs, GGUF[format]))
 
 
 def real_tensors():
     """A few tensors of the demo's model, as they lie in its file."""
-    wanted = {
-        "blk.0.attn_k.weight",
-        "blk.0.ffn_down.weight",
-        "blk.29.attn_q.weight",
-        "token_embd.weight",
-    }
+    wanted = {"blk.0.attn_k.weight", "blk.0.ffn_down.weight", "blk.29.attn_q.weight", "token_embd.weight"}
     return [tensor for tensor in gguf.GGUFReader(demo.path()).tensors if tensor.name in wanted]
 
 
@@ -60,9 +53,7 @@ def test_a_real_files_tensors_expand_to_what_the_gguf_package_reads():
         rows = min(out, 512)  # the embedding is long
         data = np.array(tensor.data).reshape(out, -1)[:rows]
         packed = quant.from_gguf(torch.from_numpy(data), format, (rows, into))
-        assert np.array_equal(
-            quant.expand(packed).numpy(), gguf.quants.dequantize(data, tensor.tensor_type)
-        )
+        assert np.array_equal(quant.expand(packed).numpy(), gguf.quants.dequantize(data, tensor.tensor_type))
         assert np.array_equal(quant.to_gguf(packed).numpy(), data.ravel())
         broken = data.copy()
         broken[0, 5] ^= 0x11  # one byte of quants
@@ -80,11 +71,7 @@ def test_nf4_rounds_to_the_nearest_of_its_sixteen_values():
     """The levels of a normal distribution with equal mass between them, 0 and ±1 among them; steps as the paper prints."""
     table = torch.tensor(quant.NF4)
     assert (
-        len(table) == 16
-        and table[0] == -1
-        and table[7] == 0
-        and table[15] == 1
-        and (table.diff() > 0).all()
+        len(table) == 16 and table[0] == -1 and table[7] == 0 and table[15] == 1 and (table.diff() > 0).all()
     )
     weight = draw(8, 64)
     packed = quant.pack(weight, "nf4")
@@ -92,9 +79,7 @@ def test_nf4_rounds_to_the_nearest_of_its_sixteen_values():
     scaled = weight / torch.where(scales == 0, 1, scales)
     nearest = (scaled[..., None] - table).abs().argmin(-1)
     low, high = packed.quants & 15, packed.quants >> 4
-    assert torch.equal(
-        torch.cat([low, high], 1)[scales[:, 0] > 0].long(), nearest[scales[:, 0] > 0]
-    )
+    assert torch.equal(torch.cat([low, high], 1)[scales[:, 0] > 0].long(), nearest[scales[:, 0] > 0])
 
 
 def test_the_dynamic_map_is_bitsandbytes():
@@ -152,8 +137,7 @@ def test_expanding_rounds_once_and_piece_by_piece(format, monkeypatch):
 def test_a_matrix_that_is_no_slice_of_memory_packs_alike(format):
     weight = draw(96, 40).T
     assert torch.equal(
-        quant.expand(quant.pack(weight, format)),
-        quant.expand(quant.pack(weight.contiguous(), format)),
+        quant.expand(quant.pack(weight, format)), quant.expand(quant.pack(weight.contiguous(), format))
     )
 
 
@@ -181,22 +165,16 @@ def test_values_that_are_not_finite_are_refused(format, bad):
 
 @pytest.mark.parametrize("format", GGUF)
 def test_values_beyond_float16_scales_are_refused(format):
-    with pytest.raises(
-        ValueError, match=r"weight has values up to 1e\+10, too large for a float16 scale"
-    ):
+    with pytest.raises(ValueError, match=r"weight has values up to 1e\+10, too large for a float16 scale"):
         quant.pack(torch.full((1, 32), 1e10) * torch.linspace(-1, 1, 32), format)
 
 
 def test_shapes_and_formats_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"weight is \(3,\), but has to be a matrix"):
         quant.pack(torch.ones(3), "q8_0")
-    with pytest.raises(
-        ValueError, match="format is 'q5_0', but has to be one of q8_0, q4_0, q4_1, nf4"
-    ):
+    with pytest.raises(ValueError, match="format is 'q5_0', but has to be one of q8_0, q4_0, q4_1, nf4"):
         quant.pack(draw(), "q5_0")
-    with pytest.raises(
-        ValueError, match="data has 35 bytes, but 1 rows of 32 values in q8_0 have to be 34"
-    ):
+    with pytest.raises(ValueError, match="data has 35 bytes, but 1 rows of 32 values in q8_0 have to be 34"):
         quant.from_gguf(torch.zeros(35, dtype=torch.uint8), "q8_0", (1, 32))
     with pytest.raises(ValueError, match="GGUF has no q8_0 matrix of 33 columns"):
         quant.to_gguf(quant.pack(draw(2, 33), "q8_0"))

@@ -26,8 +26,7 @@ def outcome(fn, x, weight, dy, offset):
 def check(fn, dtype=torch.float32, shape=(3, 7), offset=0.0):
     torch.manual_seed(0)
     draws = [
-        draw.to(DEVICE, dtype)
-        for draw in (torch.randn(shape), torch.randn(shape[-1]), torch.randn(shape))
+        draw.to(DEVICE, dtype) for draw in (torch.randn(shape), torch.randn(shape[-1]), torch.randn(shape))
     ]
     exact = [draw.double() for draw in draws]
     truth, torchs = outcome(plain, *exact, offset), outcome(plain, *draws, offset)
@@ -35,9 +34,7 @@ def check(fn, dtype=torch.float32, shape=(3, 7), offset=0.0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "shape", [(1, 1), (3, 7), (2, 5, 64), (4, 576), (2, 1000), (2, 2, 3, 2049)]
-)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 64), (4, 576), (2, 1000), (2, 2, 3, 2049)])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_values_and_gradient_are_as_good_as_torchs(dtype, shape, offset):
     check(rms_norm, dtype, shape, offset)
@@ -54,9 +51,7 @@ def test_rows_need_not_follow_one_another():
     for x in (wide[:, 3:11], wide[:, ::2][:, :8], wide.T[:16].unflatten(0, (2, 8)).transpose(1, 2)):
         dy = torch.ones(1, device=DEVICE).expand(x.shape)
         truth = outcome(plain, x.double(), weight.double(), dy.double(), 0.0)
-        assert_as_good_as(
-            outcome(rms_norm, x, weight, dy, 0.0), outcome(plain, x, weight, dy, 0.0), truth
-        )
+        assert_as_good_as(outcome(rms_norm, x, weight, dy, 0.0), outcome(plain, x, weight, dy, 0.0), truth)
 
 
 MUTANTS = {
@@ -93,9 +88,7 @@ def test_gradients_are_those_of_finite_differences():
 def test_x_and_a_number_a_row_are_kept():
     kept = []
     x, weight = torch.randn(6, 8, device=DEVICE, requires_grad=True), torch.randn(8, device=DEVICE)
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.append(tuple(t.shape)) or t, lambda t: t
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
         rms_norm(x, weight)
     assert sorted(kept) == [(6,), (6, 8), (8,)]
 

@@ -25,8 +25,7 @@ def case(dtype=torch.float32, heads=3, key_heads=1, tokens=5, width=8, n=8, batc
     """q and k laid out as a layer's projections leave them: (batch, tokens, heads, width), seen with heads first."""
     torch.manual_seed(0)
     q, k = (
-        torch.randn(2, tokens, count, width).to(DEVICE, dtype).transpose(1, 2)
-        for count in (heads, key_heads)
+        torch.randn(2, tokens, count, width).to(DEVICE, dtype).transpose(1, 2) for count in (heads, key_heads)
     )
     angles = torch.randn(batches, tokens, n // 2)
     angles = torch.cat((angles, angles), -1) if alike else torch.randn(batches, tokens, n)
@@ -36,9 +35,7 @@ def case(dtype=torch.float32, heads=3, key_heads=1, tokens=5, width=8, n=8, batc
 def outcome(fn, q, k, cos, sin):
     leaves = [x.detach().requires_grad_() for x in (q, k)]
     turned = fn(*leaves, cos, sin)
-    dys = [
-        torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=DEVICE).view(x.shape) for x in turned
-    ]
+    dys = [torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=DEVICE).view(x.shape) for x in turned]
     torch.autograd.backward(turned, dys)
     return [*(y.detach() for y in turned), *(leaf.grad for leaf in leaves)]
 
@@ -73,9 +70,7 @@ def test_the_result_is_laid_out_like_the_input_which_stays_as_it_was():
 
 def test_positions_are_relative():
     q, k, *_ = case(heads=1, tokens=6)
-    angles = torch.arange(6.0, device=DEVICE)[:, None] * torch.tensor(
-        [1.0, 0.1, 0.01, 0.001], device=DEVICE
-    )
+    angles = torch.arange(6.0, device=DEVICE)[:, None] * torch.tensor([1.0, 0.1, 0.01, 0.001], device=DEVICE)
     angles = torch.cat((angles, angles), -1)[None]
     q, k = q[:, :, :1].expand(-1, -1, 6, -1), k[:, :, :1].expand(-1, -1, 6, -1)
     turned, keys = rotary(q, k, angles.cos(), angles.sin())
@@ -90,9 +85,7 @@ MUTANTS = {
     ],
     "turned the other way": lambda q, k, cos, sin: rotary(q, k, cos, -sin),
     "q and k change places": lambda q, k, cos, sin: rotary(k.expand_as(q), q[:, :1], cos, sin),
-    "the positions are one off": lambda q, k, cos, sin: rotary(
-        q, k, cos.roll(1, 1), sin.roll(1, 1)
-    ),
+    "the positions are one off": lambda q, k, cos, sin: rotary(q, k, cos.roll(1, 1), sin.roll(1, 1)),
 }
 
 
@@ -105,9 +98,7 @@ def test_the_check_sees_a_fault(fault):
 def test_cos_and_sin_alone_are_kept():
     kept = []
     q, k, cos, sin = case()
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.append(t.data_ptr()) or t, lambda t: t
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
         rotary(q.requires_grad_(), k.requires_grad_(), cos, sin)
     assert kept == [cos.data_ptr(), sin.data_ptr()] * 2
 
@@ -127,10 +118,7 @@ def test_gradients_are_those_of_finite_differences():
         ({"k": torch.ones(2, 1, 5, 8).int()}, "k is torch.int32"),
         ({"cos": torch.ones(2, 5, 7)}, "cos has rows of 7"),
         ({"cos": torch.ones(2, 5, 10)}, "cos has rows of 10, but an even number up to q's width 8"),
-        (
-            {"cos": torch.ones(3, 5, 8)},
-            r"cos is \(3, 5, 8\) but q \(2, 3, 5, 8\) needs \(2, 5, 8\)",
-        ),
+        ({"cos": torch.ones(3, 5, 8)}, r"cos is \(3, 5, 8\) but q \(2, 3, 5, 8\) needs \(2, 5, 8\)"),
         ({"sin": torch.ones(1, 5, 8)}, r"sin is \(1, 5, 8\) but cos \(2, 5, 8\)"),
     ],
 )

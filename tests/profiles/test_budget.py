@@ -37,8 +37,7 @@ def test_with_a_card_it_is_its_available_memory_less_a_sixteenth_of_its_total():
 
 def test_a_small_card_keeps_256_mib():
     assert (
-        default_budget_bytes(replace(CPU, gpu=Gpu("card", "7.5", 2 * GIB, 1900 * MIB)))
-        == (1900 - 256) * MIB
+        default_budget_bytes(replace(CPU, gpu=Gpu("card", "7.5", 2 * GIB, 1900 * MIB))) == (1900 - 256) * MIB
     )
 
 
@@ -52,6 +51,4 @@ def test_a_card_that_does_not_say_what_is_available_counts_in_full():
 @pytest.mark.parametrize("available", [0, 100 * MIB, 256 * MIB])
 def test_it_never_falls_below_zero(available):
     assert default_budget_bytes(replace(CPU, ram_available_bytes=available)) == 0
-    assert (
-        default_budget_bytes(replace(CPU, gpu=replace(CARD, memory_available_bytes=available))) == 0
-    )
+    assert default_budget_bytes(replace(CPU, gpu=replace(CARD, memory_available_bytes=available))) == 0

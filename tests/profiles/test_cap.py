@@ -2,15 +2,7 @@
 
 import msgspec
 import pytest
-from edge_profiles import (
-    Gpu,
-    ProfileError,
-    board,
-    default_budget_bytes,
-    gpu_cap_bytes,
-    probe,
-    profile_of,
-)
+from edge_profiles import Gpu, ProfileError, board, default_budget_bytes, gpu_cap_bytes, probe, profile_of
 
 GIB = 2**30
 
@@ -41,17 +33,9 @@ def test_a_card_stands_for_itself_though_its_driver_keeps_a_little():
 @pytest.mark.parametrize(
     ("name", "gib", "said"),
     [
-        (
-            "rtx-4090-24gb",
-            16,
-            r"NVIDIA H200 has 16 GiB, but rtx-4090-24gb leaves a process 2.* GiB",
-        ),
+        ("rtx-4090-24gb", 16, r"NVIDIA H200 has 16 GiB, but rtx-4090-24gb leaves a process 2.* GiB"),
         ("rtx-4090-24gb", 0, "this machine has no GPU"),
-        (
-            "generic-x86-8gb",
-            16,
-            "generic-x86-8gb has no GPU .*; boards with one: jetson-orin-nano-4gb",
-        ),
+        ("generic-x86-8gb", 16, "generic-x86-8gb has no GPU .*; boards with one: jetson-orin-nano-4gb"),
     ],
 )
 def test_what_cannot_stand_for_a_board_is_refused(name, gib, said):

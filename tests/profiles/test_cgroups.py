@@ -54,8 +54,7 @@ def test_v2_without_a_limit_leaves_the_machine_as_it_is(tmp_path):
 def test_v2_a_parents_lower_limit_binds(tmp_path):
     parent = "sys/fs/cgroup/system.slice"
     root = v2(
-        tmp_path,
-        **{f"{parent}/memory.max": f"{3 * GIB}", f"{parent}/memory.current": f"{5 * GIB // 2}"},
+        tmp_path, **{f"{parent}/memory.max": f"{3 * GIB}", f"{parent}/memory.current": f"{5 * GIB // 2}"}
     )
     assert cgroups.limit_memory(TOTAL, AVAILABLE, root) == (3 * GIB, GIB // 2)
 
@@ -75,25 +74,19 @@ def test_v1_limits_total_and_available(tmp_path):
 
 
 def test_v1_in_a_container_that_sees_only_its_own_mount(tmp_path):
-    assert cgroups.limit_memory(TOTAL, AVAILABLE, v1(tmp_path, folder="")) == (
-        2 * GIB,
-        3 * GIB // 2,
-    )
+    assert cgroups.limit_memory(TOTAL, AVAILABLE, v1(tmp_path, folder="")) == (2 * GIB, 3 * GIB // 2)
 
 
 def test_v1_writes_no_limit_as_a_huge_number(tmp_path):
     root = v1(tmp_path)
-    (root / "sys/fs/cgroup/memory/docker/abc/memory.limit_in_bytes").write_text(
-        "9223372036854771712\n"
-    )
+    (root / "sys/fs/cgroup/memory/docker/abc/memory.limit_in_bytes").write_text("9223372036854771712\n")
     assert cgroups.limit_memory(TOTAL, AVAILABLE, root) == (TOTAL, AVAILABLE)
 
 
 @pytest.mark.parametrize("text", ["", "nonsense\n", "0::/../../elsewhere\n", "::::\n"])
 def test_a_cgroup_file_of_another_kind_limits_nothing(tmp_path, text):
     root = write(
-        tmp_path,
-        {"proc/self/cgroup": text, "sys/elsewhere/memory.max": "1", "sys/fs/cgroup/tasks": ""},
+        tmp_path, {"proc/self/cgroup": text, "sys/elsewhere/memory.max": "1", "sys/fs/cgroup/tasks": ""}
     )
     assert cgroups.limit_memory(TOTAL, AVAILABLE, root) == (TOTAL, AVAILABLE)
     assert cgroups.limit_cores(8, root) == 8

@@ -155,9 +155,7 @@ def test_nvml_is_read_by_index_and_by_uuid_and_shut_down(nvml):
 
 
 def test_nvml_of_a_gpu_that_works_in_ram(nvml):
-    assert gpus.ask_nvml("1", nvml("unified", memory=3)) == gpus.Sighting(
-        "NVIDIA Test", "8.7", None, None
-    )
+    assert gpus.ask_nvml("1", nvml("unified", memory=3)) == gpus.Sighting("NVIDIA Test", "8.7", None, None)
 
 
 def test_nvml_that_will_not_start_lacks_functions_or_is_missing_is_no_gpu(nvml, tmp_path):

@@ -12,9 +12,7 @@ each = pytest.mark.parametrize("b", BOARDS, ids=lambda b: b.name)
 
 
 def test_the_promised_boards_are_there():
-    promised = {
-        f"jetson-{name}gb" for name in ("orin-nano-4", "orin-nano-8", "orin-nx-8", "orin-nx-16")
-    }
+    promised = {f"jetson-{name}gb" for name in ("orin-nano-4", "orin-nano-8", "orin-nx-8", "orin-nx-16")}
     promised |= {f"jetson-{name}gb" for name in ("agx-orin-32", "agx-orin-64", "agx-thor-128")}
     promised |= {"jetson-xavier-nx-8gb", "jetson-xavier-nx-16gb"}
     cards = "3050-6 3050-8 3060-12 3060-ti-8 3070-8 3080-10 3090-24 4060-8 4060-ti-8 4060-ti-16 4070-12 4080-16 4090-24"
@@ -33,11 +31,7 @@ def test_a_board_is_plausible(b):
     assert 0.05 <= b.reserved_bytes / b.memory_bytes <= 0.45
     assert 4 <= b.cpu_cores <= 16
     size_in_name = int(re.search(r"(\d+)gb$", b.name)[1]) * GIB
-    memory = (
-        b.gpu.memory_bytes
-        if b.gpu is not None and b.gpu.memory_bytes is not None
-        else b.memory_bytes
-    )
+    memory = b.gpu.memory_bytes if b.gpu is not None and b.gpu.memory_bytes is not None else b.memory_bytes
     assert memory == size_in_name
     if b.gpu is not None:
         assert re.fullmatch(r"\d+\.\d", b.gpu.compute_capability)
@@ -48,18 +42,12 @@ def test_a_board_is_plausible(b):
 @each
 def test_figures_agree_with_the_arithmetic_in_their_sources(b):
     stated = {}
-    if bus := re.search(
-        r"([\d.]+) bit at ([\d.]+) Gb/s", b.sources.get("memory_bandwidth_gb_s", "")
-    ):
+    if bus := re.search(r"([\d.]+) bit at ([\d.]+) Gb/s", b.sources.get("memory_bandwidth_gb_s", "")):
         stated["memory_bandwidth_gb_s"] = float(bus[1]) * float(bus[2]) / 8
-    if sm := re.search(
-        r"(\d+) SM x (\d+) flop at ([\d.]+) GHz", b.sources.get("bf16_dense_tflops", "")
-    ):
+    if sm := re.search(r"(\d+) SM x (\d+) flop at ([\d.]+) GHz", b.sources.get("bf16_dense_tflops", "")):
         stated["bf16_dense_tflops"] = int(sm[1]) * int(sm[2]) * float(sm[3]) / 1000
     for name in ("memory_bandwidth_gb_s", "bf16_dense_tflops"):
-        assert (getattr(b, name) is None) == (name not in stated), (
-            f"{name} has no arithmetic in its source"
-        )
+        assert (getattr(b, name) is None) == (name not in stated), f"{name} has no arithmetic in its source"
     for name, figure in stated.items():
         assert getattr(b, name) == pytest.approx(figure, rel=0.005), name
 
@@ -89,11 +77,7 @@ def test_a_profile_travels_as_json(b):
 
 def test_a_board_is_found_by_name():
     b = board("jetson-orin-nano-8gb")
-    assert (b.title, b.memory_bytes, b.gpu.compute_capability) == (
-        "Jetson Orin Nano 8GB",
-        8 * GIB,
-        "8.7",
-    )
+    assert (b.title, b.memory_bytes, b.gpu.compute_capability) == ("Jetson Orin Nano 8GB", 8 * GIB, "8.7")
 
 
 def test_an_unknown_board_names_the_nearest_and_all():
@@ -115,11 +99,7 @@ def test_what_a_caller_does_to_the_dict_stays_with_the_caller():
 @pytest.mark.parametrize(
     ("model", "ram_gib", "name"),
     [
-        (
-            "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super",
-            7.44,
-            "jetson-orin-nano-8gb",
-        ),
+        ("NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super", 7.44, "jetson-orin-nano-8gb"),
         ("NVIDIA Jetson Orin Nano Developer Kit", 3.4, "jetson-orin-nano-4gb"),
         ("NVIDIA Orin NX Developer Kit", 14.15, "jetson-orin-nx-16gb"),
         ("NVIDIA Jetson AGX Orin Developer Kit", 61.4, "jetson-agx-orin-64gb"),
@@ -196,16 +176,8 @@ def test_a_board_file_joins_what_is_shared_with_what_is_its_own(tmp_path):
     [
         ('cpu_cores = "data sheet"', "", "no source for cpu_cores"),
         ('memory_bytes = "data sheet"', 'memory_bytes = " "', "no source for memory_bytes"),
-        (
-            "cpu_cores = 4",
-            "cpu_cores = 4\nmemory_bandwidth_gb_s = 9",
-            "no source for memory_bandwidth_gb_s",
-        ),
-        (
-            "[boards.sources]",
-            '[boards.sources]\nbf16_dense_tflops = "x"',
-            "a source for bf16_dense_tflops",
-        ),
+        ("cpu_cores = 4", "cpu_cores = 4\nmemory_bandwidth_gb_s = 9", "no source for memory_bandwidth_gb_s"),
+        ("[boards.sources]", '[boards.sources]\nbf16_dense_tflops = "x"', "a source for bf16_dense_tflops"),
         ("cpu_cores = 4", "cpu_cores = 4\ncolour = 1", "unknown field `colour`"),
         ("cpu_cores = 4", "", "missing required field `cpu_cores`"),
         ('"2GiB"', '"2G"', "'2G' is not understood"),

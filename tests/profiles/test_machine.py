@@ -15,13 +15,7 @@ def tree(tmp_path, monkeypatch):
     """Make a root folder with /proc of a machine with this much RAM, and let psutil read it."""
 
     def make(total_gib, available_gib, files=None):
-        kib = {
-            "MemTotal": total_gib,
-            "MemFree": 1,
-            "MemAvailable": available_gib,
-            "Buffers": 0,
-            "Cached": 1,
-        }
+        kib = {"MemTotal": total_gib, "MemFree": 1, "MemAvailable": available_gib, "Buffers": 0, "Cached": 1}
         kib |= {"SwapTotal": 2, "SwapFree": 2, "Shmem": 0, "Active": 1, "Inactive": 1}
         text = "".join(f"{key}: {int(gib * 2**20)} kB\n" for key, gib in kib.items())
         for name, content in {
@@ -45,9 +39,7 @@ def driver(monkeypatch):
     return lambda seen: monkeypatch.setattr(gpus, "find", lambda: seen)
 
 
-ORIN_NANO = {
-    "proc/device-tree/model": b"NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super\0"
-}
+ORIN_NANO = {"proc/device-tree/model": b"NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super\0"}
 
 
 def test_a_jetson_without_nvidia_smi_has_its_gpu_from_the_board_file(tree, driver):
@@ -75,10 +67,7 @@ def test_a_jetson_in_a_limited_container_is_still_the_8_gb_board(tree, driver):
     profile = machine._probe(Path("."), tree(7.44, 5.5, ORIN_NANO | limit))
     assert profile.board == "jetson-orin-nano-8gb"
     assert (profile.ram_total_bytes, profile.ram_available_bytes) == (3 * GIB, 2 * GIB)
-    assert (profile.gpu.memory_total_bytes, profile.gpu.memory_available_bytes) == (
-        3 * GIB,
-        2 * GIB,
-    )
+    assert (profile.gpu.memory_total_bytes, profile.gpu.memory_available_bytes) == (3 * GIB, 2 * GIB)
 
 
 def test_a_jetson_whose_device_tree_is_hidden_is_told_by_its_firmware(tree, driver):
@@ -96,9 +85,7 @@ def test_a_hidden_gpu_of_a_jetson_stays_hidden(tree, driver, monkeypatch):
 
 def test_an_unknown_unified_gpu_works_in_ram(tree, driver):
     driver(gpus.Sighting("NVIDIA GB10", "12.1", None, None))
-    profile = machine._probe(
-        Path("."), tree(119, 110, {"proc/cpuinfo": "model name\t: Some CPU\n"})
-    )
+    profile = machine._probe(Path("."), tree(119, 110, {"proc/cpuinfo": "model name\t: Some CPU\n"}))
     assert profile.unified_memory and profile.board is None and profile.description == "Some CPU"
     assert profile.gpu.memory_available_bytes == profile.ram_available_bytes
 
@@ -110,10 +97,7 @@ def test_a_card_has_its_own_memory_and_is_recognised(tree, driver):
     )
     assert (profile.board, profile.description) == ("rtx-3060-12gb", "Some CPU")
     assert not profile.unified_memory
-    assert (profile.gpu.memory_total_bytes, profile.gpu.memory_available_bytes) == (
-        12 * GIB,
-        11 * GIB,
-    )
+    assert (profile.gpu.memory_total_bytes, profile.gpu.memory_available_bytes) == (12 * GIB, 11 * GIB)
     assert profile.gpu.compute_capability == "8.6"  # the driver did not say; the board file does
 
 
@@ -136,18 +120,12 @@ def test_this_machine_agrees_with_its_kernel():
     total = int(meminfo["MemTotal"].split()[0]) * 1024
     mounts = Path("/sys/fs/cgroup")
     files = [*mounts.glob("**/memory.max"), *mounts.glob("**/memory.limit_in_bytes")]
-    limits = {
-        int(text) for text in (file.read_text().strip() for file in files) if text.isdecimal()
-    }
+    limits = {int(text) for text in (file.read_text().strip() for file in files) if text.isdecimal()}
     profile = probe()
-    assert profile.ram_total_bytes == total or profile.ram_total_bytes in {
-        n for n in limits if n < total
-    }
+    assert profile.ram_total_bytes == total or profile.ram_total_bytes in {n for n in limits if n < total}
     assert 0 < profile.ram_available_bytes <= profile.ram_total_bytes
     if not any(limit < total for limit in limits):
-        assert profile.ram_available_bytes == pytest.approx(
-            psutil.virtual_memory().available, rel=0.2
-        )
+        assert profile.ram_available_bytes == pytest.approx(psutil.virtual_memory().available, rel=0.2)
     assert profile.swap_total_bytes == psutil.swap_memory().total
     assert 1 <= profile.cpu_cores <= len(os.sched_getaffinity(0))
     assert profile.disk_free_bytes == pytest.approx(psutil.disk_usage(".").free, rel=0.1)

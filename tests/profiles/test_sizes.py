@@ -25,8 +25,7 @@ def test_a_size_is_read_exactly(text, size_bytes):
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "MiB", "900M", "1G", "-1MiB", "1,5GiB", "1.5", "1.5B", "1e9", "nan", "٣MiB", "9" * 5000],
+    "text", ["", "MiB", "900M", "1G", "-1MiB", "1,5GiB", "1.5", "1.5B", "1e9", "nan", "٣MiB", "9" * 5000]
 )
 def test_another_text_is_refused_with_the_forms_that_are_read(text):
     with pytest.raises(ValueError, match="900MiB") as caught:

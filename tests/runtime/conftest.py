@@ -50,8 +50,7 @@ def facts_of():
     def read(model, **where):
         block = roles.blocks(model)[0]
         linears = {
-            role: roles.widths(block.get_submodule(path))
-            for role, path in roles.linears(block).items()
+            role: roles.widths(block.get_submodule(path)) for role, path in roles.linears(block).items()
         }
         return facts.read(
             model.config, linears, **{"model_class": "tiny", "folder": "", "weights": "", **where}
@@ -118,25 +117,14 @@ def trained(tiny_facts, tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         plan = Plan(
-            "m",
-            tiny_facts.model_class,
-            4,
-            tiny_facts.layers,
-            "float32",
-            2,
-            8,
-            32,
-            terms={},
-            step_seconds=0.0,
+            "m", tiny_facts.model_class, 4, tiny_facts.layers, "float32", 2, 8, 32, terms={}, step_seconds=0.0
         )
         values = {
             "train": True,
             "facts": tiny_facts,
             "plan": plan,
             "adapter": settings.Adapter(rank=2),
-            "training": settings.Training(
-                steps=12, rows_a_step=8, learning_rate=2e-2, max_tokens=32
-            ),
+            "training": settings.Training(steps=12, rows_a_step=8, learning_rate=2e-2, max_tokens=32),
             "method": settings.Method("fedit"),
             "seed": 5,
             "round": 1,
@@ -149,9 +137,7 @@ def trained(tiny_facts, tmp_path):
         }
         (folder / "job.json").write_bytes(msgspec.json.encode(Job(**{**values, **changes})))
         command = [sys.executable, "-m", "edge_runtime.trainer", str(folder)]
-        ended = subprocess.run(
-            command, env=processes.environment(), capture_output=True, timeout=120
-        )
+        ended = subprocess.run(command, env=processes.environment(), capture_output=True, timeout=120)
         assert ended.returncode == 0, ended.stderr.decode()
         return folder, msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
 

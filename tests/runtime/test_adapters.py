@@ -31,14 +31,7 @@ FAMILIES = {
         name: SEPARATE | GATED
         for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
     },
-    "phi": {
-        "q": (32, 32),
-        "k": (16, 32),
-        "v": (16, 32),
-        "o": (32, 32),
-        "fc1": (48, 32),
-        "fc2": (32, 48),
-    },
+    "phi": {"q": (32, 32), "k": (16, 32), "v": (16, 32), "o": (32, 32), "fc1": (48, 32), "fc2": (32, 48)},
     "phi3": {"qkv": (64, 32), "o": (32, 32), "gate_up": (96, 32), "down": (32, 48)},
     "gpt2": {"qkv": (96, 32), "o": (32, 32), "fc1": (128, 32), "fc2": (32, 128)},
 }
@@ -72,17 +65,9 @@ def test_every_linear_layer_of_a_block_has_its_role_and_widths(tiny, facts_of, f
     model = tiny(family)
     facts = facts_of(model)
     assert facts.linears == FAMILIES[family]
-    assert (facts.layers, facts.hidden, facts.heads, facts.vocabulary, facts.positions) == (
-        4,
-        32,
-        4,
-        96,
-        64,
-    )
+    assert (facts.layers, facts.hidden, facts.heads, facts.vocabulary, facts.positions) == (4, 32, 4, 96, 64)
     seen = {
-        roles.widths(module)
-        for module in roles.blocks(model).modules()
-        if isinstance(module, roles.LINEAR)
+        roles.widths(module) for module in roles.blocks(model).modules() if isinstance(module, roles.LINEAR)
     }
     assert seen == set(FAMILIES[family].values())
 
@@ -101,18 +86,9 @@ def test_every_linear_layer_of_a_block_has_its_role_and_widths(tiny, facts_of, f
                 "up": "up_proj",
             },
         ),
-        (
-            "phi",
-            {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "dense", "fc1": "fc1", "fc2": "fc2"},
-        ),
-        (
-            "phi3",
-            {"qkv": "qkv_proj", "o": "o_proj", "gate_up": "gate_up_proj", "down": "down_proj"},
-        ),
-        (
-            "gpt2",
-            {"qkv": "attn.c_attn", "o": "attn.c_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"},
-        ),
+        ("phi", {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "dense", "fc1": "fc1", "fc2": "fc2"}),
+        ("phi3", {"qkv": "qkv_proj", "o": "o_proj", "gate_up": "gate_up_proj", "down": "down_proj"}),
+        ("gpt2", {"qkv": "attn.c_attn", "o": "attn.c_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}),
     ],
 )
 def test_a_role_is_the_layer_that_plays_it(tiny, family, names):
@@ -136,10 +112,7 @@ def test_every_factor_and_nothing_else_gets_a_gradient(tiny, family):
     adapter = attach.attach(model, LAYERS, SPEC, FEDIT, seed=0)
     attach.load_state(adapter, random_state(adapter))
     model(IDS, labels=IDS).loss.backward()
-    assert all(
-        factor.grad is not None and factor.grad.abs().sum() > 0
-        for factor in adapter.factors.values()
-    )
+    assert all(factor.grad is not None and factor.grad.abs().sum() > 0 for factor in adapter.factors.values())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert len(trained) == len(adapter.factors) == 2 * len(LAYERS) * len(FAMILIES[family])
 
@@ -202,9 +175,7 @@ def test_only_the_wanted_roles_are_adapted(tiny):
 def test_an_unknown_family_is_refused_by_name(tiny):
     model = tiny("llama")
     model.config.model_type = "mamba"
-    with pytest.raises(
-        InputError, match="models of type mamba are not supported; known: llama, mistral"
-    ):
+    with pytest.raises(InputError, match="models of type mamba are not supported; known: llama, mistral"):
         attach.attach(model, LAYERS, SPEC, FEDIT, seed=0)
 
 
@@ -217,9 +188,7 @@ def test_the_start_is_equal_in_every_process_and_version():
         "from edge_runtime.adapters.initial import initial; from edge_runtime.methods.interface import A; import hashlib;"
         "print(hashlib.sha256(initial('layers.3.q.A', (4, 64), 7, A).tobytes()).hexdigest()[:16])"
     )
-    printed = {
-        subprocess.check_output([sys.executable, "-c", code], text=True).strip() for _ in range(2)
-    }
+    printed = {subprocess.check_output([sys.executable, "-c", code], text=True).strip() for _ in range(2)}
     assert printed == {"368a476735aa3fa8"}
 
 
@@ -292,9 +261,7 @@ def with_method(model, method, seed=0):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize(("method", "factor"), [(fedsb.METHOD, "C"), (flora.METHOD, "keptB")])
-def test_a_core_goes_into_b_and_what_is_kept_beside_it(
-    tiny, facts_of, family, method, factor, tmp_path
-):
+def test_a_core_goes_into_b_and_what_is_kept_beside_it(tiny, facts_of, family, method, factor, tmp_path):
     model, plain = tiny(family), logits(tiny(family))
     facts = facts_of(model)
     ours = copy.deepcopy(model)
@@ -332,9 +299,7 @@ def test_the_comparison_sees_a_wrong_export(tiny, facts_of, fault, tmp_path):
     ours = exported(model, facts_of(model), SPEC, tmp_path)
     if fault == "alpha":
         path = tmp_path / "adapter_config.json"
-        path.write_text(
-            json.dumps({**json.loads(path.read_text()), "lora_alpha": SPEC.alpha * 1.01})
-        )
+        path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": SPEC.alpha * 1.01}))
     else:
         path = tmp_path / "adapter_model.safetensors"
         tensors = load_file(path)

@@ -64,9 +64,7 @@ def test_a_round_whose_version_could_not_be_had_is_tried_again_when_it_is_announ
     monkeypatch.setattr(one._reports, "publish", lambda report: said.append(report.state))
     fleet = settings.Fleet("f", (settings.Model("m"),))
     body = msgspec.json.encode(Round(node="n", fleet=fleet, round=2, state="open", versions={}))
-    payload = signing.sign(
-        signing.load_or_create_key(tmp_path / "node.key"), ROUND_DOMAIN, body
-    ).encode()
+    payload = signing.sign(signing.load_or_create_key(tmp_path / "node.key"), ROUND_DOMAIN, body).encode()
     one._on_round(payload)
     one._on_round(payload)
     assert len(begun) == 1
@@ -113,9 +111,7 @@ def test_a_new_state_is_advised_where_it_would_help(agent, tmp_path):
     assert "not a signed message" in one._ignored and "--state" not in one._ignored
     one._store.set("node_key", "00" * 32)
     one._on_round(
-        signing.sign(
-            signing.load_or_create_key(tmp_path / "node.key"), ROUND_DOMAIN, b"{}"
-        ).encode()
+        signing.sign(signing.load_or_create_key(tmp_path / "node.key"), ROUND_DOMAIN, b"{}").encode()
     )
     assert one._ignored.endswith("to trust that node, start with a new --state")
 

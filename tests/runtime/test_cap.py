@@ -20,9 +20,7 @@ GIB = 2**30
 def told(monkeypatch):
     """What was asked of a GPU of 16 GiB."""
     asked = []
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=16 * GIB)
-    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=16 * GIB))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", asked.append)
     return asked
 
@@ -74,11 +72,7 @@ def test_a_cap_is_a_gpus():
 
     found = msgspec.structs.replace(probe(), gpu=Gpu("NVIDIA H200", "9.0", 140 * GIB, 140 * GIB))
     assert cli._cap(None, "cpu", found) is None
-    assert (
-        cli._cap("rtx-3060-12gb", "auto", found)
-        == cli._cap("rtx-3060-12gb", "cuda", found)
-        < 12 * GIB
-    )
+    assert cli._cap("rtx-3060-12gb", "auto", found) == cli._cap("rtx-3060-12gb", "cuda", found) < 12 * GIB
     with pytest.raises(
         InputError, match="--board caps a GPU's memory, but --device is cpu: use --device cuda"
     ):

@@ -22,9 +22,7 @@ def assert_within_half_a_step(tensor, decoded):
     for first in range(0, flat.size, BLOCK):
         block = flat[first : first + BLOCK].astype(np.float64)
         error = np.abs(seen[first : first + BLOCK] - block).max()
-        assert error <= np.abs(block).max() / 127 / 2 * (1 + 1e-4), (
-            f"block at {first} is off by {error:.2e}"
-        )
+        assert error <= np.abs(block).max() / 127 / 2 * (1 + 1e-4), f"block at {first} is off by {error:.2e}"
 
 
 @pytest.mark.parametrize("shape", [(1,), (63,), (64,), (65,), (3, 43), (16, 64), (2, 3, 5), ()])
@@ -115,10 +113,7 @@ def test_a_value_that_is_not_finite_is_not_sent(wrong):
 def payload(declared, body, level=3):
     header = msgspec.json.encode(Header(declared))
     return (
-        MAGIC
-        + len(header).to_bytes(4, "big")
-        + header
-        + zstandard.ZstdCompressor(level=level).compress(body)
+        MAGIC + len(header).to_bytes(4, "big") + header + zstandard.ZstdCompressor(level=level).compress(body)
     )
 
 
@@ -155,12 +150,7 @@ def test_a_good_payload_made_by_hand_is_decoded():
         (MAGIC + (13).to_bytes(4, "big") + b'{"shapes": 3}', "header cannot be read"),
         (payload({"A": ("six",)}, body()), "header cannot be read"),
         (
-            MAGIC
-            + (200_013).to_bytes(4, "big")
-            + b'{"unknown": '
-            + b"[" * 100_000
-            + b"]" * 100_000
-            + b"}",
+            MAGIC + (200_013).to_bytes(4, "big") + b'{"unknown": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
             "cannot be read",
         ),
         (
@@ -171,10 +161,7 @@ def test_a_good_payload_made_by_hand_is_decoded():
         (payload({"A": (-8, -8)}, body()), "declares an empty tensor"),
         (payload({"A": (65,)}, body()), "holds 68 bytes of values, its header needs 73"),
         (payload({"A": (63,)}, body()), "holds 68 bytes of values, its header needs 67"),
-        (
-            payload({"A": (64,), "B": (64,)}, body()),
-            "holds 68 bytes of values, its header needs 136",
-        ),
+        (payload({"A": (64,), "B": (64,)}, body()), "holds 68 bytes of values, its header needs 136"),
         (payload({}, body()), "holds 1 bytes of values, its header needs 0"),
         (payload({"A": (64,)}, body(scales=(np.nan,))), "a scale that is negative or not finite"),
         (payload({"A": (64,)}, body(scales=(np.inf,))), "a scale that is negative or not finite"),

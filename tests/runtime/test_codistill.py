@@ -23,17 +23,12 @@ def said(labels, sharpness, seed, texts=5):
     """A device's probabilities (labels, texts)."""
     logits = sharpness * np.random.default_rng(seed).normal(0, 1, (len(labels), texts))
     p = np.exp(logits) / np.exp(logits).sum(0)
-    return {
-        f"anchors.{label}.P": row[None].astype(np.float32)
-        for label, row in zip(labels, p, strict=True)
-    }
+    return {f"anchors.{label}.P": row[None].astype(np.float32) for label, row in zip(labels, p, strict=True)}
 
 
 def combined(*devices, before=None):
     """What the node makes of (predictions, samples) pairs."""
-    return codistill.combined(
-        lambda: (Contribution(before or {}, one, samples) for one, samples in devices)
-    )
+    return codistill.combined(lambda: (Contribution(before or {}, one, samples) for one, samples in devices))
 
 
 def reference(*devices):
@@ -111,26 +106,18 @@ def test_who_finds_a_text_unlike_its_own_rows_is_not_heard():
 
 
 FLEET = settings.Fleet(
-    "f",
-    (settings.Model("m"),),
-    adapter=settings.Adapter(rank=2),
-    head=settings.Head(),
-    codistill=SPEC,
+    "f", (settings.Model("m"),), adapter=settings.Adapter(rank=2), head=settings.Head(), codistill=SPEC
 )
 
 
 def test_it_gains_its_weight_towards_the_last_round():
     ramps = [codistill.ramp(round_, 6) for round_ in range(1, 7)]
-    assert ramps == pytest.approx(
-        [np.exp(-5 * (1 - done) ** 2) for done in (0, 0.2, 0.4, 0.6, 0.8, 1)]
-    )
+    assert ramps == pytest.approx([np.exp(-5 * (1 - done) ** 2) for done in (0, 0.2, 0.4, 0.6, 0.8, 1)])
     assert codistill.ramp(1, 1) == pytest.approx(np.exp(-5)) and codistill.ramp(2, 2) == 1
 
 
 def test_targets_are_as_sure_as_the_temperature_has_it_and_count_by_their_evidence():
-    told = np.array(
-        [[0.3, 0.1, 0.0], [0.02, 0.02, 0.04], [0.0, 0.0, 0.0], [0.9, 0.2, -1e-4]], np.float32
-    )
+    told = np.array([[0.3, 0.1, 0.0], [0.02, 0.02, 0.04], [0.0, 0.0, 0.0], [0.9, 0.2, -1e-4]], np.float32)
     shares, targets = codistill.learned(told, 1.0)
     assert list(shares) == pytest.approx([0.4, 0.08, 0.0, 1.0])
     np.testing.assert_allclose(targets[:2], [[0.75, 0.25, 0], [0.25, 0.25, 0.5]], rtol=1e-6)
@@ -165,10 +152,7 @@ def test_labels_that_a_device_has_no_rows_of_count_in_full_from_the_first_round(
 
 @pytest.mark.parametrize("name", list(methods.METHODS))
 def test_it_goes_with_every_method(name):
-    alone, with_it = (
-        methods.by_name(name),
-        methods.build(settings.Method(name), settings.Head(), SPEC),
-    )
+    alone, with_it = (methods.by_name(name), methods.build(settings.Method(name), settings.Head(), SPEC))
     assert with_it.merges["anchors"] is codistill.combined
     assert ("labels" in with_it.merges) is bool(alone.merges)
     assert alone.merges.keys() <= with_it.merges.keys()
@@ -203,12 +187,8 @@ def test_predictions_cross_models_or_stay_in_the_class(tmp_path, across):
         **said("bc", 2, 1),
     }
     updates = [update(tmp_path / "1", "m@1", first), update(tmp_path / "2", "n@1", second)]
-    versions = {
-        one.model_class: one for one in merge.merge(updates, {}, fleet, method, 1, tmp_path / "v")
-    }
-    published = {
-        of: codec.decode(version.artifact.read_bytes()) for of, version in versions.items()
-    }
+    versions = {one.model_class: one for one in merge.merge(updates, {}, fleet, method, 1, tmp_path / "v")}
+    published = {of: codec.decode(version.artifact.read_bytes()) for of, version in versions.items()}
     told = {
         of: {key.split(".")[1] for key in state if key.startswith("anchors")}
         for of, state in published.items()
@@ -217,9 +197,7 @@ def test_predictions_cross_models_or_stay_in_the_class(tmp_path, across):
         assert told == {"m@1": {"a", "b", "c"}, "n@1": {"a", "b", "c"}, "*": {"a", "b", "c"}}
     else:
         assert told == {"m@1": {"a", "b"}, "n@1": {"b", "c"}}
-    heads = {
-        of: {key for key in state if key.startswith("labels")} for of, state in published.items()
-    }
+    heads = {of: {key for key in state if key.startswith("labels")} for of, state in published.items()}
     assert (heads["m@1"], heads["n@1"]) == ({"labels.a.H"}, {"labels.c.H"})
 
 
@@ -255,10 +233,7 @@ def test_a_labels_row_is_as_wide_as_those_of_other_labels_that_the_class_sent():
     )
     with pytest.raises(InputError, match=r"labels.b.H is \(1, 9\)"):
         merge.check(
-            codec.encode({"labels.b.H": np.ones((1, 9), np.float32)}),
-            known,
-            FLEET,
-            methods.of(FLEET),
+            codec.encode({"labels.b.H": np.ones((1, 9), np.float32)}), known, FLEET, methods.of(FLEET)
         )
 
 
@@ -277,9 +252,7 @@ def test_a_stage_that_the_method_has_not_is_refused():
 
 def test_the_nodes_texts_are_checked_before_anything_is_announced(tmp_path):
     file = tmp_path / "given.jsonl"
-    file.write_text(
-        "".join(json.dumps({"text": f"t{n}", "label": "secret"}) + "\n" for n in range(7))
-    )
+    file.write_text("".join(json.dumps({"text": f"t{n}", "label": "secret"}) + "\n" for n in range(7)))
 
     def of(texts):
         return msgspec.structs.replace(FLEET, codistill=settings.Codistill(str(file), texts=texts))
@@ -289,19 +262,14 @@ def test_the_nodes_texts_are_checked_before_anything_is_announced(tmp_path):
         anchors.read(of(8))
 
 
-def test_what_is_asked_is_served_without_its_answer_and_messages_only_where_no_head_reads_them(
-    tmp_path,
-):
+def test_what_is_asked_is_served_without_its_answer_and_messages_only_where_no_head_reads_them(tmp_path):
     file = tmp_path / "given.jsonl"
     turns = [
-        {"role": role, "content": role[0]}
-        for role in ("system", "user", "assistant", "user", "assistant")
+        {"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user", "assistant")
     ]
     rows = [{"prompt": "p", "completion": "secret"}, {"messages": turns}, {"text": "t"}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fleet = msgspec.structs.replace(
-        FLEET, head=None, codistill=settings.Codistill(str(file), texts=3)
-    )
+    fleet = msgspec.structs.replace(FLEET, head=None, codistill=settings.Codistill(str(file), texts=3))
     asked = [{"text": "p"}, {"messages": turns[:4]}, {"text": "t"}]
     assert anchors.read(fleet) == asked
     with pytest.raises(InputError, match=r"texts is 3, but .* has 2 rows with a text or a prompt"):

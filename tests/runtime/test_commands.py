@@ -26,19 +26,14 @@ def test_equal_seeds_give_equal_rows_and_others_do_not():
     assert rows("garage", 100, 20, seed=3) == rows("garage", 100, 20, seed=3)
     assert rows("garage", 100, 20, seed=3) != rows("garage", 100, 20, seed=4)
     assert rows("garage", 1, 0, seed=0).train == [
-        {
-            "prompt": "Command: turn off the clothes dryer\nAction:",
-            "completion": ' {"dryer": "off"}',
-        }
+        {"prompt": "Command: turn off the clothes dryer\nAction:", "completion": ' {"dryer": "off"}'}
     ]
 
 
 def test_no_device_trains_on_a_row_that_any_device_is_tested_on():
     drawn = [rows(domain, 300, 60, seed) for domain in DOMAINS for seed in (0, 1)]
     trained = set().union(*(prompts(device.train) for device in drawn))
-    tested = set().union(
-        *(prompts(device.held_out) | prompts(device.others_held_out) for device in drawn)
-    )
+    tested = set().union(*(prompts(device.held_out) | prompts(device.others_held_out) for device in drawn))
     assert trained and tested
     assert not trained & tested
 
@@ -60,12 +55,7 @@ def test_the_other_domains_are_tested_in_equal_parts():
 
 def test_no_thing_belongs_to_two_domains():
     names = [name for table in (*DOMAINS.values(), COMMON) for name in table]
-    words = [
-        word
-        for table in (*DOMAINS.values(), COMMON)
-        for spoken in table.values()
-        for word in spoken
-    ]
+    words = [word for table in (*DOMAINS.values(), COMMON) for spoken in table.values() for word in spoken]
     assert len(set(names)) == len(names)
     assert len(set(words)) == len(words)
 
@@ -81,9 +71,7 @@ def test_every_action_is_one_json_object_in_few_words(domain):
 
 
 def test_too_many_rows_and_an_unknown_domain_are_refused():
-    with pytest.raises(
-        ValueError, match="asked for 50000 distinct commands, the generator ran out at"
-    ):
+    with pytest.raises(ValueError, match="asked for 50000 distinct commands, the generator ran out at"):
         rows("garage", 50_000, 0, seed=0)
     with pytest.raises(KeyError, match="cellar"):
         rows("cellar", 1, 1, seed=0)

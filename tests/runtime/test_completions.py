@@ -19,9 +19,7 @@ from edge_runtime.trainer import data, evaluate, greedy, public
 from edge_runtime.trainer.data import IGNORED, Example
 
 SPEC = settings.Codistill("anchors.jsonl", texts=5, tokens=8)
-FLEET = settings.Fleet(
-    "f", (settings.Model("m"),), adapter=settings.Adapter(rank=2), codistill=SPEC
-)
+FLEET = settings.Fleet("f", (settings.Model("m"),), adapter=settings.Adapter(rank=2), codistill=SPEC)
 A = {"layers.0.q.A": np.ones((2, 4), np.float32)}
 
 
@@ -107,9 +105,7 @@ def test_what_is_learned_of_completions_weighs_by_the_prompts_that_have_one(tmp_
     ramp = np.exp(-5 / 4)
     assert [text.ids[1] for text in lesson.texts] == [0, 1]
     assert lesson.shares == pytest.approx([0.9 * ramp, 0.3 * ramp], rel=1e-4)
-    assert (
-        lesson.weight == 3.0 / 2 and lesson.rows == round(10 / 2 * ramp) and lesson.targets is None
-    )
+    assert lesson.weight == 3.0 / 2 and lesson.rows == round(10 / 2 * ramp) and lesson.targets is None
 
 
 class Words:
@@ -127,12 +123,8 @@ def test_a_completion_keeps_the_space_before_it():
 # --- a real trainer
 
 WORDS = ("red", "green", "blue")
-ROWS = [
-    {"prompt": f"{word} {n}:", "completion": f" {word}"} for n in range(6) for word in WORDS[:2]
-]
-HELD_OUT = [
-    {"prompt": f"{word} {n}:", "completion": f" {word}"} for n in range(6, 9) for word in WORDS
-]
+ROWS = [{"prompt": f"{word} {n}:", "completion": f" {word}"} for n in range(6) for word in WORDS[:2]]
+HELD_OUT = [{"prompt": f"{word} {n}:", "completion": f" {word}"} for n in range(6, 9) for word in WORDS]
 PUBLIC = [{"text": f"{word} {n}:"} for n in range(10, 14) for word in WORDS]
 CODISTILL = settings.Codistill("", texts=len(PUBLIC), rows=6, tokens=8)
 TRAINING = settings.Training(steps=60, rows_a_step=8, learning_rate=2e-2, max_tokens=32)
@@ -151,9 +143,7 @@ def test_a_device_says_how_it_completes_public_prompts(trained, tmp_path):
     assert result.losses[-1] < result.losses[0]
     assert [said[number].text for number in known] == [right(PUBLIC[number]) for number in known]
     assert all(0 < one.confidence <= 1 for one in said.values())
-    assert (
-        codec.shapes((folder / "payload.bin").read_bytes()) == {}
-    )  # nothing else leaves with `local`
+    assert codec.shapes((folder / "payload.bin").read_bytes()) == {}  # nothing else leaves with `local`
 
 
 def test_a_device_that_ends_no_completion_takes_part_with_nothing(trained, tmp_path):
@@ -166,9 +156,7 @@ def test_a_device_that_ends_no_completion_takes_part_with_nothing(trained, tmp_p
         "training": training,
     }
     folder, result = trained("silent", ROWS, HELD_OUT, **common)
-    assert (
-        result.payload_bytes > 0 and codec.completions((folder / "payload.bin").read_bytes()) == []
-    )
+    assert result.payload_bytes > 0 and codec.completions((folder / "payload.bin").read_bytes()) == []
 
 
 def test_prompts_that_a_model_cannot_be_asked_are_left_out(trained, tmp_path):
@@ -192,9 +180,7 @@ def test_an_answer_is_learned_from_what_the_fleet_says_of_public_prompts(trained
     for name, start in (("taught", {"start": str(tmp_path / "start")}), ("alone", {})):
         folder, _ = trained(name, ROWS, HELD_OUT, **common, **start)
         private = str(folder / "state.bin")
-        _, after = trained(
-            f"{name} after", ROWS, HELD_OUT, train=False, private=private, **common, **start
-        )
+        _, after = trained(f"{name} after", ROWS, HELD_OUT, train=False, private=private, **common, **start)
         accuracy[name] = after.evaluation["all"].accuracy
     assert accuracy["alone"] <= 2 / 3 < accuracy["taught"]
 
@@ -207,9 +193,7 @@ def test_messages_are_asked_and_answered_in_the_models_own_template(demo_tokeniz
     assert learned.ids[: len(ids)] == ids and set(learned.labels[: len(ids)]) == {IGNORED}
     answer = demo_tokenizer("Paris", add_special_tokens=False).input_ids
     assert learned.ids[len(ids) :][: len(answer)] == answer
-    assert (
-        learned.ids[len(ids) + len(answer)] in demo_tokenizer.all_special_ids
-    )  # where greedy decoding ends
+    assert learned.ids[len(ids) + len(answer)] in demo_tokenizer.all_special_ids  # where greedy decoding ends
     assert data.asked({"text": "hi"}, demo_tokenizer) == demo_tokenizer("hi").input_ids
     assert data.answered({"text": "hi"}, " there") == {"prompt": "hi", "completion": " there"}
 
@@ -239,9 +223,7 @@ def test_equal_devices_agree_on_what_each_of_them_says_and_order_does_not_matter
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_the_node_holds_a_few_candidates_and_finds_what_many_say_whatever_the_order(
-    order, monkeypatch
-):
+def test_the_node_holds_a_few_candidates_and_finds_what_many_say_whatever_the_order(order, monkeypatch):
     """Four sure devices that differ, a hundred less sure ones that agree, and a hundred that agree with nobody."""
     sure = [(1, [Completion(0, f"sure {n}", 0.9)]) for n in range(4)]
     many, noise = (
@@ -249,9 +231,7 @@ def test_the_node_holds_a_few_candidates_and_finds_what_many_say_whatever_the_or
         [(1, [Completion(0, f"{n}", 0.1)]) for n in range(100)],
     )
     held, count = [], completions._count
-    monkeypatch.setattr(
-        completions, "_count", lambda *each: (count(*each), held.append(len(each[0])))
-    )
+    monkeypatch.setattr(completions, "_count", lambda *each: (count(*each), held.append(len(each[0]))))
     devices = [*sure, *many, *noise][::order]
     assert completions.agreed(lambda: devices) == [Completion(0, "x", pytest.approx(30 / 204))]
     assert len(held) == 204 and max(held) == completions.CANDIDATES
@@ -286,12 +266,8 @@ def test_completions_cross_models_or_stay_in_the_class(tmp_path, across, name):
             samples=30,
         ),
     ]
-    versions = {
-        one.model_class: one for one in merge.merge(updates, {}, fleet, method, 1, tmp_path / "v")
-    }
-    told = {
-        of: codec.completions(version.artifact.read_bytes()) for of, version in versions.items()
-    }
+    versions = {one.model_class: one for one in merge.merge(updates, {}, fleet, method, 1, tmp_path / "v")}
+    told = {of: codec.completions(version.artifact.read_bytes()) for of, version in versions.items()}
     if across:
         agreed = [Completion(0, "blue", 15 / 40), Completion(4, "é\n", 15 / 40)]
         assert told == {"m@1": agreed, "n@1": agreed, "*": agreed}
@@ -301,10 +277,7 @@ def test_completions_cross_models_or_stay_in_the_class(tmp_path, across, name):
             "n@1": [Completion(0, "blue", 0.5), Completion(4, "é\n", 0.5)],
         }
     later = [update(tmp_path / "3", "n@1", tensors, [Completion(1, "new", 1.0)])]
-    after = {
-        one.model_class: one
-        for one in merge.merge(later, versions, fleet, method, 2, tmp_path / "v")
-    }
+    after = {one.model_class: one for one in merge.merge(later, versions, fleet, method, 2, tmp_path / "v")}
     assert codec.completions(after["n@1"].artifact.read_bytes()) == [Completion(1, "new", 1.0)]
     if across:  # who was not there hears what the others say now
         assert codec.completions(after["m@1"].artifact.read_bytes()) == [Completion(1, "new", 1.0)]
@@ -367,18 +340,14 @@ def test_more_completions_than_a_payload_may_hold_are_not_sent():
 
 def test_all_that_a_fleet_may_agree_on_fits_a_payload():
     longest = merge.CHARACTERS_A_TOKEN * 32
-    worst = [
-        Completion(n, "\x01" * longest, 0.123456789) for n in range(settings.MOST_TOKENS // 32)
-    ]
+    worst = [Completion(n, "\x01" * longest, 0.123456789) for n in range(settings.MOST_TOKENS // 32)]
     assert len(codec.completions(codec.encode({}, worst))) == len(worst)
 
 
 NESTED = b'[[0, "a", 0.5, ' + b"[" * 100_000 + b"]" * 100_000 + b"]]"
 
 
-@pytest.mark.parametrize(
-    "body", [b"nonsense", b'[[0, "a"]]', b'[["x", "a", 0.5]]', b"\xff\xff", NESTED]
-)
+@pytest.mark.parametrize("body", [b"nonsense", b'[[0, "a"]]', b'[["x", "a", 0.5]]', b"\xff\xff", NESTED])
 def test_completions_that_cannot_be_read_are_refused(body):
     header = msgspec.json.encode(codec.Header({}, len(body)))
     made = codec.MAGIC + len(header).to_bytes(4, "big") + header + zstandard.compress(body)

@@ -73,34 +73,19 @@ def test_a_separator_of_lines_inside_a_text_is_part_of_it(tmp_path, separator):
         ('{"label": "a"}', "has label; needed"),
         ('{"prompt": "a", "completion": "b", "text": "c"}', "has completion, prompt, text; needed"),
         ('{"question": "a", "answer": "b"}', "has answer, question; needed"),
-        (
-            '{"prompt": "a", "completion": ""}',
-            '`completion` has to be text that is not empty, seen ""',
-        ),
-        (
-            '{"prompt": "a", "completion": 3}',
-            "`completion` has to be text that is not empty, seen 3",
-        ),
-        (
-            '{"prompt": null, "completion": "b"}',
-            "`prompt` has to be text that is not empty, seen null",
-        ),
+        ('{"prompt": "a", "completion": ""}', '`completion` has to be text that is not empty, seen ""'),
+        ('{"prompt": "a", "completion": 3}', "`completion` has to be text that is not empty, seen 3"),
+        ('{"prompt": null, "completion": "b"}', "`prompt` has to be text that is not empty, seen null"),
         ('{"text": "  "}', "`text` has to be text that is not empty"),
         ('{"text": "a", "label": 1}', "`label` has to be text that is not empty, seen 1"),
-        (
-            '{"messages": "hello"}',
-            "`messages` has to be a list of objects with a role and a content",
-        ),
+        ('{"messages": "hello"}', "`messages` has to be a list of objects with a role and a content"),
         (
             '{"messages": [{"role": "user"}]}',
             "`messages` has to be a list of objects with a role and a content",
         ),
         ('{"messages": []}', "no message has the role assistant"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "no message has the role assistant"),
-        (
-            '{"messages": [{"role": "assistant", "content": "a"}]}',
-            "the first message is the assistant's",
-        ),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "the first message is the assistant's"),
     ],
 )
 def test_a_wrong_row_is_named_by_its_line(read, line, message):
@@ -117,9 +102,7 @@ def test_an_empty_file_is_refused(read, content):
 
 
 def test_a_missing_file_and_one_that_is_not_utf_8_are_refused(read, tmp_path):
-    with pytest.raises(
-        InputError, match=r"cannot read the data file .*nowhere.jsonl: No such file"
-    ):
+    with pytest.raises(InputError, match=r"cannot read the data file .*nowhere.jsonl: No such file"):
         read_rows(tmp_path / "nowhere.jsonl")
     with pytest.raises(InputError, match=r"is not UTF-8 text \(byte 10\)"):
         read(b'{"text": "' + "é".encode("latin-1") + b'"}')
@@ -142,9 +125,7 @@ def test_split_holds_out_every_tenth_row_and_at_most_200():
 def said(example, tokenizer):
     """The whole text, and what of it is learned."""
     learned = [label for label in example.labels if label != IGNORED]
-    assert all(
-        label in (IGNORED, token) for token, label in zip(example.ids, example.labels, strict=True)
-    )
+    assert all(label in (IGNORED, token) for token, label in zip(example.ids, example.labels, strict=True))
     return tokenizer.decode(example.ids), tokenizer.decode(learned)
 
 
@@ -187,9 +168,7 @@ def test_of_a_chat_only_the_assistants_turns_are_learned(demo_tokenizer):
 def test_messages_that_the_chat_template_refuses_are_named(demo_tokenizer):
     strict = copy.copy(demo_tokenizer)
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(
-        InputError, match="refuses messages of the roles user: roles must alternate"
-    ):
+    with pytest.raises(InputError, match="refuses messages of the roles user: roles must alternate"):
         tokenize([FORMS[2]], strict, 64)
 
 
@@ -237,11 +216,7 @@ def examples(lengths):
 def test_batches_hold_every_example_once_and_alike_lengths_together():
     given = examples([5, 30, 4, 29, 6, 28, 3])
     grouped = list(batches(given, 3))
-    assert [sorted(len(one.ids) for one in group) for group in grouped] == [
-        [3, 4, 5],
-        [6, 28, 29],
-        [30],
-    ]
+    assert [sorted(len(one.ids) for one in group) for group in grouped] == [[3, 4, 5], [6, 28, 29], [30]]
     assert sorted(one for group in grouped for one in group) == sorted(given)
 
 
@@ -256,7 +231,5 @@ def test_an_epoch_holds_every_example_once_in_an_order_of_its_own():
 
 
 def test_what_was_written_is_one_json_object_a_line(tmp_path):
-    lines = (
-        write_rows(tmp_path / "rows.jsonl", FORMS).read_text(encoding="utf-8").strip().split("\n")
-    )
+    lines = write_rows(tmp_path / "rows.jsonl", FORMS).read_text(encoding="utf-8").strip().split("\n")
     assert [json.loads(line) for line in lines] == FORMS

@@ -22,9 +22,7 @@ SPEC = settings.Adapter(rank=4, alpha=12.0)
 METHOD = h2tune.method(h2tune.Settings(depths=3))
 
 
-@pytest.mark.parametrize(
-    ("depth", "truth"), [(0.0, (1, 0, 0)), (0.25, (0.5, 0.5, 0)), (1.0, (0, 0, 1))]
-)
+@pytest.mark.parametrize(("depth", "truth"), [(0.0, (1, 0, 0)), (0.25, (0.5, 0.5, 0)), (1.0, (0, 0, 1))])
 def test_a_layer_begins_between_the_points_next_to_it(depth, truth):
     assert h2tune.relation(torch.zeros(3), depth).tolist() == pytest.approx(truth)
 
@@ -137,9 +135,7 @@ def test_what_holds_the_cores_and_the_outputs_back_does(tiny):
     ways = []
     for passes in (free, kept):
         before, after, _ = trained(tiny, passes[:1], steps=12)
-        ways.append(
-            sum(np.abs(after[key] - before[key]).sum() for key in after if key.endswith(".S"))
-        )
+        ways.append(sum(np.abs(after[key] - before[key]).sum() for key in after if key.endswith(".S")))
     assert ways[1] < 0.5 * ways[0]
 
 
@@ -150,9 +146,7 @@ def test_layers_that_a_step_leaves_out_are_not_penalised(tiny):
 
 def test_the_penalties_are_their_equations():
     draw = torch.Generator().manual_seed(0)
-    before, now = (
-        [torch.eye(3) + torch.randn(3, 3, generator=draw) for _ in range(2)] for _ in range(2)
-    )
+    before, now = ([torch.eye(3) + torch.randn(3, 3, generator=draw) for _ in range(2)] for _ in range(2))
     settings_ = h2tune.Settings(norm=0.5, keep=2.0)
     layers = [(None, C, None) for C in now]
     first = h2tune.method(settings_).passes(1)[0].penalty(layers, before)
@@ -164,9 +158,7 @@ def test_the_penalties_are_their_equations():
         moved += float((p * (p / q).log()).sum()) / 2
     second = h2tune.method(settings_).passes(2)[0].penalty(layers, before)
     assert float(second) == pytest.approx(0.5 * norms + 2.0 * moved, rel=1e-5)
-    released = (
-        h2tune.method(h2tune.Settings(preset="as-released")).passes(1)[0].penalty(layers, before)
-    )
+    released = h2tune.method(h2tune.Settings(preset="as-released")).passes(1)[0].penalty(layers, before)
     assert float(released) == pytest.approx(norms)
 
 
@@ -185,9 +177,7 @@ def test_its_controls_exchange_less():
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_divergence_is_torchs_with_its_gradient(softcap, chunk_bytes, packed):
     draw = torch.Generator().manual_seed(0)
-    before, hidden, head = (
-        torch.randn(*shape, generator=draw) for shape in ((7, 64), (7, 64), (600, 64))
-    )
+    before, hidden, head = (torch.randn(*shape, generator=draw) for shape in ((7, 64), (7, 64), (600, 64)))
     held = pack(head, "q8_0") if packed else head
     dense = (expand(held, torch.float32) if packed else head).double()
     hidden.requires_grad_(True)
@@ -209,8 +199,8 @@ def test_the_divergence_is_torchs_with_its_gradient(softcap, chunk_bytes, packed
 
 def test_nothing_has_moved_where_nothing_changed():
     rows, head = torch.randn(4, 16), torch.randn(50, 16)
-    assert divergence(
-        rows, rows.clone().requires_grad_(True), head, None, 1 << 20
-    ).item() == pytest.approx(0, abs=1e-6)
+    assert divergence(rows, rows.clone().requires_grad_(True), head, None, 1 << 20).item() == pytest.approx(
+        0, abs=1e-6
+    )
     empty = divergence(rows[:0], rows[:0].clone().requires_grad_(True), head, None, 1 << 20)
     assert float(empty) == 0

@@ -28,9 +28,7 @@ def made(of, seed, samples=10, rank=4, sign=1.0):
         "stages.0.q.U": draw.normal(0, 1, (rank, rank)).astype(np.float32) * np.float32(sign),
         "stages.0.q.V": draw.normal(0, 1, (rank, rank)).astype(np.float32) * np.float32(sign),
     }
-    return Contribution(
-        {key: np.zeros(shape, np.float32) for key, shape in KEYS.items()}, delta, samples, of
-    )
+    return Contribution({key: np.zeros(shape, np.float32) for key, shape in KEYS.items()}, delta, samples, of)
 
 
 def merged(devices, alignment):
@@ -50,9 +48,7 @@ def class_means(devices):
         / rows[of]
         for of in classes
     ]
-    return np.array([rows[of] for of in classes]) / sum(rows.values()), [
-        mean.ravel() for mean in means
-    ]
+    return np.array([rows[of] for of in classes]) / sum(rows.values()), [mean.ravel() for mean in means]
 
 
 DEVICES = [made("m", 0, 30), made("m", 1, 3), made("n", 0, 10, sign=-1.0), made("o", 3, 5)]
@@ -66,9 +62,7 @@ def test_the_common_direction_loses_what_opposes_it():
     step = sum(share * one for share, one in zip(p, mended, strict=True))
     step *= np.linalg.norm(plain) / np.linalg.norm(step)
     assert any(one @ g < 0 for one in d)
-    np.testing.assert_allclose(
-        merged(DEVICES, "projection")["stages.0.q.U"].ravel(), step, atol=1e-6
-    )
+    np.testing.assert_allclose(merged(DEVICES, "projection")["stages.0.q.U"].ravel(), step, atol=1e-6)
     assert all(one @ g >= -1e-12 for one in mended)
 
 
@@ -81,16 +75,13 @@ def test_pairwise_leaves_two_classes_without_conflict():
         second - first @ second / (first @ first) * first,
     ]
     plain, step = p @ np.stack([first, second]), p @ np.stack(mended)
-    assert (
-        np.linalg.norm(plain) > 1 > 1e-9 > np.linalg.norm(step)
-    )  # they are opposite, and nothing is left
+    assert np.linalg.norm(plain) > 1 > 1e-9 > np.linalg.norm(step)  # they are opposite, and nothing is left
     np.testing.assert_allclose(merged(two, "pairwise")["stages.0.q.U"].ravel(), step, atol=1e-6)
 
 
 def test_pairwise_takes_from_each_class_what_opposes_any_of_the_others_as_they_were():
     three = [
-        made(of, seed, samples, rank=2)
-        for seed, of, samples in ((9, "m", 5), (10, "n", 10), (11, "o", 20))
+        made(of, seed, samples, rank=2) for seed, of, samples in ((9, "m", 5), (10, "n", 10), (11, "o", 20))
     ]
     p, d = class_means(three)
     mended = []
@@ -104,16 +95,12 @@ def test_pairwise_takes_from_each_class_what_opposes_any_of_the_others_as_they_w
     assert (
         abs(np.linalg.norm(step) / np.linalg.norm(plain) - 1) > 0.1
     )  # what is left is brought to the mean's length
-    np.testing.assert_allclose(
-        merged(three, "pairwise")["stages.0.q.U"][:2, :2].ravel(), expected, atol=1e-6
-    )
+    np.testing.assert_allclose(merged(three, "pairwise")["stages.0.q.U"][:2, :2].ravel(), expected, atol=1e-6)
 
 
 def test_off_is_the_mean_weighted_by_rows():
     p, d = class_means(DEVICES)
-    np.testing.assert_allclose(
-        merged(DEVICES, "off")["stages.0.q.U"].ravel(), p @ np.stack(d), atol=1e-6
-    )
+    np.testing.assert_allclose(merged(DEVICES, "off")["stages.0.q.U"].ravel(), p @ np.stack(d), atol=1e-6)
 
 
 def test_cagrad_raises_the_least_progress_of_any_class():
@@ -154,22 +141,13 @@ def sent(of, step, samples=10):
 def test_the_gate_opens_where_all_classes_agree_more_than_chance_has_it():
     draw = np.random.default_rng(0)
     common, noise = draw.normal(0, 1, 256), draw.normal(0, 1, (3, 256))
-    noise -= (
-        (noise @ common)[:, None] * common / (common @ common)
-    )  # cosines are those of the common part
-    alike = [
-        sent(of, (0.5 * common + one).reshape(16, 16)) for of, one in zip("mno", noise, strict=True)
-    ]
+    noise -= (noise @ common)[:, None] * common / (common @ common)  # cosines are those of the common part
+    alike = [sent(of, (0.5 * common + one).reshape(16, 16)) for of, one in zip("mno", noise, strict=True)]
     for alignment in ("gate", "off"):
         np.testing.assert_allclose(
-            merged(alike, alignment)["stages.0.q.U"].ravel(),
-            0.5 * common + noise.mean(0),
-            atol=1e-5,
+            merged(alike, alignment)["stages.0.q.U"].ravel(), 0.5 * common + noise.mean(0), atol=1e-5
         )
-    apart = [
-        *alike[:2],
-        sent("o", noise[2].reshape(16, 16)),
-    ]  # one has nothing in common with the others
+    apart = [*alike[:2], sent("o", noise[2].reshape(16, 16))]  # one has nothing in common with the others
     assert not merged(apart, "gate")["stages.0.q.U"].any()
     assert merged(apart, "off")["stages.0.q.U"].any()
     assert merged(alike[:1], "gate")["stages.0.q.U"].any()  # a class alone is followed
@@ -214,25 +192,19 @@ def test_each_entry_is_averaged_over_its_holders_whatever_their_ranks(alignment)
     ]
     expected = np.full((4, 4), (100 + 40) / 200)
     expected[:2, :2] = (150 + 40) / 250
-    np.testing.assert_allclose(
-        merged(devices, alignment)["stages.0.q.U"][:4, :4], expected, atol=1e-6
-    )
+    np.testing.assert_allclose(merged(devices, alignment)["stages.0.q.U"][:4, :4], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("alignment", ["projection", "pairwise", "off"])
 def test_what_one_class_alone_holds_is_not_thinned_by_the_others(alignment):
     before = made("m", 0).before
     ones = {rank: {"stages.0.q.U": np.ones((rank, rank), np.float32)} for rank in (2, 4)}
-    step = merged(
-        [Contribution(before, ones[4], 10, "m"), Contribution(before, ones[2], 10, "n")], alignment
-    )
+    step = merged([Contribution(before, ones[4], 10, "m"), Contribution(before, ones[2], 10, "n")], alignment)
     np.testing.assert_allclose(step["stages.0.q.U"], np.ones((4, 4)), atol=1e-6)
 
 
 def test_a_device_of_lower_rank_starts_from_the_leading_part_of_what_is_drawn(tiny):
-    full = attach.state(
-        attach.attach(tiny("llama"), LAYERS, settings.Adapter(rank=4), METHOD, seed=0)
-    )
+    full = attach.state(attach.attach(tiny("llama"), LAYERS, settings.Adapter(rank=4), METHOD, seed=0))
     low = settings.Adapter(rank=4).at(2)
     held = attach.state(attach.attach(tiny("llama"), LAYERS, low, METHOD, seed=0, fleet_rank=4))
     for key, value in held.items():
@@ -251,9 +223,7 @@ def test_the_core_is_the_sum_of_its_branches():
     draw = torch.Generator().manual_seed(0)
     U, V, g = (torch.randn(*shape, generator=draw) for shape in ((6, 4), (4, 6), (3,)))
     shares = 3 * torch.softmax(g, 0)
-    truth = torch.eye(4) + sum(
-        shares[j] * V[:, 2 * j : 2 * j + 2] @ U[2 * j : 2 * j + 2] for j in range(3)
-    )
+    truth = torch.eye(4) + sum(shares[j] * V[:, 2 * j : 2 * j + 2] @ U[2 * j : 2 * j + 2] for j in range(3))
     assert torch.allclose(heterotune.core({"U": U, "V": V, "g": g}, 0.5), truth, atol=1e-6)
 
 
@@ -291,9 +261,7 @@ def test_the_gradient_of_a_shared_branch_is_the_sum_over_its_layers(tiny):
             adapter.factors[key][at] += step
             losses.append(float(model(IDS, labels=IDS).loss))
             adapter.factors[key][at] -= step
-    assert float(adapter.factors[key].grad[at]) == pytest.approx(
-        (losses[0] - losses[1]) / 2e-4, rel=5e-3
-    )
+    assert float(adapter.factors[key].grad[at]) == pytest.approx((losses[0] - losses[1]) / 2e-4, rel=5e-3)
 
 
 def test_fedadapters_core_is_the_plain_sum_and_its_branches_the_mean_over_holders(tiny):
@@ -349,9 +317,7 @@ def test_settings_that_do_not_fit_are_named(values, reason):
 def test_a_method_without_settings_says_so():
     with pytest.raises(InputError, match=r"\[method\] fedit has no key `width`; known keys: name"):
         methods.build(settings.Method("fedit", {"width": 2}), None, None)
-    with pytest.raises(
-        InputError, match=r"\[method\] fedit has no key `names`; did you mean `name`"
-    ):
+    with pytest.raises(InputError, match=r"\[method\] fedit has no key `names`; did you mean `name`"):
         methods.build(
             settings.parse(
                 {"method": {"names": "ffa"}, "catalog": [{"source": "m"}], "fleet": {"name": "f"}}

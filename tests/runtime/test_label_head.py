@@ -11,9 +11,7 @@ from edge_runtime.trainer import data, evaluate, step
 from edge_runtime.trainer.data import IGNORED, Example
 
 ROWS = [{"text": f"{word} {n}", "label": word} for n in range(6) for word in ("red", "green")]
-HELD_OUT = [
-    {"text": f"{word} {n}", "label": word} for n in range(6, 9) for word in ("red", "green", "blue")
-]
+HELD_OUT = [{"text": f"{word} {n}", "label": word} for n in range(6, 9) for word in ("red", "green", "blue")]
 PUBLIC = [{"text": f"{word} {n}"} for n in range(10, 14) for word in ("red", "green", "blue")]
 CODISTILL = settings.Codistill("", texts=len(PUBLIC), rows=6)
 
@@ -31,9 +29,7 @@ def trained(trained):
 def version(folder, path):
     """What a node with this device alone publishes; version 0's A is left out, as nothing here reads it."""
     delta = codec.decode((folder / "payload.bin").read_bytes())
-    path.write_bytes(
-        codec.encode({key: value for key, value in delta.items() if key.startswith("labels")})
-    )
+    path.write_bytes(codec.encode({key: value for key, value in delta.items() if key.startswith("labels")}))
     return str(path)
 
 
@@ -53,10 +49,7 @@ def test_labels_are_learned_by_a_row_each_and_one_that_the_head_lacks_is_missed(
 
 def test_a_private_head_stays_on_the_device(trained):
     folder, _ = trained("private", head=settings.Head("private"))
-    kept, sent = (
-        load_file(folder / "state.bin"),
-        codec.shapes((folder / "payload.bin").read_bytes()),
-    )
+    kept, sent = (load_file(folder / "state.bin"), codec.shapes((folder / "payload.bin").read_bytes()))
     assert kept.keys() == {"labels.red.H", "labels.green.H"}
     assert not any(key.startswith("labels") for key in sent)
 
@@ -69,32 +62,21 @@ def test_rows_of_labels_that_a_device_was_not_shown_are_not_sent(trained, tmp_pa
     (tmp_path / "start").write_bytes(codec.encode({**version, **told}))
     anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC)) if predicted else None
     codistill = CODISTILL if predicted else None
-    folder, _ = trained(
-        "foreign", start=str(tmp_path / "start"), codistill=codistill, anchors=anchors
-    )
+    folder, _ = trained("foreign", start=str(tmp_path / "start"), codistill=codistill, anchors=anchors)
     shown = {"red", "green", "blue"} if predicted else {"red", "green"}
-    for sent in (
-        codec.decode((folder / "payload.bin").read_bytes()),
-        load_file(folder / "residual.bin"),
-    ):
-        assert {key for key in sent if key.startswith("labels")} == {
-            f"labels.{label}.H" for label in shown
-        }
+    for sent in (codec.decode((folder / "payload.bin").read_bytes()), load_file(folder / "residual.bin")):
+        assert {key for key in sent if key.startswith("labels")} == {f"labels.{label}.H" for label in shown}
 
 
 def test_without_a_head_labels_are_learned_as_text(trained):
     folder, result = trained("text", head=None)
     assert result.losses[0] > 1.5 * np.log(2)
-    assert not any(
-        key.startswith("labels") for key in codec.shapes((folder / "payload.bin").read_bytes())
-    )
+    assert not any(key.startswith("labels") for key in codec.shapes((folder / "payload.bin").read_bytes()))
 
 
 def test_what_a_device_says_adds_up_to_how_like_its_rows_a_text_is(trained, tmp_path):
     anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC))
-    folder, _ = trained(
-        "says", method=settings.Method("local"), codistill=CODISTILL, anchors=anchors
-    )
+    folder, _ = trained("says", method=settings.Method("local"), codistill=CODISTILL, anchors=anchors)
     said = codec.decode((folder / "payload.bin").read_bytes())
     assert {key: value.shape for key, value in said.items()} == {
         f"anchors.{label}.P": (1, 12) for label in ("green", "red")
@@ -132,9 +114,7 @@ def test_a_device_without_labels_takes_part_with_what_it_has(trained, tmp_path):
     anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC))
     folder, result = trained("prompts", rows=rows, codistill=CODISTILL, anchors=anchors)
     assert result.losses[-1] < result.losses[0]
-    assert {key.split(".")[0] for key in codec.shapes((folder / "payload.bin").read_bytes())} == {
-        "layers"
-    }
+    assert {key.split(".")[0] for key in codec.shapes((folder / "payload.bin").read_bytes())} == {"layers"}
 
 
 @pytest.mark.parametrize("label", ["x" * 81, "two\nlines"])
@@ -189,8 +169,7 @@ def test_likeness_is_the_share_of_rows_that_lie_no_closer():
     for number, text in enumerate(texts):
         nearest = max(float(text @ row) for row in own)
         closest = [
-            max(float(row @ other) for j, other in enumerate(own) if j != i)
-            for i, row in enumerate(own)
+            max(float(row @ other) for j, other in enumerate(own) if j != i) for i, row in enumerate(own)
         ]
         assert float(found[number]) == pytest.approx(
             ((sum(one <= nearest for one in closest) + 1) / 41) ** 0.5

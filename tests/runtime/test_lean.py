@@ -8,22 +8,13 @@ import msgspec
 import pytest
 
 IMPORT = "from transformers import LlamaForCausalLM"
-LEFT_OUT = [
-    "torch._dynamo.eval_frame",
-    "torch.distributed.tensor",
-    "sympy",
-    "accelerate",
-    "PIL",
-    "scipy",
-]
+LEFT_OUT = ["torch._dynamo.eval_frame", "torch.distributed.tensor", "sympy", "accelerate", "PIL", "scipy"]
 LEAN = f"from edge_runtime.trainer.lean import lean_imports\nwith lean_imports():\n    {IMPORT}"
 
 
 def after(code, asked):
     program = f"{code}\nimport json, sys, torch\nprint(json.dumps({asked}))"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

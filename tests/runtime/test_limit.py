@@ -10,14 +10,7 @@ MIB = 1 << 20
 
 
 def plan(size, rows):
-    names = {
-        "source": "m",
-        "model_class": "m@1",
-        "depth": 4,
-        "layers": 4,
-        "weights": "bfloat16",
-        "rank": 4,
-    }
+    names = {"source": "m", "model_class": "m@1", "depth": 4, "layers": 4, "weights": "bfloat16", "rank": 4}
     return Plan(**names, rows=rows, tokens=32, terms={"all": size * MIB}, step_seconds=1.0)
 
 
@@ -51,8 +44,7 @@ def test_near_it_with_nothing_left_it_goes_on():
 
 def test_over_it_with_nothing_that_would_do_it_stops_and_says_what_was_needed():
     with pytest.raises(
-        MemoryShortError,
-        match=r"a step took 1.46 GiB of a budget of 1000 MiB, and was to take 1000 MiB",
+        MemoryShortError, match=r"a step took 1.46 GiB of a budget of 1000 MiB, and was to take 1000 MiB"
     ):
         limit(1500).ease()
     with pytest.raises(MemoryShortError):

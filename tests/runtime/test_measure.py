@@ -19,22 +19,9 @@ MIB = 1 << 20
 
 
 def measure(folder, *more, environment=None):
-    command = [
-        sys.executable,
-        "-m",
-        "edge_runtime.cli",
-        "measure",
-        "--model",
-        str(folder),
-        "--json",
-        *more,
-    ]
+    command = [sys.executable, "-m", "edge_runtime.cli", "measure", "--model", str(folder), "--json", *more]
     return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, **(environment or {})},
+        command, capture_output=True, text=True, timeout=200, env={**os.environ, **(environment or {})}
     )
 
 
@@ -45,31 +32,17 @@ def test_rows_are_as_long_as_asked_for(demo_tokenizer):
 
 def test_both_train_the_same_and_say_what_they_took(tiny_folder, cache):
     done = measure(
-        tiny_folder,
-        "--batch",
-        "2",
-        "--tokens",
-        "32",
-        "--steps",
-        "4",
-        "--rank",
-        "2",
-        "--against",
-        "peft",
+        tiny_folder, "--batch", "2", "--tokens", "32", "--steps", "4", "--rank", "2", "--against", "peft"
     )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
-    assert set(seen["phases"]) == {"load", "evaluate", "train", "encode"} and set(
-        seen["peft"]["phases"]
-    ) == {
+    assert set(seen["phases"]) == {"load", "evaluate", "train", "encode"} and set(seen["peft"]["phases"]) == {
         "load",
         "train",
     }
     for taken in (seen, seen["peft"]):
         assert len(taken["losses"]) == 4 and taken["step_seconds"] > 0
-        assert taken["measured_peak_bytes"] == max(
-            phase["peak_bytes"] for phase in taken["phases"].values()
-        )
+        assert taken["measured_peak_bytes"] == max(phase["peak_bytes"] for phase in taken["phases"].values())
         assert taken["baseline_bytes"] > 200 * MIB
     assert seen["losses"][0] == pytest.approx(
         seen["peft"]["losses"][0], rel=0.01
@@ -106,18 +79,11 @@ def test_the_table_has_the_views_that_are_there(capsys):
     views.show_measurement(done)
     lines = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
     cells = [[cell.strip() for cell in line] for line in lines]
-    assert ["load", "2 MiB", "-", "5 MiB"] in cells and [
-        "PEFT: load",
-        "4 MiB",
-        "7 MiB",
-        "-",
-    ] in cells
+    assert ["load", "2 MiB", "-", "5 MiB"] in cells and ["PEFT: load", "4 MiB", "7 MiB", "-"] in cells
     assert ["peak", "3 MiB", "3 MiB", "1.00"] in cells
 
 
-def test_a_shape_without_weights_is_drawn_at_random_and_may_be_streamed(
-    tiny_folder, cache, tmp_path
-):
+def test_a_shape_without_weights_is_drawn_at_random_and_may_be_streamed(tiny_folder, cache, tmp_path):
     shape = tmp_path / "shape"
     shape.mkdir()
     (shape / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
@@ -142,10 +108,7 @@ def test_a_board_is_stood_for_by_a_larger_gpu_alone(tiny_folder, cache):
     for board, said in (
         ("rtx-3060-12g", "'rtx-3060-12g' is not known: did you mean rtx-3060-12gb"),
         ("raspberry-pi-5-8gb", "raspberry-pi-5-8gb has no GPU whose memory could be capped"),
-        (
-            "rtx-3060-12gb",
-            "this machine has no GPU that could be capped to the memory of rtx-3060-12gb",
-        ),
+        ("rtx-3060-12gb", "this machine has no GPU that could be capped to the memory of rtx-3060-12gb"),
     ):
         done = measure(tiny_folder, "--board", board, environment={"CUDA_VISIBLE_DEVICES": ""})
         assert done.returncode == 2 and said in done.stderr
@@ -170,9 +133,7 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(tiny_folder, cache):
             f"edge-runtime: {option} is 0, but has to be 1 or more",
         )
     done = measure("-x")
-    assert done.returncode == 2 and done.stderr.startswith(
-        "edge-runtime: there is no model at -x, nor in "
-    )
+    assert done.returncode == 2 and done.stderr.startswith("edge-runtime: there is no model at -x, nor in ")
     done = measure(tiny_folder, "--rank", "300")
     assert (done.returncode, done.stderr.strip()) == (
         2,

@@ -25,16 +25,12 @@ FLEET = settings.Fleet(
 def payload(rank_a, rank_b, seed=0):
     draw = np.random.default_rng(seed)
     shapes = {"layers.0.q.A": (rank_a, 32), "layers.0.q.B": (48, rank_b)}
-    return codec.encode(
-        {key: draw.normal(0, 1, shape).astype(np.float32) for key, shape in shapes.items()}
-    )
+    return codec.encode({key: draw.normal(0, 1, shape).astype(np.float32) for key, shape in shapes.items()})
 
 
 def update(path, content):
     path.write_bytes(content)
-    return types.SimpleNamespace(
-        manifest=types.SimpleNamespace(model_class="m@1", samples=5), payload=path
-    )
+    return types.SimpleNamespace(manifest=types.SimpleNamespace(model_class="m@1", samples=5), payload=path)
 
 
 @pytest.mark.parametrize("rank", [4, 2])
@@ -66,12 +62,8 @@ def test_the_version_has_the_fleets_rank_and_goes_on_from_the_last(tmp_path):
     after = load_file(first.master)
     sent = codec.decode(low[0].payload.read_bytes())
     start = initial("layers.0.q.A", (4, 32), 3, HETLORA.factors["A"])
-    np.testing.assert_allclose(
-        after["layers.0.q.A"][:2], start[:2] + sent["layers.0.q.A"], atol=1e-6
-    )
-    assert np.array_equal(
-        after["layers.0.q.A"][2:], start[2:]
-    )  # nobody holds it: it waits for who does
+    np.testing.assert_allclose(after["layers.0.q.A"][:2], start[:2] + sent["layers.0.q.A"], atol=1e-6)
+    assert np.array_equal(after["layers.0.q.A"][2:], start[2:])  # nobody holds it: it waits for who does
     assert after["layers.0.q.B"].shape == (48, 4)
 
     both = [*low, update(tmp_path / "high", payload(4, 4, seed=1))]
@@ -86,9 +78,7 @@ def test_the_row_of_a_label_that_nobody_was_shown_stays(tmp_path):
     both = update(tmp_path / "both", codec.encode({"labels.red.H": red, "labels.blue.H": blue}))
     (first,) = merge.merge([both], {}, fleet, methods.of(fleet), 1, tmp_path / "1")
     red_alone = update(tmp_path / "red", codec.encode({"labels.red.H": more}))
-    (second,) = merge.merge(
-        [red_alone], {"m@1": first}, fleet, methods.of(fleet), 2, tmp_path / "2"
-    )
+    (second,) = merge.merge([red_alone], {"m@1": first}, fleet, methods.of(fleet), 2, tmp_path / "2")
     before, after = load_file(first.master), load_file(second.master)
     assert np.array_equal(after["labels.blue.H"], before["labels.blue.H"])
     assert np.abs(after["labels.red.H"] - before["labels.red.H"]).mean() > 0.1

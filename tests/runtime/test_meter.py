@@ -37,11 +37,7 @@ def test_mapped_files_are_told_from_anonymous_memory(tmp_path):
         assert sum(mapped[:: mmap.PAGESIZE]) == 0
         return mapped
 
-    idle, mapped, held = (
-        measured(lambda: None),
-        measured(read),
-        measured(lambda: b"\1" * (32 * MIB)),
-    )
+    idle, mapped, held = (measured(lambda: None), measured(read), measured(lambda: b"\1" * (32 * MIB)))
     assert mapped.file_mapped_bytes - idle.file_mapped_bytes == pytest.approx(32 * MIB, abs=4 * MIB)
     assert mapped.anonymous_bytes - idle.anonymous_bytes < 8 * MIB
     assert held.anonymous_bytes - idle.anonymous_bytes == pytest.approx(32 * MIB, abs=8 * MIB)
@@ -53,9 +49,7 @@ def test_without_a_gpu_its_figures_are_left_out():
 
 
 def test_a_phase_that_runs_twice_keeps_the_higher_of_each_figure(monkeypatch):
-    seen = iter(
-        [PhaseMemory(5, anonymous_bytes=3, file_mapped_bytes=2), PhaseMemory(4, anonymous_bytes=4)]
-    )
+    seen = iter([PhaseMemory(5, anonymous_bytes=3, file_mapped_bytes=2), PhaseMemory(4, anonymous_bytes=4)])
     of = meter.Meter("cpu")
     monkeypatch.setattr(of, "_memory", lambda: next(seen))
     for _ in range(2):

@@ -13,12 +13,7 @@ from edge_runtime.errors import InputError
 from edge_runtime.methods import codistill, fedit
 from edge_runtime.methods.interface import Contribution
 
-SHAPES = {
-    "layers.0.q.A": (4, 32),
-    "layers.0.q.B": (48, 4),
-    "layers.7.q.A": (4, 32),
-    "layers.7.q.B": (48, 4),
-}
+SHAPES = {"layers.0.q.A": (4, 32), "layers.0.q.B": (48, 4), "layers.7.q.A": (4, 32), "layers.7.q.B": (48, 4)}
 
 
 ZEROS = {key: np.zeros(shape, np.float32) for key, shape in SHAPES.items()}
@@ -73,8 +68,7 @@ def test_the_comparison_sees_a_wrong_mean(fault):
     wrong = {
         "unweighted": [(one, 1) for one, _ in updates],
         "over all devices": [
-            ({**{key: 0 * value for key, value in delta(0).items()}, **one}, n)
-            for one, n in updates
+            ({**{key: 0 * value for key, value in delta(0).items()}, **one}, n) for one, n in updates
         ],
         "one forgotten": updates[:2],
     }[fault]
@@ -141,14 +135,8 @@ def test_memory_does_not_grow_with_the_number_of_updates(name):
 @pytest.mark.parametrize(
     ("merge", "shapes"),
     [
-        (
-            methods.by_name("heterotune").merges["stages"],
-            {f"stages.0.q.{name}": (256, 256) for name in "UV"},
-        ),
-        (
-            methods.by_name("h2tune").merges["stages"],
-            {f"stages.{stage}.q.S": (256, 256) for stage in (0, 1)},
-        ),
+        (methods.by_name("heterotune").merges["stages"], {f"stages.0.q.{name}": (256, 256) for name in "UV"}),
+        (methods.by_name("h2tune").merges["stages"], {f"stages.{stage}.q.S": (256, 256) for stage in (0, 1)}),
         (codistill.combined, {f"anchors.{label}.P": (1, 256 * 256) for label in "ab"}),
     ],
     ids=["heterotune", "h2tune", "codistill"],
@@ -186,9 +174,7 @@ def test_each_factor_is_sent_kept_or_frozen():
             key = f"layers.0.q.{factor}"
             assert (method.exchanged(key), method.kept(key)) == (factor in sent, factor in kept)
         assert bool(method.merges) is bool(sent)
-        assert "zero" in {
-            factor.start for factor in method.factors.values()
-        }  # version 0 changes nothing
+        assert "zero" in {factor.start for factor in method.factors.values()}  # version 0 changes nothing
 
 
 def products(factors):
@@ -198,33 +184,21 @@ def products(factors):
 
 
 @pytest.mark.parametrize(("name", "exact"), [("ffa", True), ("fedsb", True), ("fedit", False)])
-def test_the_product_of_what_is_merged_is_the_mean_product_where_one_factor_alone_moves(
-    name, exact
-):
+def test_the_product_of_what_is_merged_is_the_mean_product_where_one_factor_alone_moves(name, exact):
     method = methods.by_name(name)
     shapes = {"A": (4, 32), "B": (48, 4), "C": (4, 4)}
     draw = np.random.default_rng(0)
-    start = {
-        factor: draw.normal(0, 1, shapes[factor]).astype(np.float32) for factor in method.factors
-    }
+    start = {factor: draw.normal(0, 1, shapes[factor]).astype(np.float32) for factor in method.factors}
     updates = [
         (
-            {
-                f: draw.normal(0, 1, shapes[f]).astype(np.float32)
-                for f in start
-                if method.exchanged(f"x.{f}")
-            },
+            {f: draw.normal(0, 1, shapes[f]).astype(np.float32) for f in start if method.exchanged(f"x.{f}")},
             samples,
         )
         for samples in (200, 31, 1)
     ]
-    step = method.merges["layers"](
-        lambda: (Contribution({}, one, samples) for one, samples in updates)
-    )
+    step = method.merges["layers"](lambda: (Contribution({}, one, samples) for one, samples in updates))
     after = products({f: start[f] + step.get(f, 0) for f in start})
-    mean = (
-        sum(n * products({f: start[f] + one.get(f, 0) for f in start}) for one, n in updates) / 232
-    )
+    mean = sum(n * products({f: start[f] + one.get(f, 0) for f in start}) for one, n in updates) / 232
     assert bool(np.abs(after - mean).max() < 1e-4) is exact
 
 
@@ -236,9 +210,7 @@ def device(seed, rank, before, keys=tuple(SHAPES)):
     draw = np.random.default_rng(seed)
     shapes = {key: (rank, 32) if key.endswith("A") else (48, rank) for key in keys}
     return Contribution(
-        before,
-        {key: draw.normal(0, 1, shape).astype(np.float32) for key, shape in shapes.items()},
-        9,
+        before, {key: draw.normal(0, 1, shape).astype(np.float32) for key, shape in shapes.items()}, 9
     )
 
 
@@ -255,9 +227,7 @@ def filled_up(made):
             after[key] = np.zeros(one.before[key].shape)
             where = tuple(map(slice, step.shape))
             after[key][where] = one.before[key].astype(np.float64)[where] + step
-        blocks = [
-            after[f"{layer}.B"] @ after[f"{layer}.A"] for layer in {key[:-2] for key in after}
-        ]
+        blocks = [after[f"{layer}.B"] @ after[f"{layer}.A"] for layer in {key[:-2] for key in after}]
         held.append(after)
         norms.append(np.sqrt(sum(np.sum(block**2) for block in blocks)))
     return held, norms
@@ -279,10 +249,7 @@ def test_hetlora_is_the_mean_of_what_is_filled_up_weighted_by_the_norm_of_the_pr
     made = [device(0, 4, before), device(1, 2, before), device(2, 1, before, shallow)]
     seen, truth = hetlora(made), dense_hetlora(made)
     assert_same(seen, truth)
-    equal = [
-        one._replace(delta={**one.delta, "layers.0.q.B": 2 * one.delta["layers.0.q.B"]})
-        for one in made
-    ]
+    equal = [one._replace(delta={**one.delta, "layers.0.q.B": 2 * one.delta["layers.0.q.B"]}) for one in made]
     with pytest.raises(AssertionError):  # the weights do depend on the products
         assert_same(hetlora(equal[:1] + made[1:]), truth)
 
@@ -310,14 +277,10 @@ def test_a_device_counts_the_same_however_its_factors_share_its_product():
     one, other = device(0, 4, before), device(1, 4, before)
     gauge = np.random.default_rng(3).normal(0, 1, (4, 4))
     turned = {
-        key: (np.linalg.inv(gauge) @ value if key.endswith("A") else value @ gauge).astype(
-            np.float32
-        )
+        key: (np.linalg.inv(gauge) @ value if key.endswith("A") else value @ gauge).astype(np.float32)
         for key, value in one.delta.items()
     }
-    np.testing.assert_allclose(
-        shares([one._replace(delta=turned), other]), shares([one, other]), rtol=1e-4
-    )
+    np.testing.assert_allclose(shares([one._replace(delta=turned), other]), shares([one, other]), rtol=1e-4)
     larger = one._replace(delta={key: 2 * value for key, value in one.delta.items()})
     assert shares([larger, other])[0] > 1.3 * shares([one, other])[0]
 
@@ -346,10 +309,7 @@ def test_a_device_goes_on_with_fewer_ranks_where_what_lies_beyond_them_has_becom
 
 def test_the_penalty_is_of_what_lies_beyond_and_its_gradient_is_finite_at_version_0():
     draw = torch.Generator().manual_seed(0)
-    layers = [
-        (torch.randn(4, 8, generator=draw), None, torch.randn(6, 4, generator=draw))
-        for _ in range(3)
-    ]
+    layers = [(torch.randn(4, 8, generator=draw), None, torch.randn(6, 4, generator=draw)) for _ in range(3)]
     seen = pruning().passes(1)[0].penalty(layers, [None] * 3)
     truth = sum(float(B[:, 2:].double().norm() * A[2:].double().norm()) for A, _, B in layers) / 3
     assert float(seen) == pytest.approx(0.5 * truth, rel=1e-6)
@@ -373,19 +333,13 @@ def mean_products(made):
     found = {}
     for layer in {key[:-2] for one in made for key in one.delta}:
         holders = [(one.after(), one.samples) for one in made if f"{layer}.A" in one.delta]
-        dense = [
-            (after[f"{layer}.B"].astype(np.float64) @ after[f"{layer}.A"], n)
-            for after, n in holders
-        ]
+        dense = [(after[f"{layer}.B"].astype(np.float64) @ after[f"{layer}.A"], n) for after, n in holders]
         found[layer] = sum(n * product for product, n in dense) / sum(n for _, n in dense)
     return found
 
 
 def product(step, before, layer, rank):
-    B, A = (
-        before[f"{layer}.{factor}"].astype(np.float64) + step[f"{layer}.{factor}"]
-        for factor in "BA"
-    )
+    B, A = (before[f"{layer}.{factor}"].astype(np.float64) + step[f"{layer}.{factor}"] for factor in "BA")
     return B[:, :rank] @ A[:rank]
 
 
@@ -395,9 +349,7 @@ def product(step, before, layer, rank):
 def test_flexlora_has_the_best_factors_of_the_mean_product_in_every_rank(ranks):
     before = delta(9)
     shallow = [key for key in SHAPES if key.startswith("layers.0.")]
-    made = [
-        device(seed, rank, before)._replace(samples=50 + seed) for seed, rank in enumerate(ranks)
-    ]
+    made = [device(seed, rank, before)._replace(samples=50 + seed) for seed, rank in enumerate(ranks)]
     made.append(device(99, 1, before, shallow))
     step = flexlora(made)
     for layer, dense in mean_products(made).items():
@@ -407,8 +359,7 @@ def test_flexlora_has_the_best_factors_of_the_mean_product_in_every_rank(ranks):
             seen = np.linalg.norm(dense - product(step, before, layer, rank))
             assert best - 1e-4 <= seen <= 1.02 * best + 1e-4
             other = np.linalg.norm(
-                dense
-                - product({key: 0.9 * value for key, value in step.items()}, before, layer, rank)
+                dense - product({key: 0.9 * value for key, value in step.items()}, before, layer, rank)
             )
             assert other > 1.02 * best + 1e-4  # the comparison sees other factors
         rows = before[f"{layer}.A"] + step[f"{layer}.A"]
@@ -418,10 +369,7 @@ def test_flexlora_has_the_best_factors_of_the_mean_product_in_every_rank(ranks):
 def test_a_layer_narrower_than_the_rank_keeps_its_product_and_no_row_is_dead():
     draw = np.random.default_rng(0)
     before, made = (
-        {
-            f"x.{f}": draw.normal(0, 1, s).astype(np.float32)
-            for f, s in (("A", (4, 32)), ("B", (3, 4)))
-        }
+        {f"x.{f}": draw.normal(0, 1, s).astype(np.float32) for f, s in (("A", (4, 32)), ("B", (3, 4)))}
         for _ in "12"
     )
     one = Contribution(before, made, 5)
@@ -459,19 +407,13 @@ def flora(made, kept):
 @pytest.mark.parametrize(("ranks", "kept"), [((4,), 8), ((4, 2, 1), 16), ((1,), 1), ((4, 4, 4), 5)])
 def test_flora_adds_the_mean_product_to_what_it_keeps_exactly_while_there_is_room(ranks, kept):
     draw = np.random.default_rng(4)
-    held = {
-        f"layers.0.q.{f}": draw.normal(0, 1, s).astype(np.float32) for f, s in KEPT_SHAPES.items()
-    }
+    held = {f"layers.0.q.{f}": draw.normal(0, 1, s).astype(np.float32) for f, s in KEPT_SHAPES.items()}
     before = {**delta(9), **full(held, kept)}
-    made = [
-        device(seed, rank, before)._replace(samples=50 + seed) for seed, rank in enumerate(ranks)
-    ]
+    made = [device(seed, rank, before)._replace(samples=50 + seed) for seed, rank in enumerate(ranks)]
     step = flora(made, kept)
     assert {key.rpartition(".")[2] for key in step} == {"keptA", "keptB"}
     for layer, mean in mean_products(made).items():
-        past = (
-            before.get(f"{layer}.{f}", np.zeros(1)).astype(np.float64) for f in ("keptB", "keptA")
-        )
+        past = (before.get(f"{layer}.{f}", np.zeros(1)).astype(np.float64) for f in ("keptB", "keptA"))
         truth = mean + (np.matmul(*past) if f"{layer}.keptA" in before else 0)
         A, B = (before.get(f"{layer}.{f}", 0) + step[f"{layer}.{f}"] for f in ("keptA", "keptB"))
         assert len(A) == B.shape[1] == kept
@@ -482,9 +424,7 @@ def test_flora_adds_the_mean_product_to_what_it_keeps_exactly_while_there_is_roo
         assert np.linalg.norm(truth - 0.9 * B.astype(np.float64) @ A) > 1.02 * best + 1e-3
         assert (best < 1e-3) is (kept >= sum(ranks) + (layer == "layers.0.q"))
         learned = min(kept, sum(ranks) + (layer == "layers.0.q"))
-        assert (
-            A[:learned].any(1).all() and not A[learned:].any()
-        )  # nothing travels that says nothing
+        assert A[:learned].any(1).all() and not A[learned:].any()  # nothing travels that says nothing
 
 
 KEPT_SHAPES = {"keptA": (1, 32), "keptB": (48, 1)}
@@ -502,13 +442,10 @@ def full(held, kept):
 
 def test_ranks_that_no_layer_can_multiply_are_refused():
     for rank, kept in ((16, 256), (200, 64)):
-        of = settings.Fleet(
-            "f", (settings.Model("m"),), method=settings.Method("flora", {"kept": kept})
-        )
+        of = settings.Fleet("f", (settings.Model("m"),), method=settings.Method("flora", {"kept": kept}))
         of = msgspec.structs.replace(of, adapter=settings.Adapter(rank=rank))
         with pytest.raises(
-            InputError,
-            match=f"rank is {rank} and \\[method\\] kept {kept}, but together .* 256 at most",
+            InputError, match=f"rank is {rank} and \\[method\\] kept {kept}, but together .* 256 at most"
         ):
             methods.of(of)
 
@@ -523,9 +460,7 @@ def test_flora_is_the_same_for_equal_devices_and_for_one_that_turns_inside_its_r
     for made in ([one], [one] * 3, [one._replace(delta=turned)]):
         step = flora(made, 8)
         for layer, dense in mean_products([one]).items():
-            np.testing.assert_allclose(
-                step[f"{layer}.keptB"] @ step[f"{layer}.keptA"], dense, atol=1e-3
-            )
+            np.testing.assert_allclose(step[f"{layer}.keptB"] @ step[f"{layer}.keptA"], dense, atol=1e-3)
 
 
 def test_an_unknown_method_is_answered_with_the_known_ones():
@@ -544,23 +479,16 @@ def test_ranks_that_a_method_cannot_merge_are_refused_before_anything_is_read_or
     )
     refused = CliRunner().invoke(cli.app, [*command, "--fleet", str(path)]).exception
     assert isinstance(refused, InputError)
-    assert (
-        "lower is (4,), but has to be left out with fedit, which merges factors of one rank, 8"
-        in str(refused)
+    assert "lower is (4,), but has to be left out with fedit, which merges factors of one rank, 8" in str(
+        refused
     )
 
 
 def test_unequal_ranks_are_for_methods_that_can_merge_them_or_exchange_nothing():
-    unequal = settings.Fleet(
-        "f", (settings.Model("m"),), adapter=settings.Adapter(rank=8, lower=(4,))
-    )
-    with pytest.raises(
-        InputError, match="devices of unequal ranks need `local` or `hetlora` or `flexlora`"
-    ):
+    unequal = settings.Fleet("f", (settings.Model("m"),), adapter=settings.Adapter(rank=8, lower=(4,)))
+    with pytest.raises(InputError, match="devices of unequal ranks need `local` or `hetlora` or `flexlora`"):
         methods.of(unequal)
     for name in ("local", "hetlora", "flexlora"):
-        of = settings.Fleet(
-            "f", unequal.catalog, method=settings.Method(name), adapter=unequal.adapter
-        )
+        of = settings.Fleet("f", unequal.catalog, method=settings.Method(name), adapter=unequal.adapter)
         assert methods.of(of).name == name
     assert methods.of(settings.Fleet("f", unequal.catalog)).name == "fedit"

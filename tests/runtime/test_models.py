@@ -34,18 +34,7 @@ from edge_runtime.trainer import step
 
 FEDIT = fedit.METHOD
 IDS = torch.arange(3, 43).reshape(2, 20)
-FAMILIES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "phi",
-    "phi3",
-    "gpt2",
-)
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2")
 
 
 # --- slices
@@ -83,8 +72,7 @@ def test_smaller_slices_are_found_inside_a_slice():
 @pytest.mark.parametrize("depth", [0, -1, 31])
 def test_a_slice_that_cannot_be_cut_is_refused(depth):
     with pytest.raises(
-        ValueError,
-        match=f"a slice of {depth} layers cannot be cut from a model of 30: choose 1 to 30",
+        ValueError, match=f"a slice of {depth} layers cannot be cut from a model of 30: choose 1 to 30"
     ):
         kept_layers(depth, 30)
 
@@ -100,16 +88,10 @@ def test_the_facts_of_the_demos_model(demo_facts):
         1536,
     )
     assert (demo_facts.heads, demo_facts.kv_heads, demo_facts.head_dim) == (9, 3, 64)
-    assert (demo_facts.vocabulary, demo_facts.positions, demo_facts.tied_head) == (
-        49152,
-        8192,
-        True,
-    )
+    assert (demo_facts.vocabulary, demo_facts.positions, demo_facts.tied_head) == (49152, 8192, True)
     assert demo_facts.linears["k"] == (192, 576) and demo_facts.linears["down"] == (576, 1536)
     assert demo_facts.weights == str(demo.path())
-    assert demo_facts.block_parameters * 30 + demo_facts.head_parameters == pytest.approx(
-        134.5e6, rel=0.001
-    )
+    assert demo_facts.block_parameters * 30 + demo_facts.head_parameters == pytest.approx(134.5e6, rel=0.001)
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +145,7 @@ def test_interleaved_rows_are_put_back_in_a_bias_as_in_a_weight(tmp_path, shape)
     path = tmp_path / "rows"
     path.write_bytes(interleaved(truth.view(8, -1), 2).numpy().tobytes())
     kind = gguf.GGMLQuantizationType.F32
-    tensors = {
-        str(heads): gguf_file.Tensor(0, kind, shape, interleaved_heads=heads) for heads in (0, 2)
-    }
+    tensors = {str(heads): gguf_file.Tensor(0, kind, shape, interleaved_heads=heads) for heads in (0, 2)}
     read = gguf_file.Reader(path, tensors)
     assert torch.equal(read.dense("2", torch.float32), truth)
     assert not torch.equal(read.dense("0", torch.float32), truth)
@@ -174,8 +154,7 @@ def test_interleaved_rows_are_put_back_in_a_bias_as_in_a_weight(tmp_path, shape)
 def test_the_whole_model_knows_the_capital_of_france(demo_facts, demo_tokenizer):
     model = weights.load(demo_facts, 30, "bfloat16")
     assert all(
-        parameter.dtype == torch.bfloat16 and not parameter.requires_grad
-        for parameter in model.parameters()
+        parameter.dtype == torch.bfloat16 and not parameter.requires_grad for parameter in model.parameters()
     )
     question = [{"role": "user", "content": "What is the capital of France?"}]
     text = demo_tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
@@ -210,15 +189,11 @@ def cut_short(path, left, places):
     first, end, name = min(place for place in places if place[1] > left)
     needs = max(end for _, end, _ in places)
     lacks = f"the first tensor that is not all there is {name}, bytes {first} to {end}"
-    return (
-        f"{path} is cut short: it has {left} bytes and needs {needs}; {lacks}; copy the file again"
-    )
+    return f"{path} is cut short: it has {left} bytes and needs {needs}; {lacks}; copy the file again"
 
 
 @pytest.mark.parametrize("where", ["begin", "header", "data", "middle", "last byte"])
-def test_a_gguf_file_cut_short_is_refused_before_any_weight_is_read(
-    demo_facts, where, tmp_path, monkeypatch
-):
+def test_a_gguf_file_cut_short_is_refused_before_any_weight_is_read(demo_facts, where, tmp_path, monkeypatch):
     held = gguf.GGUFReader(demo.path()).tensors
     places = [(int(one.data_offset), int(one.data_offset + one.n_bytes), one.name) for one in held]
     assert whole.tensors(demo.path()) == {
@@ -226,13 +201,9 @@ def test_a_gguf_file_cut_short_is_refused_before_any_weight_is_read(
         for (first, end, name), one in zip(places, held, strict=True)
     }
     start, end = min(places)[0], max(places)[1]
-    left = {
-        "begin": 3,
-        "header": start // 2,
-        "data": start + 1,
-        "middle": end // 2,
-        "last byte": end - 1,
-    }[where]
+    left = {"begin": 3, "header": start // 2, "data": start + 1, "middle": end // 2, "last byte": end - 1}[
+        where
+    ]
     path = tmp_path / "cut.gguf"
     with demo.path().open("rb") as stream:
         path.write_bytes(stream.read(left))
@@ -274,9 +245,7 @@ def test_every_family_is_loaded_as_it_was_saved(tiny, facts_of, family, shard, t
     model = tiny(family)
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "20KB")
-    loaded = weights.load(
-        facts_of(model, folder=str(tmp_path), weights=str(tmp_path)), 4, "float32"
-    )
+    loaded = weights.load(facts_of(model, folder=str(tmp_path), weights=str(tmp_path)), 4, "float32")
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
@@ -287,9 +256,7 @@ def test_a_slice_of_every_family_is_the_model_without_its_middle(tiny, facts_of,
 
     model = tiny(family)
     model.save_pretrained(tmp_path)
-    loaded = weights.load(
-        facts_of(model, folder=str(tmp_path), weights=str(tmp_path)), 2, "float32"
-    )
+    loaded = weights.load(facts_of(model, folder=str(tmp_path), weights=str(tmp_path)), 2, "float32")
     for seen, kept in zip(roles.blocks(loaded), (0, 3), strict=True):
         truth = roles.blocks(model)[kept].state_dict()
         assert seen.state_dict().keys() == truth.keys()
@@ -310,19 +277,8 @@ def test_preparing_takes_no_more_memory_than_training(tmp_path):
         "import re, sys; from edge_runtime.models import prepare; code = prepare.main(); "
         "sys.exit(code or re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
     )
-    command = [
-        sys.executable,
-        "-c",
-        script,
-        str(demo.path()),
-        "--models",
-        ".",
-        "--cache",
-        str(tmp_path),
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=processes.environment()
-    )
+    command = [sys.executable, "-c", script, str(demo.path()), "--models", ".", "--cache", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=processes.environment())
     assert 200 << 10 < int(done.stderr) < 480 << 10  # KiB; 416 MiB where it was measured
 
 
@@ -335,9 +291,7 @@ def test_a_prepared_folder_may_move(tiny_folder, tmp_path):
 
 def test_a_model_that_writes_no_text_is_refused(copied, tmp_path):
     (copied / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(
-        InputError, match=r"copied is a vit, which transformers cannot have write text"
-    ):
+    with pytest.raises(InputError, match=r"copied is a vit, which transformers cannot have write text"):
         prepare(str(copied), tmp_path, tmp_path / "cache")
 
 
@@ -383,9 +337,7 @@ def test_a_missing_tensor_is_named(tiny, facts_of, tmp_path):
     del tensors["model.layers.3.mlp.up_proj.weight"]
     save_file(tensors, file, {"format": "pt"})
     facts = facts_of(model, folder=str(tmp_path), weights=str(tmp_path))
-    with pytest.raises(
-        InputError, match=r"lacks the tensor model\.layers\.3\.mlp\.up_proj\.weight"
-    ):
+    with pytest.raises(InputError, match=r"lacks the tensor model\.layers\.3\.mlp\.up_proj\.weight"):
         weights.load(facts, 4, "float32")
     weights.load(facts, 1, "float32")  # a slice that does not need it
 
@@ -408,13 +360,9 @@ def test_a_safetensors_file_cut_short_is_refused_before_any_weight_is_read(
     ]
     assert sorted(whole.tensors(file)) == sorted(load_file(file))
     end = len(content)
-    left = {
-        "empty": 0,
-        "header": 100,
-        "data": start + 1,
-        "middle": (start + end) // 2,
-        "last byte": end - 1,
-    }[where]
+    left = {"empty": 0, "header": 100, "data": start + 1, "middle": (start + end) // 2, "last byte": end - 1}[
+        where
+    ]
     file.write_bytes(content[:left])
     said = re.escape(cut_short(file, left, places))
     with pytest.raises(InputError, match=said):
@@ -464,9 +412,7 @@ def copied(tiny_folder, tmp_path):
 
 def test_code_that_comes_with_a_model_is_refused(copied, tmp_path):
     config = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(
-        json.dumps({**config, "auto_map": {"AutoConfig": "theirs.Config"}})
-    )
+    (copied / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "theirs.Config"}}))
     (copied / "theirs.py").write_text("raise SystemExit('their code ran')")
     with pytest.raises(InputError, match="brings code of its own"):
         prepare(str(copied), tmp_path, tmp_path / "cache")
@@ -518,17 +464,12 @@ def test_a_folder_without_a_tokenizer_is_refused_in_one_line(copied, tmp_path):
 
 @pytest.mark.parametrize("source", ["models/nowhere", "no where/at all"])
 def test_what_is_neither_here_nor_on_the_hub_is_refused_in_one_line(source, tmp_path, monkeypatch):
-    hub, fetch = (
-        import_module("huggingface_hub"),
-        import_module("huggingface_hub").snapshot_download,
-    )
+    hub, fetch = (import_module("huggingface_hub"), import_module("huggingface_hub").snapshot_download)
 
     def offline(repository, **more):
         if " " in repository:
             return fetch(repository, **more)
-        raise hub.errors.LocalEntryNotFoundError(
-            "Got: no network\n\nPlease check your\nconnection."
-        )
+        raise hub.errors.LocalEntryNotFoundError("Got: no network\n\nPlease check your\nconnection.")
 
     monkeypatch.setattr(hub, "snapshot_download", offline)
     with pytest.raises(InputError) as caught:
@@ -547,27 +488,20 @@ def test_a_gguf_tensor_in_a_format_that_cannot_be_expanded_is_refused(demo_facts
     where = (demo.path(), ["model.norm.weight"], config)
     assert gguf_file.index(*where)["model.norm.weight"].shape == (demo_facts.hidden,)
     monkeypatch.setattr(gguf_file, "_expandable", lambda kind: kind.name != "F32")
-    with pytest.raises(
-        InputError, match=r"output_norm\.weight is held in F32, which cannot be expanded"
-    ):
+    with pytest.raises(InputError, match=r"output_norm\.weight is held in F32, which cannot be expanded"):
         gguf_file.index(*where)
 
 
 @pytest.mark.parametrize(
-    ("kind", "can"),
-    [("F32", True), ("Q4_K", True), ("IQ2_XXS", True), ("I32", False), ("Q8_K", False)],
+    ("kind", "can"), [("F32", True), ("Q4_K", True), ("IQ2_XXS", True), ("I32", False), ("Q8_K", False)]
 )
 def test_what_the_gguf_package_expands(kind, can):
     assert gguf_file._expandable(gguf.GGMLQuantizationType[kind]) is can
 
 
-@pytest.mark.parametrize(
-    "source", ["./nowhere", "nowhere", "nowhere.gguf", "/nowhere/at/all", "a/b/c"]
-)
+@pytest.mark.parametrize("source", ["./nowhere", "nowhere", "nowhere.gguf", "/nowhere/at/all", "a/b/c"])
 def test_no_such_model(source, tmp_path):
-    with pytest.raises(
-        InputError, match=r"there is no model at .*: copy it there or name a hub id"
-    ):
+    with pytest.raises(InputError, match=r"there is no model at .*: copy it there or name a hub id"):
         prepare(source, tmp_path, tmp_path / "cache")
 
 
@@ -591,9 +525,7 @@ def test_two_processes_may_prepare_the_same_model_at_once(tiny_folder, tmp_path)
         str(tiny_folder.parent),
     ]
     both = [
-        subprocess.Popen(
-            [*command, "--cache", str(cache)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        subprocess.Popen([*command, "--cache", str(cache)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(2)
     ]
     said = [process.communicate(timeout=120) for process in both]
@@ -634,10 +566,7 @@ def test_a_gguf_matrix_keeps_its_bytes_and_another_format_is_near(demo_facts):
     index = msgspec.json.decode(
         (Path(demo_facts.folder) / "tensors.json").read_bytes(), type=dict[str, gguf_file.Tensor]
     )
-    name, read = (
-        "model.layers.0.self_attn.q_proj.weight",
-        gguf_file.Reader(Path(demo_facts.weights), index),
-    )
+    name, read = ("model.layers.0.self_attn.q_proj.weight", gguf_file.Reader(Path(demo_facts.weights), index))
     dense = read.dense(name, torch.float32)
     assert index[name].interleaved_heads
     assert torch.equal(expand(read.packed(name, "q4_1")), dense)
@@ -651,11 +580,7 @@ def test_a_folders_matrices_are_packed_while_loading(tiny_facts, format):
     model = weights.load(tiny_facts, 2, format)
     layer = roles.blocks(model)[0].mlp.up_proj
     assert isinstance(layer, PackedLinear) and layer.weight.format == format
-    assert (
-        model.get_input_embeddings().weight.format
-        == model.get_output_embeddings().weight.format
-        == "q8_0"
-    )
+    assert model.get_input_embeddings().weight.format == model.get_output_embeddings().weight.format == "q8_0"
     assert not any(parameter.is_meta for parameter in model.parameters())
     seen, truth = logits_of(tiny_facts, 2, format), logits_of(tiny_facts, 2, "float32")
     assert float((seen - truth).norm() / truth.norm()) < (0.05 if format == "q8_0" else 0.4)
@@ -666,9 +591,7 @@ def test_an_embedding_expands_only_the_rows_it_is_asked_for(tiny_facts, monkeypa
     expanded = []
     whole = import_module("edge_runtime.models.packed")
     monkeypatch.setattr(
-        whole,
-        "expand",
-        lambda packed, dtype: expanded.append(packed.shape) or expand(packed, dtype),
+        whole, "expand", lambda packed, dtype: expanded.append(packed.shape) or expand(packed, dtype)
     )
     ids = torch.tensor([[5, 7, 5]])
     rows = embedding(ids)
@@ -691,9 +614,7 @@ def test_every_other_family_computes_nearly_the_same_packed(tiny, facts_of, fami
 # --- streamed
 
 
-def test_streamed_blocks_compute_the_same_from_files_of_the_checkpoints_layers(
-    tiny_facts, tmp_path
-):
+def test_streamed_blocks_compute_the_same_from_files_of_the_checkpoints_layers(tiny_facts, tmp_path):
     facts = msgspec.structs.replace(
         tiny_facts, folder=str(shutil.copytree(tiny_facts.folder, tmp_path / "facts"))
     )
@@ -702,18 +623,12 @@ def test_streamed_blocks_compute_the_same_from_files_of_the_checkpoints_layers(
     for _ in range(2):  # the second time the files are there
         streamed = weights.load(facts, 2, "q4_1", streamed=True)
         with torch.no_grad():
-            assert torch.equal(
-                streamed(ids, use_cache=False).logits, held(ids, use_cache=False).logits
-            )
-    files = sorted(
-        file.name for file in (tmp_path / "facts" / "streamed-q4_1").glob("*.safetensors")
-    )
+            assert torch.equal(streamed(ids, use_cache=False).logits, held(ids, use_cache=False).logits)
+    files = sorted(file.name for file in (tmp_path / "facts" / "streamed-q4_1").glob("*.safetensors"))
     assert files == ["0.safetensors", f"{facts.layers - 1}.safetensors"]
     (tmp_path / "facts" / "streamed-q4_1" / files[0]).write_bytes(b"")
     with (
-        pytest.raises(
-            InputError, match=r"0.safetensors, made of the model's weights, cannot be read"
-        ),
+        pytest.raises(InputError, match=r"0.safetensors, made of the model's weights, cannot be read"),
         torch.no_grad(),
     ):
         streamed(ids, use_cache=False)
@@ -726,9 +641,7 @@ def test_a_streamed_block_lets_go_of_its_matrices_until_it_runs_again(tiny_facts
     seen = {}
     for streamed in (False, True):
         model = weights.load(facts, 2, "q8_0", streamed=streamed)
-        adapter = attach.attach(
-            model, (0, facts.layers - 1), settings.Adapter(rank=2), FEDIT, seed=0
-        )
+        adapter = attach.attach(model, (0, facts.layers - 1), settings.Adapter(rank=2), FEDIT, seed=0)
         with torch.no_grad():
             adapter.factors["layers.0.q.B"].fill_(0.01)
         read = []
@@ -749,12 +662,9 @@ def test_a_streamed_block_lets_go_of_its_matrices_until_it_runs_again(tiny_facts
 
 def test_a_tensor_of_another_size_is_refused_by_name(tiny_facts, tmp_path):
     config = json.loads((Path(tiny_facts.folder) / "config.json").read_text())
-    (tmp_path / "config.json").write_text(
-        json.dumps({**config, "vocab_size": config["vocab_size"] + 1})
-    )
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 1}))
     other = msgspec.structs.replace(tiny_facts, folder=str(tmp_path))
     with pytest.raises(
-        InputError,
-        match=r"embed_tokens.weight is \(\d+, \d+\) in .*, but this model needs \(\d+, \d+\)",
+        InputError, match=r"embed_tokens.weight is \(\d+, \d+\) in .*, but this model needs \(\d+, \d+\)"
     ):
         weights.load(other, other.layers, "float32")

@@ -35,14 +35,7 @@ def node(tmp_path):
 
 def update(node, device, round_=1, commit=True):
     manifest = messages.describe(
-        b"delta",
-        fleet="f",
-        device=device,
-        round=round_,
-        model_class="m",
-        codec="c",
-        samples=1,
-        chunk_bytes=8,
+        b"delta", fleet="f", device=device, round=round_, model_class="m", codec="c", samples=1, chunk_bytes=8
     )
     node._journal.open(manifest)
     node._journal.write(manifest, 0, b"delta")
@@ -88,21 +81,11 @@ def test_public_texts_that_are_others_than_those_that_were_asked_are_refused(nod
 )
 def test_an_update_weighs_no_more_than_the_rows_of_a_round(node, samples, taken):
     one = node(noop=True, training={"steps": 3, "rows_a_step": 2})
-    described = {
-        "fleet": "f",
-        "device": "a",
-        "round": 1,
-        "model_class": "m",
-        "codec": "c",
-        "chunk_bytes": 8,
-    }
+    described = {"fleet": "f", "device": "a", "round": 1, "model_class": "m", "codec": "c", "chunk_bytes": 8}
     reason = one._check_manifest(messages.describe(b"delta", samples=samples, **described))
     assert (reason is None) is taken
     if not taken:
-        assert (
-            reason
-            == f"the manifest has {samples} samples, which weigh its mean, but a round has 1 to 6"
-        )
+        assert reason == f"the manifest has {samples} samples, which weigh its mean, but a round has 1 to 6"
 
 
 def test_what_a_kill_left_of_a_merged_round_is_refused_and_deleted(node):
@@ -124,10 +107,7 @@ def test_versions_are_found_where_the_state_has_moved_to(tmp_path):
     )
     before.rename(after)
     found = Store(after / "node.db").versions()["m"]
-    assert (found.master, found.artifact) == (
-        after / "versions" / "master",
-        after / "versions" / "sent",
-    )
+    assert (found.master, found.artifact) == (after / "versions" / "master", after / "versions" / "sent")
 
 
 def test_of_older_rounds_only_a_class_s_latest_version_stays(node, tmp_path):
@@ -135,9 +115,7 @@ def test_of_older_rounds_only_a_class_s_latest_version_stays(node, tmp_path):
     folder.mkdir()
     for round_ in range(1, KEPT_ROUNDS + 3):
         classes = ["rests", "m"] if round_ < 3 else ["m"]
-        versions = [
-            Version(of, folder / f"{round_}-{of}", folder / f"{round_}-{of}.edc") for of in classes
-        ]
+        versions = [Version(of, folder / f"{round_}-{of}", folder / f"{round_}-{of}.edc") for of in classes]
         for version in versions:
             version.master.touch()
             version.artifact.touch()

@@ -163,12 +163,9 @@ def plain_losses(model, trained, examples, steps, learning_rate=1e-3):
 
 
 @pytest.mark.timeout(900)
-def test_sixty_steps_on_the_real_model_follow_the_same_loss(
-    demo_facts, demo_tokenizer, record_property
-):
+def test_sixty_steps_on_the_real_model_follow_the_same_loss(demo_facts, demo_tokenizer, record_property):
     rows = [
-        {"text": row["prompt"] + row["completion"]}
-        for row in commands.rows("kitchen", 64, 1, seed=0).train
+        {"text": row["prompt"] + row["completion"]} for row in commands.rows("kitchen", 64, 1, seed=0).train
     ]
     examples = data.tokenize(rows, demo_tokenizer, 40)
     plain = losses_of(demo_facts, examples, operators=False, steps=60)
@@ -178,9 +175,7 @@ def test_sixty_steps_on_the_real_model_follow_the_same_loss(
     record_property("mean loss, relative difference", round(apart, 5))
     assert apart < 0.01
     other = losses_of(demo_facts, examples, operators=True, steps=20, learning_rate=1.5e-3)
-    assert (
-        abs(sum(other) - sum(plain[:20])) / sum(plain[:20]) > 0.01
-    )  # another training is told apart
+    assert abs(sum(other) - sum(plain[:20])) / sum(plain[:20]) > 0.01  # another training is told apart
 
 
 @pytest.mark.timeout(900)
@@ -188,18 +183,13 @@ def test_sixty_steps_on_packed_weights_follow_pefts_on_the_same_weights_expanded
     demo_facts, demo_tokenizer, tmp_path, record_property
 ):
     rows = [
-        {"text": row["prompt"] + row["completion"]}
-        for row in commands.rows("kitchen", 64, 1, seed=0).train
+        {"text": row["prompt"] + row["completion"]} for row in commands.rows("kitchen", 64, 1, seed=0).train
     ]
     examples = data.tokenize(rows, demo_tokenizer, 40)
     seen = losses_of(demo_facts, examples, operators=True, steps=60, form="q4_1")
     model = weights.load(demo_facts, demo_facts.layers, "bfloat16")
     adapter = attach.attach(
-        weights.load(demo_facts, demo_facts.layers, "q4_1"),
-        tuple(range(30)),
-        REAL_SPEC,
-        FEDIT,
-        seed=0,
+        weights.load(demo_facts, demo_facts.layers, "q4_1"), tuple(range(30)), REAL_SPEC, FEDIT, seed=0
     )
     export.to_peft(attach.state(adapter), demo_facts, REAL_SPEC, FEDIT, adapter.paths, tmp_path)
     peft = PeftModel.from_pretrained(model, tmp_path, is_trainable=True)

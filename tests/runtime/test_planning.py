@@ -42,11 +42,7 @@ def nothing_filled(monkeypatch):
     monkeypatch.setattr(search, "FULL", 0.0)
 
 
-STEPS_DOWN = {
-    "rank": 256,
-    "lower": (64, 4),
-    "shorter": (32, 8),
-}  # ranks whose factors weigh as much as a row
+STEPS_DOWN = {"rank": 256, "lower": (64, 4), "shorter": (32, 8)}  # ranks whose factors weigh as much as a row
 
 
 def plans(of):
@@ -54,26 +50,18 @@ def plans(of):
 
 
 def test_model_comes_before_format_and_format_before_micro_batch():
-    order = [
-        (plan.source, plan.depth, plan.weights, plan.rows, plan.boundaries)
-        for plan in plans(fleet())
-    ]
+    order = [(plan.source, plan.depth, plan.weights, plan.rows, plan.boundaries) for plan in plans(fleet())]
     models = [("large", 30), ("large", 10), ("small", 6)]
     ways = [*((rows, "input") for rows in (8, 4, 2, 1)), (1, "int8")]
     expected = [
-        (*model, weights, *way)
-        for model in models
-        for weights in ("float32", "bfloat16")
-        for way in ways
+        (*model, weights, *way) for model in models for weights in ("float32", "bfloat16") for way in ways
     ]
     assert order == expected
 
 
 def test_within_a_format_length_comes_before_rank_and_rank_before_micro_batch():
     of = fleet(Model("small"), rows_a_step=2, **STEPS_DOWN)
-    order = [
-        (plan.weights, plan.tokens, plan.rank, plan.rows, plan.boundaries) for plan in plans(of)
-    ]
+    order = [(plan.weights, plan.tokens, plan.rank, plan.rows, plan.boundaries) for plan in plans(of)]
     ways = [(2, "input"), (1, "input"), (1, "int8")]
     assert order == [
         (weights, tokens, rank, *way)
@@ -151,10 +139,7 @@ def test_what_is_shown_names_length_and_rank_of_what_was_too_large(capsys, monke
     assert [(one["tokens"], one["rank"]) for one in values["rejected"]] == [(8, 4)]
     over = groups[1][2].predicted_peak_bytes - best.predicted_peak_bytes
     assert (values["better"]["rank"], values["better"]["over_budget_bytes"]) == (256, over)
-    assert (
-        views.plan_values(choose(of, FACTS, 1 << 40, RUNTIME, RATES), 1 << 40, None)["better"]
-        is None
-    )
+    assert views.plan_values(choose(of, FACTS, 1 << 40, RUNTIME, RATES), 1 << 40, None)["better"] is None
 
 
 def test_one_byte_less_gets_the_next_plan():
@@ -194,9 +179,7 @@ def test_each_deadline_gets_the_first_plan_that_fits_and_is_in_time(of):
         small = [plan for plan in ordered if plan.predicted_peak_bytes <= budget]
         for longest in small[:: 1 + len(small) // 12]:
             chosen = choose(in_time(of, longest), FACTS, budget, RUNTIME, RATES)
-            assert chosen.fits == next(
-                plan for plan in small if plan.step_seconds <= longest.step_seconds
-            )
+            assert chosen.fits == next(plan for plan in small if plan.step_seconds <= longest.step_seconds)
             winners.add((chosen.fits.source, chosen.fits.depth, chosen.fits.weights))
     assert len(winners) > 3
 
@@ -213,9 +196,7 @@ def test_a_deadline_picks_a_smaller_model_or_another_format():
 
 def test_what_was_too_slow_is_told_by_seconds_and_what_was_too_large_by_bytes(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "220")
-    of = fleet(
-        Model("large", weights=("float32", "bfloat16")), Model("small", weights=("bfloat16",))
-    )
+    of = fleet(Model("large", weights=("float32", "bfloat16")), Model("small", weights=("bfloat16",)))
     first, second, small = candidates(of, FACTS, RUNTIME, RATES)
     budget = max(plan.predicted_peak_bytes for plan in second)
     limited = in_time(of, small[0])
@@ -244,10 +225,10 @@ def test_what_was_too_slow_is_told_by_seconds_and_what_was_too_large_by_bytes(ca
 def test_where_no_step_is_in_time_the_fastest_is_told():
     of = fleet(**STEPS_DOWN)
     fastest = min(plans(of), key=lambda plan: plan.step_seconds)
-    limited = in_time(
-        of, msgspec.structs.replace(fastest, step_seconds=0.99 * fastest.step_seconds)
+    limited = in_time(of, msgspec.structs.replace(fastest, step_seconds=0.99 * fastest.step_seconds))
+    name = (
+        f"{fastest.source} with {fastest.depth} layers in {fastest.weights}, rank {fastest.rank} and 8 tokens"
     )
-    name = f"{fastest.source} with {fastest.depth} layers in {fastest.weights}, rank {fastest.rank} and 8 tokens"
     with pytest.raises(BudgetError) as refused:
         choose(limited, FACTS, 1 << 40, RUNTIME, RATES)
     within = f"no model of the catalog makes a step within {limited.training.step_deadline_s:g} s"
@@ -273,9 +254,7 @@ def test_a_budget_that_is_too_small_is_told_the_smallest_that_is_in_time_as_well
 
 @pytest.mark.parametrize("rows", [1, 3, 16])
 def test_the_micro_batch_goes_from_a_whole_step_to_a_single_row(rows):
-    seen = [
-        plan.rows for plan in plans(fleet(Model("small", weights=("float32",)), rows_a_step=rows))
-    ]
+    seen = [plan.rows for plan in plans(fleet(Model("small", weights=("float32",)), rows_a_step=rows))]
     assert (
         seen == {1: [1, 1], 3: [3, 2, 1, 1], 16: [16, 8, 4, 2, 1, 1]}[rows]
     )  # the last with 8-bit boundaries
@@ -285,10 +264,7 @@ def test_small_tiles_of_the_mlp_come_last_and_where_rows_are_longer_than_they_ar
     of = fleet(Model("small", weights=("q4_1",)), rows_a_step=1, max_tokens=512, shorter=(256,))
     ways = [(plan.tokens, plan.boundaries, plan.mlp_tokens, plan.streamed) for plan in plans(of)]
     assert ways == [
-        *(
-            (512, kept, tile, False)
-            for kept, tile in [("input", 1024), ("int8", 1024), ("int8", 256)]
-        ),
+        *((512, kept, tile, False) for kept, tile in [("input", 1024), ("int8", 1024), ("int8", 256)]),
         (512, "int8", None, True),
         *((256, kept, 1024, False) for kept in ("input", "int8")),
         (256, "int8", None, True),
@@ -298,11 +274,7 @@ def test_small_tiles_of_the_mlp_come_last_and_where_rows_are_longer_than_they_ar
 def test_an_mlp_without_a_gate_is_not_predicted_in_tiles():
     longer = fleet(Model("small", weights=("bfloat16",)), rows_a_step=4, max_tokens=2048)
     tiled, whole = (
-        next(
-            candidates(
-                longer, {"small": msgspec.structs.replace(SMALL, family=family)}, RUNTIME, RATES
-            )
-        )[0]
+        next(candidates(longer, {"small": msgspec.structs.replace(SMALL, family=family)}, RUNTIME, RATES))[0]
         for family in ("llama", "phi")
     )
     assert tiled.terms["block"] < whole.terms["block"]
@@ -334,11 +306,7 @@ def test_memory_that_is_left_over_keeps_as_many_blocks_as_fit(monkeypatch):
 
 
 def terms_of(of, plan):
-    sizes = {
-        "rows_a_step": of.training.rows_a_step,
-        "lengths": plan.tokens // 8,
-        "runtime_bytes": RUNTIME,
-    }
+    sizes = {"rows_a_step": of.training.rows_a_step, "lengths": plan.tokens // 8, "runtime_bytes": RUNTIME}
     return terms(LARGE, plan, method=fedit.METHOD, roles=of.adapter.roles, **sizes)
 
 
@@ -414,9 +382,7 @@ def test_keys_and_values_of_answers_are_predicted_where_they_weigh_more_than_tra
                 cache = 2 * 2048 * 30 * kv_heads * LARGE.head_dim * 2
                 assert answers.terms["answers"] == cache + plain.terms["block"] // 2
             else:
-                assert [answers.terms[name] for name in TRAINING] == [
-                    plain.terms[name] for name in TRAINING
-                ]
+                assert [answers.terms[name] for name in TRAINING] == [plain.terms[name] for name in TRAINING]
 
 
 def test_a_running_plan_is_lowered_in_the_order_that_costs_least():
@@ -432,18 +398,14 @@ def test_a_running_plan_is_lowered_in_the_order_that_costs_least():
     sizes = [way.predicted_peak_bytes for way in (first, *ways)]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
     same = {
-        name: getattr(first, name)
-        for name in ("source", "depth", "weights", "rank", "tokens", "streamed")
+        name: getattr(first, name) for name in ("source", "depth", "weights", "rank", "tokens", "streamed")
     }
     assert all({name: getattr(way, name) for name in same} == same for way in ways)
-    assert (
-        lower(LARGE, ways[-1], method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=8)[1:] == []
-    )
+    assert lower(LARGE, ways[-1], method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=8)[1:] == []
     streamed = plans(fleet(Model("large", weights=("q4_1",)), rows_a_step=8, max_tokens=512))[-1]
     assert (
         streamed.streamed
-        and lower(LARGE, streamed, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=8)[1:]
-        == []
+        and lower(LARGE, streamed, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=8)[1:] == []
     )
 
 
@@ -452,9 +414,7 @@ def test_smaller_micro_batches_that_would_need_more_for_their_sums_are_no_way_do
     first = plans(of)[0]
     assert all(
         way.predicted_peak_bytes < first.predicted_peak_bytes
-        for way in lower(LARGE, first, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=8)[
-            1:
-        ]
+        for way in lower(LARGE, first, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=8)[1:]
     )
     assert plans(of)[1].predicted_peak_bytes > first.predicted_peak_bytes
 
@@ -464,10 +424,7 @@ def test_smaller_micro_batches_that_would_need_more_for_their_sums_are_no_way_do
     [
         (fleet(Model("small", depth=7)), "the catalog wants 7 layers of small, which has 6"),
         (fleet(Model("small", depth=0)), "the catalog wants 0 layers of small, which has 6"),
-        (
-            fleet(Model("small"), max_tokens=2049),
-            "max_tokens is 2049, but small has 2048 positions",
-        ),
+        (fleet(Model("small"), max_tokens=2049), "max_tokens is 2049, but small has 2048 positions"),
     ],
 )
 def test_what_a_model_has_not_is_refused(of, message):
@@ -542,15 +499,11 @@ def test_the_prediction_is_near_the_trainers_peak(
     kept_blocks,
 ):
     drawn = commands.rows("kitchen", train=60, held_out=8, seed=0)
-    longest = max(
-        len(one.ids) for one in data.tokenize([*drawn.train, *drawn.held_out], demo_tokenizer, 512)
-    )
+    longest = max(len(one.ids) for one in data.tokenize([*drawn.train, *drawn.held_out], demo_tokenizer, 512))
     of, plan = measure.planned(
         demo_facts, depth, weights, 16, Way(rows, kept_blocks=kept_blocks), longest, steps=4
     )
-    measured = measure.train(
-        demo_facts, of, plan, drawn.train, drawn.held_out, tmp_path
-    ).measured_peak_bytes
+    measured = measure.train(demo_facts, of, plan, drawn.train, drawn.held_out, tmp_path).measured_peak_bytes
     record_property("predicted / measured", round(plan.predicted_peak_bytes / measured, 3))
     assert_close(plan.predicted_peak_bytes, measured)
     with pytest.raises(AssertionError, match="predicted"):
@@ -571,13 +524,7 @@ def test_what_a_method_freezes_or_keeps_takes_less():
 def test_a_large_tokenizer_takes_more_than_a_small_packed_model():
     def planned(megabytes, tokens=16):
         known = msgspec.structs.replace(GEMMA, tokenizer_bytes=megabytes * MIB)
-        more = {
-            "tokens": tokens,
-            "rank": 4,
-            "way": Way(1),
-            "runtime_bytes": RUNTIME,
-            "rates": RATES,
-        }
+        more = {"tokens": tokens, "rank": 4, "way": Way(1), "runtime_bytes": RUNTIME, "rates": RATES}
         return search.plan(fleet(), known, "m", 2, "q4_1", **more)
 
     assert planned(3) == planned(0)

@@ -60,10 +60,7 @@ def read(tmp_path):
 def test_every_key_is_read(read):
     assert read(GOOD) == Fleet(
         name="home",
-        catalog=(
-            Model("large.gguf", None, ("float32", "bfloat16")),
-            Model("small.gguf", 10, ("bfloat16",)),
-        ),
+        catalog=(Model("large.gguf", None, ("float32", "bfloat16")), Model("small.gguf", 10, ("bfloat16",))),
         rounds=5,
         quorum=2,
         deadline_s=90.0,
@@ -97,18 +94,11 @@ def test_a_name_and_a_model_are_enough(read):
             "[fleet]\ncatalog = []",
             r"\[fleet\] has no key `catalog`; known keys: deadline_s, extensions, name, ",
         ),
-        (
-            "[adapter]\nzzz = 1",
-            r"\[adapter\] has no key `zzz`; known keys: alpha, lower, rank, roles",
-        ),
+        ("[adapter]\nzzz = 1", r"\[adapter\] has no key `zzz`; known keys: alpha, lower, rank, roles"),
     ],
 )
 def test_a_wrong_key_is_answered_with_the_nearest_right_one(read, line, message):
-    text = (
-        SMALLEST.replace("[fleet]\n", line + "\n")
-        if line.startswith("[fleet]")
-        else SMALLEST + line
-    )
+    text = SMALLEST.replace("[fleet]\n", line + "\n") if line.startswith("[fleet]") else SMALLEST + line
     with pytest.raises(InputError, match=message):
         read(text)
 
@@ -118,10 +108,7 @@ def test_a_wrong_key_is_answered_with_the_nearest_right_one(read, line, message)
     [
         ("[fleet]\nrounds = 'three'", "Expected `int`, got `str` - at `$.rounds`"),
         ("[fleet]\nquorum = 1.5", "Expected `int`, got `float` - at `$.quorum`"),
-        (
-            "[training]\nlearning_rate = '1e-3'",
-            "Expected `float`, got `str` - at `$.training.learning_rate`",
-        ),
+        ("[training]\nlearning_rate = '1e-3'", "Expected `float`, got `str` - at `$.training.learning_rate`"),
         ("[adapter]\nroles = ['query']", "Invalid enum value 'query' - at `$.adapter.roles[0]`"),
         (
             "[[catalog]]\nsource = 'n'\nweights = ['int3']",
@@ -135,11 +122,7 @@ def test_a_wrong_key_is_answered_with_the_nearest_right_one(read, line, message)
     ],
 )
 def test_a_value_of_the_wrong_type_is_named(read, line, message):
-    text = (
-        SMALLEST.replace("[fleet]\n", line + "\n")
-        if line.startswith("[fleet]")
-        else SMALLEST + line
-    )
+    text = SMALLEST.replace("[fleet]\n", line + "\n") if line.startswith("[fleet]") else SMALLEST + line
     with pytest.raises(InputError) as refused:
         read(text)
     assert message in str(refused.value)
@@ -215,10 +198,7 @@ def test_steps_down_that_do_not_go_down_are_told_from_where(read, line, message)
     ("entry", "message"),
     [
         ("depth = 0", r"\[\[catalog\]\] depth of m is 0, but has to be 1 or more layers"),
-        (
-            "weights = []",
-            r"\[\[catalog\]\] weights of m is \(\), but has to be at least one format",
-        ),
+        ("weights = []", r"\[\[catalog\]\] weights of m is \(\), but has to be at least one format"),
     ],
 )
 def test_a_model_that_cannot_be_is_named(read, entry, message):
@@ -230,15 +210,9 @@ def test_a_model_that_cannot_be_is_named(read, entry, message):
     ("text", "message"),
     [
         ('[fleet]\nname = "home"\n', "missing required field `catalog`"),
-        (
-            'catalog = []\n[fleet]\nname = "home"\n',
-            r"\[\[catalog\]\] is 0, but has to be at least one model",
-        ),
+        ('catalog = []\n[fleet]\nname = "home"\n', r"\[\[catalog\]\] is 0, but has to be at least one model"),
         ('[[catalog]]\nsource = "m"\n', "missing required field `name`"),
-        (
-            'catalog = 3\n[fleet]\nname = "home"\n',
-            r"`catalog` is a list of models: write \[\[catalog\]\]",
-        ),
+        ('catalog = 3\n[fleet]\nname = "home"\n', r"`catalog` is a list of models: write \[\[catalog\]\]"),
         (
             '[fleet]\nname = "home"\n[catalog]\nsource = "m"\n',
             r"`catalog` is a list of models: write \[\[catalog\]\]",
@@ -253,9 +227,7 @@ def test_a_file_of_another_form_is_refused(read, text, message):
 
 
 def test_a_missing_file_and_one_that_is_not_text_are_refused(tmp_path):
-    with pytest.raises(
-        InputError, match=r"cannot read the fleet file .*nowhere.toml: No such file"
-    ):
+    with pytest.raises(InputError, match=r"cannot read the fleet file .*nowhere.toml: No such file"):
         load(tmp_path / "nowhere.toml")
     path = tmp_path / "fleet.toml"
     path.write_bytes(b"\xff\xfe")

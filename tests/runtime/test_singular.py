@@ -26,9 +26,7 @@ def test_they_are_the_leading_singular_vectors(shape, transposed):
     A, B = frames(W.float().T if transposed else W.float(), 5, transposed=transposed)
     assert (A.shape, B.shape) == ((5, shape[1]), (shape[0], 5))
     for i in range(5):
-        assert abs(float(A[i].double() @ torch.from_numpy(vt[i]))) == pytest.approx(
-            3**-0.5, abs=1e-4
-        )
+        assert abs(float(A[i].double() @ torch.from_numpy(vt[i]))) == pytest.approx(3**-0.5, abs=1e-4)
         assert float(B[:, i].double() @ W @ A[i].double()) == pytest.approx(
             s[i] / 3, rel=1e-4
         )  # u and v are of one sign
@@ -51,9 +49,7 @@ def test_an_adapter_begins_with_them_frozen_and_changes_nothing(tiny, family):
         before = model(input_ids=ids).logits
         adapter = attach.attach(model, (0, 1, 2, 3), settings.Adapter(rank=4), method, seed=0)
         torch.testing.assert_close(model(input_ids=ids).logits, before)
-    trained = {
-        key.rpartition(".")[2] for key, factor in adapter.factors.items() if factor.requires_grad
-    }
+    trained = {key.rpartition(".")[2] for key, factor in adapter.factors.items() if factor.requires_grad}
     assert trained == {"C"}
     one = next(key for key in adapter.factors if key.endswith(".A"))
     torch.testing.assert_close(
@@ -82,18 +78,7 @@ def test_no_plan_streams_weights_that_frames_are_taken_of():
     with pytest.raises(
         InputError, match="fedsb takes frames from the model's weights, which cannot be streamed"
     ):
-        plan_of(
-            fleet,
-            SMOLLM2,
-            "m",
-            30,
-            "q4_1",
-            tokens=512,
-            rank=16,
-            way=way,
-            runtime_bytes=0,
-            rates=RATES,
-        )
+        plan_of(fleet, SMOLLM2, "m", 30, "q4_1", tokens=512, rank=16, way=way, runtime_bytes=0, rates=RATES)
 
 
 def test_a_core_of_a_stage_is_the_mean_over_all_models_or_inside_each():
@@ -101,10 +86,7 @@ def test_a_core_of_a_stage_is_the_mean_over_all_models_or_inside_each():
     for across in (True, False):
         own = {"stages": 8, "across": across}
         method = methods.build(settings.Method("fedsb", own), None, None)
-        assert (
-            method.scope("stages") == ("fleet" if across else "class")
-            and not method.exchanges_layers
-        )
+        assert method.scope("stages") == ("fleet" if across else "class") and not method.exchanges_layers
         keys[across] = [method.keys(layer, 8, "q")["C"] for layer in range(8)]
         assert keys[across] == [f"stages.{layer}.q.C" for layer in range(8)]
         assert [method.keys(layer, 5, "q")["C"] for layer in range(5)] == [

@@ -131,16 +131,10 @@ def test_held_out_rows_are_drawn_evenly_over_labels_where_that_is_asked_for(file
     drawn = spec.test_rows(task, files)
     assert sorted(row["label"] for row in drawn) == ["no"] * 7 + ["yes"] * 7
     assert len({row["text"] for row in drawn}) == 14 and drawn == spec.test_rows(task, files)
-    with pytest.raises(
-        InputError, match=r"test_per_label is 11, but test\.jsonl has 10 rows of `yes`"
-    ):
+    with pytest.raises(InputError, match=r"test_per_label is 11, but test\.jsonl has 10 rows of `yes`"):
         spec.test_rows(msgspec.structs.replace(task, test_per_label=11), files)
-    (files / "study.toml").write_text(
-        STUDY.replace("per_label = 4", "test_rows = 5\ntest_per_label = 3")
-    )
-    with pytest.raises(
-        InputError, match=r"\[data.colours\] has test_rows and test_per_label; leave one"
-    ):
+    (files / "study.toml").write_text(STUDY.replace("per_label = 4", "test_rows = 5\ntest_per_label = 3"))
+    with pytest.raises(InputError, match=r"\[data.colours\] has test_rows and test_per_label; leave one"):
         spec.load(files / "study.toml")
 
 
@@ -155,24 +149,13 @@ def test_a_run_is_done_again_when_what_it_depends_on_has_changed(study):
     same = msgspec.structs.replace(
         study, study=msgspec.structs.replace(study.study, about="other", seeds=(0, 5))
     )
-    assert study.digest(arm, 0) == same.digest(
-        msgspec.structs.replace(arm, control="all in one"), 0
-    )
+    assert study.digest(arm, 0) == same.digest(msgspec.structs.replace(arm, control="all in one"), 0)
     fleet = msgspec.structs.replace(study, fleet={"rounds": 3})
     anchors = msgspec.structs.replace(study, anchors=spec.Anchors("public.jsonl", 5))
-    digests = [
-        study.digest(arm, 0),
-        study.digest(arm, 1),
-        fleet.digest(arm, 0),
-        anchors.digest(arm, 0),
-    ]
+    digests = [study.digest(arm, 0), study.digest(arm, 1), fleet.digest(arm, 0), anchors.digest(arm, 0)]
     assert len(set(digests)) == 4
-    assert b"test_per_label" not in msgspec.json.encode(
-        study
-    )  # runs from before there was the key stand
-    assert study.digest(study.arm[0], 0) == anchors.digest(
-        study.arm[0], 0
-    )  # it has no public texts
+    assert b"test_per_label" not in msgspec.json.encode(study)  # runs from before there was the key stand
+    assert study.digest(study.arm[0], 0) == anchors.digest(study.arm[0], 0)  # it has no public texts
 
 
 def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
@@ -222,25 +205,18 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
     table = (out / "README.md").read_text()
     assert "| fedit + codistill |" in table and f"3 by {outcomes['local', 0].code}" in table
     assert all(
-        "<svg" in (out / f"{picture}.svg").read_text()
-        for picture in ("rounds", "bytes", "convergence")
+        "<svg" in (out / f"{picture}.svg").read_text() for picture in ("rounds", "bytes", "convergence")
     )
     assert outcomes["fedit + codistill", 0].cosines == []  # no trained tensor crosses the classes
     assert outcomes["local", 0].moved == [] and len(outcomes["fedit + codistill", 0].moved) == 2
     assert all(norm > 0 for norm in outcomes["fedit + codistill", 0].moved)
-    again = CliRunner().invoke(
-        cli.app, [*command, "--seeds", "0,1", "--arms", "local", "--workers", "1"]
-    )
+    again = CliRunner().invoke(cli.app, [*command, "--seeds", "0,1", "--arms", "local", "--workers", "1"])
     assert again.exit_code == 0, again.output
     assert {
-        path.name: path.stat().st_mtime_ns
-        for path in (out / "runs").iterdir()
-        if path.name in written
+        path.name: path.stat().st_mtime_ns for path in (out / "runs").iterdir() if path.name in written
     } == written
     assert (out / "runs" / "local-1.json").exists()
-    more = CliRunner().invoke(
-        cli.app, [*command, "--seeds", "7", "--arms", "local", "--workers", "1"]
-    )
+    more = CliRunner().invoke(cli.app, [*command, "--seeds", "7", "--arms", "local", "--workers", "1"])
     assert (
         more.exit_code == 0 and "| 0, 1, 7 |" in (out / "README.md").read_text()
     )  # not one of the file's seeds
@@ -255,9 +231,7 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
         "local",
     ]
     failed = CliRunner().invoke(cli.app, [*nowhere, "--workers", "1"])
-    assert isinstance(failed.exception, EdgeError) and "not all runs are done" in str(
-        failed.exception
-    )
+    assert isinstance(failed.exception, EdgeError) and "not all runs are done" in str(failed.exception)
     assert (
         "local, seed 2: " in str(failed.exception) and "written: " in failed.output
     )  # the table of those that are done
@@ -329,9 +303,7 @@ def test_a_killed_worker_is_told_in_a_sentence(files, tiny_folder, tmp_path):
         assert running.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     (worker,) = [
-        one
-        for one in psutil.Process(running.pid).children()
-        if "spawn_main" in " ".join(one.cmdline())
+        one for one in psutil.Process(running.pid).children() if "spawn_main" in " ".join(one.cmdline())
     ]
     worker.kill()
     said = running.communicate(timeout=60)[0]
@@ -370,20 +342,11 @@ def test_the_slope_is_that_of_the_power_of_the_rounds():
     ("change", "reason"),
     [
         (("seeds = [0, 1]", "seeds = 3"), "Expected `array`, got `int`"),
-        (
-            ('control = "local"', 'control = "nobody"'),
-            "has the control `nobody`, which is not there",
-        ),
+        (('control = "local"', 'control = "nobody"'), "has the control `nobody`, which is not there"),
         (('control = "local"', 'control = "Local"'), "has the control `Local`, which is not there"),
         (('[anchors]\nfile = "public.jsonl"\nrows = 6', ""), "distils, which needs \\[anchors\\]"),
-        (
-            ('data = "colours"\ndomains = ["cold"]', 'data = "sounds"'),
-            "there is no \\[data.sounds\\]",
-        ),
-        (
-            ('method = {name = "fedit"}', 'method = {name = "fedit", branches = 2}'),
-            "no key `branches`",
-        ),
+        (('data = "colours"\ndomains = ["cold"]', 'data = "sounds"'), "there is no \\[data.sounds\\]"),
+        (('method = {name = "fedit"}', 'method = {name = "fedit", branches = 2}'), "no key `branches`"),
         (("rounds = 2", "rounds = 2\nseed = 7"), "seed is each run's own"),
         (('id = "b"', 'id = "a"'), "two arms or two devices are called `a`"),
         (('name = "all in one"', 'name = "Local"'), "two arms or two devices are called `local`"),
@@ -410,15 +373,9 @@ def test_an_arm_may_have_a_head_of_its_own(files):
     path = files / "study.toml"
     path.write_text(STUDY + 'head = {shared = "private"}\n')
     study = spec.load(path)
-    assert [study.fleet_of(arm, 0).head.shared for arm in study.arm] == [
-        "class",
-        "class",
-        "private",
-    ]
+    assert [study.fleet_of(arm, 0).head.shared for arm in study.arm] == ["class", "class", "private"]
     path.write_text(path.read_text().replace("[head]\n", ""))
-    with pytest.raises(
-        InputError, match=r"`fedit \+ codistill` has a head, but the file has no \[head\]"
-    ):
+    with pytest.raises(InputError, match=r"`fedit \+ codistill` has a head, but the file has no \[head\]"):
         spec.load(path)
 
 

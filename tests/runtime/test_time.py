@@ -44,14 +44,9 @@ def test_a_machine_that_is_faster_in_what_a_plan_needs_makes_a_shorter_step(weig
     other = "bfloat16_flops" if weights == "float32" else "float32_flops"
     for name in Rates.__struct_fields__:
         faster = seconds(
-            weights=weights,
-            rates=msgspec.structs.replace(RATES, **{name: 2 * getattr(RATES, name)}),
+            weights=weights, rates=msgspec.structs.replace(RATES, **{name: 2 * getattr(RATES, name)})
         )
-        assert (
-            faster == seconds(weights=weights)
-            if name == other
-            else faster < seconds(weights=weights)
-        )
+        assert faster == seconds(weights=weights) if name == other else faster < seconds(weights=weights)
 
 
 @pytest.mark.parametrize(
@@ -61,10 +56,7 @@ def test_a_machine_that_is_faster_in_what_a_plan_needs_makes_a_shorter_step(weig
         ({"rank": 4}, {"rank": 16}),
         ({"step": 4}, {"step": 8}),
         ({"tokens": 64}, {"tokens": 128}),
-        (
-            {"rows": 4, "weights": "q4_1"},
-            {"rows": 1, "weights": "q4_1"},
-        ),  # the weights are expanded for each
+        ({"rows": 4, "weights": "q4_1"}, {"rows": 1, "weights": "q4_1"}),  # the weights are expanded for each
         ({"weights": "bfloat16"}, {"weights": "q4_1"}),
         ({"weights": "q8_0"}, {"weights": "nf4"}),
         ({"weights": "q4_1"}, {"weights": "q4_1", "way": Way(4, "int8", None, True)}),
@@ -78,8 +70,7 @@ def test_more_work_is_predicted_to_take_longer(less, more):
 
 def test_packed_weights_pay_for_small_micro_batches_more_than_dense_ones():
     packed, dense = (
-        seconds(weights=weights, rows=1) - seconds(weights=weights)
-        for weights in ("q4_1", "bfloat16")
+        seconds(weights=weights, rows=1) - seconds(weights=weights) for weights in ("q4_1", "bfloat16")
     )
     assert packed > 3 * dense > 0
 
@@ -105,9 +96,7 @@ MEASURED = [  # seconds: medians of real trainer processes on two cores of an AM
 
 
 def assert_near(predicted, measured):
-    assert 2 / 3 <= predicted / measured <= 4 / 3, (
-        f"predicted {predicted:.2f} s, measured {measured:.2f} s"
-    )
+    assert 2 / 3 <= predicted / measured <= 4 / 3, f"predicted {predicted:.2f} s, measured {measured:.2f} s"
 
 
 @pytest.mark.parametrize(("measured", "what"), MEASURED)

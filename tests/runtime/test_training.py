@@ -114,9 +114,7 @@ def relative_difference(one, two):
 def test_the_loss_falls(tiny):
     model = tiny("llama")
     adapter, examples, told = adapted(model), draw_examples(8), []
-    losses = train(
-        model, adapter, examples, steps=25, progress=lambda done, loss: told.append((done, loss))
-    )
+    losses = train(model, adapter, examples, steps=25, progress=lambda done, loss: told.append((done, loss)))
     assert told == list(enumerate(losses, 1))
     assert losses[-1] < losses[0] / 2
     frozen = tiny("llama").state_dict()
@@ -151,9 +149,7 @@ def test_a_step_through_a_slice_is_the_step_of_that_slice_alone(tiny, family):
         assert train(shallow, alone, examples, steps=1, slices=[(0, 1)]) == pytest.approx(
             losses[:1], abs=1e-6
         )
-    assert (
-        len(roles.blocks(deep)) == len(roles.blocks(shallow)) == deep.config.num_hidden_layers == 4
-    )
+    assert len(roles.blocks(deep)) == len(roles.blocks(shallow)) == deep.config.num_hidden_layers == 4
 
 
 def test_only_the_blocks_of_its_slices_are_trained(tiny):
@@ -264,13 +260,7 @@ def test_eased_steps_make_the_same_round(tiny):
     }.items():
         model, asked = tiny("llama"), iter(answers)
         adapter = adapted(model)
-        rate = (
-            {"learning_rate": 2e-2}
-            if name == "other"
-            else {"kept_blocks": 1}
-            if name == "kept"
-            else {}
-        )
+        rate = {"learning_rate": 2e-2} if name == "other" else {"kept_blocks": 1} if name == "kept" else {}
         losses = train(
             model,
             adapter,
@@ -293,12 +283,8 @@ def test_only_the_blocks_that_are_not_kept_run_again(tiny):
     for kept_blocks in (0, 1):
         model, calls = tiny("llama"), []
         for number, block in enumerate(roles.blocks(model)):
-            block.self_attn.register_forward_hook(
-                lambda *_, number=number, calls=calls: calls.append(number)
-            )
-        train(
-            model, adapted(model), draw_examples(8), micro_rows=8, steps=2, kept_blocks=kept_blocks
-        )
+            block.self_attn.register_forward_hook(lambda *_, number=number, calls=calls: calls.append(number))
+        train(model, adapted(model), draw_examples(8), micro_rows=8, steps=2, kept_blocks=kept_blocks)
         ran[kept_blocks] = Counter(calls)
     *others, last = sorted(ran[0])
     assert ran[0][last] == 2 * ran[1][last] > 0
@@ -316,19 +302,9 @@ def test_a_step_whose_loss_is_not_finite_is_skipped(tiny, monkeypatch):
     model = tiny("llama")
     adapter, told = adapted(model), []
     losses = train(
-        model,
-        adapter,
-        draw_examples(8),
-        micro_rows=4,
-        steps=4,
-        progress=lambda *what: told.append(what),
+        model, adapter, draw_examples(8), micro_rows=4, steps=4, progress=lambda *what: told.append(what)
     )
-    assert [math.isnan(loss) for loss in losses] == [
-        False,
-        True,
-        True,
-        False,
-    ]  # a step is two micro-batches
+    assert [math.isnan(loss) for loss in losses] == [False, True, True, False]  # a step is two micro-batches
     assert [loss is None for _, loss in told] == [False, True, True, False]
     assert all(np.isfinite(value).all() for value in attach.state(adapter).values())
 
@@ -339,8 +315,7 @@ def test_losses_that_stay_infinite_end_the_round(tiny):
     before = attach.state(adapter)
     model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(
-        TrainerError,
-        match="not finite 5 times in a row, up to step 5 of round 1; lower the learning rate",
+        TrainerError, match="not finite 5 times in a row, up to step 5 of round 1; lower the learning rate"
     ):
         train(model, adapter, draw_examples(8), steps=9)
     assert all(np.array_equal(value, before[key]) for key, value in attach.state(adapter).items())
@@ -348,10 +323,7 @@ def test_losses_that_stay_infinite_end_the_round(tiny):
 
 def test_the_learning_rate_warms_up_each_round_and_falls_to_a_tenth_over_all():
     training = settings.Training(steps=10, learning_rate=1e-2, warmup_steps=4)
-    rates = [
-        [step.learning_rate(training, at, round_, 20) for at in range(10)]
-        for round_ in range(1, 21)
-    ]
+    rates = [[step.learning_rate(training, at, round_, 20) for at in range(10)] for round_ in range(1, 21)]
     assert rates[0][0] == pytest.approx(1e-2 / 4)
     assert rates[0][3] == pytest.approx(1e-2, rel=0.01)
     assert rates[10][4] == pytest.approx(1e-2 * (0.1 + 0.45 * (1 + math.cos(math.pi * 104 / 200))))
@@ -369,11 +341,7 @@ def greedy_matches(model, examples):
     """How many completions greedy generation writes exactly."""
     right = 0
     for example in examples:
-        prompt = [
-            token
-            for token, label in zip(example.ids, example.labels, strict=True)
-            if label == IGNORED
-        ]
+        prompt = [token for token, label in zip(example.ids, example.labels, strict=True) if label == IGNORED]
         ids = torch.tensor([prompt])
         more = len(example.ids) - len(prompt)
         said = model.generate(
@@ -449,9 +417,7 @@ def trainer(tmp_path):
         )
         (folder / "job.json").write_bytes(msgspec.json.encode(job))
         command = [sys.executable, "-m", "edge_runtime.trainer", str(folder)]
-        return folder, subprocess.run(
-            command, env=processes.environment(), capture_output=True, timeout=120
-        )
+        return folder, subprocess.run(command, env=processes.environment(), capture_output=True, timeout=120)
 
     return run
 
@@ -477,9 +443,7 @@ def test_a_round_that_comes_near_its_budget_goes_on_in_less_memory(
     trainer, demo_facts, tmp_path, monkeypatch
 ):
     training = settings.Training(steps=3, rows_a_step=4, max_tokens=32)
-    plan = plan_of(
-        model_class=demo_facts.model_class, layers=30, depth=2, rows=4, terms=TERMS, tokens=256
-    )
+    plan = plan_of(model_class=demo_facts.model_class, layers=30, depth=2, rows=4, terms=TERMS, tokens=256)
     limits = {"budget_bytes": 1 << 40, "training": training, "plan": plan}
     folder, _ = far = trainer("far", demo_facts, depth=2, **limits)
     assert result(far).eased == []
@@ -489,9 +453,7 @@ def test_a_round_that_comes_near_its_budget_goes_on_in_less_memory(
     (near / "job.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(job, threads=0)))
     lap, peaks = Meter.lap, iter([job.budget_bytes] * 2)
     monkeypatch.setattr(
-        Meter,
-        "lap",
-        lambda meter: lap(meter) if meter._phase != "train" else next(peaks, lap(meter)),
+        Meter, "lap", lambda meter: lap(meter) if meter._phase != "train" else next(peaks, lap(meter))
     )
     run.run(near, run.Bases(), lambda progress: None)
     eased = result((near, subprocess.CompletedProcess([], 0)))
@@ -504,8 +466,7 @@ def test_a_trainer_whose_steps_take_more_than_its_budget_says_what_they_took(tra
     folder, ended = trainer("short", demo_facts, depth=2, budget_bytes=64 << 20, plan=plan)
     assert ended.returncode == 6
     assert re.fullmatch(
-        rb"a step took \d+(\.\d+)? MiB of a budget of 64 MiB, and was to take .*is needed\n",
-        ended.stderr,
+        rb"a step took \d+(\.\d+)? MiB of a budget of 64 MiB, and was to take .*is needed\n", ended.stderr
     )
     assert not (folder / "result.json").exists()
 
@@ -518,11 +479,7 @@ def test_one_round_on_a_slice_of_the_demos_model(trainer, demo_facts):
     assert done.payload_bytes == (ended[0] / "payload.bin").stat().st_size
     assert (done.samples, done.evaluation["own"].rows, len(done.losses)) == (18, 4, 3)
     assert set(done.phases) == set(done.seconds) == {"load", "evaluate", "train", "encode"}
-    assert (
-        done.measured_peak_bytes
-        == max(phase.peak_bytes for phase in done.phases.values())
-        > 100 << 20
-    )
+    assert done.measured_peak_bytes == max(phase.peak_bytes for phase in done.phases.values()) > 100 << 20
     assert not (ended[0] / "state.bin").exists()
     told = [msgspec.json.decode(line, type=Progress) for line in ended[1].stdout.splitlines()]
     assert [one.phase for one in told] == ["load", "evaluate own", *["train"] * 3, "encode", "done"]
@@ -545,17 +502,13 @@ def test_smaller_slices_take_turns_only_where_something_is_exchanged(trainer, ti
     assert losses["fedit", (4, 2)][1] != losses["fedit", (4,)][1]
 
 
-def test_what_is_owed_travels_with_the_next_delta_and_nothing_is_lost(
-    trainer, tiny_facts, tmp_path
-):
+def test_what_is_owed_travels_with_the_next_delta_and_nothing_is_lost(trainer, tiny_facts, tmp_path):
     """decoded payload + new residual = delta + what was owed, to float32's rounding."""
     first = trainer("first", tiny_facts)
     result(first)
     plain = decoded(first)
     draw = np.random.default_rng(0)
-    owed = {
-        key: draw.normal(0, 1e-3, value.shape).astype(np.float32) for key, value in plain.items()
-    }
+    owed = {key: draw.normal(0, 1e-3, value.shape).astype(np.float32) for key, value in plain.items()}
     save_file(owed, tmp_path / "residual.bin")
     unsent = str(first[0] / "payload.bin")
     second = trainer("second", tiny_facts, residual=str(tmp_path / "residual.bin"), unsent=unsent)
@@ -563,9 +516,7 @@ def test_what_is_owed_travels_with_the_next_delta_and_nothing_is_lost(
     kept = [load_file(ended[0] / "residual.bin") for ended in (first, second)]
     for key, sent in decoded(second).items():
         delta = plain[key] + kept[0][key]
-        np.testing.assert_allclose(
-            sent + kept[1][key], delta + owed[key] + plain[key], rtol=0, atol=1e-8
-        )
+        np.testing.assert_allclose(sent + kept[1][key], delta + owed[key] + plain[key], rtol=0, atol=1e-8)
         assert np.abs(sent - delta).max() > 1e-4  # without what was owed it is another payload
         assert np.abs(kept[1][key]).max() <= np.abs(sent).max() / 127
 
@@ -575,9 +526,7 @@ def test_a_round_starts_from_the_global_version(trainer, tiny_facts, tmp_path):
     draw = np.random.default_rng(0)
     shapes = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, SPEC.rank, FEDIT)
     (tmp_path / "start").write_bytes(
-        codec.encode(
-            {key: draw.normal(0, 0.1, shape).astype(np.float32) for key, shape in shapes.items()}
-        )
+        codec.encode({key: draw.normal(0, 0.1, shape).astype(np.float32) for key, shape in shapes.items()})
     )
     ended = trainer("a", tiny_facts, depth=3, train=False, start=str(tmp_path / "start"))
     seen = result(ended).evaluation["own"]
@@ -607,9 +556,7 @@ def test_under_local_the_state_stays_on_the_device_and_goes_on_from_there(traine
         not np.array_equal(kept[key], initial(key, kept[key].shape, 5, FEDIT.factors[key[-1]]))
         for key in kept
     )
-    second = trainer(
-        "second", tiny_facts, method="local", private=str(first[0] / "state.bin"), round=2
-    )
+    second = trainer("second", tiny_facts, method="local", private=str(first[0] / "state.bin"), round=2)
     before, after = result(first).evaluation["own"].loss, result(second).evaluation["own"].loss
     assert after < before
 
@@ -634,9 +581,7 @@ def test_what_an_earlier_round_left_broken_is_named(trainer, tiny_facts, tmp_pat
 
 def test_the_private_state_of_another_model_is_left_aside(trainer, tiny_facts, tmp_path):
     save_file({"layers.0.q.A": np.ones((SPEC.rank, 5), np.float32)}, tmp_path / "state.bin")
-    other = trainer(
-        "other", tiny_facts, method="local", private=str(tmp_path / "state.bin"), train=False
-    )
+    other = trainer("other", tiny_facts, method="local", private=str(tmp_path / "state.bin"), train=False)
     anew = trainer("anew", tiny_facts, method="local", train=False)
     assert result(other).evaluation == result(anew).evaluation
 
@@ -667,9 +612,7 @@ def test_a_full_disk_is_waited_for_but_not_for_ever(tmp_path, monkeypatch, times
     else:
         run._save(tmp_path / "residual.bin", factors, told.append)
         assert told == ["wait for disk space"] * 2
-        assert np.array_equal(
-            load_file(tmp_path / "residual.bin")["layers.0.q.A"], factors["layers.0.q.A"]
-        )
+        assert np.array_equal(load_file(tmp_path / "residual.bin")["layers.0.q.A"], factors["layers.0.q.A"])
 
 
 def test_another_failure_to_write_is_not_waited_for(tmp_path, monkeypatch):
@@ -685,9 +628,7 @@ KEPT = {"fedsa": "B"}
 
 
 @pytest.mark.parametrize("method", SENT)
-def test_a_round_sends_what_the_method_shares_and_keeps_what_is_private(
-    trainer, tiny_facts, method
-):
+def test_a_round_sends_what_the_method_shares_and_keeps_what_is_private(trainer, tiny_facts, method):
     folder, _ = first = trainer("first", tiny_facts, method=method)
     result(first)
     shapes = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, SPEC.rank, methods.by_name(method))
@@ -706,27 +647,19 @@ def test_the_private_part_goes_on_beside_the_shared_one(trainer, tiny_facts, tmp
     first = trainer("first", tiny_facts, method="fedsa")
     before = result(first).evaluation["own"].loss
     draws = {
-        key: initial(key, value.shape, 5, FEDIT.factors["A"]) + value
-        for key, value in decoded(first).items()
+        key: initial(key, value.shape, 5, FEDIT.factors["A"]) + value for key, value in decoded(first).items()
     }  # what a node with this device alone publishes
     (tmp_path / "start").write_bytes(codec.encode(draws))
     private = str(first[0] / "state.bin")
     second = trainer(
-        "second",
-        tiny_facts,
-        method="fedsa",
-        start=str(tmp_path / "start"),
-        private=private,
-        round=2,
+        "second", tiny_facts, method="fedsa", start=str(tmp_path / "start"), private=private, round=2
     )
     forgot = trainer("forgot", tiny_facts, method="fedsa", start=str(tmp_path / "start"), round=2)
     assert result(second).evaluation["own"].loss < before
     assert result(forgot).evaluation["own"].loss == pytest.approx(before, rel=1e-6)
 
 
-def test_a_device_of_lower_rank_starts_from_the_leading_part_of_the_version(
-    trainer, tiny_facts, tmp_path
-):
+def test_a_device_of_lower_rank_starts_from_the_leading_part_of_the_version(trainer, tiny_facts, tmp_path):
     """Its loss is that of the version whose other rows and columns are zero, and what it is owed in another rank counts."""
     draw = np.random.default_rng(0)
     shapes = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, SPEC.rank, FEDIT)
@@ -751,20 +684,11 @@ def test_a_device_of_lower_rank_starts_from_the_leading_part_of_the_version(
     assert loss != pytest.approx(result(other).evaluation["own"].loss, rel=1e-3)
     assert {min(value.shape) for value in decoded(first).values()} == {1}
     residual = str(tmp_path / "owed" / "residual.bin")
-    again = trainer(
-        "again", tiny_facts, method="hetlora", adapter=low, start=start, residual=residual
-    )
-    kept = {
-        key: [load_file(folder / "residual.bin")[key] for folder, _ in (first, again)]
-        for key in shapes
-    }
+    again = trainer("again", tiny_facts, method="hetlora", adapter=low, start=start, residual=residual)
+    kept = {key: [load_file(folder / "residual.bin")[key] for folder, _ in (first, again)] for key in shapes}
     for key, sent in decoded(again).items():
         np.testing.assert_allclose(
-            sent + kept[key][1],
-            decoded(first)[key] + kept[key][0] + 1e-3,
-            rtol=0,
-            atol=1e-7,
-            err_msg=key,
+            sent + kept[key][1], decoded(first)[key] + kept[key][0] + 1e-3, rtol=0, atol=1e-7, err_msg=key
         )
 
 
@@ -795,17 +719,11 @@ def test_a_device_that_prunes_sends_the_ranks_that_it_goes_on_with(trainer, tiny
     pruned = trainer("pruned", tiny_facts, method="hetlora", own=own, start=start)
     first = trainer("first", tiny_facts, method="hetlora", own=own)  # its B was zero
     whole = trainer("whole", tiny_facts, method="hetlora", start=start)
-    assert [result(ended).rank for ended in (pruned, first, whole)] == [
-        SPEC.rank // 2,
-        SPEC.rank,
-        None,
-    ]
+    assert [result(ended).rank for ended in (pruned, first, whole)] == [SPEC.rank // 2, SPEC.rank, None]
     for ended, rank in ((pruned, SPEC.rank // 2), (first, SPEC.rank), (whole, SPEC.rank)):
         lower = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, rank, FEDIT)
         assert {key: value.shape for key, value in decoded(ended).items()} == lower
-    fleet = settings.Fleet(
-        "f", (settings.Model("m"),), adapter=SPEC, method=settings.Method("hetlora", own)
-    )
+    fleet = settings.Fleet("f", (settings.Model("m"),), adapter=SPEC, method=settings.Method("hetlora", own))
     payload = (pruned[0] / "payload.bin").read_bytes()
     assert merge.check(payload, {}, fleet, methods.of(fleet))
     with pytest.raises(InputError, match="of rank 4"):
@@ -825,9 +743,7 @@ def test_what_flora_keeps_is_applied_and_frozen_and_a_round_begins_on_it_with_a_
     learned = {key: draw.normal(0, 0.5, shape).astype(np.float32) for key, shape in shapes.items()}
     kept = {}
     for key, value in learned.items():  # the same in a higher rank
-        beyond = (
-            [(0, 64 - SPEC.rank), (0, 0)] if key.endswith("A") else [(0, 0), (0, 64 - SPEC.rank)]
-        )
+        beyond = [(0, 64 - SPEC.rank), (0, 0)] if key.endswith("A") else [(0, 0), (0, 64 - SPEC.rank)]
         kept[f"{key[:-1]}kept{key[-1]}"] = np.pad(value, beyond)
     for name, state in (("learned", learned), ("kept", kept)):
         (tmp_path / name).write_bytes(codec.encode(state))
@@ -856,8 +772,7 @@ def test_what_is_of_a_layer_of_another_width_is_not_taken(trainer, tiny_facts, t
 def test_what_rounding_lost_of_other_factors_is_not_added(trainer, tiny_facts, tmp_path):
     shapes = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, SPEC.rank, FEDIT)
     save_file(
-        {key: np.full(shape, 1e-2, np.float32) for key, shape in shapes.items()},
-        tmp_path / "residual.bin",
+        {key: np.full(shape, 1e-2, np.float32) for key, shape in shapes.items()}, tmp_path / "residual.bin"
     )
     payloads = {
         (method, residual): (

@@ -23,12 +23,8 @@ def test_what_a_device_says_is_shown_as_it_is(capsys, monkeypatch):
         measured_peak_bytes=0,
         payload_bytes=0,
     )
-    trained = Report(
-        device="b", node_key="", round=1, state="trained", budget_bytes=0, result=result
-    )
+    trained = Report(device="b", node_key="", round=1, state="trained", budget_bytes=0, result=result)
     devices = [Device(report.device, "online", report) for report in (failed, trained)]
-    views.show_status(
-        Status("f", Round(node="n", fleet=fleet, round=1, state="open", versions={}), devices)
-    )
+    views.show_status(Status("f", Round(node="n", fleet=fleet, round=1, state="open", versions={}), devices))
     shown = capsys.readouterr().out
     assert reason in shown and "[red] not finite (0%)" in shown

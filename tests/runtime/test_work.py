@@ -24,9 +24,7 @@ CATALOG = (Model("a"), Model("a", depth=20), Model("b", depth=15), Model("a", de
 )
 def test_a_device_trains_the_smaller_slices_of_its_checkpoint(source, depth, slices, depths):
     fleet = Fleet("f", CATALOG, training=Training(slices=slices))
-    plan = Plan(
-        source, "class", depth, 30, "float32", rank=4, rows=1, tokens=8, terms={}, step_seconds=1.0
-    )
+    plan = Plan(source, "class", depth, 30, "float32", rank=4, rows=1, tokens=8, terms={}, step_seconds=1.0)
     assert work.depths(fleet, plan) == depths
 
 
@@ -39,9 +37,7 @@ def test_a_device_trains_the_smaller_slices_of_its_checkpoint(source, depth, sli
         (lambda of: Rejected(of, "payload", "no such file", True), None, None),
     ],
 )
-def test_what_was_refused_is_owed_unless_it_would_spoil_the_next_one_too(
-    tmp_path, settled, residual, unsent
-):
+def test_what_was_refused_is_owed_unless_it_would_spoil_the_next_one_too(tmp_path, settled, residual, unsent):
     store = Store(tmp_path / "agent.db")
     for name in ("residual", "unsent"):
         store.set(name, "1")
@@ -49,14 +45,7 @@ def test_what_was_refused_is_owed_unless_it_would_spoil_the_next_one_too(
     folder.mkdir()
     (folder / "residual.bin").touch()
     of = messages.describe(
-        b"delta",
-        fleet="f",
-        device="d",
-        round=2,
-        model_class="m",
-        codec="c",
-        samples=1,
-        chunk_bytes=8,
+        b"delta", fleet="f", device="d", round=2, model_class="m", codec="c", samples=1, chunk_bytes=8
     )
     work.settle(tmp_path, store, settled(of))
     assert (store.get("residual"), store.get("unsent")) == (residual, unsent)

@@ -68,9 +68,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows(tmp_path: Path) -> Path:
     path = tmp_path / "rows.jsonl"
     path.write_text(
-        "".join(
-            json.dumps({"prompt": f"say {n}: ", "completion": f"{n} {n}"}) + "\n" for n in range(40)
-        )
+        "".join(json.dumps({"prompt": f"say {n}: ", "completion": f"{n} {n}"}) + "\n" for n in range(40))
     )
     return path
 

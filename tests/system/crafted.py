@@ -36,13 +36,7 @@ class Crafted:
         """Publish a signed report; the node pins the key of the first one."""
         said = Report(
             device=self._id,
-            **{
-                "node_key": self._node_key,
-                "round": 1,
-                "state": "joined",
-                "budget_bytes": 0,
-                **fields,
-            },
+            **{"node_key": self._node_key, "round": 1, "state": "joined", "budget_bytes": 0, **fields},
         )
         signed = signing.sign(self._key, REPORT_DOMAIN, msgspec.json.encode(said)).encode()
         self.session.publish(topics.report(self._fleet, self._id), signed, retain=True)
@@ -57,11 +51,7 @@ class Crafted:
             **fields,
         }
         manifest = messages.describe(
-            payload,
-            fleet=self._fleet,
-            device=self._id,
-            chunk_bytes=self.session.chunk_bytes,
-            **described,
+            payload, fleet=self._fleet, device=self._id, chunk_bytes=self.session.chunk_bytes, **described
         )
         self._outbox.add(manifest, payload)
         deadline = time.monotonic() + 30

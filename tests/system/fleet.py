@@ -76,18 +76,14 @@ class Command:
             self._lines.put(line)
         self._lines.put(None)
 
-    def until(
-        self, holds: Callable[[dict[str, Any]], bool], timeout_s: float = 90.0
-    ) -> dict[str, Any]:
+    def until(self, holds: Callable[[dict[str, Any]], bool], timeout_s: float = 90.0) -> dict[str, Any]:
         """Read events until one holds; fails when the process ends or the time is over."""
         deadline = time.monotonic() + timeout_s
         while True:
             try:
                 line = self._lines.get(timeout=max(deadline - time.monotonic(), 0.0))
             except queue.Empty:
-                raise AssertionError(
-                    f"not seen within {timeout_s} s; events: {self.seen[-8:]}"
-                ) from None
+                raise AssertionError(f"not seen within {timeout_s} s; events: {self.seen[-8:]}") from None
             if line is None:
                 self.process.wait(10)
                 raise AssertionError(
@@ -129,13 +125,7 @@ class Fleet:
     """One test's fleet: writes its file and starts its processes; ends them all."""
 
     def __init__(self, broker: Broker, cache: Path, folder: Path, rows: Path, name: str) -> None:
-        self.broker, self.cache, self.folder, self.rows, self.name = (
-            broker,
-            cache,
-            folder,
-            rows,
-            name,
-        )
+        self.broker, self.cache, self.folder, self.rows, self.name = (broker, cache, folder, rows, name)
         self.running: list[Command] = []
 
     def write(
@@ -170,19 +160,8 @@ class Fleet:
 
     def agent(self, id: str, *more: str) -> Command:
         """A device, on its own state."""
-        what = (
-            "--fleet",
-            self.name,
-            "--id",
-            id,
-            "--data",
-            str(self.rows),
-            "--state",
-            str(self.folder / id),
-        )
-        return self._start(
-            "agent", *what, "--broker", self.broker.url, "--threads", "1", "--json", *more
-        )
+        what = ("--fleet", self.name, "--id", id, "--data", str(self.rows), "--state", str(self.folder / id))
+        return self._start("agent", *what, "--broker", self.broker.url, "--threads", "1", "--json", *more)
 
     def _start(self, *arguments: str) -> Command:
         self.running.append(Command(*arguments, cache=self.cache))

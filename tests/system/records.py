@@ -34,9 +34,7 @@ def reports(fleet: Fleet, state: str) -> dict[tuple[str, int], Report]:
         rows = database.execute(
             "SELECT device, round, body FROM reports WHERE state = ?", (state,)
         ).fetchall()
-    return {
-        (device, round_): msgspec.json.decode(body, type=Report) for device, round_, body in rows
-    }
+    return {(device, round_): msgspec.json.decode(body, type=Report) for device, round_, body in rows}
 
 
 def master(fleet: Fleet, round_: int) -> dict[str, np.ndarray]:
@@ -53,9 +51,7 @@ def version_0(key: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def sent(fleet: Fleet, device: str, round_: int, work: str = "work") -> dict[str, np.ndarray]:
     """The delta a device sent, as the node decoded it; work is the folder of its rounds."""
-    return codec.decode(
-        (fleet.folder / device / work / f"round-{round_}" / "payload.bin").read_bytes()
-    )
+    return codec.decode((fleet.folder / device / work / f"round-{round_}" / "payload.bin").read_bytes())
 
 
 def job(fleet: Fleet, device: str, round_: int) -> dict[str, Any]:
@@ -81,9 +77,7 @@ def owes(fleet: Fleet, device: str) -> bool:
 
 def await_round(fleet: Fleet) -> None:
     """Wait until the broker keeps a round for those who come later."""
-    with Session(
-        fleet.broker.url, f"{fleet.name}-waits", clean_start=True, session_expiry_s=0
-    ) as session:
+    with Session(fleet.broker.url, f"{fleet.name}-waits", clean_start=True, session_expiry_s=0) as session:
         session.connect(10)
         session.subscribe(topics.round(fleet.name))
         while not isinstance(item := session.receive(10), Message):
@@ -93,9 +87,7 @@ def await_round(fleet: Fleet) -> None:
 def presence_of(fleet: Fleet, device: str) -> str:
     """A device's presence, as the broker keeps it."""
     tracker = presence.Tracker()
-    with Session(
-        fleet.broker.url, f"{fleet.name}-looks", clean_start=True, session_expiry_s=0
-    ) as session:
+    with Session(fleet.broker.url, f"{fleet.name}-looks", clean_start=True, session_expiry_s=0) as session:
         session.connect(10)
         session.subscribe(topics.all_presence(fleet.name))
         while tracker.state(device) == "unknown":

@@ -32,9 +32,7 @@ def test_a_refused_update_is_carried_into_the_next_round(fleet: Fleet, real_mode
     agent.process.send_signal(signal.SIGSTOP)
     node = fleet.node()
     with crafted(fleet, "other") as other:
-        declare_lost(
-            other.session, fleet, "late"
-        )  # as the broker does, a minute after such a silence
+        declare_lost(other.session, fleet, "late")  # as the broker does, a minute after such a silence
         other.report()
         assert isinstance(other.offer(DELTA), Committed)
         assert node.phase("merged")["missing"] == ["late"]
@@ -97,9 +95,7 @@ def test_a_device_whose_first_report_was_lost_says_again_who_it_is(fleet: Fleet)
     agent = owing(fleet, "a")
     with contextlib.closing(sqlite3.connect(fleet.folder / "node" / "node.db")) as database:
         assert database.execute("SELECT count(*) FROM devices").fetchone() == (0,)
-    with Session(
-        fleet.broker.url, f"{fleet.name}-forgets", clean_start=True, session_expiry_s=0
-    ) as session:
+    with Session(fleet.broker.url, f"{fleet.name}-forgets", clean_start=True, session_expiry_s=0) as session:
         session.connect(10)
         session.publish(topics.report(fleet.name, "a"), b"", retain=True)
     node = fleet.node("--noop", "--until-finished")
@@ -108,9 +104,7 @@ def test_a_device_whose_first_report_was_lost_says_again_who_it_is(fleet: Fleet)
     assert committed(fleet) == [("a", 1)]
 
 
-def test_a_round_that_opens_while_the_agent_plans_is_trained_once(
-    fleet: Fleet, real_model: str
-) -> None:
+def test_a_round_that_opens_while_the_agent_plans_is_trained_once(fleet: Fleet, real_model: str) -> None:
     (lock,) = (fleet.cache / "models").glob("*.lock")
     fleet.write((real_model, 2), rounds=2, deadline_s=2, extensions=100)
     node = fleet.node()
@@ -132,10 +126,7 @@ def test_a_round_that_opens_while_the_agent_plans_is_trained_once(
 def test_fresh_states_make_a_new_fleet_of_an_old_name(fleet: Fleet) -> None:
     """The broker keeps the old node's last word and the old device's report; neither ties the new ones."""
     fleet.write()
-    ended = [
-        fleet.node("--noop", "--until-finished"),
-        fleet.agent("a", "--noop", "10kB", "--until-finished"),
-    ]
+    ended = [fleet.node("--noop", "--until-finished"), fleet.agent("a", "--noop", "10kB", "--until-finished")]
     assert [command.end() for command in ended] == [0, 0]
     for name in ("node", "a"):
         shutil.rmtree(fleet.folder / name)
@@ -149,10 +140,7 @@ def test_fresh_states_make_a_new_fleet_of_an_old_name(fleet: Fleet) -> None:
 
 def test_a_device_that_trained_for_a_node_follows_no_other_one(fleet: Fleet) -> None:
     fleet.write()
-    ended = [
-        fleet.node("--noop", "--until-finished"),
-        fleet.agent("a", "--noop", "10kB", "--until-finished"),
-    ]
+    ended = [fleet.node("--noop", "--until-finished"), fleet.agent("a", "--noop", "10kB", "--until-finished")]
     assert [command.end() for command in ended] == [0, 0]
     shutil.rmtree(fleet.folder / "node")
     fleet.node("--noop").phase("collecting")

@@ -48,9 +48,7 @@ def test_a_wrong_fleet_name_is_answered_with_those_that_are_there(fleet: Fleet) 
         ('{"prompt": "a"}\n', ["line 1", "prompt and completion"]),
     ],
 )
-def test_data_is_refused_before_anything_is_sent(
-    fleet: Fleet, content: str | None, words: list[str]
-) -> None:
+def test_data_is_refused_before_anything_is_sent(fleet: Fleet, content: str | None, words: list[str]) -> None:
     fleet.broker = type("Nowhere", (), {"url": NOBODY})()  # type: ignore[assignment]  # it must not get this far
     fleet.rows.unlink()
     if content is not None:
@@ -94,33 +92,21 @@ def test_an_unknown_board_and_a_bad_size_are_refused(tmp_path: Path) -> None:
 
 def test_a_deadline_is_not_promised_for_a_board_that_was_never_measured(tmp_path: Path) -> None:
     path = tmp_path / "fleet.toml"
-    path.write_text(
-        '[fleet]\nname = "x"\n[training]\nstep_deadline_s = 2\n[[catalog]]\nsource = "m"\n'
-    )
+    path.write_text('[fleet]\nname = "x"\n[training]\nstep_deadline_s = 2\n[[catalog]]\nsource = "m"\n')
     plan = Command("plan", "--fleet", str(path), "--board", "jetson-orin-nano-8gb")
-    assert_one_sentence(
-        plan, 2, "step_deadline_s", "a board one does not have", "leave the key out"
-    )
+    assert_one_sentence(plan, 2, "step_deadline_s", "a board one does not have", "leave the key out")
 
 
 def test_plan_and_profile_speak_json(fleet: Fleet, tiny_model: Path) -> None:
     fleet.write((str(tiny_model), 4))
     fleet_file = str(fleet.folder / "fleet.toml")
     plan = Command(
-        "plan",
-        "--fleet",
-        fleet_file,
-        "--board",
-        "jetson-orin-nano-8gb",
-        "--json",
-        cache=fleet.cache,
+        "plan", "--fleet", fleet_file, "--board", "jetson-orin-nano-8gb", "--json", cache=fleet.cache
     )
     planned = plan.until(lambda _: True)
     assert planned["plan"]["depth"] == 4
     assert (
-        planned["predicted_peak_bytes"]
-        == sum(planned["plan"]["terms"].values())
-        <= planned["budget_bytes"]
+        planned["predicted_peak_bytes"] == sum(planned["plan"]["terms"].values()) <= planned["budget_bytes"]
     )
     profile = Command("profile", "--json", cache=fleet.cache).until(lambda _: True)
     assert profile["ram_total_bytes"] > profile["runtime_baseline_bytes"] > 100 << 20
@@ -145,9 +131,7 @@ def test_an_address_or_a_name_is_refused_before_a_state_is_made(
         "--state": str(tmp_path / "state"),
         option: value,
     }
-    assert_one_sentence(
-        Command("agent", *(text for pair in given.items() for text in pair)), 2, *words
-    )
+    assert_one_sentence(Command("agent", *(text for pair in given.items() for text in pair)), 2, *words)
     assert not (tmp_path / "state").exists()
 
 

@@ -54,21 +54,15 @@ def test_a_device_that_comes_after_a_restart_is_told_the_round(
     assert (agent.end(40), node.end(40)) == (0, 0)
 
 
-def test_an_outage_does_not_count_against_the_deadline(
-    fleet: Fleet, restartable: Restartable
-) -> None:
-    fleet.write(
-        deadline_s=8, extensions=0
-    )  # in which an agent has to start, and send, on a slow machine too
+def test_an_outage_does_not_count_against_the_deadline(fleet: Fleet, restartable: Restartable) -> None:
+    fleet.write(deadline_s=8, extensions=0)  # in which an agent has to start, and send, on a slow machine too
     node = fleet.node("--noop", "--until-finished")
     node.phase("collecting")
     restartable.stop()
     assert still_runs(node, 10), node.error()
     restartable.start()
     longer_than_its_back_off = "60"  # the node may look for its broker 30 s after it last did
-    agent = fleet.agent(
-        "a", "--noop", "10kB", "--until-finished", "--wait", longer_than_its_back_off
-    )
+    agent = fleet.agent("a", "--noop", "10kB", "--until-finished", "--wait", longer_than_its_back_off)
     assert (agent.end(), node.end()) == (0, 0)
 
 

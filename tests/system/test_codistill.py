@@ -55,9 +55,7 @@ def test_a_label_that_a_model_never_met_reaches_it_from_another(
     file = fleet.folder / "fleet.toml"
     file.write_text(file.read_text() + TABLES)
     public = [
-        {"text": f"{letter * 3} {n}", "label": "not to be seen"}
-        for n in range(20, 24)
-        for letter in "rgb"
+        {"text": f"{letter * 3} {n}", "label": "not to be seen"} for n in range(20, 24) for letter in "rgb"
     ]
     (fleet.folder / "public.jsonl").write_text("".join(json.dumps(line) + "\n" for line in public))
     held_out = rows(fleet.folder / "all.jsonl", "red", "green", "blue")
@@ -107,20 +105,13 @@ def test_a_class_that_comes_late_starts_from_what_the_fleet_shares(
     fleet.rows = rows(fleet.folder / "b.jsonl", "blue")
     late = fleet.agent("late", "--until-finished", "--models", str(wider_model.parent))
     starting = late.phase("starting")
-    job = json.loads(
-        (fleet.folder / "late" / "work" / f"round-{starting['round']}" / "job.json").read_text()
-    )
+    job = json.loads((fleet.folder / "late" / "work" / f"round-{starting['round']}" / "job.json").read_text())
     told = codec.shapes(Path(job["start"]).read_bytes())
-    assert told.keys() == {
-        "anchors.red.T",
-        "anchors.green.T",
-    }  # no version of its own class is there yet
+    assert told.keys() == {"anchors.red.T", "anchors.green.T"}  # no version of its own class is there yet
     assert (node.end(), early.end(), late.end()) == (0, 0, 0)
 
 
-def test_a_fleet_whose_public_texts_are_too_few_is_not_announced(
-    fleet: Fleet, tiny_model: Path
-) -> None:
+def test_a_fleet_whose_public_texts_are_too_few_is_not_announced(fleet: Fleet, tiny_model: Path) -> None:
     fleet.write((str(tiny_model), 4))
     file = fleet.folder / "fleet.toml"
     file.write_text(file.read_text() + TABLES)

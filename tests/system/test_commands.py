@@ -24,10 +24,7 @@ OPTIONS = {
 
 def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-m", "edge_runtime.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
+        [sys.executable, "-m", "edge_runtime.cli", *arguments], capture_output=True, text=True, timeout=60
     )
 
 
@@ -56,17 +53,13 @@ def test_status_speaks_json_of_the_round_and_each_device(fleet: Fleet) -> None:
     fleet.node("--noop").phase("collecting")
     with crafted(fleet, "here") as here:
         here.report(budget_bytes=7)
-        status = Command(
-            "status", "--broker", fleet.broker.url, "--fleet", fleet.name, "--json"
-        ).until(lambda _: True)
+        status = Command("status", "--broker", fleet.broker.url, "--fleet", fleet.name, "--json").until(
+            lambda _: True
+        )
     assert status["fleet"] == fleet.name
     assert (status["round"]["state"], status["round"]["round"]) == ("open", 1)
     (device,) = status["devices"]
-    assert (device["id"], device["presence"], device["report"]["budget_bytes"]) == (
-        "here",
-        "online",
-        7,
-    )
+    assert (device["id"], device["presence"], device["report"]["budget_bytes"]) == ("here", "online", 7)
 
 
 def test_a_model_that_is_not_there_is_named_and_the_node_told(fleet: Fleet, tmp_path: Path) -> None:

@@ -60,15 +60,10 @@ def rows(path: Path, letters: str, numbers: range, **more: str) -> Path:
 def published(fleet: Fleet, round_: int) -> dict[str, dict[int, Completion]]:
     """What the node published after a round, by file."""
     found = (fleet.folder / "node" / "versions").glob(f"{round_:05d}-*.edc")
-    return {
-        path.name: {one.prompt: one for one in codec.completions(path.read_bytes())}
-        for path in found
-    }
+    return {path.name: {one.prompt: one for one in codec.completions(path.read_bytes())} for path in found}
 
 
-def test_completions_reach_a_model_of_another_tokenizer(
-    fleet: Fleet, two_models: tuple[Path, Path]
-) -> None:
+def test_completions_reach_a_model_of_another_tokenizer(fleet: Fleet, two_models: tuple[Path, Path]) -> None:
     ours, other = two_models
     fleet.write((ours.name, 3), method="local", rounds=3, quorum=2, steps=40)
     file = fleet.folder / "fleet.toml"
@@ -77,25 +72,17 @@ def test_completions_reach_a_model_of_another_tokenizer(
     held_out = rows(fleet.folder / "all.jsonl", "rgb", range(12, 20))
     node = fleet.node("--until-finished")
     fleet.rows = rows(fleet.folder / "a.jsonl", "rg", range(12))
-    first = fleet.agent(
-        "a", "--until-finished", "--models", str(ours.parent), "--eval", f"all={held_out}"
-    )
+    first = fleet.agent("a", "--until-finished", "--models", str(ours.parent), "--eval", f"all={held_out}")
     fleet.rows = rows(fleet.folder / "b.jsonl", "gb", range(12))
-    second = fleet.agent(
-        "b", "--until-finished", "--models", str(other.parent), "--eval", f"all={held_out}"
-    )
+    second = fleet.agent("b", "--until-finished", "--models", str(other.parent), "--eval", f"all={held_out}")
     assert (node.end(), first.end(), second.end()) == (0, 0, 0)
 
     assert (
         sent(fleet, "a", 3) == {}
     )  # nothing but completions leaves with `local`, and of the last round none
     told = list(published(fleet, 2).values())
-    assert len(told) == 3 and all(
-        one == told[0] for one in told
-    )  # two classes, and whichever comes late
-    assert {"R", "G", "B"} <= {
-        one.text for one in told[0].values()
-    }  # R of the one model, B of the other
+    assert len(told) == 3 and all(one == told[0] for one in told)  # two classes, and whichever comes late
+    assert {"R", "G", "B"} <= {one.text for one in told[0].values()}  # R of the one model, B of the other
     assert all(0 <= prompt < 12 and 0 < one.confidence <= 1 for prompt, one in told[0].items())
     for device in "ab":
         before, after = (

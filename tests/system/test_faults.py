@@ -43,9 +43,7 @@ def test_a_killed_aggregator_goes_on_in_the_same_round(fleet: Fleet, moment: str
     assert committed(fleet) == [("first", 1), ("first", 2), ("second", 1), ("second", 2)]
 
 
-def test_a_killed_agent_takes_its_trainer_along_and_trains_again(
-    fleet: Fleet, tiny_model: Path
-) -> None:
+def test_a_killed_agent_takes_its_trainer_along_and_trains_again(fleet: Fleet, tiny_model: Path) -> None:
     fleet.write((str(tiny_model), 4), steps=60)
     node = fleet.node("--until-finished")
     agent = fleet.agent("a", "--until-finished")
@@ -123,10 +121,7 @@ def test_an_agent_that_missed_the_nodes_word_on_its_last_update_asks_for_it_befo
         agent = fleet.agent("a", "--noop", "10kB")
         agent.until(lambda event: event.get("text") == "the node took round 1")
         agent.kill()
-        with (
-            contextlib.closing(sqlite3.connect(fleet.folder / "a" / "agent.db")) as database,
-            database,
-        ):
+        with contextlib.closing(sqlite3.connect(fleet.folder / "a" / "agent.db")) as database, database:
             database.execute("UPDATE outbox_update SET state = 'pending'")
         node.kill()
         agent = fleet.agent("a", "--noop", "10kB", "--until-finished")

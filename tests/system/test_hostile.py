@@ -33,9 +33,7 @@ def test_a_round_closes_with_the_honest_device_alone(fleet: Fleet, real_model: s
         hostile.report()
         refusal = hostile.offer(payload_of("layers.0.q.A", (3, 576)), model_class="anything")
         assert isinstance(refusal, Rejected) and "rank 2" in refusal.reason
-        hostile.report(
-            state="failed", reason="refused"
-        )  # else the round waits for it until its deadline
+        hostile.report(state="failed", reason="refused")  # else the round waits for it until its deadline
         merged = node.phase("merged")
     assert merged["in_"] == ["honest"] and merged["missing"] == ["hostile"]
     assert (node.end(), honest.end()) == (0, 0)
@@ -55,9 +53,7 @@ def test_a_round_closes_with_the_honest_device_alone(fleet: Fleet, real_model: s
         (codec.encode({}), "no factor"),
     ],
 )
-def test_a_delta_that_says_nothing_sound_is_refused(
-    fleet: Fleet, payload: bytes, reason: str
-) -> None:
+def test_a_delta_that_says_nothing_sound_is_refused(fleet: Fleet, payload: bytes, reason: str) -> None:
     fleet.write()
     node = fleet.node()
     node.phase("collecting")
@@ -82,9 +78,7 @@ def test_an_update_without_samples_cannot_break_the_mean(fleet: Fleet) -> None:
 
 
 @pytest.mark.parametrize("round_", [2**63, -1, 3])
-def test_a_report_of_a_round_that_is_not_there_does_not_end_the_node(
-    fleet: Fleet, round_: int
-) -> None:
+def test_a_report_of_a_round_that_is_not_there_does_not_end_the_node(fleet: Fleet, round_: int) -> None:
     fleet.write(rounds=2)
     node = fleet.node("--noop", "--until-finished")
     node.phase("collecting")

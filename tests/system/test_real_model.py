@@ -27,9 +27,7 @@ def ran(
 ) -> Iterator[tuple[Fleet, dict[str, int]]]:
     """The fleet after both rounds, and its budgets; `kept` holds the work of round 1."""
     folder = tmp_path_factory.mktemp("ran")
-    rows = [
-        json.dumps({"prompt": f"say {n}: ", "completion": f"{n} {n}"}) + "\n" for n in range(60)
-    ]
+    rows = [json.dumps({"prompt": f"say {n}: ", "completion": f"{n} {n}"}) + "\n" for n in range(60)]
     files = {"many": rows[:40], "few": rows[:FEW], "own": rows[40:50], "others": rows[50:]}
     for name, chosen in files.items():
         (folder / f"{name}.jsonl").write_text("".join(chosen))
@@ -42,9 +40,7 @@ def ran(
         agents = {}
         for id, data in ((DEEP, "many"), (SHALLOW, "few")):
             fleet.rows = folder / f"{data}.jsonl"
-            agents[id] = fleet.agent(
-                id, "--until-finished", "--budget", str(budgets[id]), *held_out
-            )
+            agents[id] = fleet.agent(id, "--until-finished", "--budget", str(budgets[id]), *held_out)
         node.until(lambda event: event["phase"] == "collecting" and event["round"] == 2)
         for id in budgets:  # a round's work is tidied away once the next one is settled
             shutil.copytree(folder / id / "work" / "round-1", folder / id / "kept" / "round-1")
@@ -83,9 +79,7 @@ def test_the_first_version_is_the_initial_one_plus_the_weighted_mean(ran: Ran) -
     merged, steps = master(ran[0], 1), mean(ran[0], 1, "kept")
     assert merged.keys() == steps.keys()
     for key, step in steps.items():
-        np.testing.assert_allclose(
-            merged[key], version_0(key, step.shape) + step, atol=1e-6, err_msg=key
-        )
+        np.testing.assert_allclose(merged[key], version_0(key, step.shape) + step, atol=1e-6, err_msg=key)
 
 
 def test_the_second_version_adds_the_mean_of_its_round_to_the_first(ran: Ran) -> None:
@@ -105,9 +99,7 @@ def test_an_unweighted_mean_would_be_seen(ran: Ran) -> None:
 
 
 @pytest.mark.parametrize("device", [DEEP, SHALLOW])
-def test_what_rounding_lost_is_owed_until_the_receipt_of_the_next_round(
-    ran: Ran, device: str
-) -> None:
+def test_what_rounding_lost_is_owed_until_the_receipt_of_the_next_round(ran: Ran, device: str) -> None:
     fleet = ran[0]
     assert job(fleet, device, 2)["residual"].endswith("round-1/residual.bin")
     assert remembered(fleet, device)["residual"] == "2"
@@ -121,9 +113,7 @@ def test_reports_say_what_was_planned_measured_and_moved(ran: Ran) -> None:
     assert finished.keys() == {(device, 2) for device in budgets}
     for (device, _), report in trained.items():
         assert report.plan is not None and report.plan.depth == (3 if device == DEEP else 2)
-        assert report.result is not None and report.result.samples == (
-            16 if device == DEEP else FEW
-        )
+        assert report.result is not None and report.result.samples == (16 if device == DEEP else FEW)
         assert report.result.payload_bytes < report.bytes_up < report.result.payload_bytes + 16_384
 
 
@@ -135,9 +125,7 @@ def test_the_demo_reads_its_outcome_from_such_a_fleet(ran: Ran) -> None:
     every = [*reports(fleet, "trained").values(), *reports(fleet, "finished").values()]
     for device in outcome.devices:
         own = [one for one in every if one.device == device.id]
-        assert device.measured_peak_bytes == max(
-            one.result.measured_peak_bytes for one in own if one.result
-        )
+        assert device.measured_peak_bytes == max(one.result.measured_peak_bytes for one in own if one.result)
         assert device.bytes_up == sum(one.bytes_up for one in own)
         assert device.loss_after < device.loss_before
     assert not [fault for fault in outcome.faults if "round" in fault or "loss" in fault]

@@ -21,10 +21,7 @@ def budget_for_depth(fleet: Fleet, model: Path, depth: int) -> str:
     wanted = settings.load(fleet.folder / "fleet.toml")
     facts = {str(model): processes.prepared(str(model), model)}
     measured = processes.runtime_bytes(), processes.rates("cpu", 1)
-    peaks = {
-        plans[0].depth: plans[-1].predicted_peak_bytes
-        for plans in candidates(wanted, facts, *measured)
-    }
+    peaks = {plans[0].depth: plans[-1].predicted_peak_bytes for plans in candidates(wanted, facts, *measured)}
     return str(peaks[depth])
 
 
@@ -41,9 +38,7 @@ def test_each_tensor_becomes_the_mean_over_the_devices_that_hold_it(
     )
     assert (node.end(), deep.end(), shallow.end()) == (0, 0, 0)
     merged, a, b = master(fleet, 1), sent(fleet, "deep", 1), sent(fleet, "shallow", 1)
-    assert {key.split(".")[1] for key in a} == set("0123") and {
-        key.split(".")[1] for key in b
-    } == set("03")
+    assert {key.split(".")[1] for key in a} == set("0123") and {key.split(".")[1] for key in b} == set("03")
     assert merged.keys() == a.keys()
     for key, value in merged.items():
         step = (a[key] + b[key]) / 2 if key in b else a[key]
@@ -93,10 +88,7 @@ def test_a_device_trains_and_exports_the_rank_and_length_of_its_plan(
     text = path.read_text().replace("rank = 2", "rank = 8\nlower = [3]")
     path.write_text(text.replace("max_tokens = 32", "max_tokens = 32\nshorter = [16]"))
     smallest = budget_for_depth(fleet, tiny_model, 4)
-    node, agent = (
-        fleet.node("--until-finished"),
-        fleet.agent("a", "--until-finished", "--budget", smallest),
-    )
+    node, agent = (fleet.node("--until-finished"), fleet.agent("a", "--until-finished", "--budget", smallest))
     assert (node.end(), agent.end()) == (0, 0)
     job = json.loads((fleet.folder / "a" / "work" / "finished" / "job.json").read_text())
     assert (job["plan"]["rank"], job["adapter"]["rank"], job["plan"]["tokens"]) == (3, 3, 16)
@@ -148,9 +140,9 @@ def test_what_a_method_shares_travels_and_what_it_keeps_goes_on_from_round_to_ro
     agents = [fleet.agent(name, "--until-finished") for name in ("a", "b")]
     assert (node.end(), *(agent.end() for agent in agents)) == (0, 0, 0)
     deltas = [sent(fleet, name, 2) for name in ("a", "b")]
-    assert {
-        key[-1] for state in (master(fleet, 1), master(fleet, 2), *deltas) for key in state
-    } == set(factor)
+    assert {key[-1] for state in (master(fleet, 1), master(fleet, 2), *deltas) for key in state} == set(
+        factor
+    )
     job = json.loads((fleet.folder / "a" / "work" / "round-2" / "job.json").read_text())
     assert job["start"] is not None
     assert (job["private"] is not None) is bool(kept)
@@ -165,20 +157,13 @@ def test_a_device_that_prunes_goes_on_in_fewer_ranks(fleet: Fleet, tiny_model: P
     fleet.write((str(tiny_model), 4), method="hetlora", rounds=2)
     file = fleet.folder / "fleet.toml"
     pruning = 'name = "hetlora"\npenalty = 1000.0\nkeep = 0.5'
-    file.write_text(
-        file.read_text().replace("rank = 2", "rank = 8").replace('name = "hetlora"', pruning)
-    )
+    file.write_text(file.read_text().replace("rank = 2", "rank = 8").replace('name = "hetlora"', pruning))
     node, agent = fleet.node("--until-finished"), fleet.agent("a", "--until-finished")
     assert (node.end(), agent.end()) == (0, 0)
-    assert (
-        job(fleet, "a", 2)["plan"]["rank"] == 8
-    )  # before the first round there was nothing beyond
+    assert job(fleet, "a", 2)["plan"]["rank"] == 8  # before the first round there was nothing beyond
     assert len(sent(fleet, "a", 2)["layers.0.q.A"]) == 4
     assert (
-        json.loads((fleet.folder / "a" / "work" / "finished" / "job.json").read_text())["plan"][
-            "rank"
-        ]
-        == 4
+        json.loads((fleet.folder / "a" / "work" / "finished" / "job.json").read_text())["plan"]["rank"] == 4
     )
     assert len(master(fleet, 2)["layers.0.q.A"]) == 8
 
@@ -206,28 +191,20 @@ def test_devices_of_unequal_ranks_learn_together(
     )
     key, name = "layers.0.q", "kept" if method == "flora" else ""
     assert [len(state[f"{key}.A"]) for state in (high, low)] == [8, 2]
-    assert [len(state[f"{key}.{name}A"]) for state in (first, merged)] == (
-        [64, 64] if name else [8, 8]
-    )
+    assert [len(state[f"{key}.{name}A"]) for state in (first, merged)] == ([64, 64] if name else [8, 8])
     if method == "hetlora":
         return
     old = {factor: first.get(f"{key}.{factor}", 0) for factor in "AB"}
     if method == "flora":  # every round begins with version 0
         assert {one.rpartition(".")[2] for one in merged} == {"keptA", "keptB"}
-        old = {
-            factor: version_0(f"{key}.{factor}", high[f"{key}.{factor}"].shape) for factor in "AB"
-        }
+        old = {factor: version_0(f"{key}.{factor}", high[f"{key}.{factor}"].shape) for factor in "AB"}
     products = []
     for delta in (high, low):
         rank = len(delta[f"{key}.A"])
-        products.append(
-            (old["B"][:, :rank] + delta[f"{key}.B"]) @ (old["A"][:rank] + delta[f"{key}.A"])
-        )
+        products.append((old["B"][:, :rank] + delta[f"{key}.B"]) @ (old["A"][:rank] + delta[f"{key}.A"]))
     learned = merged[f"{key}.{name}B"] @ merged[f"{key}.{name}A"]
     if method == "flora":
         learned -= first[f"{key}.keptB"] @ first[f"{key}.keptA"]
-    close = (
-        1e-5 if method == "flora" else 1e-3
-    )  # flora has room for all of it, and a round alone is little
+    close = 1e-5 if method == "flora" else 1e-3  # flora has room for all of it, and a round alone is little
     np.testing.assert_allclose(learned, sum(products) / 2, atol=close)
     assert np.abs(sum(products)).max() > 10 * close

@@ -63,8 +63,7 @@ class Fetcher:
             LinkError: its numbers do not add up, it is too large, or the subscription failed.
         """
         adds_up = (
-            artifact.chunks == -(-artifact.size // artifact.chunk_bytes)
-            and artifact.chunks <= MAX_CHUNKS
+            artifact.chunks == -(-artifact.size // artifact.chunk_bytes) and artifact.chunks <= MAX_CHUNKS
         )
         if not adds_up or artifact.size > self._max_bytes:
             raise LinkError(
@@ -177,10 +176,7 @@ class _Download:
         return found
 
     def write(self, index: int, data: bytes) -> None:
-        if not (
-            0 <= index < self.artifact.chunks
-            and len(data) == messages.chunk_size(self.artifact, index)
-        ):
+        if not (0 <= index < self.artifact.chunks and len(data) == messages.chunk_size(self.artifact, index)):
             raise BadMessage(
                 f"chunk {index} of {len(data)} bytes does not fit artifact {self.artifact.digest[:16]}…"
             )

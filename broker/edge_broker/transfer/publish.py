@@ -53,9 +53,7 @@ class Publisher:
         """
         digest, size = messages.digest_and_size(path)
         chunk_bytes = chunk_bytes or self._session.chunk_bytes
-        artifact = Artifact(
-            digest=digest, size=size, chunk_bytes=chunk_bytes, chunks=-(-size // chunk_bytes)
-        )
+        artifact = Artifact(digest=digest, size=size, chunk_bytes=chunk_bytes, chunks=-(-size // chunk_bytes))
         self._served[digest] = (artifact, path)
         return artifact
 

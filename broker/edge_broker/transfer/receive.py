@@ -77,9 +77,7 @@ class Receiver:
 
     def start(self) -> None:
         """Subscribe to offers and to this node's chunks."""
-        self._session.subscribe(
-            topics.all_up(self._fleet, self._node), topics.all_offers(self._fleet)
-        )
+        self._session.subscribe(topics.all_up(self._fleet, self._node), topics.all_offers(self._fleet))
 
     def handle(self, message: Message | Event | None) -> Complete | None:
         """Take in what the session received; what is not for transfers is ignored, malformed messages are logged."""
@@ -98,9 +96,7 @@ class Receiver:
                 if transfer := where.transfer or _claimed_transfer(message.payload):
                     self._say(where.device, Pause(transfer=transfer, seconds=_DISK_FULL_S))
         elif isinstance(message, Connected) and not message.session_present:
-            for (
-                manifest
-            ) in self._journal.open_transfers():  # what was under way is lost: ask for the rest
+            for manifest in self._journal.open_transfers():  # what was under way is lost: ask for the rest
                 if self._has_place(manifest) and self._journal.missing(manifest, 1):
                     self._grant(manifest)
         self._send_answers()
@@ -123,9 +119,7 @@ class Receiver:
                 self._flush_at = now + _DISK_FULL_S
         return IDLE_S if self._flush_at is None else max(0.0, self._flush_at - now)
 
-    def commit(
-        self, transfer: str, within: Callable[[sqlite3.Connection], None] | None = None
-    ) -> bool:
+    def commit(self, transfer: str, within: Callable[[sqlite3.Connection], None] | None = None) -> bool:
         """Count a complete update in its round, and send its receipt.
 
         Args:
@@ -163,10 +157,7 @@ class Receiver:
             # Not for good: the offer proves nothing, so it must not be able to end a transfer of the real device.
             log.warning("refused an offer of %s: %s", device, error)
             if transfer := _claimed_transfer(payload):
-                self._say(
-                    device,
-                    Reject(transfer=transfer, code="signature", reason=str(error), final=False),
-                )
+                self._say(device, Reject(transfer=transfer, code="signature", reason=str(error), final=False))
             return None
         entry = self._journal.find(manifest.transfer)
         if entry and entry.manifest == manifest:
@@ -175,9 +166,7 @@ class Receiver:
                 return None
         else:
             code, reason = (
-                ("changed", "this transfer was offered before with another manifest")
-                if entry
-                else ("", "")
+                ("changed", "this transfer was offered before with another manifest") if entry else ("", "")
             )
             if not code and manifest.sequence <= (seen := self._journal.sequence(device)):
                 code, reason = (
@@ -185,9 +174,7 @@ class Receiver:
                     f"sequence {manifest.sequence} is not above {seen}, the last one of {device}",
                 )
             if code:  # nothing to keep: the journal already knows this transfer or a later one
-                self._say(
-                    device, Reject(transfer=manifest.transfer, code=code, reason=reason, final=True)
-                )
+                self._say(device, Reject(transfer=manifest.transfer, code=code, reason=reason, final=True))
                 return None
             code, reason = self._refusal(manifest)
             if code:
@@ -220,14 +207,8 @@ class Receiver:
         if manifest.fleet != self._fleet:
             return "fleet", f"the update is for fleet {manifest.fleet}, this is {self._fleet}"
         if manifest.size > self._max_bytes:
-            return (
-                "size",
-                f"the update has {manifest.size} bytes, this node takes {self._max_bytes}",
-            )
-        if (
-            manifest.chunks != -(-manifest.size // manifest.chunk_bytes)
-            or manifest.chunks > MAX_CHUNKS
-        ):
+            return ("size", f"the update has {manifest.size} bytes, this node takes {self._max_bytes}")
+        if manifest.chunks != -(-manifest.size // manifest.chunk_bytes) or manifest.chunks > MAX_CHUNKS:
             cut = f"{manifest.size} bytes in {manifest.chunks} chunks of {manifest.chunk_bytes}"
             return "size", f"{cut} do not add up, or are more than {MAX_CHUNKS} chunks"
         if self._journal.counted(manifest.device, manifest.round):
@@ -240,9 +221,7 @@ class Receiver:
         for silent in [name for name, active in self._active.items() if active.last < oldest]:
             del self._active[silent]
         taken = sum(min(CREDIT, active.manifest.chunks) for active in self._active.values())
-        return (
-            manifest.transfer in self._active or taken + min(CREDIT, manifest.chunks) <= UNDER_WAY
-        )
+        return manifest.transfer in self._active or taken + min(CREDIT, manifest.chunks) <= UNDER_WAY
 
     # --- chunks
 
@@ -315,9 +294,7 @@ class Receiver:
         if entry and entry.state == "committed":
             return Receipt(transfer=transfer, round=entry.manifest.round)
         if entry and entry.state == "rejected":
-            return Reject(
-                transfer=transfer, code=entry.code or "", reason=entry.reason or "", final=True
-            )
+            return Reject(transfer=transfer, code=entry.code or "", reason=entry.reason or "", final=True)
         return None
 
 

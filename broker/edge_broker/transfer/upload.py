@@ -99,11 +99,7 @@ class Uploader:
                 log.warning("ignored a message on %s: %s", message.topic, error)
         elif isinstance(message, Connected) and not message.session_present and self._current:
             self._current.ask_again(0.0)
-        elif (
-            isinstance(message, Unsent)
-            and self._current
-            and message.topic in self._current.topics()
-        ):
+        elif isinstance(message, Unsent) and self._current and message.topic in self._current.topics():
             log.warning("%s: %s", message.topic, message.reason)
             self._current.ask_again(_REJECTED_S)
         self._send_chunks()
@@ -127,9 +123,7 @@ class Uploader:
             pending = self._outbox.pending(limit=1)
             if not pending:
                 return IDLE_S
-            self._current = _Upload(
-                pending[0], self._outbox.payload(pending[0].transfer), self._key
-            )
+            self._current = _Upload(pending[0], self._outbox.payload(pending[0].transfer), self._key)
         self._send_chunks()
         return self._offer(now)
 
@@ -154,9 +148,7 @@ class Uploader:
         if isinstance(said, Receipt):
             return self._settle(Committed(manifest=manifest))
         if isinstance(said, Reject):
-            rejected = Rejected(
-                manifest=manifest, code=said.code, reason=said.reason, final=said.final
-            )
+            rejected = Rejected(manifest=manifest, code=said.code, reason=said.reason, final=said.final)
             if said.final:
                 return self._settle(rejected)
             if upload and upload.manifest.transfer == said.transfer:
@@ -200,7 +192,9 @@ class Uploader:
     def _post(self, topic: str, payload: bytes, window: int | None) -> bool:
         try:
             return self._session.publish_nowait(topic, payload, window=window)
-        except Refused as error:  # the broker's limit fell below the chunks of this update; only its operator can help
+        except (
+            Refused
+        ) as error:  # the broker's limit fell below the chunks of this update; only its operator can help
             log.error("%s", error)
             if self._current:
                 self._current.ask_again(_REJECTED_S)

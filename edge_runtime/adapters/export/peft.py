@@ -62,9 +62,7 @@ def to_peft(
         factors = {name: torch.from_numpy(state[of]) for name, of in keys.items()}
         A, core, B = method.product(factors, relative_depth(int(layer), facts.layers))
         tensors[f"base_model.model.{path}.lora_A.weight"] = A.contiguous()
-        tensors[f"base_model.model.{path}.lora_B.weight"] = (
-            B @ core if core is not None else B
-        ).contiguous()
+        tensors[f"base_model.model.{path}.lora_B.weight"] = (B @ core if core is not None else B).contiguous()
         rank = len(A)
     config = {
         "peft_type": "LORA",
@@ -83,10 +81,6 @@ def to_peft(
     if labels:
         rows = {label_of(key): torch.from_numpy(state[key]) for key in sorted(labels)}
         save_file(
-            {"weight": torch.cat(list(rows.values()))},
-            folder / HEAD,
-            {"labels": json.dumps(list(rows))},
+            {"weight": torch.cat(list(rows.values()))}, folder / HEAD, {"labels": json.dumps(list(rows))}
         )
-    (folder / "adapter_config.json").write_text(
-        json.dumps(config, indent=2) + "\n", encoding="utf-8"
-    )
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

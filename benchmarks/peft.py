@@ -70,21 +70,27 @@ def trainer(
 def main() -> None:
     """Do the job of the folder named on the command line."""
     job = msgspec.json.decode((Path(sys.argv[1]) / "job.json").read_bytes(), type=Job)
-    if job.gpu_cap_bytes is not None:
-        cap_gpu(job.gpu_cap_bytes)
-    meter = Meter(job.device)
+    if job.machine.gpu_cap_bytes is not None:
+        cap_gpu(job.machine.gpu_cap_bytes)
+    meter = Meter(job.machine.device)
     with meter.phase("load"):
         tokenizer = AutoTokenizer.from_pretrained(job.facts.folder)
         examples = data.tokenize(data.read_rows(Path(job.data)), tokenizer, job.plan.tokens)
         full = "--full" in sys.argv[2:]
         run = trainer(
-            job.facts, job.plan.depth, job.plan.weights, job.adapter, job.training, job.device, full=full
+            job.facts,
+            job.plan.depth,
+            job.plan.weights,
+            job.fleet.adapter.at(job.plan.rank),
+            job.fleet.training,
+            job.machine.device,
+            full=full,
         )
-    rows, losses, seconds = data.epochs(examples, f"{job.seed}/{job.round}"), [], []
+    rows, losses, seconds = data.epochs(examples, f"{job.fleet.seed}/{job.round}"), [], []
     with meter.phase("train"):
-        for _ in range(job.training.steps):
+        for _ in range(job.fleet.training.steps):
             began = time.monotonic()
-            losses.append(run(list(islice(rows, job.training.rows_a_step))))
+            losses.append(run(list(islice(rows, job.fleet.training.rows_a_step))))
             seconds.append(time.monotonic() - began)
     taken = Taken(
         processes.runtime_bytes(),

@@ -38,7 +38,7 @@ from edge_runtime.errors import BudgetError, EdgeError, InputError, LinkError, M
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Report, Result
 from edge_runtime.protocol.round import CODEC, FLEET, NOOP, ROUND_DOMAIN, Round
-from edge_runtime.trainer.job import Job, Progress
+from edge_runtime.trainer.job import Carried, Job, Machine, Progress
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3  # trainer processes a round
@@ -288,30 +288,27 @@ class Agent:
         fleet, plan = self._round.fleet, self._planned.plan
         job = Job(
             train=self._round.state == "open",
+            round=self._round.round,
+            fleet=fleet,
             facts=self._planned.facts,
             plan=plan,
-            fleet_rank=fleet.adapter.rank,
-            adapter=fleet.adapter.at(plan.rank),
-            training=fleet.training,
-            method=fleet.method,
-            head=fleet.head,
-            codistill=fleet.codistill,
-            seed=fleet.seed,
-            round=self._round.round,
-            rounds=fleet.rounds,
             data=str(self._rows.data),
             evaluation={name: str(path) for name, path in self._rows.evaluation.items()},
             depths=work.depths(fleet, plan),
             start=str(self._got["start"]) if "start" in self._got else None,
             anchors=str(self._got["anchors"]) if "anchors" in self._got else None,
-            private=work.current(self._work, self._store, "private"),
-            residual=work.current(self._work, self._store, "residual"),
-            unsent=work.current(self._work, self._store, "unsent"),
+            carried=Carried(
+                private=work.current(self._work, self._store, "private"),
+                residual=work.current(self._work, self._store, "residual"),
+                unsent=work.current(self._work, self._store, "unsent"),
+            ),
+            machine=Machine(
+                threads=self.options.threads,
+                device=self.options.device,
+                budget_bytes=self.options.budget_bytes,
+                gpu_cap_bytes=self.options.gpu_cap_bytes,
+            ),
             export=str(self._adapter) if self._round.state == "finished" else None,
-            threads=self.options.threads,
-            device=self.options.device,
-            budget_bytes=self.options.budget_bytes,
-            gpu_cap_bytes=self.options.gpu_cap_bytes,
         )
         self._attempt += 1
         folder = work.folder_of(self._work, job.round) if job.train else self._work / "finished"

@@ -24,7 +24,7 @@ from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import PhaseMemory, Result
 from edge_runtime.settings import Adapter, Boundaries, Fleet, Model, Training, Weights
 from edge_runtime.trainer import data
-from edge_runtime.trainer.job import Job
+from edge_runtime.trainer.job import Job, Machine
 
 TIMEOUT_S = 3600.0
 WARM_UP = 2  # steps that build what later ones reuse
@@ -145,7 +145,7 @@ def planned(
     """A fleet of one model, and the plan in which a step goes through it at once."""
     training = Training(steps=steps, rows_a_step=way.rows, max_tokens=tokens)
     catalog = (Model(source="model", depth=depth, weights=(weights,)),)
-    fleet = Fleet(name="measure", catalog=catalog, adapter=Adapter(rank=rank), training=training)
+    fleet = Fleet(name="measure", catalog=catalog, rounds=1, adapter=Adapter(rank=rank), training=training)
     made = plan(
         fleet,
         facts,
@@ -181,20 +181,14 @@ def train(
     """Run the plan in a trainer process whose job lies in the folder."""
     job = Job(
         train=True,
+        round=1,
+        fleet=fleet,
         facts=facts,
         plan=plan,
-        fleet_rank=fleet.adapter.rank,
-        adapter=fleet.adapter.at(plan.rank),
-        training=fleet.training,
-        method=fleet.method,
-        seed=0,
-        round=1,
-        rounds=1,
         data=str(data.write_rows(folder / "train.jsonl", rows)),
         evaluation={"own": str(data.write_rows(folder / "own.jsonl", held_out))} if held_out else {},
         depths=(plan.depth,),
-        device=device,
-        gpu_cap_bytes=gpu_cap_bytes,
+        machine=Machine(device=device, gpu_cap_bytes=gpu_cap_bytes),
     )
     (folder / "job.json").write_bytes(msgspec.json.encode(job))
     _run("edge_runtime.trainer", folder, processes.environment())

@@ -32,7 +32,7 @@ class Trainer:
         (folder / "result.json").unlink(missing_ok=True)
         (folder / "job.json").write_bytes(msgspec.json.encode(job))
         self.folder, self._post = folder, post
-        self._timeout_s, self._late = job.training.timeout_s, False
+        self._timeout_s, self._late = job.fleet.training.timeout_s, False
         with (folder / "stderr.log").open("wb") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "edge_runtime.trainer", str(folder), "--attended"],

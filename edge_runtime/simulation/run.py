@@ -41,7 +41,7 @@ from edge_runtime.simulation.agreement import cosines
 from edge_runtime.simulation.cut import cut
 from edge_runtime.simulation.spec import ANCHORS, Arm, Device, Spec, anchors, shares, test_rows
 from edge_runtime.trainer import data
-from edge_runtime.trainer.job import Job
+from edge_runtime.trainer.job import Carried, Job, Machine
 from edge_runtime.trainer.run import Bases, run
 
 ROWS_AT_ONCE = 8  # alike in length: little is padded
@@ -202,25 +202,19 @@ class _Run:
         held = self.files_of(device)
         return Job(
             train=round_ <= fleet.rounds,
+            round=min(round_, fleet.rounds),
+            fleet=msgspec.structs.replace(
+                fleet, training=msgspec.structs.replace(fleet.training, steps=steps)
+            ),
             facts=facts,
             plan=plan,
-            fleet_rank=fleet.adapter.rank,
-            adapter=fleet.adapter.at(rank),
-            training=msgspec.structs.replace(fleet.training, steps=steps),
-            method=fleet.method,
-            head=fleet.head,
-            codistill=fleet.codistill,
-            seed=fleet.seed,
-            round=min(round_, fleet.rounds),
-            rounds=fleet.rounds,
             data=str(held["train"]),
             evaluation={name: str(path) for name, path in held.items() if name in ("seen", "unseen")},
             depths=(depth,) if self.arm.pooled else work.depths(fleet, plan),
             start=str(latest.artifact) if latest else None,
             anchors=str(self.folder / ANCHORS) if fleet.codistill is not None else None,
-            threads=1,
-            private=self.left[device.id].get("private"),
-            residual=self.left[device.id].get("residual"),
+            carried=Carried(**self.left[device.id]),
+            machine=Machine(threads=1),
         )
 
     @property

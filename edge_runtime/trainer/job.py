@@ -1,58 +1,57 @@
-"""What the agent hands to a trainer process and what it gets back: files in one folder, and progress lines on stdout.
+"""The job that an agent hands to a trainer process, and the progress that comes back.
+
+Both processes share one folder; progress lines travel on stdout.
 
 job.json       Job, read by `python -m edge_runtime.trainer FOLDER`
-result.json    Result, written last: where it is, everything else is there too
-payload.bin    the encoded delta, where the method exchanges something
-start.bin      while it trains: the exchanged factors it started from (float32 safetensors)
-residual.bin   what rounding lost (float32 safetensors), for the next round
+result.json    Result; written last, so when it exists the other files are complete
+payload.bin    the encoded delta, if the method exchanges anything
+start.bin      during training only: the exchanged factors as the round found them (float32 safetensors)
+residual.bin   what rounding lost from the payload (float32 safetensors), for the next round
 state.bin      the factors that stay private (float32 safetensors)
 """
 
 import msgspec
 
-from edge_runtime import settings
 from edge_runtime.models.facts import Facts
 from edge_runtime.protocol.plan import Plan
+from edge_runtime.settings import Fleet
+
+
+class Carried(msgspec.Struct, frozen=True):
+    """Paths of files that earlier rounds left on this device; None: there is none."""
+
+    private: str | None = None  # state.bin of an earlier round
+    residual: str | None = None  # residual.bin of the last settled round
+    unsent: str | None = None  # payload.bin that the node refused; its delta is sent again
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """The share of this machine that the trainer process may use."""
+
+    threads: int = 0  # CPU threads; 0: all
+    device: str = "cpu"
+    budget_bytes: int | None = None  # peak the process may reach while it trains; None: no limit
+    gpu_cap_bytes: int | None = None  # bytes torch may allocate on the GPU; None: no limit
 
 
 class Job(msgspec.Struct, frozen=True):
-    """train: one round of training after the evaluation, else the evaluation alone.
-
-    depths: the slices it trains, a step each in turn; a method that exchanges no layers trains the plan's alone. fleet_rank:
-    of the whole adapter, of which a device may have the leading part.
-    evaluation: held-out files by name. start: the global version (encoded), None for version 0. private: state.bin of an
-    earlier round. anchors: the fleet's public texts.
-    residual: residual.bin of the last settled round. unsent: a payload that the node refused, to be sent
-    again. export: folder for the adapter in PEFT's form, after an evaluation alone. threads: CPU threads, 0 for all.
-    budget_bytes: what the process may take while it trains; None: all there is.
-    gpu_cap_bytes: of the GPU, for torch's allocator; None for all there is.
-    """
+    """Work for one trainer process: an evaluation, then one round of training unless train is False."""
 
     train: bool
+    round: int  # counted from 1
+    fleet: Fleet
     facts: Facts
     plan: Plan
-    adapter: settings.Adapter
-    training: settings.Training
-    method: settings.Method
-    seed: int
-    round: int
-    rounds: int
-    data: str
-    evaluation: dict[str, str]
-    depths: tuple[int, ...]
-    fleet_rank: int
-    head: settings.Head | None = None
-    codistill: settings.Codistill | None = None
-    anchors: str | None = None
-    start: str | None = None
-    private: str | None = None
-    residual: str | None = None
-    unsent: str | None = None
-    export: str | None = None
-    threads: int = 0
-    device: str = "cpu"
-    budget_bytes: int | None = None
-    gpu_cap_bytes: int | None = None
+    depths: tuple[
+        int, ...
+    ]  # depth slices that training steps take in turn; methods without exchange use plan.depth alone
+    data: str  # path of the training rows
+    evaluation: dict[str, str]  # paths of held-out rows, by name
+    start: str | None = None  # path of the encoded global version; None: version 0
+    anchors: str | None = None  # path of the fleet's public texts
+    carried: Carried = Carried()
+    machine: Machine = Machine()
+    export: str | None = None  # folder for the adapter in PEFT's form; used after an evaluation alone
 
 
 class Progress(msgspec.Struct, frozen=True):

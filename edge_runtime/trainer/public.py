@@ -34,13 +34,13 @@ def texts(job: Job) -> list[data.Row]:
     """The fleet's; raises InputError where they are not as many as it says."""
     if job.anchors is None:
         return []
-    assert job.codistill is not None
+    assert job.fleet.codistill is not None
     rows = data.read_asked(Path(job.anchors))
-    if len(rows) < job.codistill.texts:
+    if len(rows) < job.fleet.codistill.texts:
         raise InputError(
-            f"the fleet has {job.codistill.texts} public texts, but its file has {len(rows)} rows"
+            f"the fleet has {job.fleet.codistill.texts} public texts, but its file has {len(rows)} rows"
         )
-    return rows[: job.codistill.texts]
+    return rows[: job.fleet.codistill.texts]
 
 
 # --- labels
@@ -63,12 +63,14 @@ def predicted(
     found = {label: shared.get(f"anchors.{label}.T") for label in labels}
     # of as many texts as there are now: the fleet may have had others
     columns = {label: T[0] for label, T in found.items() if T is not None and T.shape[1] == len(anchors)}
-    if job.codistill is None or not columns:
+    if job.fleet.codistill is None or not columns:
         return None
     told = np.stack([columns.get(label, np.zeros(len(anchors), np.float32)) for label in labels], 1)
-    evidence, targets = codistill.learned(told, job.codistill.temperature)
+    evidence, targets = codistill.learned(told, job.fleet.codistill.temperature)
     news = codistill.news(told, np.array([label not in own for label in labels]))
-    return _lesson(job, job.codistill, anchors, evidence, news, torch.from_numpy(targets).to(job.device))
+    return _lesson(
+        job, job.fleet.codistill, anchors, evidence, news, torch.from_numpy(targets).to(job.machine.device)
+    )
 
 
 @torch.no_grad()
@@ -94,9 +96,9 @@ def predict(
 def prompts(job: Job, public: list[data.Row], tokenizer: Any) -> dict[int, list[int]]:
     """Token ids of the texts, by their numbers; their beginning is lost where the completion would not fit behind them. Without
     those that this model cannot be asked, as it has no chat template or an own one that refuses them."""
-    if job.codistill is None:
+    if job.fleet.codistill is None:
         return {}
-    room, found = job.plan.tokens - job.codistill.tokens, {}
+    room, found = job.plan.tokens - job.fleet.codistill.tokens, {}
     for number, row in enumerate(public):
         with suppress(InputError):
             found[number] = data.asked(row, tokenizer)[-room:]
@@ -105,7 +107,7 @@ def prompts(job: Job, public: list[data.Row], tokenizer: Any) -> dict[int, list[
 
 def completed(job: Job, public: list[data.Row], asked: Collection[int], read: Read) -> Distillation | None:
     """How the fleet completes the texts that this model can be asked; None where it has completed none yet."""
-    if job.codistill is None or job.start is None:
+    if job.fleet.codistill is None or job.start is None:
         return None
     agreed = [one for one in codec.completions(Path(job.start).read_bytes()) if one.prompt in asked]
     examples = [
@@ -116,7 +118,13 @@ def completed(job: Job, public: list[data.Row], asked: Collection[int], read: Re
     evidence = np.array([agreed[number].confidence for number in fit])
     spoken = len(fit) / max(len(public), 1)
     return _lesson(
-        job, job.codistill, [examples[number] for number in fit], evidence, np.zeros(len(fit)), None, spoken
+        job,
+        job.fleet.codistill,
+        [examples[number] for number in fit],
+        evidence,
+        np.zeros(len(fit)),
+        None,
+        spoken,
     )
 
 
@@ -130,12 +138,12 @@ def complete(
     progress: Callable[[int], None],
 ) -> list[greedy.Written]:
     """How the model itself completes the prompts, with less confidence where they are unlike this device's rows."""
-    assert job.codistill is not None
+    assert job.fleet.codistill is not None
     numbers, before = list(asked), list(asked.values())
     read = states(model, [data.Example(ids, [], 0) for ids in before], micro_rows)
     own = states(model, [_prompt(row) for row in _some(examples)], micro_rows)
     alike = likeness(own, read).tolist()
-    found = greedy.write(model, before, ends, job.codistill.tokens, micro_rows, progress)
+    found = greedy.write(model, before, ends, job.fleet.codistill.tokens, micro_rows, progress)
     return [
         one._replace(prompt=numbers[one.prompt], confidence=alike[one.prompt] * one.confidence)
         for one in found
@@ -175,7 +183,7 @@ def _lesson(
     """spoken: the share of the public texts that the examples are; the weight is of the mean over all."""
     if not evidence.any():
         return None
-    ramp = codistill.ramp(job.round, job.rounds)
+    ramp = codistill.ramp(job.round, job.fleet.rounds)
     shares = evidence * (news + (1 - news) * ramp)
     rows = max(round(spec.rows * spoken * float(shares.sum() / evidence.sum())), 1)
     return Distillation(examples, shares.tolist(), targets, spec.weight * spoken, rows)

@@ -70,16 +70,16 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         TrainerError: training went wrong.
     """
     job = msgspec.json.decode((folder / "job.json").read_bytes(), type=Job)
-    method = methods.build(job.method, job.head, job.codistill)
-    if job.device == "cuda" and not torch.cuda.is_available():
+    method = methods.build(job.fleet.method, job.fleet.head, job.fleet.codistill)
+    if job.machine.device == "cuda" and not torch.cuda.is_available():
         raise InputError(
             "this device has a GPU, but the installed torch cannot use it: install its CUDA build, or use --device cpu"
         )
-    if job.gpu_cap_bytes is not None:
-        cap_gpu(job.gpu_cap_bytes)
-    meter = Meter(job.device)
-    if job.threads:
-        torch.set_num_threads(job.threads)
+    if job.machine.gpu_cap_bytes is not None:
+        cap_gpu(job.machine.gpu_cap_bytes)
+    meter = Meter(job.machine.device)
+    if job.machine.threads:
+        torch.set_num_threads(job.machine.threads)
 
     def tell(phase: str, done: int = 0, of: int = 0, loss: float | None = None) -> None:
         say(Progress(phase, done, of, loss, meter.current_bytes()))
@@ -94,22 +94,22 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         held_out = {name: read(data.read_rows(Path(path))) for name, path in job.evaluation.items()}
         texts, stops = public.texts(job), public.ends(tokenizer)
         anchors = public.numbered(texts, read) if labels else []
-        prompts = public.prompts(job, texts, tokenizer) if job.head is None else {}
+        prompts = public.prompts(job, texts, tokenizer) if job.fleet.head is None else {}
         distillation = public.completed(job, texts, prompts, read) if prompts else None
         del tokenizer, read
         release()
         plan = job.plan
         with lean_imports():  # the code of the model's family
-            model = bases.model(job.facts, plan, job.device)
+            model = bases.model(job.facts, plan, job.machine.device)
         kept = kept_layers(plan.depth, job.facts.layers)
         adapter = attach.attach(
             model,
             kept,
-            job.adapter,
+            job.fleet.adapter.at(plan.rank),
             method,
-            job.seed,
+            job.fleet.seed,
             whole=job.facts.layers,
-            fleet_rank=job.fleet_rank,
+            fleet_rank=job.fleet.adapter.rank,
             labels=tuple(labels),
         )
         undo = apply(model, plan.mlp_tokens)
@@ -135,7 +135,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
 
     def stepped(done: int, loss: float | None) -> None:
         ends.append(time.monotonic())
-        tell("train", done, job.training.steps, loss)
+        tell("train", done, job.fleet.training.steps, loss)
 
     eased: list[str] = []
     micro_rows = plan.rows
@@ -163,12 +163,12 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
                 model,
                 adapter,
                 examples,
-                job.training,
+                job.fleet.training,
                 slices=nested_blocks(depths, job.plan.depth, job.facts.layers),
                 micro_rows=job.plan.rows,
                 round_=job.round,
-                rounds=job.rounds,
-                seed=job.seed,
+                rounds=job.fleet.rounds,
+                seed=job.fleet.seed,
                 progress=stepped,
                 ease=ease,
                 keep=job.plan.boundaries,
@@ -179,7 +179,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
             )
         said: attach.State = {}
         written: list[greedy.Written] = []
-        heard = job.round < job.rounds  # nobody will learn from what is said in the last round
+        heard = job.round < job.fleet.rounds  # nobody will learn from what is said in the last round
         if anchors and heard:
             tell("predict")
             with meter.phase("predict"):
@@ -199,9 +199,11 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
     else:
         attach.detach(model)
         if job.export is not None:
-            export.to_peft(start, job.facts, job.adapter, method, adapter.paths, Path(job.export))
+            export.to_peft(
+                start, job.facts, job.fleet.adapter.at(job.plan.rank), method, adapter.paths, Path(job.export)
+            )
     result = Result(
-        samples=min(len(examples), job.training.steps * job.training.rows_a_step),
+        samples=min(len(examples), job.fleet.training.steps * job.fleet.training.rows_a_step),
         evaluation=scores,
         losses=[loss for loss in losses if math.isfinite(loss)],
         skipped=sum(map(math.isnan, losses)),
@@ -218,17 +220,17 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
 
 
 def _limit(job: Job, method: Method, meter: Meter) -> Limit | None:
-    if job.budget_bytes is None:
+    if job.machine.budget_bytes is None:
         return None
-    rows = settings.rows_of_a_step(job.training, job.codistill)
-    now, *ways = lower(job.facts, job.plan, method=method, roles=job.adapter.roles, rows_a_step=rows)
-    return Limit(job.budget_bytes, now, ways, meter.lap)
+    rows = settings.rows_of_a_step(job.fleet.training, job.fleet.codistill)
+    now, *ways = lower(job.facts, job.plan, method=method, roles=job.fleet.adapter.roles, rows_a_step=rows)
+    return Limit(job.machine.budget_bytes, now, ways, meter.lap)
 
 
 def _labels(job: Job, rows: list[data.Row]) -> list[str]:
     """What the head tells apart, if there is one: the labels of this device's rows, and those that reached it through the
     fleet's version."""
-    if job.head is None:
+    if job.fleet.head is None:
         return []
     keys = codec.shapes(Path(job.start).read_bytes()) if job.start is not None else {}
     met = {label_of(key) for key in keys if kind_of(key) in ("labels", "anchors")}
@@ -248,8 +250,8 @@ def _start(job: Job, method: Method, initial: attach.State, shared: attach.State
     for key, value in shared.items():
         if key in state:
             state[key] = value[leading(shapes[key])] if method.unequal else value
-    if job.private is not None:
-        _overlay(state, _load(job.private), method, np.copyto)
+    if job.carried.private is not None:
+        _overlay(state, _load(job.carried.private), method, np.copyto)
     attach.check_keys(state, shapes)
     return state
 
@@ -317,8 +319,8 @@ def _write(
                     delta[key] = np.ascontiguousarray(value[cut])
         (folder / START).unlink()
     for owed, read in (
-        (job.residual, _load),
-        (job.unsent, lambda path: codec.decode(Path(path).read_bytes())),
+        (job.carried.residual, _load),
+        (job.carried.unsent, lambda path: codec.decode(Path(path).read_bytes())),
     ):
         if owed is not None:
             still = {

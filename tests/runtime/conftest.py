@@ -105,13 +105,13 @@ def tiny_facts(tiny_folder, cache):
 def trained(tiny_facts, tmp_path):
     """trained(name, rows, held_out, **changes): one job in a trainer process of its own; its folder and result."""
     import msgspec
+    from jobs import job_of
 
     from edge_runtime import settings
     from edge_runtime.planning import processes
     from edge_runtime.protocol.plan import Plan
     from edge_runtime.protocol.report import Result
     from edge_runtime.trainer import data
-    from edge_runtime.trainer.job import Job
 
     def run(name, rows, held_out, **changes):
         folder = tmp_path / name
@@ -132,10 +132,9 @@ def trained(tiny_facts, tmp_path):
             "data": str(data.write_rows(folder / "rows.jsonl", rows)),
             "evaluation": {"all": str(data.write_rows(folder / "all.jsonl", held_out))},
             "depths": (4,),
-            "fleet_rank": 2,
             "threads": 1,
         }
-        (folder / "job.json").write_bytes(msgspec.json.encode(Job(**{**values, **changes})))
+        (folder / "job.json").write_bytes(msgspec.json.encode(job_of(**{**values, **changes})))
         command = [sys.executable, "-m", "edge_runtime.trainer", str(folder)]
         ended = subprocess.run(command, env=processes.environment(), capture_output=True, timeout=120)
         assert ended.returncode == 0, ended.stderr.decode()

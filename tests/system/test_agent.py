@@ -40,7 +40,7 @@ def test_a_refused_update_is_carried_into_the_next_round(fleet: Fleet, real_mode
     assert "round 1 is closed" in agent.phase("rejected")["text"]
     node.phase("received")
     agent.until(lambda event: event["phase"] == "waiting" and event["round"] == 2)
-    carried = job(fleet, "late", 2)
+    carried = job(fleet, "late", 2)["carried"]
     assert carried["unsent"].endswith("round-1/payload.bin")
     assert carried["residual"].endswith("round-1/residual.bin")
     kept = remembered(fleet, "late")

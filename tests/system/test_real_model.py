@@ -101,7 +101,7 @@ def test_an_unweighted_mean_would_be_seen(ran: Ran) -> None:
 @pytest.mark.parametrize("device", [DEEP, SHALLOW])
 def test_what_rounding_lost_is_owed_until_the_receipt_of_the_next_round(ran: Ran, device: str) -> None:
     fleet = ran[0]
-    assert job(fleet, device, 2)["residual"].endswith("round-1/residual.bin")
+    assert job(fleet, device, 2)["carried"]["residual"].endswith("round-1/residual.bin")
     assert remembered(fleet, device)["residual"] == "2"
     assert (fleet.folder / device / "work" / "round-2" / "residual.bin").exists()
 

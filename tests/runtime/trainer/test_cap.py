@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 import torch
+from jobs import job_of
 
-from edge_runtime import cli, settings
+from edge_runtime import cli
 from edge_runtime.errors import InputError
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.trainer import run
 from edge_runtime.trainer.cap import cap_gpu
-from edge_runtime.trainer.job import Job
 
 GIB = 2**30
 
@@ -39,22 +39,17 @@ def test_a_gpu_that_has_less_is_refused(told):
 
 def test_a_job_is_capped_before_anything_else_is_done(told, tiny_facts, tmp_path, monkeypatch):
     plan = Plan("tiny", "tiny", 4, 4, "bfloat16", 4, 8, 2, {}, 1.0)
-    job = Job(
-        True,
-        tiny_facts,
-        plan,
-        settings.Adapter(),
-        settings.Training(),
-        settings.Method(),
-        0,
-        1,
-        1,
-        "",
-        {},
-        (4,),
-        16,
+    job = job_of(
+        train=True,
+        round=1,
+        facts=tiny_facts,
+        plan=plan,
+        depths=(4,),
+        data="",
+        evaluation={},
+        device="cuda",
+        gpu_cap_bytes=4 * GIB,
     )
-    job = msgspec.structs.replace(job, device="cuda", gpu_cap_bytes=4 * GIB)
     (tmp_path / "job.json").write_bytes(msgspec.json.encode(job))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from edge_kernels import AdamW8bit
+from jobs import job_of
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -392,11 +393,11 @@ ROWS = [{"prompt": f"say {n}: ", "completion": f"{n} {n}"} for n in range(20)]
 def trainer(tmp_path):
     """trainer(name, facts, depth, **changes): runs one job as a device does; its folder and the ended process."""
 
-    def run(name, facts, depth=4, rows=ROWS, method="fedit", own=None, **changes):
+    def run(name, facts, depth=4, rank=SPEC.rank, rows=ROWS, method="fedit", own=None, **changes):
         folder = tmp_path / name
         folder.mkdir()
-        plan = plan_of(model_class=facts.model_class, layers=facts.layers, depth=depth, rows=4)
-        job = Job(
+        plan = plan_of(model_class=facts.model_class, layers=facts.layers, depth=depth, rank=rank, rows=4)
+        job = job_of(
             **{
                 "train": True,
                 "facts": facts,
@@ -410,7 +411,6 @@ def trainer(tmp_path):
                 "data": str(data.write_rows(folder / "rows.jsonl", rows)),
                 "evaluation": {"own": str(data.write_rows(folder / "own.jsonl", ROWS[:4]))},
                 "depths": (depth,),
-                "fleet_rank": SPEC.rank,
                 "threads": 1,
                 **changes,
             }
@@ -448,10 +448,10 @@ def test_a_round_that_comes_near_its_budget_goes_on_in_less_memory(
     folder, _ = far = trainer("far", demo_facts, depth=2, **limits)
     assert result(far).eased == []
     job = msgspec.json.decode((folder / "job.json").read_bytes(), type=Job)
-    near = tmp_path / "near"
+    near, machine = tmp_path / "near", msgspec.structs.replace(job.machine, threads=0)
     near.mkdir()
-    (near / "job.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(job, threads=0)))
-    lap, peaks = Meter.lap, iter([job.budget_bytes] * 2)
+    (near / "job.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(job, machine=machine)))
+    lap, peaks = Meter.lap, iter([machine.budget_bytes] * 2)
     monkeypatch.setattr(
         Meter, "lap", lambda meter: lap(meter) if meter._phase != "train" else next(peaks, lap(meter))
     )
@@ -671,12 +671,12 @@ def test_a_device_of_lower_rank_starts_from_the_leading_part_of_the_version(trai
     }
     for name, state in (("version", version), ("zeros", {**version, **cut})):
         (tmp_path / name).write_bytes(codec.encode(state))
-    start, low = str(tmp_path / "version"), SPEC.at(1)
+    start = str(tmp_path / "version")
     (tmp_path / "owed").mkdir()
     owed = {key: np.full(shape, 1e-3, np.float32) for key, shape in shapes.items()}
     save_file(owed, tmp_path / "owed" / "residual.bin")
 
-    first = trainer("low", tiny_facts, method="hetlora", adapter=low, start=start)
+    first = trainer("low", tiny_facts, method="hetlora", rank=1, start=start)
     same = trainer("cut", tiny_facts, start=str(tmp_path / "zeros"), train=False)
     other = trainer("whole", tiny_facts, start=start, train=False)
     loss = result(first).evaluation["own"].loss
@@ -684,7 +684,7 @@ def test_a_device_of_lower_rank_starts_from_the_leading_part_of_the_version(trai
     assert loss != pytest.approx(result(other).evaluation["own"].loss, rel=1e-3)
     assert {min(value.shape) for value in decoded(first).values()} == {1}
     residual = str(tmp_path / "owed" / "residual.bin")
-    again = trainer("again", tiny_facts, method="hetlora", adapter=low, start=start, residual=residual)
+    again = trainer("again", tiny_facts, method="hetlora", rank=1, start=start, residual=residual)
     kept = {key: [load_file(folder / "residual.bin")[key] for folder, _ in (first, again)] for key in shapes}
     for key, sent in decoded(again).items():
         np.testing.assert_allclose(
@@ -697,10 +697,8 @@ def test_private_factors_follow_a_device_to_another_rank_or_depth(trainer, tiny_
     first = trainer("first", tiny_facts, method="local")
     result(first)
     private = str(first[0] / "state.bin")
-    second = trainer(
-        "second", tiny_facts, depth=depth, method="local", adapter=SPEC.at(rank), private=private
-    )
-    anew = trainer("anew", tiny_facts, depth=depth, method="local", adapter=SPEC.at(rank))
+    second = trainer("second", tiny_facts, depth=depth, method="local", rank=rank, private=private)
+    anew = trainer("anew", tiny_facts, depth=depth, method="local", rank=rank)
     assert result(second).evaluation["own"].loss != pytest.approx(
         result(anew).evaluation["own"].loss, rel=1e-4
     )

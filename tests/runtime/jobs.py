@@ -1,0 +1,16 @@
+"""Builds trainer jobs for tests from a flat set of fields."""
+
+from edge_runtime.settings import Fleet, Model
+from edge_runtime.trainer.job import Carried, Job, Machine
+
+
+def job_of(**fields):
+    """A Job in which each field is set where it belongs: in the job, its fleet, its machine or its carried files."""
+
+    def take(kind):
+        return {name: fields.pop(name) for name in kind.__struct_fields__ if name in fields}
+
+    job, carried, machine = take(Job), take(Carried), take(Machine)
+    fleet = Fleet(**{"name": "test", "catalog": (Model("m"),), **take(Fleet)})
+    assert not fields, fields
+    return Job(**job, fleet=fleet, carried=Carried(**carried), machine=Machine(**machine))

@@ -6,6 +6,7 @@ import types
 import msgspec
 import numpy as np
 import pytest
+from jobs import job_of
 
 from edge_runtime import methods, settings
 from edge_runtime.aggregator import anchors, merge
@@ -136,7 +137,17 @@ def test_labels_that_a_device_has_no_rows_of_are_news_to_it():
 @pytest.mark.parametrize(("round_", "ramp"), [(1, np.exp(-5)), (6, 1.0)])
 def test_labels_that_a_device_has_no_rows_of_count_in_full_from_the_first_round(round_, ramp):
     fleet = settings.Codistill("", texts=2, rows=10, weight=3.0, temperature=1.0)
-    job = types.SimpleNamespace(codistill=fleet, round=round_, rounds=6, device="cpu")
+    job = job_of(
+        train=True,
+        round=round_,
+        rounds=6,
+        codistill=fleet,
+        facts=None,
+        plan=None,
+        depths=(),
+        data="",
+        evaluation={},
+    )
     texts = [data.Example([1], [], number) for number in range(2)]
     shared = {
         "anchors.met.T": np.array([[0.6, 0.1]], np.float32),

@@ -8,6 +8,7 @@ import pytest
 import torch
 import zstandard
 from edge_kernels import apply, expand, pack
+from jobs import job_of
 
 from edge_runtime import methods, settings
 from edge_runtime.aggregator import merge
@@ -95,7 +96,18 @@ def test_what_is_learned_of_completions_weighs_by_the_prompts_that_have_one(tmp_
     said = [Completion(0, " a", 0.9), Completion(1, " b", 0.3), Completion(3, " c", 1.0)]
     (tmp_path / "start").write_bytes(codec.encode({}, said))
     fleet = settings.Codistill("", texts=4, rows=10, weight=3.0)
-    job = types.SimpleNamespace(codistill=fleet, round=2, rounds=3, start=str(tmp_path / "start"))
+    job = job_of(
+        train=True,
+        round=2,
+        rounds=3,
+        codistill=fleet,
+        facts=None,
+        plan=None,
+        depths=(),
+        data="",
+        evaluation={},
+        start=str(tmp_path / "start"),
+    )
     prompts = [{"text": f"{number}"} for number in range(4)]
 
     def read(rows):

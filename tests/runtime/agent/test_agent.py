@@ -119,7 +119,7 @@ def test_a_new_state_is_advised_where_it_would_help(agent, tmp_path):
 class NoJob(msgspec.Struct):
     """A trainer that reads it ends by itself."""
 
-    training: settings.Training = settings.Training()
+    fleet: settings.Fleet = settings.Fleet("none", ())
 
 
 def test_a_trainers_end_is_told_though_its_last_words_are_gone(tmp_path):

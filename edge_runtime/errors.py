@@ -35,3 +35,9 @@ class MemoryShortError(TrainerError):
     """The trainer needs more memory than it may take; with a smaller plan it may do."""
 
     exit_code = 6
+
+
+class DiskError(TrainerError):
+    """The disk stayed full while the trainer had a result to write."""
+
+    exit_code = 7

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-from edge_broker import messages, signing, topics
+from edge_broker import address, messages, signing, topics
 from edge_broker.errors import BadMessage, WrongKey
 from edge_broker.errors import LinkError as BrokerError
 from edge_broker.messages import Artifact
@@ -33,10 +33,18 @@ from edge_runtime.agent.options import Event, Options
 from edge_runtime.agent.planner import Planned, Unplanned, Wanted
 from edge_runtime.agent.reports import Reports
 from edge_runtime.agent.store import Store
-from edge_runtime.agent.trainer import Ended, Trainer
-from edge_runtime.errors import BudgetError, EdgeError, InputError, LinkError, MemoryShortError, TrainerError
+from edge_runtime.agent.trainer import TIMED_OUT, Ended, Trainer
+from edge_runtime.errors import (
+    BudgetError,
+    DiskError,
+    EdgeError,
+    InputError,
+    LinkError,
+    MemoryShortError,
+    TrainerError,
+)
 from edge_runtime.protocol.plan import Plan
-from edge_runtime.protocol.report import Report, Result
+from edge_runtime.protocol.report import Cause, Report, Result
 from edge_runtime.protocol.round import CODEC, FLEET, NOOP, ROUND_DOMAIN, Round
 from edge_runtime.trainer.job import Carried, Job, Machine, Progress
 
@@ -47,6 +55,13 @@ SMALLER = (
 )
 CONNECT_TIMEOUT_S = 15.0
 IDLE_S = 5.0
+KILLED = -9  # exit code of a trainer that the system killed, most likely for memory
+CAUSES: dict[int, Cause] = {
+    KILLED: "memory",
+    MemoryShortError.exit_code: "memory",
+    DiskError.exit_code: "disk",
+    TIMED_OUT: "time",
+}
 
 
 class Agent:
@@ -137,7 +152,7 @@ class Agent:
             self._uploader.start()
         except BrokerError as error:
             raise LinkError(str(error)) from error
-        self._say("connected", text=self.options.broker)
+        self._say("connected", text=str(address.parse(self.options.broker)))
 
     def _handle(self, item: Message | LinkEvent | None) -> None:
         if isinstance(item, Own):
@@ -173,7 +188,7 @@ class Agent:
             self._plan()  # begins, unless the fleet or the budget changed meanwhile
         elif isinstance(item, Unplanned):
             self._planning = False
-            self._give_up(item.error)
+            self._give_up(item.error, item.cause)
         elif isinstance(item, Progress):
             self._say(item.phase, item.step, item.steps, item.loss, item.memory_bytes)
         elif isinstance(item, Ended) and self._trainer and item.pid == self._trainer.pid:
@@ -274,10 +289,10 @@ class Agent:
         """What the round starts from cannot be had; after the last one nobody will announce another."""
         assert self._round is not None
         if self._round.state == "finished":
-            self._give_up(LinkError(reason))
+            self._give_up(LinkError(reason), "link")
         else:
             self._starved = True
-            self._fail(reason)
+            self._fail(reason, "link")
 
     def _train(self) -> None:
         """Start the round's job: from the global version, or from version 0 where there is none."""
@@ -322,17 +337,16 @@ class Agent:
             result = msgspec.json.decode(written.read_bytes(), type=Result)
             self._keep(ended.folder, result) if self._round.state == "open" else self._finish(result)
             return
-        reason = ended.reason or f"the trainer ended with exit code {ended.exit_code}"
+        reason = ended.reason
         if ended.exit_code == InputError.exit_code:
-            self._give_up(InputError(reason))
+            cause: Cause = "input" if work.readable(self._rows) else "data"
+            self._give_up(InputError(reason), cause, ended.exit_code)
         elif self._attempt >= ATTEMPTS:
-            self._give_up(TrainerError(reason))
+            cause = CAUSES.get(ended.exit_code, "trainer")
+            self._give_up(TrainerError(reason), cause, ended.exit_code)
         else:
-            if ended.exit_code in (
-                -9,
-                MemoryShortError.exit_code,
-            ):  # killed for memory, most likely, or said so
-                self._take_less(self._planned.plan, ended.exit_code == -9)
+            if CAUSES.get(ended.exit_code) == "memory":
+                self._take_less(self._planned.plan, ended.exit_code == KILLED)
             self._say("again", text=reason)
             self._plan()
 
@@ -393,9 +407,9 @@ class Agent:
     def _settled(self, settled: Committed | Rejected, _: object) -> None:
         work.settle(self._work, self._store, settled)
         if isinstance(settled, Rejected) and settled.final:
-            # One that failed is not waited for after the last round, when only the end's report counts.
+            # After the last round the node waits for the report of the end alone.
             finished = self._round is not None and self._round.state == "finished"
-            self._reports.refused(settled.manifest.round, None if finished else settled.reason)
+            self._reports.refused(settled.manifest.round, tell=not finished)
 
     def _after_transfer(self, settled: Committed | Rejected) -> None:
         round_ = settled.manifest.round
@@ -428,14 +442,15 @@ class Agent:
 
     # --- telling
 
-    def _fail(self, reason: str) -> None:
-        """This round goes on without us; the node need not wait."""
+    def _fail(self, reason: str, cause: Cause, exit_code: int | None = None) -> None:
+        """Tell the node that the round goes on without this device; the sentence is for this device's screen alone."""
         self._say("failed", text=reason)
-        self._reports.publish(self._report("failed", None, reason))
+        failed = msgspec.structs.replace(self._report("failed", None), cause=cause, exit_code=exit_code)
+        self._reports.publish(failed)
 
-    def _give_up(self, error: EdgeError) -> None:
+    def _give_up(self, error: EdgeError, cause: Cause, exit_code: int | None = None) -> None:
         """Fail the round; end the agent too where the next round would fail alike, or nobody would wait for one."""
-        self._fail(str(error))
+        self._fail(str(error), cause, error.exit_code if exit_code is None else exit_code)
         if self.options.until_finished or isinstance(error, (BudgetError, InputError)):
             raise error
 
@@ -443,7 +458,6 @@ class Agent:
         self,
         state: Literal["joined", "trained", "failed", "finished"],
         result: Result | None,
-        reason: str = "",
     ) -> Report:
         return Report(
             device=self.options.id,
@@ -453,7 +467,6 @@ class Agent:
             budget_bytes=self.options.budget_bytes,
             plan=self._planned.plan if self._planned else None,
             result=result,
-            reason=reason,
         )
 
     def _say(
@@ -489,6 +502,6 @@ class Agent:
             else "no fleet is announced on this broker"
         )
         return (
-            f"no round of fleet `{self.options.fleet}` was announced at {self.options.broker} within "
+            f"no round of fleet `{self.options.fleet}` was announced at {address.parse(self.options.broker)} within "
             f"{self.options.wait_s:g} s; {there}; check --fleet, or start `edge-runtime aggregator` there"
         )

@@ -13,6 +13,7 @@ from edge_runtime.models.facts import Facts
 from edge_runtime.planning import processes
 from edge_runtime.planning.search import choose
 from edge_runtime.protocol.plan import Plan
+from edge_runtime.protocol.report import Cause
 from edge_runtime.settings import Fleet
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Unplanned(NamedTuple):
     """Why there is no plan."""
 
     error: EdgeError
+    cause: Cause
 
 
 def start(
@@ -52,20 +54,23 @@ def start(
     """
 
     def plan() -> None:
+        cause: Cause = "model"  # of a failure in the stage that runs
         try:
             fleet, sources = wanted.fleet, {model.source for model in wanted.fleet.catalog}
             facts = {source: processes.prepared(source, models) for source in sources}
+            cause = "machine"
             rates = processes.rates(device, threads)
+            runtime_bytes = processes.runtime_bytes()
             if wanted.most_rank is not None:
                 fleet = _in_ranks(fleet, wanted.most_rank)
-            runtime_bytes = processes.runtime_bytes()
+            cause = "budget"
             fits = choose(fleet, facts, wanted.budget_bytes, runtime_bytes, rates, fill=wanted.fill).fits
             put(Planned(wanted, fits, facts[fits.source]))
         except EdgeError as error:
-            put(Unplanned(error))
+            put(Unplanned(error, cause))
         except Exception as error:  # whatever it is, the agent has to hear of it
             log.exception("planning failed")
-            put(Unplanned(EdgeError(f"planning failed: {error}")))
+            put(Unplanned(EdgeError(f"planning failed: {error}"), "internal"))
 
     threading.Thread(target=plan, name="plan", daemon=True).start()
 

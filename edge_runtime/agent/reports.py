@@ -14,7 +14,7 @@ from edge_broker.outbox import Outbox
 from edge_broker.session import Session
 
 from edge_runtime.agent.store import Store
-from edge_runtime.protocol.report import REPORT_DOMAIN, Report
+from edge_runtime.protocol.report import REPORT_DOMAIN, Report, without_names
 
 log = logging.getLogger(__name__)
 
@@ -43,22 +43,23 @@ class Reports:
         if owed and not self._outbox.pending() and self.publish(msgspec.json.decode(owed, type=Report)):
             self._store.set("report", None)
 
-    def refused(self, round_: int, reason: str | None) -> None:
-        """The node did not take the round whose report is kept: say that it failed; or, without a reason, nothing."""
+    def refused(self, round_: int, *, tell: bool) -> None:
+        """The node did not take the round whose report is owed: owe a report of the failure, or none at all."""
         owed = self._store.get("report")
         report = msgspec.json.decode(owed, type=Report) if owed else None
         if report is None or report.round != round_:
             return
-        if reason is None:
-            self._store.set("report", None)
+        if tell:
+            self.owe(msgspec.structs.replace(report, state="failed", result=None, cause="refused"))
         else:
-            self.owe(msgspec.structs.replace(report, state="failed", result=None, reason=reason))
+            self._store.set("report", None)
 
     def publish(self, report: Report) -> bool:
         """Publish now; False where it did not get through."""
         traffic = self._session.traffic
         counted = msgspec.structs.replace(
             report,
+            result=without_names(report.result) if report.result is not None else None,
             bytes_up=traffic.bytes_up - self._began.bytes_up,
             bytes_down=traffic.bytes_down - self._began.bytes_down,
         )

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import msgspec
 
+from edge_runtime.errors import DiskError, InputError, MemoryShortError, TrainerError
 from edge_runtime.planning.processes import environment
 from edge_runtime.trainer.job import Job, Progress
 
+# Exit codes of a trainer whose last line is a sentence of ours. The last line of a crash may quote a row.
+SENTENCES = {kind.exit_code for kind in (InputError, TrainerError, MemoryShortError, DiskError)}
 TIMED_OUT = 124  # exit code, as `timeout` has it
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """pid: of the process. exit_code: negative for a signal. reason: the last line the trainer wrote to stderr."""
+    """pid: of the process. exit_code: negative for a signal. reason: a sentence for this device's screen."""
 
     folder: Path
     pid: int
@@ -69,12 +72,16 @@ class Trainer:
         if self._late:
             code, reason = TIMED_OUT, f"the trainer took longer than {self._timeout_s:g} s"
         else:
-            reason = self._last_line()
+            reason = self._reason(code)
         self._post(Ended(self.folder, self.pid, code, reason))
 
-    def _last_line(self) -> str:
+    def _reason(self, code: int) -> str:
+        path = self.folder / "stderr.log"
+        ended = f"the trainer ended with exit code {code}"
+        if code not in SENTENCES:
+            return f"{ended}; its last words are in {path}"
         try:
-            lines = (self.folder / "stderr.log").read_text(errors="replace").strip().splitlines()
+            lines = path.read_text(errors="replace").strip().splitlines()
         except OSError as error:
-            return f"what it wrote cannot be read: {error}"
-        return lines[-1] if lines else ""
+            return f"{ended}, and its last words cannot be read: {error}"
+        return lines[-1] if lines else ended

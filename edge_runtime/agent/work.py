@@ -15,6 +15,7 @@ from edge_broker.outbox import Outbox
 from edge_broker.transfer import Committed, Rejected
 
 from edge_runtime.agent.store import Store
+from edge_runtime.errors import InputError
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import Fleet
 from edge_runtime.trainer import data
@@ -45,6 +46,16 @@ def check_rows(given: Path, evaluation: dict[str, Path], folder: Path) -> Rows:
     folder.mkdir(parents=True, exist_ok=True)
     own = data.write_rows(folder / "own.jsonl", held_out)
     return Rows(data.write_rows(folder / "train.jsonl", train), {"own": own})
+
+
+def readable(rows: Rows) -> bool:
+    """Whether every row can still be read: a file may have changed since `check_rows`."""
+    try:
+        for path in (rows.data, *rows.evaluation.values()):
+            data.read_rows(path)
+    except InputError:
+        return False
+    return True
 
 
 def depths(fleet: Fleet, plan: Plan) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ from edge_runtime import methods
 from edge_runtime.aggregator import anchors, merge
 from edge_runtime.aggregator.store import Store, Version
 from edge_runtime.errors import EdgeError, InputError, LinkError
-from edge_runtime.protocol.report import REPORT_DOMAIN, Report
+from edge_runtime.protocol.report import REPORT_DOMAIN, Report, failure
 from edge_runtime.protocol.round import CODEC, FLEET, NOOP, ROUND_DOMAIN, Round
 from edge_runtime.settings import Fleet
 from edge_runtime.trainer import data
@@ -270,7 +270,7 @@ class Node:
         self._store.pin(device, key)
         self._store.add_report(report)
         if report.state == "failed":
-            self._say("failed", text=f"{device}: {report.reason}")
+            self._say("failed", text=f"{device}: {failure(report)}")
 
     # --- closing a round
 

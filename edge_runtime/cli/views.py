@@ -13,6 +13,7 @@ from rich.text import Text
 
 from edge_runtime.planning.search import Choice, over_deadline_s
 from edge_runtime.protocol.plan import Plan
+from edge_runtime.protocol.report import failure
 
 if TYPE_CHECKING:
     from edge_runtime.agent.measure import Measurement
@@ -165,7 +166,7 @@ def show_status(status: "Status") -> None:
             f"{report.plan.depth} layers, {report.plan.weights}" if report.plan else "-",
             peak,
             f"{format_size(report.bytes_up)} / {format_size(report.bytes_down)}",
-            report.reason
+            failure(report)
             or ", ".join(f"{name} {_loss(score.loss)} ({score.accuracy:.0%})" for name, score in scores),
         )
     console.print(table)

@@ -225,7 +225,7 @@ def _device(name: str, budget: int, reports: list[Report]) -> Device:
         )
     plan = plans[-1]
     before, after = results[0].evaluation, results[-1].evaluation
-    own, others = (_pair(before, after, key) for key in ("own", "others"))
+    own, others = (_pair(before, after, key) for key in ("held_out_1", "held_out_2"))  # as --eval has them
     phases = {phase for result in results for phase in result.seconds}
     return Device(
         id=name,

@@ -51,7 +51,7 @@ def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = Fa
         raise InputError(
             f"{path} has no .safetensors file: give a folder in Hugging Face's layout or a GGUF file"
         )
-    name, revision = _name(path), _digest(weights, cache)[:12]
+    name, revision = _name(source, models), _digest(weights, cache)[:12]
     kind = ["random"] if random_weights else [_digest(others, cache)[:12]] if others else []
     ready = cache / "-".join([name, revision, *kind])
     with FileLock(
@@ -101,11 +101,16 @@ def _files(folder: Path) -> tuple[list[Path], list[Path]]:
     return sorted(folder.glob("*.safetensors")), sorted(file for one in patterns for file in folder.glob(one))
 
 
-def _name(path: Path) -> str:
-    """A name for people; the hub's cache keeps owner/name in models--owner--name/snapshots/COMMIT."""
+def _name(source: str, models: Path) -> str:
+    """A name for people, from the catalog's source alone: a link on this device may lead to a private name.
+
+    The hub's cache keeps owner/name in models--owner--name/snapshots/COMMIT.
+    """
+    local = Path(source).expanduser().exists() or (models / source).exists()
+    path = Path(source if local else source.partition("@")[0])
     if path.parent.name == "snapshots":
         return path.parent.parent.name.rsplit("--", 1)[-1]
-    return path.stem if path.is_file() else path.name
+    return (path.stem if path.suffix == ".gguf" else path.name) or "model"
 
 
 def _download(source: str, models: Path) -> Path:

@@ -1,78 +1,130 @@
-"""What a device tells its node about a round: signed, and retained so that whoever comes late reads the last."""
+"""What a device tells its node about a round: signed, and retained so that a late reader gets the last report.
+
+A report holds numbers, words from the lists below, and words that the device had from the node (the catalog's source).
+Never a text of the device's own: no sentence of an error, row, path, address, or name of a held-out file. The sentence
+behind a failure stays in the device's log.
+"""
 
 from typing import Literal
 
 import msgspec
 
 from edge_runtime.protocol.plan import Plan
+from edge_runtime.settings import Boundaries
 
 REPORT_DOMAIN = "edge/1/report"
 
+Cause = Literal[
+    "data",
+    "model",
+    "machine",
+    "input",
+    "budget",
+    "memory",
+    "time",
+    "disk",
+    "trainer",
+    "link",
+    "refused",
+    "internal",
+]
+MEANINGS: dict[Cause, str] = {
+    "data": "a row of its data or of its held-out data cannot be used",
+    "model": "a model of the catalog cannot be found or read there",
+    "machine": "torch is not installed there, or cannot use the device",
+    "input": "its trainer refused the model, the version or a file of an earlier round",
+    "budget": "no plan fits: its memory budget is too small for every model, or every step too slow",
+    "memory": "its trainer was short of memory, or was killed",
+    "time": "its trainer took longer than the round allows",
+    "disk": "its disk stayed full",
+    "trainer": "its trainer ended without a result",
+    "link": "a file that the round starts from could not be fetched",
+    "refused": "the node refused its update",
+    "internal": "its agent met a fault of the software",
+}
+
 
 class Score(msgspec.Struct, frozen=True):
-    """loss: mean over completion tokens, None where it is not finite. accuracy: share of rows whose every completion token is
-    the most likely one, that is, rows that greedy decoding would complete exactly."""
+    """How well a model does on held-out rows."""
 
-    loss: float | None
-    accuracy: float
+    loss: float | None  # mean over completion tokens; None: not finite
+    accuracy: (
+        float  # share of rows whose every completion token is the most likely one, as greedy decoding needs
+    )
     rows: int
 
 
 class PhaseMemory(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What one phase took, in bytes; None where the system or the device has no such figure.
+    """Memory of one phase of the trainer in bytes; None: the system or the device has no such figure."""
 
-    peak_bytes: what counts against the budget (see trainer/meter.py).
-    anonymous_bytes, file_mapped_bytes: what the resident size was made of when the phase ended; shared memory is the latter's.
-    cgroup_peak_bytes: of the nearest cgroup since it was made, with page cache and all its processes.
-    resident_peak_bytes: in RAM, beside a GPU; without one it is the peak.
-    allocated_peak_bytes, reserved_peak_bytes: of torch's CUDA allocator, what tensors took and what it held for them.
-    driver_bytes: taken of the GPU when the phase ended, with CUDA's own and every other process's.
-    """
+    peak_bytes: int  # counts against the budget (see trainer/meter.py)
+    anonymous_bytes: int | None = None  # part of the resident size at the end of the phase
+    file_mapped_bytes: int | None = None  # the other part, shared memory included
+    cgroup_peak_bytes: int | None = (
+        None  # of the nearest cgroup since its start, page cache and all processes included
+    )
+    resident_peak_bytes: int | None = None  # in RAM, beside a GPU; without a GPU the peak is resident
+    allocated_peak_bytes: int | None = None  # of tensors, from torch's CUDA allocator
+    reserved_peak_bytes: int | None = None  # held by torch's CUDA allocator
+    driver_bytes: int | None = (
+        None  # used of the GPU at the end of the phase, CUDA and other processes included
+    )
 
-    peak_bytes: int
-    anonymous_bytes: int | None = None
-    file_mapped_bytes: int | None = None
-    cgroup_peak_bytes: int | None = None
-    resident_peak_bytes: int | None = None
-    allocated_peak_bytes: int | None = None
-    reserved_peak_bytes: int | None = None
-    driver_bytes: int | None = None
+
+class Easing(msgspec.Struct, frozen=True):
+    """A change to cheaper steps during a round, after a step came near the budget; the fields are the plan's."""
+
+    rows: int
+    boundaries: Boundaries
+    mlp_tokens: int | None
+    kept_blocks: int
 
 
 class Result(msgspec.Struct, frozen=True):
-    """evaluation: of the version the round started from. losses: of each step but the skipped ones, whose loss was not
-    finite. step_seconds: of each step. eased: how the steps went on when memory got short. rank: in which the device goes on,
-    where its method prunes ranks."""
+    """What a trainer measured in a round."""
 
-    samples: int
-    evaluation: dict[str, Score]
-    losses: list[float]
+    samples: int  # rows trained on
+    evaluation: dict[str, Score]  # of the version the round started from, by held-out file
+    losses: list[float]  # of each step with a finite loss
     step_seconds: list[float]
     phases: dict[str, PhaseMemory]
-    seconds: dict[str, float]
+    seconds: dict[str, float]  # by phase
     measured_peak_bytes: int
     payload_bytes: int
-    skipped: int = 0
-    eased: list[str] = []
-    rank: int | None = None
+    skipped: int = 0  # steps whose loss was not finite
+    easings: list[Easing] = []
+    rank: int | None = None  # rank of the next round, where the method prunes ranks
 
 
 class Report(msgspec.Struct, frozen=True):
     """How a round went on one device.
 
-    node_key: of the node it is meant for, as broker and device may outlive a node of the same fleet's name.
-    state: joined (this is what it will train), trained (and taken by the node, where the method exchanges something),
-    failed (reason says why), or finished (the last version was evaluated).
-    bytes_up, bytes_down: PUBLISH packets since the round began.
+    joined: the plan is made. trained: the node has the update, where the method exchanges anything. failed: see cause.
+    finished: the last version was evaluated.
     """
 
     device: str
-    node_key: str
+    node_key: str  # of the node it is meant for: broker and device may outlive a node of the same fleet name
     round: int
     state: Literal["joined", "trained", "failed", "finished"]
     budget_bytes: int
     plan: Plan | None = None
     result: Result | None = None
-    reason: str = ""
-    bytes_up: int = 0
+    cause: Cause | None = None  # of a failure
+    exit_code: int | None = None  # of the trainer or the agent that failed; negative: killed by this signal
+    bytes_up: int = 0  # PUBLISH packets since the round began
     bytes_down: int = 0
+
+
+def failure(report: Report) -> str:
+    """Why a device failed, as a clause for people; empty unless the report says so."""
+    if report.cause is None:
+        return ""
+    code = "" if report.exit_code is None else f" (exit code {report.exit_code})"
+    return f"{report.cause}: {MEANINGS[report.cause]}{code}; the device's own log has the sentence"
+
+
+def without_names(result: Result) -> Result:
+    """The result with held-out files numbered in their order: a user's names for files may be private."""
+    scores = {f"held_out_{number}": score for number, score in enumerate(result.evaluation.values(), 1)}
+    return msgspec.structs.replace(result, evaluation=scores)

@@ -3,7 +3,7 @@
 import time
 
 import msgspec
-from edge_broker import messages, presence, signing, topics
+from edge_broker import address, messages, presence, signing, topics
 from edge_broker.errors import BadMessage
 from edge_broker.errors import LinkError as BrokerError
 from edge_broker.session import Message, Session
@@ -57,7 +57,7 @@ def read(broker: str, fleet: str) -> Status:
             if rounds
             else "no fleet is announced on this broker"
         )
-        raise LinkError(f"there is no fleet `{fleet}` at {broker}; {there}")
+        raise LinkError(f"there is no fleet `{fleet}` at {address.parse(broker)}; {there}")
     ids = sorted({*tracker.devices, *reports})
     return Status(fleet, rounds[fleet], [Device(one, tracker.state(one), reports.get(one)) for one in ids])
 

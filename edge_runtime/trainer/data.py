@@ -10,7 +10,7 @@ Reading imports no torch: the agent checks its data before it connects to anythi
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,15 +69,13 @@ def _row(line: str, where: str) -> Row:
         raise InputError(f"{where}: {type(row).__name__} seen, a JSON object is needed")
     keys = frozenset(row) & frozenset().union(*FORMS)
     if keys not in FORMS:
-        seen = ", ".join(sorted(row)) or "nothing"
+        seen = ", ".join(_words(row)) or "nothing"
         raise InputError(
             f"{where}: has {seen}; needed: prompt and completion, or messages, or text, or text and label"
         )
     for key in keys - {"messages"}:
         if not isinstance(row[key], str) or (key != "prompt" and not row[key].strip()):
-            raise InputError(
-                f"{where}: `{key}` has to be text that is not empty, seen {json.dumps(row[key])[:60]}"
-            )
+            raise InputError(f"{where}: `{key}` has to be text that is not empty, seen {_kind(row[key])}")
     if "messages" in keys:
         _check_messages(row["messages"], where)
     try:
@@ -87,6 +85,19 @@ def _row(line: str, where: str) -> Row:
             f"{where}: holds half of a character (a lone surrogate), which is no text"
         ) from error
     return row
+
+
+def _kind(value: Any) -> str:
+    """The kind of a JSON value, for a message; the value is private."""
+    if isinstance(value, str):
+        return "blank text" if value else '""'
+    kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "null")
+
+
+def _words(names: Iterable[str]) -> list[str]:
+    """Names of fields or roles, for a message; a name that is no plain word may be text of the row."""
+    return sorted({name if name.isidentifier() and len(name) <= 20 else "(no plain word)" for name in names})
 
 
 def _check_messages(messages: Any, where: str) -> None:
@@ -197,9 +208,11 @@ def _templated(messages: list[dict[str, str]], tokenizer: Any, *, add_generation
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except Exception as error:  # a template may refuse roles or their order, with an error of its own
-        seen = ", ".join(turn["role"] for turn in messages)
+        seen = ", ".join(_words(turn["role"] for turn in messages))
+        verbatim = str(error) in tokenizer.chat_template  # else the sentence may quote a row
+        reason = str(error) if verbatim else type(error).__name__
         raise InputError(
-            f"the model's chat template refuses messages of the roles {seen}: {error}"
+            f"the model's chat template refuses messages of the roles {seen}: {reason}"
         ) from error
     ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     return ids

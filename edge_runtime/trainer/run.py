@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from edge_runtime import methods, settings
 from edge_runtime.adapters import attach
 from edge_runtime.adapters.export import peft as export
-from edge_runtime.errors import EdgeError, InputError, MemoryShortError, TrainerError
+from edge_runtime.errors import DiskError, EdgeError, InputError, MemoryShortError
 from edge_runtime.methods import fedit
 from edge_runtime.methods.interface import WIDTHS, Method
 from edge_runtime.models import weights
@@ -39,7 +39,7 @@ from edge_runtime.protocol import codec
 from edge_runtime.protocol.completion import Completion
 from edge_runtime.protocol.keys import LABEL, kind_of, label_of, leading
 from edge_runtime.protocol.plan import Plan
-from edge_runtime.protocol.report import Result
+from edge_runtime.protocol.report import Easing, Result
 from edge_runtime.trainer import data, greedy, public, step
 from edge_runtime.trainer.cap import cap_gpu
 from edge_runtime.trainer.evaluate import evaluate
@@ -137,7 +137,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         ends.append(time.monotonic())
         tell("train", done, job.fleet.training.steps, loss)
 
-    eased: list[str] = []
+    easings: list[Easing] = []
     micro_rows = plan.rows
     limit = _limit(job, method, meter)
 
@@ -147,7 +147,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         if way is not None:
             undo()
             undo = apply(model, way.mlp_tokens)
-            eased.append(way.how)
+            easings.append(Easing(way.rows, way.boundaries, way.mlp_tokens, way.kept_blocks))
             micro_rows = way.rows
             release()
             if meter.cuda:
@@ -207,7 +207,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         evaluation=scores,
         losses=[loss for loss in losses if math.isfinite(loss)],
         skipped=sum(map(math.isnan, losses)),
-        eased=eased,
+        easings=easings,
         step_seconds=[end - begin for begin, end in pairwise(ends)],
         phases=meter.phases,
         seconds=meter.seconds,
@@ -237,8 +237,8 @@ def _labels(job: Job, rows: list[data.Row]) -> list[str]:
     for label in data.labels_of(rows):
         if not LABEL.fullmatch(label):
             raise InputError(
-                f"the label {label[:100]!r} has to be 1 to 80 characters without line breaks or tabs, as a head over labels is "
-                "exchanged by their names"
+                f"a label of {len(label)} characters has to be 1 to 80 characters without line breaks or tabs, as a "
+                "head over labels is exchanged by their names"
             )
     return sorted(data.labels_of(rows) | met)
 
@@ -360,7 +360,7 @@ def _when_there_is_room(write: Callable[[Path], object], path: Path, tell: Calla
     """Write a file whole or not at all. A full disk is waited for: what a round has learned is worth it.
 
     Raises:
-        TrainerError: it stayed full for DISK_WAIT_S.
+        DiskError: it stayed full for DISK_WAIT_S.
     """
     fresh, until = path.with_suffix(".part"), time.monotonic() + DISK_WAIT_S
     while True:
@@ -373,7 +373,7 @@ def _when_there_is_room(write: Callable[[Path], object], path: Path, tell: Calla
             if getattr(error, "errno", None) != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
                 raise
             if time.monotonic() > until:
-                raise TrainerError(
+                raise DiskError(
                     f"{path.parent} is on a disk that has been full for {DISK_WAIT_S:.0f} s"
                 ) from error
             tell("wait for disk space")

@@ -68,11 +68,15 @@ class Command:
         )
         self.seen: list[dict[str, Any]] = []
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._output: list[str] = []
+        self._error = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
+            self._output.append(line)
             self._lines.put(line)
         self._lines.put(None)
 
@@ -108,7 +112,13 @@ class Command:
     def error(self) -> str:
         """What it wrote to stderr; only after its end."""
         assert self.process.stderr is not None
-        return self.process.stderr.read().strip()
+        self._error += self.process.stderr.read()
+        return self._error.strip()
+
+    def output(self) -> str:
+        """All that it wrote to stdout; only after its end."""
+        self._reader.join(10)
+        return "".join(self._output)
 
     def children(self) -> list[int]:
         """The processes it has started and that still run."""

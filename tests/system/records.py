@@ -3,11 +3,15 @@
 import contextlib
 import json
 import sqlite3
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 import numpy as np
-from edge_broker import presence, topics
+import zstandard
+from edge_broker import messages, presence, topics
 from edge_broker.session import Message, Session
 from fleet import Fleet
 from safetensors.numpy import load_file
@@ -96,3 +100,63 @@ def presence_of(fleet: Fleet, device: str) -> str:
             if isinstance(item, Message):
                 tracker.handle(item.topic, item.payload)
     return tracker.state(device)
+
+
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+
+
+class Recorder:
+    """Keeps every message that crosses a broker while it runs."""
+
+    def __init__(self, session: Session) -> None:
+        self._session, self._ending = session, threading.Event()
+        self.messages: list[Message] = []
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        while (item := self._session.receive(0.5)) is not None or not self._ending.is_set():
+            if isinstance(item, Message):
+                self.messages.append(item)
+
+    def end(self) -> None:
+        """Take what has still to come, and stop; may be called again."""
+        self._ending.set()
+        self._thread.join(30)
+
+    def searchable(self) -> str:
+        """Topics and bodies as text, with each transfer's chunks put together and decompressed."""
+        self.end()
+        parts, chunks = [], defaultdict[str, dict[int, bytes]](dict)
+        for message in self.messages:
+            parts += [message.topic, message.payload.decode(errors="replace")]
+            kind = topics.parse(message.topic).kind
+            if kind == "up":
+                index, content = messages.unpack_chunk(message.payload)
+                chunks[message.topic][index] = content
+            elif kind == "artifact":
+                name, _, index_ = message.topic.rpartition("/")
+                chunks[name][int(index_)] = message.payload
+        for pieces in chunks.values():
+            content = b"".join(piece for _, piece in sorted(pieces.items()))
+            _, magic, body = content.partition(ZSTD_MAGIC)
+            with zstandard.ZstdDecompressor().stream_reader(magic + body) as stream:
+                parts.append(stream.read().decode(errors="replace"))
+        return "\n".join(parts)
+
+
+@contextlib.contextmanager
+def recorded(fleet: Fleet) -> Iterator[Recorder]:
+    """A recorder of the fleet's broker, which hears everybody."""
+    with Session(fleet.broker.url, f"{fleet.name}-records", clean_start=True, session_expiry_s=0) as session:
+        session.connect(10)
+        session.subscribe(f"edge/1/{fleet.name}/#")
+        recorder = Recorder(session)
+        yield recorder
+        recorder.end()
+
+
+def node_files(fleet: Fleet) -> str:
+    """All that a fleet's node keeps, as text."""
+    files = [path for path in (fleet.folder / "node").rglob("*") if path.is_file()]
+    return "\n".join(f"{path}\n{path.read_bytes().decode(errors='replace')}" for path in files)

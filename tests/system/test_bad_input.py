@@ -63,7 +63,7 @@ def test_a_budget_too_small_names_the_smallest_that_fits(fleet: Fleet, tiny_mode
     assert_one_sentence(
         fleet.agent("a", "--budget", "20MiB"), 4, "20 MiB is too small", "2 layers", "which needs"
     )
-    assert "too small" in node.phase("failed")["text"]
+    assert "a: budget: " in node.phase("failed")["text"]
 
 
 def test_a_model_that_cannot_be_read_is_named(fleet: Fleet, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_model_that_cannot_be_read_is_named(fleet: Fleet, tmp_path: Path) -> N
     node = fleet.node()
     node.phase("collecting")
     assert_one_sentence(fleet.agent("a"), 2, "broken.gguf", "cannot be read")
-    assert "broken.gguf" in node.phase("failed")["text"]
+    assert "a: model: " in node.phase("failed")["text"]
 
 
 def test_a_wrong_key_of_the_fleet_file_names_the_right_one(tmp_path: Path) -> None:

@@ -70,4 +70,4 @@ def test_a_model_that_is_not_there_is_named_and_the_node_told(fleet: Fleet, tmp_
     assert agent.end() == 2
     said = agent.error()
     assert len(said.splitlines()) == 1 and "nowhere.gguf" in said
-    assert "nowhere.gguf" in node.phase("failed")["text"]
+    assert "a: model: " in node.phase("failed")["text"]

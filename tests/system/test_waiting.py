@@ -18,8 +18,8 @@ def test_a_device_that_failed_is_not_waited_for(fleet: Fleet) -> None:
     node = fleet.node("--noop")
     node.phase("collecting")
     with crafted(fleet, "failing") as failing:
-        failing.report(state="failed", reason="no room")
-        assert "no room" in node.phase("failed")["text"]
+        failing.report(state="failed", cause="disk")
+        assert "failing: disk: " in node.phase("failed")["text"]
         fleet.agent("honest", "--noop", "10kB")
         merged = node.phase("merged", 20)
     assert merged["in_"] == ["honest"] and merged["missing"] == ["failing"]
@@ -30,7 +30,7 @@ def test_a_device_that_failed_and_joins_again_is_waited_for(fleet: Fleet) -> Non
     node = fleet.node("--noop")
     node.phase("collecting")
     with crafted(fleet, "returning") as returning:
-        returning.report(state="failed", reason="no room")
+        returning.report(state="failed", cause="disk")
         node.phase("failed")
         returning.report(state="joined")
         fleet.agent("honest", "--noop", "10kB")

@@ -98,11 +98,11 @@ def test_that_an_update_was_refused_is_kept_until_it_is_said(agent, finished, mo
     one._store.connection.close()
     again = agent()
     monkeypatch.setattr(
-        again._reports, "publish", lambda report: said.append((report.state, report.reason)) or True
+        again._reports, "publish", lambda report: said.append((report.state, report.cause)) or True
     )
     again._reports.publish_owed()
     again._reports.publish_owed()
-    assert said == ([] if finished else [("failed", "round 1 is closed")])
+    assert said == ([] if finished else [("failed", "refused")])
 
 
 def test_a_new_state_is_advised_where_it_would_help(agent, tmp_path):

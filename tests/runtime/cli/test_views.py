@@ -2,17 +2,16 @@
 
 from edge_runtime import settings
 from edge_runtime.cli import views
-from edge_runtime.protocol.report import Report, Result, Score
+from edge_runtime.protocol.report import Report, Result, Score, failure
 from edge_runtime.protocol.round import Round
 from edge_runtime.protocol.status import Device, Status
 
 
 def test_what_a_device_says_is_shown_as_it_is(capsys, monkeypatch):
     """Brackets are no markup, and a loss that was not finite is said to be none."""
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "240")
     fleet = settings.Fleet("f", (settings.Model("m"),))
-    reason = "[training] in [/data/model]"
-    failed = Report(device="a", node_key="", round=1, state="failed", budget_bytes=0, reason=reason)
+    failed = Report(device="[a]", node_key="", round=1, state="failed", budget_bytes=0, cause="memory")
     result = Result(
         samples=1,
         evaluation={"[red]": Score(None, 0.0, 3)},
@@ -27,4 +26,4 @@ def test_what_a_device_says_is_shown_as_it_is(capsys, monkeypatch):
     devices = [Device(report.device, "online", report) for report in (failed, trained)]
     views.show_status(Status("f", Round(node="n", fleet=fleet, round=1, state="open", versions={}), devices))
     shown = capsys.readouterr().out
-    assert reason in shown and "[red] not finite (0%)" in shown
+    assert "[a]" in shown and failure(failed) in shown and "[red] not finite (0%)" in shown

@@ -547,6 +547,13 @@ def test_the_weights_alone_make_the_class_and_every_file_makes_the_facts(tiny_fo
     assert found[0].folder == found[1].folder != found[2].folder
 
 
+def test_the_class_is_named_by_the_catalogs_source_and_not_by_where_a_link_leads(tiny_folder, tmp_path):
+    """A model class travels to the node; where a device keeps its files is its own affair."""
+    private = shutil.copytree(tiny_folder, tmp_path / "models--acme--private" / "snapshots" / "private-name")
+    (tmp_path / "base").symlink_to(private)
+    assert prepare("base", tmp_path, tmp_path / "cache").model_class.startswith("base@")
+
+
 # --- packed
 
 

@@ -74,10 +74,10 @@ def test_a_separator_of_lines_inside_a_text_is_part_of_it(tmp_path, separator):
         ('{"prompt": "a", "completion": "b", "text": "c"}', "has completion, prompt, text; needed"),
         ('{"question": "a", "answer": "b"}', "has answer, question; needed"),
         ('{"prompt": "a", "completion": ""}', '`completion` has to be text that is not empty, seen ""'),
-        ('{"prompt": "a", "completion": 3}', "`completion` has to be text that is not empty, seen 3"),
+        ('{"prompt": "a", "completion": 3}', "`completion` has to be text that is not empty, seen a number"),
         ('{"prompt": null, "completion": "b"}', "`prompt` has to be text that is not empty, seen null"),
         ('{"text": "  "}', "`text` has to be text that is not empty"),
-        ('{"text": "a", "label": 1}', "`label` has to be text that is not empty, seen 1"),
+        ('{"text": "a", "label": 1}', "`label` has to be text that is not empty, seen a number"),
         ('{"messages": "hello"}', "`messages` has to be a list of objects with a role and a content"),
         (
             '{"messages": [{"role": "user"}]}',

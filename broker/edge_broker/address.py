@@ -1,8 +1,13 @@
-"""Where the broker is: mqtt://host:port or mqtts://user:password@host:port?ca=file&cert=file&key=file."""
+"""The broker's address: mqtt://host:port or mqtts://user:password@host:port?ca=file&cert=file&key=file.
 
+This file alone reads and prints an address. A password is never printed: messages show `***`.
+"""
+
+import re
 import ssl
 from pathlib import Path
-from urllib.parse import parse_qsl, unquote, urlsplit
+from typing import Any
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import msgspec
 
@@ -13,20 +18,37 @@ _FILES = ("ca", "cert", "key")
 
 
 class Address(msgspec.Struct, frozen=True):
-    """A broker's address, taken apart; ca, cert and key are files and only for mqtts."""
+    """A broker's address, taken apart."""
 
-    scheme: str
+    scheme: str  # mqtt, or mqtts with TLS
     host: str
     port: int
-    user: str | None = None
-    password: str | None = None
-    ca: Path | None = None
-    cert: Path | None = None
-    key: Path | None = None
+    user: str | None = None  # decoded, as the broker compares it
+    password: str | None = None  # decoded
+    ca: Path | None = None  # PEM file of the authority; this one and the next two need mqtts
+    cert: Path | None = None  # PEM file of the client's certificate
+    key: Path | None = None  # PEM file of its key
 
     def __str__(self) -> str:
-        """The address without its secrets, for messages."""
-        return f"{self.scheme}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+        """The address for messages: no files, and *** for a password."""
+        user = (
+            "" if self.user is None else quote(self.user, safe="") + (":***" if self.password else "") + "@"
+        )
+        return f"{self.scheme}://{user}{self._host_and_port()}"
+
+    def __repr__(self) -> str:
+        return f"Address({str(self)!r})"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("address", str(self))]
+
+    def without_credentials(self) -> str:
+        """The URL with its certificate files, but without user and password: fit for a command line."""
+        files = {name: str(path) for name in _FILES if (path := getattr(self, name))}
+        return f"{self.scheme}://{self._host_and_port()}" + (f"?{urlencode(files)}" if files else "")
+
+    def _host_and_port(self) -> str:
+        return f"{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
     def tls(self) -> ssl.SSLContext | None:
         """The TLS context, or None for mqtt://.
@@ -50,29 +72,22 @@ def parse(url: str, *, ca: Path | None = None, cert: Path | None = None, key: Pa
     """Read a broker's URL; files given as arguments win over those in the URL.
 
     Raises:
-        LinkError: it is not such a URL, or names files without TLS.
+        LinkError: the URL has another form, or names files without TLS. The message holds no password.
     """
     try:
         parts = urlsplit(url)
         port = parts.port
-    except ValueError as error:
-        raise LinkError(
-            f"the broker's address is not a URL: {error}; it needs the form mqtt://host:port"
-        ) from None
-    if parts.scheme not in _PORTS or not parts.hostname or parts.path not in ("", "/"):
-        shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"  # never the password
-        raise LinkError(
-            f"the broker's address is {shown!r}; it needs the form mqtt://host:port or mqtts://host:port"
-        )
-    query = dict(parse_qsl(parts.query))
-    if unknown := sorted(set(query) - set(_FILES)):
-        raise LinkError(
-            f"the broker's address has {', '.join(unknown)} after '?'; only ca, cert and key are known"
-        )
+    except ValueError:  # whose text may quote the password
+        raise _malformed(url) from None
+    if parts.scheme not in _PORTS or not parts.hostname or parts.path not in ("", "/") or parts.fragment:
+        raise _malformed(url)
+    query = dict(parse_qsl(parts.query, keep_blank_values=True))
+    if set(query) - set(_FILES):
+        raise LinkError(f"the broker's address {redacted(url)} may have only ca, cert and key after '?'")
     files = {name: Path(query[name]) if name in query else None for name in _FILES}
     files |= {name: path for name, path in (("ca", ca), ("cert", cert), ("key", key)) if path}
     if parts.scheme == "mqtt" and any(files.values()):
-        raise LinkError(f"certificates are given for {parts.scheme}://{parts.hostname}; they need mqtts://")
+        raise LinkError(f"certificates are given for {redacted(url)}; they need mqtts://")
     return Address(
         scheme=parts.scheme,
         host=parts.hostname,
@@ -82,4 +97,27 @@ def parse(url: str, *, ca: Path | None = None, cert: Path | None = None, key: Pa
         ca=files["ca"],
         cert=files["cert"],
         key=files["key"],
+    )
+
+
+def redacted(url: str) -> str:
+    """Any text that was given as a broker's URL, cut down to scheme, user, host and port.
+
+    A malformed URL may hold its password anywhere: unencoded with / ? # or @ in it, or without the host
+    that should follow it. So everything between the first ':' and the last '@' is left out, and so is a
+    port that is no number.
+    """
+    scheme = match[0] if (match := re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url)) else ""
+    user_info, at, place = url[len(scheme) :].rpartition("@")
+    user, colon, _ = user_info.partition(":")
+    host, port = re.findall(r"^(\[[0-9A-Fa-f:.]*\]|[^:/?#]*)(:[^/?#]*)?", place)[0]
+    port = port if re.fullmatch(r"(:\d{1,5})?", port) else ":***"
+    return f"{scheme}{user}{':***' if colon else ''}{at}{host}{port}"
+
+
+def _malformed(url: str) -> LinkError:
+    hint = "; in a password write %2F for /, %3F for ?, %23 for #, %40 for @" if "@" in url else ""
+    return LinkError(
+        f"the broker's address `{redacted(url)}` is not a URL of the form mqtt://host:port or mqtts://host:port, "
+        f"with a port from 1 to 65535{hint}"
     )

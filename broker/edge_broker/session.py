@@ -15,6 +15,7 @@ from pathlib import Path
 from paho.mqtt.client import MQTTMessage
 
 from edge_broker import address, topics
+from edge_broker.address import Address
 from edge_broker.connection import Connection
 from edge_broker.errors import LinkError, Refused
 from edge_broker.events import Connected, Disconnected, Event, Message, Own, Room, Traffic, Unsent
@@ -48,7 +49,7 @@ class Session:
 
     def __init__(
         self,
-        url: str,
+        url: str | Address,
         client_id: str,
         *,
         presence: PresenceSpec | None = None,
@@ -62,7 +63,7 @@ class Session:
         """Prepare; nothing is sent before `connect`.
 
         Args:
-            url: mqtt://host:port or mqtts://user:password@host:port?ca=file&cert=file&key=file.
+            url: mqtt://host:port or mqtts://user:password@host:port?ca=file&cert=file&key=file, or that parsed.
             client_id: fixed for a device; a second session with the same id takes over from the first.
             presence: whose presence to keep, if any.
             clean_start: forget what the broker keeps for this id at every reconnect too (for shared subscriptions,
@@ -77,7 +78,7 @@ class Session:
         """
         self._queue: queue.SimpleQueue[Event | tuple[int, MQTTMessage]] = queue.SimpleQueue()
         self._connection = Connection(
-            address.parse(url, ca=ca, cert=cert, key=key),
+            url if isinstance(url, Address) else address.parse(url, ca=ca, cert=cert, key=key),
             topics.name("client id", client_id),
             presence,
             clean_start,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-from edge_broker import address, messages, signing, topics
+from edge_broker import messages, signing, topics
 from edge_broker.errors import BadMessage, WrongKey
 from edge_broker.errors import LinkError as BrokerError
 from edge_broker.messages import Artifact
@@ -152,7 +152,7 @@ class Agent:
             self._uploader.start()
         except BrokerError as error:
             raise LinkError(str(error)) from error
-        self._say("connected", text=str(address.parse(self.options.broker)))
+        self._say("connected", text=str(self.options.broker))
 
     def _handle(self, item: Message | LinkEvent | None) -> None:
         if isinstance(item, Own):
@@ -502,6 +502,6 @@ class Agent:
             else "no fleet is announced on this broker"
         )
         return (
-            f"no round of fleet `{self.options.fleet}` was announced at {address.parse(self.options.broker)} within "
+            f"no round of fleet `{self.options.fleet}` was announced at {self.options.broker} within "
             f"{self.options.wait_s:g} s; {there}; check --fleet, or start `edge-runtime aggregator` there"
         )

@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+from edge_broker.address import Address
 
 
 class Options(NamedTuple):
     """evaluation: held-out files by name. gpu_cap_bytes: of the GPU, for each trainer. noop_bytes: send that much noise each
     round instead of training, for benchmarks."""
 
-    broker: str
+    broker: Address
     fleet: str
     id: str
     data: Path

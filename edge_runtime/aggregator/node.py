@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import msgspec
 from edge_broker import messages, presence, signing, topics
+from edge_broker.address import Address
 from edge_broker.errors import BadMessage
 from edge_broker.errors import LinkError as BrokerError
 from edge_broker.journal import Journal
@@ -42,7 +43,7 @@ GREETING_S = 1.0  # after connecting: who is there has to be heard before a roun
 class Options(NamedTuple):
     """What a node is given. noop: take any payload and send as much back, for benchmarks of the link alone."""
 
-    broker: str
+    broker: Address
     state: Path
     node: str
     until_finished: bool

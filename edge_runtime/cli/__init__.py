@@ -13,29 +13,16 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from edge_runtime.cli.options import at_broker
 from edge_runtime.errors import EdgeError, InputError, LinkError
 
 if TYPE_CHECKING:
+    from edge_broker.address import Address
     from edge_profiles import Profile
 
     from edge_runtime.settings import Boundaries, Weights
 
 log = logging.getLogger(__name__)
-LOCAL_BROKER = "mqtt://127.0.0.1:1883"
-BROKER_HELP = "The MQTT broker: mqtt://host:port, or mqtts://user:password@host:port?ca=FILE."
-
-
-def _broker_url(_context: click.Context, _option: click.Parameter, url: str | None) -> str | None:
-    """The URL as it is, once its form and its certificates are good: told before a state is made."""
-    from edge_broker import address
-    from edge_broker.errors import LinkError as BrokerError
-
-    try:
-        if url is not None:
-            address.parse(url).tls()
-    except BrokerError as error:
-        raise InputError(str(error)) from None
-    return url
 
 
 def _name(_context: click.Context, option: click.Parameter, name: str) -> str:
@@ -50,9 +37,6 @@ def _name(_context: click.Context, option: click.Parameter, name: str) -> str:
 
 
 as_json = click.option("--json", "json", is_flag=True, help="Print JSON instead of text.")
-at_broker = click.option(
-    "--broker", default=LOCAL_BROKER, show_default=True, callback=_broker_url, help=BROKER_HELP
-)
 from_fleet_file = click.option(
     "--fleet",
     type=click.Path(path_type=Path),
@@ -328,13 +312,13 @@ def study(
     required=True,
     help="Folder for rounds, updates and global versions; give the same one to go on.",
 )
-@at_broker
+@at_broker()
 @click.option("--node", default="node", show_default=True, callback=_name, help="This node's name.")
 @click.option("--until-finished", is_flag=True, help="End when the last round is merged and reported.")
 @click.option("--noop", is_flag=True, hidden=True)
 @as_json
 def aggregator(
-    fleet: Path, state: Path, broker: str, node: str, until_finished: bool, noop: bool, json: bool
+    fleet: Path, state: Path, broker: "Address", node: str, until_finished: bool, noop: bool, json: bool
 ) -> None:
     """Run a fleet's node.
 
@@ -357,7 +341,7 @@ def aggregator(
 
 
 @app.command()
-@at_broker
+@at_broker()
 @click.option("--fleet", required=True, callback=_name, help="The fleet's name, as its fleet file has it.")
 @click.option("--id", required=True, callback=_name, help="This device's name, unique in the fleet.")
 @click.option(
@@ -388,7 +372,7 @@ def aggregator(
 @click.option("--noop", hidden=True)
 @as_json
 def agent(
-    broker: str,
+    broker: "Address",
     fleet: str,
     id: str,
     data: Path,
@@ -451,10 +435,10 @@ def agent(
 
 
 @app.command()
-@at_broker
+@at_broker()
 @click.option("--fleet", required=True, callback=_name, help="The fleet's name.")
 @as_json
-def status(broker: str, fleet: str, json: bool) -> None:
+def status(broker: "Address", fleet: str, json: bool) -> None:
     """Show a fleet's round and its devices.
 
     Presence, plan, memory and scores of each, as the broker has them now.
@@ -473,10 +457,10 @@ def status(broker: str, fleet: str, json: bool) -> None:
     show_default=True,
     help="As in [method] of a fleet file; local is the control.",
 )
-@click.option("--broker", callback=_broker_url, help="Use a broker that already runs, at this URL.")
+@at_broker(default=None)
 @click.option("--keep", type=click.Path(path_type=Path), help="Keep state, logs and adapters in this folder.")
 @click.option("--json", "json", type=click.Path(path_type=Path), help="Write the result to this file.")
-def demo(method: str, broker: str | None, keep: Path | None, json: Path | None) -> None:
+def demo(method: str, broker: "Address | None", keep: Path | None, json: Path | None) -> None:
     """Run a whole fleet on this machine.
 
     A broker, an aggregator and three agents, as processes of their own, on a real model.

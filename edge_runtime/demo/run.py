@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+from edge_broker import address, credentials
+from edge_broker.address import Address
 from edge_broker.local import start_broker
 
 from edge_runtime.agent.options import Event
@@ -70,12 +72,12 @@ class Outcome(msgspec.Struct):
     faults: list[str]
 
 
-def run(method: str, broker: str | None, keep: Path | None) -> Outcome:
+def run(method: str, broker: Address | None, keep: Path | None) -> Outcome:
     """Run the fleet to its end.
 
     Args:
         method: federated method.
-        broker: URL of a broker that already runs, or None to start one.
+        broker: address of a broker that already runs, or None to start one.
         keep: folder for state, logs and adapters, or None for one that is deleted.
 
     Raises:
@@ -96,20 +98,24 @@ def run(method: str, broker: str | None, keep: Path | None) -> Outcome:
         if broker is None:
             running = start_broker(port=0, state_dir=folder / "broker")
             stack.callback(running.stop)
-            broker = running.url
+            broker = address.parse(running.url)
         lines: queue.SimpleQueue[tuple[str, bytes | None]] = queue.SimpleQueue()
-        children = stack.enter_context(_processes(_commands(folder, broker, budgets), folder, lines))
+        children = stack.enter_context(
+            _processes(
+                _commands(folder, broker, budgets), credentials.hand_over(broker, os.environ), folder, lines
+            )
+        )
         with Live(budgets, fleet.rounds) as live:
             _follow(children, lines, live, folder)
         return _outcome(method, fleet.rounds, budgets, folder, time.monotonic() - started)
 
 
-def _commands(folder: Path, broker: str, budgets: dict[str, int]) -> dict[str, list[str]]:
+def _commands(folder: Path, broker: Address, budgets: dict[str, int]) -> dict[str, list[str]]:
     """The command line of every process, after `edge-runtime`; each device's rows are written to its own folder."""
     found = {
         "node": [
             *("aggregator", "--fleet", str(folder / "fleet.toml"), "--state", str(folder / "node")),
-            *("--broker", broker, "--until-finished", "--json"),
+            *("--broker", broker.without_credentials(), "--until-finished", "--json"),
         ]
     }
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -121,7 +127,17 @@ def _commands(folder: Path, broker: str, budgets: dict[str, int]) -> dict[str, l
         own = data.write_rows(home / "own.jsonl", rows.held_out)
         others = data.write_rows(home / "others.jsonl", rows.others_held_out)
         found[name] = [
-            *("agent", "--broker", broker, "--fleet", "demo", "--id", name, "--state", str(home / "state")),
+            *(
+                "agent",
+                "--broker",
+                broker.without_credentials(),
+                "--fleet",
+                "demo",
+                "--id",
+                name,
+                "--state",
+                str(home / "state"),
+            ),
             *("--data", str(data.write_rows(home / "train.jsonl", rows.train)), "--budget", str(budget)),
             *("--eval", f"own={own}", "--eval", f"others={others}", "--models", str(model.path().parent)),
             *("--threads", str(threads), "--until-finished", "--json"),
@@ -131,7 +147,10 @@ def _commands(folder: Path, broker: str, budgets: dict[str, int]) -> dict[str, l
 
 @contextlib.contextmanager
 def _processes(
-    lines_of: dict[str, list[str]], folder: Path, lines: "queue.SimpleQueue[tuple[str, bytes | None]]"
+    lines_of: dict[str, list[str]],
+    environment: dict[str, str],
+    folder: Path,
+    lines: "queue.SimpleQueue[tuple[str, bytes | None]]",
 ) -> Iterator[dict[str, "subprocess.Popen[bytes]"]]:
     """Start the processes; what they print goes to the queue, and a None when one ends. None is left behind."""
     children: dict[str, subprocess.Popen[bytes]] = {}
@@ -152,6 +171,7 @@ def _processes(
                     [sys.executable, "-m", "edge_runtime.cli", *arguments],
                     stdout=subprocess.PIPE,
                     stderr=errors,
+                    env=environment,
                 )
             threading.Thread(target=read, args=(name, children[name]), daemon=True).start()
         yield children

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
-from edge_broker import files
+from edge_broker import credentials, files
 
 from edge_runtime.errors import EdgeError, InputError
 from edge_runtime.models.facts import Facts
@@ -70,8 +70,8 @@ def rates(device: str, threads: int = 0) -> Rates:
 
 
 def environment() -> dict[str, str]:
-    """What a trainer process runs with."""
-    return {**os.environ, **TRAINER_ENVIRONMENT}
+    """What a trainer process runs with; it has no use for the broker's password."""
+    return {**credentials.withhold(os.environ), **TRAINER_ENVIRONMENT}
 
 
 def trainer_installed() -> bool:

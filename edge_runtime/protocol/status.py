@@ -3,7 +3,8 @@
 import time
 
 import msgspec
-from edge_broker import address, messages, presence, signing, topics
+from edge_broker import messages, presence, signing, topics
+from edge_broker.address import Address
 from edge_broker.errors import BadMessage
 from edge_broker.errors import LinkError as BrokerError
 from edge_broker.session import Message, Session
@@ -32,7 +33,7 @@ class Status(msgspec.Struct):
     devices: list[Device]
 
 
-def read(broker: str, fleet: str) -> Status:
+def read(broker: Address, fleet: str) -> Status:
     """Look at a fleet.
 
     Raises:
@@ -57,7 +58,7 @@ def read(broker: str, fleet: str) -> Status:
             if rounds
             else "no fleet is announced on this broker"
         )
-        raise LinkError(f"there is no fleet `{fleet}` at {address.parse(broker)}; {there}")
+        raise LinkError(f"there is no fleet `{fleet}` at {broker}; {there}")
     ids = sorted({*tracker.devices, *reports})
     return Status(fleet, rounds[fleet], [Device(one, tracker.state(one), reports.get(one)) for one in ids])
 

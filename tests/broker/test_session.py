@@ -50,7 +50,7 @@ def test_no_broker_is_said_with_the_address_and_what_to_do():
     with pytest.raises(BrokerUnreachable) as error:
         Session(f"mqtt://me:secret@127.0.0.1:{port}", "a").connect(5)
     assert str(error.value) == (
-        f"no MQTT broker answered at mqtt://127.0.0.1:{port}: [Errno 111] Connection refused; "
+        f"no MQTT broker answered at mqtt://me:***@127.0.0.1:{port}: [Errno 111] Connection refused; "
         "start one with `edge-runtime broker` or check the address"
     )
 

@@ -12,13 +12,23 @@ OPTIONS = {
     "profile": ["--json"],
     "plan": ["--fleet", "--budget", "--board", "--models", "--device", "--json"],
     "broker": ["--port", "--state", "--kind"],
-    "aggregator": ["--fleet", "--state", "--broker", "--node", "--until-finished", "--json"],
+    "aggregator": ["--fleet", "--state", "--broker", "--credentials", "--node", "--until-finished", "--json"],
     "agent": [
-        *("--broker", "--fleet", "--id", "--data", "--state", "--budget", "--eval", "--models"),
+        *(
+            "--broker",
+            "--credentials",
+            "--fleet",
+            "--id",
+            "--data",
+            "--state",
+            "--budget",
+            "--eval",
+            "--models",
+        ),
         *("--threads", "--device", "--wait", "--until-finished", "--json"),
     ],
-    "status": ["--broker", "--fleet", "--json"],
-    "demo": ["--method", "--broker", "--keep", "--json"],
+    "status": ["--broker", "--credentials", "--fleet", "--json"],
+    "demo": ["--method", "--broker", "--credentials", "--keep", "--json"],
 }
 
 

@@ -4,7 +4,7 @@ from queue import Queue
 
 import msgspec
 import pytest
-from edge_broker import signing
+from edge_broker import address, signing
 from edge_broker.transfer import Rejected
 
 from edge_runtime import settings
@@ -22,7 +22,7 @@ def agent(tmp_path):
 
     def start(**changes):
         options = Options(
-            broker="mqtt://127.0.0.1:1",
+            broker=address.parse("mqtt://127.0.0.1:1"),
             fleet="f",
             id="a",
             data=tmp_path / "none",

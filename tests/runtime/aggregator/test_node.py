@@ -1,7 +1,7 @@
 """What a node that starts again makes of what it finds."""
 
 import pytest
-from edge_broker import messages
+from edge_broker import address, messages
 
 from edge_runtime import settings
 from edge_runtime.aggregator.node import KEPT_ROUNDS, Node, Options
@@ -24,7 +24,11 @@ def node(tmp_path):
     def start(noop=False, **tables):
         fleet = settings.parse({**FLEET, **tables})
         started.append(
-            Node(fleet, Options("mqtt://127.0.0.1:1", tmp_path, "node", True, noop), lambda _: None)
+            Node(
+                fleet,
+                Options(address.parse("mqtt://127.0.0.1:1"), tmp_path, "node", True, noop),
+                lambda _: None,
+            )
         )
         return started[-1]
 

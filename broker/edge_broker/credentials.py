@@ -1,0 +1,95 @@
+"""User and password for a broker, from a file or from the environment: arguments are visible in the list of processes.
+
+    user = "device-7"
+    password = "..."
+
+The file is TOML with these two keys. On systems with file modes nobody but its owner may have access to it.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from edge_broker.address import Address
+from edge_broker.errors import LinkError
+
+USER, PASSWORD = "EDGE_RUNTIME_BROKER_USER", "EDGE_RUNTIME_BROKER_PASSWORD"  # names of variables
+
+
+class Credentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a broker asks of a client."""
+
+    user: str
+    password: str
+
+    def __repr__(self) -> str:
+        return f"Credentials({self.user!r}, '***')"
+
+
+def complete(address: Address, file: Path | None, environment: Mapping[str, str]) -> Address:
+    """The address with its user and password.
+
+    A file is asked first, then the URL itself, then the environment; a URL may name a user whose password
+    is in the environment.
+
+    Args:
+        address: the broker's address as its URL has it.
+        file: a credentials file, or None.
+        environment: such as os.environ; USER and PASSWORD are read.
+
+    Raises:
+        LinkError: the file cannot be used, user or password are given twice, or a password has no user.
+    """
+    if file is not None:
+        if address.user is not None or address.password is not None:
+            raise LinkError(
+                f"{address} has a user already, and {file} names one too: take it out of the address"
+            )
+        credentials = read(file)
+        return msgspec.structs.replace(address, user=credentials.user, password=credentials.password)
+    if address.password is not None:
+        return address
+    user = address.user or environment.get(USER) or None
+    password = environment.get(PASSWORD) or None
+    if password and user is None:
+        raise LinkError(f"{PASSWORD} is set, but not {USER}: set the user too, or unset the password")
+    return msgspec.structs.replace(address, user=user, password=password)
+
+
+def hand_over(address: Address, environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a child process that connects to this address with its user and password."""
+    pairs = ((USER, address.user), (PASSWORD, address.password))
+    return withhold(environment) | {name: value for name, value in pairs if value is not None}
+
+
+def withhold(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a child process that does not connect to the broker."""
+    return {name: value for name, value in environment.items() if name not in (USER, PASSWORD)}
+
+
+def read(path: Path) -> Credentials:
+    """Read a credentials file.
+
+    Raises:
+        LinkError: the file cannot be read, is open to other users, or has another form. The message quotes
+            nothing of the file.
+    """
+    try:
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            content = file.read()
+    except OSError as error:
+        raise LinkError(f"cannot read the credentials file {path}: {error.strerror}") from None
+    if os.name == "posix" and mode & 0o077:
+        raise LinkError(
+            f"the credentials file {path} is open to other users (mode {mode & 0o777:03o}): run `chmod 600 {path}`"
+        )
+    try:
+        return msgspec.toml.decode(content, type=Credentials)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise LinkError(
+            f"the credentials file {path} needs two lines and no more: "
+            'user = "NAME" and password = "PASSWORD" (a TOML file)'
+        ) from None

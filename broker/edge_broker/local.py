@@ -130,7 +130,7 @@ def start_broker(
         )
     if not program and not importlib.util.find_spec("iotcore"):
         raise LinkError(
-            "no broker is installed here; install mosquitto, or `pip install 'edge-runtime[broker]'`"
+            "no broker is installed here: install mosquitto, or in a clone of Edge Runtime run `pip install '.[broker]'`"
         )
     state_dir.mkdir(parents=True, exist_ok=True)
     for attempt in range(1, _ATTEMPTS + 1):

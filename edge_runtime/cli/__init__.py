@@ -284,7 +284,7 @@ def study(
 
     if not processes.study_installed():
         raise InputError(
-            "this needs a study's packages, which are not installed: pip install 'edge-runtime[study]'"
+            "a study's packages are not installed: in a clone of Edge Runtime, run pip install '.[study]'"
         )
 
     wanted = specs.load(spec)

@@ -21,7 +21,7 @@ from edge_runtime.planning.time import Rates
 PREPARE_TIMEOUT_S = 3600.0  # a hub download may be gigabytes
 MEASURE_TIMEOUT_S = 120.0
 NOT_INSTALLED = (
-    "this needs the trainer's packages, which are not installed: pip install 'edge-runtime[agent]'"
+    "the trainer's packages are not installed: in a clone of Edge Runtime, run pip install '.[agent]'"
 )
 TRAINER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "8000000",  # larger pieces go straight back to the system when freed; each costs page faults

@@ -13,13 +13,52 @@ from edge_runtime.errors import InputError
 
 if TYPE_CHECKING:
     from edge_broker.address import Address
+    from edge_profiles import Profile
 
 log = logging.getLogger(__name__)
 LOCAL_BROKER = "mqtt://127.0.0.1:1883"
+PATH = click.Path(path_type=Path)
+
+as_json = click.option("--json", "json", is_flag=True, help="Print JSON instead of text.")
+fleet_file = click.option(
+    "--fleet", type=PATH, required=True, help="The fleet file (TOML); docs/fleet.md describes it."
+)
+budget = click.option(
+    "--budget",
+    metavar="SIZE",
+    help="Peak memory of the trainer, such as 900MiB; default: most of the free memory "
+    "(device_profiles/README.md has the rule).",
+)
+board = click.option(
+    "--board",
+    metavar="NAME",
+    help="Cap the trainer's GPU memory to that of a smaller board, such as jetson-orin-nano-8gb.",
+)
+models = click.option(
+    "--models", type=PATH, default=Path(), help="Folder for relative paths of the catalog; default: this one."
+)
+device = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Device of the trainer.",
+)
+
+
+def topic_name(_context: click.Context, option: click.Parameter, name: str) -> str:
+    """A click callback: the name unchanged; raises InputError where it cannot be part of an MQTT topic."""
+    from edge_broker import topics
+    from edge_broker.errors import LinkError as BrokerError
+
+    try:
+        return topics.name(option.opts[0], name)
+    except BrokerError as error:
+        raise InputError(str(error)) from None
 
 
 def at_broker(default: str | None = LOCAL_BROKER) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options --broker and --credentials; it gets `broker`: an Address, or None without a URL."""
+    """Add --broker and --credentials; the command gets `broker`, an Address, or None where there is no URL."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @click.option(
@@ -32,7 +71,7 @@ def at_broker(default: str | None = LOCAL_BROKER) -> Callable[[Callable[..., Non
         @click.option(
             "--credentials",
             metavar="FILE",
-            type=click.Path(path_type=Path),
+            type=PATH,
             help="File with the broker's user and password, two lines of TOML, of mode 600; default: the "
             "variables EDGE_RUNTIME_BROKER_USER and EDGE_RUNTIME_BROKER_PASSWORD, if set.",
         )
@@ -46,7 +85,7 @@ def at_broker(default: str | None = LOCAL_BROKER) -> Callable[[Callable[..., Non
 
 
 def _address(url: str, credentials_file: Path | None) -> "Address":
-    """The broker's address with its credentials, refused here if it cannot be used: before a state is made."""
+    """The broker's address with its credentials; a bad one is refused here, before a state folder is made."""
     from edge_broker import address, credentials
     from edge_broker.errors import LinkError as BrokerError
 
@@ -61,3 +100,33 @@ def _address(url: str, credentials_file: Path | None) -> "Address":
     except BrokerError as error:
         raise InputError(str(error)) from None
     return broker
+
+
+def budget_bytes(size: str | None, board: str | None, profile: "Profile") -> int:
+    """The value of --budget, or the default budget of the board or of this machine."""
+    from edge_profiles import board as board_named
+    from edge_profiles import default_budget_bytes, parse_size, profile_of
+
+    if size:
+        return parse_size(size)
+    return default_budget_bytes(profile_of(board_named(board)) if board else profile)
+
+
+def trainer_device(device: str, profile: "Profile") -> str:
+    """The value of --device as cpu or cuda; raises InputError for cuda on a machine without a GPU."""
+    if device == "cuda" and profile.gpu is None:
+        raise InputError("--device is cuda, but no GPU was found: `edge-runtime profile` shows what is there")
+    return ("cuda" if profile.gpu else "cpu") if device == "auto" else device
+
+
+def gpu_cap_bytes(board: str | None, device: str, profile: "Profile") -> int | None:
+    """GPU memory that --board leaves the trainer, or None; raises InputError together with --device cpu."""
+    from edge_profiles import board as board_named
+    from edge_profiles import gpu_cap_bytes as cap_bytes_of
+
+    if board is None:
+        return None
+    cap_bytes = cap_bytes_of(board_named(board), profile)
+    if device == "cpu":
+        raise InputError("--board caps a GPU's memory, but --device is cpu: use --device cuda")
+    return cap_bytes

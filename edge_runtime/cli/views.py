@@ -17,7 +17,7 @@ from edge_runtime.protocol.report import failure
 
 if TYPE_CHECKING:
     from edge_runtime.agent.measure import Measurement
-    from edge_runtime.demo.run import Outcome
+    from edge_runtime.demo.outcome import DemoOutcome
     from edge_runtime.protocol.status import Status
 
 MIB = 1 << 20
@@ -172,7 +172,7 @@ def show_status(status: "Status") -> None:
     console.print(table)
 
 
-def show_demo(outcome: "Outcome") -> None:
+def show_demo(outcome: "DemoOutcome") -> None:
     """The demo's tables: memory and bytes, then what was learned."""
     console = Console()
     memory = _table(

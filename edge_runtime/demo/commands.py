@@ -1,11 +1,11 @@
-"""Spoken home commands and the JSON action each stands for: the demo's private data, one domain a device.
+"""The demo's private data: spoken home commands and the JSON action of each, one domain a device.
 
     prompt      Command: could you start the water boiler\\nAction:
     completion  {"kettle": "on"}
 
-A command names a thing by one of its everyday words; the action names it by its first one, so the words of a domain must
-be learned from that domain's rows. Wording, polite openings, verbs and the JSON form are the same everywhere, and some
-things (lights, heating, music) are at home in every domain: this is what devices have in common.
+A command names a thing by any of its everyday words, the action by its key in DOMAINS. So the words of a
+domain must be learned from that domain's rows. Devices have in common: wording, polite openings, verbs, the
+JSON form, and the things in COMMON (lights, heating, music, cameras).
 """
 
 import hashlib
@@ -52,7 +52,7 @@ COMMON: dict[str, tuple[str, ...]] = {
     "camera": ("camera", "security camera"),
 }
 OPENINGS = ("", "please ", "could you ", "hey, ", "would you ", "I want you to ", "can you ", "now ")
-PATTERNS: dict[str, tuple[str, ...]] = {  # by the action they mean
+PATTERNS: dict[str, tuple[str, ...]] = {  # spoken forms by action
     "on": ("turn on the {thing}", "switch the {thing} on", "start the {thing}", "power up the {thing}"),
     "off": ("turn off the {thing}", "switch the {thing} off", "stop the {thing}", "shut down the {thing}"),
     "set {value}": (
@@ -64,77 +64,74 @@ PATTERNS: dict[str, tuple[str, ...]] = {  # by the action they mean
     "status": ("is the {thing} on", "check the {thing}", "how is the {thing} doing"),
 }
 COMMON_SHARE = 0.2  # of a device's rows
-DRAWS_IN_VAIN = 2000  # without a new command among them, the generator has no more
+DRAWS_IN_VAIN = 2000  # draws without a new command after which the generator counts as exhausted
 
 
-class Rows(NamedTuple):
-    """One device's data."""
+class DomainRows(NamedTuple):
+    """One device's data; the three lists share no prompt."""
 
     train: list[dict[str, str]]
-    held_out: list[dict[str, str]]
-    others_held_out: list[dict[str, str]]
+    held_out: list[dict[str, str]]  # of the device's own domain
+    others_held_out: list[dict[str, str]]  # of the other domains
 
 
-def rows(domain: str, train: int, held_out: int, seed: int) -> Rows:
-    """Draw one device's rows.
+def rows(domain: str, train: int, held_out: int, seed: int) -> DomainRows:
+    """Draw one device's rows. No device's train rows hold a command that is held out from any.
 
     Args:
-        domain: one of DOMAINS; the others_held_out rows are drawn from the remaining ones, in equal parts.
-        train: rows to train on, of the device's own domain and the common things.
-        held_out: rows in each of the two held-out lists, all distinct.
+        domain: one of DOMAINS.
+        train: rows to train on, of the domain's things and the common ones.
+        held_out: rows in each of the two held-out lists, all distinct; the other domains have equal shares.
         seed: equal seeds give equal rows on every machine.
-
-    Returns:
-        Rows whose lists share no prompt; a held-out command is in no device's train rows.
 
     Raises:
         KeyError: the domain is not one of DOMAINS.
         ValueError: the generator does not know that many distinct commands.
     """
-    own = DOMAINS[domain]
-    others = [things for name, things in DOMAINS.items() if name != domain]
+    vocabulary = DOMAINS[domain]
+    foreign = [words for name, words in DOMAINS.items() if name != domain]
     draw = random.Random(f"{seed}/{domain}")
-    shares = [held_out // len(others) + (i < held_out % len(others)) for i in range(len(others))]
-    return Rows(
-        _draw(draw, own, COMMON_SHARE, train, held=False),
-        _draw(draw, own, COMMON_SHARE, held_out, held=True),
+    shares = [held_out // len(foreign) + (i < held_out % len(foreign)) for i in range(len(foreign))]
+    return DomainRows(
+        _draw(draw, vocabulary, COMMON_SHARE, train, held_out=False),
+        _draw(draw, vocabulary, COMMON_SHARE, held_out, held_out=True),
         [
             row
-            for things, n in zip(others, shares, strict=True)
-            for row in _draw(draw, things, 0.0, n, held=True)
+            for words, n in zip(foreign, shares, strict=True)
+            for row in _draw(draw, words, 0.0, n, held_out=True)
         ],
     )
 
 
 def _draw(
-    draw: random.Random, things: dict[str, tuple[str, ...]], common: float, n: int, *, held: bool
+    draw: random.Random, vocabulary: dict[str, tuple[str, ...]], common: float, n: int, *, held_out: bool
 ) -> list[dict[str, str]]:
-    found: dict[str, dict[str, str]] = {}
+    drawn: dict[str, dict[str, str]] = {}  # by prompt
     in_vain = 0
-    while len(found) < n and in_vain < DRAWS_IN_VAIN:
-        row = _row(draw, COMMON if draw.random() < common else things)
+    while len(drawn) < n and in_vain < DRAWS_IN_VAIN:
+        row = _row(draw, COMMON if draw.random() < common else vocabulary)
         in_vain += 1
-        if _is_held_out(row["prompt"]) == held and row["prompt"] not in found:
-            found[row["prompt"]] = row
+        if _is_held_out(row["prompt"]) == held_out and row["prompt"] not in drawn:
+            drawn[row["prompt"]] = row
             in_vain = 0
-    if len(found) == n:
-        return list(found.values())
+    if len(drawn) == n:
+        return list(drawn.values())
     raise ValueError(
-        f"asked for {n} distinct commands, the generator ran out at {len(found)}: ask for fewer rows"
+        f"asked for {n} distinct commands, the generator ran out at {len(drawn)}: ask for fewer rows"
     )
 
 
 def _is_held_out(prompt: str) -> bool:
-    """One command in five, by the command itself: no device of the fleet ever trains on a row that another is tested on."""
+    """One command in five, by its digest, so that all devices agree on which."""
     return hashlib.sha256(prompt.encode()).digest()[0] % 5 == 0
 
 
-def _row(draw: random.Random, things: dict[str, tuple[str, ...]]) -> dict[str, str]:
-    name = draw.choice(sorted(things))
+def _row(draw: random.Random, vocabulary: dict[str, tuple[str, ...]]) -> dict[str, str]:
+    name = draw.choice(sorted(vocabulary))
     action = draw.choice(sorted(PATTERNS))
     value = draw.randrange(5, 100, 5)
     spoken = draw.choice(OPENINGS) + draw.choice(PATTERNS[action]).format(
-        thing=draw.choice(things[name]), value=value
+        thing=draw.choice(vocabulary[name]), value=value
     )
     completion = json.dumps({name: action.format(value=value)})
     return {"prompt": f"Command: {spoken}\nAction:", "completion": f" {completion}"}

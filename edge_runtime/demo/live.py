@@ -1,4 +1,4 @@
-"""Live progress of the demo: one line a device on a terminal, one line a change of phase elsewhere."""
+"""Live progress of the demo: a table on a terminal, elsewhere one line for each change of phase."""
 
 import msgspec
 from rich.console import Console
@@ -9,17 +9,19 @@ from rich.text import Text
 from edge_runtime.agent.options import Event
 from edge_runtime.aggregator import node
 
+LASTING = ("merged", "extended", "failed", "refused")  # phases of the node that stay above the table
+
 
 class Live:
-    """Shows events as they come; use as a context manager."""
+    """Shows events as they come; a context manager."""
 
     def __init__(self, budgets: dict[str, int], rounds: int) -> None:
         self._console = Console()
         self._rounds = rounds
-        self._devices = {
-            name: Event(name, 0, "starting", budget_bytes=budget) for name, budget in budgets.items()
-        }
         self._round = "starting"
+        self._devices = {
+            name: Event(name, 0, "starting", budget_bytes=size) for name, size in budgets.items()
+        }
         self._live = RichLive(self._table(), console=self._console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> "Live":
@@ -31,23 +33,30 @@ class Live:
         self._live.stop()
 
     def show(self, event: Event | node.Event) -> None:
-        """Take in one event of a device or of the node."""
+        """Show one event of a device or of the node."""
         if isinstance(event, node.Event):
-            if event.phase != "presence":
-                self._round = f"round {event.round} of {self._rounds}: {event.phase} {event.text}".rstrip()
-            if event.phase in ("merged", "extended", "failed", "refused") or not self._console.is_terminal:
-                self._console.print(f"node     {self._round}", highlight=False, markup=False)
+            self._show_node(event)
         else:
-            before = self._devices[event.device]
-            kept = {
-                "memory_bytes": event.memory_bytes or before.memory_bytes,
-                "loss": event.loss if event.loss is not None else before.loss,
-            }
-            self._devices[event.device] = msgspec.structs.replace(event, **kept)
-            if not self._console.is_terminal and (event.phase != before.phase or event.step == event.steps):
-                self._console.print(_line(self._devices[event.device]), highlight=False, markup=False)
+            self._show_device(event)
         if self._console.is_terminal:
             self._live.update(self._table(), refresh=True)
+
+    def _show_node(self, event: node.Event) -> None:
+        if event.phase != "presence":
+            self._round = f"round {event.round} of {self._rounds}: {event.phase} {event.text}".rstrip()
+        if event.phase in LASTING or not self._console.is_terminal:
+            self._console.print(f"node     {self._round}", highlight=False, markup=False)
+
+    def _show_device(self, event: Event) -> None:
+        before = self._devices[event.device]
+        latest = msgspec.structs.replace(
+            event,
+            memory_bytes=event.memory_bytes or before.memory_bytes,
+            loss=before.loss if event.loss is None else event.loss,
+        )
+        self._devices[event.device] = latest
+        if not self._console.is_terminal and (event.phase != before.phase or event.step == event.steps):
+            self._console.print(_line(latest), highlight=False, markup=False)
 
     def _table(self) -> Table:
         table = Table(title=Text(self._round), title_justify="left", box=None, padding=(0, 2, 0, 0))

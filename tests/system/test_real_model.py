@@ -13,7 +13,7 @@ from fleet import Fleet
 from records import committed, job, master, remembered, reports, sent, version_0
 
 from edge_runtime import settings
-from edge_runtime.demo import run as demo
+from edge_runtime.demo import outcome as demo
 from edge_runtime.planning import processes
 from edge_runtime.planning.search import candidates
 
@@ -119,7 +119,7 @@ def test_reports_say_what_was_planned_measured_and_moved(ran: Ran) -> None:
 
 def test_the_demo_reads_its_outcome_from_such_a_fleet(ran: Ran) -> None:
     fleet, budgets = ran
-    outcome = demo._outcome("fedit", 2, budgets, fleet.folder, 1.0)
+    outcome = demo.read("fedit", 2, budgets, fleet.folder, 1.0)
     assert outcome.rounds_closed == outcome.rounds == 2
     assert [(device.id, device.depth) for device in outcome.devices] == [(DEEP, 3), (SHALLOW, 2)]
     every = [*reports(fleet, "trained").values(), *reports(fleet, "finished").values()]
@@ -133,7 +133,7 @@ def test_the_demo_reads_its_outcome_from_such_a_fleet(ran: Ran) -> None:
 
 def test_the_demo_names_a_round_that_did_not_close(ran: Ran) -> None:
     fleet, budgets = ran
-    assert "2 of 3 rounds closed" in demo._outcome("fedit", 3, budgets, fleet.folder, 1.0).faults
+    assert "2 of 3 rounds closed" in demo.read("fedit", 3, budgets, fleet.folder, 1.0).faults
 
 
 def test_a_trainer_that_is_killed_for_memory_is_followed_by_a_smaller_one_in_the_same_round(

@@ -1,0 +1,120 @@
+"""`edge-runtime agent`: a device of a fleet."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edge_runtime.cli import options
+from edge_runtime.cli.output import say, say_json
+from edge_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from edge_broker.address import Address
+
+    from edge_runtime.agent.options import Event
+
+
+@click.command("agent")
+@options.at_broker()
+@click.option(
+    "--fleet", required=True, callback=options.topic_name, help="The fleet's name, as in its fleet file."
+)
+@click.option(
+    "--id", required=True, callback=options.topic_name, help="This device's name, unique in the fleet."
+)
+@click.option(
+    "--data",
+    type=options.PATH,
+    required=True,
+    help="This device's rows, one JSON object a line; they never leave it.",
+)
+@click.option(
+    "--state",
+    type=options.PATH,
+    required=True,
+    help="Folder for keys, adapters and work; give the same one to continue.",
+)
+@options.budget
+@click.option(
+    "--eval",
+    "evaluation",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="Held-out rows, such as own=rows.jsonl; may be given more than once; default: a tenth of the data.",
+)
+@options.models
+@click.option("--threads", default=0, help="CPU threads of the trainer; default: all cores.")
+@options.device
+@options.board
+@click.option("--wait", default=120.0, show_default=True, help="Seconds to wait for the fleet's first round.")
+@click.option("--until-finished", is_flag=True, help="End when the fleet has finished.")
+@click.option("--noop", hidden=True)
+@options.as_json
+def command(
+    broker: "Address",
+    fleet: str,
+    id: str,
+    data: Path,
+    state: Path,
+    budget: str | None,
+    evaluation: tuple[str, ...],
+    models: Path,
+    threads: int,
+    device: str,
+    board: str | None,
+    wait: float,
+    until_finished: bool,
+    noop: str | None,
+    json: bool,
+) -> None:
+    """Take part in a fleet from this device.
+
+    The device brings its data; everything else comes from the fleet's node.
+    """
+    from edge_profiles import parse_size, probe
+
+    from edge_runtime.agent.agent import Agent
+    from edge_runtime.agent.options import Options
+    from edge_runtime.state import alone
+
+    if not 0 < wait < float("inf"):
+        raise InputError(f"--wait is {wait:g}, but has to be seconds, more than 0")
+    profile = probe()
+    values = Options(
+        broker=broker,
+        fleet=fleet,
+        id=id,
+        data=data,
+        state=state.resolve(),
+        gpu_cap_bytes=options.gpu_cap_bytes(board, device, profile),
+        budget_bytes=options.budget_bytes(budget, board, profile),
+        evaluation=_evaluation(evaluation),
+        models=models,
+        threads=threads,
+        device=options.trainer_device(device, profile),
+        wait_s=wait,
+        until_finished=until_finished,
+        noop_bytes=parse_size(noop) if noop else 0,
+    )
+    with alone(state):
+        Agent(values, say_json if json else lambda event: say(line(event))).run()
+
+
+def line(event: "Event") -> str:
+    """An event of an agent for a person."""
+    step = f" {event.step}/{event.steps}" if event.steps else ""
+    loss = f", loss {event.loss:.3f}" if event.loss is not None else ""
+    memory = f", {event.memory_bytes >> 20} of {event.budget_bytes >> 20} MiB" if event.memory_bytes else ""
+    text = f": {event.text}" if event.text else ""
+    return f"{event.device}, round {event.round}: {event.phase}{step}{loss}{memory}{text}"
+
+
+def _evaluation(pairs: tuple[str, ...]) -> dict[str, Path]:
+    files = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not equals or not name or not path:
+            raise InputError(f"--eval is {pair!r}, but has to be NAME=FILE.jsonl")
+        files[name] = Path(path)
+    return files

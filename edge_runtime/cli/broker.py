@@ -1,0 +1,46 @@
+"""`edge-runtime broker`: a broker on this machine, for trying things out."""
+
+import signal
+from pathlib import Path
+
+import click
+
+from edge_runtime.cli.options import PATH, as_json
+from edge_runtime.cli.output import say, say_json
+
+
+@click.command("broker")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=1883,
+    show_default=True,
+    help="Port to listen on; 0 takes a free one.",
+)
+@click.option(
+    "--state",
+    type=PATH,
+    default=Path("broker-state"),
+    show_default=True,
+    help="Folder for its configuration and log.",
+)
+@click.option(
+    "--kind", type=click.Choice(["auto", "mosquitto", "embedded"]), default="auto", show_default=True
+)
+@as_json
+def command(port: int, state: Path, kind: str, json: bool) -> None:
+    """Run a broker on this machine's loopback.
+
+    Mosquitto if it is installed, else an embedded one. A fleet needs a broker of its own: broker/README.md.
+    """
+    from edge_broker.local import start_broker
+
+    running = start_broker(port=port, state_dir=state, kind=kind)
+    if json:
+        say_json({"kind": running.kind, "url": running.url})
+    else:
+        say(f"{running.kind} listens at {running.url}; stop it with Ctrl-C")
+    try:
+        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    finally:
+        running.stop()

@@ -1,0 +1,51 @@
+"""`edge-runtime plan`: which model of a fleet's catalog fits a budget."""
+
+from pathlib import Path
+
+import click
+
+from edge_runtime.cli import options
+from edge_runtime.cli.output import say_json
+from edge_runtime.errors import InputError
+
+
+@click.command("plan")
+@options.fleet_file
+@options.budget
+@click.option("--board", metavar="NAME", help="Plan for another board, such as jetson-orin-nano-8gb.")
+@options.models
+@options.device
+@options.as_json
+def command(
+    fleet: Path, budget: str | None, board: str | None, models: Path, device: str, json: bool
+) -> None:
+    """Show which model fits, and why no larger one.
+
+    For this device, or with --board for a board that is not at hand.
+    """
+    from edge_profiles import probe
+
+    from edge_runtime import methods, settings
+    from edge_runtime.cli import views
+    from edge_runtime.planning import processes
+    from edge_runtime.planning.search import choose
+
+    settings_ = settings.load(fleet)
+    methods.of(settings_)  # a fleet that its node would refuse is not planned
+    deadline_s = settings_.training.step_deadline_s
+    if board and deadline_s is not None:
+        raise InputError(
+            "[training] step_deadline_s cannot be kept for a board one does not have: its speed was never measured; "
+            "leave the key out to plan for the board's memory alone"
+        )
+    profile = probe()
+    budget_bytes = options.budget_bytes(budget, board, profile)
+    facts = {
+        source: processes.prepared(source, models) for source in {model.source for model in settings_.catalog}
+    }
+    rates = processes.rates(options.trainer_device(device, profile))
+    choice = choose(settings_, facts, budget_bytes, processes.runtime_bytes(), rates)
+    if json:
+        say_json(views.plan_values(choice, budget_bytes, deadline_s))
+    else:
+        views.show_plan(choice, budget_bytes, deadline_s)

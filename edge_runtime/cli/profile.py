@@ -1,0 +1,24 @@
+"""`edge-runtime profile`: this device as the planner sees it."""
+
+import click
+import msgspec
+
+from edge_runtime.cli.options import as_json
+from edge_runtime.cli.output import say_json
+
+
+@click.command("profile")
+@as_json
+def command(json: bool) -> None:
+    """Show this device as the planner sees it.
+
+    Cores, memory, GPU, board, and the memory that the runtime itself takes.
+    """
+    from edge_profiles import probe
+
+    from edge_runtime.cli import views
+    from edge_runtime.planning import processes
+
+    baseline = processes.runtime_bytes() if processes.trainer_installed() else None
+    values = {**msgspec.to_builtins(probe()), "runtime_baseline_bytes": baseline}
+    say_json(values) if json else views.show_profile(values)

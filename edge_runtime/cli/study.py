@@ -1,0 +1,58 @@
+"""`edge-runtime study`: methods compared on virtual devices."""
+
+import os
+from pathlib import Path
+
+import click
+
+from edge_runtime.cli.options import PATH, models
+from edge_runtime.cli.output import say
+from edge_runtime.errors import EdgeError, InputError
+
+
+@click.command("study")
+@click.argument("spec", type=PATH)
+@click.option("--seeds", help="Seeds to run, such as 0,1,2; default: the file's.")
+@click.option("--arms", help="Arms to run, separated by commas, such as fedit,heterotune-gate; default: all.")
+@click.option(
+    "--out", type=PATH, help="Folder for runs, table and pictures; default: docs/study/ and the spec's name."
+)
+@click.option("--data", type=PATH, default=Path(), help="Folder of the study's data files.")
+@models
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    default=0,
+    help="Runs at a time, one core each; default: as many as there are cores.",
+)
+def command(
+    spec: Path, seeds: str | None, arms: str | None, out: Path | None, data: Path, models: Path, workers: int
+) -> None:
+    """Compare methods on virtual devices: a grid of arms by seeds.
+
+    Finished runs are kept, so a study that was stopped continues when the command is given again. SPEC is a file such
+    as those in studies/.
+    """
+    from edge_runtime.planning import processes
+    from edge_runtime.simulation import grid
+    from edge_runtime.simulation import spec as specs
+
+    if not processes.study_installed():
+        raise InputError(
+            "a study's packages are not installed: in a clone of Edge Runtime, run pip install '.[study]'"
+        )
+    study = specs.load(spec)
+    selected = specs.chosen(study, seeds, arms)
+    folder = out or Path("docs/study") / spec.stem
+    failures = grid.run(selected, data, models, folder, workers or os.cpu_count() or 1, say)
+    from edge_runtime.simulation import report  # matplotlib, which the pool's workers must not inherit
+
+    study = specs.with_seeds(study, selected.study.seeds)
+    runs = grid.kept(study, folder)
+    report.write(study, runs, spec.stem, folder)
+    report.show(study, runs, spec.stem)
+    say(f"written: {folder / 'README.md'}")
+    if failures:
+        raise EdgeError(
+            f"some runs failed; give the command again to try them once more: {'; '.join(failures)}"
+        )

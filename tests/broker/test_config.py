@@ -2,6 +2,8 @@
 
 import datetime
 import ipaddress
+import re
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -17,6 +19,7 @@ from edge_broker.local import _free_port, find_mosquitto
 from edge_broker.session import PresenceSpec, Session
 
 FOLDER = Path(edge_broker.__file__).parents[1]
+DEBIAN = Path("/etc/mosquitto/mosquitto.conf")
 NOW = datetime.datetime.now(datetime.timezone.utc)
 
 
@@ -48,9 +51,33 @@ def certify(folder: Path, name: str, authority: tuple | None = None) -> tuple:
     return subject, key
 
 
-@pytest.fixture(scope="module")
-def fleet_broker(tmp_path_factory):
-    """The shipped files with only the paths, the port and the log changed; returns the folder and the address."""
+def shipped(folder: Path, port: int) -> str:
+    """The shipped configuration, with only the paths and the port changed."""
+    config = (FOLDER / "mosquitto.conf").read_text().replace("/etc/mosquitto/edge", str(folder))
+    return config.replace("listener 8883", f"listener {port} 127.0.0.1") + "user root\n"
+
+
+def write_alone(folder: Path, config: str) -> Path:
+    """The shipped configuration is the broker's only one."""
+    file = folder / "edge.conf"
+    file.write_text(config.replace("log_dest syslog", "log_dest stderr"))
+    return file
+
+
+def write_included(folder: Path, config: str) -> Path:
+    """The shipped configuration lies in conf.d of Debian's main configuration, whose paths alone are changed."""
+    if not DEBIAN.exists() or "include_dir /etc/mosquitto/conf.d" not in DEBIAN.read_text():
+        pytest.skip(f"{DEBIAN} is not Debian's")
+    (folder / "conf.d").mkdir()
+    (folder / "conf.d" / "edge.conf").write_text(config)
+    file = folder / "mosquitto.conf"
+    file.write_text(re.sub(r"/(etc|run|var/lib|var/log)/mosquitto", str(folder), DEBIAN.read_text()))
+    return file
+
+
+@pytest.fixture(scope="module", params=[write_alone, write_included])
+def fleet_broker(request, tmp_path_factory):
+    """A broker with the shipped files; returns the folder, the address and the process."""
     if not find_mosquitto():
         pytest.skip("Mosquitto is not installed")
     folder = tmp_path_factory.mktemp("fleet")
@@ -58,32 +85,46 @@ def fleet_broker(tmp_path_factory):
     for name in ("broker", "node-1", "device-1", "device-2"):
         certify(folder, name, authority)
     port = _free_port("127.0.0.1", 0)
-    config = (FOLDER / "mosquitto.conf").read_text()
-    config = config.replace("/etc/mosquitto/edge", str(folder)).replace("/var/lib/mosquitto", str(folder))
-    config = config.replace("listener 8883", f"listener {port} 127.0.0.1").replace(
-        "log_dest syslog", "log_dest stderr"
-    )
-    (folder / "conf").write_text(config + "user root\n")
     (folder / "mosquitto.acl").write_text((FOLDER / "mosquitto.acl").read_text())
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([find_mosquitto(), "-c", folder / "conf"], stderr=log)
-    yield folder, f"mqtts://127.0.0.1:{port}"
+    file = request.param(folder, shipped(folder, port))
+    with (folder / "output").open("wb") as output:
+        process = subprocess.Popen([find_mosquitto(), "-c", file], stderr=output, cwd=folder)
+    yield folder, f"mqtts://127.0.0.1:{port}", process
     process.kill()
-    process.wait(5)
+    process.wait()
 
 
 def session_of(fleet_broker, name: str, **options) -> Session:
-    folder, url = fleet_broker
+    folder, url, process = fleet_broker
     session = Session(
         f"{url}?ca={folder}/ca.crt&cert={folder}/{name}.crt&key={folder}/{name}.key", name, **options
     )
-    deadline = time.monotonic() + 5
     while True:
         try:
             session.connect(5)
             return session
-        except BrokerUnreachable:
-            assert time.monotonic() < deadline, (folder / "log").read_text()
+        except BrokerUnreachable:  # until it listens
+            assert process.poll() is None, (folder / "output").read_text()
+
+
+def test_a_setting_that_the_main_configuration_has_too_stops_the_broker(
+    tmp_path,
+):  # the twin of write_included
+    if not find_mosquitto():
+        pytest.skip("Mosquitto is not installed")
+    file = write_included(tmp_path, shipped(tmp_path, 8883) + "persistence_location /var/lib/mosquitto/\n")
+    finished = subprocess.run([find_mosquitto(), "-c", file], capture_output=True, text=True)
+    assert finished.returncode != 0 and "Duplicate persistence_location" in finished.stdout + finished.stderr
+
+
+def test_what_is_retained_is_saved_beside_the_main_configuration_s_state(fleet_broker):
+    folder, _, process = fleet_broker
+    with session_of(fleet_broker, "node-1") as node:
+        node.publish(topics.round("saved"), b"x", retain=True)
+    process.send_signal(signal.SIGUSR1)  # save now instead of within a minute
+    while not (folder / "mosquitto.db").exists():
+        assert process.poll() is None, (folder / "output").read_text()
+        time.sleep(0.01)
 
 
 def test_a_device_and_a_node_can_do_their_part(fleet_broker, await_message):

@@ -53,9 +53,11 @@ def run(
     Raises:
         InputError: data that runs could not use.
     """
-    check_files(spec, files)
     done = kept(spec, out)
     missing = [(arm, seed) for seed in spec.study.seeds for arm in spec.arm if (arm.name, seed) not in done]
+    if not missing:
+        return []
+    check_files(spec, files)
     (out / "runs").mkdir(parents=True, exist_ok=True)
     failed: list[str] = []
     lost = 0

@@ -237,6 +237,35 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
     )  # the table of those that are done
 
 
+def test_a_run_of_code_that_computes_otherwise_is_not_paired_and_not_tabled(study, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    arm = study.arm[2]
+    for name, seed in ((arm.name, 0), ("local", 0), ("local", 1)):
+        monkeypatch.setattr(spec, "COMPUTATION", 2 if name == "local" and seed == 0 else 3)
+        run = next(arm for arm in study.arm if arm.name == name)
+        result = msgspec.structs.replace(outcome(name, seed, 0.5), digest=study.digest(run, seed))
+        path = tmp_path / "runs" / f"{spec.slug(name)}-{seed}.json"
+        path.write_bytes(msgspec.json.encode(result))
+    runs = grid.kept(study, tmp_path)
+    assert runs.keys() == {(arm.name, 0), ("local", 1)}
+    assert report.difference(arm, runs, (0, 1)) is None
+    assert [(row[0], row[-1]) for row in report.rows(study, runs)] == [("local", "1"), (arm.name, "0")]
+
+
+def test_a_run_of_code_that_computes_otherwise_is_made_again(files, tiny_folder):
+    command = ["study", str(files / "study.toml"), "--data", str(files), "--models", str(tiny_folder.parent)]
+    command += ["--out", str(files / "out"), "--seeds", "0", "--arms", "local", "--workers", "1"]
+    assert CliRunner().invoke(cli.app, command).exit_code == 0
+    path = files / "out" / "runs" / "local-0.json"
+    current = path.read_text()
+    path.write_text(current.replace(f'"digest": "{spec.COMPUTATION}-', f'"digest": "{spec.COMPUTATION - 1}-'))
+    again = CliRunner().invoke(cli.app, command)
+    assert again.output.startswith("local, seed 0: ")  # made, and told
+    digests = [msgspec.json.decode(text)["digest"] for text in (current, path.read_bytes())]
+    assert digests[0] == digests[1]
+    assert not CliRunner().invoke(cli.app, command).output.startswith("local, seed 0: ")
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_study_that_is_stopped_takes_its_runs_with_it(files, tiny_folder, tmp_path, how):
     path = files / "study.toml"

@@ -48,7 +48,7 @@ def command(
     from edge_runtime.simulation import report  # matplotlib, which the pool's workers must not inherit
 
     study = specs.with_seeds(study, selected.study.seeds)
-    runs = grid.kept(study, folder)
+    runs = grid.finished(study, folder)
     report.write(study, runs, spec.stem, folder)
     report.show(study, runs, spec.stem)
     say(f"written: {folder / 'README.md'}")

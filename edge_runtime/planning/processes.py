@@ -50,7 +50,7 @@ def prepared(source: str, models: Path, *, random_weights: bool = False) -> Fact
     cache = cache_folder() / "models"
     command = ["edge_runtime.models.prepare", "--models", str(models), "--cache", str(cache)]
     command += ["--random-weights"] if random_weights else []
-    return msgspec.json.decode(_output([*command, "--", source], PREPARE_TIMEOUT_S, InputError), type=Facts)
+    return msgspec.json.decode(output([*command, "--", source], PREPARE_TIMEOUT_S, InputError), type=Facts)
 
 
 def runtime_bytes() -> int:
@@ -92,14 +92,15 @@ def _measured_once(name: str, module: list[str], error: type[EdgeError]) -> byte
     kept = cache_folder() / f"{name}-{version('torch')}-{version('transformers')}-{installed:x}"
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
-        measured = _output(module, MEASURE_TIMEOUT_S, error)
+        measured = output(module, MEASURE_TIMEOUT_S, error)
         fresh = kept.with_suffix(f".{os.getpid()}")
         fresh.write_bytes(measured)
         files.put(fresh, kept)
     return kept.read_bytes()
 
 
-def _output(module: list[str], timeout_s: float, error: type[EdgeError]) -> bytes:
+def output(module: list[str], timeout_s: float, error: type[EdgeError]) -> bytes:
+    """What `python -m module ...` prints; raises `error` with the last line of its stderr when it fails."""
     if not trainer_installed():
         raise InputError(NOT_INSTALLED)
     try:

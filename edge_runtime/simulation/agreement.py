@@ -1,4 +1,4 @@
-"""Whether models agree on what they share: the cosine between their classes' mean steps of a round, tensor by tensor."""
+"""Whether models agree on the tensors they share: cosines between their classes' mean steps of a round."""
 
 from collections import defaultdict
 from itertools import combinations
@@ -14,24 +14,27 @@ from edge_runtime.protocol.keys import kind_of
 
 
 def cosines(updates: list[Update], method: Method) -> list[float]:
-    """Of every pair of classes and tensor that crosses them, where both have moved it; entries that only one of them holds
-    count as 0 in the other."""
+    """The cosine for each pair of classes and each tensor that the fleet shares, where both classes moved it.
+
+    A tensor of a lower rank counts as 0 in the entries that it does not have.
+    """
     kinds = {kind for kind in method.merges if kind in STATE and method.scope(kind) == "fleet"}
-    running: dict[str, RunningMean] = defaultdict(RunningMean)
-    deltas = []
-    largest: codec.Tensors = {}
+    steps: dict[str, RunningMean] = defaultdict(RunningMean)
+    contributions = []
+    largest: codec.Tensors = {}  # zeros, by key
     for update in updates:
         delta = codec.decode(update.payload.read_bytes(), lambda key: kind_of(key) in kinds)
-        deltas.append(Contribution(largest, delta, update.manifest.samples, update.manifest.model_class))
+        manifest = update.manifest
+        contributions.append(Contribution(largest, delta, manifest.samples, manifest.model_class))
         for key, value in delta.items():
             if key not in largest or value.size > largest[key].size:
                 largest[key] = np.zeros(value.shape, np.float32)
-    for made in deltas:
-        running[made.model_class].add(made)
-    found = []
-    for one, other in combinations((of.mean() for _, of in sorted(running.items())), 2):
-        for key in sorted(one.keys() & other.keys()):
-            lengths = float(np.linalg.norm(one[key]) * np.linalg.norm(other[key]))
+    for contribution in contributions:  # after the loop above: a mean needs the largest shape from the start
+        steps[contribution.model_class].add(contribution)
+    angles = []
+    for first, second in combinations((mean.mean() for _, mean in sorted(steps.items())), 2):
+        for key in sorted(first.keys() & second.keys()):
+            lengths = float(np.linalg.norm(first[key]) * np.linalg.norm(second[key]))
             if lengths:
-                found.append(float((one[key] * other[key]).sum()) / lengths)
-    return found
+                angles.append(float((first[key] * second[key]).sum()) / lengths)
+    return angles

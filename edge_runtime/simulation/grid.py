@@ -1,93 +1,110 @@
-"""Runs a study's grid in a pool of processes, run by run; what is done already stays done.
+"""Runs a study's grid of arms by seeds in a pool of processes. Runs that are done are not made again.
 
-OUT/runs/<arm>-<seed>.json     one Outcome, written when its run is over
-OUT/work/                      what runs write while they go on
+OUT/runs.jsonl     the results (results.py); a run adds its line when it is over
+OUT/work/          files of the runs in progress
 """
 
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-from edge_broker.files import put
-
 from edge_runtime.errors import EdgeError
 from edge_runtime.planning import processes
-from edge_runtime.simulation.spec import Arm, Spec, check_files, slug
+from edge_runtime.simulation import draw, results
+from edge_runtime.simulation.results import Outcome, Outcomes
+from edge_runtime.simulation.spec import Arm, Spec, slug
 
 if TYPE_CHECKING:
-    from edge_runtime.simulation.run import KeptBases, Outcome
+    from edge_runtime.simulation.run import CachedBases
 
-_bases: list["KeptBases"] = []  # of this process
+_bases: list["CachedBases"] = []  # base models of this worker process, made with its first run
 
 
-def kept(spec: Spec, out: Path) -> dict[tuple[str, int], "Outcome"]:
-    """The runs that are done, of those that the file has."""
-    from edge_runtime.simulation.run import Outcome
-
-    found = {}
-    for arm in spec.arm:
-        for seed in spec.study.seeds:
-            path = _path(out, arm, seed)
-            if path.exists():
-                outcome = msgspec.json.decode(path.read_bytes(), type=Outcome)
-                if outcome.digest == spec.digest(arm, seed):
-                    found[arm.name, seed] = outcome
-    return found
+def finished(spec: Spec, out: Path) -> Outcomes:
+    """The folder's runs of the study that today's code and the study's file would make again alike."""
+    arms = {arm.name: arm for arm in spec.arm}
+    return {
+        (name, seed): outcome
+        for (name, seed), outcome in results.read(out).items()
+        if name in arms and seed in spec.study.seeds and outcome.digest == spec.digest(arms[name], seed)
+    }
 
 
 def run(
     spec: Spec, files: Path, models: Path, out: Path, workers: int, tell: Callable[[str], None]
 ) -> list[str]:
-    """Do the runs that are missing, seed by seed so that every arm has its first result early.
+    """Make the runs that are missing, seed by seed so that every arm has its first result early.
+
+    Args:
+        files: folder of the data files.
+        models: folder that relative paths of models start from.
+        out: folder of the results.
+        workers: runs at a time.
+        tell: called with a sentence when a run ends.
 
     Returns:
-        Why runs failed, a sentence each; the others are done all the same, unless a worker was killed: that ends all that
-        are not done.
+        Why runs failed, a sentence each. The other runs are done, unless a worker was killed: then all runs that were not
+        over have failed.
 
     Raises:
-        InputError: data that runs could not use.
+        InputError: a run could not use the data.
     """
-    done = kept(spec, out)
+    done = finished(spec, out)
     missing = [(arm, seed) for seed in spec.study.seeds for arm in spec.arm if (arm.name, seed) not in done]
     if not missing:
         return []
-    check_files(spec, files)
-    (out / "runs").mkdir(parents=True, exist_ok=True)
+    draw.check_files(spec, files)
+    (out / "work").mkdir(parents=True, exist_ok=True)
+    folders = files.resolve(), models.resolve(), out.resolve()
+    with _pool(workers) as pool:
+        runs = {pool.submit(_run, spec, arm, seed, *folders): (arm.name, seed) for arm, seed in missing}
+        return _collect(runs, out, workers, tell)
+
+
+def _collect(
+    runs: dict[Future[Outcome], tuple[str, int]], out: Path, workers: int, tell: Callable[[str], None]
+) -> list[str]:
+    """Write each result as its run ends; the sentences of those that failed."""
     failed: list[str] = []
-    lost = 0
+    killed = 0
+    for ended in as_completed(runs):
+        name, seed = runs[ended]
+        error = ended.exception()
+        if error is None:
+            outcome = ended.result()
+            results.add(out, outcome)
+            tell(f"{name}, seed {seed}: {outcome.accuracy:.1%} after {outcome.seconds:.0f} s")
+        elif isinstance(error, BrokenProcessPool):  # every run that has not ended gets this error
+            killed += 1
+        else:
+            reason = str(error) if isinstance(error, EdgeError) else repr(error)
+            failed.append(f"{name}, seed {seed}: {reason}")
+            tell(f"failed: {failed[-1]}")
+    if killed:
+        failed.append(
+            f"{killed} of {len(runs)} runs: a worker process was killed, most likely for want of memory; "
+            f"fewer --workers than {workers} take less"
+        )
+        tell(f"failed: {failed[-1]}")
+    return failed
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes with a trainer's environment; they end when the block is left, whatever they do."""
     before = dict(os.environ)
-    os.environ.update(processes.TRAINER_ENVIRONMENT)  # a worker reads it as it starts
+    os.environ.update(processes.TRAINER_ENVIRONMENT)  # read by a worker as it starts
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
     try:
-        runs = {
-            pool.submit(_run, spec, arm, seed, files.resolve(), models.resolve(), out.resolve()): (
-                arm.name,
-                seed,
-            )
-            for arm, seed in missing
-        }
-        for ended in as_completed(runs):
-            name, seed = runs[ended]
-            error = ended.exception()
-            if isinstance(error, BrokenProcessPool):  # of every run that has not ended
-                lost += 1
-                continue
-            if error is not None:
-                failed.append(
-                    f"{name}, seed {seed}: {error if isinstance(error, EdgeError) else repr(error)}"
-                )
-                tell(f"failed: {failed[-1]}")
-                continue
-            accuracy, seconds = ended.result()
-            tell(f"{name}, seed {seed}: {accuracy:.1%} after {seconds:.0f} s")
-    except BaseException:  # stopped: runs that go on are given up, or the end would wait for theirs
+        yield pool
+    except BaseException:  # interrupted: shutdown would wait for the runs in progress
         for worker in multiprocessing.active_children():
             worker.terminate()
         raise
@@ -95,17 +112,10 @@ def run(
         pool.shutdown(cancel_futures=True)
         os.environ.clear()
         os.environ.update(before)
-    if lost:
-        failed.append(
-            f"{lost} of {len(missing)} runs: a worker process was killed, most likely for want of memory; "
-            f"fewer --workers than {workers} take less"
-        )
-        tell(f"failed: {failed[-1]}")
-    return failed
 
 
 def _end_with_parent() -> None:
-    """Let a worker end when its study was killed; it would go on for the whole of its run else."""
+    """End this worker when its study is killed; otherwise it would go on to the end of its run."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -116,21 +126,13 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _run(spec: Spec, arm: Arm, seed: int, files: Path, models: Path, out: Path) -> tuple[float, float]:
-    """One run in a worker: its accuracy and seconds."""
+def _run(spec: Spec, arm: Arm, seed: int, files: Path, models: Path, out: Path) -> Outcome:
+    """Make one run in a worker."""
     from edge_runtime.trainer.lean import lean_imports
 
     with lean_imports():
-        from edge_runtime.simulation.run import KeptBases, run_arm
+        from edge_runtime.simulation.run import CachedBases, run_arm
     if not _bases:
-        _bases.append(KeptBases())
-    path = _path(out, arm, seed)
-    outcome = run_arm(spec, arm, seed, files, models, out / "work" / path.stem, _bases[0])
-    fresh = path.with_suffix(".part")
-    fresh.write_bytes(msgspec.json.format(msgspec.json.encode(outcome)) + b"\n")
-    put(fresh, path)
-    return outcome.accuracy, outcome.seconds
-
-
-def _path(out: Path, arm: Arm, seed: int) -> Path:
-    return out / "runs" / f"{slug(arm.name)}-{seed}.json"
+        _bases.append(CachedBases())
+    folder = out / "work" / f"{slug(arm.name)}-{seed}"
+    return run_arm(spec, arm, seed, files=files, models=models, folder=folder, bases=_bases[0])

@@ -1,205 +1,229 @@
-"""One run of a study: an arm with a seed, its devices one after another in this process.
+"""One run of a study: an arm with a seed. Its devices work one after another in this process.
 
-Devices and node run their own code (trainer/run.py, protocol/codec.py, aggregator/merge.py) on real
-files. The link and the planner are left out; base models stay in memory from one job to the next.
+Each round, every device trains from the latest version (trainer/run.py), and the node checks and merges the deltas
+(aggregator/merge.py). Both run on real files. The link and the planner are left out, and base models stay in memory from one
+job to the next.
 """
 
-import hashlib
 import math
-import platform
 import shutil
 import time
 from collections import defaultdict
-from functools import cache, cached_property
-from importlib.metadata import version
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import edge_broker
-import edge_kernels
 import msgspec
 from edge_broker import messages
 from edge_broker.journal import Update
-from safetensors.numpy import load_file
 from transformers import PreTrainedModel
 
-import edge_runtime
-from edge_runtime import methods
+from edge_runtime import methods, settings
 from edge_runtime.adapters import attach
 from edge_runtime.adapters.shapes import adapter_shapes
 from edge_runtime.agent import work
 from edge_runtime.aggregator import merge
 from edge_runtime.aggregator.store import Version
+from edge_runtime.methods.interface import Method
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.slices import kept_layers
 from edge_runtime.planning import processes
-from edge_runtime.protocol.keys import kind_of
 from edge_runtime.protocol.plan import Plan
-from edge_runtime.protocol.report import Result, Score
-from edge_runtime.protocol.round import CODEC, FLEET
-from edge_runtime.simulation.agreement import cosines
+from edge_runtime.protocol.report import Result
+from edge_runtime.protocol.round import CODEC
+from edge_runtime.simulation import draw
 from edge_runtime.simulation.cut import cut
-from edge_runtime.simulation.spec import ANCHORS, Arm, Device, Spec, anchors, shares, test_rows
+from edge_runtime.simulation.provenance import code, processor
+from edge_runtime.simulation.results import Answers, Member, Outcome, short
+from edge_runtime.simulation.spec import ANCHORS, Arm, Device, Spec
+from edge_runtime.simulation.versions import Versions
 from edge_runtime.trainer import data
 from edge_runtime.trainer.job import Carried, Job, Machine
 from edge_runtime.trainer.run import Bases, run
 
-ROWS_AT_ONCE = 8  # alike in length: little is padded
+ROWS_AT_ONCE = 8  # a micro-batch; its rows are alike in length, so little is padded
 
 
-class Member(msgspec.Struct, frozen=True):
-    """A device in a run. depth: its layers. scores: by name, before each round and after the last. seen: rows of labels that it
-    holds rows of; unseen: the others. bytes: sent and fetched in each round. steps: of one round."""
+def run_arm(
+    spec: Spec, arm: Arm, seed: int, *, files: Path, models: Path, folder: Path, bases: Bases
+) -> Outcome:
+    """Train one arm with one seed.
 
-    id: str
-    model_class: str
-    rows: int
-    steps: int
-    trained_values: int
-    scores: list[dict[str, Score]]
-    bytes_up: list[int]
-    bytes_down: list[int]
-    depth: int
-    data: str
-
-
-class Outcome(msgspec.Struct, frozen=True):
-    """What a run found.
-
-    digest: of what it depends on in the study's file. code: that it ran with.
-    moved: the squared norm of what each round changed of adapters and heads in all versions; empty for methods whose versions
-    have the same product in other factors.
-    cosines: of each round between the classes' steps (agreement.py), their mean and the share of them below 0; empty where
-    nothing trained crosses classes.
+    Args:
+        files: folder of the data files.
+        models: folder that relative paths of models start from.
+        folder: for files of the devices and the node; emptied before and deleted after.
+        bases: where the trainer takes base models from.
     """
-
-    arm: str
-    seed: int
-    digest: str
-    seconds: float
-    members: list[Member]
-    machine: str = ""
-    code: str = ""
-    moved: list[float] = []
-    cosines: list[tuple[float, float]] = []
-
-    @property
-    def accuracy(self) -> float:
-        """Mean over the devices after the last round."""
-        return sum(accuracy(member, -1) for member in self.members) / len(self.members)
-
-
-def accuracy(member: Member, round_: int, name: str | None = None) -> float:
-    """A device's share of held-out rows that it gets right; of all of them, or of one kind."""
-    scores = [score for kind, score in member.scores[round_].items() if name in (None, kind)]
-    rows = sum(score.rows for score in scores)
-    return sum(score.accuracy * score.rows for score in scores) / rows if rows else float("nan")
-
-
-def processor() -> str:
-    """The name of this machine's processor."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-        platform.processor(),
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    began = time.monotonic()
+    fleet = spec.fleet_of(arm, seed)
+    method = methods.of(fleet)
+    participants = _participants(spec, arm, fleet, files, models)
+    _write_files(spec, fleet, participants, files, folder)
+    versions = Versions(fleet, method, folder / "versions")
+    devices = _Devices(spec, arm, fleet, method, participants, folder, bases)
+    for round_ in range(1, fleet.rounds + 1):
+        versions.merge(devices.work(round_, versions), round_)
+    devices.work(fleet.rounds + 1, versions)  # evaluates alone
+    shutil.rmtree(folder)
+    return Outcome(
+        arm=arm.name,
+        seed=seed,
+        digest=spec.digest(arm, seed),
+        seconds=round(time.monotonic() - began, 1),
+        machine=processor(),
+        code=code(),
+        moved=versions.moved,
+        cosines=versions.cosines,
+        members=[_member(participant, fleet, method) for participant in participants],
     )
 
 
-@cache
-def code() -> str:
-    """Versions of what computes, and a digest of our own source."""
-    found = hashlib.sha256()
-    for package in (edge_broker, edge_kernels, edge_runtime):
-        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
-            found.update(path.read_bytes())
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    return f"Python {platform.python_version()}, {libraries}, source {found.hexdigest()[:8]}"
+@dataclass
+class _Participant:
+    """A device of a run, and its history."""
+
+    device: Device
+    facts: Facts
+    rows: list[data.Row]  # training rows
+    labels: set[
+        str
+    ]  # of the rows that the device holds in the study's file; held-out rows of others are unseen
+    stands_for: int  # devices of the study's file; more than itself in a pooled arm
+    rank: int  # of its adapter; a method may lower it
+    left: dict[str, str] = field(default_factory=dict)  # files of earlier rounds, by the job's field
+    answers: list[dict[str, Answers]] = field(default_factory=list)
+    bytes_up: list[int] = field(default_factory=list)
+    bytes_down: list[int] = field(default_factory=list)
+
+    @property
+    def depth(self) -> int:
+        return self.device.depth or self.facts.layers
 
 
-class KeptBases(Bases):
-    """Keeps what it has read."""
+def _participants(
+    spec: Spec, arm: Arm, fleet: settings.Fleet, files: Path, models: Path
+) -> list[_Participant]:
+    """The devices of the file; in a pooled arm the first device of each model, depth and task, with all rows of the task."""
 
-    def __init__(self) -> None:
-        self._models: dict[Any, PreTrainedModel] = {}
-        self._tokenizers: dict[str, Any] = {}
+    @cache
+    def facts(source: str, first: int | None) -> Facts:
+        return processes.prepared(source if first is None else cut(source, first, models), models)
 
-    def tokenizer(self, facts: Facts) -> Any:
-        if facts.folder not in self._tokenizers:
-            self._tokenizers[facts.folder] = super().tokenizer(facts)
-        return self._tokenizers[facts.folder]
+    shares = draw.shares(spec, files, fleet.seed)
+    if arm.pooled:
+        groups = {(device.model, device.depth, device.data): device for device in reversed(spec.device)}
+        trains_on = {
+            device.id: [member.id for member in spec.device if member.data == device.data]
+            for device in groups.values()
+        }
+    else:
+        trains_on = {device.id: [device.id] for device in spec.device}
+    one_rank = arm.pooled or "rank" in arm.adapter
+    devices = {device.id: device for device in spec.device}
+    return [
+        _Participant(
+            device=devices[name],
+            facts=facts(devices[name].source, devices[name].first),
+            rows=[row for member in members for row in shares[member]],
+            labels=set(data.labels_of(shares[name])),
+            stands_for=len(members),
+            rank=fleet.adapter.rank if one_rank else devices[name].rank or fleet.adapter.rank,
+        )
+        for name, members in trains_on.items()
+    ]
 
-    def model(self, facts: Facts, plan: Plan, device: str) -> PreTrainedModel:
-        key = facts.model_class, plan.depth, plan.weights, device
-        if key not in self._models:
-            self._models[key] = super().model(facts, plan, device)
-        attach.detach(self._models[key])  # where a job failed
-        return self._models[key]
+
+def _write_files(
+    spec: Spec, fleet: settings.Fleet, participants: list[_Participant], files: Path, folder: Path
+) -> None:
+    """Training rows and held-out rows of each device, and the public texts."""
+    for participant in participants:
+        place = folder / participant.device.id
+        place.mkdir(parents=True)
+        data.write_rows(place / "train.jsonl", participant.rows)
+        held_out = draw.test_rows(spec.data[participant.device.data], files)
+        seen = [row for row in held_out if row["label"] in participant.labels]
+        unseen = [row for row in held_out if row["label"] not in participant.labels]
+        for name, part in (("seen", seen), ("unseen", unseen)):
+            if part:
+                data.write_rows(place / f"{name}.jsonl", part)
+    if fleet.codistill is not None:
+        data.write_rows(folder / ANCHORS, draw.anchors(spec, files))
 
 
-class _Run:
-    """The state of a fleet in one folder."""
+class _Devices:
+    """The devices' side of a run."""
 
     def __init__(
-        self, spec: Spec, arm: Arm, seed: int, files: Path, models: Path, folder: Path, bases: Bases
+        self,
+        spec: Spec,
+        arm: Arm,
+        fleet: settings.Fleet,
+        method: Method,
+        participants: list[_Participant],
+        folder: Path,
+        bases: Bases,
     ) -> None:
-        self.spec, self.arm, self.files, self.models, self.folder = spec, arm, files, models, folder
-        self.fleet, self.bases = spec.fleet_of(arm, seed), bases
-        self.method = methods.of(self.fleet)
-        self.versions: dict[str, Version] = {}
-        self.known: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
-        self.left: dict[str, dict[str, str]] = defaultdict(dict)  # files of the last round, by device
-        self.pruned: dict[str, int] = {}  # the rank in which a device goes on
-        self.moved: list[float] = []  # by each round: the squared norm of what changed in the versions
-        self.cosines: list[tuple[float, float]] = []  # by each round: between the classes
+        self.spec, self.arm, self.fleet, self.method = spec, arm, fleet, method
+        self.participants, self.folder, self.bases = participants, folder, bases
+        self.shapes: dict[str, dict[str, tuple[int, ...]]] = defaultdict(
+            dict
+        )  # of tensors sent, by model class
+        private = [factor for factor in method.factors.values() if factor.shared == "private"]
+        # Devices of one model and rank begin a round with equal adapters, so one evaluation serves them all.
+        self.all_shared = not any(factor.trained for factor in private)
 
-    @cached_property
-    def facts(self) -> dict[str, Facts]:
-        """Of each device's checkpoint, by its id."""
-        sources = {
-            device.id: device.source
-            if device.first is None
-            else cut(device.source, device.first, self.models)
-            for device in self.spec.device
-        }
-        found = {source: processes.prepared(source, self.models) for source in set(sources.values())}
-        return {device: found[source] for device, source in sources.items()}
+    def work(self, round_: int, versions: Versions) -> list[Update]:
+        """Let each device evaluate and train; after the last round it evaluates alone."""
+        updates = []
+        evaluated: dict[Any, dict[str, Answers]] = {}
+        for participant in self.participants:
+            device = participant.device
+            folder = self.folder / device.id / f"round-{round_}"
+            folder.mkdir()
+            job = self.job(participant, round_, versions.latest(participant.facts.model_class))
+            # Before the first version, heads have the labels of each device's own rows and differ.
+            shared = self.all_shared and job.start is not None
+            model = job.plan.model_class, job.plan.depth, job.plan.rank
+            alike = (*model, device.data, device.domains) if shared else device.id
+            if alike in evaluated:
+                job = msgspec.structs.replace(job, evaluation={})
+            (folder / "job.json").write_bytes(msgspec.json.encode(job))
+            run(folder, self.bases, lambda _: None)
+            result = msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
+            participant.answers.append(evaluated.setdefault(alike, _answers(result)))
+            if not job.train:
+                continue
+            participant.bytes_up.append(result.payload_bytes)
+            participant.bytes_down.append(Path(job.start).stat().st_size if job.start else 0)
+            self.keep(participant, folder, result)
+            if result.payload_bytes:
+                updates.append(self.update(folder / "payload.bin", device.id, job, result.samples))
+        return updates
 
-    @cached_property
-    def rows(self) -> dict[str, list[data.Row]]:
-        return shares(self.spec, self.files, self.fleet.seed)
-
-    @cached_property
-    def devices(self) -> list[tuple[Device, list[data.Row], int]]:
-        """Each with its rows, and how many of the spec's devices it stands for."""
-        if not self.arm.pooled:
-            return [(device, self.rows[device.id], 1) for device in self.spec.device]
-        found = []
-        for device in {(one.model, one.depth, one.data): one for one in reversed(self.spec.device)}.values():
-            those = [one for one in self.spec.device if one.data == device.data]
-            found.append((device, [row for one in those for row in self.rows[one.id]], len(those)))
-        return found
-
-    def job(self, device: Device, standing_for: int, round_: int) -> Job:
-        """What the device does in a round; after the last one it evaluates alone."""
-        facts, fleet = self.facts[device.id], self.fleet
-        rank, depth = self.rank(device), device.depth or facts.layers
+    def job(self, participant: _Participant, round_: int, latest: Version | None) -> Job:
+        """A device's work in a round."""
+        facts, fleet, rank = participant.facts, self.fleet, participant.rank
         plan = Plan(
-            source=device.model,
+            source=participant.device.model,
             model_class=facts.model_class,
-            depth=depth,
+            depth=participant.depth,
             layers=facts.layers,
             weights=self.spec.study.weights,
             rows=ROWS_AT_ONCE,
             tokens=fleet.training.max_tokens,
             rank=rank,
-            kept_blocks=depth,  # memory is not what is studied
+            kept_blocks=participant.depth,  # all: memory is not studied here
             terms={},
             step_seconds=0.0,
         )
-        latest = self.versions.get(facts.model_class, self.versions.get(FLEET))
-        steps = fleet.training.steps * standing_for
-        held = self.files_of(device)
+        place = self.folder / participant.device.id
+        held_out = {name: place / f"{name}.jsonl" for name in ("seen", "unseen")}
+        steps = fleet.training.steps * participant.stands_for
         return Job(
             train=round_ <= fleet.rounds,
             round=min(round_, fleet.rounds),
@@ -208,120 +232,28 @@ class _Run:
             ),
             facts=facts,
             plan=plan,
-            data=str(held["train"]),
-            evaluation={name: str(path) for name, path in held.items() if name in ("seen", "unseen")},
-            depths=(depth,) if self.arm.pooled else work.depths(fleet, plan),
+            data=str(place / "train.jsonl"),
+            evaluation={name: str(path) for name, path in held_out.items() if path.exists()},
+            depths=(participant.depth,) if self.arm.pooled else work.depths(fleet, plan),
             start=str(latest.artifact) if latest else None,
             anchors=str(self.folder / ANCHORS) if fleet.codistill is not None else None,
-            carried=Carried(**self.left[device.id]),
+            carried=Carried(**participant.left),
             machine=Machine(threads=1),
         )
 
-    @property
-    def all_shared(self) -> bool:
-        """Whether devices of one model and rank begin a round with one adapter."""
-        factors = self.method.factors.values()
-        return not any(factor.trained and factor.shared == "private" for factor in factors)
-
-    def rank(self, device: Device) -> int:
-        """Its own, but where the arm has one for all or the method has lowered it."""
-        one = self.arm.pooled or "rank" in self.arm.adapter
-        own = self.fleet.adapter.rank if one or device.rank is None else device.rank
-        return min(own, self.pruned.get(device.id, own))
-
-    def files_of(self, device: Device) -> dict[str, Path]:
-        """The device's files by name."""
-        folder = self.folder / device.id
-        return {path.stem: path for path in folder.glob("*.jsonl")}
-
-    def write_files(self) -> None:
-        """Rows of each device, what it is scored on, and the public texts."""
-        for device, rows, _ in self.devices:
-            folder = self.folder / device.id
-            folder.mkdir(parents=True)
-            data.write_rows(folder / "train.jsonl", rows)
-            held_out = test_rows(self.spec.data[device.data], self.files)
-            met = data.labels_of(self.rows[device.id])
-            for name, kind in (("seen", True), ("unseen", False)):
-                some = [row for row in held_out if (row["label"] in met) is kind]
-                if some:
-                    data.write_rows(folder / f"{name}.jsonl", some)
-        if self.fleet.codistill is not None:
-            data.write_rows(self.folder / ANCHORS, anchors(self.spec, self.files))
-
-    def go(self) -> list[Member]:
-        """All rounds."""
-        self.write_files()
-        scores: dict[str, list[dict[str, Score]]] = defaultdict(list)
-        up: dict[str, list[int]] = defaultdict(list)
-        down: dict[str, list[int]] = defaultdict(list)
-        for round_ in range(1, self.fleet.rounds + 2):
-            updates = []
-            same: dict[
-                Any, dict[str, Score]
-            ] = {}  # as good as each other: their scores, which one of them found
-            for device, _, standing_for in self.devices:
-                folder = self.folder / device.id / f"round-{round_}"
-                folder.mkdir()
-                job = self.job(device, standing_for, round_)
-                # before the first version a head has the labels of the device's own rows alone
-                shared = self.all_shared and job.start is not None
-                same_model = job.plan.model_class, job.plan.depth, job.plan.rank
-                alike = (*same_model, device.data, device.domains) if shared else device.id
-                if alike in same:
-                    job = msgspec.structs.replace(job, evaluation={})
-                (folder / "job.json").write_bytes(msgspec.json.encode(job))
-                run(folder, self.bases, lambda _: None)
-                result = msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
-                scores[device.id].append(same.setdefault(alike, result.evaluation))
-                if not job.train:
-                    continue
-                up[device.id].append(result.payload_bytes)
-                down[device.id].append(Path(job.start).stat().st_size if job.start else 0)
-                self.keep(device.id, folder)
-                if result.rank is not None:
-                    self.pruned[device.id] = result.rank
-                if result.payload_bytes:
-                    updates.append(self.update(folder / "payload.bin", device.id, job, result.samples))
-            if updates:
-                between = cosines(updates, self.method)
-                if between:
-                    self.cosines.append(
-                        (sum(between) / len(between), sum(one < 0 for one in between) / len(between))
-                    )
-                made = merge.merge(
-                    updates, self.versions, self.fleet, self.method, round_, self.folder / "versions"
-                )
-                if not self.method.refactored:  # the same product in other factors would count as a move
-                    self.moved.append(sum(map(self.moved_by, made)))
-                self.versions |= {one.model_class: one for one in made}
-        return [
-            Member(
-                id=device.id,
-                model_class=self.facts[device.id].model_class,
-                rows=len(rows),
-                steps=self.fleet.training.steps * standing_for,
-                trained_values=self.trained_values(device),
-                scores=scores[device.id],
-                bytes_up=up[device.id],
-                bytes_down=down[device.id],
-                depth=device.depth or self.facts[device.id].layers,
-                data=device.data,
-            )
-            for device, rows, standing_for in self.devices
-        ]
-
-    def keep(self, device: str, folder: Path) -> None:
-        """What the next round goes on from; the node takes every update."""
+    def keep(self, participant: _Participant, folder: Path, result: Result) -> None:
+        """Remember what the device continues from in the next round; the node accepts every update."""
         for name, file in (("private", "state.bin"), ("residual", "residual.bin")):
             if (folder / file).exists():
-                self.left[device][name] = str(folder / file)
+                participant.left[name] = str(folder / file)
+        if result.rank is not None:
+            participant.rank = min(participant.rank, result.rank)
 
     def update(self, payload: Path, device: str, job: Job, samples: int) -> Update:
-        """A checked update as the node's journal has it."""
+        """A checked update, as the node's journal has it."""
         model_class = job.facts.model_class
-        delta = merge.check(payload.read_bytes(), self.known[model_class], self.fleet, self.method)
-        self.known[model_class] |= {key: value.shape for key, value in delta.items()}
+        delta = merge.check(payload.read_bytes(), self.shapes[model_class], self.fleet, self.method)
+        self.shapes[model_class] |= {key: value.shape for key, value in delta.items()}
         manifest = messages.describe(
             payload,
             fleet=self.fleet.name,
@@ -334,51 +266,53 @@ class _Run:
         )
         return Update(manifest, payload)
 
-    def moved_by(self, version: Version) -> float:
-        """The squared norm of what a round changed of a class's adapter."""
-        total, before = 0.0, self.versions.get(version.model_class)
-        old = load_file(before.master) if before is not None else {}
-        for key, value in load_file(version.master).items():
-            if kind_of(key) in merge.STATE:
-                start = old.get(key)
-                start = merge.version_0(key, value.shape, self.fleet, self.method) if start is None else start
-                total += float(((value - start) ** 2).sum(dtype="float64"))
-        return total
 
-    def trained_values(self, device: Device) -> int:
-        """Values of the adapter that the device trains, without its head."""
-        facts = self.facts[device.id]
-        layers = kept_layers(device.depth or facts.layers, facts.layers)
-        rank = self.rank(device)
-        shapes = adapter_shapes(facts, layers, self.fleet.adapter.roles, rank, self.method)
-        trained = {key: shape for key, shape in shapes.items() if self.method.factor(key).trained}
-        return sum(map(math.prod, trained.values()))
+def _answers(result: Result) -> dict[str, Answers]:
+    return {
+        name: Answers(
+            right=round(score.accuracy * score.rows),
+            rows=score.rows,
+            loss=None if score.loss is None else short(score.loss),
+        )
+        for name, score in result.evaluation.items()
+    }
 
 
-def run_arm(
-    spec: Spec, arm: Arm, seed: int, files: Path, models: Path, folder: Path, bases: Bases
-) -> Outcome:
-    """Train one arm with one seed.
-
-    Args:
-        files: folder of the data; models: where relative paths of models are looked for.
-        folder: for what devices and node write; emptied before and deleted after.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    began = time.monotonic()
-    fleet = _Run(spec, arm, seed, files, models, folder, bases)
-    members = fleet.go()
-    shutil.rmtree(folder)
-    seconds = time.monotonic() - began
-    return Outcome(
-        arm=arm.name,
-        seed=seed,
-        digest=spec.digest(arm, seed),
-        seconds=seconds,
-        members=members,
-        machine=processor(),
-        code=code(),
-        moved=fleet.moved,
-        cosines=fleet.cosines,
+def _member(participant: _Participant, fleet: settings.Fleet, method: Method) -> Member:
+    """What the results say of a device."""
+    layers = kept_layers(participant.depth, participant.facts.layers)
+    shapes = adapter_shapes(participant.facts, layers, fleet.adapter.roles, participant.rank, method)
+    return Member(
+        id=participant.device.id,
+        model_class=participant.facts.model_class,
+        depth=participant.depth,
+        data=participant.device.data,
+        rows=len(participant.rows),
+        steps=fleet.training.steps * participant.stands_for,
+        trained_values=sum(math.prod(shape) for key, shape in shapes.items() if method.factor(key).trained),
+        answers=participant.answers,
+        bytes_up=participant.bytes_up,
+        bytes_down=participant.bytes_down,
     )
+
+
+class CachedBases(Bases):
+    """Base models and tokenizers that stay in memory once they were read."""
+
+    def __init__(self) -> None:
+        self._models: dict[Any, PreTrainedModel] = {}
+        self._tokenizers: dict[str, Any] = {}
+
+    def tokenizer(self, facts: Facts) -> Any:
+        """The tokenizer of a checkpoint."""
+        if facts.folder not in self._tokenizers:
+            self._tokenizers[facts.folder] = super().tokenizer(facts)
+        return self._tokenizers[facts.folder]
+
+    def model(self, facts: Facts, plan: Plan, device: str) -> PreTrainedModel:
+        """The base model of a plan, without an adapter."""
+        key = facts.model_class, plan.depth, plan.weights, device
+        if key not in self._models:
+            self._models[key] = super().model(facts, plan, device)
+        attach.detach(self._models[key])  # a job that failed leaves its adapter attached
+        return self._models[key]

@@ -1,17 +1,17 @@
-"""A study's file: which devices there are, what they hold, and which arms are compared.
+"""A study's file: its devices, the rows they hold, and the arms that are compared.
 
-[study]      seeds, about; fleet tables beside it are every arm's: [fleet] [adapter] [training] [head] ...
-[data.NAME]  train and test files under --data; per_label rows of each label a device; test_rows or test_per_label
-[anchors]    rows of a file that every device may see, without their labels
-[[device]]   id, source, first, depth, rank, data, and the domains it is confined to
-[[arm]]      name, control; its own fleet tables; pooled: the ceiling
+[study]      about, seeds, weights
+[fleet] [adapter] [training] [head]   as in a fleet file; they hold for every arm
+[data.NAME]  a task: files of training and test rows, and how many rows of them
+[anchors]    public texts: rows of a file that every device may see, without their labels
+[[device]]   id, model, rank, task, and the domains that its rows are of
+[[arm]]      a line of the table: its method and its changes to the fleet tables
 """
 
 import hashlib
-import random
 import re
 import sys
-from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,6 @@ import msgspec
 
 from edge_runtime import methods, settings
 from edge_runtime.errors import InputError
-from edge_runtime.trainer import data
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,59 +26,58 @@ else:
     import tomli as tomllib
 
 # Raise this number by one with every change after which the same study file gives different figures: in the trainer, the
-# methods, the codec, the merge, the kernels, or the way rows are drawn. Runs that carry a lower number are then neither
-# tabled nor paired with new runs, and are made again.
+# methods, the codec, the merge, the kernels, or the draw of rows. Runs that carry another number are neither tabled nor
+# paired with new runs, and are made again.
 COMPUTATION = 1
 ANCHORS = "anchors.jsonl"
 AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One task. per_label: training rows of each label for a device; None: rows / labels, or
-    as many as there are for each of those that hold the data. test_rows: 0 for all. test_per_label: as many of each label
-    instead, so that a device which has learned nothing is right by chance, whatever it says; left out of digests where the
-    file has none."""
+    """A task. File names start from the data folder."""
 
     train: str
     test: str
-    per_label: AtLeastOne | None = None
-    rows: AtLeastOne = 1000
-    test_rows: Annotated[int, msgspec.Meta(ge=0)] = 0
+    per_label: AtLeastOne | None = None  # training rows of each label on a device; None: rows / labels
+    rows: AtLeastOne = 1000  # training rows on a device, where per_label is None
+    test_rows: Annotated[int, msgspec.Meta(ge=0)] = 0  # held-out rows; 0: all
+    # Held-out rows of each label, in place of test_rows: a device that has learned nothing is then right by chance,
+    # whatever it answers. Unset, the key is left out of digests.
     test_per_label: AtLeastOne | msgspec.UnsetType = msgspec.UNSET
 
 
 class Anchors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Public texts: so many rows of a file, evenly drawn over its labels."""
+    """Public texts, drawn evenly over the labels of a file."""
 
     file: str
     rows: AtLeastOne
 
 
 class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """first: the model is cut to so many of its first layers; depth: the slice of it that the device holds. domains: of its
-    rows' `domain`; none for all."""
+    """A virtual device."""
 
     id: Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9_-]+$")]
-    source: str
-    data: str
-    first: int | None = None
-    depth: int | None = None
-    rank: int | None = None
-    domains: tuple[str, ...] = ()
+    source: str  # of the model, as in a catalog
+    data: str  # name of its task
+    first: int | None = None  # the model is cut to its first layers, this many; None: it is not cut
+    depth: int | None = None  # layers of the depth slice that the device holds; None: all
+    rank: int | None = None  # of its adapter; None: the file's
+    domains: tuple[str, ...] = ()  # its rows have one of these domains; (): any
 
     @property
     def model(self) -> str:
-        """What stands for its checkpoint in a fleet's catalog."""
+        """The checkpoint's name in the fleet's catalog."""
         return self.source if self.first is None else f"the first {self.first} layers of {self.source}"
 
 
 class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One line of the table. control: the arm it is judged against. pooled: a device of each model holds all
-    devices' rows, and makes all their steps. The tables take the place of the file's, or add to them."""
+    """A line of the table. Its fleet tables replace keys of the file's tables, or add keys to them."""
 
     name: str
-    control: str | None = None
-    pooled: bool = False
+    control: str | None = None  # name of the arm that it is compared to
+    pooled: bool = (
+        False  # the ceiling: a device of each model holds all devices' rows and makes all their steps
+    )
     method: dict[str, Any] = {}
     adapter: dict[str, Any] = {}
     training: dict[str, Any] = {}
@@ -90,13 +88,13 @@ class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The [study] table."""
 
-    about: str
+    about: str  # Markdown for the report
     seeds: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)] = (0, 1, 2)
-    weights: settings.Weights = "bfloat16"
+    weights: settings.Weights = "bfloat16"  # format of the base models
 
 
 class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole file. fleet: the tables that every arm has."""
+    """The whole file. Digests depend on the order of fields here and above."""
 
     study: Study
     data: dict[str, Data]
@@ -109,196 +107,113 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     anchors: Anchors | None = None
 
     def fleet_of(self, arm: Arm, seed: int) -> settings.Fleet:
-        """The fleet an arm trains as; raises InputError for what does not fit."""
-        catalog = [
-            {"source": one.model, **({"depth": one.depth} if one.depth else {})} for one in self.device
-        ]
-        default = self.adapter.get("rank", settings.Adapter().rank)
-        rank, *lower = sorted({device.rank or default for device in self.device}, reverse=True)
-        ranks = {"rank": rank, **({"lower": lower} if lower else {})}
-        adapter = {**self.adapter, **({} if "rank" in arm.adapter else ranks), **arm.adapter}
+        """The fleet that an arm trains as; raises InputError for tables that do not fit."""
         tables: dict[str, Any] = {
             "fleet": {"name": "study", "seed": seed, **self.fleet},
-            "catalog": catalog,
+            "catalog": [_entry(device) for device in self.device],
             "method": arm.method,
-            "adapter": adapter,
+            "adapter": {**self.adapter, **({} if "rank" in arm.adapter else self._ranks()), **arm.adapter},
             "training": {**self.training, **arm.training},
         }
         if self.head is not None:
             tables["head"] = {**self.head, **arm.head}
         if arm.codistill is not None:
-            tables["codistill"] = {
-                "anchors": ANCHORS,
-                "texts": self.anchors.rows if self.anchors else 0,
-                **arm.codistill,
-            }
+            texts = self.anchors.rows if self.anchors else 0
+            tables["codistill"] = {"anchors": ANCHORS, "texts": texts, **arm.codistill}
         return settings.parse(tables)
 
+    def _ranks(self) -> dict[str, Any]:
+        """The devices' ranks, as keys of [adapter]."""
+        default = self.adapter.get("rank", settings.Adapter().rank)
+        rank, *lower = sorted({device.rank or default for device in self.device}, reverse=True)
+        return {"rank": rank, **({"lower": lower} if lower else {})}
+
     def digest(self, arm: Arm, seed: int) -> str:
-        """What a result depends on: COMPUTATION, a dash, and a hash of all in this file that the arm's run reads."""
-        anchors = self.anchors if arm.codistill is not None else None
-        of = msgspec.structs.replace(self, arm=(msgspec.structs.replace(arm, control=None),), anchors=anchors)
-        study = msgspec.structs.replace(self.study, about="", seeds=(seed,))
-        content = msgspec.json.encode(msgspec.structs.replace(of, study=study))
-        return f"{COMPUTATION}-{hashlib.sha256(content).hexdigest()[:12]}"
+        """COMPUTATION, a dash, and a hash of all in this file that the arm's result depends on."""
+        content = msgspec.structs.replace(
+            self,
+            study=msgspec.structs.replace(self.study, about="", seeds=(seed,)),
+            arm=(msgspec.structs.replace(arm, control=None),),
+            anchors=self.anchors if arm.codistill is not None else None,
+        )
+        return f"{COMPUTATION}-{hashlib.sha256(msgspec.json.encode(content)).hexdigest()[:12]}"
 
 
 def load(path: Path) -> Spec:
-    """Read and check a study's file; raises InputError naming what does not fit."""
+    """Read and check a study's file; raises InputError naming the key or name that does not fit."""
     try:
         spec = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), Spec)
+        for fault in _faults(spec):
+            raise InputError(fault)
         for arm in spec.arm:
-            if arm.codistill is not None and spec.anchors is None:
-                raise InputError(f"the arm `{arm.name}` distils, which needs [anchors]")
-            if arm.head and spec.head is None:
-                raise InputError(f"the arm `{arm.name}` has a head, but the file has no [head]")
             methods.of(spec.fleet_of(arm, 0))
     except OSError as error:
         raise InputError(f"cannot read the study {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, msgspec.ValidationError, InputError) as error:
         raise InputError(f"{path}: {error}") from error
-    if "seed" in spec.fleet:
-        raise InputError(f"{path}: [fleet] seed is each run's own; write the seeds into [study]")
-    if "rank" in spec.adapter and all(
-        device.rank not in (None, spec.adapter["rank"]) for device in spec.device
-    ):
-        raise InputError(
-            f"{path}: [adapter] rank is {spec.adapter['rank']}, but every device has another one of its own"
-        )
-    names, ids = [slug(arm.name) for arm in spec.arm], [device.id for device in spec.device]
-    for twice in [name for name in names if names.count(name) > 1] + [
-        one for one in ids if ids.count(one) > 1
-    ]:
-        raise InputError(
-            f"{path}: two arms or two devices are called `{twice}`, as far as a file's name can tell"
-        )
-    for arm in spec.arm:
-        if arm.control is not None and arm.control not in [other.name for other in spec.arm]:
-            raise InputError(
-                f"{path}: the arm `{arm.name}` has the control `{arm.control}`, which is not there"
-            )
-    for name, task in spec.data.items():
-        if task.test_rows and task.test_per_label:
-            raise InputError(f"{path}: [data.{name}] has test_rows and test_per_label; leave one of them out")
-    for device in spec.device:
-        if device.data not in spec.data:
-            raise InputError(
-                f"{path}: the device {device.id} has data `{device.data}`, but there is no [data.{device.data}]"
-            )
     return spec
 
 
+def _faults(spec: Spec) -> Iterator[str]:
+    """Sentences about parts of the file that do not fit each other."""
+    rank, names = spec.adapter.get("rank"), [arm.name for arm in spec.arm]
+    slugs, ids = [slug(name) for name in names], [device.id for device in spec.device]
+    if "seed" in spec.fleet:
+        yield "[fleet] seed is each run's own; write the seeds into [study]"
+    if rank is not None and all(device.rank not in (None, rank) for device in spec.device):
+        yield f"[adapter] rank is {rank}, but every device has another one of its own"
+    for name in [name for names in (slugs, ids) for name in names if names.count(name) > 1]:
+        yield f"two arms or two devices are called `{name}`, as far as a file's name can tell"
+    for arm in spec.arm:
+        if arm.control is not None and arm.control not in names:
+            yield f"the arm `{arm.name}` has the control `{arm.control}`, which is not there"
+        if arm.codistill is not None and spec.anchors is None:
+            yield f"the arm `{arm.name}` distils, which needs [anchors]"
+        if arm.head and spec.head is None:
+            yield f"the arm `{arm.name}` has a head, but the file has no [head]"
+    for name, task in spec.data.items():
+        if task.test_rows and task.test_per_label:
+            yield f"[data.{name}] has test_rows and test_per_label; leave one of them out"
+    for device in spec.device:
+        if device.data not in spec.data:
+            yield f"the device {device.id} has data `{device.data}`, but there is no [data.{device.data}]"
+
+
+def _entry(device: Device) -> dict[str, Any]:
+    """The device's model as an entry of the fleet's catalog."""
+    return {"source": device.model, **({"depth": device.depth} if device.depth else {})}
+
+
 def slug(name: str) -> str:
-    """An arm's name as it stands in the names of files."""
+    """An arm's name as part of a file's name."""
     return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def chosen(spec: Spec, seeds: str | None, arms: str | None) -> Spec:
-    """The study with some of its seeds and arms, the arms by name or by slug (a name may hold a comma).
+    """The study with some of its arms, and with these seeds.
+
+    Args:
+        seeds: numbers separated by commas; None: the file's.
+        arms: names or slugs separated by commas; None: all. The slug stands for a name that has a comma.
 
     Raises:
-        InputError: an arm that it has not, or what is no seed.
+        InputError: the file has no such arm, or a seed is not a number.
     """
     try:
         numbers = tuple(dict.fromkeys(map(int, seeds.split(",")))) if seeds else spec.study.seeds
     except ValueError as error:
         raise InputError(f"--seeds is {seeds!r}, but has to be numbers such as 0,1,2") from error
-    known = {slug(arm.name): arm for arm in spec.arm}
-    names = [slug(name) for name in arms.split(",")] if arms else list(known)
-    for name in names:
-        if name not in known:
-            raise InputError(f"the study has no arm `{name}`; it has {', '.join(known)}")
+    by_slug = {slug(arm.name): arm for arm in spec.arm}
+    slugs = [slug(name) for name in arms.split(",")] if arms else list(by_slug)
+    for name in slugs:
+        if name not in by_slug:
+            raise InputError(f"the study has no arm `{name}`; it has {', '.join(by_slug)}")
     study = msgspec.structs.replace(spec.study, seeds=numbers)
-    return msgspec.structs.replace(
-        spec, study=study, arm=tuple(arm for name, arm in known.items() if name in names)
-    )
+    selected = tuple(arm for name, arm in by_slug.items() if name in slugs)
+    return msgspec.structs.replace(spec, study=study, arm=selected)
 
 
 def with_seeds(spec: Spec, seeds: tuple[int, ...]) -> Spec:
-    """The study with these seeds besides its own."""
-    every = tuple(dict.fromkeys((*spec.study.seeds, *seeds)))
-    return msgspec.structs.replace(spec, study=msgspec.structs.replace(spec.study, seeds=every))
-
-
-def shares(spec: Spec, folder: Path, seed: int) -> dict[str, list[data.Row]]:
-    """The training rows of each device, by its id: no row is on two of them.
-
-    folder: of the data files.
-    """
-    found: dict[str, list[data.Row]] = {device.id: [] for device in spec.device}
-    for name, task in spec.data.items():
-        holders = [device for device in spec.device if device.data == name]
-        by_label: dict[str, list[data.Row]] = defaultdict(list)
-        for row in _labelled(folder / task.train):
-            by_label[row["label"]].append(row)
-        for label, rows in sorted(by_label.items()):
-            mixed = random.Random(f"{seed}/{name}/{label}").sample(rows, len(rows))
-            those = [d for d in holders if not d.domains or mixed[0].get("domain") in d.domains]
-            each = task.per_label or -(-task.rows // len(by_label))
-            each = min(each, len(mixed) // max(len(those), 1))
-            for number, device in enumerate(those):
-                found[device.id] += mixed[number * each : (number + 1) * each]
-    for name, mine in found.items():
-        if not mine:
-            raise InputError(f"the device {name} has no rows: its domains are not in its data")
-    return {
-        name: [{"text": row["text"], "label": row["label"]} for row in mine] for name, mine in found.items()
-    }
-
-
-def anchors(spec: Spec, folder: Path) -> list[data.Row]:
-    """The public texts, without labels."""
-    if spec.anchors is None:
-        return []
-    rows = data.read_rows(folder / spec.anchors.file)
-    drawn = _evenly(rows, -(-spec.anchors.rows // len({row.get("label", "") for row in rows})))
-    if len(drawn) < spec.anchors.rows:
-        raise InputError(
-            f"[anchors] rows is {spec.anchors.rows}, but {spec.anchors.file} gives {len(drawn)} that are spread evenly over its "
-            "labels"
-        )
-    return [{"text": row["text"]} for row in random.Random(0).sample(drawn, spec.anchors.rows)]
-
-
-def test_rows(task: Data, folder: Path) -> list[data.Row]:
-    """A task's held-out rows, the same for every arm and seed."""
-    rows = _labelled(folder / task.test)
-    if task.test_per_label:
-        drawn = _evenly(rows, task.test_per_label)
-        label, count = Counter(row["label"] for row in drawn).most_common()[-1]
-        if count < task.test_per_label:
-            raise InputError(
-                f"test_per_label is {task.test_per_label}, but {task.test} has {count} rows of `{label}`"
-            )
-    else:
-        drawn = random.Random(0).sample(rows, min(task.test_rows or len(rows), len(rows)))
-    return [{"text": row["text"], "label": row["label"]} for row in drawn]
-
-
-def _evenly(rows: list[data.Row], each: int) -> list[data.Row]:
-    """So many rows of each label, or as many as there are."""
-    by_label: dict[str, list[data.Row]] = defaultdict(list)
-    for row in rows:
-        by_label[row.get("label", "")].append(row)
-    return [
-        row
-        for label, rows in sorted(by_label.items())
-        for row in random.Random(label).sample(rows, min(each, len(rows)))
-    ]
-
-
-def _labelled(path: Path) -> list[data.Row]:
-    rows = data.read_rows(path)
-    for number, row in enumerate(rows, 1):
-        if "label" not in row:
-            raise InputError(f"row {number} of {path} has no label, which a study needs")
-    return rows
-
-
-def check_files(spec: Spec, folder: Path) -> None:
-    """Raise InputError for data that the runs could not use."""
-    for seed in spec.study.seeds:
-        shares(spec, folder, seed)
-    for task in spec.data.values():
-        test_rows(task, folder)
-    anchors(spec, folder)
+    """The study with these seeds after its file's."""
+    seeds = tuple(dict.fromkeys((*spec.study.seeds, *seeds)))
+    return msgspec.structs.replace(spec, study=msgspec.structs.replace(spec.study, seeds=seeds))

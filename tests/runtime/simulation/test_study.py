@@ -16,9 +16,8 @@ from click.testing import CliRunner
 from edge_runtime import cli, methods, settings
 from edge_runtime.errors import EdgeError, InputError
 from edge_runtime.protocol import codec
-from edge_runtime.protocol.report import Score
-from edge_runtime.simulation import agreement, grid, report, spec
-from edge_runtime.simulation.run import Member, Outcome, accuracy
+from edge_runtime.simulation import agreement, draw, grid, pictures, report, results, spec
+from edge_runtime.simulation.results import Answers, Member, Outcome, accuracy
 
 STUDY = """
 [study]
@@ -111,7 +110,7 @@ def study(files):
 
 
 def test_no_row_is_on_two_devices_and_domains_confine_them(study, files):
-    held = spec.shares(study, files, 0)
+    held = draw.shares(study, files, 0)
     texts = {device: {row["text"] for row in rows} for device, rows in held.items()}
     assert not texts["a"] & texts["b"] and not texts["b"] & texts["c"]
     counts = {
@@ -121,27 +120,27 @@ def test_no_row_is_on_two_devices_and_domains_confine_them(study, files):
     assert counts["a"] == {"red": 4, "orange": 4, "blue": 0, "green": 0}
     assert counts["b"] == dict.fromkeys(DOMAINS, 4)
     assert counts["c"] == {"red": 0, "orange": 0, "blue": 4, "green": 4}
-    assert spec.shares(study, files, 0) == held != spec.shares(study, files, 1)
+    assert draw.shares(study, files, 0) == held != draw.shares(study, files, 1)
 
 
 def test_held_out_rows_are_drawn_evenly_over_labels_where_that_is_asked_for(files):
     rows = [{"text": f"{n}", "label": "no" if n % 3 else "yes"} for n in range(30)]
     (files / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = spec.Data("train.jsonl", "test.jsonl", test_per_label=7)
-    drawn = spec.test_rows(task, files)
+    drawn = draw.test_rows(task, files)
     assert sorted(row["label"] for row in drawn) == ["no"] * 7 + ["yes"] * 7
-    assert len({row["text"] for row in drawn}) == 14 and drawn == spec.test_rows(task, files)
+    assert len({row["text"] for row in drawn}) == 14 and drawn == draw.test_rows(task, files)
     with pytest.raises(InputError, match=r"test_per_label is 11, but test\.jsonl has 10 rows of `yes`"):
-        spec.test_rows(msgspec.structs.replace(task, test_per_label=11), files)
+        draw.test_rows(msgspec.structs.replace(task, test_per_label=11), files)
     (files / "study.toml").write_text(STUDY.replace("per_label = 4", "test_rows = 5\ntest_per_label = 3"))
     with pytest.raises(InputError, match=r"\[data.colours\] has test_rows and test_per_label; leave one"):
         spec.load(files / "study.toml")
 
 
 def test_public_texts_have_no_labels_and_are_the_same_for_every_arm(study, files):
-    found = spec.anchors(study, files)
+    found = draw.anchors(study, files)
     assert len(found) == 6 and all(row.keys() == {"text"} for row in found)
-    assert found == spec.anchors(study, files)
+    assert found == draw.anchors(study, files)
 
 
 def test_a_run_is_done_again_when_what_it_depends_on_has_changed(study):
@@ -177,24 +176,23 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
         "all in one",
         "fedit + codistill",
     ]
-    written = {path.name: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
-    assert written.keys() == {"local-0.json", "all-in-one-0.json", "fedit-codistill-0.json"}
-    assert not any((out / "work").iterdir())
     study = spec.load(files / "study.toml")
-    outcomes = grid.kept(study, out)
+    outcomes = grid.finished(study, out)
+    assert outcomes.keys() == {("local", 0), ("all in one", 0), ("fedit + codistill", 0)}
+    assert not any((out / "work").iterdir())
     members = {one.id: one for one in outcomes["fedit + codistill", 0].members}
-    assert [len(member.scores) for member in members.values()] == [3, 3, 3, 3]
+    assert [len(member.answers) for member in members.values()] == [3, 3, 3, 3]
     assert (
-        members["a"].scores[1:] == members["d"].scores[1:]
+        members["a"].answers[1:] == members["d"].answers[1:]
     )  # they hold the same version when a round begins
     alone = {one.id: one for one in outcomes["local", 0].members}
-    assert alone["a"].scores[1]["seen"].loss != alone["d"].scores[1]["seen"].loss
-    assert members["b"].scores[0].keys() == {"seen"}
-    assert members["a"].scores[0].keys() == {
+    assert alone["a"].answers[1]["seen"].loss != alone["d"].answers[1]["seen"].loss
+    assert members["b"].answers[0].keys() == {"seen"}
+    assert members["a"].answers[0].keys() == {
         "seen",
         "unseen",
     }  # what b holds, of the same model, is not its own
-    assert members["c"].scores[0].keys() == {"seen", "unseen"}
+    assert members["c"].answers[0].keys() == {"seen", "unseen"}
     assert all(size > 0 for member in members.values() for size in member.bytes_up)
     assert all(member.bytes_down[0] == 0 < member.bytes_down[1] for member in members.values())
     assert outcomes["local", 0].members[0].bytes_up == [0, 0]
@@ -204,18 +202,23 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
     }  # all rows and steps of four devices
     table = (out / "README.md").read_text()
     assert "| fedit + codistill |" in table and f"3 by {outcomes['local', 0].code}" in table
-    assert all(
-        "<svg" in (out / f"{picture}.svg").read_text() for picture in ("rounds", "bytes", "convergence")
-    )
+    for picture in ("rounds", "bytes", "convergence"):
+        assert "<svg" in (out / f"{picture}.svg").read_text()
     assert outcomes["fedit + codistill", 0].cosines == []  # no trained tensor crosses the classes
     assert outcomes["local", 0].moved == [] and len(outcomes["fedit + codistill", 0].moved) == 2
     assert all(norm > 0 for norm in outcomes["fedit + codistill", 0].moved)
-    again = CliRunner().invoke(cli.app, [*command, "--seeds", "0,1", "--arms", "local", "--workers", "1"])
+    older = msgspec.structs.replace(
+        outcomes["all in one", 0], digest=study.digest(study.arm[1], 0).replace("1-", "0-", 1)
+    )
+    results.add(out, older)
+    again = CliRunner().invoke(
+        cli.app, [*command, "--seeds", "0,1", "--arms", "local,all in one", "--workers", "1"]
+    )
     assert again.exit_code == 0, again.output
-    assert {
-        path.name: path.stat().st_mtime_ns for path in (out / "runs").iterdir() if path.name in written
-    } == written
-    assert (out / "runs" / "local-1.json").exists()
+    runs = grid.finished(study, out)
+    made = {key for key, outcome in runs.items() if outcome != outcomes.get(key)}
+    assert made == {("all in one", 0), ("local", 1), ("all in one", 1)}  # what was done stays done
+    assert runs["all in one", 0].digest == outcomes["all in one", 0].digest != older.digest
     more = CliRunner().invoke(cli.app, [*command, "--seeds", "7", "--arms", "local", "--workers", "1"])
     assert (
         more.exit_code == 0 and "| 0, 1, 7 |" in (out / "README.md").read_text()
@@ -238,32 +241,45 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
 
 
 def test_a_run_of_code_that_computes_otherwise_is_not_paired_and_not_tabled(study, tmp_path, monkeypatch):
-    (tmp_path / "runs").mkdir()
     arm = study.arm[2]
-    for name, seed in ((arm.name, 0), ("local", 0), ("local", 1)):
-        monkeypatch.setattr(spec, "COMPUTATION", 2 if name == "local" and seed == 0 else 3)
-        run = next(arm for arm in study.arm if arm.name == name)
-        result = msgspec.structs.replace(outcome(name, seed, 0.5), digest=study.digest(run, seed))
-        path = tmp_path / "runs" / f"{spec.slug(name)}-{seed}.json"
-        path.write_bytes(msgspec.json.encode(result))
-    runs = grid.kept(study, tmp_path)
+    for number, run, seed in ((3, arm, 0), (2, study.arm[0], 0), (3, study.arm[0], 1)):
+        monkeypatch.setattr(spec, "COMPUTATION", number)
+        digest = study.digest(run, seed)
+        results.add(tmp_path, msgspec.structs.replace(outcome(run.name, seed, 5), digest=digest))
+    monkeypatch.setattr(spec, "COMPUTATION", 3)
+    runs = grid.finished(study, tmp_path)
     assert runs.keys() == {(arm.name, 0), ("local", 1)}
     assert report.difference(arm, runs, (0, 1)) is None
-    assert [(row[0], row[-1]) for row in report.rows(study, runs)] == [("local", "1"), (arm.name, "0")]
+    table = [(line["arm"], line["difference"], line["seeds"]) for line in report.table(study, runs)]
+    assert table == [("local", "", "1"), (arm.name, "", "0")]
 
 
-def test_a_run_of_code_that_computes_otherwise_is_made_again(files, tiny_folder):
-    command = ["study", str(files / "study.toml"), "--data", str(files), "--models", str(tiny_folder.parent)]
-    command += ["--out", str(files / "out"), "--seeds", "0", "--arms", "local", "--workers", "1"]
-    assert CliRunner().invoke(cli.app, command).exit_code == 0
-    path = files / "out" / "runs" / "local-0.json"
-    current = path.read_text()
-    path.write_text(current.replace(f'"digest": "{spec.COMPUTATION}-', f'"digest": "{spec.COMPUTATION - 1}-'))
-    again = CliRunner().invoke(cli.app, command)
-    assert again.output.startswith("local, seed 0: ")  # made, and told
-    digests = [msgspec.json.decode(text)["digest"] for text in (current, path.read_bytes())]
-    assert digests[0] == digests[1]
-    assert not CliRunner().invoke(cli.app, command).output.startswith("local, seed 0: ")
+def test_results_come_back_from_their_file_as_they_were_a_line_a_run(tmp_path):
+    assert results.read(tmp_path) == {}
+    whole = msgspec.structs.replace(
+        outcome("fedit", 1, 3),
+        digest="1-abc",
+        machine="EPYC",
+        code="Python 3",
+        moved=[0.25, 1e-7],
+        cosines=[(-0.5, 0.75)],
+    )
+    text = msgspec.structs.replace(
+        whole,
+        arm="as text",
+        members=[msgspec.structs.replace(whole.members[0], answers=[{"unseen": Answers(2, 9, None)}])],
+    )
+    for run in (whole, text, outcome("fedit", 0, 4), outcome("fedit", 1, 0), whole):
+        results.add(tmp_path, run)
+    assert results.read(tmp_path) == {
+        ("as text", 1): text,
+        ("fedit", 0): outcome("fedit", 0, 4),
+        ("fedit", 1): whole,  # the last of its arm and seed
+    }
+    lines = (tmp_path / results.NAME).read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        f'{{"arm":"{arm}"' for arm in ("as text", "fedit", "fedit")
+    ]
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
@@ -343,28 +359,29 @@ def test_a_killed_worker_is_told_in_a_sentence(files, tiny_folder, tmp_path):
 
 
 def outcome(name, seed, right):
-    score = {"seen": Score(0.0, right, 10), "unseen": Score(0.0, right / 2, 30)}
-    member = Member("a", "m@1", 5, 3, 1000, [score], [1000], [500], 2, "colours")
-    return Outcome(name, seed, "", 1.0, [member])
+    """Of ten rows with seen labels `right` are right, and of thirty others half the share."""
+    answers = {"seen": Answers(right, 10, 0.0), "unseen": Answers(right * 3 // 2, 30, 0.0)}
+    member = Member("a", "m@1", 2, "colours", 5, 3, 1000, [answers], [1000], [500])
+    return Outcome(name, seed, "", 1.0, "", "", [], [], [member])
 
 
 def test_a_difference_is_paired_by_seed_and_has_students_interval(study):
-    own, control = {0: 0.8, 1: 0.7, 2: 0.9}, {0: 0.7, 1: 0.65, 2: 0.75}
+    treated, control = {0: 8, 1: 6, 2: 10}, {0: 6, 1: 6, 2: 6}
     arm = study.arm[2]
-    found = {(arm.name, seed): outcome(arm.name, seed, right) for seed, right in own.items()}
-    found |= {("local", seed): outcome("local", seed, right) for seed, right in control.items()}
-    gained = report.difference(arm, found, (0, 1, 2))
-    per_point = 10 / 40 + 30 / 40 / 2  # of all rows
-    assert gained.mean == pytest.approx(0.1 * per_point)
-    assert gained.half == pytest.approx(4.302653 * 0.05 * per_point / 3**0.5, rel=1e-5)
-    assert report.difference(arm, found, (7,)) is None
-    assert report.difference(study.arm[0], found, (0,)) is None
-    assert accuracy(found["local", 0].members[0], -1, "unseen") == pytest.approx(0.35)
+    runs = {(arm.name, seed): outcome(arm.name, seed, right) for seed, right in treated.items()}
+    runs |= {("local", seed): outcome("local", seed, right) for seed, right in control.items()}
+    gain = report.difference(arm, runs, (0, 1, 2))
+    per_row = (1 + 3 / 2) / 40  # of all rows
+    assert gain.mean == pytest.approx(2 * per_row)
+    assert gain.half == pytest.approx(4.302653 * 2 * per_row / 3**0.5, rel=1e-5)
+    assert report.difference(arm, runs, (7,)) is None
+    assert report.difference(study.arm[0], runs, (0,)) is None
+    assert accuracy(runs["local", 0].members[0], -1, "unseen") == pytest.approx(0.3)
 
 
 def test_the_slope_is_that_of_the_power_of_the_rounds():
-    assert report.slope([3 * round_**-0.5 for round_ in range(1, 7)]) == pytest.approx(-0.5)
-    assert report.slope([2.0, 2.0, 2.0]) == pytest.approx(0)
+    assert pictures.slope([3 * round_**-0.5 for round_ in range(1, 7)]) == pytest.approx(-0.5)
+    assert pictures.slope([2.0, 2.0, 2.0]) == pytest.approx(0)
 
 
 @pytest.mark.parametrize(

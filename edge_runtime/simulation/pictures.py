@@ -1,0 +1,80 @@
+"""Three pictures of a study: accuracy over rounds, accuracy against bytes, and convergence."""
+
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.simulation.results import Outcome, accuracy, mean
+from edge_runtime.simulation.spec import Arm, Spec
+
+TITLES = {
+    "rounds": ("Accuracy over rounds", "rounds done", "accuracy, %"),
+    "bytes": ("Accuracy against bytes", "MB a device, all rounds", "accuracy, %"),
+    "convergence": ("Convergence, with fitted slopes", "round", "squared norm of the averaged update"),
+}
+MARKERS = "osv^Dx"
+
+
+def draw(spec: Spec, runs: Mapping[str, list[Outcome]], out: Path) -> list[str]:
+    """Write the pictures as NAME.svg, a curve or a point for each arm.
+
+    Args:
+        runs: of each arm by name, at least one.
+        out: folder of the pictures.
+
+    Returns:
+        The names of those that have something to show; a method that merges nothing has no convergence.
+    """
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "study"  # equal results give equal files
+    matplotlib.rcParams["svg.fonttype"] = (
+        "none"  # text instead of a path for each letter: a third of the size
+    )
+    from matplotlib import pyplot
+
+    figures = {name: pyplot.subplots(figsize=(7, 5)) for name in TITLES}
+    axes = {name: axis for name, (_, axis) in figures.items()}
+    for number, arm in enumerate(spec.arm):
+        if arm.name in runs:
+            _add(axes, arm, runs[arm.name], number)
+    drawn = []
+    for name, (figure, axis) in figures.items():
+        if axis.has_data():
+            title, x, y = TITLES[name]
+            axis.set(title=title, xlabel=x, ylabel=y)
+            axis.legend(fontsize=7)
+            axis.grid(alpha=0.3)
+            figure.savefig(out / f"{name}.svg", metadata={"Date": None})
+            drawn.append(name)
+        else:
+            (out / f"{name}.svg").unlink(missing_ok=True)
+        pyplot.close(figure)
+    return drawn
+
+
+def _add(axes: dict[str, Any], arm: Arm, runs: list[Outcome], number: int) -> None:
+    """Draw one arm into each picture."""
+    style: dict[str, Any] = {"color": f"C{number % 10}", "marker": MARKERS[number // 10 % len(MARKERS)]}
+    label = arm.name
+    rounds = len(runs[0].members[0].answers)
+    accuracies = [
+        100 * mean([mean([accuracy(member, round_) for member in run.members]) for run in runs])
+        for round_ in range(rounds)
+    ]
+    axes["rounds"].plot(range(rounds), accuracies, label=label, **style)
+    megabytes = mean([sum(m.bytes_up) + sum(m.bytes_down) for m in runs[0].members]) / 1e6
+    axes["bytes"].scatter([megabytes], accuracies[-1:], label=label, **style)
+    norms = [mean(norms) for norms in zip(*(run.moved for run in runs if run.moved), strict=True)]
+    if len(norms) > 1 and all(norms):
+        label = f"{arm.name}: {slope(norms):+.2f}"
+        axes["convergence"].loglog(range(1, rounds), norms, label=label, **style)
+
+
+def slope(norms: list[float]) -> float:
+    """Slope of log(norm) over log(round), by least squares; rounds are counted from 1."""
+    rounds = [math.log(round_) for round_ in range(1, len(norms) + 1)]
+    return statistics.linear_regression(rounds, [math.log(norm) for norm in norms]).slope

@@ -234,7 +234,7 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
         "local",
     ]
     failed = CliRunner().invoke(cli.app, [*nowhere, "--workers", "1"])
-    assert isinstance(failed.exception, EdgeError) and "not all runs are done" in str(failed.exception)
+    assert isinstance(failed.exception, EdgeError) and "some runs failed" in str(failed.exception)
     assert (
         "local, seed 2: " in str(failed.exception) and "written: " in failed.output
     )  # the table of those that are done

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from edge_runtime.agent.local_round import read_result, write_job
 from edge_runtime.errors import InputError, TrainerError
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning import processes
@@ -190,9 +191,11 @@ def train(
         depths=(plan.depth,),
         machine=Machine(device=device, gpu_cap_bytes=gpu_cap_bytes),
     )
-    (folder / "job.json").write_bytes(msgspec.json.encode(job))
+    write_job(folder, job)
     _run("edge_runtime.trainer", folder, processes.environment())
-    return msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
+    result = read_result(folder)
+    assert result is not None  # `_run` raises where there is none
+    return result
 
 
 def beside(folder: Path, *more: str) -> Taken:

@@ -1,4 +1,4 @@
-"""What an agent is given, and what it tells whoever watches it."""
+"""What an agent is started with, and the events it tells whoever watches it."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -7,28 +7,26 @@ import msgspec
 from edge_broker.address import Address
 
 
-class Options(NamedTuple):
-    """evaluation: held-out files by name. gpu_cap_bytes: of the GPU, for each trainer. noop_bytes: send that much noise each
-    round instead of training, for benchmarks."""
+class DeviceOptions(NamedTuple):
+    """The command line of `edge-runtime agent`."""
 
     broker: Address
     fleet: str
     id: str
-    data: Path
-    state: Path
-    budget_bytes: int
-    evaluation: dict[str, Path]
-    models: Path
-    threads: int
-    device: str
-    gpu_cap_bytes: int | None
-    wait_s: float
-    until_finished: bool
-    noop_bytes: int
+    data: Path  # the rows to train on
+    state: Path  # folder for keys, adapters and work
+    budget_bytes: int  # peak a trainer may reach
+    evaluation: dict[str, Path]  # held-out files, by name; empty: a tenth of the rows
+    models: Path  # where relative paths of the catalog are looked for
+    threads: int  # CPU threads of a trainer; 0: all
+    device: str  # cpu or cuda
+    gpu_cap_bytes: int | None  # bytes a trainer may allocate on the GPU; None: no limit
+    wait_s: float  # for the fleet's first round, and for the node's word after the last
+    until_finished: bool  # end with the fleet
 
 
-class Event(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One line of the agent's log, or of its `--json`."""
+class DeviceEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One line of the agent's `--json`."""
 
     device: str
     round: int
@@ -36,6 +34,6 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     step: int = 0
     steps: int = 0
     loss: float | None = None
-    memory_bytes: int = 0
+    memory_bytes: int = 0  # of the trainer now
     budget_bytes: int = 0
-    text: str = ""
+    text: str = ""  # for this device's screen alone

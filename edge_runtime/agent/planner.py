@@ -1,13 +1,13 @@
-"""Plans in a thread of its own: a model may have to be fetched first, and the broker wants to hear of us meanwhile."""
+"""The device's plan: made in a thread, because fetching a model takes long and the broker wants answers meanwhile."""
 
 import logging
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
+from edge_runtime.agent.options import DeviceOptions
 from edge_runtime.errors import EdgeError
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning import processes
@@ -17,69 +17,113 @@ from edge_runtime.protocol.report import Cause
 from edge_runtime.settings import Fleet
 
 log = logging.getLogger(__name__)
+SMALLER = (
+    0.8  # share of the predicted bytes above the runtime, for the plan after one that was short of memory
+)
 
 
-class Wanted(NamedTuple):
-    """For which fleet, budget and highest rank (None: the fleet's) there is to be a plan. fill: the budget, to save time."""
+class Request(NamedTuple):
+    """All that a plan depends on, besides the device itself."""
 
     fleet: Fleet
     budget_bytes: int
-    fill: bool
-    most_rank: int | None
+    fill: bool  # spend what is left of the budget on faster steps
+    rank_limit: int | None  # highest rank; None: the fleet's
 
 
 class Planned(NamedTuple):
-    """The plan for what was wanted, with the facts of its model."""
+    """The plan that answers a request, with the facts of its model."""
 
-    wanted: Wanted
+    request: Request
     plan: Plan
     facts: Facts
 
 
 class Unplanned(NamedTuple):
-    """Why there is no plan."""
+    """Why no plan answers a request."""
 
     error: EdgeError
     cause: Cause
 
 
-def start(
-    wanted: Wanted, models: Path, device: str, threads: int, put: Callable[[Planned | Unplanned], None]
-) -> None:
-    """Begin; put is called from the thread, once.
+class Planner:
+    """Keeps the latest plan until the fleet, the budget or the rank changes; used from one thread."""
 
-    Args:
-        models: where relative paths of the catalog are looked for.
-        device, threads: the trainer's.
-    """
+    def __init__(
+        self,
+        budget_bytes: int,
+        find: Callable[[Request], Planned | Unplanned],
+        put: Callable[[Planned | Unplanned], None],
+    ) -> None:
+        """Nothing is planned yet.
 
-    def plan() -> None:
-        cause: Cause = "model"  # of a failure in the stage that runs
-        try:
-            fleet, sources = wanted.fleet, {model.source for model in wanted.fleet.catalog}
-            facts = {source: processes.prepared(source, models) for source in sources}
-            cause = "machine"
-            rates = processes.rates(device, threads)
-            runtime_bytes = processes.runtime_bytes()
-            if wanted.most_rank is not None:
-                fleet = _in_ranks(fleet, wanted.most_rank)
-            cause = "budget"
-            fits = choose(fleet, facts, wanted.budget_bytes, runtime_bytes, rates, fill=wanted.fill).fits
-            put(Planned(wanted, fits, facts[fits.source]))
-        except EdgeError as error:
-            put(Unplanned(error, cause))
-        except Exception as error:  # whatever it is, the agent has to hear of it
-            log.exception("planning failed")
-            put(Unplanned(EdgeError(f"planning failed: {error}"), "internal"))
+        Args:
+            budget_bytes: peak a trainer may reach.
+            find: answers a request; called in a thread.
+            put: takes the answer from that thread, to be handed to `take`.
+        """
+        self.latest: Planned | None = None
+        self._budget_bytes, self._fill = budget_bytes, True
+        self._find, self._put = find, put
+        self._running = False
 
-    threading.Thread(target=plan, name="plan", daemon=True).start()
+    def plan(self, fleet: Fleet, rank_limit: int | None) -> Planned | None:
+        """The plan for a fleet; None: a thread plans, and `put` will get its answer."""
+        request = Request(fleet, self._budget_bytes, self._fill, rank_limit)
+        if self.latest is not None and self.latest.request == request:
+            return self.latest
+        if (
+            not self._running
+        ):  # else an earlier request's answer comes first; it may serve, or this is asked again
+            self._running = True
+            threading.Thread(target=lambda: self._put(self._find(request)), name="plan", daemon=True).start()
+        return None
+
+    def take(self, answer: Planned | Unplanned) -> None:
+        """Take in the answer of the thread."""
+        self._running = False
+        if isinstance(answer, Planned):
+            self.latest = answer
+
+    def shrink(self, plan: Plan, *, killed: bool) -> None:
+        """Ask for less memory from now on: a trainer was short of it with this plan.
+
+        A trainer that ended itself has tried to go on without what only saves time. A killed one has not: its next plan
+        leaves that out, and keeps the budget.
+        """
+        self._fill = False
+        if killed and plan.kept_blocks:
+            return
+        runtime = plan.terms["runtime"]
+        above = plan.predicted_peak_bytes - plan.terms.get("activations", 0) - runtime
+        self._budget_bytes = min(self._budget_bytes, int(runtime + SMALLER * above))
 
 
-def _in_ranks(fleet: Fleet, most: int) -> Fleet:
-    """The fleet with its ranks cut to at most this."""
-    rank, *lower = sorted(
-        {min(one, most) for one in (fleet.adapter.rank, *fleet.adapter.lower)}, reverse=True
-    )
-    return msgspec.structs.replace(
-        fleet, adapter=msgspec.structs.replace(fleet.adapter, rank=rank, lower=tuple(lower))
-    )
+def find_plan(request: Request, options: DeviceOptions) -> Planned | Unplanned:
+    """Fetch the catalog's models, measure the device where that was not done before, and choose the plan that fits."""
+    cause: Cause = "model"  # of a failure in the stage that runs
+    try:
+        sources = {model.source for model in request.fleet.catalog}
+        facts = {source: processes.prepared(source, options.models) for source in sources}
+        cause = "machine"
+        rates = processes.rates(options.device, options.threads)
+        runtime_bytes = processes.runtime_bytes()
+        cause = "budget"
+        fleet = _in_ranks(request.fleet, request.rank_limit)
+        fits = choose(fleet, facts, request.budget_bytes, runtime_bytes, rates, fill=request.fill).fits
+        return Planned(request, fits, facts[fits.source])
+    except EdgeError as error:
+        return Unplanned(error, cause)
+    except Exception as error:  # the agent waits for an answer, whatever went wrong
+        log.exception("planning failed")
+        return Unplanned(EdgeError(f"planning failed: {error}"), "internal")
+
+
+def _in_ranks(fleet: Fleet, limit: int | None) -> Fleet:
+    """The fleet with no rank above the limit."""
+    if limit is None:
+        return fleet
+    ranks = {min(rank, limit) for rank in (fleet.adapter.rank, *fleet.adapter.lower)}
+    highest, *lower = sorted(ranks, reverse=True)
+    adapter = msgspec.structs.replace(fleet.adapter, rank=highest, lower=tuple(lower))
+    return msgspec.structs.replace(fleet, adapter=adapter)

@@ -1,14 +1,14 @@
-"""What an agent must not forget: a few named values in the SQLite file it shares with its outbox.
+"""What an agent must not forget: named values in the SQLite file that it shares with its outbox.
 
     fleet, id    whose state this is
-    node_key     public key of the node that this device has trained for: no other one is followed from then on
+    node_key     public key of the node that this device has trained for: no other node is followed from then on
     epoch        of the last connection
     round        the last round this device trained
     rank         to which the method has pruned this device
     report       a report that has not been published yet
     private      the round whose state.bin holds the factors that stay here
     residual     the round whose residual.bin the next delta starts from
-    unsent       the round whose payload.bin the node refused: it counts into the next delta
+    unsent       the round whose payload.bin the node refused: it is added to the next delta
 
 Files are named by their round, so the folder may move.
 """
@@ -16,9 +16,12 @@ Files are named by their round, so the folder may move.
 import sqlite3
 from pathlib import Path
 
+from edge_runtime.agent.options import DeviceOptions
+from edge_runtime.errors import InputError
 
-class Store:
-    """Named values; set and get take part in whatever transaction is open on the connection."""
+
+class DeviceStore:
+    """Named values; get and set take part in the transaction that is open on the connection."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,3 +43,18 @@ class Store:
             self.connection.execute("DELETE FROM state WHERE name = ?", (name,))
         else:
             self.connection.execute("INSERT OR REPLACE INTO state VALUES (?, ?)", (name, value))
+
+    def claim(self, options: DeviceOptions) -> None:
+        """Refuse the state of another device: what it owes is signed for one device of one fleet.
+
+        Raises:
+            InputError: the state is another device's, or another fleet's.
+        """
+        for name, value in (("fleet", options.fleet), ("id", options.id)):
+            before = self.get(name)
+            if before not in (None, value):
+                raise InputError(
+                    f"{options.state} is that of {name} `{before}`, not `{value}`: give another --state, or "
+                    f"--{name} {before}"
+                )
+            self.set(name, value)

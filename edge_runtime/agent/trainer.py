@@ -5,25 +5,44 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
+from edge_runtime.agent.local_round import write_job
 from edge_runtime.errors import DiskError, InputError, MemoryShortError, TrainerError
 from edge_runtime.planning.processes import environment
+from edge_runtime.protocol.report import Cause
 from edge_runtime.trainer.job import Job, Progress
 
-# Exit codes of a trainer whose last line is a sentence of ours. The last line of a crash may quote a row.
-SENTENCES = {kind.exit_code for kind in (InputError, TrainerError, MemoryShortError, DiskError)}
+KILLED = -9  # exit code of a process that the system killed, most likely for memory
 TIMED_OUT = 124  # exit code, as `timeout` has it
+CAUSES: dict[int, Cause] = {  # of exit codes; any other is "trainer"
+    KILLED: "memory",
+    MemoryShortError.exit_code: "memory",
+    DiskError.exit_code: "disk",
+    TIMED_OUT: "time",
+}
+# Exit codes of a trainer whose last line is a sentence of ours. The last line of a crash may quote a row.
+SENTENCES = {error.exit_code for error in (InputError, TrainerError, MemoryShortError, DiskError)}
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """pid: of the process. exit_code: negative for a signal. reason: a sentence for this device's screen."""
+    """A trainer process has ended."""
 
     folder: Path
     pid: int
-    exit_code: int
-    reason: str
+    exit_code: int  # negative: killed by this signal
+    reason: str  # a sentence for this device's screen
+
+
+class Running(Protocol):
+    """A trainer at work."""
+
+    pid: int
+
+    def stop(self) -> None:
+        """End it, and wait for its end."""
 
 
 class Trainer:
@@ -31,9 +50,7 @@ class Trainer:
 
     def __init__(self, job: Job, folder: Path, post: Callable[[Progress | Ended], None]) -> None:
         """Write the job into the folder and start it; post is called from another thread."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "result.json").unlink(missing_ok=True)
-        (folder / "job.json").write_bytes(msgspec.json.encode(job))
+        write_job(folder, job)
         self.folder, self._post = folder, post
         self._timeout_s, self._late = job.fleet.training.timeout_s, False
         with (folder / "stderr.log").open("wb") as errors:

@@ -12,7 +12,7 @@ from edge_runtime.errors import InputError
 if TYPE_CHECKING:
     from edge_broker.address import Address
 
-    from edge_runtime.agent.options import Event
+    from edge_runtime.agent.options import DeviceEvent
 
 
 @click.command("agent")
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 @options.board
 @click.option("--wait", default=120.0, show_default=True, help="Seconds to wait for the fleet's first round.")
 @click.option("--until-finished", is_flag=True, help="End when the fleet has finished.")
-@click.option("--noop", hidden=True)
 @options.as_json
 def command(
     broker: "Address",
@@ -65,23 +64,22 @@ def command(
     board: str | None,
     wait: float,
     until_finished: bool,
-    noop: str | None,
     json: bool,
 ) -> None:
     """Take part in a fleet from this device.
 
     The device brings its data; everything else comes from the fleet's node.
     """
-    from edge_profiles import parse_size, probe
+    from edge_profiles import probe
 
     from edge_runtime.agent.agent import Agent
-    from edge_runtime.agent.options import Options
+    from edge_runtime.agent.options import DeviceOptions
     from edge_runtime.state import alone
 
     if not 0 < wait < float("inf"):
         raise InputError(f"--wait is {wait:g}, but has to be seconds, more than 0")
     profile = probe()
-    values = Options(
+    values = DeviceOptions(
         broker=broker,
         fleet=fleet,
         id=id,
@@ -95,13 +93,12 @@ def command(
         device=options.trainer_device(device, profile),
         wait_s=wait,
         until_finished=until_finished,
-        noop_bytes=parse_size(noop) if noop else 0,
     )
     with alone(state):
         Agent(values, say_json if json else lambda event: say(line(event))).run()
 
 
-def line(event: "Event") -> str:
+def line(event: "DeviceEvent") -> str:
     """An event of an agent for a person."""
     step = f" {event.step}/{event.steps}" if event.steps else ""
     loss = f", loss {event.loss:.3f}" if event.loss is not None else ""

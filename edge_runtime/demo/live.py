@@ -6,7 +6,7 @@ from rich.live import Live as RichLive
 from rich.table import Table
 from rich.text import Text
 
-from edge_runtime.agent.options import Event
+from edge_runtime.agent.options import DeviceEvent
 from edge_runtime.aggregator import node
 
 LASTING = ("merged", "extended", "failed", "refused")  # phases of the node that stay above the table
@@ -20,7 +20,7 @@ class Live:
         self._rounds = rounds
         self._round = "starting"
         self._devices = {
-            name: Event(name, 0, "starting", budget_bytes=size) for name, size in budgets.items()
+            name: DeviceEvent(name, 0, "starting", budget_bytes=size) for name, size in budgets.items()
         }
         self._live = RichLive(self._table(), console=self._console, auto_refresh=False, transient=True)
 
@@ -32,7 +32,7 @@ class Live:
     def __exit__(self, *exc: object) -> None:
         self._live.stop()
 
-    def show(self, event: Event | node.Event) -> None:
+    def show(self, event: DeviceEvent | node.Event) -> None:
         """Show one event of a device or of the node."""
         if isinstance(event, node.Event):
             self._show_node(event)
@@ -47,7 +47,7 @@ class Live:
         if event.phase in LASTING or not self._console.is_terminal:
             self._console.print(f"node     {self._round}", highlight=False, markup=False)
 
-    def _show_device(self, event: Event) -> None:
+    def _show_device(self, event: DeviceEvent) -> None:
         before = self._devices[event.device]
         latest = msgspec.structs.replace(
             event,
@@ -67,14 +67,14 @@ class Live:
         return table
 
 
-def _cells(event: Event) -> tuple[str, ...]:
+def _cells(event: DeviceEvent) -> tuple[str, ...]:
     step = f"{event.step}/{event.steps}" if event.steps else ""
     loss = f"{event.loss:.3f}" if event.loss is not None else ""
     memory = f"{event.memory_bytes >> 20} / {event.budget_bytes >> 20} MiB"
     return (event.device, str(event.round), event.phase, step, loss, memory)
 
 
-def _line(event: Event) -> str:
+def _line(event: DeviceEvent) -> str:
     device, round_, phase, step, loss, memory = _cells(event)
     words = [f"{device:8} round {round_}: {phase}", step, f"loss {loss}" if loss else "", memory, event.text]
     return "  ".join(word for word in words if word)

@@ -19,7 +19,7 @@ from edge_broker import address, credentials
 from edge_broker.address import Address
 from edge_broker.local import start_broker
 
-from edge_runtime.agent.options import Event
+from edge_runtime.agent.options import DeviceEvent
 from edge_runtime.aggregator import node
 from edge_runtime.demo import commands, model, outcome
 from edge_runtime.demo.budgets import budgets_bytes
@@ -168,7 +168,7 @@ def _follow(children: Children, lines: Lines, live: Live, folder: Path) -> None:
             if name == "node":
                 live.show(msgspec.json.decode(line, type=node.Event))
             else:
-                live.show(msgspec.json.decode(line, type=Event))
+                live.show(msgspec.json.decode(line, type=DeviceEvent))
             continue
         running.discard(name)
         if children[name].returncode != 0:

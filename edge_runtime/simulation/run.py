@@ -22,7 +22,14 @@ from transformers import PreTrainedModel
 from edge_runtime import methods, settings
 from edge_runtime.adapters import attach
 from edge_runtime.adapters.shapes import adapter_shapes
-from edge_runtime.agent import work
+from edge_runtime.agent.local_round import (
+    DeviceRows,
+    LocalRounds,
+    Task,
+    payload_of,
+    read_result,
+    write_job,
+)
 from edge_runtime.aggregator import merge
 from edge_runtime.aggregator.store import Version
 from edge_runtime.methods.interface import Method
@@ -39,7 +46,7 @@ from edge_runtime.simulation.results import Answers, Member, Outcome, short
 from edge_runtime.simulation.spec import ANCHORS, Arm, Device, Spec
 from edge_runtime.simulation.versions import Versions
 from edge_runtime.trainer import data
-from edge_runtime.trainer.job import Carried, Job, Machine
+from edge_runtime.trainer.job import Job, Machine
 from edge_runtime.trainer.run import Bases, run
 
 ROWS_AT_ONCE = 8  # a micro-batch; its rows are alike in length, so little is padded
@@ -94,7 +101,6 @@ class _Participant:
     ]  # of the rows that the device holds in the study's file; held-out rows of others are unseen
     stands_for: int  # devices of the study's file; more than itself in a pooled arm
     rank: int  # of its adapter; a method may lower it
-    left: dict[str, str] = field(default_factory=dict)  # files of earlier rounds, by the job's field
     answers: list[dict[str, Answers]] = field(default_factory=list)
     bytes_up: list[int] = field(default_factory=list)
     bytes_down: list[int] = field(default_factory=list)
@@ -176,6 +182,7 @@ class _Devices:
         private = [factor for factor in method.factors.values() if factor.shared == "private"]
         # Devices of one model and rank begin a round with equal adapters, so one evaluation serves them all.
         self.all_shared = not any(factor.trained for factor in private)
+        self.rounds = {member.device.id: _rounds(folder / member.device.id) for member in participants}
 
     def work(self, round_: int, versions: Versions) -> list[Update]:
         """Let each device evaluate and train; after the last round it evaluates alone."""
@@ -183,29 +190,32 @@ class _Devices:
         evaluated: dict[Any, dict[str, Answers]] = {}
         for participant in self.participants:
             device = participant.device
-            folder = self.folder / device.id / f"round-{round_}"
-            folder.mkdir()
-            job = self.job(participant, round_, versions.latest(participant.facts.model_class))
+            rounds = self.rounds[device.id]
+            task = self.task(participant, round_, versions.latest(participant.facts.model_class))
+            job, folder = rounds.job(task), rounds.folder(task)
             # Before the first version, heads have the labels of each device's own rows and differ.
             shared = self.all_shared and job.start is not None
             model = job.plan.model_class, job.plan.depth, job.plan.rank
             alike = (*model, device.data, device.domains) if shared else device.id
             if alike in evaluated:
                 job = msgspec.structs.replace(job, evaluation={})
-            (folder / "job.json").write_bytes(msgspec.json.encode(job))
+            write_job(folder, job)
             run(folder, self.bases, lambda _: None)
-            result = msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
+            result = read_result(folder)
+            assert result is not None  # `run` raises where there is none
             participant.answers.append(evaluated.setdefault(alike, _answers(result)))
             if not job.train:
                 continue
             participant.bytes_up.append(result.payload_bytes)
             participant.bytes_down.append(Path(job.start).stat().st_size if job.start else 0)
-            self.keep(participant, folder, result)
-            if result.payload_bytes:
-                updates.append(self.update(folder / "payload.bin", device.id, job, result.samples))
+            rounds.keep(task, result)
+            rounds.settle(task.number, "taken")  # the node takes every update
+            participant.rank = rounds.rank_limit(task.number + 1) or participant.rank
+            if payload := payload_of(folder, result):
+                updates.append(self.update(payload, device.id, job, result.samples))
         return updates
 
-    def job(self, participant: _Participant, round_: int, latest: Version | None) -> Job:
+    def task(self, participant: _Participant, round_: int, latest: Version | None) -> Task:
         """A device's work in a round."""
         facts, fleet, rank = participant.facts, self.fleet, participant.rank
         plan = Plan(
@@ -221,33 +231,20 @@ class _Devices:
             terms={},
             step_seconds=0.0,
         )
-        place = self.folder / participant.device.id
-        held_out = {name: place / f"{name}.jsonl" for name in ("seen", "unseen")}
-        steps = fleet.training.steps * participant.stands_for
-        return Job(
+        training = msgspec.structs.replace(
+            fleet.training,
+            steps=fleet.training.steps * participant.stands_for,
+            slices="own" if self.arm.pooled else fleet.training.slices,
+        )
+        return Task(
+            number=min(round_, fleet.rounds),
             train=round_ <= fleet.rounds,
-            round=min(round_, fleet.rounds),
-            fleet=msgspec.structs.replace(
-                fleet, training=msgspec.structs.replace(fleet.training, steps=steps)
-            ),
+            fleet=msgspec.structs.replace(fleet, training=training),
             facts=facts,
             plan=plan,
-            data=str(place / "train.jsonl"),
-            evaluation={name: str(path) for name, path in held_out.items() if path.exists()},
-            depths=(participant.depth,) if self.arm.pooled else work.depths(fleet, plan),
-            start=str(latest.artifact) if latest else None,
-            anchors=str(self.folder / ANCHORS) if fleet.codistill is not None else None,
-            carried=Carried(**participant.left),
-            machine=Machine(threads=1),
+            start=latest.artifact if latest else None,
+            anchors=self.folder / ANCHORS if fleet.codistill is not None else None,
         )
-
-    def keep(self, participant: _Participant, folder: Path, result: Result) -> None:
-        """Remember what the device continues from in the next round; the node accepts every update."""
-        for name, file in (("private", "state.bin"), ("residual", "residual.bin")):
-            if (folder / file).exists():
-                participant.left[name] = str(folder / file)
-        if result.rank is not None:
-            participant.rank = min(participant.rank, result.rank)
 
     def update(self, payload: Path, device: str, job: Job, samples: int) -> Update:
         """A checked update, as the node's journal has it."""
@@ -265,6 +262,23 @@ class _Devices:
             chunk_bytes=payload.stat().st_size,
         )
         return Update(manifest, payload)
+
+
+class _Notes(dict[str, str]):
+    """What a device remembers of its rounds, for as long as the run lasts."""
+
+    def set(self, name: str, value: str | None) -> None:
+        """Keep a value; None forgets it."""
+        if value is None:
+            self.pop(name, None)
+        else:
+            self[name] = value
+
+
+def _rounds(folder: Path) -> LocalRounds:
+    held_out = {name: folder / f"{name}.jsonl" for name in ("seen", "unseen")}
+    evaluation = {name: path for name, path in held_out.items() if path.exists()}
+    return LocalRounds(folder, _Notes(), DeviceRows(folder / "train.jsonl", evaluation), Machine(threads=1))
 
 
 def _answers(result: Result) -> dict[str, Answers]:

@@ -65,7 +65,7 @@ def test_the_next_round_starts_from_the_published_version_and_carries_what_round
     assert carried["residual"].endswith("round-1/residual.bin") and carried["unsent"] is None
     first, last = reports(fleet, "trained")[("a", 1)], reports(fleet, "finished")[("a", 2)]
     assert first.result is not None and last.result is not None
-    assert last.result.evaluation["held_out_1"].loss < first.result.evaluation["own"].loss
+    assert last.result.evaluation["held_out_1"].loss < first.result.evaluation["held_out_1"].loss
 
 
 def test_local_sends_nothing_and_goes_on_from_its_own_state(fleet: Fleet, tiny_model: Path) -> None:
@@ -77,7 +77,7 @@ def test_local_sends_nothing_and_goes_on_from_its_own_state(fleet: Fleet, tiny_m
     assert all(report.bytes_up < 8192 for report in found.values())  # reports alone
     before, after = (found[("a", round_)].result for round_ in (1, 2))
     assert before is not None and after is not None
-    assert after.evaluation["held_out_1"].loss < before.evaluation["own"].loss
+    assert after.evaluation["held_out_1"].loss < before.evaluation["held_out_1"].loss
 
 
 def test_a_device_trains_and_exports_the_rank_and_length_of_its_plan(
@@ -151,7 +151,7 @@ def test_what_a_method_shares_travels_and_what_it_keeps_goes_on_from_round_to_ro
         reports(fleet, state)["a", round_] for state, round_ in (("trained", 1), ("finished", 2))
     )
     assert before.result is not None and after.result is not None
-    assert after.result.evaluation["held_out_1"].loss < before.result.evaluation["own"].loss
+    assert after.result.evaluation["held_out_1"].loss < before.result.evaluation["held_out_1"].loss
 
 
 def test_a_device_that_prunes_goes_on_in_fewer_ranks(fleet: Fleet, tiny_model: Path) -> None:

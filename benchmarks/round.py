@@ -40,25 +40,17 @@ def measure(kind: str, size: str, devices: int, rounds: int) -> list[float]:
         (folder / "fleet.toml").write_text(FLEET.format(rounds=rounds, devices=devices))
         with start_broker(port=0, state_dir=folder / "broker", kind=kind) as broker:
             node = _start(
+                "edge_runtime.cli",
                 *("aggregator", "--fleet", str(folder / "fleet.toml"), "--state", str(folder / "node")),
                 *("--broker", broker.url, "--until-finished", "--noop", "--json"),
             )
             agents = [
                 _start(
-                    *(
-                        "agent",
-                        "--broker",
-                        broker.url,
-                        "--fleet",
-                        "bench",
-                        "--id",
-                        f"device-{i}",
-                        "--noop",
-                        size,
-                    ),
-                    *("--data", "none", "--state", str(folder / f"device-{i}"), "--until-finished", "--json"),
+                    "benchmarks.noise",
+                    *("--broker", broker.url, "--fleet", "bench", "--id", f"device-{number}"),
+                    *("--state", str(folder / f"device-{number}"), "--size", size, "--until-finished"),
                 )
-                for i in range(devices)
+                for number in range(devices)
             ]
             try:
                 return _intervals(node)
@@ -68,8 +60,8 @@ def measure(kind: str, size: str, devices: int, rounds: int) -> list[float]:
                     process.wait(10)
 
 
-def _start(*arguments: str) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen([sys.executable, "-m", "edge_runtime.cli", *arguments], stdout=subprocess.PIPE)
+def _start(module: str, *arguments: str) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE)
 
 
 def _intervals(node: "subprocess.Popen[bytes]") -> list[float]:

@@ -55,12 +55,12 @@ def eventually(holds: Callable[[], bool], timeout_s: float = 20.0) -> bool:
 class Command:
     """`edge-runtime ...` as a process whose events are read as they come."""
 
-    def __init__(self, *arguments: str, cache: Path | None = None) -> None:
+    def __init__(self, *arguments: str, cache: Path | None = None, module: str = "edge_runtime.cli") -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         if cache:
             environment["EDGE_RUNTIME_CACHE"] = str(cache)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "edge_runtime.cli", *arguments],
+            [sys.executable, "-m", module, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment,
@@ -173,6 +173,11 @@ class Fleet:
         what = ("--fleet", self.name, "--id", id, "--data", str(self.rows), "--state", str(self.folder / id))
         return self._start("agent", *what, "--broker", self.broker.url, "--threads", "1", "--json", *more)
 
-    def _start(self, *arguments: str) -> Command:
-        self.running.append(Command(*arguments, cache=self.cache))
+    def noise(self, id: str, size: str, *more: str) -> Command:
+        """A device whose agent sends this much noise each round instead of a delta; for a node with --noop."""
+        what = ("--fleet", self.name, "--id", id, "--size", size, "--state", str(self.folder / id))
+        return self._start("--broker", self.broker.url, *what, *more, module="benchmarks.noise")
+
+    def _start(self, *arguments: str, module: str = "edge_runtime.cli") -> Command:
+        self.running.append(Command(*arguments, cache=self.cache, module=module))
         return self.running[-1]

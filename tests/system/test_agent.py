@@ -55,7 +55,7 @@ def owing(fleet: Fleet, device: str) -> Command:
     node.phase("collecting")
     await_round(fleet)
     node.kill()
-    agent = fleet.agent(device, "--noop", "10kB", "--until-finished")
+    agent = fleet.noise(device, "10kB", "--until-finished")
     agent.phase("connected")
     assert eventually(lambda: owes(fleet, device))
     return agent
@@ -70,7 +70,7 @@ def test_an_update_that_is_refused_after_the_last_round_does_not_keep_the_agent_
         other.report()
         assert isinstance(other.offer(b"noise", codec=NOOP, model_class=NOOP), Committed)
         node.phase("finishing")  # and the other one, which is still here, has not ended
-        agent = fleet.agent("late", "--noop", "10kB", "--until-finished")
+        agent = fleet.noise("late", "10kB", "--until-finished")
         assert agent.end(40) == 0
     assert node.end(40) == 0
     assert set(reports(fleet, "finished")) == {("late", 1)}
@@ -86,7 +86,7 @@ def test_an_agent_does_not_wait_for_ever_for_the_word_of_a_node_that_has_gone(fl
         assert isinstance(other.offer(b"noise", codec=NOOP, model_class=NOOP), Committed)
         other.report(state="finished")
     assert node.end(40) == 0
-    agent = fleet.agent("late", "--noop", "10kB", "--until-finished", "--wait", "2")
+    agent = fleet.noise("late", "10kB", "--until-finished", "--wait", "2")
     assert agent.end(40) == LinkError.exit_code
     assert "has not answered the last update within 2 s; the update is kept" in agent.error()
 
@@ -126,11 +126,11 @@ def test_a_round_that_opens_while_the_agent_plans_is_trained_once(fleet: Fleet, 
 def test_fresh_states_make_a_new_fleet_of_an_old_name(fleet: Fleet) -> None:
     """The broker keeps the old node's last word and the old device's report; neither ties the new ones."""
     fleet.write()
-    ended = [fleet.node("--noop", "--until-finished"), fleet.agent("a", "--noop", "10kB", "--until-finished")]
+    ended = [fleet.node("--noop", "--until-finished"), fleet.noise("a", "10kB", "--until-finished")]
     assert [command.end() for command in ended] == [0, 0]
     for name in ("node", "a"):
         shutil.rmtree(fleet.folder / name)
-    agent = fleet.agent("a", "--noop", "10kB", "--until-finished")
+    agent = fleet.noise("a", "10kB", "--until-finished")
     agent.phase("fetching")  # what the old node published, which nobody serves any more
     node = fleet.node("--noop", "--until-finished")
     assert (node.end(), agent.end()) == (0, 0)
@@ -140,11 +140,11 @@ def test_fresh_states_make_a_new_fleet_of_an_old_name(fleet: Fleet) -> None:
 
 def test_a_device_that_trained_for_a_node_follows_no_other_one(fleet: Fleet) -> None:
     fleet.write()
-    ended = [fleet.node("--noop", "--until-finished"), fleet.agent("a", "--noop", "10kB", "--until-finished")]
+    ended = [fleet.node("--noop", "--until-finished"), fleet.noise("a", "10kB", "--until-finished")]
     assert [command.end() for command in ended] == [0, 0]
     shutil.rmtree(fleet.folder / "node")
     fleet.node("--noop").phase("collecting")
-    agent = fleet.agent("a", "--noop", "10kB", "--wait", "2")
+    agent = fleet.noise("a", "10kB", "--wait", "2")
     assert agent.end() == 3
     assert "to trust that node, start with a new --state" in agent.error()
 

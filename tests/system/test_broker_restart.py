@@ -50,7 +50,7 @@ def test_a_device_that_comes_after_a_restart_is_told_the_round(
     node.phase("collecting")
     restartable.stop()
     restartable.start()
-    agent = fleet.agent("a", "--noop", "10kB", "--until-finished", "--wait", "20")
+    agent = fleet.noise("a", "10kB", "--until-finished", "--wait", "20")
     assert (agent.end(40), node.end(40)) == (0, 0)
 
 
@@ -62,7 +62,7 @@ def test_an_outage_does_not_count_against_the_deadline(fleet: Fleet, restartable
     assert still_runs(node, 10), node.error()
     restartable.start()
     longer_than_its_back_off = "60"  # the node may look for its broker 30 s after it last did
-    agent = fleet.agent("a", "--noop", "10kB", "--until-finished", "--wait", longer_than_its_back_off)
+    agent = fleet.noise("a", "10kB", "--until-finished", "--wait", longer_than_its_back_off)
     assert (agent.end(), node.end()) == (0, 0)
 
 

@@ -20,7 +20,7 @@ def test_bytes_up_and_down_are_those_a_listener_counts(fleet: Fleet) -> None:
         listener.subscribe(f"edge/1/{fleet.name}/#")
         node = fleet.node("--noop", "--until-finished")
         node.phase("collecting")
-        agent = fleet.agent("a", "--noop", "200kB", "--until-finished")
+        agent = fleet.noise("a", "200kB", "--until-finished")
         node.until(lambda event: event["phase"] in ("finishing", "finished"))
         while (item := listener.receive(1.0)) is not None:
             if isinstance(item, Message):

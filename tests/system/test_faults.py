@@ -33,12 +33,12 @@ def test_a_killed_aggregator_goes_on_in_the_same_round(fleet: Fleet, moment: str
     fleet.write(quorum=2, rounds=2)
     node = fleet.node("--noop", "--until-finished")
     node.phase("collecting")
-    first = fleet.agent("first", "--noop", "200kB", "--until-finished")
+    first = fleet.noise("first", "200kB", "--until-finished")
     node.phase("received") if moment == "received" else first.phase("connected")
     node.kill()
     again = fleet.node("--noop", "--until-finished")
     again.phase("collecting")
-    second = fleet.agent("second", "--noop", "200kB", "--until-finished")
+    second = fleet.noise("second", "200kB", "--until-finished")
     assert (again.end(), first.end(), second.end()) == (0, 0, 0)
     assert committed(fleet) == [("first", 1), ("first", 2), ("second", 1), ("second", 2)]
 
@@ -118,13 +118,13 @@ def test_an_agent_that_missed_the_nodes_word_on_its_last_update_asks_for_it_befo
     node.phase("collecting")
     with crafted(fleet, "mute"):  # keeps the round open
         node.until(lambda event: event.get("text") == "mute is online")
-        agent = fleet.agent("a", "--noop", "10kB")
+        agent = fleet.noise("a", "10kB")
         agent.until(lambda event: event.get("text") == "the node took round 1")
         agent.kill()
         with contextlib.closing(sqlite3.connect(fleet.folder / "a" / "agent.db")) as database, database:
             database.execute("UPDATE outbox_update SET state = 'pending'")
         node.kill()
-        agent = fleet.agent("a", "--noop", "10kB", "--until-finished")
+        agent = fleet.noise("a", "10kB", "--until-finished")
         agent.phase("waiting")
         time.sleep(2.5)  # it has asked twice and will not ask again before the round is over
     again = fleet.node("--noop", "--until-finished")

@@ -84,7 +84,7 @@ def test_a_report_of_a_round_that_is_not_there_does_not_end_the_node(fleet: Flee
     node.phase("collecting")
     with crafted(fleet, "hostile") as hostile:
         hostile.report(round=round_, state="trained")
-    honest = fleet.agent("honest", "--noop", "10kB", "--until-finished")
+    honest = fleet.noise("honest", "10kB", "--until-finished")
     assert (honest.end(30), node.end(30)) == (0, 0)
 
 
@@ -104,7 +104,7 @@ def test_messages_that_are_no_messages_do_not_end_the_node(fleet: Fleet) -> None
         ):
             for body in (b"", b"\xff\xfe", b"{}", b"[" * 100_000, nested, unsigned):
                 hostile.session.publish(topic, body)
-    honest = fleet.agent("honest", "--noop", "10kB", "--until-finished")
+    honest = fleet.noise("honest", "10kB", "--until-finished")
     assert (honest.end(30), node.end(30)) == (0, 0)
     assert committed(fleet) == [("honest", 1)]
 
@@ -115,6 +115,6 @@ def test_a_device_whose_name_is_taken_hears_why_it_does_not_count(fleet: Fleet) 
     node.phase("collecting")
     with crafted(fleet, "name") as impostor:
         impostor.report()
-    agent = fleet.agent("name", "--noop", "10kB")
+    agent = fleet.noise("name", "10kB")
     agent.until(lambda event: event["phase"] == "waiting" and "signed by key" in event["text"], 30)
     assert committed(fleet) == []

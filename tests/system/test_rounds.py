@@ -114,7 +114,7 @@ def test_bytes_are_those_that_went_through_the_session(fleet: Fleet) -> None:
     fleet.write(rounds=2)
     node, agent = (
         fleet.node("--noop", "--until-finished"),
-        fleet.agent("a", "--noop", "300kB", "--until-finished"),
+        fleet.noise("a", "300kB", "--until-finished"),
     )
     assert (node.end(), agent.end()) == (0, 0)
     found = reports(fleet, "trained")

@@ -20,7 +20,7 @@ def test_a_device_that_failed_is_not_waited_for(fleet: Fleet) -> None:
     with crafted(fleet, "failing") as failing:
         failing.report(state="failed", cause="disk")
         assert "failing: disk: " in node.phase("failed")["text"]
-        fleet.agent("honest", "--noop", "10kB")
+        fleet.noise("honest", "10kB")
         merged = node.phase("merged", 20)
     assert merged["in_"] == ["honest"] and merged["missing"] == ["failing"]
 
@@ -33,7 +33,7 @@ def test_a_device_that_failed_and_joins_again_is_waited_for(fleet: Fleet) -> Non
         returning.report(state="failed", cause="disk")
         node.phase("failed")
         returning.report(state="joined")
-        fleet.agent("honest", "--noop", "10kB")
+        fleet.noise("honest", "10kB")
         node.phase("received")
         with pytest.raises(AssertionError, match="not seen"):
             node.phase("merged", 2)
@@ -48,7 +48,7 @@ def test_a_device_that_stays_mute_is_waited_for_until_the_deadline(fleet: Fleet)
     announced = time.monotonic()
     with crafted(fleet, "mute"):
         node.until(lambda event: event.get("text") == "mute is online")
-        fleet.agent("honest", "--noop", "10kB")
+        fleet.noise("honest", "10kB")
         merged = node.phase("merged", 20)
     assert time.monotonic() - announced > 2.5
     assert merged["in_"] == ["honest"] and merged["missing"] == ["mute"]
@@ -57,7 +57,7 @@ def test_a_device_that_stays_mute_is_waited_for_until_the_deadline(fleet: Fleet)
 def test_a_fleet_below_its_quorum_ends_by_naming_who_is_missing(fleet: Fleet) -> None:
     fleet.write(quorum=2, deadline_s=1.5, extensions=1)
     node = fleet.node("--noop")
-    fleet.agent("here", "--noop", "10kB")
+    fleet.noise("here", "10kB")
     with crafted(fleet, "mute"):
         extended = node.phase("extended", 20)
         assert node.end(20) == 1
@@ -72,7 +72,7 @@ def test_a_node_killed_between_its_last_commit_and_the_merge_merges_once(fleet: 
     node.phase("collecting")
     with crafted(fleet, "mute"):  # keeps the round open after the only update
         node.until(lambda event: event.get("text") == "mute is online")
-        agent = fleet.agent("honest", "--noop", "100kB", "--until-finished")
+        agent = fleet.noise("honest", "100kB", "--until-finished")
         node.phase("received")
         node.kill()
     again = fleet.node("--noop", "--until-finished")

@@ -1,31 +1,44 @@
-"""What an agent makes of a state folder that it is given, and of a round that it hears of again."""
+"""What an agent makes of a state folder that it is given, and of rounds that it cannot use or hears of again."""
 
 from queue import Queue
 
 import msgspec
 import pytest
-from edge_broker import address, signing
-from edge_broker.transfer import Rejected
+from edge_broker import address, messages, signing, topics
+from edge_broker.local import start_broker
+from edge_broker.session import Session
 
+from benchmarks import noise
 from edge_runtime import settings
 from edge_runtime.agent.agent import Agent
-from edge_runtime.agent.options import Options
+from edge_runtime.agent.options import DeviceOptions
+from edge_runtime.agent.store import DeviceStore
 from edge_runtime.agent.trainer import Trainer
-from edge_runtime.errors import InputError
+from edge_runtime.errors import InputError, LinkError
 from edge_runtime.protocol.round import ROUND_DOMAIN, Round
 from edge_runtime.state import alone
+
+TIMEOUT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory):
+    with start_broker(state_dir=tmp_path_factory.mktemp("broker")) as running:
+        yield running.url
 
 
 @pytest.fixture
 def agent(tmp_path):
     started = []
 
-    def start(**changes):
-        options = Options(
+    def start(tell=lambda event: None, **changes):
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text('{"text": "a"}\n')
+        options = DeviceOptions(
             broker=address.parse("mqtt://127.0.0.1:1"),
             fleet="f",
             id="a",
-            data=tmp_path / "none",
+            data=rows,
             state=tmp_path / "state",
             budget_bytes=1 << 30,
             evaluation={},
@@ -35,43 +48,65 @@ def agent(tmp_path):
             gpu_cap_bytes=None,
             wait_s=1.0,
             until_finished=False,
-            noop_bytes=16,
         )
-        started.append(Agent(options._replace(**changes), lambda _: None))
+        started.append(Agent(options._replace(**changes), tell, noise.workers("a", 16)))
         return started[-1]
 
     yield start
-    for one in started:
-        one._store.connection.close()
+    for running in started:
+        running.close()
 
 
 @pytest.mark.parametrize(
     ("other", "named"), [({"id": "b"}, "id `a`, not `b`"), ({"fleet": "g"}, "fleet `f`, not `g`")]
 )
 def test_the_state_of_another_device_is_refused(agent, other, named):
-    agent()
+    agent().close()
     with pytest.raises(InputError, match=f"is that of {named}: give another --state, or --"):
         agent(**other)
     agent()
 
 
+def announcement(folder, fleet, **fields):
+    """A round as its node signs it."""
+    announced = Round(
+        **{
+            "node": "n",
+            "fleet": settings.Fleet(fleet, (settings.Model("m"),)),
+            "round": 2,
+            "state": "open",
+            "versions": {},
+            **fields,
+        }
+    )
+    key = signing.load_or_create_key(folder / "node.key")
+    return signing.sign(key, ROUND_DOMAIN, msgspec.json.encode(announced)).encode()
+
+
+def announce(broker, fleet, payload):
+    with Session(broker, f"node-{fleet}", clean_start=True, session_expiry_s=0) as session:
+        session.connect(10)
+        session.publish(topics.round(fleet), payload, retain=True)
+
+
 def test_a_round_whose_version_could_not_be_had_is_tried_again_when_it_is_announced_again(
-    agent, tmp_path, monkeypatch
+    agent, broker, tmp_path
 ):
     """As a node does that was away for longer than its devices ask."""
-    one, begun, said = agent(), [], []
-    monkeypatch.setattr(one, "_plan", lambda: begun.append(1))
-    monkeypatch.setattr(one._reports, "publish", lambda report: said.append(report.state))
-    fleet = settings.Fleet("f", (settings.Model("m"),))
-    body = msgspec.json.encode(Round(node="n", fleet=fleet, round=2, state="open", versions={}))
-    payload = signing.sign(signing.load_or_create_key(tmp_path / "node.key"), ROUND_DOMAIN, body).encode()
-    one._on_round(payload)
-    one._on_round(payload)
-    assert len(begun) == 1
-    one._unfetched("no chunk came")
-    assert said == ["failed"]
-    one._on_round(payload)
-    assert len(begun) == 2
+    too_large = messages.Artifact(digest="0" * 64, size=1 << 40, chunk_bytes=1 << 30, chunks=1 << 10)
+    unavailable = announcement(tmp_path, "again", versions={noise.NOOP: too_large})
+    payloads = [unavailable, unavailable, announcement(tmp_path, "again", state="finished")]
+    events = []
+
+    def tell(event):
+        events.append(event)
+        if event.phase in ("connected", "failed"):
+            announce(broker, "again", payloads.pop(0))
+
+    agent(tell, broker=address.parse(broker), fleet="again", wait_s=TIMEOUT_S, until_finished=True).run()
+    failed = [event for event in events if event.phase == "failed"]
+    assert len(failed) == 2 and all("this device takes" in event.text for event in failed)
+    assert events[-1].phase == "finished"
 
 
 def test_two_processes_do_not_work_in_one_folder(tmp_path):
@@ -82,38 +117,18 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("finished", [False, True])
-def test_that_an_update_was_refused_is_kept_until_it_is_said(agent, finished, monkeypatch):
-    """A kill may come right after the refusal was settled; after the last round the node waits for no such report."""
-    one, said = agent(), []
-    fleet = settings.Fleet("f", (settings.Model("m"),), rounds=1)
-    one._round = Round(node="n", fleet=fleet, round=1, state="open", versions={})
-    one._send_noise()
-    (manifest,) = one._outbox.pending()
-    one._round = msgspec.structs.replace(one._round, state="finished" if finished else "open")
-    refusal = Rejected(manifest, "late", "round 1 is closed", True)
-    with one._outbox.transaction():
-        one._settled(refusal, None)
-        one._outbox.reject(manifest.transfer, refusal.code, refusal.reason)
-    one._store.connection.close()
-    again = agent()
-    monkeypatch.setattr(
-        again._reports, "publish", lambda report: said.append((report.state, report.cause)) or True
-    )
-    again._reports.publish_owed()
-    again._reports.publish_owed()
-    assert said == ([] if finished else [("failed", "refused")])
-
-
-def test_a_new_state_is_advised_where_it_would_help(agent, tmp_path):
-    one = agent()
-    one._on_round(b"{}")
-    assert "not a signed message" in one._ignored and "--state" not in one._ignored
-    one._store.set("node_key", "00" * 32)
-    one._on_round(
-        signing.sign(signing.load_or_create_key(tmp_path / "node.key"), ROUND_DOMAIN, b"{}").encode()
-    )
-    assert one._ignored.endswith("to trust that node, start with a new --state")
+def test_a_new_state_is_advised_where_it_would_help(agent, broker, tmp_path):
+    announce(broker, "unsigned", b"{}")
+    with pytest.raises(LinkError, match="not a signed message") as refused:
+        agent(broker=address.parse(broker), fleet="unsigned", state=tmp_path / "unsigned").run()
+    assert "--state" not in str(refused.value)
+    state = tmp_path / "follower"
+    store = DeviceStore(state / "agent.db")
+    store.set("node_key", "00" * 32)
+    store.connection.close()
+    announce(broker, "other", announcement(tmp_path, "other"))
+    with pytest.raises(LinkError, match=r"to trust that node, start with a new --state$"):
+        agent(broker=address.parse(broker), fleet="other", state=state).run()
 
 
 class NoJob(msgspec.Struct):
@@ -126,5 +141,5 @@ def test_a_trainers_end_is_told_though_its_last_words_are_gone(tmp_path):
     ended, folder = Queue(), tmp_path / "work"
     started = Trainer(NoJob(), folder, ended.put)  # type: ignore[arg-type]
     (folder / "stderr.log").unlink()
-    end = ended.get(timeout=60)
+    end = ended.get(timeout=TIMEOUT_S)
     assert (end.pid, end.exit_code != 0) == (started.pid, True) and "stderr.log" in end.reason

@@ -21,7 +21,6 @@ from benchmarks.merge import RANK, drawn
 from edge_runtime.agent import measure
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning import processes
-from edge_runtime.planning.search import Way
 from edge_runtime.protocol import codec
 from edge_runtime.settings import Weights
 
@@ -77,7 +76,7 @@ def _memory(facts: Facts, steps: int) -> Table:
     ours: dict[str, measure.Taken] = {}
     others: dict[str, measure.Taken] = {}
     for weights in FORMATS:
-        fleet, plan = measure.planned(facts, facts.layers, weights, RANK, Way(1), TOKENS, steps)
+        fleet, plan = measure.planned(facts, facts.layers, measure.Workload(weights, RANK, 1, TOKENS, steps))
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             result = measure.train(facts, fleet, plan, measure.texts(steps, TOKENS), [], folder)

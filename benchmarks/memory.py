@@ -15,10 +15,11 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from edge_runtime.agent.measure import Measurement, Taken, measure
+from edge_runtime.agent.measure import Measurement, Taken, Workload, measure
 from edge_runtime.demo import model
 from edge_runtime.planning import processes
 from edge_runtime.settings import Boundaries, Weights
+from edge_runtime.trainer.job import Machine
 
 MIB = 1 << 20
 SHAPES = Path(__file__).parent / "shapes"
@@ -78,17 +79,19 @@ def main() -> None:
         done = measure(
             str(case.source),
             Path.cwd(),
-            weights=case.weights,
-            rank=16,
-            rows=case.rows,
-            tokens=case.tokens,
-            steps=options.steps,
-            device="cpu",
+            Workload(
+                weights=case.weights,
+                rank=16,
+                rows=case.rows,
+                tokens=case.tokens,
+                steps=options.steps,
+                boundaries=case.boundaries,
+                streamed=case.streamed,
+                kept_blocks=case.kept_blocks,
+            ),
             peft=same not in pefts,
-            boundaries=case.boundaries,
-            streamed=case.streamed,
-            kept_blocks=case.kept_blocks,
             random_weights=case.random_weights,
+            machine=Machine(),
         )
         peft = pefts.setdefault(same, done.peft) if done.peft else pefts[same]
         taken.append(msgspec.structs.replace(done, peft=peft))

@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.memory import GEMMA, MIB, SMOLLM2
-from edge_runtime.agent.measure import measure
+from edge_runtime.agent.measure import Workload, measure
 from edge_runtime.planning import processes
 from edge_runtime.settings import Weights
+from edge_runtime.trainer.job import Machine
 
 FORMATS: tuple[Weights, ...] = ("bfloat16", "q8_0", "q4_1")
 RANKS = (16, 4)
@@ -43,14 +44,10 @@ def main() -> None:
             done = measure(
                 str(source),
                 Path.cwd(),
-                weights=weights,
-                rank=rank,
-                rows=rows,
-                tokens=tokens,
-                steps=steps,
-                device="cpu",
+                Workload(weights, rank, rows, tokens, steps),
                 peft=False,
                 random_weights=source == GEMMA,
+                machine=Machine(),
             )
             predicted, measured = done.predicted_peak_bytes, done.measured_peak_bytes
             ratios.append(predicted / measured)

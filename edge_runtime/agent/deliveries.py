@@ -11,7 +11,7 @@ from edge_broker.transfer import Committed, Rejected, Uploader
 from edge_runtime.agent.local_round import LocalRounds, Verdict, payload_of
 from edge_runtime.agent.options import DeviceOptions
 from edge_runtime.agent.reports import Reports
-from edge_runtime.agent.stages import RoundInProgress, Training
+from edge_runtime.agent.stages import RoundInProgress, Working
 from edge_runtime.agent.store import DeviceStore
 from edge_runtime.protocol.report import Result
 from edge_runtime.protocol.round import CODEC
@@ -48,7 +48,7 @@ class Deliveries:
         """Whether the node has still to answer an update."""
         return bool(self._outbox.pending())
 
-    def keep(self, stage: Training, folder: Path, result: Result) -> bool:
+    def keep(self, stage: Working, folder: Path, result: Result) -> bool:
         """Keep a trained round: from here on the node is owed its update, whatever happens to this process.
 
         Returns:

@@ -1,7 +1,7 @@
-"""Runs the real trainer in a process of its own for a few steps: what it takes beside what was predicted, and beside PEFT.
+"""Runs the real trainer in a process of its own for a few steps: its memory beside the prediction, and beside PEFT's.
 
-The rows are text of exactly as many tokens as asked for, every token learned, so that prediction and measurement speak of
-the same batch.
+The rows are texts of exactly as many tokens as asked for, and every token is learned, so prediction and measurement speak
+of the same batch.
 """
 
 import random
@@ -12,6 +12,7 @@ import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -28,8 +29,8 @@ from edge_runtime.trainer import data
 from edge_runtime.trainer.job import Job, Machine
 
 TIMEOUT_S = 3600.0
-WARM_UP = 2  # steps that build what later ones reuse
-WORDS = (
+WARM_UP = 2  # steps that build what later steps reuse
+WORDS = [
     "the",
     "a",
     "of",
@@ -44,80 +45,85 @@ WORDS = (
     "off",
     "seven",
     "please",
-)
+]
+
+
+class Workload(NamedTuple):
+    """The steps that are measured; all rows of a step go through the model at once."""
+
+    weights: Weights
+    rank: int  # of the adapter, on all linear layers
+    rows: int  # of a step
+    tokens: int  # of a row
+    steps: int
+    boundaries: Boundaries = "input"
+    streamed: bool = False  # packed weights stay in files
+    kept_blocks: int = 0  # blocks that do not run again in backward
 
 
 class Taken(msgspec.Struct, frozen=True):
-    """What a training process took. losses: of each step; load_seconds: until it can train."""
+    """Memory and time of a training process."""
 
-    baseline_bytes: int
+    baseline_bytes: int  # of a trainer without a model
     measured_peak_bytes: int
-    step_seconds: float
+    step_seconds: float  # median of the warm steps
     phases: dict[str, PhaseMemory]
-    losses: list[float]
-    load_seconds: float
+    losses: list[float]  # of each step
+    load_seconds: float  # until it can train
 
 
 class Measurement(Taken, frozen=True):
-    """The same of our trainer, with what was predicted and by what term; peft: of PEFT's, if it was run."""
+    """The same of this project's trainer, with the prediction."""
 
     predicted_peak_bytes: int
     predicted_step_seconds: float
-    terms: dict[str, int]
-    peft: Taken | None = None
+    terms: dict[str, int]  # predicted bytes, by what takes them
+    peft: Taken | None = None  # PEFT's figures on the same rows, if it was run
 
 
 def measure(
     source: str,
     models: Path,
+    workload: Workload,
     *,
-    weights: Weights,
-    rank: int,
-    rows: int,
-    tokens: int,
-    steps: int,
-    device: str,
     peft: bool,
-    boundaries: Boundaries = "input",
-    streamed: bool = False,
-    kept_blocks: int = 0,
     random_weights: bool = False,
-    gpu_cap_bytes: int | None = None,
+    machine: Machine,
 ) -> Measurement:
     """Train a model for a few steps.
 
     Args:
-        source: as in a catalog; models: where relative paths are looked for.
-        rows, tokens: of a step, which goes through the model at once.
-        kept_blocks: that do not run again in backward, of all.
-        random_weights: draw the model that the source's config.json describes.
+        source: as in a catalog.
+        models: where relative paths are looked for.
+        workload: the steps.
         peft: run PEFT on the same rows too, in a process of its own.
-        gpu_cap_bytes: of the GPU, for each of the two processes.
+        random_weights: draw the model that the source's config.json describes.
+        machine: device of both processes, and their cap of the GPU.
 
     Raises:
-        EdgeError: the model cannot be used, or a process failed; it says why.
+        EdgeError: the model cannot be used, or a process failed; the message says why.
     """
     if peft and find_spec("peft") is None:
         raise InputError("PEFT is not installed: pip install peft")
     facts = processes.prepared(source, models, random_weights=random_weights)
+    rows, tokens = workload.rows * workload.steps, workload.tokens
     if tokens > facts.positions:
         raise InputError(f"rows of {tokens} tokens are too long: {source} has {facts.positions} positions")
-    way = Way(rows, boundaries, None if streamed else MLP_TOKENS, streamed, kept_blocks)
-    fleet, made = planned(facts, facts.layers, weights, rank, way, tokens, steps, device)
+    fleet, prediction = planned(facts, facts.layers, workload, machine.device)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        result = train(facts, fleet, made, texts(rows * steps, tokens), [], folder, device, gpu_cap_bytes)
+        result = train(facts, fleet, prediction, texts(rows, tokens), [], folder, machine)
         return Measurement(
             **msgspec.structs.asdict(taken(result)),
-            predicted_peak_bytes=made.predicted_peak_bytes,
-            predicted_step_seconds=made.step_seconds,
-            terms=made.terms,
+            predicted_peak_bytes=prediction.predicted_peak_bytes,
+            predicted_step_seconds=prediction.step_seconds,
+            terms=prediction.terms,
             peft=beside(folder) if peft else None,
         )
 
 
 def taken(result: Result) -> Taken:
-    """The figures of one of our trainers."""
+    """The figures of a trainer of this project."""
     return Taken(
         baseline_bytes=processes.runtime_bytes(),
         measured_peak_bytes=result.measured_peak_bytes,
@@ -133,21 +139,16 @@ def typical(seconds: list[float]) -> float:
     return statistics.median(seconds[WARM_UP:] or seconds)
 
 
-def planned(
-    facts: Facts,
-    depth: int,
-    weights: Weights,
-    rank: int,
-    way: Way,
-    tokens: int,
-    steps: int,
-    device: str = "cpu",
-) -> tuple[Fleet, Plan]:
+def planned(facts: Facts, depth: int, workload: Workload, device: str = "cpu") -> tuple[Fleet, Plan]:
     """A fleet of one model, and the plan in which a step goes through it at once."""
-    training = Training(steps=steps, rows_a_step=way.rows, max_tokens=tokens)
-    catalog = (Model(source="model", depth=depth, weights=(weights,)),)
-    fleet = Fleet(name="measure", catalog=catalog, rounds=1, adapter=Adapter(rank=rank), training=training)
-    made = plan(
+    weights, rank, rows, tokens, steps, boundaries, streamed, kept_blocks = workload
+    fleet = Fleet(
+        name="measure",
+        catalog=(Model(source="model", depth=depth, weights=(weights,)),),
+        adapter=Adapter(rank=rank),
+        training=Training(steps=steps, rows_a_step=rows, max_tokens=tokens),
+    )
+    prediction = plan(
         fleet,
         facts,
         "model",
@@ -155,12 +156,12 @@ def planned(
         weights,
         tokens=tokens,
         rank=rank,
-        way=way,
+        way=Way(rows, boundaries, None if streamed else MLP_TOKENS, streamed, kept_blocks),
         runtime_bytes=processes.runtime_bytes(),
         rates=processes.rates(device),
         lengths=1,
     )
-    return fleet, made
+    return fleet, prediction
 
 
 def texts(count: int, tokens: int) -> list[dict[str, str]]:
@@ -176,10 +177,13 @@ def train(
     rows: list[dict[str, str]],
     held_out: list[dict[str, str]],
     folder: Path,
-    device: str = "cpu",
-    gpu_cap_bytes: int | None = None,
+    machine: Machine | None = None,
 ) -> Result:
-    """Run the plan in a trainer process whose job lies in the folder."""
+    """Run the plan in a trainer process whose job lies in the folder.
+
+    Raises:
+        TrainerError: the process failed; the message is its last line.
+    """
     job = Job(
         train=True,
         round=1,
@@ -189,34 +193,37 @@ def train(
         data=str(data.write_rows(folder / "train.jsonl", rows)),
         evaluation={"own": str(data.write_rows(folder / "own.jsonl", held_out))} if held_out else {},
         depths=(plan.depth,),
-        machine=Machine(device=device, gpu_cap_bytes=gpu_cap_bytes),
+        machine=machine or Machine(),
     )
     write_job(folder, job)
-    _run("edge_runtime.trainer", folder, processes.environment())
+    run_module("edge_runtime.trainer", folder, processes.environment())
     result = read_result(folder)
-    assert result is not None  # `_run` raises where there is none
+    assert result is not None  # `run_module` raises where there is none
     return result
 
 
-def beside(folder: Path, *more: str) -> Taken:
-    """What PEFT takes for the job in the folder; or, with "--full", the training of all parameters."""
-    written = _run("benchmarks.peft", folder, None, *more)  # in the environment that its users have
+def beside(folder: Path, *options: str) -> Taken:
+    """The figures of PEFT for the job in the folder; with "--full", of training all parameters."""
+    written = run_module("benchmarks.peft", folder, None, *options)  # in the environment that its users have
     return msgspec.json.decode(written.splitlines()[-1], type=Taken)
 
 
-def _run(module: str, folder: Path, environment: dict[str, str] | None, *more: str) -> bytes:
-    done = subprocess.run(
-        [sys.executable, "-m", module, str(folder), *more],
+def run_module(module: str, folder: Path, environment: dict[str, str] | None, *options: str) -> bytes:
+    """What the module prints for the folder.
+
+    Raises:
+        TrainerError: it failed; the message has the last line it wrote.
+    """
+    process = subprocess.run(
+        [sys.executable, "-m", module, str(folder), *options],
         env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         timeout=TIMEOUT_S,
     )
-    if done.returncode == -signal.SIGKILL:
+    if process.returncode == -signal.SIGKILL:
         raise TrainerError(f"{module} was killed, most likely because the machine ran out of memory")
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or [
-            f"it ended with exit code {done.returncode}"
-        ]
-        raise TrainerError(f"{module}: {said[-1]}")
-    return done.stdout
+    if process.returncode:
+        lines = process.stderr.decode(errors="replace").strip().splitlines()
+        raise TrainerError(f"{module}: {lines[-1] if lines else f'exit code {process.returncode}'}")
+    return process.stdout

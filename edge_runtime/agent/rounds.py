@@ -26,7 +26,7 @@ from edge_runtime.agent.stages import (
     RoundInProgress,
     Stage,
     Starved,
-    Training,
+    Working,
 )
 from edge_runtime.agent.store import DeviceStore
 from edge_runtime.agent.trainer import CAUSES, KILLED, Ended
@@ -78,7 +78,7 @@ class Rounds:
 
     def end_trainer(self) -> None:
         """Stop the trainer, if one runs."""
-        if isinstance(self.stage, Training):
+        if isinstance(self.stage, Working):
             self.stage.trainer.stop()
             self.stage = Resting()
 
@@ -127,7 +127,7 @@ class Rounds:
                 self._plan(stage.round)  # plans again if fleet or budget have changed meanwhile
         elif isinstance(item, Progress):
             self._show(item)
-        elif isinstance(item, Ended) and isinstance(stage, Training) and item.pid == stage.trainer.pid:
+        elif isinstance(item, Ended) and isinstance(stage, Working) and item.pid == stage.trainer.pid:
             self._ended(stage, item)
 
     def _connected(self, connected: Connected) -> None:
@@ -209,10 +209,10 @@ class Rounds:
         )
         current.attempt += 1
         trainer = self._workers.train(self._local.job(task), self._local.folder(task), self._session.put)
-        self.stage = Training(current, task, trainer)
+        self.stage = Working(current, task, trainer)
         self.say("starting", text=planned.plan.summary)
 
-    def _ended(self, stage: Training, ended: Ended) -> None:
+    def _ended(self, stage: Working, ended: Ended) -> None:
         self.stage = Resting()
         result = read_result(ended.folder) if ended.exit_code == 0 else None
         cause = CAUSES.get(ended.exit_code, "trainer")

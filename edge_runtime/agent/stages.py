@@ -1,6 +1,6 @@
 """Where an agent stands: one type for each stage, with what that stage needs.
 
-Waiting ─> Planning ─> Fetching ─> Training ─> Resting ─> (next round) Planning ...
+Waiting ─> Planning ─> Fetching ─> Working ─> Resting ─> (next round) Planning ...
               │            └─> Starved ─> Planning, when the node is heard of again
               └─> Owing ─> Planning, when the node has answered an earlier update
 the last version evaluated ─> Finished
@@ -75,7 +75,7 @@ class Starved(NamedTuple):
     round: RoundInProgress
 
 
-class Training(NamedTuple):
+class Working(NamedTuple):
     """A trainer process runs."""
 
     round: RoundInProgress
@@ -91,7 +91,7 @@ class Finished(NamedTuple):
     """Nothing to do any more."""
 
 
-Stage = Waiting | Planning | Owing | Fetching | Starved | Training | Resting | Finished
+Stage = Waiting | Planning | Owing | Fetching | Starved | Working | Resting | Finished
 
 
 def deadline(stage: Stage) -> float:

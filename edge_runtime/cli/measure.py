@@ -82,9 +82,10 @@ def command(
     """
     from edge_profiles import probe
 
-    from edge_runtime.agent.measure import measure
+    from edge_runtime.agent.measure import Workload, measure
     from edge_runtime.cli import views
     from edge_runtime.methods import MOST_RANK
+    from edge_runtime.trainer.job import Machine
 
     for name, value in {"rank": rank, "batch": batch, "tokens": tokens, "steps": steps}.items():
         if value < 1:
@@ -95,17 +96,12 @@ def command(
     measurement = measure(
         model,
         models,
-        weights=weights,
-        rank=rank,
-        rows=batch,
-        tokens=tokens,
-        steps=steps,
-        device=options.trainer_device(device, profile),
+        Workload(weights, rank, batch, tokens, steps, boundaries, streamed, kept_blocks),
         peft=against == "peft",
-        boundaries=boundaries,
-        streamed=streamed,
-        kept_blocks=kept_blocks,
         random_weights=random_weights,
-        gpu_cap_bytes=options.gpu_cap_bytes(board, device, profile),
+        machine=Machine(
+            device=options.trainer_device(device, profile),
+            gpu_cap_bytes=options.gpu_cap_bytes(board, device, profile),
+        ),
     )
     say_json(measurement) if json else views.show_measurement(measurement)

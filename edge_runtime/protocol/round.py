@@ -1,4 +1,4 @@
-"""What a node tells its devices about a round: signed, and retained so that whoever comes late reads the last."""
+"""What a node tells its devices about a round: signed, and retained so that a late reader gets the last one."""
 
 from typing import Literal
 
@@ -9,19 +9,18 @@ from edge_runtime.settings import Fleet
 
 ROUND_DOMAIN = "edge/1/round"
 CODEC = "int8-block64-zstd"  # of deltas and global versions: codec.py
-FLEET = "*"  # in a model class's place: what all classes share, for devices of a class that has no version of its own yet
-NOOP = "noop"  # codec and model class of the benchmark's rounds without training
+FLEET = "*"  # stands for a model class: what all classes share, for devices whose class has no version yet
+NOOP = "noop"  # codec and model class of rounds without training, by which benchmarks measure the link
 
 
 class Round(msgspec.Struct, frozen=True):
-    """versions: the global version a round starts from, by model class; a class that is not there starts at version 0.
-
-    anchors: the public texts of a fleet that distils. A finished fleet has no open round; its versions are the last ones.
-    """
+    """The state of a fleet."""
 
     node: str
-    state: Literal["open", "finished"]
-    round: int
+    state: Literal["open", "finished"]  # finished: the last versions are evaluated, no round is open
+    round: int  # counted from 1
     fleet: Fleet
-    versions: dict[str, Artifact]
-    anchors: Artifact | None = None
+    versions: dict[
+        str, Artifact
+    ]  # what the round starts from, by model class; a class without one starts at version 0
+    anchors: Artifact | None = None  # the public texts of a fleet that distils

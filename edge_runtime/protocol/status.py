@@ -1,6 +1,7 @@
 """Reads what a fleet's devices and node have left on the broker: the round, presence and last reports, all retained."""
 
 import time
+import uuid
 
 import msgspec
 from edge_broker import messages, presence, signing, topics
@@ -13,16 +14,17 @@ from edge_runtime.errors import LinkError
 from edge_runtime.protocol.report import REPORT_DOMAIN, Report
 from edge_runtime.protocol.round import ROUND_DOMAIN, Round
 
-QUIET_S = 1.0  # retained messages come at once; a second without one means that was all
-LONGEST_S = 15.0  # in a fleet that is never so long silent
+CONNECT_TIMEOUT_S = 15.0
+QUIET_S = 1.0  # retained messages come at once; a second without any means that all have come
+LONGEST_S = 15.0  # for a fleet that is never silent so long
 
 
-class Device(msgspec.Struct):
-    """presence: online, offline, lost or unknown. report: the device's last one."""
+class DeviceStatus(msgspec.Struct):
+    """A device as the broker knows it."""
 
     id: str
-    presence: str
-    report: Report | None = None
+    presence: str  # online, offline, lost or unknown
+    report: Report | None = None  # the last one
 
 
 class Status(msgspec.Struct):
@@ -30,21 +32,27 @@ class Status(msgspec.Struct):
 
     fleet: str
     round: Round
-    devices: list[Device]
+    devices: list[DeviceStatus]
 
 
 def read(broker: Address, fleet: str) -> Status:
     """Look at a fleet.
 
+    Args:
+        broker: where to look.
+        fleet: the name.
+
     Raises:
-        LinkError: no broker, or no such fleet on it; the fleets that are there are named.
+        LinkError: no broker, or no such fleet on it; the message names the fleets on it.
     """
     tracker = presence.Tracker()
     rounds: dict[str, Round] = {}
     reports: dict[str, Report] = {}
     try:
-        with Session(broker, f"status-{_unique()}", clean_start=True, session_expiry_s=0) as session:
-            session.connect(15.0)
+        with Session(
+            broker, f"status-{uuid.uuid4().hex[:12]}", clean_start=True, session_expiry_s=0
+        ) as session:
+            session.connect(CONNECT_TIMEOUT_S)
             session.subscribe(topics.all_rounds(), topics.all_presence(fleet), topics.all_reports(fleet))
             until = time.monotonic() + LONGEST_S
             while time.monotonic() < until and (item := session.receive(QUIET_S)) is not None:
@@ -53,34 +61,26 @@ def read(broker: Address, fleet: str) -> Status:
     except BrokerError as error:
         raise LinkError(str(error)) from error
     if fleet not in rounds:
-        there = (
-            f"fleets on this broker: {', '.join(sorted(rounds))}"
-            if rounds
-            else "no fleet is announced on this broker"
-        )
-        raise LinkError(f"there is no fleet `{fleet}` at {broker}; {there}")
+        names = ", ".join(sorted(rounds))
+        announced = f"fleets on this broker: {names}" if rounds else "no fleet is announced on this broker"
+        raise LinkError(f"there is no fleet `{fleet}` at {broker}; {announced}")
     ids = sorted({*tracker.devices, *reports})
-    return Status(fleet, rounds[fleet], [Device(one, tracker.state(one), reports.get(one)) for one in ids])
+    devices = [DeviceStatus(id, tracker.state(id), reports.get(id)) for id in ids]
+    return Status(fleet, rounds[fleet], devices)
 
 
 def _take(
     item: Message, tracker: presence.Tracker, rounds: dict[str, Round], reports: dict[str, Report]
 ) -> None:
     try:
-        where = topics.parse(item.topic)
-        if where.kind == "round":
-            rounds[where.fleet] = messages.decode(signing.open(item.payload, ROUND_DOMAIN, None)[0], Round)
-        elif where.kind == "report":
-            reports[where.device] = messages.decode(
-                signing.open(item.payload, REPORT_DOMAIN, None)[0], Report
-            )
+        topic = topics.parse(item.topic)
+        if topic.kind == "round":
+            body, _ = signing.open(item.payload, ROUND_DOMAIN, None)
+            rounds[topic.fleet] = messages.decode(body, Round)
+        elif topic.kind == "report":
+            body, _ = signing.open(item.payload, REPORT_DOMAIN, None)
+            reports[topic.device] = messages.decode(body, Report)
         else:
             tracker.handle(item.topic, item.payload)
     except BadMessage:
-        return  # a stranger's message on our topics: not ours to show
-
-
-def _unique() -> str:
-    import uuid
-
-    return uuid.uuid4().hex[:12]
+        return  # a message of a stranger is not shown

@@ -11,7 +11,6 @@ from edge_runtime.agent import measure as measuring
 from edge_runtime.agent.measure import Measurement, Taken, texts
 from edge_runtime.cli import views
 from edge_runtime.errors import TrainerError
-from edge_runtime.planning.search import Way
 from edge_runtime.protocol.report import PhaseMemory
 from edge_runtime.trainer import data
 
@@ -52,7 +51,9 @@ def test_both_train_the_same_and_say_what_they_took(tiny_folder, cache):
 
 
 def test_all_parameters_can_be_trained_beside_ours(tiny_facts, cache, tmp_path):
-    fleet, plan = measuring.planned(tiny_facts, tiny_facts.layers, "bfloat16", 2, Way(2), 32, 4)
+    fleet, plan = measuring.planned(
+        tiny_facts, tiny_facts.layers, measuring.Workload("bfloat16", 2, 2, 32, 4)
+    )
     ours = measuring.taken(measuring.train(tiny_facts, fleet, plan, texts(8, 32), [], tmp_path))
     lora, full = measuring.beside(tmp_path), measuring.beside(tmp_path, "--full")
     assert ours.losses[0] == pytest.approx(full.losses[0], rel=0.01)
@@ -122,7 +123,7 @@ def test_a_trainer_that_was_killed_is_said_to_be(tmp_path):
     with pytest.raises(
         TrainerError, match="killed was killed, most likely because the machine ran out of memory"
     ):
-        measuring._run("killed", tmp_path, {**os.environ, "PYTHONPATH": str(tmp_path)})
+        measuring.run_module("killed", tmp_path, {**os.environ, "PYTHONPATH": str(tmp_path)})
 
 
 def test_what_cannot_be_measured_is_refused_in_a_sentence(tiny_folder, cache):

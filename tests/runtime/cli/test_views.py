@@ -4,7 +4,7 @@ from edge_runtime import settings
 from edge_runtime.cli import views
 from edge_runtime.protocol.report import Report, Result, Score, failure
 from edge_runtime.protocol.round import Round
-from edge_runtime.protocol.status import Device, Status
+from edge_runtime.protocol.status import DeviceStatus, Status
 
 
 def test_what_a_device_says_is_shown_as_it_is(capsys, monkeypatch):
@@ -23,7 +23,7 @@ def test_what_a_device_says_is_shown_as_it_is(capsys, monkeypatch):
         payload_bytes=0,
     )
     trained = Report(device="b", node_key="", round=1, state="trained", budget_bytes=0, result=result)
-    devices = [Device(report.device, "online", report) for report in (failed, trained)]
+    devices = [DeviceStatus(report.device, "online", report) for report in (failed, trained)]
     views.show_status(Status("f", Round(node="n", fleet=fleet, round=1, state="open", versions={}), devices))
     shown = capsys.readouterr().out
     assert "[a]" in shown and failure(failed) in shown and "[red] not finite (0%)" in shown

@@ -501,7 +501,7 @@ def test_the_prediction_is_near_the_trainers_peak(
     drawn = commands.rows("kitchen", train=60, held_out=8, seed=0)
     longest = max(len(one.ids) for one in data.tokenize([*drawn.train, *drawn.held_out], demo_tokenizer, 512))
     of, plan = measure.planned(
-        demo_facts, depth, weights, 16, Way(rows, kept_blocks=kept_blocks), longest, steps=4
+        demo_facts, depth, measure.Workload(weights, 16, rows, longest, steps=4, kept_blocks=kept_blocks)
     )
     measured = measure.train(demo_facts, of, plan, drawn.train, drawn.held_out, tmp_path).measured_peak_bytes
     record_property("predicted / measured", round(plan.predicted_peak_bytes / measured, 3))

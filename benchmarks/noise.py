@@ -92,16 +92,16 @@ def main() -> int:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--wait", type=float, default=120.0)
     parser.add_argument("--until-finished", action="store_true")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    state = Path(given.state).resolve()
+    state = Path(arguments.state).resolve()
     state.mkdir(parents=True, exist_ok=True)
     rows = state / "rows.jsonl"
     rows.write_text('{"text": "noise"}\n')
     options = DeviceOptions(
-        broker=address.parse(given.broker),
-        fleet=given.fleet,
-        id=given.id,
+        broker=address.parse(arguments.broker),
+        fleet=arguments.fleet,
+        id=arguments.id,
         data=rows,
         state=state,
         budget_bytes=0,
@@ -110,11 +110,11 @@ def main() -> int:
         threads=1,
         device="cpu",
         gpu_cap_bytes=None,
-        wait_s=given.wait,
-        until_finished=given.until_finished,
+        wait_s=arguments.wait,
+        until_finished=arguments.until_finished,
     )
     try:
-        Agent(options, say_json, workers(given.id, parse_size(given.size))).run()
+        Agent(options, say_json, workers(arguments.id, parse_size(arguments.size))).run()
     except EdgeError as error:
         sys.stderr.write(f"edge-runtime: {error}\n")
         return error.exit_code

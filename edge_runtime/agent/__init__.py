@@ -1,1 +1,1 @@
-"""What stays resident on a device: the broker session, a SQLite file and the plan. Imports neither torch nor numpy."""
+"""Resident on a device: the broker session, a SQLite file, the plan. Imports no torch, no numpy."""

@@ -2,9 +2,10 @@
 
     round announced ─> plan ─> fetch the global version ─> trainer ─> outbox ─> receipt ─> report
 
-Every event of the broker, the trainer and the planner's thread comes through the session's one queue, so the agent is one
-loop without locks. Whatever must survive a kill is in SQLite before it is acted on: a restarted agent offers a delta that
-it owes again, and trains a round again whose result was not complete.
+Every event of the broker, the trainer and the planner's thread comes through the session's one
+queue, so the agent is one loop without locks. Whatever must survive a kill is in SQLite before it
+is acted on: a restarted agent offers a delta that it owes again, and trains a round again whose
+result was not complete.
 """
 
 import logging
@@ -45,7 +46,8 @@ class Agent:
             workers: planner and trainer; None: this package's own.
 
         Raises:
-            InputError: the data or a held-out file cannot be used, or the state is another device's.
+            InputError: the data or a held-out file cannot be used, or the state is another
+            device's.
         """
         self._options = options
         device_rows = rows.check(options.data, options.evaluation, options.state.resolve() / "work")

@@ -1,4 +1,4 @@
-"""The updates that this device owes its node: kept with their reports, offered, and settled by the node's word."""
+"""Updates that this device owes its node: kept with their reports, settled by the node's word."""
 
 from pathlib import Path
 
@@ -49,7 +49,8 @@ class Deliveries:
         return bool(self._outbox.pending())
 
     def keep(self, stage: Working, folder: Path, result: Result) -> bool:
-        """Keep a trained round: from here on the node is owed its update, whatever happens to this process.
+        """Keep a trained round: from here on the node is owed its update, whatever happens to this
+        process.
 
         Returns:
             Whether there is an update; some methods exchange nothing.
@@ -76,7 +77,7 @@ class Deliveries:
         return payload is not None
 
     def close_round(self) -> None:
-        """The node needs no more of a round: publish its report, and delete files that nobody needs."""
+        """The node needs no more of a round: publish its report, delete files nobody needs."""
         self.reports.publish_owed()
         self._local.tidy(manifest.round for manifest in self._outbox.pending())
 

@@ -1,11 +1,12 @@
-"""The rounds of one device, without a link: what its trainer is given, and what a round leaves for the next.
+"""The rounds of one device, without a link: what its trainer is given, and what a round leaves for
+the next.
 
     round-<n>/    the trainer's files of a round (see trainer/job.py)
     finished/     the same for the evaluation after the last round
 
-Error feedback goes on from what the node took. A receipt makes that round's residual the current one. A final refusal
-does too, and the refused payload is owed on top, unless the payload itself was at fault. Files are remembered by the
-number of their round, so the folder may move.
+Error feedback goes on from what the node took. A receipt makes that round's residual the current
+one. A final refusal does too, and the refused payload is owed on top, unless the payload itself was
+at fault. Files are remembered by the number of their round, so the folder may move.
 """
 
 import shutil
@@ -28,7 +29,7 @@ Verdict = Literal[
 
 
 class Memory(Protocol):
-    """Named values that outlive a process: private, residual and unsent name a round each, rank a number."""
+    """Values that outlive a process: the rounds of private, residual and unsent; the rank."""
 
     def get(self, name: str) -> str | None:
         """The value; None: there is none."""
@@ -96,7 +97,7 @@ class LocalRounds:
         )
 
     def rank_limit(self, number: int) -> int | None:
-        """The rank to which the method has pruned this device before the round; None: any rank of the fleet."""
+        """Highest rank of the device in a round, if the method has pruned it; None: the fleet's."""
         rank = self._memory.get("rank")
         return int(rank) if rank is not None and number > 1 else None
 
@@ -110,7 +111,7 @@ class LocalRounds:
             self._memory.set("rank", str(result.rank))
 
     def settle(self, number: int, verdict: Verdict) -> None:
-        """Remember what error feedback goes on from, after the node's word on the update of a round."""
+        """Remember what error feedback goes on from, after the node's word on an update."""
         if verdict == "spoilt":  # a part of it would spoil the next update too
             self._memory.set("residual", None)
             self._memory.set("unsent", None)
@@ -119,7 +120,7 @@ class LocalRounds:
             self._memory.set("unsent", None if verdict == "taken" else str(number))
 
     def tidy(self, pending: Iterable[int]) -> None:
-        """Delete every round that the next one does not need; pending: rounds that the node has still to take."""
+        """Delete every round but those pending at the node and those the next round needs."""
         needed = {int(number) for name in FILES if (number := self._memory.get(name))} | {*pending}
         for folder in self._folder.glob("round-*"):
             if folder not in map(self._of_round, needed):

@@ -1,7 +1,8 @@
-"""Runs the real trainer in a process of its own for a few steps: its memory beside the prediction, and beside PEFT's.
+"""Runs the real trainer in a process of its own for a few steps: its memory beside the prediction,
+and beside PEFT's.
 
-The rows are texts of exactly as many tokens as asked for, and every token is learned, so prediction and measurement speak
-of the same batch.
+The rows are texts of exactly as many tokens as asked for, and every token is learned, so prediction
+and measurement speak of the same batch.
 """
 
 import random
@@ -204,7 +205,8 @@ def train(
 
 def beside(folder: Path, *options: str) -> Taken:
     """The figures of PEFT for the job in the folder; with "--full", of training all parameters."""
-    written = run_module("benchmarks.peft", folder, None, *options)  # in the environment that its users have
+    # PEFT runs in the environment that its users have.
+    written = run_module("benchmarks.peft", folder, None, *options)
     return msgspec.json.decode(written.splitlines()[-1], type=Taken)
 
 

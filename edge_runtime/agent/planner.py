@@ -1,4 +1,4 @@
-"""The device's plan: made in a thread, because fetching a model takes long and the broker wants answers meanwhile."""
+"""The plan of a device, made in a thread: fetching a model takes long, the broker needs answers."""
 
 import logging
 import threading
@@ -17,9 +17,8 @@ from edge_runtime.protocol.report import Cause
 from edge_runtime.settings import Fleet
 
 log = logging.getLogger(__name__)
-SMALLER = (
-    0.8  # share of the predicted bytes above the runtime, for the plan after one that was short of memory
-)
+# Share of the predicted bytes above the runtime, for the plan after one that was short of memory.
+SMALLER = 0.8
 
 
 class Request(NamedTuple):
@@ -47,7 +46,7 @@ class Unplanned(NamedTuple):
 
 
 class Planner:
-    """Keeps the latest plan until the fleet, the budget or the rank changes; used from one thread."""
+    """Keeps a plan until the fleet, the budget or the rank changes; used from one thread."""
 
     def __init__(
         self,
@@ -88,8 +87,8 @@ class Planner:
     def shrink(self, plan: Plan, *, killed: bool) -> None:
         """Ask for less memory from now on: a trainer was short of it with this plan.
 
-        A trainer that ended itself has tried to go on without what only saves time. A killed one has not: its next plan
-        leaves that out, and keeps the budget.
+        A trainer that ended itself has tried to go on without what only saves time. A killed one
+        has not: its next plan leaves that out, and keeps the budget.
         """
         self._fill = False
         if killed and plan.kept_blocks:
@@ -100,7 +99,7 @@ class Planner:
 
 
 def find_plan(request: Request, options: DeviceOptions) -> Planned | Unplanned:
-    """Fetch the catalog's models, measure the device where that was not done before, and choose the plan that fits."""
+    """Fetch the catalog's models, measure the device the first time, and choose the best plan."""
     cause: Cause = "model"  # of a failure in the stage that runs
     try:
         sources = {model.source for model in request.fleet.catalog}

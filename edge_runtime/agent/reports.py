@@ -1,7 +1,7 @@
 """The device's reports to the node: signed, retained, with the traffic of the round.
 
-A report of the end of a round is kept in SQLite first, and published once the outbox is empty: that the node has taken the
-update is part of such a report.
+A report of the end of a round is kept in SQLite first, and published once the outbox is empty: that
+the node has taken the update is part of such a report.
 """
 
 import logging
@@ -72,7 +72,7 @@ class Reports:
             self._store.set("report", None)
 
     def refused(self, number: int, *, tell: bool) -> None:
-        """The node refused the update of a round whose report is kept: keep a report of the failure, or none at all."""
+        """The node refused the update of a report that is kept: keep that it failed, or nothing."""
         owed = self._store.get("report")
         report = msgspec.json.decode(owed, type=Report) if owed else None
         if report is None or report.round != number:

@@ -1,4 +1,4 @@
-"""A device's rounds, a stage at a time: each event of the link, the planner or the trainer moves the stage on."""
+"""A device's rounds: each event of the link, the planner or the trainer moves the stage on."""
 
 import logging
 import math
@@ -101,7 +101,7 @@ class Rounds:
             self._plan(self._round)
 
     def handle(self, item: Message | Event | None) -> None:
-        """Take in what the session received, and whatever this device's own thread and trainer have put there."""
+        """Take in an event of the session; planner and trainer put theirs there too."""
         if isinstance(item, Own):
             self._handle_own(item.item)
             return
@@ -152,7 +152,7 @@ class Rounds:
     def _begin(self, current: RoundInProgress, planned: Planned) -> None:
         """Report the plan (the node pins the key of a first report), and get the global version."""
         self._reports.publish(self._report("joined"))
-        if self._deliveries.pending:  # this round builds on that update, and a report of the end follows it
+        if self._deliveries.pending:  # this round builds on that update
             ends = current.finished and self._options.until_finished
             self.stage = Owing(current, time.monotonic() + self._options.wait_s if ends else math.inf)
             self._deliveries.uploader.offer_now()
@@ -188,7 +188,7 @@ class Rounds:
         self._train(stage)
 
     def _starve(self, current: RoundInProgress, reason: str) -> None:
-        """The round's files could not be had. After the last round the node announces nothing more, so that is the end."""
+        """The round's files could not be had. After the last round nobody announces them again."""
         if current.finished:
             self._give_up(LinkError(reason), "link")
         else:
@@ -241,7 +241,7 @@ class Rounds:
         if isinstance(settled, Rejected) and not settled.final:
             self.say("waiting", text=f"the node does not take round {number} yet: {settled.reason}")
             if settled.code == "signature" and self._round is not None and not self._round.introduced:
-                self._round.introduced = True  # once; the report that named this device's key was lost
+                self._round.introduced = True  # the report with this device's key was lost
                 self._reports.publish(self._report("joined"))
                 self._deliveries.uploader.offer_now()
             return
@@ -264,13 +264,13 @@ class Rounds:
     # --- telling
 
     def _fail(self, reason: str, cause: Cause, exit_code: int | None = None) -> None:
-        """Tell the node that the round goes on without this device; the reason is for this device's screen alone."""
+        """Tell the node that this device is out of the round; the reason stays on this device."""
         self.say("failed", text=reason)
         failed = msgspec.structs.replace(self._report("failed"), cause=cause, exit_code=exit_code)
         self._reports.publish(failed)
 
     def _give_up(self, error: EdgeError, cause: Cause, exit_code: int | None = None) -> None:
-        """Fail the round; end the agent if the next round would fail alike, or nobody would wait for one."""
+        """Fail the round. End the agent if the next would fail alike, or nobody waits for one."""
         self.stage = Resting()
         self._fail(str(error), cause, error.exit_code if exit_code is None else exit_code)
         if self._options.until_finished or isinstance(error, BudgetError | InputError):

@@ -1,4 +1,4 @@
-"""A trainer process, watched: its progress and its end arrive as events on the agent's one queue."""
+"""A trainer process, watched: its progress and its end are events on the agent's one queue."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ CAUSES: dict[int, Cause] = {  # of exit codes; any other is "trainer"
     DiskError.exit_code: "disk",
     TIMED_OUT: "time",
 }
-# Exit codes of a trainer whose last line is a sentence of ours. The last line of a crash may quote a row.
+# Exit codes behind a sentence of our own; the last line of a crash may quote a row.
 SENTENCES = {error.exit_code for error in (InputError, TrainerError, MemoryShortError, DiskError)}
 
 
@@ -46,7 +46,7 @@ class Running(Protocol):
 
 
 class Trainer:
-    """One running job. The process ends with the agent, whatever ends that: it watches its standard input."""
+    """One running job. The process watches its standard input, and so ends with the agent."""
 
     def __init__(self, job: Job, folder: Path, post: Callable[[Progress | Ended], None]) -> None:
         """Write the job into the folder and start it; post is called from another thread."""

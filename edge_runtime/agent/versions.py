@@ -1,4 +1,4 @@
-"""The files a round starts from, as the node announced them: a global version, and the fleet's public texts."""
+"""The files a round starts from: a global version, and the fleet's public texts."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from edge_runtime.protocol.round import FLEET, Round
 
 
 def artifacts_of(announced: Round, model_class: str) -> dict[str, Artifact]:
-    """What a device of this model class starts the round from, by name: start and anchors, where there are any."""
+    """What a model class starts the round from, by name: start and anchors, if there are any."""
     versions = announced.versions
     named = {"start": versions.get(model_class, versions.get(FLEET)), "anchors": announced.anchors}
     return {name: artifact for name, artifact in named.items() if artifact is not None}

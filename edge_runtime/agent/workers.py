@@ -1,4 +1,4 @@
-"""Who does the work of a round on a device: the planner and the trainer, or what a benchmark puts in their place."""
+"""Who does the work of a round on a device: planner and trainer, or a benchmark's stand-ins."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,8 @@ class Workers(NamedTuple):
     """Who does the work on a device; a benchmark of the link puts others in their place."""
 
     find_plan: Callable[[Request], Planned | Unplanned]  # called in a thread
-    train: Callable[[Job, Path, Callable[[Progress | Ended], None]], Running]  # starts, and returns at once
+    # Starts a job in its folder and returns at once; progress and end are posted later.
+    train: Callable[[Job, Path, Callable[[Progress | Ended], None]], Running]
 
 
 def workers_of(options: DeviceOptions) -> Workers:

@@ -1,8 +1,9 @@
-"""What a device tells its node about a round: signed, and retained so that a late reader gets the last report.
+"""What a device tells its node about a round: signed, and retained so that a late reader gets the
+last report.
 
-A report holds numbers, words from the lists below, and words that the device had from the node (the catalog's source).
-Never a text of the device's own: no sentence of an error, row, path, address, or name of a held-out file. The sentence
-behind a failure stays in the device's log.
+A report holds numbers, words from the lists below, and words that the device had from the node (the
+catalog's source). Never a text of the device's own: no sentence of an error, row, path, address, or
+name of a held-out file. The sentence behind a failure stays in the device's log.
 """
 
 from typing import Literal
@@ -48,14 +49,12 @@ class Score(msgspec.Struct, frozen=True):
     """How well a model does on held-out rows."""
 
     loss: float | None  # mean over completion tokens; None: not finite
-    accuracy: (
-        float  # share of rows whose every completion token is the most likely one, as greedy decoding needs
-    )
+    accuracy: float  # share of rows whose every completion token is the model's first choice
     rows: int
 
 
 class PhaseMemory(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Memory of one phase of the trainer in bytes; None: the system or the device has no such figure."""
+    """Memory of one phase of the trainer; None: the system or the device has no such figure."""
 
     peak_bytes: int  # counts against the budget (see trainer/meter.py)
     anonymous_bytes: int | None = None  # part of the resident size at the end of the phase
@@ -63,7 +62,7 @@ class PhaseMemory(msgspec.Struct, frozen=True, omit_defaults=True):
     cgroup_peak_bytes: int | None = (
         None  # of the nearest cgroup since its start, page cache and all processes included
     )
-    resident_peak_bytes: int | None = None  # in RAM, beside a GPU; without a GPU the peak is resident
+    resident_peak_bytes: int | None = None  # in RAM, on a machine with a GPU
     allocated_peak_bytes: int | None = None  # of tensors, from torch's CUDA allocator
     reserved_peak_bytes: int | None = None  # held by torch's CUDA allocator
     driver_bytes: int | None = (
@@ -72,7 +71,7 @@ class PhaseMemory(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Easing(msgspec.Struct, frozen=True):
-    """A change to cheaper steps during a round, after a step came near the budget; the fields are the plan's."""
+    """A change to cheaper steps, after a step came near the budget; fields are the plan's."""
 
     rows: int
     boundaries: Boundaries
@@ -99,19 +98,19 @@ class Result(msgspec.Struct, frozen=True):
 class Report(msgspec.Struct, frozen=True):
     """How a round went on one device.
 
-    joined: the plan is made. trained: the node has the update, where the method exchanges anything. failed: see cause.
-    finished: the last version was evaluated.
+    joined: the plan is made. trained: the node has the update, where the method exchanges anything.
+    failed: see cause. finished: the last version was evaluated.
     """
 
     device: str
-    node_key: str  # of the node it is meant for: broker and device may outlive a node of the same fleet name
+    node_key: str  # of the receiver: a broker may outlive a node of the same fleet name
     round: int
     state: Literal["joined", "trained", "failed", "finished"]
     budget_bytes: int
     plan: Plan | None = None
     result: Result | None = None
     cause: Cause | None = None  # of a failure
-    exit_code: int | None = None  # of the trainer or the agent that failed; negative: killed by this signal
+    exit_code: int | None = None  # of the trainer or agent that failed; negative: a signal
     bytes_up: int = 0  # PUBLISH packets since the round began
     bytes_down: int = 0
 
@@ -125,6 +124,6 @@ def failure(report: Report) -> str:
 
 
 def without_names(result: Result) -> Result:
-    """The result with held-out files numbered in their order: a user's names for files may be private."""
+    """The result with held-out files numbered in order: the user's names may be private."""
     scores = {f"held_out_{number}": score for number, score in enumerate(result.evaluation.values(), 1)}
     return msgspec.structs.replace(result, evaluation=scores)

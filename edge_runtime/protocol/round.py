@@ -1,4 +1,4 @@
-"""What a node tells its devices about a round: signed, and retained so that a late reader gets the last one."""
+"""What a node tells its devices about a round: signed, and retained for late readers."""
 
 from typing import Literal
 
@@ -9,15 +9,15 @@ from edge_runtime.settings import Fleet
 
 ROUND_DOMAIN = "edge/1/round"
 CODEC = "int8-block64-zstd"  # of deltas and global versions: codec.py
-FLEET = "*"  # stands for a model class: what all classes share, for devices whose class has no version yet
-NOOP = "noop"  # codec and model class of rounds without training, by which benchmarks measure the link
+FLEET = "*"  # in place of a model class: what all share, for a class without a version
+NOOP = "noop"  # codec and model class of rounds that measure the link without training
 
 
 class Round(msgspec.Struct, frozen=True):
     """The state of a fleet."""
 
     node: str
-    state: Literal["open", "finished"]  # finished: the last versions are evaluated, no round is open
+    state: Literal["open", "finished"]  # finished: the last versions are evaluated
     round: int  # counted from 1
     fleet: Fleet
     versions: dict[

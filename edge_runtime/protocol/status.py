@@ -1,4 +1,4 @@
-"""Reads what a fleet's devices and node have left on the broker: the round, presence and last reports, all retained."""
+"""Reads what a fleet has left on the broker: the round, presence and last reports, all retained."""
 
 import time
 import uuid

@@ -78,7 +78,7 @@ def fleet(
     broker: Broker, cache: Path, tmp_path: Path, rows: Path, request: pytest.FixtureRequest
 ) -> Iterator[Fleet]:
     name = f"system-{abs(hash(request.node.nodeid)) % 10**10}"
-    found = Fleet(broker, cache, tmp_path, rows, name)
-    yield found
-    for command in found.running:
+    started = Fleet(broker, cache, tmp_path, rows, name)
+    yield started
+    for command in started.running:
         command.kill()

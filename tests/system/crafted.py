@@ -34,11 +34,11 @@ class Crafted:
 
     def report(self, **fields: Any) -> None:
         """Publish a signed report; the node pins the key of the first one."""
-        said = Report(
+        report = Report(
             device=self._id,
             **{"node_key": self._node_key, "round": 1, "state": "joined", "budget_bytes": 0, **fields},
         )
-        signed = signing.sign(self._key, REPORT_DOMAIN, msgspec.json.encode(said)).encode()
+        signed = signing.sign(self._key, REPORT_DOMAIN, msgspec.json.encode(report)).encode()
         self.session.publish(topics.report(self._fleet, self._id), signed, retain=True)
 
     def offer(self, payload: bytes, **fields: Any) -> Committed | Rejected:

@@ -1,4 +1,4 @@
-"""The commands as real processes whose events are read as they come, and one test's fleet of them."""
+"""Commands as real processes whose events are read as they come, and one test's fleet of them."""
 
 import json
 import os
@@ -170,13 +170,22 @@ class Fleet:
 
     def agent(self, id: str, *more: str) -> Command:
         """A device, on its own state."""
-        what = ("--fleet", self.name, "--id", id, "--data", str(self.rows), "--state", str(self.folder / id))
-        return self._start("agent", *what, "--broker", self.broker.url, "--threads", "1", "--json", *more)
+        device = (
+            "--fleet",
+            self.name,
+            "--id",
+            id,
+            "--data",
+            str(self.rows),
+            "--state",
+            str(self.folder / id),
+        )
+        return self._start("agent", *device, "--broker", self.broker.url, "--threads", "1", "--json", *more)
 
     def noise(self, id: str, size: str, *more: str) -> Command:
-        """A device whose agent sends this much noise each round instead of a delta; for a node with --noop."""
-        what = ("--fleet", self.name, "--id", id, "--size", size, "--state", str(self.folder / id))
-        return self._start("--broker", self.broker.url, *what, *more, module="benchmarks.noise")
+        """A device that sends so much noise a round instead of a delta, to a node with --noop."""
+        device = ("--fleet", self.name, "--id", id, "--size", size, "--state", str(self.folder / id))
+        return self._start("--broker", self.broker.url, *device, *more, module="benchmarks.noise")
 
     def _start(self, *arguments: str, module: str = "edge_runtime.cli") -> Command:
         self.running.append(Command(*arguments, cache=self.cache, module=module))

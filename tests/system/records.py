@@ -42,10 +42,10 @@ def reports(fleet: Fleet, state: str) -> dict[tuple[str, int], Report]:
 
 
 def master(fleet: Fleet, round_: int) -> dict[str, np.ndarray]:
-    """The float32 global version of the only model class after a round, with what the fleet shares."""
-    own, *shared = (fleet.folder / "node" / "versions").glob(f"{round_:05d}-*.safetensors")
+    """The float32 version of the only model class after a round, with what the fleet shares."""
+    of_class, *shared = (fleet.folder / "node" / "versions").glob(f"{round_:05d}-*.safetensors")
     assert len(shared) <= 1
-    return {key: value for path in (own, *shared) for key, value in load_file(path).items()}
+    return {key: value for path in (of_class, *shared) for key, value in load_file(path).items()}
 
 
 def version_0(key: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -60,10 +60,10 @@ def sent(fleet: Fleet, device: str, round_: int, work: str = "work") -> dict[str
 
 def job(fleet: Fleet, device: str, round_: int) -> dict[str, Any]:
     """The job a device gave its trainer."""
-    found: dict[str, Any] = json.loads(
+    contents: dict[str, Any] = json.loads(
         (fleet.folder / device / "work" / f"round-{round_}" / "job.json").read_text()
     )
-    return found
+    return contents
 
 
 def remembered(fleet: Fleet, device: str) -> dict[str, str]:

@@ -31,10 +31,11 @@ def test_a_refused_update_is_carried_into_the_next_round(fleet: Fleet, real_mode
     agent.phase("sending")
     agent.process.send_signal(signal.SIGSTOP)
     node = fleet.node()
-    with crafted(fleet, "other") as other:
-        declare_lost(other.session, fleet, "late")  # as the broker does, a minute after such a silence
-        other.report()
-        assert isinstance(other.offer(DELTA), Committed)
+    with crafted(fleet, "other") as second:
+        # As the broker does, a minute after such a silence.
+        declare_lost(second.session, fleet, "late")
+        second.report()
+        assert isinstance(second.offer(DELTA), Committed)
         assert node.phase("merged")["missing"] == ["late"]
     agent.process.send_signal(signal.SIGCONT)
     assert "round 1 is closed" in agent.phase("rejected")["text"]
@@ -43,8 +44,8 @@ def test_a_refused_update_is_carried_into_the_next_round(fleet: Fleet, real_mode
     carried = job(fleet, "late", 2)["carried"]
     assert carried["unsent"].endswith("round-1/payload.bin")
     assert carried["residual"].endswith("round-1/residual.bin")
-    kept = remembered(fleet, "late")
-    assert kept["residual"] == "2" and "unsent" not in kept
+    memory = remembered(fleet, "late")
+    assert memory["residual"] == "2" and "unsent" not in memory
     assert committed(fleet) == [("late", 2), ("other", 1)]
 
 
@@ -66,9 +67,9 @@ def test_an_update_that_is_refused_after_the_last_round_does_not_keep_the_agent_
 ) -> None:
     owing(fleet, "late").kill()
     node = fleet.node("--noop", "--until-finished")
-    with crafted(fleet, "other") as other:
-        other.report()
-        assert isinstance(other.offer(b"noise", codec=NOOP, model_class=NOOP), Committed)
+    with crafted(fleet, "other") as second:
+        second.report()
+        assert isinstance(second.offer(b"noise", codec=NOOP, model_class=NOOP), Committed)
         node.phase("finishing")  # and the other one, which is still here, has not ended
         agent = fleet.noise("late", "10kB", "--until-finished")
         assert agent.end(40) == 0
@@ -81,10 +82,10 @@ def test_an_update_that_is_refused_after_the_last_round_does_not_keep_the_agent_
 def test_an_agent_does_not_wait_for_ever_for_the_word_of_a_node_that_has_gone(fleet: Fleet) -> None:
     owing(fleet, "late").kill()
     node = fleet.node("--noop", "--until-finished")
-    with crafted(fleet, "other") as other:
-        other.report()
-        assert isinstance(other.offer(b"noise", codec=NOOP, model_class=NOOP), Committed)
-        other.report(state="finished")
+    with crafted(fleet, "other") as second:
+        second.report()
+        assert isinstance(second.offer(b"noise", codec=NOOP, model_class=NOOP), Committed)
+        second.report(state="finished")
     assert node.end(40) == 0
     agent = fleet.noise("late", "10kB", "--until-finished", "--wait", "2")
     assert agent.end(40) == LinkError.exit_code
@@ -111,12 +112,12 @@ def test_a_round_that_opens_while_the_agent_plans_is_trained_once(fleet: Fleet, 
     node.phase("collecting")
     with (
         FileLock(lock),
-        crafted(fleet, "other") as other,
+        crafted(fleet, "other") as second,
     ):  # the agent cannot read its model's facts meanwhile
         agent = fleet.agent("slow")
         agent.phase("planning")
-        other.report()
-        assert isinstance(other.offer(DELTA), Committed)
+        second.report()
+        assert isinstance(second.offer(DELTA), Committed)
         agent.until(lambda event: event["phase"] == "planning" and event["round"] == 2)
     agent.until(lambda event: event["phase"] == "waiting" and event["round"] == 2)
     assert [event["phase"] for event in agent.seen].count("starting") == 1
@@ -124,7 +125,7 @@ def test_a_round_that_opens_while_the_agent_plans_is_trained_once(fleet: Fleet, 
 
 
 def test_fresh_states_make_a_new_fleet_of_an_old_name(fleet: Fleet) -> None:
-    """The broker keeps the old node's last word and the old device's report; neither ties the new ones."""
+    """The broker keeps the old node's round and the old device's report; neither ties the new."""
     fleet.write()
     ended = [fleet.node("--noop", "--until-finished"), fleet.noise("a", "10kB", "--until-finished")]
     assert [command.end() for command in ended] == [0, 0]

@@ -11,11 +11,11 @@ NOBODY = "mqtt://127.0.0.1:9"
 
 def assert_one_sentence(command: Command, code: int, *words: str) -> None:
     assert command.end() == code
-    said = command.error()
-    assert "Traceback" not in said
-    assert len(said.splitlines()) == 1, said
+    error = command.error()
+    assert "Traceback" not in error
+    assert len(error.splitlines()) == 1, error
     for word in words:
-        assert word in said
+        assert word in error
 
 
 @pytest.mark.parametrize("name", ["agent", "aggregator", "status"])
@@ -124,14 +124,14 @@ def test_plan_and_profile_speak_json(fleet: Fleet, tiny_model: Path) -> None:
 def test_an_address_or_a_name_is_refused_before_a_state_is_made(
     tmp_path: Path, option: str, value: str, words: list[str]
 ) -> None:
-    given = {
+    options = {
         "--fleet": "x",
         "--id": "a",
         "--data": "rows.jsonl",
         "--state": str(tmp_path / "state"),
         option: value,
     }
-    assert_one_sentence(Command("agent", *(text for pair in given.items() for text in pair)), 2, *words)
+    assert_one_sentence(Command("agent", *(text for pair in options.items() for text in pair)), 2, *words)
     assert not (tmp_path / "state").exists()
 
 

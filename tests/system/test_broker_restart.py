@@ -28,10 +28,10 @@ class Restartable:
 @pytest.fixture
 def restartable(tmp_path: Path, fleet: Fleet) -> Iterator[Restartable]:
     """A broker of this test's own, which its fleet uses."""
-    found = Restartable(tmp_path / "own-broker")
-    fleet.broker = found  # type: ignore[assignment]
-    yield found
-    found.stop()
+    broker = Restartable(tmp_path / "own-broker")
+    fleet.broker = broker  # type: ignore[assignment]
+    yield broker
+    broker.stop()
 
 
 def still_runs(command: Command, for_s: float) -> bool:
@@ -55,7 +55,8 @@ def test_a_device_that_comes_after_a_restart_is_told_the_round(
 
 
 def test_an_outage_does_not_count_against_the_deadline(fleet: Fleet, restartable: Restartable) -> None:
-    fleet.write(deadline_s=8, extensions=0)  # in which an agent has to start, and send, on a slow machine too
+    # Within the deadline an agent has to start and send, on a slow machine too.
+    fleet.write(deadline_s=8, extensions=0)
     node = fleet.node("--noop", "--until-finished")
     node.phase("collecting")
     restartable.stop()

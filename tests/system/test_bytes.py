@@ -29,7 +29,7 @@ def test_bytes_up_and_down_are_those_a_listener_counts(fleet: Fleet) -> None:
                     item.topic.encode(), len(item.payload), None
                 )
     assert (node.end(20), agent.end(20)) == (0, 0)
-    said = [*reports(fleet, "trained").values(), *reports(fleet, "finished").values()]
-    assert sum(one.bytes_up for one in said) == pytest.approx(counted["up"], rel=0.03)
-    assert sum(one.bytes_down for one in said) == pytest.approx(counted["down"], rel=0.03)
+    sent = [*reports(fleet, "trained").values(), *reports(fleet, "finished").values()]
+    assert sum(report.bytes_up for report in sent) == pytest.approx(counted["up"], rel=0.03)
+    assert sum(report.bytes_down for report in sent) == pytest.approx(counted["down"], rel=0.03)
     assert counted["up"] > 3 * 200_000 and counted["down"] > 3 * 200_000

@@ -44,8 +44,8 @@ def rows(path: Path, *labels: str) -> Path:
 
 def published(fleet: Fleet, round_: int) -> dict[str, dict[str, np.ndarray]]:
     """What the node published after a round, by file."""
-    found = (fleet.folder / "node" / "versions").glob(f"{round_:05d}-*.edc")
-    return {path.name: codec.decode(path.read_bytes()) for path in found}
+    encoded = (fleet.folder / "node" / "versions").glob(f"{round_:05d}-*.edc")
+    return {path.name: codec.decode(path.read_bytes()) for path in encoded}
 
 
 def test_a_label_that_a_model_never_met_reaches_it_from_another(
@@ -76,8 +76,8 @@ def test_a_label_that_a_model_never_met_reaches_it_from_another(
     assert all(value.shape == (1, 12) and value.any() for value in taught.values())
     assert sent(fleet, "a", 3) == {}  # nobody would learn from what is said in the last round
     for device in "ab":
-        kept = load_file(fleet.folder / device / "work" / "round-3" / "state.bin")
-        assert {key for key in kept if key.startswith("labels")} == {
+        state = load_file(fleet.folder / device / "work" / "round-3" / "state.bin")
+        assert {key for key in state if key.startswith("labels")} == {
             f"labels.{label}.H" for label in ("red", "green", "blue")
         }
         before, after = (
@@ -118,4 +118,4 @@ def test_a_fleet_whose_public_texts_are_too_few_is_not_announced(fleet: Fleet, t
     (fleet.folder / "public.jsonl").write_text('{"text": "one"}\n')
     node = fleet.node()
     assert node.end() == 2
-    assert "texts is 12, but" in (said := node.error()) and "has 1 rows" in said
+    assert "texts is 12, but" in (error := node.error()) and "has 1 rows" in error

@@ -40,29 +40,29 @@ def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.parametrize("command", OPTIONS)
 def test_help_names_every_option(command: str) -> None:
-    done = run(command, "--help")
-    assert done.returncode == 0
+    process = run(command, "--help")
+    assert process.returncode == 0
     shown = {
         word.strip(",")
-        for line in done.stdout.splitlines()
+        for line in process.stdout.splitlines()
         for word in line.split()[:2]
         if word.startswith("--")
     }
     assert shown >= set(OPTIONS[command])
-    assert "--noop" not in done.stdout
+    assert "--noop" not in process.stdout
 
 
 def test_the_head_names_every_command() -> None:
-    done = run("--help")
-    assert done.returncode == 0
-    assert all(command in done.stdout for command in OPTIONS)
+    process = run("--help")
+    assert process.returncode == 0
+    assert all(command in process.stdout for command in OPTIONS)
 
 
 def test_status_speaks_json_of_the_round_and_each_device(fleet: Fleet) -> None:
     fleet.write(rounds=2)
     fleet.node("--noop").phase("collecting")
-    with crafted(fleet, "here") as here:
-        here.report(budget_bytes=7)
+    with crafted(fleet, "here") as present:
+        present.report(budget_bytes=7)
         status = Command("status", "--broker", fleet.broker.url, "--fleet", fleet.name, "--json").until(
             lambda _: True
         )
@@ -78,6 +78,6 @@ def test_a_model_that_is_not_there_is_named_and_the_node_told(fleet: Fleet, tmp_
     node.phase("collecting")
     agent = fleet.agent("a")
     assert agent.end() == 2
-    said = agent.error()
-    assert len(said.splitlines()) == 1 and "nowhere.gguf" in said
+    error = agent.error()
+    assert len(error.splitlines()) == 1 and "nowhere.gguf" in error
     assert "a: model: " in node.phase("failed")["text"]

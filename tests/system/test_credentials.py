@@ -140,15 +140,15 @@ def test_the_password_of_a_fleet_is_nowhere_but_in_its_file(
                     continue
                 assert not any(form.encode() in content for form in FORMS), path
 
-    def event(seen: dict) -> bool:
+    def finished(event: dict) -> bool:
         look(device)
-        return seen["phase"] == "finished"
+        return event["phase"] == "finished"
 
-    device.until(event, 240)
+    device.until(finished, 240)
     node.phase("finished")
     assert (device.end(), node.end()) == (0, 0)
     assert any("edge_runtime.trainer" in argument for argument in arguments)  # it was looked at in time
     assert_silent("".join(arguments))
     assert_silent(json.dumps([*node.seen, *device.seen], ensure_ascii=False) + node.error() + device.error())
-    (connected,) = (seen for seen in device.seen if seen["phase"] == "connected")
+    (connected,) = (event for event in device.seen if event["phase"] == "connected")
     assert connected["text"] == closed_broker.replace("//", "//dev%20ice:***@")

@@ -14,7 +14,7 @@ from edge_runtime.protocol import codec
 
 
 def payload_of(key: str, shape: tuple[int, ...], scale: float = 1.0) -> bytes:
-    """An encoded tensor of ones whose one scale is replaced by hand, since the encoder refuses bad ones."""
+    """An encoded tensor of ones with its one scale replaced: the encoder refuses bad scales."""
     good = codec.encode({key: np.ones(shape, np.float32)})
     if np.isfinite(scale) and scale > 0:
         return good

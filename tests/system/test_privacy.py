@@ -1,7 +1,9 @@
-"""Nothing private leaves a device, whatever fails: rows, labels, paths, names of files, passwords, the environment.
+"""Nothing private leaves a device, whatever fails: rows, labels, paths, names of files, passwords,
+the environment.
 
-Each test plants a distinct secret in every such place, makes the device fail at one stage, and then searches all that
-crossed the broker, all that node and status print and keep, and all that the device itself prints.
+Each test plants a distinct secret in every such place, makes the device fail at one stage, and then
+searches all that crossed the broker, all that node and status print and keep, and all that the
+device itself prints.
 """
 
 import json
@@ -61,9 +63,9 @@ def held_out(fleet: Fleet) -> Path:
 def start(fleet: Fleet, *more: str) -> Command:
     """The device with all that is private to it."""
     state = fleet.folder / secret("state-path")
-    given = f"{secret('held-out-name')}={held_out(fleet)}"
+    evaluation = f"{secret('held-out-name')}={held_out(fleet)}"
     models = fleet.folder / secret("model-path")
-    return fleet.agent("a", "--state", str(state), "--eval", given, "--models", str(models), *more)
+    return fleet.agent("a", "--state", str(state), "--eval", evaluation, "--models", str(models), *more)
 
 
 def linked(fleet: Fleet, model: Path) -> str:
@@ -87,14 +89,14 @@ def recorder(fleet: Fleet) -> Iterator[Recorder]:
         yield running
 
 
-def assert_nothing_private(fleet: Fleet, recorder: Recorder, device: Command, *others: Command) -> None:
+def assert_nothing_private(fleet: Fleet, recorder: Recorder, device: Command, *commands: Command) -> None:
     """Search what crossed, and what every process printed and the node keeps."""
     status = Command("status", "--broker", fleet.broker.url, "--fleet", fleet.name)
     assert status.end() == 0
-    for command in others:
+    for command in commands:
         command.process.terminate()
         command.end()
-    far = [recorder.searchable(), *map(printed, (status, *others)), node_files(fleet)]
+    far = [recorder.searchable(), *map(printed, (status, *commands)), node_files(fleet)]
     assert len(recorder.messages) > 1
     names = (*ROW_SECRETS, *HIDDEN_SECRETS, *PATH_SECRETS)
     assert [name for name in names for text in far if secret(name) in text] == []
@@ -246,7 +248,7 @@ def test_a_trainer_that_crashes_with_a_row_in_its_last_words(
 
 
 def test_the_search_finds_a_planted_secret(private: Fleet, recorder: Recorder) -> None:
-    """Twin: a device that breaks the rule in a report, and in the compressed payload of an update, is caught."""
+    """Twin: a secret in a report, and one in the compressed payload of an update, are found."""
     private.write()
     node = private.node()
     node.phase("collecting")

@@ -1,4 +1,4 @@
-"""Two devices that hold different depths of a real model, for two rounds: what is merged, weighed, kept and shown."""
+"""Two devices with different depths of a real model, two rounds: what is merged and kept."""
 
 import json
 import os
@@ -58,11 +58,11 @@ def budget_of_depth(fleet: Fleet, model: str, depth: int) -> int:
         facts = {model: processes.prepared(model, Path())}
         measured = processes.runtime_bytes(), processes.rates("cpu", 1)
         plans = list(candidates(settings.load(fleet.folder / "fleet.toml"), facts, *measured))
-    return next(one[-1].predicted_peak_bytes for one in plans if one[-1].depth == depth)
+    return next(group[-1].predicted_peak_bytes for group in plans if group[-1].depth == depth)
 
 
 def mean(fleet: Fleet, round_: int, work: str = "work") -> dict[str, np.ndarray]:
-    """What the two deltas come to: weighted by samples where both hold a tensor, else the deep one's own."""
+    """Mean of two deltas: weighted by samples where both hold a tensor, else the deeper one's."""
     deep, shallow = sent(fleet, DEEP, round_, work), sent(fleet, SHALLOW, round_, work)
     assert {key.split(".")[1] for key in deep} == {"0", "1", "29"}
     assert {key.split(".")[1] for key in shallow} == {"0", "29"}
@@ -124,9 +124,11 @@ def test_the_demo_reads_its_outcome_from_such_a_fleet(ran: Ran) -> None:
     assert [(device.id, device.depth) for device in outcome.devices] == [(DEEP, 3), (SHALLOW, 2)]
     every = [*reports(fleet, "trained").values(), *reports(fleet, "finished").values()]
     for device in outcome.devices:
-        own = [one for one in every if one.device == device.id]
-        assert device.measured_peak_bytes == max(one.result.measured_peak_bytes for one in own if one.result)
-        assert device.bytes_up == sum(one.bytes_up for one in own)
+        of_device = [report for report in every if report.device == device.id]
+        assert device.measured_peak_bytes == max(
+            report.result.measured_peak_bytes for report in of_device if report.result
+        )
+        assert device.bytes_up == sum(report.bytes_up for report in of_device)
         assert device.loss_after < device.loss_before
     assert not [fault for fault in outcome.faults if "round" in fault or "loss" in fault]
 
@@ -159,7 +161,7 @@ def test_a_trainer_that_is_killed_for_memory_is_followed_by_a_smaller_one_in_the
 def test_a_trainer_that_takes_more_than_its_budget_says_so_and_a_smaller_plan_finishes_the_round(
     fleet: Fleet, real_model: str, tmp_path: Path
 ) -> None:
-    """The device believes that its libraries take nothing, so every plan takes far more than was predicted."""
+    """The device believes that its libraries take nothing, so every plan needs more than predicted."""
     shutil.copytree(fleet.cache, tmp_path / "cache")
     (baseline,) = (tmp_path / "cache").glob("baseline-*")
     real = int(baseline.read_text())
@@ -169,8 +171,8 @@ def test_a_trainer_that_takes_more_than_its_budget_says_so_and_a_smaller_plan_fi
     node = fleet.node("--until-finished")
     agent = fleet.agent("a", "--until-finished", "--budget", str(real + (320 << 20)))
     assert "20 of 30 layers" in agent.phase("starting")["text"]
-    said = agent.phase("again")["text"]
-    assert "a step took" in said and "of a budget of" in said
+    reason = agent.phase("again")["text"]
+    assert "a step took" in reason and "of a budget of" in reason
     assert "3 of 30 layers" in agent.phase("starting")["text"]
     assert (agent.end(), node.end()) == (0, 0)
     assert committed(fleet) == [("a", 1)]

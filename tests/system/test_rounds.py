@@ -1,4 +1,4 @@
-"""Rounds with real training on a tiny model: what is merged, what stays private, what is counted."""
+"""Rounds with real training on a tiny model: what is merged, stays private, and is counted."""
 
 import hashlib
 import json
@@ -18,10 +18,13 @@ def budget_for_depth(fleet: Fleet, model: Path, depth: int) -> str:
     from edge_runtime.planning import processes
     from edge_runtime.planning.search import candidates
 
-    wanted = settings.load(fleet.folder / "fleet.toml")
+    fleet_settings = settings.load(fleet.folder / "fleet.toml")
     facts = {str(model): processes.prepared(str(model), model)}
     measured = processes.runtime_bytes(), processes.rates("cpu", 1)
-    peaks = {plans[0].depth: plans[-1].predicted_peak_bytes for plans in candidates(wanted, facts, *measured)}
+    peaks = {
+        plans[0].depth: plans[-1].predicted_peak_bytes
+        for plans in candidates(fleet_settings, facts, *measured)
+    }
     return str(peaks[depth])
 
 
@@ -72,10 +75,10 @@ def test_local_sends_nothing_and_goes_on_from_its_own_state(fleet: Fleet, tiny_m
     fleet.write((str(tiny_model), 4), rounds=2, method="local")
     node, agent = fleet.node("--until-finished"), fleet.agent("a", "--until-finished")
     assert (node.end(), agent.end()) == (0, 0)
-    found = reports(fleet, "trained")
+    trained = reports(fleet, "trained")
     assert not list((fleet.folder / "a" / "work").glob("*/payload.bin"))
-    assert all(report.bytes_up < 8192 for report in found.values())  # reports alone
-    before, after = (found[("a", round_)].result for round_ in (1, 2))
+    assert all(report.bytes_up < 8192 for report in trained.values())  # reports alone
+    before, after = (trained[("a", round_)].result for round_ in (1, 2))
     assert before is not None and after is not None
     assert after.evaluation["held_out_1"].loss < before.evaluation["held_out_1"].loss
 
@@ -117,14 +120,14 @@ def test_bytes_are_those_that_went_through_the_session(fleet: Fleet) -> None:
         fleet.noise("a", "300kB", "--until-finished"),
     )
     assert (node.end(), agent.end()) == (0, 0)
-    found = reports(fleet, "trained")
-    assert 300_000 < found[("a", 1)].bytes_up < 310_000
-    assert found[("a", 1)].bytes_down < 5_000  # nothing to fetch yet
-    assert 300_000 < found[("a", 2)].bytes_down < 310_000
+    trained = reports(fleet, "trained")
+    assert 300_000 < trained[("a", 1)].bytes_up < 310_000
+    assert trained[("a", 1)].bytes_down < 5_000  # nothing to fetch yet
+    assert 300_000 < trained[("a", 2)].bytes_down < 310_000
 
 
 @pytest.mark.parametrize(
-    ("method", "factor", "kept"),
+    ("method", "factor", "private"),
     [
         ("ffa", "B", ""),
         ("fedsa", "A", "B"),
@@ -134,7 +137,7 @@ def test_bytes_are_those_that_went_through_the_session(fleet: Fleet) -> None:
     ],
 )
 def test_what_a_method_shares_travels_and_what_it_keeps_goes_on_from_round_to_round(
-    fleet: Fleet, tiny_model: Path, method: str, factor: str, kept: str
+    fleet: Fleet, tiny_model: Path, method: str, factor: str, private: str
 ) -> None:
     fleet.write((str(tiny_model), 4), method=method, rounds=2, quorum=2)
     node = fleet.node("--until-finished")
@@ -146,7 +149,7 @@ def test_what_a_method_shares_travels_and_what_it_keeps_goes_on_from_round_to_ro
     )
     job = json.loads((fleet.folder / "a" / "work" / "round-2" / "job.json").read_text())
     assert job["start"] is not None
-    assert (job["carried"]["private"] is not None) is bool(kept)
+    assert (job["carried"]["private"] is not None) is bool(private)
     before, after = (
         reports(fleet, state)["a", round_] for state, round_ in (("trained", 1), ("finished", 2))
     )
@@ -197,7 +200,7 @@ def test_devices_of_unequal_ranks_learn_together(
         return
     old = {factor: first.get(f"{key}.{factor}", 0) for factor in "AB"}
     if method == "flora":  # every round begins with version 0
-        assert {one.rpartition(".")[2] for one in merged} == {"keptA", "keptB"}
+        assert {factor.rpartition(".")[2] for factor in merged} == {"keptA", "keptB"}
         old = {factor: version_0(f"{key}.{factor}", high[f"{key}.{factor}"].shape) for factor in "AB"}
     products = []
     for delta in (high, low):

@@ -62,8 +62,8 @@ def test_a_fleet_below_its_quorum_ends_by_naming_who_is_missing(fleet: Fleet) ->
         extended = node.phase("extended", 20)
         assert node.end(20) == 1
     assert extended["in_"] == ["here"] and extended["missing"] == ["mute"]
-    said = node.error()
-    assert "1 of the 2 updates" in said and "missing: mute" in said
+    error = node.error()
+    assert "1 of the 2 updates" in error and "missing: mute" in error
 
 
 def test_a_node_killed_between_its_last_commit_and_the_merge_merges_once(fleet: Fleet) -> None:

@@ -1,4 +1,4 @@
-"""What an agent makes of a state folder that it is given, and of rounds that it cannot use or hears of again."""
+"""An agent on a state folder of another device, and on rounds it cannot use or hears of again."""
 
 from queue import Queue
 
@@ -58,12 +58,12 @@ def agent(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("other", "named"), [({"id": "b"}, "id `a`, not `b`"), ({"fleet": "g"}, "fleet `f`, not `g`")]
+    ("changed", "named"), [({"id": "b"}, "id `a`, not `b`"), ({"fleet": "g"}, "fleet `f`, not `g`")]
 )
-def test_the_state_of_another_device_is_refused(agent, other, named):
+def test_the_state_of_another_device_is_refused(agent, changed, named):
     agent().close()
     with pytest.raises(InputError, match=f"is that of {named}: give another --state, or --"):
-        agent(**other)
+        agent(**changed)
     agent()
 
 

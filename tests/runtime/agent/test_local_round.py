@@ -114,8 +114,8 @@ def test_rounds_that_nobody_needs_are_deleted(device):
     device.rounds.keep(device.task(2), result())
     device.rounds.settle(3, "taken")
     device.rounds.tidy([4])
-    kept = {device.rounds.folder(device.task(number)) for number in (2, 3, 4)}
-    assert {*device.rounds.folder(device.task(1)).parent.iterdir()} == kept
+    remaining = {device.rounds.folder(device.task(number)) for number in (2, 3, 4)}
+    assert {*device.rounds.folder(device.task(1)).parent.iterdir()} == remaining
 
 
 def test_the_result_of_an_earlier_attempt_is_not_taken_for_this_ones(device):

@@ -1,4 +1,4 @@
-"""`edge-runtime measure`: the real trainer and PEFT, each in a process of its own, on the same rows."""
+"""`edge-runtime measure`: the real trainer and PEFT, each in its own process, on the same rows."""
 
 import json
 import os
@@ -30,24 +30,26 @@ def test_rows_are_as_long_as_asked_for(demo_tokenizer):
 
 
 def test_both_train_the_same_and_say_what_they_took(tiny_folder, cache):
-    done = measure(
+    command = measure(
         tiny_folder, "--batch", "2", "--tokens", "32", "--steps", "4", "--rank", "2", "--against", "peft"
     )
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout)
-    assert set(seen["phases"]) == {"load", "evaluate", "train", "encode"} and set(seen["peft"]["phases"]) == {
+    assert command.returncode == 0, command.stderr
+    printed = json.loads(command.stdout)
+    assert set(printed["phases"]) == {"load", "evaluate", "train", "encode"} and set(
+        printed["peft"]["phases"]
+    ) == {
         "load",
         "train",
     }
-    for taken in (seen, seen["peft"]):
+    for taken in (printed, printed["peft"]):
         assert len(taken["losses"]) == 4 and taken["step_seconds"] > 0
         assert taken["measured_peak_bytes"] == max(phase["peak_bytes"] for phase in taken["phases"].values())
         assert taken["baseline_bytes"] > 200 * MIB
-    assert seen["losses"][0] == pytest.approx(
-        seen["peft"]["losses"][0], rel=0.01
+    assert printed["losses"][0] == pytest.approx(
+        printed["peft"]["losses"][0], rel=0.01
     )  # both start from the base model
-    assert seen["predicted_peak_bytes"] == sum(seen["terms"].values())
-    assert 0 < seen["predicted_step_seconds"] < 1
+    assert printed["predicted_peak_bytes"] == sum(printed["terms"].values())
+    assert 0 < printed["predicted_step_seconds"] < 1
 
 
 def test_all_parameters_can_be_trained_beside_ours(tiny_facts, cache, tmp_path):
@@ -76,8 +78,8 @@ def test_the_table_has_the_views_that_are_there(capsys):
         "predicted_step_seconds": 2.0,
         "terms": {"weights": 3 * MIB},
     }
-    done = Measurement(**taken, **predicted, phases=phases, peft=peft)
-    views.show_measurement(done)
+    command = Measurement(**taken, **predicted, phases=phases, peft=peft)
+    views.show_measurement(command)
     lines = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
     cells = [[cell.strip() for cell in line] for line in lines]
     assert ["load", "2 MiB", "-", "5 MiB"] in cells and ["PEFT: load", "4 MiB", "7 MiB", "-"] in cells
@@ -91,9 +93,9 @@ def test_a_shape_without_weights_is_drawn_at_random_and_may_be_streamed(tiny_fol
     size = ("--batch", "1", "--tokens", "16", "--steps", "3", "--rank", "2", "--weights", "q4_1")
     taken = []
     for more in ((), ("--stream",)):
-        done = measure(shape, "--random-weights", *size, *more)
-        assert done.returncode == 0, done.stderr
-        taken.append(json.loads(done.stdout))
+        command = measure(shape, "--random-weights", *size, *more)
+        assert command.returncode == 0, command.stderr
+        taken.append(json.loads(command.stdout))
     assert taken[0]["losses"] == taken[1]["losses"] and len(taken[0]["losses"]) == 3
     assert taken[1]["terms"]["weights"] < taken[0]["terms"]["weights"]
     refused = measure(shape, *size)
@@ -106,16 +108,16 @@ def test_a_shape_without_weights_is_drawn_at_random_and_may_be_streamed(tiny_fol
 
 
 def test_a_board_is_stood_for_by_a_larger_gpu_alone(tiny_folder, cache):
-    for board, said in (
+    for board, message in (
         ("rtx-3060-12g", "'rtx-3060-12g' is not known: did you mean rtx-3060-12gb"),
         ("raspberry-pi-5-8gb", "raspberry-pi-5-8gb has no GPU whose memory could be capped"),
         ("rtx-3060-12gb", "this machine has no GPU that could be capped to the memory of rtx-3060-12gb"),
     ):
-        done = measure(tiny_folder, "--board", board, environment={"CUDA_VISIBLE_DEVICES": ""})
-        assert done.returncode == 2 and said in done.stderr
-        assert len(done.stderr.splitlines()) == 1
-    done = measure(tiny_folder, "--device", "cuda", environment={"CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 2 and "--device is cuda, but no GPU was found" in done.stderr
+        command = measure(tiny_folder, "--board", board, environment={"CUDA_VISIBLE_DEVICES": ""})
+        assert command.returncode == 2 and message in command.stderr
+        assert len(command.stderr.splitlines()) == 1
+    command = measure(tiny_folder, "--device", "cuda", environment={"CUDA_VISIBLE_DEVICES": ""})
+    assert command.returncode == 2 and "--device is cuda, but no GPU was found" in command.stderr
 
 
 def test_a_trainer_that_was_killed_is_said_to_be(tmp_path):
@@ -128,18 +130,20 @@ def test_a_trainer_that_was_killed_is_said_to_be(tmp_path):
 
 def test_what_cannot_be_measured_is_refused_in_a_sentence(tiny_folder, cache):
     for option in ("--steps", "--tokens"):
-        done = measure(tiny_folder, option, "0")
-        assert (done.returncode, done.stderr.strip()) == (
+        command = measure(tiny_folder, option, "0")
+        assert (command.returncode, command.stderr.strip()) == (
             2,
             f"edge-runtime: {option} is 0, but has to be 1 or more",
         )
-    done = measure("-x")
-    assert done.returncode == 2 and done.stderr.startswith("edge-runtime: there is no model at -x, nor in ")
-    done = measure(tiny_folder, "--rank", "300")
-    assert (done.returncode, done.stderr.strip()) == (
+    command = measure("-x")
+    assert command.returncode == 2 and command.stderr.startswith(
+        "edge-runtime: there is no model at -x, nor in "
+    )
+    command = measure(tiny_folder, "--rank", "300")
+    assert (command.returncode, command.stderr.strip()) == (
         2,
         "edge-runtime: --rank is 300, but can be 256 at most",
     )
-    done = measure(tiny_folder, "--tokens", "4096")
-    said = f"edge-runtime: rows of 4096 tokens are too long: {tiny_folder} has 64 positions"
-    assert (done.returncode, done.stderr.strip()) == (2, said)
+    command = measure(tiny_folder, "--tokens", "4096")
+    message = f"edge-runtime: rows of 4096 tokens are too long: {tiny_folder} has 64 positions"
+    assert (command.returncode, command.stderr.strip()) == (2, message)

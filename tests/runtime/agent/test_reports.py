@@ -1,4 +1,4 @@
-"""What may stand in a report: numbers, fixed words, and the few texts that are listed here with their reason."""
+"""What may stand in a report: numbers, fixed words, and the texts listed here with their reason."""
 
 import json
 from pathlib import Path
@@ -124,7 +124,7 @@ def reports_of(folder: Path) -> tuple[Reports, Link, Outbox, DeviceStore]:
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_that_an_update_was_refused_is_kept_until_it_is_said(tmp_path: Path, finished: bool) -> None:
-    """A kill may come right after the refusal was settled; after the last round the node waits for no such report."""
+    """A kill may come right after the refusal. After the last round no node waits for it."""
     reports, link, outbox, store = reports_of(tmp_path)
     fleet = Fleet("f", (Model("m"),), rounds=1)
     current = RoundInProgress(Round(node="n", fleet=fleet, round=1, state="open", versions={}), "key")

@@ -1,8 +1,8 @@
-"""The thread that keeps one MQTT connection alive, running paho's `loop`.
+"""The thread that keeps one MQTT connection alive by running paho's `loop`.
 
-paho's own thread is not used: its reconnect has no jitter, and the will's epoch must change before each connect. The
-callbacks only record and wake; what follows a connect (subscriptions, presence) happens between two rounds of the loop.
-No lock that a callback takes is held across a call into paho.
+paho's own thread is not used: its reconnect has no jitter, and the will's epoch must change before each connect.
+The callbacks only record what happened and wake waiting threads. Subscriptions are restored and presence is published
+between two calls of `loop`. No lock that a callback takes is held across a call into paho.
 """
 
 import logging
@@ -18,18 +18,19 @@ from paho.mqtt import client as paho
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
-from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge_broker import messages, presence, topics
 from edge_broker.address import Address
 from edge_broker.errors import BrokerUnreachable, LinkError, Refused, refused_connection, unreachable
 from edge_broker.events import Connected, Disconnected, Event
+from edge_broker.subscriptions import Subscriptions
 from edge_broker.window import SLOTS, Ticket, Window, publish_size
 
-_RECEIVE_MAXIMUM = 32  # messages the broker may have on their way to us: 2 MiB of chunks
+_RECEIVE_MAXIMUM = 32  # messages from the broker without our acknowledgement: 2 MiB of chunks
+_PACKET_MAX = 1 << 20  # bytes of the largest PUBLISH sent or accepted
 _KEEPALIVE_S = 30
-_SETTLED_S = 10.0  # a connection that lasted this long was a good one: the back-off starts anew
-_BACKOFF_S = (1.0, 30.0)  # first and largest upper end of the random wait before a reconnect
+_SETTLED_S = 10.0  # after a connection that lasted this long the back-off starts anew
+_BACKOFF_S = (1.0, 30.0)  # first and largest upper bound of the random wait before a reconnect
 
 log = logging.getLogger(__name__)
 
@@ -42,32 +43,27 @@ class Connection:
         address: Address,
         client_id: str,
         spec: presence.PresenceSpec | None,
-        clean_start: bool,
         expiry_s: int,
-        packet_max: int,
         put: Callable[[Event | tuple[int, paho.MQTTMessage]], None],
     ) -> None:
         self.address, self.spec = address, spec
         self.epoch = spec.epoch if spec else 0
         self.changed = threading.Condition(threading.RLock())
-        self.window = Window(self.changed, put, packet_max)
-        self.filters: dict[str, None] = {}  # to restore where the broker lost them
+        self.window = Window(self.changed, put, _PACKET_MAX)
         self.connected = False
-        self._opened_at = 0  # the generation before open()
         self.generation = 0  # counts connections: an acknowledgement must not cross to the next one
         self.bytes_down = 0
-        self._put, self._packet_max = put, packet_max
-        self._clean_start, self._expiry_s = clean_start, expiry_s
+        self._put, self._expiry_s = put, expiry_s
+        self._opened_at = 0  # the generation before open()
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._failure: LinkError | None = None
-        self._greet: bool | None = None  # session_present of a connection not greeted yet
-        self._announce = False  # presence of a connection not said yet
-        self._leaving = False
-        self._speaking = threading.Lock()  # nothing is said after offline; never taken in a callback
-        self._subacks: dict[int, list[ReasonCode]] = {}
-        self._restoring: dict[int, list[str]] = {}
+        self._greet: bool | None = None  # session_present of a connection that is not greeted yet
+        self._announce = False  # "online" is still to be published on this connection
+        self._leaving = False  # "offline" was published: nothing may follow
+        self._speaking = threading.Lock()  # held while presence is published; never taken in a callback
         self.client = self._make_client(client_id)
+        self.subscriptions = Subscriptions(self.client, address, self.changed)
 
     def open(self, timeout_s: float) -> None:
         """Connect, trying once.
@@ -84,12 +80,12 @@ class Connection:
         properties = Properties(PacketTypes.CONNECT)
         properties.SessionExpiryInterval = self._expiry_s
         properties.ReceiveMaximum = _RECEIVE_MAXIMUM
-        properties.MaximumPacketSize = self._packet_max
-        at = self.address
-        # A new process knows nothing of what the broker kept, and not every broker (rumqttd) sends the retained messages
-        # again to a session that it still has.
-        clean = self._clean_start or paho.MQTT_CLEAN_START_FIRST_ONLY
-        self.client.connect_async(at.host, at.port, _KEEPALIVE_S, clean_start=clean, properties=properties)
+        properties.MaximumPacketSize = _PACKET_MAX
+        host, port = self.address.host, self.address.port
+        # A new process starts clean even where the broker still has its session: rumqttd sends no retained messages to
+        # a session that it has. Later connects continue the session, unless it ends with its connection.
+        clean = paho.MQTT_CLEAN_START_FIRST_ONLY if self._expiry_s else True
+        self.client.connect_async(host, port, _KEEPALIVE_S, clean_start=clean, properties=properties)
         before = self._opened_at = self.generation
         self._thread = threading.Thread(target=self._run, name="edge-broker", daemon=True)
         self._thread.start()
@@ -99,7 +95,7 @@ class Connection:
                 return
             failure = self._failure
         self.stop()
-        raise failure or unreachable(at, f"no answer within {timeout_s:g} s")
+        raise failure or unreachable(self.address, f"no answer within {timeout_s:g} s")
 
     def stop(self) -> None:
         """Disconnect and end the thread; waiters get a LinkError."""
@@ -125,16 +121,16 @@ class Connection:
                 raise LinkError(f"the session with {self.address} is closed")
             return condition()
 
-    def wait_connected(self, deadline: float, what: str) -> int:
+    def wait_connected(self, deadline: float, purpose: str) -> int:
         """Wait for a connection and return its generation.
 
         Raises:
-            BrokerUnreachable: there was none in time.
+            BrokerUnreachable: there was no connection in time.
         """
         if not self._thread:
-            raise LinkError(f"cannot {what}: call connect first")
+            raise LinkError(f"cannot {purpose}: call connect first")
         if not self.wait(lambda: self.connected, deadline):
-            raise BrokerUnreachable(f"cannot {what}: no connection to {self.address}")
+            raise BrokerUnreachable(f"cannot {purpose}: no connection to {self.address}")
         return self.generation
 
     def post(
@@ -144,6 +140,7 @@ class Connection:
 
         Raises:
             Refused: the packet is larger than the broker takes.
+            LinkError: paho refused it.
         """
         properties = None
         if expiry_s is not None:
@@ -160,28 +157,28 @@ class Connection:
         return ticket
 
     def subscribe(self, filters: tuple[str, ...], deadline: float) -> None:
-        """Subscribe at QoS 1 and wait for the broker's word, over a reconnect if need be.
+        """Subscribe at QoS 1 and wait for the broker's answer, across reconnects.
 
         Raises:
             Refused: the broker refused a filter.
             LinkError: no answer in time.
         """
-        what = f"subscribe to {', '.join(filters)}"
-        codes = None
-        while codes is None:
-            generation = self.wait_connected(deadline, what)
-            mid = self._send_subscribe(filters)
+        purpose = f"subscribe to {', '.join(filters)}"
+        while True:
+            generation = self.wait_connected(deadline, purpose)
+            if (number := self.subscriptions.send(filters)) is None:
+                continue  # the connection broke meanwhile
 
-            def answered(mid: int | None = mid, generation: int = generation) -> bool:
-                return mid in self._subacks or self.generation != generation or mid is None
+            def settled(number: int = number, generation: int = generation) -> bool:
+                return self.subscriptions.answered(number) or self.generation != generation
 
-            if not self.wait(answered, deadline):
-                raise LinkError(f"cannot {what}: {self.address} did not answer in time")
-            codes = self._subacks.pop(mid, None) if mid else None
-        self._check_granted(filters, codes)
+            if not self.wait(settled, deadline):
+                raise LinkError(f"cannot {purpose}: {self.address} did not answer in time")
+            if self.subscriptions.remember(filters, number):
+                return
 
-    def say(self, state: Any, waited: bool) -> Ticket | None:
-        """Publish our presence if there is room; once offline was said, nothing else is."""
+    def publish_presence(self, state: Any, waited: bool) -> Ticket | None:
+        """Publish the presence if there is room; after "offline" nothing else is published."""
         assert self.spec
         with self._speaking:
             self._leaving |= state == "offline"
@@ -201,17 +198,12 @@ class Connection:
                 self.client.reconnect()
                 while self.client.loop(timeout=1.0) == paho.MQTT_ERR_SUCCESS:
                     self._between_packets()
-            except (
-                OSError,
-                ValueError,
-            ) as error:  # no connection; ValueError: a certificate for another host
+            except (OSError, ValueError) as error:  # ValueError: a certificate for another host
                 self._broken(self._explain(error))
-            except (
-                Exception
-            ) as error:  # paho lets errors of parsing through; they end the connection, not the session
+            except Exception as error:  # paho's parser: ends the connection, not the session
                 log.exception("the connection to %s broke on an unexpected error", self.address)
                 self._broken(unreachable(self.address, repr(error)))
-            if self.generation == self._opened_at:  # the first connect failed: open() says so
+            if self.generation == self._opened_at:  # the first connect failed: open() raises the reason
                 with self.changed:
                     self._failure = self._failure or unreachable(
                         self.address, "it closed the connection unanswered"
@@ -231,25 +223,13 @@ class Connection:
     def _between_packets(self) -> None:
         if self._greet is not None:
             session_present, self._greet = self._greet, None
-            filters = tuple(self.filters)
-            if filters and not session_present and (mid := self._send_subscribe(filters)):
-                self._restoring[mid] = list(filters)
+            if not session_present:
+                self.subscriptions.restore()
             self._put(Connected(session_present=session_present, epoch=self.epoch))
-        if self._announce and self.say("online", waited=False):
+        if self._announce and self.publish_presence("online", waited=False):
             self._announce = False
         if self._stopping.is_set():  # stop() may have come while paho was still connecting
             self.client.disconnect()
-
-    def _send_subscribe(self, filters: tuple[str, ...]) -> int | None:
-        _, mid = self.client.subscribe([(one, SubscribeOptions(qos=1)) for one in filters])
-        return mid
-
-    def _check_granted(self, filters: Any, codes: list[ReasonCode]) -> None:
-        bad = [f"{one} ({code})" for one, code in zip(filters, codes, strict=False) if code.is_failure]
-        if bad:
-            raise Refused(
-                f"{self.address} refused to subscribe us to {', '.join(bad)}; check its access rules"
-            )
 
     def _explain(self, error: Exception) -> LinkError:
         if isinstance(error, ssl.SSLError):
@@ -262,7 +242,7 @@ class Connection:
             self._failure = self._failure or error
             reason = str(self._failure)
             opened = self.generation > self._opened_at
-            if opened:  # else open() raises it
+            if opened:  # otherwise open() raises the failure
                 self._failure = None
             self.changed.notify_all()
         if opened and not self._stopping.is_set():
@@ -281,11 +261,9 @@ class Connection:
         client.on_socket_open = self._on_socket_open
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
-        client.on_subscribe = self._on_subscribe
         client.on_publish = self._on_publish
         client.on_message = self._on_message
-        # Tells paho that another thread does the writing; without it publish() would write to the socket beside the
-        # loop.
+        # Tells paho that the loop's thread writes. Without it publish() would write to the socket at the same time.
         client.on_socket_register_write = lambda *_: None
         return client
 
@@ -299,8 +277,8 @@ class Connection:
             self._failure = refused_connection(self.address, code.value, str(code))
             return
         slots = min(SLOTS, getattr(properties, "ReceiveMaximum", SLOTS))
-        packet_max = min(self._packet_max, getattr(properties, "MaximumPacketSize", self._packet_max))
-        if self.window.outgrows(slots, packet_max):  # resending it would only break this connection too
+        packet_max = min(_PACKET_MAX, getattr(properties, "MaximumPacketSize", _PACKET_MAX))
+        if self.window.outgrows(slots, packet_max):  # resending would break this connection too
             for message in client.drop_out_messages():
                 self.window.settle(message.mid, "the broker came back with smaller limits")
         with self.changed:
@@ -308,7 +286,7 @@ class Connection:
             self.connected = True
             self._greet = bool(flags.session_present)
             self._announce = self.spec is not None
-            self._subacks.clear()
+            self.subscriptions.connected()
             self.window.reconnected(slots, packet_max)
             self.changed.notify_all()
 
@@ -316,19 +294,6 @@ class Connection:
         self, client: paho.Client, userdata: Any, flags: Any, code: ReasonCode, properties: Any
     ) -> None:
         self._broken(unreachable(self.address, f"the connection broke ({code})"))
-
-    def _on_subscribe(
-        self, client: paho.Client, userdata: Any, mid: int, codes: list[ReasonCode], properties: Any
-    ) -> None:
-        if filters := self._restoring.pop(mid, None):
-            try:
-                self._check_granted(filters, codes)
-            except Refused as error:
-                log.error("after a reconnect: %s", error)
-            return
-        with self.changed:
-            self._subacks[mid] = codes
-            self.changed.notify_all()
 
     def _on_publish(
         self, client: paho.Client, userdata: Any, mid: int, code: ReasonCode, properties: Any

@@ -2,15 +2,15 @@
 
     connect, subscribe, publish, receive, close
 
-Everything that happens comes out of one queue, in order: messages and events. A message is acknowledged to the broker
-when it is taken from the queue, so a slow owner holds the broker back instead of filling its own memory. Every publish
-is QoS 1 and answers with the broker's own reason code.
+Messages and events come out of one queue, in order. A message is acknowledged to the broker when it is taken from the
+queue, so a slow owner slows the broker down instead of filling the memory. Every publish is QoS 1 and ends with the
+broker's reason code.
 """
 
 import logging
 import queue
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 from paho.mqtt.client import MQTTMessage
 
@@ -20,6 +20,7 @@ from edge_broker.connection import Connection
 from edge_broker.errors import LinkError, Refused
 from edge_broker.events import Connected, Disconnected, Event, Message, Own, Room, Traffic, Unsent
 from edge_broker.presence import PresenceSpec
+from edge_broker.window import Ticket
 
 __all__ = [
     "Connected",
@@ -53,37 +54,26 @@ class Session:
         client_id: str,
         *,
         presence: PresenceSpec | None = None,
-        clean_start: bool = False,
         session_expiry_s: int = 3600,
-        ca: Path | None = None,
-        cert: Path | None = None,
-        key: Path | None = None,
-        max_packet_bytes: int = 1 << 20,
     ) -> None:
         """Prepare; nothing is sent before `connect`.
 
         Args:
             url: mqtt://host:port or mqtts://user:password@host:port?ca=file&cert=file&key=file, or that parsed.
             client_id: fixed for a device; a second session with the same id takes over from the first.
-            presence: whose presence to keep, if any.
-            clean_start: forget what the broker keeps for this id at every reconnect too (for shared subscriptions,
-                with expiry 0), not only when it first connects.
-            session_expiry_s: how long the broker keeps subscriptions and messages while the line is broken, if it can
-                (rumqttd does not).
-            ca, cert, key: PEM files for mqtts; they win over those in the URL.
-            max_packet_bytes: the largest PUBLISH sent or accepted.
+            presence: whose presence to publish, if any.
+            session_expiry_s: how long the broker keeps subscriptions and messages while there is no connection, if it
+                can (rumqttd cannot). 0: the session ends with its connection, as shared subscriptions need it.
 
         Raises:
             LinkError: the URL, the client id or a certificate file cannot be used.
         """
         self._queue: queue.SimpleQueue[Event | tuple[int, MQTTMessage]] = queue.SimpleQueue()
         self._connection = Connection(
-            url if isinstance(url, Address) else address.parse(url, ca=ca, cert=cert, key=key),
+            url if isinstance(url, Address) else address.parse(url),
             topics.name("client id", client_id),
             presence,
-            clean_start,
             session_expiry_s,
-            max_packet_bytes,
             self._queue.put,
         )
 
@@ -91,17 +81,19 @@ class Session:
         """Connect, trying once; from then on the session reconnects by itself, with full-jitter back-off.
 
         Raises:
-            BrokerUnreachable: nobody answered there in time, or the broker is too busy.
-            Refused: the broker refused us, or we its certificate.
+            BrokerUnreachable: no broker answered in time, or the broker is too busy.
+            Refused: the broker refused this client, or its certificate is not trusted.
         """
         self._connection.open(timeout_s)
 
     def close(self) -> None:
-        """Say offline, disconnect, stop; safe to call twice."""
+        """Publish "offline", disconnect and end the thread; safe to call twice."""
         connection = self._connection
         if connection.connected and connection.spec:
             try:
-                self._publish(lambda: connection.say("offline", waited=True), "say offline", _OFFLINE_S)
+                self._publish(
+                    lambda: connection.publish_presence("offline", waited=True), "say offline", _OFFLINE_S
+                )
             except LinkError as error:
                 log.warning("%s", error)
         connection.stop()
@@ -113,21 +105,17 @@ class Session:
         self.close()
 
     def subscribe(self, *filters: str, timeout_s: float = 10.0) -> None:
-        """Subscribe and wait for the broker's word; done again after a reconnect on which the broker had lost the
-        session.
+        """Subscribe and wait for the broker's answer; repeated after a reconnect if the broker lost the session.
 
         Raises:
-            Refused: the broker refused a filter; none of this call is remembered then.
+            Refused: the broker refused a filter; then none of these filters is kept.
             LinkError: no answer in time.
         """
         self._connection.subscribe(filters, time.monotonic() + timeout_s)
-        self._connection.filters.update(dict.fromkeys(filters))
 
     def unsubscribe(self, *filters: str) -> None:
-        """Stop receiving these, without waiting; messages on their way may still come."""
-        for one in filters:
-            self._connection.filters.pop(one, None)
-        self._connection.client.unsubscribe(list(filters))
+        """Stop receiving these topics, without waiting; messages already on their way may still arrive."""
+        self._connection.subscriptions.forget(filters)
 
     def publish(
         self,
@@ -138,14 +126,14 @@ class Session:
         expiry_s: int | None = None,
         timeout_s: float = 30.0,
     ) -> None:
-        """Publish and wait until the broker has taken it; waits for a connection and for room in the window first.
+        """Publish and wait for the broker's acknowledgement, after waiting for a connection and a slot of the window.
 
-        The broker's word means neither that it is on disk nor that anyone received it.
+        An acknowledged message is neither on the broker's disk yet nor received by anyone.
 
         Raises:
-            Refused: the broker refused it, or the packet is larger than it takes.
+            Refused: the broker refused the message, or the packet is larger than the broker takes.
             BrokerUnreachable: there was no connection in time.
-            LinkError: no room or no answer in time; the message may still arrive.
+            LinkError: no slot or no answer in time; the message may still arrive.
         """
         self._publish(
             lambda: self._connection.post(topic, payload, retain, expiry_s, None, waited=True),
@@ -168,8 +156,8 @@ class Session:
         window.
 
         Returns:
-            False if there is no room or no connection; a Room or a Connected event says when to try again. A refusal by
-            the broker comes as an Unsent event.
+            False without a free slot or a connection; a Room or Connected event follows when a new try makes sense. If
+            the broker refuses the message, an Unsent event follows.
 
         Raises:
             Refused: the packet is larger than the broker takes.
@@ -177,7 +165,7 @@ class Session:
         return self._connection.post(topic, payload, retain, expiry_s, window, waited=False) is not None
 
     def receive(self, timeout_s: float) -> Message | Event | None:
-        """The next message or event, or None after timeout_s (0: only what is already there)."""
+        """The next message or event, or None after timeout_s (0: only what is already in the queue)."""
         deadline = time.monotonic() + timeout_s
         while True:
             try:
@@ -195,7 +183,7 @@ class Session:
                 log.warning("dropped a message whose topic is not UTF-8")
 
     def put(self, item: object) -> None:
-        """Hand something of the owner's to whoever receives next, from any thread; it comes out as Own."""
+        """Put an item of the owner's into the queue, from any thread; `receive` returns it as Own."""
         self._queue.put(Own(item))
 
     @property
@@ -215,18 +203,18 @@ class Session:
         with connection.changed:
             return Traffic(bytes_up=connection.window.bytes_up, bytes_down=connection.bytes_down)
 
-    def _publish(self, post, what: str, timeout_s: float) -> None:  # type: ignore[no-untyped-def]
+    def _publish(self, post: Callable[[], Ticket | None], purpose: str, timeout_s: float) -> None:
         connection, window = self._connection, self._connection.window
         deadline = time.monotonic() + timeout_s
         ticket = None
         while ticket is None:
-            connection.wait_connected(deadline, what)
+            connection.wait_connected(deadline, purpose)
             if not connection.wait(lambda: connection.connected and window.used < window.slots, deadline):
                 raise LinkError(
-                    f"cannot {what}: no room within {timeout_s:g} s, {window.used} publishes unanswered"
+                    f"cannot {purpose}: no room within {timeout_s:g} s, {window.used} publishes unanswered"
                 )
             ticket = post()
         if not connection.wait(lambda: ticket.answer is not None, deadline):
-            raise LinkError(f"cannot {what}: no answer within {timeout_s:g} s; it may still arrive")
+            raise LinkError(f"cannot {purpose}: no answer within {timeout_s:g} s; it may still arrive")
         if ticket.answer:
-            raise Refused(f"cannot {what}: {ticket.answer}")
+            raise Refused(f"cannot {purpose}: {ticket.answer}")

@@ -80,7 +80,7 @@ class Node:
         self._texts = data.write_rows(options.state / "anchors.jsonl", texts) if texts else None
         self._key = signing.load_or_create_key(options.state / "node.key")
         name = topics.client_id("node", fleet.name, options.node)
-        self._session = Session(options.broker, name, clean_start=True, session_expiry_s=0)
+        self._session = Session(options.broker, name, session_expiry_s=0)
         self._receiver = Receiver(
             self._session, self._journal, fleet.name, options.node, self._check_manifest, self._store.key
         )

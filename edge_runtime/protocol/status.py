@@ -49,9 +49,7 @@ def read(broker: Address, fleet: str) -> Status:
     rounds: dict[str, Round] = {}
     reports: dict[str, Report] = {}
     try:
-        with Session(
-            broker, f"status-{uuid.uuid4().hex[:12]}", clean_start=True, session_expiry_s=0
-        ) as session:
+        with Session(broker, f"status-{uuid.uuid4().hex[:12]}", session_expiry_s=0) as session:
             session.connect(CONNECT_TIMEOUT_S)
             session.subscribe(topics.all_rounds(), topics.all_presence(fleet), topics.all_reports(fleet))
             until = time.monotonic() + LONGEST_S

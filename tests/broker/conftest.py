@@ -47,7 +47,7 @@ def open_session(broker: Broker) -> Iterator[Callable[..., Session]]:
     def connected(name: str = "client", url: str | None = None, **options: object) -> Session:
         session = Session(url or broker.url, f"{name}-{next(_numbers)}", **options)
         sessions.append(session)
-        session.connect(5)
+        session.connect(60)
         return session
 
     yield connected
@@ -123,7 +123,7 @@ def device(
 @pytest.fixture
 def node(open_session: Callable[..., Session], fleet: str, tmp_path: Path, keys: dict) -> Callable[..., Node]:
     def make(check: Callable = lambda _: None, session: Session | None = None) -> Node:
-        session = session or open_session("node", clean_start=True, session_expiry_s=0)
+        session = session or open_session("node", session_expiry_s=0)
         return Node(session, fleet, tmp_path, keys, check)
 
     return make
@@ -153,7 +153,7 @@ def describe() -> Callable[..., messages.Manifest]:
 def drive() -> Callable[..., None]:
     """Run parties in turn until a condition holds; fail after a bound."""
 
-    def run(until: Callable[[], object], *parties: object, timeout_s: float = 10.0) -> None:
+    def run(until: Callable[[], object], *parties: object, timeout_s: float = 120.0) -> None:
         deadline = time.monotonic() + timeout_s
         while not until():
             assert time.monotonic() < deadline, f"not reached within {timeout_s} s"
@@ -167,7 +167,7 @@ def drive() -> Callable[..., None]:
 def await_message() -> Callable[..., Message]:
     """The next message that a session receives on a topic ending so."""
 
-    def wait(session: Session, ending: str = "", timeout_s: float = 5.0) -> Message:
+    def wait(session: Session, ending: str = "", timeout_s: float = 60.0) -> Message:
         deadline = time.monotonic() + timeout_s
         while (left := deadline - time.monotonic()) > 0:
             found = session.receive(left)

@@ -1,30 +1,31 @@
 """A global adapter from the node to its devices: fetched by digest, published once for all who ask together."""
 
 import random
+import time
 
 import pytest
 from edge_broker import messages, topics
 from edge_broker.errors import LinkError
+from edge_broker.events import Message
 from edge_broker.transfer import Failed, Fetched, Fetcher, download
 
 CONTENT = random.Random(9).randbytes(3 << 20)
 
 
 class Reader:
-    """A device that fetches; what the fetcher returned is in result."""
+    """A device that fetches; result is what the fetcher returned, chunks counts those that arrived."""
 
     def __init__(self, session, fleet, name, folder):
-        self.session, self.fetcher, self.result = (
-            session,
-            Fetcher(session, fleet, name, folder / name),
-            None,
-        )
+        self.session, self.fetcher = session, Fetcher(session, fleet, name, folder / name)
+        self.result, self.chunks = None, 0
 
     def fetch(self, artifact):
         self.result = self.fetcher.fetch(artifact)
 
     def turn(self):
-        self.result = self.fetcher.handle(self.session.receive(0.0003)) or self.result
+        message = self.session.receive(0.0003)
+        self.chunks += isinstance(message, Message)
+        self.result = self.fetcher.handle(message) or self.result
         self.fetcher.tick()
 
 
@@ -94,7 +95,7 @@ def test_more_chunks_than_are_asked_for_at_once(reader, node, drive, artifact_fi
 
 
 def test_a_chunk_that_was_lost_is_asked_for_again(reader, node, drive, artifact_file, monkeypatch):
-    monkeypatch.setattr(download, "retry_s", lambda tries: 0.1)
+    monkeypatch.setattr(download, "retry_s", lambda tries: 1000.0)
     r, n = reader(), node()
     artifact = n.publisher.serve(artifact_file)
     publish, lost = n.session.publish_nowait, []
@@ -107,6 +108,9 @@ def test_a_chunk_that_was_lost_is_asked_for_again(reader, node, drive, artifact_
 
     n.session.publish_nowait = lossy
     r.fetch(artifact)
+    drive(lambda: r.chunks == 47, r, n)
+    assert not r.result
+    r.fetcher.tick(time.monotonic() + 1001)  # the wait for the lost chunk is over
     drive(lambda: r.result, r, n)
     assert r.result.path.read_bytes() == CONTENT and n.publisher.published == 49
 

@@ -101,7 +101,7 @@ def session_of(fleet_broker, name: str, **options) -> Session:
     )
     while True:
         try:
-            session.connect(5)
+            session.connect(60)
             return session
         except BrokerUnreachable:  # until it listens
             assert process.poll() is None, (folder / "output").read_text()
@@ -130,7 +130,7 @@ def test_what_is_retained_is_saved_beside_the_main_configuration_s_state(fleet_b
 def test_a_device_and_a_node_can_do_their_part(fleet_broker, await_message):
     with (
         session_of(fleet_broker, "device-1", presence=PresenceSpec("f", "device-1")) as device,
-        session_of(fleet_broker, "node-1", clean_start=True, session_expiry_s=0) as node,
+        session_of(fleet_broker, "node-1", session_expiry_s=0) as node,
     ):
         node.subscribe(
             topics.all_offers("f"),
@@ -178,9 +178,9 @@ def test_a_broker_of_another_authority_is_not_trusted(fleet_broker, tmp_path):
     with pytest.raises(
         Refused, match=r"TLS with mqtts://127\.0\.0\.1:\d+ failed: .*certificate verify failed"
     ):
-        Session(fleet_broker[1], "d", ca=tmp_path / "other.crt").connect(5)
+        Session(f"{fleet_broker[1]}?ca={tmp_path}/other.crt", "d").connect(60)
 
 
 def test_without_a_certificate_nobody_gets_in(fleet_broker):
     with pytest.raises(LinkError, match=r"127\.0\.0\.1"):
-        Session(fleet_broker[1], "d", ca=fleet_broker[0] / "ca.crt").connect(5)
+        Session(f"{fleet_broker[1]}?ca={fleet_broker[0]}/ca.crt", "d").connect(60)

@@ -38,7 +38,7 @@ def publish(topic, payload, publish=session.publish_nowait, **options):
     return publish(topic, payload, **options)
 session.publish_nowait = publish
 outbox = Outbox(folder / "d.sqlite", folder / "d")
-session.connect(5)
+session.connect(60)
 uploader = Uploader(session, outbox, fleet, "d", signing.load_or_create_key(folder / "d.key"))
 uploader.start()
 if len(sys.argv) > 5:
@@ -75,8 +75,8 @@ def write(*arguments, write=journal.write):
     return new
 journal.write = write
 key = signing.public_key(signing.load_or_create_key(folder / "d.key"))
-with Session(url, fleet + "-n", clean_start=True, session_expiry_s=0) as session:
-    session.connect(5)
+with Session(url, fleet + "-n", session_expiry_s=0) as session:
+    session.connect(60)
     receiver = Receiver(session, journal, fleet, "n", lambda manifest: None, {"d": key}.get)
     receiver.start()
     print("ready", flush=True)
@@ -205,17 +205,17 @@ def test_a_broker_restarted_without_its_memory(broker, tmp_path, device, node, d
     running = start_broker(state_dir=tmp_path / "first", kind=broker.kind)
     with (
         Session(running.url, "d") as down,
-        Session(running.url, "n", clean_start=True, session_expiry_s=0) as up,
+        Session(running.url, "n", session_expiry_s=0) as up,
     ):
-        down.connect(5)
-        up.connect(5)
+        down.connect(60)
+        up.connect(60)
         d, n = device("d", session=down), node(session=up)
         d.add(PAYLOAD, chunk_bytes=CHUNK)
         drive(lambda: n.chunks >= 50, d, n)
         running.stop()
         assert not n.complete
         with start_broker(running.port, state_dir=tmp_path / "second", kind=broker.kind):
-            drive(lambda: d.results, d, n, timeout_s=15)
+            drive(lambda: d.results, d, n)
             assert counted(n) == PAYLOAD and len(n.complete) == 1
 
 
@@ -225,7 +225,7 @@ def test_a_line_cut_again_and_again(relay, device, node, drive, open_session):
     for threshold in (30, 90, 150):
         drive(lambda threshold=threshold: n.chunks >= threshold, d, n)
         relay.cut()
-    drive(lambda: d.results, d, n, timeout_s=15)
+    drive(lambda: d.results, d, n)
     assert counted(n) == PAYLOAD and len(n.complete) == 1
 
 

@@ -13,7 +13,7 @@ HOLD = """
 import sys
 from edge_broker.session import PresenceSpec, Session
 session = Session(sys.argv[1], "holder-" + sys.argv[2], presence=PresenceSpec(sys.argv[2], "d"))
-session.connect(5)
+session.connect(60)
 print("connected", flush=True)
 while True:
     session.receive(60)

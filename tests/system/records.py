@@ -81,7 +81,7 @@ def owes(fleet: Fleet, device: str) -> bool:
 
 def await_round(fleet: Fleet) -> None:
     """Wait until the broker keeps a round for those who come later."""
-    with Session(fleet.broker.url, f"{fleet.name}-waits", clean_start=True, session_expiry_s=0) as session:
+    with Session(fleet.broker.url, f"{fleet.name}-waits", session_expiry_s=0) as session:
         session.connect(10)
         session.subscribe(topics.round(fleet.name))
         while not isinstance(item := session.receive(10), Message):
@@ -91,7 +91,7 @@ def await_round(fleet: Fleet) -> None:
 def presence_of(fleet: Fleet, device: str) -> str:
     """A device's presence, as the broker keeps it."""
     tracker = presence.Tracker()
-    with Session(fleet.broker.url, f"{fleet.name}-looks", clean_start=True, session_expiry_s=0) as session:
+    with Session(fleet.broker.url, f"{fleet.name}-looks", session_expiry_s=0) as session:
         session.connect(10)
         session.subscribe(topics.all_presence(fleet.name))
         while tracker.state(device) == "unknown":

@@ -96,7 +96,7 @@ def test_a_device_whose_first_report_was_lost_says_again_who_it_is(fleet: Fleet)
     agent = owing(fleet, "a")
     with contextlib.closing(sqlite3.connect(fleet.folder / "node" / "node.db")) as database:
         assert database.execute("SELECT count(*) FROM devices").fetchone() == (0,)
-    with Session(fleet.broker.url, f"{fleet.name}-forgets", clean_start=True, session_expiry_s=0) as session:
+    with Session(fleet.broker.url, f"{fleet.name}-forgets", session_expiry_s=0) as session:
         session.connect(10)
         session.publish(topics.report(fleet.name, "a"), b"", retain=True)
     node = fleet.node("--noop", "--until-finished")

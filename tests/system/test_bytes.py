@@ -15,7 +15,7 @@ UP = {"offer", "up", "want", "report"}
 def test_bytes_up_and_down_are_those_a_listener_counts(fleet: Fleet) -> None:
     fleet.write(rounds=3)
     counted: Counter[str] = Counter()
-    with Session(fleet.broker.url, f"{fleet.name}-listens", clean_start=True, session_expiry_s=0) as listener:
+    with Session(fleet.broker.url, f"{fleet.name}-listens", session_expiry_s=0) as listener:
         listener.connect(10)
         listener.subscribe(f"edge/1/{fleet.name}/#")
         node = fleet.node("--noop", "--until-finished")

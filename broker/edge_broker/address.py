@@ -68,8 +68,8 @@ class Address(msgspec.Struct, frozen=True):
         return context
 
 
-def parse(url: str, *, ca: Path | None = None, cert: Path | None = None, key: Path | None = None) -> Address:
-    """Read a broker's URL; files given as arguments win over those in the URL.
+def parse(url: str) -> Address:
+    """Read a broker's URL.
 
     Raises:
         LinkError: the URL has another form, or names files without TLS. The message holds no password.
@@ -85,7 +85,6 @@ def parse(url: str, *, ca: Path | None = None, cert: Path | None = None, key: Pa
     if set(query) - set(_FILES):
         raise LinkError(f"the broker's address {redacted(url)} may have only ca, cert and key after '?'")
     files = {name: Path(query[name]) if name in query else None for name in _FILES}
-    files |= {name: path for name, path in (("ca", ca), ("cert", cert), ("key", key)) if path}
     if parts.scheme == "mqtt" and any(files.values()):
         raise LinkError(f"certificates are given for {redacted(url)}; they need mqtts://")
     return Address(

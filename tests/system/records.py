@@ -148,7 +148,7 @@ class Recorder:
 @contextlib.contextmanager
 def recorded(fleet: Fleet) -> Iterator[Recorder]:
     """A recorder of the fleet's broker, which hears everybody."""
-    with Session(fleet.broker.url, f"{fleet.name}-records", clean_start=True, session_expiry_s=0) as session:
+    with Session(fleet.broker.url, f"{fleet.name}-records", session_expiry_s=0) as session:
         session.connect(10)
         session.subscribe(f"edge/1/{fleet.name}/#")
         recorder = Recorder(session)

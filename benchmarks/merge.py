@@ -79,7 +79,7 @@ def drawn(facts: Facts, name: str, seed: int) -> bytes:
     """An encoded update of this method: what it sends of a model, in random values."""
     method, draw = methods.by_name(name), np.random.default_rng(seed)
     shapes = adapter_shapes(facts, tuple(range(facts.layers)), tuple(facts.linears), RANK, method)
-    sent = {key: shape for key, shape in shapes.items() if method.exchanged(key)}
+    sent = {key: shape for key, shape in shapes.items() if method.factor(key).exchanged}
     return codec.encode({key: draw.normal(0, 1e-3, shape).astype(np.float32) for key, shape in sent.items()})
 
 

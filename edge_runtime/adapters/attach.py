@@ -19,9 +19,9 @@ from edge_runtime import settings
 from edge_runtime.adapters.initial import initial
 from edge_runtime.adapters.singular import frames
 from edge_runtime.errors import InputError
-from edge_runtime.methods.interface import Factor, Method, relative_depth
+from edge_runtime.methods.interface import Factor, Method, Product, relative_depth
 from edge_runtime.models import families as roles
-from edge_runtime.protocol.keys import leading, name_of
+from edge_runtime.protocol.keys import label_key, leading, name_of
 
 State = dict[str, NDArray[np.float32]]
 
@@ -34,11 +34,10 @@ class Head(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """The factors attached to a model; those that train require a gradient. paths: the module each (layer, role) stands for,
-    by canonical key without factor."""
+    """The factors attached to a model; those that train require a gradient. paths: the module each (layer, role) stands for."""
 
     factors: dict[str, nn.Parameter]
-    paths: dict[str, str]
+    paths: dict[tuple[int, str], str]
     rank: int
     alpha: float
     head: Head | None = None
@@ -71,7 +70,7 @@ class Adapter(NamedTuple):
         yield from self.factors.items()
         if self.head is not None:
             for number, label in enumerate(self.head.labels):
-                yield f"labels.{label}.H", self.head.weight[number : number + 1]
+                yield label_key("labels", label, "H"), self.head.weight[number : number + 1]
 
 
 class AdapterLinear(nn.Module):
@@ -124,7 +123,7 @@ def attach(
         InputError: the model's form is not known, or it has none of the roles.
     """
     attached: dict[str, nn.Parameter] = {}
-    paths: dict[str, str] = {}
+    paths: dict[tuple[int, str], str] = {}
     places = {module: name for name, module in model.named_modules()}
     for layer, block in zip(layers, roles.blocks(model), strict=True):
         for role, path in roles.linears(block).items():
@@ -143,9 +142,10 @@ def attach(
                     attached[key] = _parameter(
                         key, method.factors[name], own_sizes, full, seed, base.weight.device
                     )
-            paths[f"layers.{layer}.{role}"] = places[base]
+            paths[layer, role] = places[base]
             own = {name: attached[key] for name, key in keys.items()}
-            product = partial(method.product, depth=relative_depth(layer, whole or len(layers)))
+            depth = relative_depth(layer, whole or len(layers))
+            product = partial(_product, method, depth)
             block.set_submodule(path, AdapterLinear(base, spec.alpha / spec.rank, own, product))
     if not attached:
         raise InputError(f"the model has no linear layer of the roles {', '.join(spec.roles)}")
@@ -155,6 +155,10 @@ def attach(
         zeros = torch.zeros(len(labels), weight.shape[1], device=weight.device)
         head = Head(labels, nn.Parameter(zeros))
     return Adapter(attached, paths, spec.rank, spec.alpha, head)
+
+
+def _product(method: Method, depth: float, factors: Mapping[str, Any]) -> Product:
+    return method.product(factors, depth)
 
 
 def detach(model: nn.Module) -> None:

@@ -1,13 +1,13 @@
-"""What the node knows, in one SQLite file that the journal of transfers shares.
+"""The node's tables, in one SQLite file that the journal of transfers shares.
 
 rounds     state of each round: collecting, then merged; how often its deadline was extended
 versions   global version of each model class after each of the last rounds: the float32 master and the encoded artifact
-shapes     keys and shapes of a class's adapter, as its first accepted updates had them
-devices    public key, pinned when first seen
-reports    the last report of each device and round
-fixed      what the fleet file said of what later rounds build on
+shapes     keys and shapes of a class's adapter, from its first accepted updates
+devices    public key of each device, pinned when first seen
+reports    the last report of each device, round and state
+fixed      settings of the fleet file that later rounds build on
 
-Files are named as they lie beside it, so the folder may move.
+Paths are relative to the file's folder, so the folder may move.
 """
 
 import sqlite3
@@ -31,15 +31,15 @@ CREATE TABLE IF NOT EXISTS fixed (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 
 
 class Version(msgspec.Struct, frozen=True):
-    """One class's global version: where its float32 master and its encoded artifact lie."""
+    """The files of one class's global version."""
 
     model_class: str
-    master: Path
-    artifact: Path
+    master: Path  # float32, the node's own
+    artifact: Path  # encoded, for the devices
 
 
-class Store:
-    """The node's tables; every method takes part in the transaction that is open on the connection, if any."""
+class NodeStore:
+    """The node's tables. Every method takes part in the transaction that is open on the connection, if any."""
 
     def __init__(self, path: Path) -> None:
         self._folder = path.absolute().parent
@@ -50,25 +50,25 @@ class Store:
         self.connection.executescript(SCHEMA)
 
     def open_round(self) -> int:
-        """The round that is collecting; the first one on a new store. One past the last when all were merged."""
+        """The round after the last merged round, from 1."""
         row = self.connection.execute("SELECT max(round) FROM rounds WHERE state = 'merged'").fetchone()
         return int(row[0] or 0) + 1
 
     def fixed(self) -> dict[str, str]:
-        """What `fix` kept."""
+        """The values that `fix` stored, by name."""
         return dict(self.connection.execute("SELECT name, value FROM fixed").fetchall())
 
     def fix(self, values: dict[str, str]) -> None:
-        """Keep these in the place of earlier ones."""
+        """Store values, in place of earlier values of these names."""
         self.connection.executemany("INSERT OR REPLACE INTO fixed VALUES (?, ?)", values.items())
 
     def extensions(self, round_: int) -> int:
-        """How often this round's deadline was extended."""
+        """How often a round's deadline was extended."""
         row = self.connection.execute("SELECT extensions FROM rounds WHERE round = ?", (round_,)).fetchone()
         return int(row[0]) if row else 0
 
     def extend(self, round_: int) -> None:
-        """Count one more extension."""
+        """Count an extension."""
         self.connection.execute(
             "INSERT INTO rounds VALUES (?, 'collecting', 1) ON CONFLICT (round) DO UPDATE SET extensions = extensions + 1",
             (round_,),
@@ -79,9 +79,9 @@ class Store:
         self.connection.execute("BEGIN IMMEDIATE")
         with self.connection:
             for version in versions:
-                where = [files.told(path, self._folder) for path in (version.master, version.artifact)]
+                paths = [files.told(path, self._folder) for path in (version.master, version.artifact)]
                 query = "INSERT OR REPLACE INTO versions VALUES (?, ?, ?, ?)"
-                self.connection.execute(query, (version.model_class, round_, *where))
+                self.connection.execute(query, (version.model_class, round_, *paths))
             self.connection.execute(
                 "INSERT INTO rounds VALUES (?, 'merged', 0) ON CONFLICT (round) DO UPDATE SET state = 'merged'",
                 (round_,),
@@ -95,23 +95,23 @@ class Store:
         return {row[0]: Version(row[0], self._folder / row[1], self._folder / row[2]) for row in rows}
 
     def forget_versions(self, before: int) -> None:
-        """Delete the versions of rounds before this one, but for the latest of each class, and their files first."""
+        """Delete versions of rounds before this round, except the latest of each class. Files go first."""
         older = (
-            "FROM versions AS one WHERE round < ? AND round <"
-            " (SELECT max(round) FROM versions AS other WHERE other.model_class = one.model_class)"
+            "FROM versions AS version WHERE round < ? AND round <"
+            " (SELECT max(round) FROM versions AS latest WHERE latest.model_class = version.model_class)"
         )
-        for found in self.connection.execute(f"SELECT master, artifact {older}", (before,)).fetchall():
-            for path in found:
+        for paths in self.connection.execute(f"SELECT master, artifact {older}", (before,)).fetchall():
+            for path in paths:
                 (self._folder / path).unlink(missing_ok=True)
         self.connection.execute(f"DELETE {older}", (before,))
 
     def shapes(self, model_class: str) -> dict[str, tuple[int, ...]]:
-        """Keys and shapes known of a class."""
+        """Keys and shapes of a class's adapter."""
         rows = self.connection.execute("SELECT key, shape FROM shapes WHERE model_class = ?", (model_class,))
         return {key: msgspec.json.decode(shape, type=tuple[int, ...]) for key, shape in rows}
 
     def learn_shapes(self, model_class: str, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Keep the shapes of an accepted update."""
+        """Store the shapes of an accepted update; a key's first shape stays."""
         self.connection.executemany(
             "INSERT OR IGNORE INTO shapes VALUES (?, ?, ?)",
             [(model_class, key, msgspec.json.encode(shape).decode()) for key, shape in shapes.items()],
@@ -123,11 +123,11 @@ class Store:
         return row[0] if row else None
 
     def pin(self, device: str, key: str) -> None:
-        """Remember the key a device was first seen with."""
+        """Store a device's key, unless the device has one."""
         self.connection.execute("INSERT OR IGNORE INTO devices VALUES (?, ?)", (device, key))
 
     def add_report(self, report: Report) -> None:
-        """Keep a report; a repeated one replaces itself, and a device that joins again has failed no longer."""
+        """Store a report in place of an equal one. A device that joins again has not failed any more."""
         if report.state == "joined":
             query = "DELETE FROM reports WHERE device = ? AND round = ? AND state = 'failed'"
             self.connection.execute(query, (report.device, report.round))

@@ -11,7 +11,7 @@ from edge_runtime.cli.output import say, say_json
 if TYPE_CHECKING:
     from edge_broker.address import Address
 
-    from edge_runtime.aggregator.node import Event
+    from edge_runtime.aggregator.node import NodeEvent
 
 
 @click.command("aggregator")
@@ -37,18 +37,18 @@ def command(
     The node announces rounds, receives the devices' deltas, merges them, and publishes the global versions.
     """
     from edge_runtime import settings
-    from edge_runtime.aggregator.node import Node, Options
+    from edge_runtime.aggregator.node import Node, NodeOptions
     from edge_runtime.state import alone
 
-    def tell(event: "Event") -> None:
+    def tell(event: "NodeEvent") -> None:
         say_json(event) if json else say(line(event))
 
     fleet_settings = settings.load(fleet)
     with alone(state):
-        Node(fleet_settings, Options(broker, state.resolve(), node, until_finished, noop), tell).run()
+        Node(fleet_settings, NodeOptions(broker, state.resolve(), node, until_finished, noop), tell).run()
 
 
-def line(event: "Event") -> str:
+def line(event: "NodeEvent") -> str:
     """An event of the node for a person."""
     text = f": {event.text}" if event.text else ""
     missing = f"; missing: {', '.join(event.missing)}" if event.missing else ""

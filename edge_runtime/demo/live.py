@@ -32,16 +32,16 @@ class Live:
     def __exit__(self, *exc: object) -> None:
         self._live.stop()
 
-    def show(self, event: DeviceEvent | node.Event) -> None:
+    def show(self, event: DeviceEvent | node.NodeEvent) -> None:
         """Show one event of a device or of the node."""
-        if isinstance(event, node.Event):
+        if isinstance(event, node.NodeEvent):
             self._show_node(event)
         else:
             self._show_device(event)
         if self._console.is_terminal:
             self._live.update(self._table(), refresh=True)
 
-    def _show_node(self, event: node.Event) -> None:
+    def _show_node(self, event: node.NodeEvent) -> None:
         if event.phase != "presence":
             self._round = f"round {event.round} of {self._rounds}: {event.phase} {event.text}".rstrip()
         if event.phase in LASTING or not self._console.is_terminal:

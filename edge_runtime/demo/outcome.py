@@ -4,7 +4,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge_runtime.aggregator.store import Store
+from edge_runtime.aggregator.store import NodeStore
 from edge_runtime.errors import EdgeError
 from edge_runtime.protocol.report import Report
 
@@ -53,7 +53,7 @@ def read(method: str, rounds: int, budgets: dict[str, int], folder: Path, second
     Raises:
         EdgeError: a device has sent too few reports.
     """
-    store = Store(folder / "node" / "node.db")
+    store = NodeStore(folder / "node" / "node.db")
     reports = [
         msgspec.json.decode(row[0], type=Report)
         for row in store.connection.execute("SELECT body FROM reports ORDER BY device, round, state DESC")

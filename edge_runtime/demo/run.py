@@ -166,7 +166,7 @@ def _follow(children: Children, lines: Lines, live: Live, folder: Path) -> None:
             raise EdgeError(f"the demo did not end within {TIMEOUT_S:g} s; logs are in {folder}") from None
         if line is not None:
             if name == "node":
-                live.show(msgspec.json.decode(line, type=node.Event))
+                live.show(msgspec.json.decode(line, type=node.NodeEvent))
             else:
                 live.show(msgspec.json.decode(line, type=DeviceEvent))
             continue

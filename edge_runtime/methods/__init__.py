@@ -1,6 +1,7 @@
-"""Federated methods, one file each: what is trained, what is shared with whom, and how the node merges it."""
+"""Federated methods, one file each: which factors are trained, with whom each is shared, and how the node merges them.
 
-from typing import Any
+A new method is a file with a METHOD, a line in the list below, and a test.
+"""
 
 import msgspec
 
@@ -24,68 +25,74 @@ from edge_runtime.methods import (
 )
 from edge_runtime.methods.interface import Method
 
-MOST_RANK = 256  # of what a layer multiplies, as edge_kernels.adapter_linear has it
-MODULES: tuple[Any, ...] = (
-    local,
-    fedit,
-    ffa,
-    fedsa,
-    fedsb,
-    hetlora,
-    flexlora,
-    flora,
-    fedadapter,
-    heterotune,
-    h2tune,
-)
-METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in MODULES}
+MOST_RANK = 256  # of the A and B that a layer multiplies; the limit of edge_kernels.adapter_linear
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        local.METHOD,
+        fedit.METHOD,
+        ffa.METHOD,
+        fedsa.METHOD,
+        fedsb.METHOD,
+        hetlora.METHOD,
+        flexlora.METHOD,
+        flora.METHOD,
+        fedadapter.METHOD,
+        heterotune.METHOD,
+        h2tune.METHOD,
+    )
+}
 
 
 def by_name(name: str) -> Method:
-    """The method of this name; raises InputError with the known ones."""
+    """The method of this name, with its default settings; raises InputError with the known names."""
     if name not in METHODS:
         raise InputError(f"there is no method `{name}`; known: {', '.join(METHODS)}")
     return METHODS[name]
 
 
 def build(spec: settings.Method, head: settings.Head | None, distils: settings.Codistill | None) -> Method:
-    """A method with what the fleet adds to it; raises InputError where it is not known, or its settings do not fit."""
+    """A method with its settings, a head and distillation.
+
+    Raises:
+        InputError: the method is unknown, or a setting is unknown or out of range.
+    """
     method = _with_settings(spec)
     if head is not None:
         method = label_head.added(method, head)
     if distils is not None:
-        form = codistill if head is not None else completions
-        method = form.added(method, distils)
+        method = codistill.added(method, distils) if head is not None else completions.added(method, distils)
     return method
 
 
 def _with_settings(spec: settings.Method) -> Method:
-    method = by_name(spec.name)
-    module = next(module for module in MODULES if module.METHOD is method)
-    known = getattr(module, "Settings", None)
-    fields = known.__struct_fields__ if known is not None else ()
+    defaults = by_name(spec.name).settings
+    fields = defaults.__struct_fields__ if defaults is not None else ()
     settings.refuse_unknown(spec.settings, {"name", *fields}, f"[method] {spec.name} ")
-    if known is None:
-        return method
+    if defaults is None:
+        return METHODS[spec.name]
     try:
-        made: Method = module.method(msgspec.convert(spec.settings, known))
+        return msgspec.convert(spec.settings, type(defaults)).method()
     except msgspec.ValidationError as error:
         raise InputError(f"[method] {spec.name}: {error}") from error
-    return made
 
 
 def of(fleet: settings.Fleet) -> Method:
-    """A fleet's method; raises InputError where it is not known, or would have to merge factors of unequal ranks."""
+    """A fleet's method.
+
+    Raises:
+        InputError: as for `build`; or the method cannot merge the ranks that the fleet allows.
+    """
     method, adapter = build(fleet.method, fleet.head, fleet.codistill), fleet.adapter
-    kept = method.sizes(adapter.rank).get("kept", 0)
-    if adapter.rank + kept > MOST_RANK:
+    frozen = method.sizes(adapter.rank).get("kept", 0)
+    if adapter.rank + frozen > MOST_RANK:
         raise InputError(
-            f"[adapter] rank is {adapter.rank} and [method] kept {kept}, but together they can be {MOST_RANK} at most"
+            f"[adapter] rank is {adapter.rank} and [method] kept {frozen}, but together they can be {MOST_RANK} at most"
         )
     if adapter.lower and not method.unequal:
-        others = " or ".join(f"`{other.name}`" for other in METHODS.values() if other.unequal)
+        candidates = " or ".join(f"`{candidate.name}`" for candidate in METHODS.values() if candidate.unequal)
         raise InputError(
             f"[adapter] lower is {adapter.lower}, but has to be left out with {method.name}, which merges factors of one "
-            f"rank, {adapter.rank}; devices of unequal ranks need {others}"
+            f"rank, {adapter.rank}; devices of unequal ranks need {candidates}"
         )
     return method

@@ -1,38 +1,38 @@
-"""codistill: devices of different models learn from what they predict of public texts; nothing else has to fit.
+"""codistill: devices of different models learn from each other's predictions on public texts.
 
     p_k(y | a)     device k's head on anchor text a, over the labels that k knows
-    s_k(a)         how much a is like k's own rows: the root of the share of them whose nearest other row is no nearer than a's
-                   nearest row, by the cosine of what the head reads (a conformal p-value, which is 1/2 on average for own rows)
+    s_k(a)         how much a is like k's own rows: the root of the share of k's rows whose nearest other row is no nearer than
+                   a's nearest row, by the cosine of the head's input (a conformal p-value: 1/2 on average for k's own rows)
     T(y | a) = Σ_k w_k(a) p_k(y | a) / Σ_k n_k        w_k(a) = n_k · s_k(a) · (1 - H(p_k(· | a)) / log |labels of k|)
     e(a) = Σ_y T(y | a)        t(y | a) = T(y | a)^(1 / temperature), adding up to 1
     loss of a device = own rows + weight · mean over the anchors of e(a) r(a) CE(t(· | a), its prediction)
     r(a) = u(a) + (1 - u(a)) ramp        u(a) = Σ T(y | a) over the y that the device has no rows of / e(a)
-    ramp = exp(-5 (1 - done)²), done from 0 in the first round to 1 in the last
+    ramp = exp(-5 (1 - progress)²), progress from 0 in the first round to 1 in the last
 
-A text counts by the evidence e(a) for what it is, 0 to 1: little while the devices have learned little, and where it is like
-nobody's rows. A step draws texts in proportion to e r, and the more of them the more r leaves of e. A temperature below 1 makes
-targets surer than the devices are; their mean is less sure than each of them.
+e(a), 0 to 1, is the evidence for a text's label. It is small while the devices have learned little, and where the text is like
+nobody's rows. A step draws texts in proportion to e r, and more of them the closer r is to 1. A temperature below 1 makes
+targets surer than the devices are; the mean of their predictions is less sure than each prediction.
 
-What the others said is a round old. While devices still learn fast from their own rows it holds them back: they have caught up
-with it before the round is over, and a fleet that follows it early agrees on its early mistakes. So it gains its weight
-towards the end; but for labels of which a device has no rows, as nothing else teaches it these.
+Predictions are a round old. While devices still learn fast from their own rows, old predictions hold them back: a device
+overtakes them within the round, and a fleet that follows them early agrees on its early mistakes. Therefore the ramp. Labels of
+which a device has no rows are exempt from the ramp, as nothing else teaches the device these labels.
 
-Labels are named alike on all devices. A device that has never met a label learns it from those who have, as its head has a
-row for every label that the fleet predicts. A device that is asked about texts of labels it does not know is as sure of a
-wrong label as of a right one; what tells is that they are unlike its rows. What it sends is s p, which adds up to s over the
-labels, in the adapter's own codec; the node keeps two running sums, whatever the number of devices. In-class methods go on
-beside it.
-A label that no device of a round predicts keeps the T it has: what one knew who has left goes on being taught.
-The method is ours; distillation on public data between models that differ is that of Li & Wang 2019 (arXiv 1910.03581, FedMD),
-the ramp that of Laine & Aila 2017 (arXiv 1610.02242).
+Labels have the same name on all devices. The head has a row for every label that the fleet predicts, so a device learns a label
+that it never met. On texts of labels that a device does not know, the device is as sure of a wrong label as of a right label;
+s_k(a) is small there, as the texts are unlike its rows. A device sends s p, which adds up to s over the labels, in the
+adapter's own codec. The node keeps two running sums, whatever the number of devices. In-class methods run beside codistill.
+A label that no device of a round predicts keeps its last T: knowledge of devices that have left is still taught.
+
+Source: the method is ours; distillation on public data between different models is that of Li & Wang 2019, arXiv 1910.03581
+(FedMD); the ramp that of Laine & Aila 2017, arXiv 1610.02242.
 """
 
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from edge_runtime.methods.interface import Array, Contributions, Factor, Method, Tensors, add_to
-from edge_runtime.protocol.keys import label_of
+from edge_runtime.methods.interface import Array, Contributions, Factor, Method, Scope, Tensors, add_to
+from edge_runtime.protocol.keys import join, parse
 from edge_runtime.settings import Codistill
 
 if TYPE_CHECKING:
@@ -45,49 +45,49 @@ FLOOR = 1e-6  # of a probability
 
 
 def combined(contributions: Contributions) -> Tensors:
-    """The step from the targets that were to the devices' predictions, weighted by how sure they are, for labels they name."""
+    """The step from the last T to the weighted mean of the devices' predictions, for the labels that they predict."""
     sums: dict[str, Any] = {}
     before: Tensors = {}
     samples = 0
-    for made in contributions():
-        weight = made.samples * _sureness(made.delta)
-        samples += made.samples
-        for said, value in made.delta.items():
-            key = f"anchors.{label_of(said)}.T"
-            if key in made.before:
-                before[key] = made.before[key]
+    for contribution in contributions():
+        weight = contribution.samples * _certainty(contribution.delta)
+        samples += contribution.samples
+        for predicted, value in contribution.delta.items():
+            key = join(parse(predicted).place, "T")
+            if key in contribution.before:
+                before[key] = contribution.before[key]
             add_to(sums, key, weight * value)
     return {key: value / samples - before.get(key, 0) for key, value in sums.items()}
 
 
-def _sureness(said: Mapping[str, Array]) -> Array:
-    """(1, texts): 1 where a device says one label alone, nearly 0 where all are alike."""
+def _certainty(predictions: Mapping[str, Array]) -> Array:
+    """(1, texts): 1 where a device predicts a single label, nearly 0 where all labels are equally likely."""
     import numpy as np
 
-    p = np.maximum(np.concatenate(list(said.values())), FLOOR)
+    p = np.maximum(np.concatenate(list(predictions.values())), FLOOR)
     p /= p.sum(0)
     entropy = -(p * np.log(p)).sum(0) / np.log(max(len(p), 2))
     return np.maximum(1 - entropy, FLOOR)[None].astype(np.float32)
 
 
-def learned(told: Array, temperature: float) -> tuple[Array, Array]:
-    """e (texts,) and t (texts, labels) of the fleet's T (texts, labels); a label that nobody names stays at 0."""
+def learned(targets: Array, temperature: float) -> tuple[Array, Array]:
+    """e (texts,) and t (texts, labels) of the fleet's T (texts, labels); a label that nobody predicts stays at 0."""
     import numpy as np
 
-    told = np.maximum(told, 0)
-    most = np.maximum(told.max(1, keepdims=True), FLOOR)
-    sharp = (told / most) ** (1 / temperature)
+    targets = np.maximum(targets, 0)
+    highest = np.maximum(targets.max(1, keepdims=True), FLOOR)
+    sharp = (targets / highest) ** (1 / temperature)
     total = np.maximum(sharp.sum(1, keepdims=True), FLOOR)
-    return np.minimum(told.sum(1), 1), (sharp / total).astype(np.float32)
+    return np.minimum(targets.sum(1), 1), (sharp / total).astype(np.float32)
 
 
-def news(told: Array, unmet: "NDArray[np.bool_]") -> Array:
-    """How much of T (texts, labels) is of labels that a device has no rows of (labels,): (texts,), 0 to 1."""
+def news(targets: Array, unmet: "NDArray[np.bool_]") -> Array:
+    """u (texts,) of the fleet's T (texts, labels), 0 to 1. unmet (labels,): labels that a device has no rows of."""
     import numpy as np
 
-    told = np.maximum(told, 0)
-    found: Array = told[:, unmet].sum(1) / np.maximum(told.sum(1), FLOOR)
-    return found
+    targets = np.maximum(targets, 0)
+    share: Array = targets[:, unmet].sum(1) / np.maximum(targets.sum(1), FLOOR)
+    return share
 
 
 def ramp(round_: int, rounds: int) -> float:
@@ -96,11 +96,11 @@ def ramp(round_: int, rounds: int) -> float:
 
 
 def added(method: Method, spec: Codistill) -> Method:
-    """The method with predictions beside what it exchanges."""
-    scope = P.shared if spec.across else "class"
+    """The method with predictions beside its own exchange."""
+    scope: Scope = "fleet" if spec.across else "class"
     factors = {**method.factors, "P": P._replace(shared=scope), "T": T._replace(shared=scope)}
-
-    def sizes(rank: int) -> dict[str, int]:
-        return {**method.sizes(rank), "anchors": spec.texts}
-
-    return method._replace(factors=factors, merges={**method.merges, "anchors": combined}, sizes=sizes)
+    return method._replace(
+        factors=factors,
+        merges={**method.merges, "anchors": combined},
+        sizes=lambda rank: {**method.sizes(rank), "anchors": spec.texts},
+    )

@@ -1,40 +1,83 @@
-"""codistill where the answer is text: devices say how they would complete public prompts, and how sure they are.
+"""codistill where the answer is text: devices complete public prompts, and say how sure they are.
 
     v_k(a) = s_k(a) · exp(mean log-probability of the completion's tokens, its end among them), of device k's greedy completion
-    votes(c | a) = Σ_k n_k v_k(a) where k's completion is c        e(a) = votes of the best / Σ_k n_k, 0 to 1
+    votes(c | a) = Σ_k n_k v_k(a) over the devices k whose completion is c        e(a) = highest votes / Σ_k n_k, 0 to 1
     loss of a device = own rows + weight · ramp · mean over the prompts of e(a) · loss on the best completion
 
-s and ramp are those of codistill.py. Completions travel as text, so models of any two tokenizers can meet. What did not end
-within the fleet's length, or is nothing, is no completion. The node goes through the updates twice, first for CANDIDATES of each
-prompt, among which is every completion with more than a fifth of the votes, then to count theirs: its memory does not grow with
-the number of devices.
-The method is ours; that a student learns a teacher's best sequence in place of its distribution is sequence-level distillation,
-Kim & Rush 2016 (arXiv 1606.07947); the candidates are those of Misra & Gries 1982.
+s and ramp are those of codistill.py. Completions travel as text, so models of any two tokenizers understand each other. A
+completion that is empty, or did not end within the fleet's length, does not count. The node reads the updates twice: the first
+pass finds CANDIDATES of each prompt, among which is every completion with more than a fifth of the votes; the second pass
+counts the candidates' votes. Memory does not grow with the number of devices.
+Source: the method is ours; a student that learns a teacher's best sequence instead of its distribution is sequence-level
+distillation, Kim & Rush 2016, arXiv 1606.07947; the candidates are those of Misra & Gries 1982.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Literal
 
-from edge_runtime.methods.interface import Method
+from edge_runtime.errors import InputError
+from edge_runtime.methods.interface import Answers, Method
+from edge_runtime.protocol import completion
 from edge_runtime.protocol.completion import Completion
 from edge_runtime.settings import Codistill
 
 CANDIDATES = 4  # of a prompt
+CHARACTERS_A_TOKEN = 32  # at most
 
 
-def agreed(said: Callable[[], Iterable[tuple[int, Sequence[Completion]]]]) -> list[Completion]:
-    """The best completion of each prompt, with its e as its confidence, of what devices of so many rows said."""
-    frequent: dict[int, dict[str, float]] = defaultdict(dict)
+def added(method: Method, spec: Codistill) -> Method:
+    """The method with completions beside its own exchange."""
+    scope: Literal["class", "fleet"] = "fleet" if spec.across else "class"
+    return method._replace(answers=Answers(scope, partial(check, spec), merged))
+
+
+def check(spec: Codistill, payload: bytes) -> None:
+    """Refuse a device's completions.
+
+    Raises:
+        InputError: a completion is of no prompt of this fleet, repeats a prompt, or has a text or confidence out of range.
+    """
+    prompts: set[int] = set()
+    longest = CHARACTERS_A_TOKEN * spec.tokens
+    for answer in completion.decode(payload):
+        if not 0 <= answer.prompt < spec.texts or answer.prompt in prompts:
+            raise InputError(
+                f"the delta completes prompt {answer.prompt}, which it has completed or this fleet does not have"
+            )
+        if not answer.text.strip() or len(answer.text) > longest:
+            raise InputError(
+                f"the completion of prompt {answer.prompt} has {len(answer.text)} characters, "
+                f"but has to have 1 to {longest}"
+            )
+        if not 0 <= answer.confidence <= 1:
+            raise InputError(
+                f"the confidence in the completion of prompt {answer.prompt} is {answer.confidence}, not 0 to 1"
+            )
+        prompts.add(answer.prompt)
+
+
+def merged(devices: Callable[[], Iterable[tuple[int, bytes]]]) -> bytes:
+    """The fleet's completions, encoded, of pairs of a device's rows and its encoded completions."""
+    return completion.encode(
+        agreed(lambda: ((rows, completion.decode(payload)) for rows, payload in devices()))
+    )
+
+
+def agreed(devices: Callable[[], Iterable[tuple[int, Sequence[Completion]]]]) -> list[Completion]:
+    """The best completion of each prompt, with e as its confidence, of pairs of a device's rows and its completions."""
+    candidates: dict[int, dict[str, float]] = defaultdict(dict)
     samples = 0
-    for rows, completions in said():
+    for rows, answers in devices():
         samples += rows
-        for one in completions:
-            _count(frequent[one.prompt], one.text, rows * one.confidence)
-    votes = {prompt: dict.fromkeys(candidates, 0.0) for prompt, candidates in frequent.items()}
-    for rows, completions in said():
-        for one in completions:
-            if one.text in votes[one.prompt]:
-                votes[one.prompt][one.text] += rows * one.confidence
+        for answer in answers:
+            _count(candidates[answer.prompt], answer.text, rows * answer.confidence)
+    votes = {prompt: dict.fromkeys(texts, 0.0) for prompt, texts in candidates.items()}
+    for rows, answers in devices():
+        for answer in answers:
+            if answer.text in votes[answer.prompt]:
+                votes[answer.prompt][answer.text] += rows * answer.confidence
     best = {
         prompt: max(texts.items(), key=lambda item: (item[1], item[0]))
         for prompt, texts in votes.items()
@@ -44,19 +87,14 @@ def agreed(said: Callable[[], Iterable[tuple[int, Sequence[Completion]]]]) -> li
 
 
 def _count(candidates: dict[str, float], text: str, weight: float) -> None:
-    """Keep CANDIDATES texts: where there is no room, all of them lose what the least of them and the new one has."""
+    """Count a vote for one of CANDIDATES texts. Without room, all lose the least weight of theirs and the new text's."""
     if text in candidates or len(candidates) < CANDIDATES:
         candidates[text] = candidates.get(text, 0.0) + weight
         return
     least = min(weight, *candidates.values())
-    for other in list(candidates):
-        candidates[other] -= least
-        if candidates[other] <= 0:
-            del candidates[other]
+    for candidate in list(candidates):
+        candidates[candidate] -= least
+        if candidates[candidate] <= 0:
+            del candidates[candidate]
     if weight > least:
         candidates[text] = weight - least
-
-
-def added(method: Method, spec: Codistill) -> Method:
-    """The method with completions beside what it exchanges."""
-    return method._replace(completions="fleet" if spec.across else "class")

@@ -1,9 +1,9 @@
-"""fedsa: the mean of A inside a model class; each device keeps a B of its own.
+"""fedsa: A is averaged inside a model class; each device trains a private B.
 
     A <- A + Σ_k p_k dA_k,   p_k = n_k / Σ n over the devices k that hold the tensor
 
-A is taken to hold what the devices' tasks have in common, B what each has to itself. The mean of products B_k A_k is no
-product any more, and nobody needs it: no two devices have the same model.
+The paper's assumption: A holds the features that the devices' tasks share, B holds each task's own. No two devices have the
+same product B_k A_k, so there is no common model and none is needed.
 Source: Guo et al. 2024, arXiv 2410.01463 (FedSA-LoRA).
 """
 

@@ -1,15 +1,15 @@
-"""fedsb: A and B are frozen; only the core C between them is trained, and its mean taken inside a class.
+"""fedsb: A and B are frozen; only the core C between them is trained, and averaged inside a model class.
 
     y = W x + scale · B C A x,   C <- C + Σ_k p_k dC_k,   p_k = n_k / Σ n over the devices k that hold the tensor
 
-C has r² values whatever the layer's size, and with one A and B for all the merge is exact. The paper takes A and B from the
-singular vectors of the first full gradient, which a device that holds packed weights never has. Here they are drawn from the
-fleet's seed, or `frames = "singular"` takes the layer's own leading singular vectors (adapters/singular.py), one A and B for
-all devices that hold the model in one weight format; nothing but C ever travels. The choice is ours.
+C has rank² values whatever the layer's size. All devices have the same A and B, so the merge is exact.
 
-As C has one shape in all models, it can cross them: `stages` gives all layers at about the same relative depth one core, and
-`across` shares it. What it says is which of a layer's directions go where: whether these are the same in another model is
-the question.
+The paper takes A and B from the singular vectors of the first full gradient, which a device that holds packed weights never
+has. Here they are drawn from the fleet's seed; or `frames = "singular"` takes the layer's own leading singular vectors
+(adapters/singular.py). The choice is ours.
+
+C has the same shape in all models, so it can cross them: `stages` gives all layers at about the same relative depth one core,
+and `across` shares that core between models.
 Source: Singhal et al. 2025, arXiv 2502.15436 (Fed-SB).
 """
 
@@ -18,33 +18,30 @@ from typing import Annotated, Literal
 import msgspec
 
 from edge_runtime.methods.fedit import holders_mean
-from edge_runtime.methods.interface import A, B, C, Kind, Method, Scope
+from edge_runtime.methods.interface import A, B, C, Method, MethodSettings, Scope
+from edge_runtime.protocol.keys import Kind
 
 
-class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """frames: A and B. stages: bins of relative depth whose layers share a core; 0: each has its own. across: between models."""
+class FedSB(MethodSettings, frozen=True):
+    """Settings of fedsb."""
 
-    frames: Literal["drawn", "singular"] = "drawn"
-    stages: Annotated[int, msgspec.Meta(ge=0, le=256)] = 0
-    across: bool = False
+    frames: Literal["drawn", "singular"] = "drawn"  # where A and B come from
+    stages: Annotated[int, msgspec.Meta(ge=0, le=256)] = 0  # bins of relative depth; 0: a core for each layer
+    across: bool = False  # cores are shared between models
 
-
-def method(settings: Settings) -> Method:
-    """The method with these settings; raises ValidationError where layers would be one across models by their numbers."""
-    if settings.across and not settings.stages:
-        raise msgspec.ValidationError("`across` needs `stages`, as models have other layers")
-    of: Kind = "stages" if settings.stages else "layers"
-    scope: Scope = "fleet" if settings.across else "class"
-    return Method(
-        "fedsb",
-        {
-            "A": A._replace(trained=False, start=settings.frames),
+    def method(self) -> Method:
+        """The method; raises ValidationError where models would share cores by layer numbers."""
+        if self.across and not self.stages:
+            raise msgspec.ValidationError("`across` needs `stages`, as models differ in their layers")
+        of: Kind = "stages" if self.stages else "layers"
+        scope: Scope = "fleet" if self.across else "class"
+        factors = {
+            "A": A._replace(trained=False, start=self.frames),
             "C": C._replace(of=of, shared=scope),
-            "B": B._replace(trained=False, start=settings.frames),
-        },
-        {of: holders_mean},
-        sizes=lambda rank: {"stages": settings.stages} if settings.stages else {},
-    )
+            "B": B._replace(trained=False, start=self.frames),
+        }
+        axes = {"stages": self.stages} if self.stages else {}
+        return Method("fedsb", factors, {of: holders_mean}, sizes=lambda rank: axes, settings=self)
 
 
-METHOD = method(Settings())
+METHOD = FedSB().method()

@@ -1,12 +1,12 @@
-"""flora: what the rounds have learned is a frozen adapter of higher rank, on which each round trains a fresh one.
+"""flora: the sum of earlier rounds is a frozen adapter of higher rank; each round trains a fresh adapter beside it.
 
-    y = W x + scale · (B' A' + B A) x        A' (kept x in), B' (out x kept) frozen;  A, B as in version 0 when a round begins
+    y = W x + scale · (B' A' + B A) x        A' (kept x in), B' (out x kept) frozen;  A, B start each round from version 0
     B' A' <- B' A' + Σ_k p_k B_k A_k,   p_k = n_k / Σ n over the devices k that hold the layer
 
-Products are added up and factors never averaged, so there is no bias and devices of unequal ranks fit. The paper stacks all
-devices' factors and merges their product into W after each round: the stack grows with the number of devices, and W would
-have to be expanded and packed anew. Here the sum is kept in factors of rank `kept`, found as in flexlora: exactly while its
-rank is no higher, and as the nearest product of that rank afterwards. That is ours.
+Products are added and factors never averaged, so there is no bias and devices of unequal ranks fit. The paper stacks all
+devices' factors and merges their product into W after each round: the stack grows with the number of devices, and packed
+weights would have to be expanded and packed again. Here the sum has factors of rank `kept`, computed as in flexlora: exact
+while the sum's rank is no higher, and the nearest product of that rank afterwards. That is ours.
 Source: Wang et al. 2024, arXiv 2409.05976 (FLoRA).
 """
 
@@ -14,77 +14,90 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import msgspec
+from edge_runtime.methods.flexlora import Term, best_factors, device_terms
+from edge_runtime.methods.interface import (
+    A,
+    Array,
+    AtLeastOne,
+    B,
+    Contributions,
+    Factor,
+    Method,
+    MethodSettings,
+    Product,
+    Tensors,
+)
+from edge_runtime.protocol.keys import join
 
-from edge_runtime.methods.flexlora import best_factors, counted
-from edge_runtime.methods.interface import A, Array, AtLeastOne, B, Contributions, Factor, Method, Tensors
-
+KEPT_A = Factor(("kept", "in"), trained=False, shared="class", start="zero")
+KEPT_B = KEPT_A._replace(axes=("out", "kept"))
 TINY = 1e-12
 
 
-class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """kept: the rank of what earlier rounds have learned."""
+class FLoRA(MethodSettings, frozen=True):
+    """Settings of flora."""
 
-    kept: AtLeastOne = 64
+    kept: AtLeastOne = 64  # rank of A' and B'
+
+    def method(self) -> Method:
+        """The method with these settings."""
+        return Method(
+            "flora",
+            {"A": A, "B": B, "keptA": KEPT_A, "keptB": KEPT_B},
+            {"layers": partial(stacked, rank=self.kept)},
+            product=joined,
+            sizes=lambda rank: {"kept": self.kept},
+            unequal=True,
+            refactored=True,
+            settings=self,
+        )
 
 
 def stacked(contributions: Contributions, rank: int) -> Tensors:
-    """The step from the kept factors, of this rank, to those of their product plus the mean product of the round."""
+    """The step from the last A' and B', of this rank, to those of their product plus the round's mean product.
+
+    A and B have no step: the version never holds them, so every round starts them from version 0.
+    """
     import numpy as np
 
     old: dict[str, tuple[Array, Array]] = {}
     samples: dict[str, int] = {}
 
-    def products() -> Iterator[tuple[str, int, Array, Array]]:
-        for made, layer, own_A, own_B in counted(contributions, samples):
-            if layer not in old:
-                nothing = (
-                    np.zeros((rank, own_A.shape[1]), np.float32),
-                    np.zeros((len(own_B), rank), np.float32),
+    def terms() -> Iterator[Term]:
+        for contribution, term in device_terms(contributions, samples):
+            if term.layer not in old:
+                zeros = (
+                    np.zeros((rank, term.A.shape[1]), np.float32),
+                    np.zeros((len(term.B), rank), np.float32),
                 )
-                keys = f"{layer}.keptA", f"{layer}.keptB"
-                old[layer] = (made.before.get(keys[0], nothing[0]), made.before.get(keys[1], nothing[1]))
-            yield layer, made.samples, own_A, own_B
-        for layer, count in samples.items():
-            yield layer, count, *old[layer]
+                before = contribution.before
+                keys = join(term.layer, "keptA"), join(term.layer, "keptB")
+                old[term.layer] = before.get(keys[0], zeros[0]), before.get(keys[1], zeros[1])
+            yield term
+        for layer, rows in samples.items():
+            yield Term(layer, rows, *old[layer])
 
     steps: Tensors = {}
-    for layer, new_A, new_B in best_factors(products, lambda _: rank):
-        step_A, step_B = (-one for one in old.pop(layer))
+    for layer, new_A, new_B in best_factors(terms, lambda _: rank):
+        step_A, step_B = (-factor for factor in old.pop(layer))
         mean_B = new_B / samples[layer]
-        # half of each singular value goes to either side, so that 8 bits take as little as they can
+        # each side takes the root of the singular values, so that 8 bits lose as little as possible
         half = np.sqrt(np.linalg.norm(mean_B, axis=0)).clip(min=TINY)
         step_A[: len(new_A)] += half[:, None] * new_A
         step_B[:, : len(new_A)] += mean_B / half
-        steps |= {f"{layer}.keptA": step_A, f"{layer}.keptB": step_B}
+        steps |= {join(layer, "keptA"): step_A, join(layer, "keptB"): step_B}
     return steps
 
 
-def low_rank(factors: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The kept A (kept x in) above A (r x in), and the kept B (out x kept) beside B (out x r), which are torch's."""
+def joined(factors: Mapping[str, Any], depth: float) -> Product:
+    """A' above A (kept + r x in), no core, and B' beside B (out x kept + r), as torch tensors."""
     import torch
 
-    return torch.cat([factors["keptA"], factors["A"]]), torch.cat([factors["keptB"], factors["B"]], 1)
-
-
-def method(settings: Settings) -> Method:
-    """The method with these settings."""
-    kept = Factor(("kept", "in"), trained=False, shared="class", start="zero")
-    factors = {
-        "A": A._replace(anew=True),
-        "B": B._replace(anew=True),
-        "keptA": kept,
-        "keptB": kept._replace(axes=("out", "kept")),
-    }
-    return Method(
-        "flora",
-        factors,
-        {"layers": partial(stacked, rank=settings.kept)},
-        low_rank=low_rank,
-        sizes=lambda rank: {"kept": settings.kept},
-        unequal=True,
-        refactored=True,
+    return (
+        torch.cat([factors["keptA"], factors["A"]]),
+        None,
+        torch.cat([factors["keptB"], factors["B"]], 1),
     )
 
 
-METHOD = method(Settings())
+METHOD = FLoRA().method()

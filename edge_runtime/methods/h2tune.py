@@ -1,52 +1,102 @@
-"""h2tune: each device keeps A and B; between them lies what all models share, reached through a relation of layers.
+"""h2tune: each device trains a private A and B; the core between them comes from tensors that all models share.
 
     y = W x + scale · B C A x        C_l = I + T_l,  T_l = Σ_m P_l[m] S_m
-    S    (depths x r x r) for each role: increments that the whole fleet shares; 0 at the start, the identity carries it
+    S    (depths x r x r) for each role: increments shared by the whole fleet; 0 at the start
     P_l  of layer l at relative depth d: linear interpolation between the `depths` points, plus a private D_l less its mean, so
-         that it adds up to 1; learned
+         that P_l adds up to 1; trained
     A, B private
 
-A device of lower rank holds the leading r x r of each S_m: the sparsity that its budget asks for. The node takes the mean of
-each entry over the devices that trained it, whichever model they have.
+A device of lower rank holds the leading r x r of each S_m. The node averages each entry of S over the devices that trained the
+entry, whichever model they have.
 
-From the second round on each step has two passes, to tell what is shared from what is the task's own:
+From the second round on each step has two passes, which separate the shared part from the task's own:
 
-    1  A, B and a head frozen:  CE + norm · N + keep · mean over layers of KL(softmax T_l as the round found it ‖ softmax T_l)
+    1  A, B and a head frozen:  CE + norm · N + keep · mean over layers of KL(softmax T_l as the round started ‖ softmax T_l)
     2  S, P frozen:  CE + apart · KL(output of pass 1 ‖ output)
 
-N is the mean norm of T_l; KL of outputs is the mean over labelled tokens or rows. In round 1 one pass trains all with
-CE + norm · N. `preset = "as-released"` takes the released code's weight for the norm, 1, which is 1e-3 else.
+N is the mean norm of T_l; KL of outputs is the mean over labelled tokens or rows. In round 1 one pass trains everything with
+CE + norm · N. `preset = "as-released"` sets the weight of the norm as in the released code, 1 instead of 1e-3.
 
-What the released code exchanges is nothing that was learned, as read: the merged S is loaded under a key that does not match,
-and the uploaded one is taken before training. Here S itself is trained through P inside autograd and its increments travel;
-`across = false` keeps them in the class and `core = "frozen"` draws S and trains no more of it: the controls.
-Known of the paper (arXiv 2507.22633) are the parts and the three losses; the relation's start, the centred D, the entry-wise
-mean and the coefficients are ours.
+The released code, as we read it, exchanges nothing that was learned: the merged S is loaded under a key that does not match,
+and the uploaded S is taken before training. Here S is trained through P by autograd, and its increments travel. Two controls:
+`across = false` shares S inside the class only; `core = "frozen"` draws S and does not train it.
+Source: arXiv 2507.22633 names the parts and the three losses; the relation's start, the centred D, the entry-wise mean and the
+coefficients are ours.
 """
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import msgspec
-
 from edge_runtime.methods.fedit import holders_mean
-from edge_runtime.methods.interface import A, AtLeastOne, B, Factor, Method, NotNegative, Pass
+from edge_runtime.methods.interface import (
+    A,
+    AtLeastOne,
+    B,
+    Factor,
+    Method,
+    MethodSettings,
+    NotNegative,
+    Pass,
+    Product,
+    with_core,
+)
+
+RELATION = frozenset("SD")
+TASK = frozenset("ABH")  # H: a head's rows
 
 
-class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """depths: points of relative depth at which there is a shared S. norm, keep, apart: weights of the losses beside CE."""
+class H2Tune(MethodSettings, frozen=True):
+    """Settings of h2tune."""
 
-    depths: AtLeastOne = 4
-    norm: NotNegative = 1e-3
-    keep: NotNegative = 1.0
-    apart: NotNegative = 1.0
+    depths: AtLeastOne = 4  # points of relative depth that have a shared S
+    norm: NotNegative = 1e-3  # weight of N in the loss
+    keep: NotNegative = 1.0  # weight of the KL between cores
+    apart: NotNegative = 1.0  # weight of the KL between outputs
     preset: Literal["ours", "as-released"] = "ours"
-    across: bool = True
+    across: bool = True  # S is shared between models
     core: Literal["trained", "frozen"] = "trained"
+
+    def method(self) -> Method:
+        """The method with these settings."""
+        trained = self.core == "trained"
+        scope: Literal["fleet", "class"] = "fleet" if self.across else "class"
+        start: Literal["zero", "drawn"] = "zero" if trained else "drawn"
+        factors = {
+            "A": A._replace(shared="private"),
+            "B": B._replace(shared="private"),
+            "S": Factor(("depths", "rank", "rank"), trained, scope, start, of="stages"),
+            "D": Factor(("depths",), trained=True, shared="private", start="zero"),
+        }
+        return Method(
+            "h2tune",
+            factors,
+            {"stages": holders_mean} if trained else {},
+            product=with_core(core),
+            sizes=lambda rank: {"depths": self.depths},
+            unequal=True,
+            passes=self._passes,
+            settings=self,
+        )
+
+    def _passes(self, round_: int) -> tuple[Pass, ...]:
+        if round_ == 1 or self.core == "frozen":
+            return (Pass(penalty=self._norms),)
+        return Pass(frozen=TASK, penalty=self._shared), Pass(frozen=RELATION, apart=self.apart)
+
+    def _norms(self, products: list[Product], _: list[Any]) -> Any:
+        weight = 1.0 if self.preset == "as-released" else self.norm
+        return weight * sum(_increment(C).norm() for _, C, _ in products) / len(products)
+
+    def _shared(self, products: list[Product], cores: list[Any]) -> Any:
+        moved = sum(
+            _divergence(_increment(before), _increment(C))
+            for before, (_, C, _) in zip(cores, products, strict=True)
+        )
+        return self._norms(products, cores) + self.keep * moved / len(products)
 
 
 def relation(D: Any, depth: float) -> Any:
-    """P of a layer (depths,) from its D (depths,) and relative depth, 0 to 1; it adds up to 1."""
+    """P of a layer (depths,) from its D (depths,) and relative depth, 0 to 1; adds up to 1."""
     import torch
 
     points = torch.arange(len(D), device=D.device)
@@ -55,58 +105,11 @@ def relation(D: Any, depth: float) -> Any:
 
 
 def core(factors: Mapping[str, Any], depth: float) -> Any:
-    """C (r, r) of a layer's D (depths,) and its role's S (depths, r, r), which are torch's."""
+    """C (r, r) of a layer's D (depths,) and its role's S (depths, r, r), as torch tensors."""
     import torch
 
     S = factors["S"]
     return torch.eye(S.shape[1], device=S.device) + torch.tensordot(relation(factors["D"], depth), S, 1)
-
-
-def method(settings: Settings) -> Method:
-    """The method with these settings."""
-    trained = settings.core == "trained"
-    weight = 1.0 if settings.preset == "as-released" else settings.norm
-    S = Factor(
-        ("depths", "rank", "rank"),
-        trained=trained,
-        shared="fleet" if settings.across else "class",
-        start="zero" if trained else "drawn",
-        of="stages",
-    )
-    factors = {
-        "A": A._replace(shared="private"),
-        "B": B._replace(shared="private"),
-        "S": S,
-        "D": Factor(("depths",), trained=True, shared="private", start="zero"),
-    }
-
-    def norms(now: list[tuple[Any, Any, Any]], _: list[Any]) -> Any:
-        return weight * sum(_increment(C).norm() for _, C, _ in now) / len(now)
-
-    def shared(now: list[tuple[Any, Any, Any]], before: list[Any]) -> Any:
-        moved = sum(
-            _divergence(_increment(old), _increment(new))
-            for old, (_, new, _) in zip(before, now, strict=True)
-        )
-        return norms(now, before) + settings.keep * moved / len(now)
-
-    def passes(round_: int) -> tuple[Pass, ...]:
-        if round_ == 1 or not trained:
-            return (Pass(penalty=norms),)
-        return (
-            Pass(frozen=frozenset("ABH"), penalty=shared),
-            Pass(frozen=frozenset("SD"), apart=settings.apart),
-        )
-
-    return Method(
-        "h2tune",
-        factors,
-        {"stages": holders_mean} if trained else {},
-        core=core,
-        sizes=lambda rank: {"depths": settings.depths},
-        unequal=True,
-        passes=passes,
-    )
 
 
 def _increment(C: Any) -> Any:
@@ -116,10 +119,10 @@ def _increment(C: Any) -> Any:
     return C - torch.eye(len(C), device=C.device)
 
 
-def _divergence(before: Any, now: Any) -> Any:
-    """KL(softmax of all entries before ‖ the same now)."""
-    before, now = before.flatten().log_softmax(0), now.flatten().log_softmax(0)
-    return (before.exp() * (before - now)).sum()
+def _divergence(before: Any, after: Any) -> Any:
+    """KL(softmax of all entries before ‖ softmax of all entries after)."""
+    before, after = before.flatten().log_softmax(0), after.flatten().log_softmax(0)
+    return (before.exp() * (before - after)).sum()
 
 
-METHOD = method(Settings())
+METHOD = H2Tune().method()

@@ -1,38 +1,39 @@
-"""heterotune: a dense mixture of branches between A and B that all models share, merged along directions that do not conflict.
+"""heterotune: a dense mixture of branches between A and B that all models share, merged along directions without conflict.
 
     y = W x + scale · B C A x        C = I + Σ_j g_j V_j U_j,  g = J · softmax of the layer's own J gates
     A, B     as in fedit: their mean inside a model class
     U, V     (m x r), (r x m) of branch j, one pair for all layers at about the same relative depth, across the fleet
     gates    of each layer, private
 
-All branches run: no router, no tokens dropped. A device holds as many branches as its rank has room for, the first ones; each
-entry is averaged over the devices that hold it. U is drawn, V and the gates are 0 at the start, so that C is the identity and
-a branch counts the same on devices that hold few and on those that hold many.
+All branches run: there is no router, and no token is dropped. A device holds the first branches, as many as its rank has room
+for; each entry is averaged over the devices that hold it. U is drawn, V and the gates start at 0, so that C starts as the
+identity and a branch counts the same on devices of few and of many branches.
 
-Across classes (CMGA), for each of U and V: d_c is the mean of class c's devices, p_c its share of the rows (of those behind the
-entry that most of its devices hold), and
+Across classes (CMGA), for each of U and V: d_c is the mean of class c's devices, p_c its share of the rows (of the rows behind
+the entry that most of its devices hold), and
 
     g = Σ_c p_c d_c / ‖d_c‖,   d_c' = d_c - min(0, <d_c, g>) / ‖g‖² · g,   step = Σ_c p_c d_c' · ‖Σ_c p_c d_c‖ / ‖Σ_c p_c d_c'‖
 
-It acts where <d_c, g> < 0, with two classes where their cosine is below -p_1 / p_2: of two with equal shares neither ever is
-against g, and this is the plain mean. `alignment` chooses: "projection" is this; "pairwise" takes from each d_c what opposes
-any other class's (FedGH); "cagrad" is the step of conflict-averse gradients, which takes a class that is alone 1 + CAGRAD_C
-times as far as its own; "gate" is the plain mean of a tensor of n values where the cosine of each d_c with the others' common
-direction is above 2 / √n, twice what chance gives, over the entries that all of them hold, and no step at all elsewhere; "off"
-the plain mean.
-`across = false` keeps U and V in the class: the control in which nothing crosses. `core = "frozen"` draws U and V and trains
-neither: the other one.
+This changes the plain mean where <d_c, g> < 0: with two classes, where their cosine is below -p_1 / p_2. Two classes of equal
+shares are never against g. `alignment` chooses the rule:
 
-What is known of HeteroTune (arXiv 2411.16796) is its abstract: a dense mixture of adapters (DeMA) and an aggregation that
-harmonises gradient directions across models (CMGA). The equations here are ours.
-Sources of the variants: FedGH, arXiv 2309.06692; Yu et al. 2020, arXiv 2001.06782; Liu et al. 2021, arXiv 2110.14048.
+    projection  the equation above
+    pairwise    subtract from each d_c its part against any other class's d (FedGH)
+    cagrad      the step of conflict-averse gradients; with one class, 1 + CAGRAD_C times the class's own step
+    gate        the plain mean of a tensor of n values where the cosine of each d_c with the other classes' common direction
+                exceeds 2 / √n, twice the chance level, over the entries that all classes hold; elsewhere no step
+    off         the plain mean
+
+Two controls: `across = false` shares U and V inside the class only; `core = "frozen"` draws U and V and trains neither.
+Source: HeteroTune, arXiv 2411.16796; known is the abstract: a dense mixture of adapters (DeMA) and an aggregation that
+harmonises gradient directions across models (CMGA). The equations are ours. Variants: FedGH, arXiv 2309.06692; Yu et al. 2020,
+arXiv 2001.06782; Liu et al. 2021, arXiv 2110.14048.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
-
-import msgspec
 
 from edge_runtime.methods.fedit import RunningMean, holders_mean
 from edge_runtime.methods.interface import (
@@ -42,28 +43,56 @@ from edge_runtime.methods.interface import (
     B,
     Contributions,
     Factor,
+    Merge,
     Method,
+    MethodSettings,
     Scope,
     Tensors,
+    with_core,
 )
 
+Alignment = Literal["projection", "pairwise", "cagrad", "gate", "off"]
 CAGRAD_C, CAGRAD_STEPS = 0.5, 200
 SMALL, TINY = 1e-6, 1e-12
 
 
-class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """branches: at most, of width rows each. stages: bins of relative depth that share branches."""
+class HeteroTune(MethodSettings, frozen=True):
+    """Settings of heterotune."""
 
-    branches: AtLeastOne = 2
-    width: AtLeastOne = 8
-    stages: AtLeastOne = 4
-    alignment: Literal["projection", "pairwise", "cagrad", "gate", "off"] = "projection"
-    across: bool = True
+    branches: AtLeastOne = 2  # at most
+    width: AtLeastOne = 8  # rows of a branch, m
+    stages: AtLeastOne = 4  # bins of relative depth that share branches
+    alignment: Alignment = "projection"
+    across: bool = True  # U and V are shared between models
     core: Literal["trained", "frozen"] = "trained"
+
+    def method(self) -> Method:
+        """The method with these settings."""
+        trained = self.core == "trained"
+        scope: Scope = "fleet" if self.across else "class"
+        U = Factor(("widths", "rank"), trained, scope, "drawn", of="stages")
+        V = U._replace(axes=("rank", "widths"), start="zero" if trained else "drawn")
+        gates = Factor(("branches",), trained=True, shared="private", start="zero")
+        merges: dict[str, Merge] = {"layers": holders_mean}
+        if trained:
+            merges["stages"] = partial(across_classes, alignment=self.alignment)
+        return Method(
+            "heterotune",
+            {"A": A, "B": B, "U": U, "V": V, "g": gates},
+            merges,
+            product=with_core(core),
+            sizes=self._sizes,
+            unequal=True,
+            settings=self,
+        )
+
+    def _sizes(self, rank: int) -> dict[str, int]:
+        branches = max(1, min(self.branches, rank // self.width))
+        return {"stages": self.stages, "branches": branches, "widths": branches * self.width}
 
 
 def core(factors: Mapping[str, Any], _: float) -> Any:
-    """C (r, r) of a layer's gates (branches,), U (branches · width, r) and V (r, branches · width), which are torch's."""
+    """C (r, r) of a layer's gates (branches,), U (branches · width, r) and V (r, branches · width), as torch tensors."""
     import torch
 
     U, V, gates = factors["U"], factors["V"], factors["g"].softmax(-1) * len(factors["g"])
@@ -71,58 +100,38 @@ def core(factors: Mapping[str, Any], _: float) -> Any:
     return torch.eye(len(V), device=U.device) + (V * weights) @ U
 
 
-def method(settings: Settings) -> Method:
-    """The method with these settings."""
-    trained = settings.core == "trained"
-    scope: Scope = "fleet" if settings.across else "class"
-    U = Factor(("widths", "rank"), trained, scope, "drawn", of="stages")
-    V = U._replace(axes=("rank", "widths"), start="zero" if trained else "drawn")
-    g = Factor(("branches",), True, "private", "zero")
-
-    def sizes(rank: int) -> dict[str, int]:
-        branches = max(1, min(settings.branches, rank // settings.width))
-        return {"stages": settings.stages, "branches": branches, "widths": branches * settings.width}
-
-    def aligned(contributions: Contributions) -> Tensors:
-        return across_classes(contributions, settings.alignment)
-
-    return Method(
-        "heterotune",
-        {"A": A, "B": B, "U": U, "V": V, "g": g},
-        {"layers": holders_mean, **({"stages": aligned} if trained else {})},
-        core=core,
-        sizes=sizes,
-        unequal=True,
-    )
+def across_classes(contributions: Contributions, alignment: Alignment) -> Tensors:
+    """The step of each tensor from the classes' means; memory is one running mean a class."""
+    running: dict[str, RunningMean] = defaultdict(RunningMean)
+    for contribution in contributions():
+        running[contribution.model_class].add(contribution)
+    means = [(mean, mean.mean()) for _, mean in sorted(running.items())]
+    steps: Tensors = {}
+    for key in sorted({key for _, deltas in means for key in deltas}):
+        holders = [(mean.counts(key), deltas[key]) for mean, deltas in means if key in deltas]
+        steps[key] = _step(holders, alignment)
+    return steps
 
 
-def across_classes(contributions: Contributions, alignment: str) -> Tensors:
-    """The step of each tensor from the means of the classes; one running mean a class, whatever the number of devices."""
+def _step(holders: list[tuple[Array, Array]], alignment: Alignment) -> Array:
+    """One tensor's step, from the rows behind each entry and the mean delta of every class that holds the tensor."""
     import numpy as np
 
-    running: dict[str, RunningMean] = defaultdict(RunningMean)
-    for made in contributions():
-        running[made.model_class].add(made)
-    means = [(one, one.mean()) for _, one in sorted(running.items())]
-    found: Tensors = {}
-    for key in sorted({key for _, mean in means for key in mean}):
-        counts = np.stack([one.counts(key) for one, mean in means if key in mean])
-        steps = np.stack([mean[key] for _, mean in means if key in mean])
-        holders = (counts * steps).sum(0) / np.maximum(counts.sum(0), 1)
-        steps = np.where(
-            counts > 0, steps, holders
-        )  # a class is neither for nor against what it does not hold
-        if alignment in ("off", "gate"):
-            closed = alignment == "gate" and not _agree(steps[:, (counts > 0).all(0)])
-            found[key] = np.zeros_like(holders) if closed else holders
-        else:
-            shares = counts.reshape(len(counts), -1).max(1)
-            found[key] = combined(list(steps), list(shares / shares.sum()), alignment)
-    return found
+    counts = np.stack([rows for rows, _ in holders])
+    deltas = np.stack([delta for _, delta in holders])
+    plain: Array = (counts * deltas).sum(0) / np.maximum(counts.sum(0), 1)
+    # a class is neither for nor against entries that it does not hold
+    deltas = np.where(counts > 0, deltas, plain)
+    if alignment == "off":
+        return plain
+    if alignment == "gate":
+        return plain if _agree(deltas[:, (counts > 0).all(0)]) else np.zeros_like(plain)
+    shares = counts.reshape(len(counts), -1).max(1)
+    return combined(list(deltas), list(shares / shares.sum()), alignment)
 
 
-def combined(steps: list[Array], shares: list[float], alignment: str) -> Array:
-    """One step of several, with the conflicts between them taken out as the alignment has it."""
+def combined(steps: list[Array], shares: list[float], alignment: Alignment) -> Array:
+    """One step of the classes' steps, without the conflicts between them: alignment projection, pairwise or cagrad."""
     import numpy as np
 
     flat = np.stack([step.ravel() for step in steps]).astype(np.float64)
@@ -130,50 +139,51 @@ def combined(steps: list[Array], shares: list[float], alignment: str) -> Array:
     plain = p @ flat
     norms = np.linalg.norm(flat, axis=1)
     if alignment == "cagrad":
-        made = _cagrad(flat, plain)
+        mean = _cagrad(flat, plain)
     elif len(flat) == 1 or not norms.all():
-        made = plain
+        mean = plain
     else:
-        mended = _projected(flat, (p / norms) @ flat) if alignment == "projection" else _pairwise(flat, norms)
-        made = p @ mended
-        length = float(np.linalg.norm(made))
-        opposed = length < SMALL * norms.max()  # nothing in common is left but rounding
-        made *= 0.0 if opposed else np.linalg.norm(plain) / length
-    result: Array = made.reshape(steps[0].shape).astype(np.float32)
-    return result
+        aligned = (
+            _projected(flat, (p / norms) @ flat) if alignment == "projection" else _pairwise(flat, norms)
+        )
+        mean = p @ aligned
+        length = float(np.linalg.norm(mean))
+        opposed = length < SMALL * norms.max()  # nothing in common but rounding
+        mean *= 0.0 if opposed else np.linalg.norm(plain) / length
+    step: Array = mean.reshape(steps[0].shape).astype(np.float32)
+    return step
 
 
 def _projected(flat: Any, g: Any) -> Any:
-    """Without what opposes the common direction g."""
+    """The steps (classes, entries) without their parts against the common direction g."""
     against = (flat @ g).clip(max=0)
     return flat - against[:, None] * g / max(float(g @ g), TINY)
 
 
 def _pairwise(flat: Any, norms: Any) -> Any:
-    """Each without what opposes any of the others, one after another, as these were at first."""
-    mended = flat.copy()
-    for own in range(len(flat)):
-        for other in range(len(flat)):
-            if own != other:
-                against = min(0.0, float(mended[own] @ flat[other]))
-                mended[own] -= against / norms[other] ** 2 * flat[other]
-    return mended
+    """Each step without its part against any other original step, one after another."""
+    aligned = flat.copy()
+    for row in range(len(flat)):
+        for opponent in range(len(flat)):
+            if row != opponent:
+                against = min(0.0, float(aligned[row] @ flat[opponent]))
+                aligned[row] -= against / norms[opponent] ** 2 * flat[opponent]
+    return aligned
 
 
 def _agree(steps: Any) -> bool:
-    """Whether each class's step (classes, entries) points where the others do, more than by chance; one that does not move has
-    no say."""
+    """Whether each step (classes, entries) points along the other steps more than by chance; a step of zeros has no vote."""
     import numpy as np
 
     norms = np.linalg.norm(steps, axis=1, keepdims=True)
     units = steps[norms[:, 0] > 0] / norms[norms[:, 0] > 0]
-    others = units.sum(0) - units
-    cosines = (units * others).sum(1) / np.maximum(np.linalg.norm(others, axis=1), TINY)
+    remaining = units.sum(0) - units
+    cosines = (units * remaining).sum(1) / np.maximum(np.linalg.norm(remaining, axis=1), TINY)
     return len(units) < 2 or bool((cosines > 2 / np.sqrt(units.shape[1])).all())
 
 
 def _cagrad(flat: Any, plain: Any) -> Any:
-    """plain + c ‖plain‖ g_w / ‖g_w‖, with g_w = Σ w d of the w on the simplex that makes g_w · plain + c ‖plain‖ ‖g_w‖ least."""
+    """plain + c ‖plain‖ g_w / ‖g_w‖, with g_w = Σ w d; w on the simplex minimises g_w · plain + c ‖plain‖ ‖g_w‖."""
     import numpy as np
 
     gram, toward = flat @ flat.T, flat @ plain
@@ -188,4 +198,4 @@ def _cagrad(flat: Any, plain: Any) -> Any:
     return plain + radius * g_w / max(float(np.linalg.norm(g_w)), TINY)
 
 
-METHOD = method(Settings())
+METHOD = HeteroTune().method()

@@ -1,17 +1,16 @@
-"""hetlora: devices of unequal ranks; the mean of what they hold, filled up with zeros, weighted by the norm of the product.
+"""hetlora: devices of unequal ranks; the mean of their factors, padded with zeros, weighted by the norm of the product.
 
     A <- Σ_k w_k [A_k; 0],   B <- Σ_k w_k [B_k 0],   w_k = ‖B_k A_k‖ / Σ ‖B A‖ over the devices k that hold the layer
 
-A device of rank r starts from the first r rows of A and columns of B. What it does not hold shrinks by its share, as the
-paper has it; what no device of the round holds stays, or it would be zero in A and B and never learn again. ‖B_k A_k‖² is taken
-over all layers of a device, from its Gram matrices and never from the product.
+A device of rank r starts from the first r rows of A and columns of B. Entries that a device does not hold shrink by its share,
+as in the paper. Entries that no device of the round holds stay: shrinking to zero in A and in B, they would never learn again.
+‖B_k A_k‖² is the sum over all layers of a device, from Gram matrices and never from the product.
 
-A device's rank is what its memory allows. With `penalty` above 0 it also falls while it trains: the loss has
+A device's rank is as high as its memory allows. With `penalty` above 0 the rank also falls during training. The loss gets
 
-    penalty · mean over layers of ‖B[:, kept:]‖ ‖A[kept:]‖,   kept = ⌊keep · r⌋
+    penalty · mean over layers of ‖B[:, m:]‖ ‖A[m:]‖,   m = ⌊keep · r⌋
 
-and where the sum of these has fallen in a round, the device goes on with the first `kept` of its ranks. What is beyond is not
-sent then.
+and a device in which the sum of these fell during a round sends, and goes on with, its first m ranks.
 Source: Cho et al. 2024, arXiv 2401.06432 (HetLoRA).
 """
 
@@ -21,83 +20,100 @@ from typing import Annotated, Any
 import msgspec
 
 from edge_runtime.methods import fedit
-from edge_runtime.methods.interface import Contributions, Method, NotNegative, Pass, Tensors
-from edge_runtime.protocol.keys import leading
+from edge_runtime.methods.interface import (
+    Contributions,
+    Method,
+    MethodSettings,
+    NotNegative,
+    Pass,
+    Product,
+    Tensors,
+)
+from edge_runtime.protocol.keys import join, leading, parse
 
 
-class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """penalty: of what lies beyond the leading share `keep` of a device's rank; 0: ranks do not fall."""
+class HetLoRA(MethodSettings, frozen=True):
+    """Settings of hetlora."""
 
-    penalty: NotNegative = 0.0
-    keep: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.75
+    penalty: NotNegative = 0.0  # weight of the loss on ranks beyond `keep`; 0: ranks do not fall
+    keep: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.75  # leading share of a device's rank
+
+    def method(self) -> Method:
+        """The method with these settings."""
+        plain = Method(
+            "hetlora",
+            fedit.METHOD.factors,
+            {"layers": norm_weighted_mean},
+            unequal=True,
+            settings=self,
+        )
+        if not self.penalty:
+            return plain
+        return plain._replace(
+            passes=lambda _: (Pass(penalty=self._penalty),),
+            ranks=lambda adapter: tuple(range(adapter.rank, 0, -1)),
+            next_rank=self._next_rank,
+        )
+
+    def _leading(self, rank: int) -> int:
+        return max(1, int(self.keep * rank))
+
+    def _penalty(self, products: list[Product], _: list[Any]) -> Any:
+        tails = (
+            B[:, self._leading(len(A)) :].norm() * A[self._leading(len(A)) :].norm() for A, _, B in products
+        )
+        return self.penalty * sum(tails) / len(products)
+
+    def _next_rank(self, after: Mapping[str, Any], before: Callable[[str], Any]) -> int:
+        """The leading ranks where the factors beyond them shrank in the round, else all ranks of the device."""
+        layers = [parse(key).place for key in after if parse(key).factor == "A"]
+        rank = len(after[join(layers[0], "A")])
+        fewer = self._leading(rank)
+        return fewer if _tails(layers, after.__getitem__, fewer) < _tails(layers, before, fewer) else rank
 
 
 def norm_weighted_mean(contributions: Contributions) -> Tensors:
-    """The mean of every tensor over the devices that sent it, less what it was before; one sum a tensor in full rank."""
+    """The step from the last version to the weighted mean; memory is one sum of full rank for each tensor."""
     before: Tensors = {}
     sums: Tensors = {}
     weights: dict[str, float] = {}
-    held: dict[str, tuple[int, ...]] = {}  # the shape of the highest rank
-    for made in contributions():
-        after = made.after()
+    largest: dict[str, tuple[int, ...]] = {}  # the shape in the highest rank of any device
+    for contribution in contributions():
+        after = contribution.after()
         weight = _norm(after)
         for key, value in after.items():
             if key not in sums:
-                before[key], weights[key] = made.before[key], 0.0
-                sums[key] = 0 * made.before[key]
+                before[key], weights[key] = contribution.before[key], 0.0
+                sums[key] = 0 * contribution.before[key]
             value *= weight
             sums[key][leading(value.shape)] += value
             weights[key] += weight
-            held[key] = max(held.get(key, value.shape), value.shape)
+            largest[key] = max(largest.get(key, value.shape), value.shape)
     steps: Tensors = {}
     for key, total in sums.items():
         if weights[key]:
-            where = leading(held[key])
+            entries = leading(largest[key])
             steps[key] = 0 * total
-            steps[key][where] = total[where] / weights[key] - before[key][where]
+            steps[key][entries] = total[entries] / weights[key] - before[key][entries]
     return steps
 
 
 def _norm(state: Tensors) -> float:
-    """‖B A‖ of an adapter: ‖B A‖² is the sum of A Aᵀ by Bᵀ B, entry by entry."""
+    """‖B A‖ of an adapter: ‖B A‖² is the sum of A Aᵀ times Bᵀ B, entry by entry."""
     squared = 0.0
     for key, A in state.items():
-        B = state.get(key[:-1] + "B")
-        if key.endswith(".A") and B is not None:
+        B = state.get(join(parse(key).place, "B"))
+        if parse(key).factor == "A" and B is not None:
             squared += float(((A @ A.T) * (B.T @ B)).sum(dtype="float64"))
     return max(squared, 0.0) ** 0.5
 
 
-def method(settings: Settings) -> Method:
-    """The method with these settings."""
-
-    def kept(rank: int) -> int:
-        return max(1, int(settings.keep * rank))
-
-    def penalty(now: list[tuple[Any, Any, Any]], _: list[Any]) -> Any:
-        tails = (B[:, kept(len(A)) :].norm() * A[kept(len(A)) :].norm() for A, _, B in now)
-        return settings.penalty * sum(tails) / len(now)
-
-    def pruned(now: Mapping[str, Any], before: Callable[[str], Any]) -> int:
-        layers = [key[:-2] for key in now if key.endswith(".A")]
-        rank = len(now[f"{layers[0]}.A"])
-        fell = _tails(layers, now.__getitem__, kept(rank)) < _tails(layers, before, kept(rank))
-        return kept(rank) if fell else rank
-
-    plain = Method("hetlora", fedit.METHOD.factors, {"layers": norm_weighted_mean}, unequal=True)
-    return (
-        plain
-        if not settings.penalty
-        else plain._replace(passes=lambda _: (Pass(penalty=penalty),), pruned=pruned)
-    )
-
-
-def _tails(layers: list[str], state: Callable[[str], Any], kept: int) -> float:
-    """Σ over layers of ‖B[:, kept:]‖ ‖A[kept:]‖."""
+def _tails(layers: list[str], state: Callable[[str], Any], rank: int) -> float:
+    """Σ over layers of ‖B[:, rank:]‖ ‖A[rank:]‖."""
     import numpy as np
 
-    tails = ((state(f"{layer}.B")[:, kept:], state(f"{layer}.A")[kept:]) for layer in layers)
+    tails = ((state(join(layer, "B"))[:, rank:], state(join(layer, "A"))[rank:]) for layer in layers)
     return sum(float(np.linalg.norm(B) * np.linalg.norm(A)) for B, A in tails)
 
 
-METHOD = method(Settings())
+METHOD = HetLoRA().method()

@@ -1,13 +1,8 @@
-"""What a federated method is: a statement about each factor, and merges on the node.
+"""What a federated method is: a statement about each factor, and a merge for each kind of tensor that devices exchange.
 
-A tensor's key says what it belongs to and which factor of that it is:
+    y = W x + (alpha / rank) · B · C · A · x        A: rank x in     C: rank x rank     B: out x rank
 
-    layers.<i>.<role>.<factor>     a linear layer, by its number in the whole checkpoint
-    stages.<s>.<role>.<factor>     all layers at about the same relative depth
-    labels.<label>.<factor>        a label that rows are told apart by
-    anchors.<label>.<factor>       the same, on the fleet's anchor texts
-
-An agent plans with the statements and never merges, so nothing in this package imports numpy before a merge needs it.
+Devices plan with the statements and never merge, so nothing in this package imports numpy before a merge needs it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -15,29 +10,30 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
-from edge_runtime.protocol.keys import leading, name_of
+from edge_runtime.protocol.keys import Kind, leading, linear_key, name_of
+from edge_runtime.settings import Adapter
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=256)]  # of a method's settings
+AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=256)]  # types of a method's settings
 NotNegative = Annotated[float, msgspec.Meta(ge=0.0, le=1e6)]
 Start = Literal["drawn", "zero", "singular"]
-Kind = Literal["layers", "stages", "labels", "anchors"]
-Scope = Literal["private", "class", "fleet"]  # shared with nobody, within the model class, or with all
+Scope = Literal["private", "class", "fleet"]
 Array: TypeAlias = "NDArray[np.float32]"
 Tensors: TypeAlias = "dict[str, Array]"
-WIDTHS = ("in", "out")  # axes that are as long as a model makes them; the others are the fleet's
+Product: TypeAlias = tuple[Any, Any | None, Any]  # A, C and B; C is None where it is the identity
+WIDTHS = ("in", "out")  # axes whose length the model decides; the fleet decides the others
 
 
 def relative_depth(layer: int, layers: int) -> float:
-    """Where a layer lies in a checkpoint of so many: 0 for the first, 1 for the last."""
+    """Position of a layer in a checkpoint of this many: 0 for the first, 1 for the last."""
     return layer / max(layers - 1, 1)
 
 
 def add_to(sums: "Tensors", key: str, value: "Array") -> None:
-    """Add to one of several running sums, which takes the array itself for its start."""
+    """Add to a running sum. The first value becomes the sum itself, without a copy."""
     if key in sums:
         sums[key] += value
     else:
@@ -45,18 +41,13 @@ def add_to(sums: "Tensors", key: str, value: "Array") -> None:
 
 
 class Factor(NamedTuple):
-    """axes: what each axis is as long as: "rank", "in" and "out" of the layer, "one", or a name of the method's own sizes.
-    trained: by the device; frozen otherwise. start: what it is in version 0, drawn evenly from the fleet's seed or nothing
-    (adapters/initial.py), or, where it is frozen, of the layer's own weights (adapters/singular.py). of: what each such tensor
-    belongs to.
-    anew: whether every round begins it as it was in version 0; the node then keeps none of it."""
+    """A statement about one factor of the adapter."""
 
-    axes: tuple[str, ...]
-    trained: bool
-    shared: Scope
-    start: Start
-    of: Kind = "layers"
-    anew: bool = False
+    axes: tuple[str, ...]  # the length of each axis: "rank", "in", "out", "one", or a name of Method.sizes
+    trained: bool  # by the device; a factor that is not trained is frozen
+    shared: Scope  # with nobody, inside the model class, or with the whole fleet
+    start: Start  # version 0: zero, drawn from the fleet's seed, or the layer's singular vectors (adapters/)
+    of: Kind = "layers"  # the kind of place that has such a factor
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The tensor's shape where axes have these sizes."""
@@ -64,8 +55,18 @@ class Factor(NamedTuple):
 
     @property
     def width(self) -> int:
-        """The axis by whose size n drawn values are scaled, to 1/sqrt(n): the layer's own width, else the last."""
+        """The axis whose size n scales drawn values, to 1/sqrt(n): the layer's own width, else the last axis."""
         return next((place for place, axis in enumerate(self.axes) if axis in WIDTHS), len(self.axes) - 1)
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether devices send it."""
+        return self.trained and self.shared != "private"
+
+    @property
+    def private(self) -> bool:
+        """Whether a device trains it for itself alone."""
+        return self.trained and self.shared == "private"
 
 
 A = Factor(("rank", "in"), trained=True, shared="class", start="drawn")
@@ -74,110 +75,133 @@ C = Factor(("rank", "rank"), trained=True, shared="class", start="zero")
 
 
 class Contribution(NamedTuple):
-    """What a device made of a round. before: the global version that the round started from, of every key in the delta; a
-    device of lower rank started from the leading part of it. samples: rows it trained on."""
+    """One device's part of a round."""
 
+    # The global version that the round started from, of every key in the delta, in the fleet's full rank.
+    # A device of lower rank started from the leading part.
     before: Mapping[str, Array]
     delta: Mapping[str, Array]
-    samples: int
+    samples: int  # rows that the device trained on
     model_class: str = ""
 
     def after(self) -> Tensors:
-        """What the device held when the round ended, in its own rank."""
+        """The factors that the device held when the round ended, in its own rank."""
         return {key: self.before[key][leading(delta.shape)] + delta for key, delta in self.delta.items()}
 
 
-# A round's, of one class or of all: they can be gone through more than once, and only one of them is in memory at a time.
+# All contributions of a round, or those of one class. Each call goes through them again; one is in memory at a time.
 Contributions: TypeAlias = Callable[[], Iterable[Contribution]]
-# What a round changes, for every key that some device sent: to be added to the global version.
+# The change of the global version, for every key that some device sent.
 Merge: TypeAlias = Callable[[Contributions], Tensors]
 
 
 class Pass(NamedTuple):
-    """One forward and backward over a step's rows. frozen: factors that stay as they are in it. penalty: joins the loss, of each
-    layer's A, C and B now, and its C as the round found it. apart: weight of KL(the first pass's outputs ‖ this one's)."""
+    """One forward and backward pass over a step's rows."""
 
-    frozen: frozenset[str] = frozenset()
-    penalty: Callable[[list[tuple[Any, Any, Any]], list[Any]], Any] | None = None
-    apart: float = 0.0
+    frozen: frozenset[str] = frozenset()  # names of factors that stay as they are in this pass
+    # Added to the loss. Takes each layer's A, C and B now, and each layer's C as the round started.
+    penalty: Callable[[list[Product], list[Any]], Any] | None = None
+    apart: float = 0.0  # weight of KL(outputs of the first pass ‖ outputs of this pass)
+
+
+class Answers(NamedTuple):
+    """Texts that devices write about the fleet's public prompts and send beside their tensors, as bytes."""
+
+    shared: Literal["class", "fleet"]
+    check: Callable[[bytes], None]  # raises InputError where a device's bytes are not acceptable
+    # The fleet's bytes, from pairs of a device's rows and its bytes. May go through the pairs several times.
+    merge: Callable[[Callable[[], Iterable[tuple[int, bytes]]]], bytes]
+
+
+class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings of a method that has any, as the table [method] of a fleet file gives them."""
+
+    def method(self) -> "Method":
+        """The method with these settings."""
+        raise NotImplementedError
+
+
+def with_core(
+    core: Callable[[Mapping[str, Any], float], Any],
+) -> Callable[[Mapping[str, Any], float], Product]:
+    """The product of a method that computes C from a layer's factors and relative depth."""
+    return lambda factors, depth: (factors["A"], core(factors, depth), factors["B"])
 
 
 class Method(NamedTuple):
-    """factors: A and B, and what else there is, by name; without a C or a core, that is the identity. merges: of each kind of
-    tensor that is exchanged. core: makes a layer's C of its factors, which are torch's tensors, and its relative depth. low_rank:
-    makes its A and B, where they are not the factors of that name. sizes: of the axes that are the method's own, on a device
-    of this rank. unequal: whether devices of lower ranks may take part, which hold the leading rows of A and columns of B.
-    refactored: whether a new version has its product in other factors, so that what is owed of an earlier round is worth
-    nothing. passes: of each step of a round, counted from 1. pruned: the rank in which a device goes on, any below the fleet's,
-    of its exchanged factors after a round and a function that gives one as it was before. completions: with whom a device
-    shares how it completes public prompts; None: with nobody.
-    """
+    """A federated method: data, and a few functions that have a default."""
 
     name: str
-    factors: dict[str, Factor]
-    merges: dict[str, Merge]
-    core: Callable[[Mapping[str, Any], float], Any] | None = None
-    low_rank: Callable[[Mapping[str, Any]], tuple[Any, Any]] | None = None
-    sizes: Callable[[int], Mapping[str, int]] = lambda rank: {}
-    unequal: bool = False
-    refactored: bool = False
-    passes: Callable[[int], tuple[Pass, ...]] = lambda round_: (Pass(),)
-    pruned: Callable[[Mapping[str, Any], Callable[[str], Any]], int] | None = None
-    completions: Literal["class", "fleet"] | None = None
+    factors: dict[str, Factor]  # by name; A and B always
+    merges: dict[str, Merge]  # for each kind of tensor that devices exchange
+    # A, C and B of a layer, from its factors (torch tensors) and its relative depth.
+    product: Callable[[Mapping[str, Any], float], Product] = lambda factors, depth: (
+        factors["A"],
+        factors.get("C"),
+        factors["B"],
+    )
+    sizes: Callable[[int], Mapping[str, int]] = (
+        lambda rank: {}
+    )  # the method's own axes, on a device of a rank
+    unequal: bool = (
+        False  # devices of lower ranks may take part; they hold leading rows of A and columns of B
+    )
+    refactored: bool = False  # a new version has its product in new factors, so old residuals are worthless
+    passes: Callable[[int], tuple[Pass, ...]] = lambda round_: (Pass(),)  # of each step, by round from 1
+    # Ranks that a device may hold, highest first.
+    ranks: Callable[[Adapter], tuple[int, ...]] = lambda adapter: (adapter.rank, *adapter.lower)
+    # The rank in which a device goes on, from its exchanged factors and a function that gives an earlier factor
+    # by its key. None: the device's plan decides.
+    next_rank: Callable[[Mapping[str, Any], Callable[[str], Any]], int | None] = lambda after, before: None
+    answers: Answers | None = None
+    settings: MethodSettings | None = None
 
     def keys(self, layer: int, layers: int, role: str) -> dict[str, str]:
-        """The canonical key of each factor that a linear layer has, by the factor's name.
+        """The canonical key of each factor of a linear layer, by the factor's name.
 
         Args:
-            layer: its number in the whole checkpoint, which has so many layers.
+            layer: the layer's number in the checkpoint.
+            layers: how many layers the checkpoint has.
         """
         stages = self.sizes(1).get("stages", 1)
         stage = min(int(stages * relative_depth(layer, layers)), stages - 1)
-        owner = {"layers": f"layers.{layer}", "stages": f"stages.{stage}"}
-        return {name: f"{owner[f.of]}.{role}.{name}" for name, f in self.factors.items() if f.of in owner}
+        numbers = {"layers": layer, "stages": stage}
+        return {
+            name: linear_key(factor.of, numbers[factor.of], role, name)
+            for name, factor in self.factors.items()
+            if factor.of in numbers
+        }
 
     def lengths(self, rank: int, into: int, out: int) -> dict[str, int]:
-        """Of every axis that a factor of such a layer has, on a device of this rank."""
+        """The length of every axis of a layer's factors, on a device of this rank."""
         return {**self.sizes(rank), "rank": rank, "in": into, "out": out}
 
-    def product(self, factors: Mapping[str, Any], depth: float) -> tuple[Any, Any, Any]:
-        """The A, C and B that a layer at this relative depth, 0 to 1, multiplies; C is None where it is the identity."""
-        A, B = factors["A"], factors["B"]
-        if self.low_rank is not None:
-            A, B = self.low_rank(factors)
-        return A, self.core(factors, depth) if self.core is not None else factors.get("C"), B
-
     def scope(self, kind: str) -> Scope:
-        """With whom this kind of tensors is shared, of which some factor travels."""
+        """With whom devices share tensors of this kind, which the method exchanges."""
         return next(
-            f.shared for f in self.factors.values() if f.of == kind and f.trained and f.shared != "private"
+            factor.shared for factor in self.factors.values() if factor.of == kind and factor.exchanged
         )
-
-    @property
-    def exchanges(self) -> bool:
-        """Whether a device sends anything."""
-        return bool(self.merges) or self.completions is not None
-
-    @property
-    def reads_weights(self) -> bool:
-        """Whether some factor begins as the layers' own weights have it, which have to be in memory then."""
-        return any(factor.start == "singular" for factor in self.factors.values())
-
-    @property
-    def exchanges_layers(self) -> bool:
-        """Whether a linear layer's factors travel, so that they have to fit other devices' models too."""
-        return "layers" in self.merges
 
     def factor(self, key: str) -> Factor:
         """The statement about the factor with this canonical key."""
         return self.factors[name_of(key)]
 
-    def exchanged(self, key: str) -> bool:
-        """Whether the factor with this canonical key travels."""
-        factor = self.factor(key)
-        return factor.trained and factor.shared != "private"
+    @property
+    def exchanges(self) -> bool:
+        """Whether a device sends anything."""
+        return bool(self.merges) or self.answers is not None
 
-    def kept(self, key: str) -> bool:
-        """Whether the device trains the factor for itself alone."""
-        factor = self.factor(key)
-        return factor.trained and factor.shared == "private"
+    @property
+    def exchanges_layers(self) -> bool:
+        """Whether factors of linear layers travel. They then have to fit other devices' models too."""
+        return "layers" in self.merges
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether some factor starts from the layers' own weights, which have to be in memory then."""
+        return any(factor.start == "singular" for factor in self.factors.values())
+
+    @property
+    def joins_factors(self) -> bool:
+        """Whether A and B are made of several factors, so that a running block holds these values twice."""
+        return sum("in" in factor.axes and factor.of == "layers" for factor in self.factors.values()) > 1

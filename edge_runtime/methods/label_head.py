@@ -1,12 +1,12 @@
-"""A linear head that tells labels apart by the last token's hidden state, beside any method's adapter.
+"""A linear head that classifies by the last token's hidden state, beside any method's adapter.
 
     logit of a label = h / rms(h) · H        H: one row a label, 0 at the start
 
-Rows go by their label's name: devices that know other labels have other rows. Labels that a device has never met reach it
-through the class's version, and its own rows teach it that they are none of these. What it makes of such a row serves it alone
-and is not sent: each row's mean is over the devices that were shown its label, by their rows or by the fleet's predictions. With
-the others in that mean, each round pushes a label that few devices have away from all rows (see docs/study). So a delta's keys
-tell which labels a device has.
+Rows are named by their label, so devices that know different labels have different rows. A device also gets rows of labels that
+it was never shown, through the class's version; its own rows teach it that they have none of these labels. A device does not
+send such a row: the node averages a label's row over the devices that were shown the label, by their own rows or by the fleet's
+predictions. With the remaining devices in that mean, each round would push a label that few devices have away from all rows
+(see docs/study). So a delta's keys tell which labels a device was shown.
 """
 
 from edge_runtime.methods.fedit import holders_mean
@@ -17,7 +17,7 @@ H = Factor(("one", "in"), trained=True, shared="class", start="zero", of="labels
 
 
 def added(method: Method, head: Head) -> Method:
-    """The method with a head; it stays private where the fleet says so, and where the method exchanges nothing."""
+    """The method with a head. The head is private where the fleet file says so, or where the method exchanges nothing."""
     if head.shared == "private" or not method.merges:
         return method._replace(factors={**method.factors, "H": H._replace(shared="private")})
     return method._replace(

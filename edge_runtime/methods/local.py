@@ -1,4 +1,4 @@
-"""local: every device trains alone. The control each exchange is judged against."""
+"""local: every device trains alone. The control that each exchange is compared with."""
 
 from edge_runtime.methods.interface import A, B, Method
 

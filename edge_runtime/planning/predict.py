@@ -98,14 +98,14 @@ def terms(
     values = factor_values(facts, plan, roles, method)
     adapter = sum(values.values())
     trained = sum(value for name, value in values.items() if method.factors[name].trained)
-    sent = sum(value for name, value in values.items() if method.exchanged(name))
+    sent = sum(value for name, value in values.items() if method.factors[name].exchanged)
     kept = facts.hidden + 4 if plan.boundaries == "int8" else width * facts.hidden
     at_once = batch if facts.family in UNGATED_FAMILIES else min(batch, plan.mlp_tokens or batch)
     norms = batch * _norm_rows(facts) * facts.hidden
     mlp = batch * HIDDEN_ROWS * facts.hidden + at_once * INTERMEDIATE_ROWS * facts.intermediate
     attention = batch * ATTENTION_ROWS * (facts.hidden + (facts.heads + 2 * facts.kv_heads) * facts.head_dim)
     joined = (
-        FROZEN_BYTES * adapter // plan.depth if method.low_rank is not None else 0
+        FROZEN_BYTES * adapter // plan.depth if method.joins_factors else 0
     )  # a block's factors once more
     values_at_once = norms + max(mlp, attention)
     block = (
@@ -115,7 +115,7 @@ def terms(
     loss = int(LOSS_COPIES["packed" if plan.weights in PACKED else "dense"] * chunk)
     cache = 2 * facts.kv_heads * facts.head_dim * width * batch * plan.depth
     weights = {"weights": _weights(facts, 1 if plan.streamed else plan.depth, plan.weights)}
-    answers = {"answers": cache + block // 2} if method.completions is not None else {}
+    answers = {"answers": cache + block // 2} if method.answers is not None else {}
     training = weights | {"boundaries": batch * kept * (plan.depth - plan.kept_blocks)}
     if plan.kept_blocks:
         held = _activations(facts, batch, width, tiled=at_once < batch) + joined

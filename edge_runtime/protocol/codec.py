@@ -1,14 +1,15 @@
-"""Delta and adapter state on the wire: 8-bit blocks, entropy-coded.
+"""Deltas and adapter states on the wire: 8-bit blocks, entropy-coded.
 
-    payload = b"EDC1" · header length (4 bytes) · header (JSON: keys, shapes, a length) · zstd(values · scales · completions)
+    payload = b"EDC1" · header length (4 bytes) · header (JSON: keys, shapes, a length) · zstd(values · scales · answers)
 
-Each run of 64 values of a tensor has one float32 scale, max|v| / 127; a value is scale · q. On the sender's side error
-feedback carries what rounding lost into the next round: encode(delta + residual), residual <- delta + residual - decoded.
+Each run of 64 values of a tensor has one float32 scale, max|v| / 127; a value is scale · q. The sender's error feedback carries
+the rounding error into the next round: encode(delta + residual), residual <- delta + residual - decoded. Answers are bytes that
+this file does not read (see Answers in methods/interface.py).
 Source: Dettmers et al. 2021, arXiv 2110.02861 (block-wise 8 bits); Karimireddy et al. 2019, arXiv 1901.09847 (feedback).
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import msgspec
 import numpy as np
@@ -16,33 +17,30 @@ import zstandard
 from numpy.typing import NDArray
 
 from edge_runtime.errors import InputError
-from edge_runtime.protocol.completion import Completion
 
 MAGIC = b"EDC1"
 BLOCK = 64
-SMALLEST_SCALE = np.finfo(
-    np.float32
-).tiny  # below it a scale has too few bits left, and the block counts as zero
-LARGEST_SCALE = np.finfo(np.float32).max / 128  # above it scale · q would be infinite
+SMALLEST_SCALE = np.finfo(np.float32).tiny  # a smaller scale has too few bits; its block counts as zero
+LARGEST_SCALE = np.finfo(np.float32).max / 128  # with a larger scale, scale · q would be infinite
 LARGEST_SIZE = 1 << 31  # values of all tensors together
-LARGEST_COMPLETIONS_BYTES = 1 << 24
+LARGEST_ANSWERS_BYTES = 1 << 24
 LARGEST_HEADER_BYTES = 1 << 24  # a model of 100 layers takes 0.1 MB
 
 Tensors = dict[str, NDArray[np.float32]]
 
 
 class Header(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Keys and shapes, in the order in which the values follow; and the length of the completions, as JSON."""
+    """The payload's table of contents."""
 
-    shapes: dict[str, tuple[int, ...]]
-    completions_bytes: int = 0
+    shapes: dict[str, tuple[int, ...]]  # by key, in the order in which the values follow
+    completions_bytes: int = 0  # of the answers
 
 
-def encode(tensors: Mapping[str, NDArray[np.float32]], completions: Sequence[Completion] = ()) -> bytes:
-    """Encode float32 tensors, and completions beside them as they are.
+def encode(tensors: Mapping[str, NDArray[np.float32]], answers: bytes = b"") -> bytes:
+    """Encode float32 tensors, with answers beside them.
 
     Raises:
-        InputError: a value is not finite, or within a hundredth of float32's largest; or the completions take too much.
+        InputError: a value is not finite, or within a hundredth of float32's largest; or the answers are too long.
     """
     values, scales = [], []
     for key, tensor in tensors.items():
@@ -55,24 +53,25 @@ def encode(tensors: Mapping[str, NDArray[np.float32]], completions: Sequence[Com
         quotient = np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale > 0)
         values.append(np.rint(quotient).astype(np.int8).ravel()[: flat.size])
         scales.append(scale.ravel())
-    said = msgspec.json.encode(completions) if completions else b""
-    if len(said) > LARGEST_COMPLETIONS_BYTES:
+    if len(answers) > LARGEST_ANSWERS_BYTES:
         raise InputError(
-            f"the completions take {len(said)} bytes, but {LARGEST_COMPLETIONS_BYTES} is the most"
+            f"the completions take {len(answers)} bytes, but {LARGEST_ANSWERS_BYTES} is the most"
         )
-    header = msgspec.json.encode(Header({key: tensor.shape for key, tensor in tensors.items()}, len(said)))
-    parts = (*(part.tobytes() for part in (*values, *scales)), said)
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    header = msgspec.json.encode(Header(shapes, len(answers)))
+    parts = (*(part.tobytes() for part in (*values, *scales)), answers)
     body = zstandard.ZstdCompressor(level=3).compress(b"".join(parts))
     return MAGIC + len(header).to_bytes(4, "big") + header + body
 
 
-def decode(payload: bytes, wanted: Callable[[str], bool] = lambda key: True) -> Tensors:
-    """Decode a payload, or the tensors of it whose keys are wanted; what its shapes say has to be checked before (see
-    `shapes`), the rest is checked here.
+def decode(payload: bytes, select: Callable[[str], bool] = lambda key: True) -> Tensors:
+    """Decode the tensors of a payload whose keys `select` accepts.
+
+    The caller checks before that the declared shapes (see `shapes`) are acceptable. The function checks everything else, and
+    never allocates more than the declared shapes need.
 
     Raises:
-        InputError: the payload is malformed, or holds a scale that is not finite. Nothing larger than the declared shapes
-            is ever allocated.
+        InputError: the payload is malformed, or holds a scale that is not finite.
     """
     declared, raw = _body(payload)
     sizes = [math.prod(shape) for shape in declared.values()]
@@ -82,7 +81,7 @@ def decode(payload: bytes, wanted: Callable[[str], bool] = lambda key: True) -> 
         raise InputError("the payload has a scale that is negative or not finite")
     tensors, value, scale = {}, 0, 0
     for (key, shape), size, count in zip(declared.items(), sizes, blocks, strict=True):
-        if wanted(key):
+        if select(key):
             decoded = np.zeros((count, BLOCK), np.float32)
             decoded.reshape(-1)[:size] = np.frombuffer(raw, np.int8, size, value)
             decoded *= scales[scale : scale + count, None]
@@ -91,33 +90,26 @@ def decode(payload: bytes, wanted: Callable[[str], bool] = lambda key: True) -> 
     return tensors
 
 
-def completions(payload: bytes) -> list[Completion]:
-    """The completions of a payload; raises InputError as decode does, and where one has no number, text and confidence."""
-    header, _ = _header(payload)
-    if not header.completions_bytes:
-        return []
-    _, raw = _body(payload)
-    try:
-        return msgspec.json.decode(raw[-header.completions_bytes :], type=list[Completion])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"the payload's completions cannot be read: {error}") from error
+def answers(payload: bytes) -> bytes:
+    """The answers of a payload; raises InputError as `decode` does."""
+    length = _header(payload)[0].completions_bytes
+    return _body(payload)[1][-length:] if length else b""
 
 
 def shapes(payload: bytes) -> dict[str, tuple[int, ...]]:
-    """The keys and shapes a payload declares; raises InputError when its header cannot be read."""
+    """The keys and shapes that a payload declares; raises InputError where its header cannot be read."""
     return _header(payload)[0].shapes
 
 
 def _body(payload: bytes) -> tuple[dict[str, tuple[int, ...]], bytes]:
-    """The declared shapes, and values, scales and completions as they were before compression."""
+    """The declared shapes, and the decompressed values, scales and answers."""
     header, split = _header(payload)
     sizes = [math.prod(shape) for shape in header.shapes.values()]
     expected = sum(size + 4 * -(-size // BLOCK) for size in sizes) + header.completions_bytes
     try:
         with zstandard.ZstdDecompressor().stream_reader(payload[split:]) as stream:
-            raw: bytes = stream.read(
-                expected + 1
-            )  # one more, to see a body that holds too much without expanding it
+            # one byte more, to detect a body that is too long without expanding it
+            raw: bytes = stream.read(expected + 1)
     except zstandard.ZstdError as error:
         raise InputError(f"the payload cannot be decompressed: {error}") from error
     if len(raw) != expected:
@@ -126,7 +118,7 @@ def _body(payload: bytes) -> tuple[dict[str, tuple[int, ...]], bytes]:
 
 
 def _header(payload: bytes) -> tuple[Header, int]:
-    """The header, and where the values begin."""
+    """The header, and the offset of the compressed body."""
     if payload[:4] != MAGIC or len(payload) < 8:
         raise InputError("the payload is no encoded adapter state")
     split = 8 + int.from_bytes(payload[4:8], "big")
@@ -142,6 +134,6 @@ def _header(payload: bytes) -> tuple[Header, int]:
         raise InputError("the payload declares an empty tensor")
     if sum(map(math.prod, header.shapes.values())) > LARGEST_SIZE:
         raise InputError(f"the payload declares more than {LARGEST_SIZE} values")
-    if not 0 <= header.completions_bytes <= LARGEST_COMPLETIONS_BYTES:
+    if not 0 <= header.completions_bytes <= LARGEST_ANSWERS_BYTES:
         raise InputError(f"the payload declares {header.completions_bytes} bytes of completions")
     return header, split

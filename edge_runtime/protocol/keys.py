@@ -1,32 +1,91 @@
-"""Canonical keys: what a tensor of an adapter's state is called, in files and on the wire.
+"""Canonical keys: the name of each tensor of an adapter's state, in files and on the wire. Only this file knows the grammar.
 
-layers.<i>.<role>.<factor>     a linear layer, by its number in the whole checkpoint
-stages.<s>.<role>.<factor>     all layers at about the same relative depth
-labels.<label>.<factor>        a label that rows are told apart by
-anchors.<label>.<factor>       the same label, on the fleet's public texts
+    layers.<layer>.<role>.<factor>    a linear layer, by the layer's number in the checkpoint
+    stages.<stage>.<role>.<factor>    all layers at about the same relative depth
+    labels.<label>.<factor>           a label that rows are classified by
+    anchors.<label>.<factor>          the same label, on the fleet's public texts
+
+A place is a key without its factor: all factors of one linear layer have the same place.
 """
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Literal, NamedTuple, cast
 
+from edge_runtime.errors import InputError
+
+Kind = Literal["layers", "stages", "labels", "anchors"]
+# kinds of an adapter's own tensors; anchors are predictions
+STATE: tuple[Kind, ...] = ("layers", "stages", "labels")
 LABEL = re.compile(r"[^\x00-\x1f]{1,80}")
 
+_NUMBER = "0|[1-9][0-9]{0,3}"
+_GRAMMAR = re.compile(
+    rf"(?P<numbered>layers|stages)\.(?P<number>{_NUMBER})\.(?P<role>[a-z0-9_]{{1,16}})\.(?P<factor>[A-Za-z]{{1,16}})"
+    rf"|(?P<labelled>labels|anchors)\.(?P<label>{LABEL.pattern})\.(?P<letter>[A-Z])"
+)
 
-def kind_of(key: str) -> str:
-    """What a tensor belongs to: the first part of its key."""
-    return key.partition(".")[0]
+
+class Key(NamedTuple):
+    """A canonical key in its parts."""
+
+    kind: Kind
+    owner: int | str  # the number of the layer or stage, or the label
+    role: str  # of a linear layer, such as q or down; empty for labels and anchors
+    factor: str
+
+    @property
+    def place(self) -> str:
+        """The key without its factor."""
+        return f"{self.kind}.{self.owner}.{self.role}" if self.role else f"{self.kind}.{self.owner}"
+
+
+@lru_cache(maxsize=1 << 14)
+def parse(text: str) -> Key:
+    """The parts of a canonical key.
+
+    Raises:
+        InputError: the text is outside the grammar.
+    """
+    match = _GRAMMAR.fullmatch(text)
+    if match is None:
+        raise InputError(f"{text[:80]!r} is no canonical key of an adapter's tensor")
+    if match["numbered"]:
+        return Key(cast(Kind, match["numbered"]), int(match["number"]), match["role"], match["factor"])
+    return Key(cast(Kind, match["labelled"]), match["label"], "", match["letter"])
+
+
+def join(place: str, factor: str) -> str:
+    """The key of a factor at this place."""
+    return f"{place}.{factor}"
+
+
+def linear_key(kind: Kind, number: int, role: str, factor: str) -> str:
+    """The key of a linear layer's factor; kind is layers or stages."""
+    return join(Key(kind, number, role, factor).place, factor)
+
+
+def label_key(kind: Kind, label: str, factor: str) -> str:
+    """The key of a label's tensor; kind is labels or anchors."""
+    return join(Key(kind, label, "", factor).place, factor)
+
+
+def kind_of(key: str) -> Kind:
+    """The kind of place that a tensor belongs to."""
+    return parse(key).kind
 
 
 def name_of(key: str) -> str:
-    """Which factor a tensor is: the last part of its key."""
-    return key.rpartition(".")[2]
+    """The name of the factor that a tensor is."""
+    return parse(key).factor
 
 
 def label_of(key: str) -> str:
-    """The label of labels.<label>.<factor> or anchors.<label>.<factor>."""
-    return key.partition(".")[2].rpartition(".")[0]
+    """The label of a tensor of kind labels or anchors."""
+    return str(parse(key).owner)
 
 
 def leading(shape: Sequence[int]) -> tuple[slice, ...]:
-    """Where a factor of a lower rank has its values in one of a higher."""
+    """The part of a factor of higher rank that a factor of this lower-rank shape fills."""
     return tuple(map(slice, shape))

@@ -6,11 +6,10 @@ from itertools import combinations
 import numpy as np
 from edge_broker.journal import Update
 
-from edge_runtime.aggregator.merge import STATE
 from edge_runtime.methods.fedit import RunningMean
 from edge_runtime.methods.interface import Contribution, Method
 from edge_runtime.protocol import codec
-from edge_runtime.protocol.keys import kind_of
+from edge_runtime.protocol.keys import STATE, kind_of
 
 
 def cosines(updates: list[Update], method: Method) -> list[float]:

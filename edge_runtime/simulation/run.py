@@ -30,7 +30,7 @@ from edge_runtime.agent.local_round import (
     read_result,
     write_job,
 )
-from edge_runtime.aggregator import merge
+from edge_runtime.aggregator import check
 from edge_runtime.aggregator.store import Version
 from edge_runtime.methods.interface import Method
 from edge_runtime.models.facts import Facts
@@ -249,7 +249,7 @@ class _Devices:
     def update(self, payload: Path, device: str, job: Job, samples: int) -> Update:
         """A checked update, as the node's journal has it."""
         model_class = job.facts.model_class
-        delta = merge.check(payload.read_bytes(), self.shapes[model_class], self.fleet, self.method)
+        delta = check.check(payload.read_bytes(), self.shapes[model_class], self.fleet, self.method)
         self.shapes[model_class] |= {key: value.shape for key, value in delta.items()}
         manifest = messages.describe(
             payload,

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 from edge_runtime.aggregator import merge
 from edge_runtime.aggregator.store import Version
 from edge_runtime.methods.interface import Method
-from edge_runtime.protocol.keys import kind_of
+from edge_runtime.protocol.keys import STATE, kind_of
 from edge_runtime.protocol.round import FLEET
 from edge_runtime.settings import Fleet
 from edge_runtime.simulation.agreement import cosines
@@ -46,7 +46,7 @@ class Versions:
         total, before = 0.0, self.by_class.get(version.model_class)
         old = load_file(before.master) if before is not None else {}
         for key, value in load_file(version.master).items():
-            if kind_of(key) in merge.STATE:
+            if kind_of(key) in STATE:
                 start = old.get(key)
                 start = merge.version_0(key, value.shape, self.fleet, self.method) if start is None else start
                 total += float(((value - start) ** 2).sum(dtype="float64"))

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from edge_runtime.adapters import attach
 from edge_runtime.errors import InputError
 from edge_runtime.methods import codistill
-from edge_runtime.protocol import codec
+from edge_runtime.protocol import codec, completion
 from edge_runtime.protocol.completion import Completion
+from edge_runtime.protocol.keys import label_key
 from edge_runtime.settings import Codistill
 from edge_runtime.trainer import data, greedy
 from edge_runtime.trainer.evaluate import likeness, states
@@ -60,7 +61,7 @@ def predicted(
     shared: Mapping[str, NDArray[np.float32]],
 ) -> Distillation | None:
     """What the fleet predicts of the anchors; None where it has not predicted yet. own: labels that this device has rows of."""
-    found = {label: shared.get(f"anchors.{label}.T") for label in labels}
+    found = {label: shared.get(label_key("anchors", label, "T")) for label in labels}
     # of as many texts as there are now: the fleet may have had others
     columns = {label: T[0] for label, T in found.items() if T is not None and T.shape[1] == len(anchors)}
     if job.fleet.codistill is None or not columns:
@@ -87,7 +88,7 @@ def predict(
     own = states(model, _some(examples), micro_rows)
     said = adapter.logits(read).softmax(-1) * likeness(own, read)[:, None]
     rows = said.T.cpu().numpy()
-    return {f"anchors.{label}.P": row[None] for label, row in zip(labels, rows, strict=True)}
+    return {label_key("anchors", label, "P"): row[None] for label, row in zip(labels, rows, strict=True)}
 
 
 # --- completions
@@ -109,7 +110,9 @@ def completed(job: Job, public: list[data.Row], asked: Collection[int], read: Re
     """How the fleet completes the texts that this model can be asked; None where it has completed none yet."""
     if job.fleet.codistill is None or job.start is None:
         return None
-    agreed = [one for one in codec.completions(Path(job.start).read_bytes()) if one.prompt in asked]
+    agreed = [
+        one for one in completion.decode(codec.answers(Path(job.start).read_bytes())) if one.prompt in asked
+    ]
     examples = [
         _last_turn(row) for row in read([data.answered(public[one.prompt], one.text) for one in agreed])
     ]

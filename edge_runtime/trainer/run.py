@@ -35,7 +35,7 @@ from edge_runtime.models.slices import kept_layers, nested_blocks
 from edge_runtime.models.tokenizer import load as load_tokenizer
 from edge_runtime.planning.predict import loss_chunk_bytes
 from edge_runtime.planning.search import lower
-from edge_runtime.protocol import codec
+from edge_runtime.protocol import codec, completion
 from edge_runtime.protocol.completion import Completion
 from edge_runtime.protocol.keys import LABEL, kind_of, label_of, leading
 from edge_runtime.protocol.plan import Plan
@@ -271,7 +271,7 @@ def _overlay(state: attach.State, kept: attach.State, method: Method, put: Calla
 
 def _put_aside(start: attach.State, method: Method, folder: Path, tell: Callable[[str], None]) -> None:
     """Move what the delta will be counted from to a file; what stays private is not needed again."""
-    exchanged = {key: value for key, value in start.items() if method.exchanged(key)}
+    exchanged = {key: value for key, value in start.items() if method.factor(key).exchanged}
     if exchanged:
         _save(folder / START, exchanged, tell)
     start.clear()
@@ -296,11 +296,11 @@ def _write(
     The factors themselves become delta and then residual: whatever is of their size exists once.
     """
     trained = {key: factor.detach().float().cpu().numpy() for key, factor in adapter.rows()}
-    private = {key: value for key, value in trained.items() if method.kept(key)}
+    private = {key: value for key, value in trained.items() if method.factor(key).private}
     delta = {
         key: value
         for key, value in trained.items()
-        if method.exchanged(key) and (kind_of(key) != "labels" or label_of(key) in taught)
+        if method.factor(key).exchanged and (kind_of(key) != "labels" or label_of(key) in taught)
     }
     if private:
         _save(folder / "state.bin", private, tell)
@@ -309,8 +309,7 @@ def _write(
         return b"", rank
     if delta:
         with safe_open(folder / START, framework="np") as start:
-            if method.pruned is not None:
-                rank = method.pruned(delta, start.get_tensor)
+            rank = method.next_rank(delta, start.get_tensor)
             for key, value in delta.items():
                 value -= start.get_tensor(key)
                 if rank is not None:
@@ -329,7 +328,7 @@ def _write(
                 if not (method.refactored and kind_of(key) == "layers")
             }
             _overlay(delta, still, method, lambda into, value: np.add(into, value, out=into))
-    payload = codec.encode({**delta, **said}, completions)
+    payload = codec.encode({**delta, **said}, completion.encode(completions))
     sent = codec.decode(payload)
     for key, value in delta.items():
         value -= sent.pop(key)

@@ -17,7 +17,7 @@ from fleet import Fleet
 from safetensors.numpy import load_file
 
 from edge_runtime.adapters.initial import initial
-from edge_runtime.aggregator.store import Store
+from edge_runtime.aggregator.store import NodeStore
 from edge_runtime.methods import fedit
 from edge_runtime.protocol import codec
 from edge_runtime.protocol.report import Report
@@ -34,7 +34,7 @@ def committed(fleet: Fleet) -> list[tuple[str, int]]:
 
 def reports(fleet: Fleet, state: str) -> dict[tuple[str, int], Report]:
     """The node's reports of this state, by device and round."""
-    with contextlib.closing(Store(fleet.folder / "node" / "node.db").connection) as database:
+    with contextlib.closing(NodeStore(fleet.folder / "node" / "node.db").connection) as database:
         rows = database.execute(
             "SELECT device, round, body FROM reports WHERE state = ?", (state,)
         ).fetchall()

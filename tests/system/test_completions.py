@@ -8,7 +8,7 @@ import pytest
 from fleet import Fleet
 from records import reports, sent
 
-from edge_runtime.protocol import codec
+from edge_runtime.protocol import codec, completion
 from edge_runtime.protocol.completion import Completion
 
 TABLES = """
@@ -62,7 +62,7 @@ def published(fleet: Fleet, round_: int) -> dict[str, dict[int, Completion]]:
     """What the node published after a round, by file."""
     encoded = (fleet.folder / "node" / "versions").glob(f"{round_:05d}-*.edc")
     return {
-        path.name: {completion.prompt: completion for completion in codec.completions(path.read_bytes())}
+        path.name: {answer.prompt: answer for answer in completion.decode(codec.answers(path.read_bytes()))}
         for path in encoded
     }
 

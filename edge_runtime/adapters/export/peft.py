@@ -36,7 +36,7 @@ def to_peft(
     facts: Facts,
     spec: Adapter,
     method: Method,
-    paths: Mapping[str, str],
+    paths: Mapping[tuple[int, str], str],
     folder: Path,
 ) -> None:
     """Write the folder, or replace the adapter in it.
@@ -46,21 +46,20 @@ def to_peft(
         facts: of the checkpoint.
         spec: rank, alpha and roles.
         method: what a layer's core is made of.
-        paths: the module each layers.<i>.<role> stands for, as `attach` returns them.
+        paths: the module each (layer, role) stands for, as `attach` returns them.
         folder: made where it is not there.
 
     Raises:
         InputError: a factor is missing, unexpected or of another shape; it is named.
     """
-    layers = sorted({int(key.split(".")[1]) for key in paths})
+    layers = sorted({layer for layer, _ in paths})
     labels = {key: (1, facts.hidden) for key in state if kind_of(key) == "labels"}
     check_keys(state, adapter_shapes(facts, tuple(layers), spec.roles, spec.rank, method) | labels)
     tensors, rank = {}, spec.rank
-    for key, path in paths.items():
-        _, layer, role = key.split(".")
-        keys = method.keys(int(layer), facts.layers, role)
+    for (layer, role), path in paths.items():
+        keys = method.keys(layer, facts.layers, role)
         factors = {name: torch.from_numpy(state[of]) for name, of in keys.items()}
-        A, core, B = method.product(factors, relative_depth(int(layer), facts.layers))
+        A, core, B = method.product(factors, relative_depth(layer, facts.layers))
         tensors[f"base_model.model.{path}.lora_A.weight"] = A.contiguous()
         tensors[f"base_model.model.{path}.lora_B.weight"] = (B @ core if core is not None else B).contiguous()
         rank = len(A)

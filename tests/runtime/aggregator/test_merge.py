@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from edge_runtime import methods, settings
 from edge_runtime.adapters.initial import initial
-from edge_runtime.aggregator import merge
+from edge_runtime.aggregator import check, merge
 from edge_runtime.errors import InputError
 from edge_runtime.protocol import codec
 
@@ -36,7 +36,7 @@ def update(path, content):
 @pytest.mark.parametrize("rank", [4, 2])
 def test_a_delta_of_any_of_the_fleets_ranks_is_taken_whatever_the_others_have(rank):
     known = {"layers.0.q.A": (4, 32), "layers.0.q.B": (48, 4)}
-    assert merge.check(payload(rank, rank), known, FLEET, HETLORA).keys() == known.keys()
+    assert check.check(payload(rank, rank), known, FLEET, HETLORA).keys() == known.keys()
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_delta_of_any_of_the_fleets_ranks_is_taken_whatever_the_others_have(ra
 )
 def test_what_is_of_no_rank_or_another_width_is_refused(ranks, known, reason):
     with pytest.raises(InputError, match=reason):
-        merge.check(payload(*ranks), known, FLEET, HETLORA)
+        check.check(payload(*ranks), known, FLEET, HETLORA)
 
 
 def test_the_version_has_the_fleets_rank_and_goes_on_from_the_last(tmp_path):

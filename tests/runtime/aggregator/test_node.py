@@ -4,8 +4,10 @@ import pytest
 from edge_broker import address, messages
 
 from edge_runtime import settings
-from edge_runtime.aggregator.node import KEPT_ROUNDS, Node, Options
-from edge_runtime.aggregator.store import Store, Version
+from edge_runtime.aggregator.check import refusal
+from edge_runtime.aggregator.node import Node, NodeOptions
+from edge_runtime.aggregator.restart import KEPT_ROUNDS, end_earlier_rounds
+from edge_runtime.aggregator.store import NodeStore, Version
 from edge_runtime.errors import InputError
 
 FLEET = {
@@ -21,12 +23,12 @@ FLEET = {
 def node(tmp_path):
     started = []
 
-    def start(noop=False, **tables):
+    def start(**tables):
         fleet = settings.parse({**FLEET, **tables})
         started.append(
             Node(
                 fleet,
-                Options(address.parse("mqtt://127.0.0.1:1"), tmp_path, "node", True, noop),
+                NodeOptions(address.parse("mqtt://127.0.0.1:1"), tmp_path, "node", True, False),
                 lambda _: None,
             )
         )
@@ -83,10 +85,10 @@ def test_public_texts_that_are_others_than_those_that_were_asked_are_refused(nod
 @pytest.mark.parametrize(
     ("samples", "taken"), [(0, False), (1, True), (6, True), (7, False), (1 << 53, False)]
 )
-def test_an_update_weighs_no_more_than_the_rows_of_a_round(node, samples, taken):
-    one = node(noop=True, training={"steps": 3, "rows_a_step": 2})
+def test_an_update_weighs_no_more_than_the_rows_of_a_round(samples, taken):
+    fleet = settings.parse({**FLEET, "training": {"steps": 3, "rows_a_step": 2}})
     described = {"fleet": "f", "device": "a", "round": 1, "model_class": "m", "codec": "c", "chunk_bytes": 8}
-    reason = one._check_manifest(messages.describe(b"delta", samples=samples, **described))
+    reason = refusal(messages.describe(b"delta", samples=samples, **described), fleet, 1, "c")
     assert (reason is None) is taken
     if not taken:
         assert reason == f"the manifest has {samples} samples, which weigh its mean, but a round has 1 to 6"
@@ -97,7 +99,7 @@ def test_what_a_kill_left_of_a_merged_round_is_refused_and_deleted(node):
     merged, late = update(first, "a"), update(first, "b", commit=False)
     first._store.merged(1, [])  # and was killed
     again = node()
-    again._end_earlier_rounds()
+    end_earlier_rounds(2, again._store, again._journal, again._receiver)
     entry = again._journal.find(late)
     assert (entry.state, entry.code) == ("rejected", "late")
     assert not again._journal.payload(merged).exists() and not again._journal.payload(late).exists()
@@ -106,11 +108,11 @@ def test_what_a_kill_left_of_a_merged_round_is_refused_and_deleted(node):
 
 def test_versions_are_found_where_the_state_has_moved_to(tmp_path):
     before, after = tmp_path / "before", tmp_path / "after"
-    Store(before / "node.db").merged(
+    NodeStore(before / "node.db").merged(
         1, [Version("m", before / "versions" / "master", before / "versions" / "sent")]
     )
     before.rename(after)
-    found = Store(after / "node.db").versions()["m"]
+    found = NodeStore(after / "node.db").versions()["m"]
     assert (found.master, found.artifact) == (after / "versions" / "master", after / "versions" / "sent")
 
 
@@ -124,8 +126,7 @@ def test_of_older_rounds_only_a_class_s_latest_version_stays(node, tmp_path):
             version.master.touch()
             version.artifact.touch()
         one._store.merged(round_, versions)
-        one._round += 1
-        one._end_earlier_rounds()
+        end_earlier_rounds(round_ + 1, one._store, one._journal, one._receiver)
     kept = {f"{round_}-m" for round_ in range(3, KEPT_ROUNDS + 3)} | {"2-rests"}
     assert {path.name for path in folder.iterdir()} == kept | {f"{name}.edc" for name in kept}
     assert {of: version.master.name for of, version in one._store.versions().items()} == {

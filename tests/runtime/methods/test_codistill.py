@@ -9,7 +9,7 @@ import pytest
 from jobs import job_of
 
 from edge_runtime import methods, settings
-from edge_runtime.aggregator import anchors, merge
+from edge_runtime.aggregator import anchors, check, merge
 from edge_runtime.errors import InputError
 from edge_runtime.methods import codistill
 from edge_runtime.methods.interface import Contribution
@@ -167,7 +167,7 @@ def test_it_goes_with_every_method(name):
     assert with_it.merges["anchors"] is codistill.combined
     assert ("labels" in with_it.merges) is bool(alone.merges)
     assert alone.merges.keys() <= with_it.merges.keys()
-    assert with_it.exchanged("anchors.x.P") and not with_it.exchanged("anchors.x.T")
+    assert with_it.factor("anchors.x.P").exchanged and not with_it.factor("anchors.x.T").exchanged
 
 
 def update(path, model_class, tensors):
@@ -234,16 +234,16 @@ def test_predictions_cross_models_or_stay_in_the_class(tmp_path, across):
 )
 def test_what_is_no_prediction_or_row_of_a_head_is_refused(delta, reason):
     with pytest.raises(InputError, match=reason):
-        merge.check(codec.encode(delta), {}, FLEET, methods.of(FLEET))
+        check.check(codec.encode(delta), {}, FLEET, methods.of(FLEET))
 
 
 def test_a_labels_row_is_as_wide_as_those_of_other_labels_that_the_class_sent():
     known = {"labels.a.H": (1, 8), "layers.0.q.A": (2, 9)}
-    assert merge.check(
+    assert check.check(
         codec.encode({"labels.b.H": np.ones((1, 8), np.float32)}), known, FLEET, methods.of(FLEET)
     )
     with pytest.raises(InputError, match=r"labels.b.H is \(1, 9\)"):
-        merge.check(
+        check.check(
             codec.encode({"labels.b.H": np.ones((1, 9), np.float32)}), known, FLEET, methods.of(FLEET)
         )
 
@@ -255,10 +255,10 @@ def test_a_stage_that_the_method_has_not_is_refused():
     for stage, known in ((3, True), (4, False)):
         delta = codec.encode({f"stages.{stage}.q.U": np.ones((16, 16), np.float32)})
         if known:
-            merge.check(delta, {}, fleet, methods.of(fleet))
+            check.check(delta, {}, fleet, methods.of(fleet))
         else:
             with pytest.raises(InputError, match="does not exchange"):
-                merge.check(delta, {}, fleet, methods.of(fleet))
+                check.check(delta, {}, fleet, methods.of(fleet))
 
 
 def test_the_nodes_texts_are_checked_before_anything_is_announced(tmp_path):

@@ -11,10 +11,10 @@ from edge_kernels import apply, expand, pack
 from jobs import job_of
 
 from edge_runtime import methods, settings
-from edge_runtime.aggregator import merge
+from edge_runtime.aggregator import check, merge
 from edge_runtime.errors import InputError
 from edge_runtime.methods import completions
-from edge_runtime.protocol import codec
+from edge_runtime.protocol import codec, completion
 from edge_runtime.protocol.completion import Completion
 from edge_runtime.trainer import data, evaluate, greedy, public
 from edge_runtime.trainer.data import IGNORED, Example
@@ -22,6 +22,14 @@ from edge_runtime.trainer.data import IGNORED, Example
 SPEC = settings.Codistill("anchors.jsonl", texts=5, tokens=8)
 FLEET = settings.Fleet("f", (settings.Model("m"),), adapter=settings.Adapter(rank=2), codistill=SPEC)
 A = {"layers.0.q.A": np.ones((2, 4), np.float32)}
+
+
+def payload(tensors, said=()):
+    return codec.encode(tensors, completion.encode(said))
+
+
+def completions_of(payload):
+    return completion.decode(codec.answers(payload))
 
 
 # --- greedy decoding
@@ -94,7 +102,7 @@ def test_of_public_messages_the_last_turn_alone_is_learned():
 def test_what_is_learned_of_completions_weighs_by_the_prompts_that_have_one(tmp_path):
     """Of four prompts this model can be asked three, and the fleet has completed two of these."""
     said = [Completion(0, " a", 0.9), Completion(1, " b", 0.3), Completion(3, " c", 1.0)]
-    (tmp_path / "start").write_bytes(codec.encode({}, said))
+    (tmp_path / "start").write_bytes(payload({}, said))
     fleet = settings.Codistill("", texts=4, rows=10, weight=3.0)
     job = job_of(
         train=True,
@@ -150,7 +158,7 @@ def test_a_device_says_how_it_completes_public_prompts(trained, tmp_path):
     anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC))
     fleet = {"method": settings.Method("local"), "codistill": CODISTILL, "round": 2, "rounds": 3}
     folder, result = trained("says", ROWS, HELD_OUT, anchors=anchors, training=TRAINING, **fleet)
-    said = {one.prompt: one for one in codec.completions((folder / "payload.bin").read_bytes())}
+    said = {one.prompt: one for one in completions_of((folder / "payload.bin").read_bytes())}
     known = [number for number, row in enumerate(PUBLIC) if "blue" not in row["text"]]
     assert result.losses[-1] < result.losses[0]
     assert [said[number].text for number in known] == [right(PUBLIC[number]) for number in known]
@@ -168,7 +176,7 @@ def test_a_device_that_ends_no_completion_takes_part_with_nothing(trained, tmp_p
         "training": training,
     }
     folder, result = trained("silent", ROWS, HELD_OUT, **common)
-    assert result.payload_bytes > 0 and codec.completions((folder / "payload.bin").read_bytes()) == []
+    assert result.payload_bytes > 0 and completions_of((folder / "payload.bin").read_bytes()) == []
 
 
 def test_prompts_that_a_model_cannot_be_asked_are_left_out(trained, tmp_path):
@@ -178,14 +186,14 @@ def test_prompts_that_a_model_cannot_be_asked_are_left_out(trained, tmp_path):
     anchors = str(data.write_rows(tmp_path / "anchors.jsonl", rows))
     fleet = {"method": settings.Method("local"), "codistill": CODISTILL, "rounds": 3, "round": 2}
     folder, _ = trained("asked", ROWS, HELD_OUT, anchors=anchors, training=TRAINING, **fleet)
-    assert codec.completions((folder / "payload.bin").read_bytes())
+    assert completions_of((folder / "payload.bin").read_bytes())
 
 
 def test_an_answer_is_learned_from_what_the_fleet_says_of_public_prompts(trained, tmp_path):
     """With completions that are right about blue the device that never saw it writes it; without them it cannot."""
     anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC))
     told = [Completion(number, right(row), 0.5) for number, row in enumerate(PUBLIC)]
-    (tmp_path / "start").write_bytes(codec.encode({}, told))
+    (tmp_path / "start").write_bytes(payload({}, told))
     fleet = {"method": settings.Method("local"), "codistill": CODISTILL, "round": 2, "rounds": 2}
     common = {**fleet, "anchors": anchors, "training": TRAINING}
     accuracy = {}
@@ -254,7 +262,7 @@ def test_nothing_said_is_nothing_agreed():
 
 
 def update(path, model_class, tensors, said=(), samples=10):
-    path.write_bytes(codec.encode(tensors, said))
+    path.write_bytes(payload(tensors, said))
     return types.SimpleNamespace(
         manifest=types.SimpleNamespace(model_class=model_class, samples=samples), payload=path
     )
@@ -279,7 +287,7 @@ def test_completions_cross_models_or_stay_in_the_class(tmp_path, across, name):
         ),
     ]
     versions = {one.model_class: one for one in merge.merge(updates, {}, fleet, method, 1, tmp_path / "v")}
-    told = {of: codec.completions(version.artifact.read_bytes()) for of, version in versions.items()}
+    told = {of: completions_of(version.artifact.read_bytes()) for of, version in versions.items()}
     if across:
         agreed = [Completion(0, "blue", 15 / 40), Completion(4, "é\n", 15 / 40)]
         assert told == {"m@1": agreed, "n@1": agreed, "*": agreed}
@@ -290,11 +298,11 @@ def test_completions_cross_models_or_stay_in_the_class(tmp_path, across, name):
         }
     later = [update(tmp_path / "3", "n@1", tensors, [Completion(1, "new", 1.0)])]
     after = {one.model_class: one for one in merge.merge(later, versions, fleet, method, 2, tmp_path / "v")}
-    assert codec.completions(after["n@1"].artifact.read_bytes()) == [Completion(1, "new", 1.0)]
+    assert completions_of(after["n@1"].artifact.read_bytes()) == [Completion(1, "new", 1.0)]
     if across:  # who was not there hears what the others say now
-        assert codec.completions(after["m@1"].artifact.read_bytes()) == [Completion(1, "new", 1.0)]
+        assert completions_of(after["m@1"].artifact.read_bytes()) == [Completion(1, "new", 1.0)]
     elif name == "heterotune":  # a core has crossed, so there is a new version
-        assert codec.completions(after["m@1"].artifact.read_bytes()) == [Completion(0, "red", 0.9)]
+        assert completions_of(after["m@1"].artifact.read_bytes()) == [Completion(0, "red", 0.9)]
     else:
         assert "m@1" not in after
 
@@ -313,7 +321,7 @@ def test_completions_cross_models_or_stay_in_the_class(tmp_path, across, name):
 )
 def test_what_completes_no_prompt_of_the_fleet_is_refused(said, reason):
     with pytest.raises(InputError, match=reason):
-        merge.check(codec.encode(A, said), {}, FLEET, methods.of(FLEET))
+        check.check(payload(A, said), {}, FLEET, methods.of(FLEET))
 
 
 def test_a_fleet_that_exchanges_no_completions_refuses_them_and_an_empty_delta():
@@ -321,11 +329,11 @@ def test_a_fleet_that_exchanges_no_completions_refuses_them_and_an_empty_delta()
     headed = msgspec.structs.replace(FLEET, head=settings.Head())
     for fleet in (plain, headed):
         with pytest.raises(InputError, match="which this fleet does not exchange"):
-            merge.check(codec.encode(A, [Completion(1, "a", 0.5)]), {}, fleet, methods.of(fleet))
+            check.check(payload(A, [Completion(1, "a", 0.5)]), {}, fleet, methods.of(fleet))
     with pytest.raises(InputError, match="holds no factor"):
-        merge.check(codec.encode({}), {}, plain, methods.of(plain))
+        check.check(codec.encode({}), {}, plain, methods.of(plain))
     assert (
-        merge.check(codec.encode({}), {}, FLEET, methods.of(FLEET)) == {}
+        check.check(codec.encode({}), {}, FLEET, methods.of(FLEET)) == {}
     )  # a device that has nothing to say yet
 
 
@@ -334,26 +342,26 @@ def test_a_fleet_that_exchanges_no_completions_refuses_them_and_an_empty_delta()
 
 def test_completions_travel_as_they_are_beside_the_tensors():
     said = [Completion(0, "blå\t\u2028", 0.125), Completion(2, "x", 1.0)]
-    made = codec.encode(A, said)
-    assert codec.completions(made) == said
+    made = payload(A, said)
+    assert completions_of(made) == said
     np.testing.assert_array_equal(
         codec.decode(made)["layers.0.q.A"], codec.decode(codec.encode(A))["layers.0.q.A"]
     )
-    assert codec.completions(codec.encode(A)) == []
+    assert completions_of(payload(A)) == []
     for length in range(len(made)):
         with pytest.raises(InputError):
-            codec.completions(made[:length])
+            completions_of(made[:length])
 
 
 def test_more_completions_than_a_payload_may_hold_are_not_sent():
     with pytest.raises(InputError, match="completions take"):
-        codec.encode({}, [Completion(n, "\x01" * 4096, 0.5) for n in range(700)])
+        payload({}, [Completion(n, "\x01" * 4096, 0.5) for n in range(700)])
 
 
 def test_all_that_a_fleet_may_agree_on_fits_a_payload():
-    longest = merge.CHARACTERS_A_TOKEN * 32
+    longest = completions.CHARACTERS_A_TOKEN * 32
     worst = [Completion(n, "\x01" * longest, 0.123456789) for n in range(settings.MOST_TOKENS // 32)]
-    assert len(codec.completions(codec.encode({}, worst))) == len(worst)
+    assert len(completions_of(payload({}, worst))) == len(worst)
 
 
 NESTED = b'[[0, "a", 0.5, ' + b"[" * 100_000 + b"]" * 100_000 + b"]]"
@@ -364,7 +372,7 @@ def test_completions_that_cannot_be_read_are_refused(body):
     header = msgspec.json.encode(codec.Header({}, len(body)))
     made = codec.MAGIC + len(header).to_bytes(4, "big") + header + zstandard.compress(body)
     with pytest.raises(InputError, match="completions cannot be read"):
-        codec.completions(made)
+        completions_of(made)
 
 
 @pytest.mark.parametrize("length", [-1, 1 << 40])

@@ -19,7 +19,7 @@ from edge_runtime.trainer import step
 from edge_runtime.trainer.divergence import divergence
 
 SPEC = settings.Adapter(rank=4, alpha=12.0)
-METHOD = h2tune.method(h2tune.Settings(depths=3))
+METHOD = h2tune.H2Tune(depths=3).method()
 
 
 @pytest.mark.parametrize(("depth", "truth"), [(0.0, (1, 0, 0)), (0.25, (0.5, 0.5, 0)), (1.0, (0, 0, 1))])
@@ -128,10 +128,10 @@ def test_round_1_trains_all_and_later_ones_by_turns(tiny):
 
 def test_what_holds_the_cores_and_the_outputs_back_does(tiny):
     """Far heavier weights leave what they are on nearly where it was."""
-    free = h2tune.method(h2tune.Settings(depths=3, norm=0.0, keep=0.0, apart=0.0)).passes(2)
-    held = h2tune.method(h2tune.Settings(depths=3, norm=0.0, keep=0.0, apart=1e3)).passes(2)
+    free = h2tune.H2Tune(depths=3, norm=0.0, keep=0.0, apart=0.0).method().passes(2)
+    held = h2tune.H2Tune(depths=3, norm=0.0, keep=0.0, apart=1e3).method().passes(2)
     assert changed(tiny, held, steps=12)[1][-1] > changed(tiny, free, steps=12)[1][-1]
-    kept = h2tune.method(h2tune.Settings(depths=3, norm=0.0, keep=1e4, apart=0.0)).passes(2)
+    kept = h2tune.H2Tune(depths=3, norm=0.0, keep=1e4, apart=0.0).method().passes(2)
     ways = []
     for passes in (free, kept):
         before, after, _ = trained(tiny, passes[:1], steps=12)
@@ -140,25 +140,25 @@ def test_what_holds_the_cores_and_the_outputs_back_does(tiny):
 
 
 def test_layers_that_a_step_leaves_out_are_not_penalised(tiny):
-    strong = h2tune.method(h2tune.Settings(depths=3, norm=1e3)).passes(2)
+    strong = h2tune.H2Tune(depths=3, norm=1e3).method().passes(2)
     assert changed(tiny, strong, chosen=(0, 3))[0] == set("ABSD")
 
 
 def test_the_penalties_are_their_equations():
     draw = torch.Generator().manual_seed(0)
     before, now = ([torch.eye(3) + torch.randn(3, 3, generator=draw) for _ in range(2)] for _ in range(2))
-    settings_ = h2tune.Settings(norm=0.5, keep=2.0)
+    settings_ = h2tune.H2Tune(norm=0.5, keep=2.0)
     layers = [(None, C, None) for C in now]
-    first = h2tune.method(settings_).passes(1)[0].penalty(layers, before)
+    first = settings_.method().passes(1)[0].penalty(layers, before)
     norms = sum(float((C - torch.eye(3)).norm()) for C in now) / 2
     assert float(first) == pytest.approx(0.5 * norms)
     moved = 0.0
     for old, new in zip(before, now, strict=True):
         p, q = (torch.softmax((C - torch.eye(3)).flatten().double(), 0) for C in (old, new))
         moved += float((p * (p / q).log()).sum()) / 2
-    second = h2tune.method(settings_).passes(2)[0].penalty(layers, before)
+    second = settings_.method().passes(2)[0].penalty(layers, before)
     assert float(second) == pytest.approx(0.5 * norms + 2.0 * moved, rel=1e-5)
-    released = h2tune.method(h2tune.Settings(preset="as-released")).passes(1)[0].penalty(layers, before)
+    released = h2tune.H2Tune(preset="as-released").method().passes(1)[0].penalty(layers, before)
     assert float(released) == pytest.approx(norms)
 
 

@@ -17,7 +17,7 @@ from edge_runtime.methods.interface import Contribution
 
 SPEC = settings.Adapter(rank=4, alpha=12.0)
 SETTINGS = {"branches": 2, "width": 2, "stages": 2}
-METHOD = heterotune.method(heterotune.Settings(**SETTINGS))
+METHOD = heterotune.HeteroTune(**SETTINGS).method()
 KEYS = {"stages.0.q.U": (4, 4), "stages.0.q.V": (4, 4)}
 DRAW = np.random.default_rng(0)
 
@@ -228,7 +228,7 @@ def test_the_core_is_the_sum_of_its_branches():
 
 
 def test_branches_are_as_many_as_the_rank_has_room_for():
-    method = heterotune.method(heterotune.Settings(branches=3, width=4))
+    method = heterotune.HeteroTune(branches=3, width=4).method()
     assert [method.sizes(rank)["branches"] for rank in (16, 8, 4, 2)] == [3, 2, 1, 1]
 
 

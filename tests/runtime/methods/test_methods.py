@@ -172,7 +172,10 @@ def test_each_factor_is_sent_kept_or_frozen():
         assert sorted(method.factors) == sorted([*sent, *kept, *frozen])
         for factor in method.factors:
             key = f"layers.0.q.{factor}"
-            assert (method.exchanged(key), method.kept(key)) == (factor in sent, factor in kept)
+            assert (method.factor(key).exchanged, method.factor(key).private) == (
+                factor in sent,
+                factor in kept,
+            )
         assert bool(method.merges) is bool(sent)
         assert "zero" in {factor.start for factor in method.factors.values()}  # version 0 changes nothing
 
@@ -191,7 +194,11 @@ def test_the_product_of_what_is_merged_is_the_mean_product_where_one_factor_alon
     start = {factor: draw.normal(0, 1, shapes[factor]).astype(np.float32) for factor in method.factors}
     updates = [
         (
-            {f: draw.normal(0, 1, shapes[f]).astype(np.float32) for f in start if method.exchanged(f"x.{f}")},
+            {
+                f: draw.normal(0, 1, shapes[f]).astype(np.float32)
+                for f in start
+                if method.factors[f].exchanged
+            },
             samples,
         )
         for samples in (200, 31, 1)
@@ -298,13 +305,13 @@ def pruning(penalty=0.5, keep=0.5):
 def test_a_device_goes_on_with_fewer_ranks_where_what_lies_beyond_them_has_become_less():
     before = delta(1)
     tails = {key: (0.9 if key.endswith("A") else 1.05) * value for key, value in before.items()}
-    assert pruning().pruned(tails, before.__getitem__) == 2
-    assert pruning().pruned(before, tails.__getitem__) == 4
-    assert pruning(keep=0.1).pruned(tails, before.__getitem__) == 1
+    assert pruning().next_rank(tails, before.__getitem__) == 2
+    assert pruning().next_rank(before, tails.__getitem__) == 4
+    assert pruning(keep=0.1).next_rank(tails, before.__getitem__) == 1
     leading = {key: value.copy() for key, value in before.items()}
     leading["layers.0.q.A"][:2] *= 0.1  # what is kept does not count
-    assert pruning().pruned(leading, before.__getitem__) == 4
-    assert pruning(0.0).pruned is None
+    assert pruning().next_rank(leading, before.__getitem__) == 4
+    assert pruning(0.0).next_rank(tails, before.__getitem__) is None
 
 
 def test_the_penalty_is_of_what_lies_beyond_and_its_gradient_is_finite_at_version_0():
@@ -369,14 +376,19 @@ def test_flexlora_has_the_best_factors_of_the_mean_product_in_every_rank(ranks):
 def test_a_layer_narrower_than_the_rank_keeps_its_product_and_no_row_is_dead():
     draw = np.random.default_rng(0)
     before, made = (
-        {f"x.{f}": draw.normal(0, 1, s).astype(np.float32) for f, s in (("A", (4, 32)), ("B", (3, 4)))}
+        {
+            f"layers.0.q.{f}": draw.normal(0, 1, s).astype(np.float32)
+            for f, s in (("A", (4, 32)), ("B", (3, 4)))
+        }
         for _ in "12"
     )
     one = Contribution(before, made, 5)
     step = flexlora([one])
-    np.testing.assert_allclose(product(step, before, "x", 4), mean_products([one])["x"], atol=1e-4)
-    assert np.linalg.norm(before["x.A"] + step["x.A"], axis=1).min() > 0.5
-    assert np.array_equal(before["x.B"][:, 3:] + step["x.B"][:, 3:], np.zeros((3, 1)))
+    np.testing.assert_allclose(
+        product(step, before, "layers.0.q", 4), mean_products([one])["layers.0.q"], atol=1e-4
+    )
+    assert np.linalg.norm(before["layers.0.q.A"] + step["layers.0.q.A"], axis=1).min() > 0.5
+    assert np.array_equal(before["layers.0.q.B"][:, 3:] + step["layers.0.q.B"][:, 3:], np.zeros((3, 1)))
 
 
 def test_equal_devices_keep_their_product_and_turning_one_inside_its_rank_changes_nothing():

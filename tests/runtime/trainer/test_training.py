@@ -22,7 +22,7 @@ from edge_runtime import methods, settings
 from edge_runtime.adapters import attach
 from edge_runtime.adapters.initial import initial
 from edge_runtime.adapters.shapes import adapter_shapes
-from edge_runtime.aggregator import merge
+from edge_runtime.aggregator import check
 from edge_runtime.errors import InputError, TrainerError
 from edge_runtime.methods import fedit
 from edge_runtime.models import families as roles
@@ -724,9 +724,9 @@ def test_a_device_that_prunes_sends_the_ranks_that_it_goes_on_with(trainer, tiny
         assert {key: value.shape for key, value in decoded(ended).items()} == lower
     fleet = settings.Fleet("f", (settings.Model("m"),), adapter=SPEC, method=settings.Method("hetlora", own))
     payload = (pruned[0] / "payload.bin").read_bytes()
-    assert merge.check(payload, {}, fleet, methods.of(fleet))
+    assert check.check(payload, {}, fleet, methods.of(fleet))
     with pytest.raises(InputError, match="of rank 4"):
-        merge.check(
+        check.check(
             payload,
             {},
             msgspec.structs.replace(fleet, method=settings.Method("hetlora")),

@@ -1,0 +1,164 @@
+"""Checks of a device's update: its manifest, then its keys, shapes, ranks, sizes, values and answers.
+
+Merging trusts every update that passes. The manifest is checked before any byte is taken; keys and shapes are read from the
+payload's header and checked before any value is decompressed.
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from edge_broker.messages import Manifest
+
+from edge_runtime.errors import InputError
+from edge_runtime.methods.interface import WIDTHS, Method
+from edge_runtime.protocol import codec
+from edge_runtime.protocol.keys import kind_of, parse
+from edge_runtime.protocol.round import FLEET
+from edge_runtime.settings import Fleet
+
+LARGEST_PAYLOAD_BYTES = 1 << 30
+WIDEST = 1 << 20  # rows or columns of a factor
+LARGEST_ADAPTER = 1 << 28  # values
+MOST_LABELS = 1 << 14
+LARGEST_TOTAL = 1.05  # of a device's probabilities of a text, after rounding to 8 bits
+LARGEST_NORM = 1e4  # of one factor's delta; trained factors reach a few units
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def refusal(manifest: Manifest, fleet: Fleet, round_: int, codec: str) -> str | None:
+    """The reason to refuse an update before any of its bytes; None: the update is welcome.
+
+    Args:
+        round_: the open round; one past the fleet's rounds: the fleet is finished.
+    """
+    if round_ > fleet.rounds:
+        return f"the fleet has finished its {fleet.rounds} rounds"
+    if manifest.model_class in ("", FLEET):
+        return f"`{manifest.model_class}` is no model class"
+    if manifest.round != round_:
+        return f"round {manifest.round} is closed; round {round_} is open"
+    if manifest.codec != codec:
+        return f"the codec {manifest.codec} is not known; needed: {codec}"
+    if manifest.size > LARGEST_PAYLOAD_BYTES:
+        return f"{manifest.size} bytes are more than the {LARGEST_PAYLOAD_BYTES} a node takes"
+    rows = fleet.training.steps * fleet.training.rows_a_step
+    if not 1 <= manifest.samples <= rows:
+        return (
+            f"the manifest has {manifest.samples} samples, which weigh its mean, but a round has 1 to {rows}"
+        )
+    return None
+
+
+def check(payload: bytes, known: Shapes, fleet: Fleet, method: Method) -> codec.Tensors:
+    """Decode a device's delta.
+
+    Args:
+        known: keys and shapes that other devices of the model class have sent.
+
+    Raises:
+        InputError: a key, shape, value or answer does not fit the fleet's adapter. The message names the key.
+    """
+    shapes = codec.shapes(payload)
+    if not shapes and fleet.codistill is None:  # with codistill a device may have nothing to say
+        raise InputError("the delta holds no factor")
+    for key in shapes:
+        if not _exchanged(key, fleet, method):
+            raise InputError(f"the delta holds {key[:80]}, which this fleet's adapter does not exchange")
+    _check_shapes(shapes, known, fleet, method)
+    delta = codec.decode(payload)
+    _check_predictions(delta)
+    _check_answers(codec.answers(payload), method)
+    for key, value in delta.items():
+        norm = float(np.linalg.norm(value))
+        if norm > LARGEST_NORM:
+            raise InputError(
+                f"{key} changed by a norm of {norm:.3g}, more than {LARGEST_NORM:g}: the training diverged"
+            )
+    return delta
+
+
+def _exchanged(text: str, fleet: Fleet, method: Method) -> bool:
+    """Whether devices of this fleet send a tensor of this key."""
+    try:
+        key = parse(text)
+    except InputError:
+        return False
+    factor = method.factors.get(key.factor)
+    if factor is None or not factor.exchanged or factor.of != key.kind:
+        return False
+    if key.kind == "stages" and int(key.owner) >= method.sizes(fleet.adapter.rank).get("stages", 1):
+        return False
+    return not key.role or key.role in fleet.adapter.roles
+
+
+def _check_shapes(shapes: Shapes, known: Shapes, fleet: Fleet, method: Method) -> None:
+    """Refuse shapes that do not fit. The node holds no model: the first shape of a key in a class is the measure."""
+    rows = _row_of_a_label(shapes) | _row_of_a_label(known)
+    ranks = set()
+    for key, shape in shapes.items():
+        rank = _check_shape(key, shape, known.get(key, rows.get(kind_of(key))), fleet, method)
+        ranks |= {rank} if rank is not None else set()
+    if len(ranks) > 1:
+        raise InputError(f"the delta has factors of ranks {sorted(ranks)}, but one device has one")
+    # a merge pads every factor to the fleet's rank
+    highest = max(fleet.adapter.rank, method.sizes(fleet.adapter.rank).get("kept", 0))
+    padding = -(-highest // min(ranks, default=highest))
+    if padding * sum(map(math.prod, shapes.values())) > LARGEST_ADAPTER:
+        raise InputError(f"the delta has more than {LARGEST_ADAPTER} values")
+
+
+def _check_shape(
+    key: str, shape: tuple[int, ...], model: tuple[int, ...] | None, fleet: Fleet, method: Method
+) -> int | None:
+    """The rank of a factor, None where it has none; raises InputError where its shape does not fit.
+
+    Args:
+        model: the shape that other devices have sent; None: nobody has.
+    """
+    axes, ranks = method.factor(key).axes, method.ranks(fleet.adapter)
+    sizes = dict(zip(axes, shape, strict=False))
+    widths = dict(zip(axes, model or shape, strict=False))
+    rank = sizes.get("rank", ranks[0])
+    needed = {**method.sizes(rank), "one": 1, "rank": rank, **{axis: widths.get(axis, 0) for axis in WIDTHS}}
+    fits = len(shape) == len(axes) and rank in ranks and shape == method.factor(key).shape(needed)
+    if not fits or any(not 1 <= sizes[axis] <= WIDEST for axis in axes):
+        words = [f"of rank {_words(ranks, fleet)}" if "rank" in axes else "as the fleet has it"]
+        words += [f"for a layer {widths[axis]} wide" for axis in axes if axis in WIDTHS and model is not None]
+        raise InputError(f"{key} is {shape} in the delta, but has to be {', '.join(words)}")
+    return rank if "rank" in axes else None
+
+
+def _words(ranks: tuple[int, ...], fleet: Fleet) -> str:
+    if ranks == (fleet.adapter.rank, *fleet.adapter.lower):
+        return " or ".join(map(str, ranks))
+    return f"{ranks[0]} or lower"
+
+
+def _row_of_a_label(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """The shape that every label's row has to have, by kind; the first label decides."""
+    rows = [shape for key, shape in shapes.items() if kind_of(key) == "labels"]
+    if len(rows) > MOST_LABELS:
+        raise InputError(f"the delta has {len(rows)} labels, but a head has at most {MOST_LABELS}")
+    return {"labels": rows[0]} if rows else {}
+
+
+def _check_predictions(delta: codec.Tensors) -> None:
+    """Refuse values that are no probabilities: for each public text they are 0 or more, and add up to 1 at most."""
+    total = np.zeros(1, np.float32)
+    for key, value in delta.items():
+        if kind_of(key) != "anchors":
+            continue
+        total = total + value
+        if float(value.min()) < 0 or float(total.max()) > LARGEST_TOTAL:
+            raise InputError(
+                f"{key} is no probabilities: they have to be 0 or more, and to add up to 1 at most"
+            )
+
+
+def _check_answers(answers: bytes, method: Method) -> None:
+    if method.answers is not None:
+        method.answers.check(answers)
+    elif answers:
+        raise InputError("the delta holds completions, which this fleet does not exchange")

@@ -1,4 +1,4 @@
-"""The public texts of a fleet that distils, as its node serves them: only the question of each row."""
+"""The public texts of a fleet that distils, as its node serves them: each row's question alone."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The node's signed, retained message about the open round, and the files that the message names."""
+"""The node's signed and retained message about the open round, and the files that it names."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,19 +59,19 @@ class Announcer:
         self.publish()
 
     def publish(self) -> None:
-        """Hand the message to the connection without waiting for the broker: an outage must be noticed while it lasts."""
+        """Hand the message over without waiting for the broker, so that an outage is noticed."""
         try:
             self._pending = not self._session.publish_nowait(self._topic, self._message, retain=True)
         except BrokerError as error:
             raise LinkError(str(error)) from error
 
     def publish_pending(self) -> None:
-        """Publish a message that found no room. Call this before `handle`, whose chunks would take the room."""
+        """Publish a message that found no room; before `handle`, whose chunks take the room."""
         if self._pending:
             self.publish()
 
     def handle(self, item: Message | Event | None) -> None:
-        """Take one item of the session's queue; raises LinkError where the broker refused the announcement."""
+        """Take an item of the queue; raises LinkError where the broker refused the message."""
         self._publisher.handle(item)
         if isinstance(item, Unsent) and item.topic == self._topic:
             raise LinkError(f"the round cannot be announced on {item.topic}: {item.reason}")

@@ -1,7 +1,7 @@
-"""Checks of a device's update: its manifest, then its keys, shapes, ranks, sizes, values and answers.
+"""Checks of a device's update: manifest, keys, shapes, ranks, sizes, values and answers.
 
-Merging trusts every update that passes. The manifest is checked before any byte is taken; keys and shapes are read from the
-payload's header and checked before any value is decompressed.
+Merging trusts every update that passes. The manifest is checked before any byte is taken; keys and
+shapes are read from the payload's header and checked before any value is decompressed.
 """
 
 import math
@@ -51,14 +51,15 @@ def refusal(manifest: Manifest, fleet: Fleet, round_: int, codec: str) -> str | 
     return None
 
 
-def check(payload: bytes, known: Shapes, fleet: Fleet, method: Method) -> codec.Tensors:
+def check(payload: bytes, expected: Shapes, fleet: Fleet, method: Method) -> codec.Tensors:
     """Decode a device's delta.
 
     Args:
-        known: keys and shapes that other devices of the model class have sent.
+        expected: keys and shapes that devices of the model class have sent before.
 
     Raises:
-        InputError: a key, shape, value or answer does not fit the fleet's adapter. The message names the key.
+        InputError: a key, shape, value or answer does not fit the fleet's adapter. The message
+        names the key.
     """
     shapes = codec.shapes(payload)
     if not shapes and fleet.codistill is None:  # with codistill a device may have nothing to say
@@ -66,7 +67,7 @@ def check(payload: bytes, known: Shapes, fleet: Fleet, method: Method) -> codec.
     for key in shapes:
         if not _exchanged(key, fleet, method):
             raise InputError(f"the delta holds {key[:80]}, which this fleet's adapter does not exchange")
-    _check_shapes(shapes, known, fleet, method)
+    _check_shapes(shapes, expected, fleet, method)
     delta = codec.decode(payload)
     _check_predictions(delta)
     _check_answers(codec.answers(payload), method)
@@ -93,12 +94,12 @@ def _exchanged(text: str, fleet: Fleet, method: Method) -> bool:
     return not key.role or key.role in fleet.adapter.roles
 
 
-def _check_shapes(shapes: Shapes, known: Shapes, fleet: Fleet, method: Method) -> None:
-    """Refuse shapes that do not fit. The node holds no model: the first shape of a key in a class is the measure."""
-    rows = _row_of_a_label(shapes) | _row_of_a_label(known)
+def _check_shapes(shapes: Shapes, expected: Shapes, fleet: Fleet, method: Method) -> None:
+    """Refuse shapes that do not fit the first update of the class; the node holds no model."""
+    rows = _row_of_a_label(shapes) | _row_of_a_label(expected)
     ranks = set()
     for key, shape in shapes.items():
-        rank = _check_shape(key, shape, known.get(key, rows.get(kind_of(key))), fleet, method)
+        rank = _check_shape(key, shape, expected.get(key, rows.get(kind_of(key))), fleet, method)
         ranks |= {rank} if rank is not None else set()
     if len(ranks) > 1:
         raise InputError(f"the delta has factors of ranks {sorted(ranks)}, but one device has one")
@@ -145,7 +146,7 @@ def _row_of_a_label(shapes: Shapes) -> dict[str, tuple[int, ...]]:
 
 
 def _check_predictions(delta: codec.Tensors) -> None:
-    """Refuse values that are no probabilities: for each public text they are 0 or more, and add up to 1 at most."""
+    """Refuse probabilities below 0, or whose sum over a text's labels exceeds 1."""
     total = np.zeros(1, np.float32)
     for key, value in delta.items():
         if kind_of(key) != "anchors":

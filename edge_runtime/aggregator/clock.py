@@ -1,7 +1,7 @@
 """When the open round may close.
 
-A round does not close while the broker is away, nor in the first second after connecting: presence messages of that second say
-who is online. An outage does not count against the deadline.
+A round does not close while the broker is away, nor in the first second after connecting: presence
+messages of that second say who is online. An outage does not count against the deadline.
 """
 
 import time

@@ -1,6 +1,7 @@
-"""Merges a round's checked updates: class by class, then across classes, one update in memory at a time.
+"""Merges a round's checked updates: each class, then across classes, one update at a time.
 
-    master_r = master_{r-1} + merged(deltas)        published: encode(master_r), which devices decode and start from
+    master_r = master_{r-1} + merged(deltas)
+    published: encode(master_r), which devices decode and start from
 
 The master is float32, so the rounding of the published version does not add up over rounds.
 """
@@ -32,7 +33,7 @@ def merge(
     round_: int,
     folder: Path,
 ) -> list[Version]:
-    """The global version of every class after a round, and a version of the factors that cross classes.
+    """The versions of all classes after a round, and one of the factors that cross classes.
 
     Args:
         updates: the committed updates of the round; `check` has accepted them.
@@ -87,7 +88,7 @@ def _merge_kind(kind: str, updates: list[Update], state: Tensors, fleet: Fleet, 
 def _contributions(
     kind: str, updates: list[Update], before: Tensors, fleet: Fleet, method: Method
 ) -> Iterator[Contribution]:
-    """One kind of tensors of the updates, one update after another. Puts missing starts into `before`."""
+    """One kind of tensors, update by update. Puts missing starts into `before`."""
     for update in updates:
         delta = codec.decode(update.payload.read_bytes(), lambda key: kind_of(key) == kind)
         for key, value in delta.items():

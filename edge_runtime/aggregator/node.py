@@ -1,11 +1,13 @@
-"""The aggregator: announces rounds, takes in updates, closes a round, merges, publishes the next global version.
+"""The aggregator: announces rounds, takes in updates, merges, and publishes global versions.
 
-    announced -> collecting -> (quorum and (all online devices in, or deadline)) -> merging -> published -> next
-                     └──────── (deadline below the quorum) -> extended ─> collecting
-    after the last round: finishing -> (all online devices have reported, or deadline) -> ended
+    announced -> collecting -> merging -> published -> next
+        collecting -> merging      with a quorum, when all online devices are in or at the deadline
+        collecting -> collecting   at a deadline below the quorum, as often as the fleet extends
+    after the last round: finishing -> ended, when all online devices have reported or at the deadline
 
-One loop over the session's queue. Store and journal share a SQLite file, so an aggregator that was killed goes on in the
-same round with every committed update; a merge that was interrupted is repeated from the journal.
+One loop over the session's queue. Store and journal share a SQLite file, so an aggregator that was
+killed goes on in the same round with every committed update; a merge that was interrupted is
+repeated from the journal.
 """
 
 import logging
@@ -67,7 +69,8 @@ class Node:
         """Open the state; nothing is sent yet.
 
         Raises:
-            InputError: the fleet's method is not known, or cannot merge the ranks its devices may take; its public texts
+            InputError: the fleet's method is not known, or cannot merge the ranks its devices may
+            take; its public texts
                 cannot be read; or the state was made with other settings.
         """
         self.fleet, self.options, self._tell = fleet, options, tell
@@ -179,7 +182,7 @@ class Node:
         return {update.manifest.device for update in self._journal.committed(self._round)}
 
     def _waiting(self, counted: set[str]) -> set[str]:
-        """Devices that are online and neither counted nor failed: a round waits for them until its deadline."""
+        """Online devices that a round waits for until its deadline: neither counted nor failed."""
         online = {device for device, state in self._presence.devices.items() if state.state == "online"}
         failed = self._store.reported(min(self._round, self.fleet.rounds), "failed")
         return online - counted - failed
@@ -228,11 +231,11 @@ class Node:
         return check.refusal(manifest, self.fleet, self._round, self._codec)
 
     def _take_update(self, complete: Complete) -> None:
-        """Check an update that has arrived, then commit or refuse it; the device gets an answer either way."""
+        """Check an update that has arrived, commit or refuse it, and answer the device."""
         manifest = complete.manifest
         try:
-            known = self._store.shapes(manifest.model_class)
-            delta = self._check(complete.payload.read_bytes(), known, self.fleet, self._method)
+            expected = self._store.shapes(manifest.model_class)
+            delta = self._check(complete.payload.read_bytes(), expected, self.fleet, self._method)
         except InputError as error:
             self._receiver.reject(manifest.transfer, str(error))
             self._say("refused", text=f"{manifest.device}: {error}")

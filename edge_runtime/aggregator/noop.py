@@ -1,4 +1,4 @@
-"""Rounds without training, for benchmarks and tests of the link: the node takes any payload and sends the last one back."""
+"""Rounds without training, for benchmarks and tests of the link: payloads are sent back unread."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from edge_runtime.protocol.round import NOOP
 from edge_runtime.settings import Fleet
 
 
-def check(payload: bytes, known: Shapes, fleet: Fleet, method: Method) -> Tensors:
+def check(payload: bytes, expected: Shapes, fleet: Fleet, method: Method) -> Tensors:
     """Accept any payload, in place of check.check."""
     return {}
 

@@ -20,7 +20,8 @@ def read(message: Message, fleet: Fleet, store: NodeStore, node_key: str) -> Rep
         The report; None where it is for an earlier node of this name.
 
     Raises:
-        BadMessage: the report is not this device's, is not signed by its key, or is of no round of this fleet.
+        BadMessage: the report is not this device's, is not signed by its key, or is of no round of
+        this fleet.
     """
     device = topics.parse(message.topic).device
     body, key = signing.open(message.payload, REPORT_DOMAIN, store.key(device))

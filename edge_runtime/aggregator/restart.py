@@ -1,4 +1,4 @@
-"""A node that starts on the state of an earlier run: refuse other settings, and finish the work that a kill interrupted."""
+"""A node that starts on earlier state: it refuses other settings and ends interrupted work."""
 
 import hashlib
 from pathlib import Path
@@ -21,7 +21,8 @@ def check_settings(
     """Keep the settings that later rounds build on, or compare them once an update has come in.
 
     Raises:
-        InputError: versions and updates in the folder were made with other settings; the first of these is named.
+        InputError: versions and updates in the folder were made with other settings; the first of
+        these is named.
     """
     public = fleet.codistill
     fixed = {
@@ -45,7 +46,7 @@ def check_settings(
 
 
 def end_earlier_rounds(round_: int, store: NodeStore, journal: Journal, receiver: Receiver) -> None:
-    """Refuse incomplete transfers of rounds before this one, and delete payloads and versions that nobody needs."""
+    """Refuse incomplete transfers of earlier rounds; delete payloads and versions without use."""
     for manifest in journal.open_transfers():
         if manifest.round < round_:
             reason = f"round {manifest.round} was closed before it was complete"

@@ -1,7 +1,7 @@
 """The node's tables, in one SQLite file that the journal of transfers shares.
 
 rounds     state of each round: collecting, then merged; how often its deadline was extended
-versions   global version of each model class after each of the last rounds: the float32 master and the encoded artifact
+versions   global version of each model class after each of the last rounds: master and artifact
 shapes     keys and shapes of a class's adapter, from its first accepted updates
 devices    public key of each device, pinned when first seen
 reports    the last report of each device, round and state
@@ -39,7 +39,7 @@ class Version(msgspec.Struct, frozen=True):
 
 
 class NodeStore:
-    """The node's tables. Every method takes part in the transaction that is open on the connection, if any."""
+    """The node's tables. Every method takes part in the connection's open transaction, if any."""
 
     def __init__(self, path: Path) -> None:
         self._folder = path.absolute().parent
@@ -70,7 +70,8 @@ class NodeStore:
     def extend(self, round_: int) -> None:
         """Count an extension."""
         self.connection.execute(
-            "INSERT INTO rounds VALUES (?, 'collecting', 1) ON CONFLICT (round) DO UPDATE SET extensions = extensions + 1",
+            "INSERT INTO rounds VALUES (?, 'collecting', 1)"
+            " ON CONFLICT (round) DO UPDATE SET extensions = extensions + 1",
             (round_,),
         )
 
@@ -95,7 +96,7 @@ class NodeStore:
         return {row[0]: Version(row[0], self._folder / row[1], self._folder / row[2]) for row in rows}
 
     def forget_versions(self, before: int) -> None:
-        """Delete versions of rounds before this round, except the latest of each class. Files go first."""
+        """Delete versions of earlier rounds, files first, except the latest of each class."""
         older = (
             "FROM versions AS version WHERE round < ? AND round <"
             " (SELECT max(round) FROM versions AS latest WHERE latest.model_class = version.model_class)"
@@ -127,7 +128,7 @@ class NodeStore:
         self.connection.execute("INSERT OR IGNORE INTO devices VALUES (?, ?)", (device, key))
 
     def add_report(self, report: Report) -> None:
-        """Store a report in place of an equal one. A device that joins again has not failed any more."""
+        """Store a report in place of an equal one. Joining again takes back a failure."""
         if report.state == "joined":
             query = "DELETE FROM reports WHERE device = ? AND round = ? AND state = 'failed'"
             self.connection.execute(query, (report.device, report.round))

@@ -1,4 +1,4 @@
-"""Federated methods, one file each: which factors are trained, with whom each is shared, and how the node merges them.
+"""Federated methods, one file each: what is trained, what is shared, how the node merges it.
 
 A new method is a file with a METHOD, a line in the list below, and a test.
 """
@@ -45,7 +45,7 @@ METHODS: dict[str, Method] = {
 
 
 def by_name(name: str) -> Method:
-    """The method of this name, with its default settings; raises InputError with the known names."""
+    """A method with its default settings; raises InputError with the known names."""
     if name not in METHODS:
         raise InputError(f"there is no method `{name}`; known: {', '.join(METHODS)}")
     return METHODS[name]

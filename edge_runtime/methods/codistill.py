@@ -1,30 +1,37 @@
 """codistill: devices of different models learn from each other's predictions on public texts.
 
     p_k(y | a)     device k's head on anchor text a, over the labels that k knows
-    s_k(a)         how much a is like k's own rows: the root of the share of k's rows whose nearest other row is no nearer than
-                   a's nearest row, by the cosine of the head's input (a conformal p-value: 1/2 on average for k's own rows)
-    T(y | a) = Σ_k w_k(a) p_k(y | a) / Σ_k n_k        w_k(a) = n_k · s_k(a) · (1 - H(p_k(· | a)) / log |labels of k|)
+    s_k(a)         how much a is like k's own rows: the root of the share of k's rows whose nearest
+                   other row is no nearer than a's nearest row, by the cosine of the head's input
+                   (a conformal p-value: 1/2 on average for k's own rows)
+    T(y | a) = Σ_k w_k(a) p_k(y | a) / Σ_k n_k
+    w_k(a) = n_k · s_k(a) · (1 - H(p_k(· | a)) / log |labels of k|)
     e(a) = Σ_y T(y | a)        t(y | a) = T(y | a)^(1 / temperature), adding up to 1
-    loss of a device = own rows + weight · mean over the anchors of e(a) r(a) CE(t(· | a), its prediction)
-    r(a) = u(a) + (1 - u(a)) ramp        u(a) = Σ T(y | a) over the y that the device has no rows of / e(a)
+    loss of a device = own rows + weight · mean over the anchors of e(a) r(a) CE(t(· | a), p)
+    r(a) = u(a) + (1 - u(a)) ramp
+    u(a) = Σ T(y | a) over the y that the device has no rows of / e(a)
     ramp = exp(-5 (1 - progress)²), progress from 0 in the first round to 1 in the last
 
-e(a), 0 to 1, is the evidence for a text's label. It is small while the devices have learned little, and where the text is like
-nobody's rows. A step draws texts in proportion to e r, and more of them the closer r is to 1. A temperature below 1 makes
-targets surer than the devices are; the mean of their predictions is less sure than each prediction.
+e(a), 0 to 1, is the evidence for a text's label. It is small while the devices have learned little,
+and where the text is like nobody's rows. A step draws texts in proportion to e r, and more of them
+the closer r is to 1. A temperature below 1 makes targets surer than the devices are; the mean of
+their predictions is less sure than each prediction.
 
-Predictions are a round old. While devices still learn fast from their own rows, old predictions hold them back: a device
-overtakes them within the round, and a fleet that follows them early agrees on its early mistakes. Therefore the ramp. Labels of
-which a device has no rows are exempt from the ramp, as nothing else teaches the device these labels.
+Predictions are a round old. While devices still learn fast from their own rows, old predictions
+hold them back: a device overtakes them within the round, and a fleet that follows them early agrees
+on its early mistakes. Therefore the ramp. Labels of which a device has no rows are exempt from the
+ramp, as nothing else teaches the device these labels.
 
-Labels have the same name on all devices. The head has a row for every label that the fleet predicts, so a device learns a label
-that it never met. On texts of labels that a device does not know, the device is as sure of a wrong label as of a right label;
-s_k(a) is small there, as the texts are unlike its rows. A device sends s p, which adds up to s over the labels, in the
-adapter's own codec. The node keeps two running sums, whatever the number of devices. In-class methods run beside codistill.
-A label that no device of a round predicts keeps its last T: knowledge of devices that have left is still taught.
+Labels have the same name on all devices. The head has a row for every label that the fleet
+predicts, so a device learns a label that it never met. On texts of labels that a device does not
+know, the device is as sure of a wrong label as of a right label; s_k(a) is small there, as the
+texts are unlike its rows. A device sends s p, which adds up to s over the labels, in the adapter's
+own codec. The node keeps two running sums, whatever the number of devices. In-class methods run
+beside codistill. A label that no device of a round predicts keeps its last T: knowledge of devices
+that have left is still taught.
 
-Source: the method is ours; distillation on public data between different models is that of Li & Wang 2019, arXiv 1910.03581
-(FedMD); the ramp that of Laine & Aila 2017, arXiv 1610.02242.
+Source: the method is ours; distillation on public data between different models is that of Li &
+Wang 2019, arXiv 1910.03581 (FedMD); the ramp that of Laine & Aila 2017, arXiv 1610.02242.
 """
 
 import math
@@ -45,7 +52,7 @@ FLOOR = 1e-6  # of a probability
 
 
 def combined(contributions: Contributions) -> Tensors:
-    """The step from the last T to the weighted mean of the devices' predictions, for the labels that they predict."""
+    """The step from the last T to the devices' weighted mean, for the labels that they predict."""
     sums: dict[str, Any] = {}
     before: Tensors = {}
     samples = 0
@@ -61,7 +68,7 @@ def combined(contributions: Contributions) -> Tensors:
 
 
 def _certainty(predictions: Mapping[str, Array]) -> Array:
-    """(1, texts): 1 where a device predicts a single label, nearly 0 where all labels are equally likely."""
+    """(1, texts): 1 for a prediction of one label, nearly 0 where all labels are equal."""
     import numpy as np
 
     p = np.maximum(np.concatenate(list(predictions.values())), FLOOR)
@@ -71,7 +78,7 @@ def _certainty(predictions: Mapping[str, Array]) -> Array:
 
 
 def learned(targets: Array, temperature: float) -> tuple[Array, Array]:
-    """e (texts,) and t (texts, labels) of the fleet's T (texts, labels); a label that nobody predicts stays at 0."""
+    """e (texts,) and t (texts, labels) of the fleet's T (texts, labels)."""
     import numpy as np
 
     targets = np.maximum(targets, 0)
@@ -82,7 +89,7 @@ def learned(targets: Array, temperature: float) -> tuple[Array, Array]:
 
 
 def news(targets: Array, unmet: "NDArray[np.bool_]") -> Array:
-    """u (texts,) of the fleet's T (texts, labels), 0 to 1. unmet (labels,): labels that a device has no rows of."""
+    """u (texts,) of the fleet's T (texts, labels). unmet (labels,): the device has no rows."""
     import numpy as np
 
     targets = np.maximum(targets, 0)

@@ -1,15 +1,18 @@
 """codistill where the answer is text: devices complete public prompts, and say how sure they are.
 
-    v_k(a) = s_k(a) · exp(mean log-probability of the completion's tokens, its end among them), of device k's greedy completion
-    votes(c | a) = Σ_k n_k v_k(a) over the devices k whose completion is c        e(a) = highest votes / Σ_k n_k, 0 to 1
-    loss of a device = own rows + weight · ramp · mean over the prompts of e(a) · loss on the best completion
+    v_k(a) = s_k(a) · exp(mean log-probability of the tokens of k's greedy completion and its end)
+    votes(c | a) = Σ_k n_k v_k(a) over the devices k whose completion is c
+    e(a) = highest votes / Σ_k n_k, 0 to 1
+    loss of a device = own rows + weight · ramp · mean over the prompts of e(a) · loss on the best
 
-s and ramp are those of codistill.py. Completions travel as text, so models of any two tokenizers understand each other. A
-completion that is empty, or did not end within the fleet's length, does not count. The node reads the updates twice: the first
-pass finds CANDIDATES of each prompt, among which is every completion with more than a fifth of the votes; the second pass
-counts the candidates' votes. Memory does not grow with the number of devices.
-Source: the method is ours; a student that learns a teacher's best sequence instead of its distribution is sequence-level
-distillation, Kim & Rush 2016, arXiv 1606.07947; the candidates are those of Misra & Gries 1982.
+s and ramp are those of codistill.py. Completions travel as text, so models of any two tokenizers
+understand each other. A completion that is empty, or did not end within the fleet's length, does
+not count. The node reads the updates twice: the first pass finds CANDIDATES of each prompt, among
+which is every completion with more than a fifth of the votes; the second pass counts the
+candidates' votes. Memory does not grow with the number of devices.
+Source: the method is ours; a student that learns a teacher's best sequence instead of its
+distribution is sequence-level distillation, Kim & Rush 2016, arXiv 1606.07947; the candidates are
+those of Misra & Gries 1982.
 """
 
 from collections import defaultdict
@@ -18,7 +21,7 @@ from functools import partial
 from typing import Literal
 
 from edge_runtime.errors import InputError
-from edge_runtime.methods.interface import Answers, Method
+from edge_runtime.methods.interface import Method, PublicAnswers
 from edge_runtime.protocol import completion
 from edge_runtime.protocol.completion import Completion
 from edge_runtime.settings import Codistill
@@ -30,14 +33,15 @@ CHARACTERS_A_TOKEN = 32  # at most
 def added(method: Method, spec: Codistill) -> Method:
     """The method with completions beside its own exchange."""
     scope: Literal["class", "fleet"] = "fleet" if spec.across else "class"
-    return method._replace(answers=Answers(scope, partial(check, spec), merged))
+    return method._replace(answers=PublicAnswers(scope, partial(check, spec), merged))
 
 
 def check(spec: Codistill, payload: bytes) -> None:
     """Refuse a device's completions.
 
     Raises:
-        InputError: a completion is of no prompt of this fleet, repeats a prompt, or has a text or confidence out of range.
+        InputError: a completion is of no prompt of this fleet, repeats a prompt, or has a text or
+        confidence out of range.
     """
     prompts: set[int] = set()
     longest = CHARACTERS_A_TOKEN * spec.tokens
@@ -66,7 +70,7 @@ def merged(devices: Callable[[], Iterable[tuple[int, bytes]]]) -> bytes:
 
 
 def agreed(devices: Callable[[], Iterable[tuple[int, Sequence[Completion]]]]) -> list[Completion]:
-    """The best completion of each prompt, with e as its confidence, of pairs of a device's rows and its completions."""
+    """The best completion of each prompt, from pairs of a device's rows and its completions."""
     candidates: dict[int, dict[str, float]] = defaultdict(dict)
     samples = 0
     for rows, answers in devices():
@@ -87,7 +91,7 @@ def agreed(devices: Callable[[], Iterable[tuple[int, Sequence[Completion]]]]) ->
 
 
 def _count(candidates: dict[str, float], text: str, weight: float) -> None:
-    """Count a vote for one of CANDIDATES texts. Without room, all lose the least weight of theirs and the new text's."""
+    """Count a vote for one of CANDIDATES texts (Misra-Gries)."""
     if text in candidates or len(candidates) < CANDIDATES:
         candidates[text] = candidates.get(text, 0.0) + weight
         return

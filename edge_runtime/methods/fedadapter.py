@@ -1,12 +1,13 @@
-"""fedadapter: branches between A and B, as many as a device's rank has room for, each averaged over its holders.
+"""fedadapter: branches between A and B, by a device's rank, each averaged over its holders.
 
     y = W x + scale · B C A x        C = I + Σ_{j <= tier} V_j U_j
     A, B     as in fedit: their mean inside a model class
-    U, V     of branch j, one pair for all layers at about the same relative depth, across the fleet: the mean over holders
+    U, V     of branch j, one pair for all layers at about the same relative depth: the mean over
+             the branch's holders in the whole fleet
 
 The form of heterotune without gates, and the plain mean instead of an alignment of conflicts.
-Source: HeteroTune's first version, arXiv 2411.16796v1, describes a multi-branch aggregator across models; the equations are
-ours.
+Source: HeteroTune's first version, arXiv 2411.16796v1, describes a multi-branch aggregator across
+models; the equations are ours.
 """
 
 from collections.abc import Mapping

@@ -1,10 +1,12 @@
 """fedit: the weighted mean of A and of B inside a model class.
 
-    A <- A + Σ_k p_k dA_k,   B <- B + Σ_k p_k dB_k,   p_k = n_k / Σ n over the devices k that hold the tensor
+    A <- A + Σ_k p_k dA_k,   B <- B + Σ_k p_k dB_k
+    p_k = n_k / Σ n over the devices k that hold the tensor
 
-Devices with fewer layers hold fewer tensors, so each tensor is averaged over its holders. The mean of the factors is not the
-factors of the mean product: the method is known to be biased there.
-Source: Zhang et al. 2023, arXiv 2305.05644 (FedIT); Diao et al. 2021, arXiv 2010.01264 (HeteroFL) for unequal depths.
+Devices with fewer layers hold fewer tensors, so each tensor is averaged over its holders. The mean
+of the factors is not the factors of the mean product: the method is known to be biased there.
+Source: Zhang et al. 2023, arXiv 2305.05644 (FedIT); Diao et al. 2021, arXiv 2010.01264 (HeteroFL)
+for unequal depths.
 """
 
 from edge_runtime.methods.interface import A, Array, B, Contribution, Contributions, Method, Tensors
@@ -12,14 +14,14 @@ from edge_runtime.protocol.keys import leading
 
 
 class RunningMean:
-    """The mean delta of every tensor, entry by entry over the devices that hold the entry, weighted by their rows.
+    """The mean delta of each entry over the devices that hold the entry, weighted by rows.
 
     Memory: one sum a tensor, whatever the number of devices.
     """
 
     def __init__(self) -> None:
         self._sums: Tensors = {}
-        self._rows: dict[str, dict[tuple[int, ...], int]] = {}  # rows behind each shape that devices sent
+        self._rows: dict[str, dict[tuple[int, ...], int]] = {}  # by the shape that devices sent
 
     def add(self, contribution: Contribution) -> None:
         """Count one device."""
@@ -43,12 +45,13 @@ class RunningMean:
         return counts
 
     def mean(self) -> Tensors:
-        """The mean of all that was added; 0 where no device holds an entry. Ends the use of this object."""
+        """The mean; 0 where no device holds an entry. Uses up this object."""
         import numpy as np
 
         for key, total in self._sums.items():
             counts = self.counts(key)
-            np.divide(total, counts, out=total, where=counts > 0)  # in place: no second copy of the adapter
+            # in place: no second copy of the adapter
+            np.divide(total, counts, out=total, where=counts > 0)
         return self._sums
 
 

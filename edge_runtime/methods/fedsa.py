@@ -2,8 +2,8 @@
 
     A <- A + Σ_k p_k dA_k,   p_k = n_k / Σ n over the devices k that hold the tensor
 
-The paper's assumption: A holds the features that the devices' tasks share, B holds each task's own. No two devices have the
-same product B_k A_k, so there is no common model and none is needed.
+The paper's assumption: A holds the features that the devices' tasks share, B holds each task's own.
+No two devices have the same product B_k A_k, so there is no common model and none is needed.
 Source: Guo et al. 2024, arXiv 2410.01463 (FedSA-LoRA).
 """
 

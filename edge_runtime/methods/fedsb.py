@@ -1,15 +1,17 @@
-"""fedsb: A and B are frozen; only the core C between them is trained, and averaged inside a model class.
+"""fedsb: A and B are frozen; the core C between them is trained, and averaged in its class.
 
-    y = W x + scale · B C A x,   C <- C + Σ_k p_k dC_k,   p_k = n_k / Σ n over the devices k that hold the tensor
+    y = W x + scale · B C A x,   C <- C + Σ_k p_k dC_k
+    p_k = n_k / Σ n over the devices k that hold the tensor
 
-C has rank² values whatever the layer's size. All devices have the same A and B, so the merge is exact.
+C has rank² values whatever the layer's size. All devices have the same A and B, so the merge is
+exact.
 
-The paper takes A and B from the singular vectors of the first full gradient, which a device that holds packed weights never
-has. Here they are drawn from the fleet's seed; or `frames = "singular"` takes the layer's own leading singular vectors
-(adapters/singular.py). The choice is ours.
+The paper takes A and B from the singular vectors of the first full gradient, which a device that
+holds packed weights never has. Here they are drawn from the fleet's seed; or `frames = "singular"`
+takes the layer's own leading singular vectors (adapters/singular.py). The choice is ours.
 
-C has the same shape in all models, so it can cross them: `stages` gives all layers at about the same relative depth one core,
-and `across` shares that core between models.
+C has the same shape in all models, so it can cross them: `stages` gives all layers at about the
+same relative depth one core, and `across` shares that core between models.
 Source: Singhal et al. 2025, arXiv 2502.15436 (Fed-SB).
 """
 
@@ -26,7 +28,8 @@ class FedSB(MethodSettings, frozen=True):
     """Settings of fedsb."""
 
     frames: Literal["drawn", "singular"] = "drawn"  # where A and B come from
-    stages: Annotated[int, msgspec.Meta(ge=0, le=256)] = 0  # bins of relative depth; 0: a core for each layer
+    # bins of relative depth; 0: a core for each layer
+    stages: Annotated[int, msgspec.Meta(ge=0, le=256)] = 0
     across: bool = False  # cores are shared between models
 
     def method(self) -> Method:

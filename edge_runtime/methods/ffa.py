@@ -2,8 +2,8 @@
 
     B <- B + Σ_k p_k dB_k,   p_k = n_k / Σ n over the devices k that hold the tensor
 
-All devices have the same A, so the mean of the products is the product of the mean: the merge is exact. A device sends half of
-the bytes of `fedit`.
+All devices have the same A, so the mean of the products is the product of the mean: the merge is
+exact. A device sends half of the bytes of `fedit`.
 Source: Sun et al. 2024, arXiv 2403.12313 (FFA-LoRA).
 """
 

@@ -1,15 +1,18 @@
-"""flexlora: the mean of the products B A over devices of unequal ranks, and its best factors in each device's rank.
+"""flexlora: the mean of the products B A, and its best factors in each device's rank.
 
-    M = Σ_k p_k B_k A_k,   p_k = n_k / Σ n over the devices k that hold the layer,   M ≈ U S Vᵀ,   B <- U S,   A <- Vᵀ
+    M = Σ_k p_k B_k A_k,   p_k = n_k / Σ n over the devices k that hold the layer
+    M ≈ U S Vᵀ,   B <- U S,   A <- Vᵀ
 
-The factors are ordered by singular value, so the leading r of them are the best for a device of rank r. Each row of A has unit
-length, whatever M's rank: no row is dead in the next round.
+The factors are ordered by singular value, so the leading r of them are the best for a device of
+rank r. Each row of A has unit length, whatever M's rank: no row is dead in the next round.
 
-M (out x in) is never computed. Sketches, M times a few columns, are sums over devices of small products. One pass over the
-updates finds an orthonormal Q from random columns, two passes improve Q (a power iteration), and the last pass computes QᵀM,
-whose SVD is small. Memory does not grow with the number of devices; every update is read four times. A sketch has 16 columns
-more than the factors have ranks: M is exact up to that rank, and nearly exact beyond.
-Source: Bai et al. 2024, arXiv 2402.11505 (FlexLoRA); Halko et al. 2011, arXiv 0909.4061 (randomised SVD).
+M (out x in) is never computed. Sketches, M times a few columns, are sums over devices of small
+products. One pass over the updates finds an orthonormal Q from random columns, two passes improve Q
+(a power iteration), and the last pass computes QᵀM, whose SVD is small. Memory does not grow with
+the number of devices; every update is read four times. A sketch has 16 columns more than the
+factors have ranks: M is exact up to that rank, and nearly exact beyond.
+Source: Bai et al. 2024, arXiv 2402.11505 (FlexLoRA); Halko et al. 2011, arXiv 0909.4061 (randomised
+SVD).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -62,8 +65,8 @@ def mean_product(contributions: Contributions) -> Tensors:
 def best_factors(terms: Terms, rank: Callable[[str], int]) -> Iterator[tuple[str, Array, Array]]:
     """Each layer with the A and B whose product is nearest to the layer's sum of terms.
 
-    A's rows are orthonormal, and B's columns are as long as the singular values. A and B have this rank, or the sum's rank
-    where that is lower. A layer's memory is freed before the next layer.
+    A's rows are orthonormal, and B's columns are as long as the singular values. A and B have this
+    rank, or the sum's rank where that is lower. A layer's memory is freed before the next layer.
     """
     import numpy as np
 

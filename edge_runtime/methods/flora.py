@@ -1,12 +1,14 @@
-"""flora: the sum of earlier rounds is a frozen adapter of higher rank; each round trains a fresh adapter beside it.
+"""flora: earlier rounds are summed in a frozen adapter, beside which each round trains anew.
 
-    y = W x + scale · (B' A' + B A) x        A' (kept x in), B' (out x kept) frozen;  A, B start each round from version 0
+    y = W x + scale · (B' A' + B A) x
+    A' (kept x in), B' (out x kept) are frozen;  A, B start each round from version 0
     B' A' <- B' A' + Σ_k p_k B_k A_k,   p_k = n_k / Σ n over the devices k that hold the layer
 
-Products are added and factors never averaged, so there is no bias and devices of unequal ranks fit. The paper stacks all
-devices' factors and merges their product into W after each round: the stack grows with the number of devices, and packed
-weights would have to be expanded and packed again. Here the sum has factors of rank `kept`, computed as in flexlora: exact
-while the sum's rank is no higher, and the nearest product of that rank afterwards. That is ours.
+Products are added and factors never averaged, so there is no bias and devices of unequal ranks fit.
+The paper stacks all devices' factors and merges their product into W after each round: the stack
+grows with the number of devices, and packed weights would have to be expanded and packed again.
+Here the sum has factors of rank `kept`, computed as in flexlora: exact while the sum's rank is no
+higher, and the nearest product of that rank afterwards. That is ours.
 Source: Wang et al. 2024, arXiv 2409.05976 (FLoRA).
 """
 
@@ -54,7 +56,7 @@ class FLoRA(MethodSettings, frozen=True):
 
 
 def stacked(contributions: Contributions, rank: int) -> Tensors:
-    """The step from the last A' and B', of this rank, to those of their product plus the round's mean product.
+    """The step from A' B' of this rank to their product plus the round's mean product.
 
     A and B have no step: the version never holds them, so every round starts them from version 0.
     """

@@ -1,27 +1,31 @@
-"""h2tune: each device trains a private A and B; the core between them comes from tensors that all models share.
+"""h2tune: a private A and B on each device, and between them a core from shared tensors.
 
     y = W x + scale · B C A x        C_l = I + T_l,  T_l = Σ_m P_l[m] S_m
     S    (depths x r x r) for each role: increments shared by the whole fleet; 0 at the start
-    P_l  of layer l at relative depth d: linear interpolation between the `depths` points, plus a private D_l less its mean, so
-         that P_l adds up to 1; trained
+    P_l  of layer l at relative depth d: linear interpolation between the `depths` points, plus a
+         private D_l less its mean, so that P_l adds up to 1; trained
     A, B private
 
-A device of lower rank holds the leading r x r of each S_m. The node averages each entry of S over the devices that trained the
-entry, whichever model they have.
+A device of lower rank holds the leading r x r of each S_m. The node averages each entry of S over
+the devices that trained the entry, whichever model they have.
 
-From the second round on each step has two passes, which separate the shared part from the task's own:
+From the second round on each step has two passes, which separate the shared part from the task's
+own:
 
-    1  A, B and a head frozen:  CE + norm · N + keep · mean over layers of KL(softmax T_l as the round started ‖ softmax T_l)
+    1  A, B and a head frozen:  CE + norm · N + keep · mean over layers of
+                                KL(softmax T_l as the round started ‖ softmax T_l)
     2  S, P frozen:  CE + apart · KL(output of pass 1 ‖ output)
 
-N is the mean norm of T_l; KL of outputs is the mean over labelled tokens or rows. In round 1 one pass trains everything with
-CE + norm · N. `preset = "as-released"` sets the weight of the norm as in the released code, 1 instead of 1e-3.
+N is the mean norm of T_l; KL of outputs is the mean over labelled tokens or rows. In round 1 one
+pass trains everything with CE + norm · N. `preset = "as-released"` sets the weight of the norm as
+in the released code, 1 instead of 1e-3.
 
-The released code, as we read it, exchanges nothing that was learned: the merged S is loaded under a key that does not match,
-and the uploaded S is taken before training. Here S is trained through P by autograd, and its increments travel. Two controls:
-`across = false` shares S inside the class only; `core = "frozen"` draws S and does not train it.
-Source: arXiv 2507.22633 names the parts and the three losses; the relation's start, the centred D, the entry-wise mean and the
-coefficients are ours.
+The released code, as we read it, exchanges nothing that was learned: the merged S is loaded under a
+key that does not match, and the uploaded S is taken before training. Here S is trained through P by
+autograd, and its increments travel. Two controls: `across = false` shares S inside the class only;
+`core = "frozen"` draws S and does not train it.
+Source: arXiv 2507.22633 names the parts and the three losses; the relation's start, the centred D,
+the entry-wise mean and the coefficients are ours.
 """
 
 from collections.abc import Mapping

@@ -1,33 +1,39 @@
-"""heterotune: a dense mixture of branches between A and B that all models share, merged along directions without conflict.
+"""heterotune: branches between A and B that all models share, merged without conflicts.
 
-    y = W x + scale · B C A x        C = I + Σ_j g_j V_j U_j,  g = J · softmax of the layer's own J gates
+    y = W x + scale · B C A x        C = I + Σ_j g_j V_j U_j,  g = J · softmax of J gates
     A, B     as in fedit: their mean inside a model class
-    U, V     (m x r), (r x m) of branch j, one pair for all layers at about the same relative depth, across the fleet
+    U, V     (m x r), (r x m) of branch j, one pair for all layers at about the same relative depth,
+             across the fleet
     gates    of each layer, private
 
-All branches run: there is no router, and no token is dropped. A device holds the first branches, as many as its rank has room
-for; each entry is averaged over the devices that hold it. U is drawn, V and the gates start at 0, so that C starts as the
-identity and a branch counts the same on devices of few and of many branches.
+All branches run: there is no router, and no token is dropped. A device holds the first branches, as
+many as its rank has room for; each entry is averaged over the devices that hold it. U is drawn, V
+and the gates start at 0, so that C starts as the identity and a branch counts the same on devices
+of few and of many branches.
 
-Across classes (CMGA), for each of U and V: d_c is the mean of class c's devices, p_c its share of the rows (of the rows behind
-the entry that most of its devices hold), and
+Across classes (CMGA), for each of U and V: d_c is the mean of class c's devices, p_c its share of
+the rows (of the rows behind the entry that most of its devices hold), and
 
-    g = Σ_c p_c d_c / ‖d_c‖,   d_c' = d_c - min(0, <d_c, g>) / ‖g‖² · g,   step = Σ_c p_c d_c' · ‖Σ_c p_c d_c‖ / ‖Σ_c p_c d_c'‖
+    g = Σ_c p_c d_c / ‖d_c‖,   d_c' = d_c - min(0, <d_c, g>) / ‖g‖² · g
+    step = Σ_c p_c d_c' · ‖Σ_c p_c d_c‖ / ‖Σ_c p_c d_c'‖
 
-This changes the plain mean where <d_c, g> < 0: with two classes, where their cosine is below -p_1 / p_2. Two classes of equal
-shares are never against g. `alignment` chooses the rule:
+This changes the plain mean where <d_c, g> < 0: with two classes, where their cosine is below -p_1 /
+p_2. Two classes of equal shares are never against g. `alignment` chooses the rule:
 
     projection  the equation above
     pairwise    subtract from each d_c its part against any other class's d (FedGH)
-    cagrad      the step of conflict-averse gradients; with one class, 1 + CAGRAD_C times the class's own step
-    gate        the plain mean of a tensor of n values where the cosine of each d_c with the other classes' common direction
-                exceeds 2 / √n, twice the chance level, over the entries that all classes hold; elsewhere no step
+    cagrad      the step of conflict-averse gradients; with one class, 1 + CAGRAD_C times its step
+    gate        the plain mean of a tensor of n values where the cosine of each d_c with the other
+                classes' common direction exceeds 2 / √n, twice the chance level, over the entries
+                that all classes hold; elsewhere no step
     off         the plain mean
 
-Two controls: `across = false` shares U and V inside the class only; `core = "frozen"` draws U and V and trains neither.
-Source: HeteroTune, arXiv 2411.16796; known is the abstract: a dense mixture of adapters (DeMA) and an aggregation that
-harmonises gradient directions across models (CMGA). The equations are ours. Variants: FedGH, arXiv 2309.06692; Yu et al. 2020,
-arXiv 2001.06782; Liu et al. 2021, arXiv 2110.14048.
+Two controls: `across = false` shares U and V inside the class only; `core = "frozen"` draws U and V
+and trains neither.
+Source: HeteroTune, arXiv 2411.16796; known is the abstract: a dense mixture of adapters (DeMA) and
+an aggregation that harmonises gradient directions across models (CMGA). The equations are ours.
+Variants: FedGH, arXiv 2309.06692; Yu et al. 2020, arXiv 2001.06782; Liu et al. 2021, arXiv
+2110.14048.
 """
 
 from collections import defaultdict
@@ -92,7 +98,7 @@ class HeteroTune(MethodSettings, frozen=True):
 
 
 def core(factors: Mapping[str, Any], _: float) -> Any:
-    """C (r, r) of a layer's gates (branches,), U (branches · width, r) and V (r, branches · width), as torch tensors."""
+    """C (r, r) of gates (branches,), U (branches · width, r), V (r, branches · width)."""
     import torch
 
     U, V, gates = factors["U"], factors["V"], factors["g"].softmax(-1) * len(factors["g"])
@@ -114,7 +120,7 @@ def across_classes(contributions: Contributions, alignment: Alignment) -> Tensor
 
 
 def _step(holders: list[tuple[Array, Array]], alignment: Alignment) -> Array:
-    """One tensor's step, from the rows behind each entry and the mean delta of every class that holds the tensor."""
+    """One tensor's step, from its rows and mean delta in every class that holds it."""
     import numpy as np
 
     counts = np.stack([rows for rows, _ in holders])
@@ -131,7 +137,7 @@ def _step(holders: list[tuple[Array, Array]], alignment: Alignment) -> Array:
 
 
 def combined(steps: list[Array], shares: list[float], alignment: Alignment) -> Array:
-    """One step of the classes' steps, without the conflicts between them: alignment projection, pairwise or cagrad."""
+    """One step from the classes' steps, by projection, pairwise or cagrad."""
     import numpy as np
 
     flat = np.stack([step.ravel() for step in steps]).astype(np.float64)
@@ -172,7 +178,7 @@ def _pairwise(flat: Any, norms: Any) -> Any:
 
 
 def _agree(steps: Any) -> bool:
-    """Whether each step (classes, entries) points along the other steps more than by chance; a step of zeros has no vote."""
+    """Whether each step (classes, entries) that is not 0 agrees with the others beyond chance."""
     import numpy as np
 
     norms = np.linalg.norm(steps, axis=1, keepdims=True)
@@ -183,7 +189,7 @@ def _agree(steps: Any) -> bool:
 
 
 def _cagrad(flat: Any, plain: Any) -> Any:
-    """plain + c ‖plain‖ g_w / ‖g_w‖, with g_w = Σ w d; w on the simplex minimises g_w · plain + c ‖plain‖ ‖g_w‖."""
+    """plain + c ‖plain‖ g_w / ‖g_w‖, g_w = Σ w d, at the w of least g_w · plain + c ‖plain‖ ‖g_w‖."""
     import numpy as np
 
     gram, toward = flat @ flat.T, flat @ plain

@@ -1,16 +1,20 @@
-"""hetlora: devices of unequal ranks; the mean of their factors, padded with zeros, weighted by the norm of the product.
+"""hetlora: the mean of factors of unequal ranks, weighted by the norm of each product.
 
-    A <- Σ_k w_k [A_k; 0],   B <- Σ_k w_k [B_k 0],   w_k = ‖B_k A_k‖ / Σ ‖B A‖ over the devices k that hold the layer
+    A <- Σ_k w_k [A_k; 0],   B <- Σ_k w_k [B_k 0]
+    w_k = ‖B_k A_k‖ / Σ ‖B A‖ over the devices k that hold the layer
 
-A device of rank r starts from the first r rows of A and columns of B. Entries that a device does not hold shrink by its share,
-as in the paper. Entries that no device of the round holds stay: shrinking to zero in A and in B, they would never learn again.
-‖B_k A_k‖² is the sum over all layers of a device, from Gram matrices and never from the product.
+A device of rank r starts from the first r rows of A and columns of B. Entries that a device does
+not hold shrink by its share, as in the paper. Entries that no device of the round holds stay:
+shrinking to zero in A and in B, they would never learn again. ‖B_k A_k‖² is the sum over all layers
+of a device, from Gram matrices and never from the product.
 
-A device's rank is as high as its memory allows. With `penalty` above 0 the rank also falls during training. The loss gets
+A device's rank is as high as its memory allows. With `penalty` above 0 the rank also falls during
+training. The loss gets
 
     penalty · mean over layers of ‖B[:, m:]‖ ‖A[m:]‖,   m = ⌊keep · r⌋
 
-and a device in which the sum of these fell during a round sends, and goes on with, its first m ranks.
+and a device in which the sum of these fell during a round sends, and goes on with, its first m
+ranks.
 Source: Cho et al. 2024, arXiv 2401.06432 (HetLoRA).
 """
 
@@ -65,7 +69,7 @@ class HetLoRA(MethodSettings, frozen=True):
         return self.penalty * sum(tails) / len(products)
 
     def _next_rank(self, after: Mapping[str, Any], before: Callable[[str], Any]) -> int:
-        """The leading ranks where the factors beyond them shrank in the round, else all ranks of the device."""
+        """The leading ranks where the tail shrank in the round, else all of the device's."""
         layers = [parse(key).place for key in after if parse(key).factor == "A"]
         rank = len(after[join(layers[0], "A")])
         fewer = self._leading(rank)
@@ -73,7 +77,7 @@ class HetLoRA(MethodSettings, frozen=True):
 
 
 def norm_weighted_mean(contributions: Contributions) -> Tensors:
-    """The step from the last version to the weighted mean; memory is one sum of full rank for each tensor."""
+    """The step to the weighted mean; keeps one sum of full rank a tensor."""
     before: Tensors = {}
     sums: Tensors = {}
     weights: dict[str, float] = {}

@@ -1,8 +1,9 @@
-"""What a federated method is: a statement about each factor, and a merge for each kind of tensor that devices exchange.
+"""A federated method: a statement about each factor, and a merge for each kind of tensor.
 
-    y = W x + (alpha / rank) · B · C · A · x        A: rank x in     C: rank x rank     B: out x rank
+    y = W x + (alpha / rank) · B · C · A · x      A: rank x in    C: rank x rank    B: out x rank
 
-Devices plan with the statements and never merge, so nothing in this package imports numpy before a merge needs it.
+Devices plan with the statements and never merge, so nothing in this package imports numpy before a
+merge needs it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -43,10 +44,10 @@ def add_to(sums: "Tensors", key: str, value: "Array") -> None:
 class Factor(NamedTuple):
     """A statement about one factor of the adapter."""
 
-    axes: tuple[str, ...]  # the length of each axis: "rank", "in", "out", "one", or a name of Method.sizes
+    axes: tuple[str, ...]  # each axis is "rank", "in", "out", "one", or a name of Method.sizes
     trained: bool  # by the device; a factor that is not trained is frozen
     shared: Scope  # with nobody, inside the model class, or with the whole fleet
-    start: Start  # version 0: zero, drawn from the fleet's seed, or the layer's singular vectors (adapters/)
+    start: Start  # version 0: zero, drawn from the fleet's seed, or the layer's singular vectors
     of: Kind = "layers"  # the kind of place that has such a factor
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -55,7 +56,7 @@ class Factor(NamedTuple):
 
     @property
     def width(self) -> int:
-        """The axis whose size n scales drawn values, to 1/sqrt(n): the layer's own width, else the last axis."""
+        """The axis whose size n scales drawn values: the layer's own width, else the last axis."""
         return next((place for place, axis in enumerate(self.axes) if axis in WIDTHS), len(self.axes) - 1)
 
     @property
@@ -77,8 +78,8 @@ C = Factor(("rank", "rank"), trained=True, shared="class", start="zero")
 class Contribution(NamedTuple):
     """One device's part of a round."""
 
-    # The global version that the round started from, of every key in the delta, in the fleet's full rank.
-    # A device of lower rank started from the leading part.
+    # The version that the round started from, of every key in the delta, in the fleet's full rank;
+    # a device of lower rank started from the leading part.
     before: Mapping[str, Array]
     delta: Mapping[str, Array]
     samples: int  # rows that the device trained on
@@ -89,7 +90,7 @@ class Contribution(NamedTuple):
         return {key: self.before[key][leading(delta.shape)] + delta for key, delta in self.delta.items()}
 
 
-# All contributions of a round, or those of one class. Each call goes through them again; one is in memory at a time.
+# The contributions of a round or a class, one in memory at a time; each call starts again.
 Contributions: TypeAlias = Callable[[], Iterable[Contribution]]
 # The change of the global version, for every key that some device sent.
 Merge: TypeAlias = Callable[[Contributions], Tensors]
@@ -104,12 +105,12 @@ class Pass(NamedTuple):
     apart: float = 0.0  # weight of KL(outputs of the first pass ‖ outputs of this pass)
 
 
-class Answers(NamedTuple):
-    """Texts that devices write about the fleet's public prompts and send beside their tensors, as bytes."""
+class PublicAnswers(NamedTuple):
+    """Answers to the fleet's public prompts, which devices send beside their tensors, as bytes."""
 
     shared: Literal["class", "fleet"]
     check: Callable[[bytes], None]  # raises InputError where a device's bytes are not acceptable
-    # The fleet's bytes, from pairs of a device's rows and its bytes. May go through the pairs several times.
+    # The fleet's bytes, from pairs of a device's rows and its bytes, which it may read twice.
     merge: Callable[[Callable[[], Iterable[tuple[int, bytes]]]], bytes]
 
 
@@ -146,14 +147,15 @@ class Method(NamedTuple):
     unequal: bool = (
         False  # devices of lower ranks may take part; they hold leading rows of A and columns of B
     )
-    refactored: bool = False  # a new version has its product in new factors, so old residuals are worthless
-    passes: Callable[[int], tuple[Pass, ...]] = lambda round_: (Pass(),)  # of each step, by round from 1
+    refactored: bool = False  # a version has its product in new factors, so residuals are worthless
+    # The passes of each step, by round from 1.
+    passes: Callable[[int], tuple[Pass, ...]] = lambda round_: (Pass(),)
     # Ranks that a device may hold, highest first.
     ranks: Callable[[Adapter], tuple[int, ...]] = lambda adapter: (adapter.rank, *adapter.lower)
-    # The rank in which a device goes on, from its exchanged factors and a function that gives an earlier factor
-    # by its key. None: the device's plan decides.
+    # The rank in which a device goes on, from its exchanged factors and a function that gives a
+    # factor as the round started. None: the device's plan decides.
     next_rank: Callable[[Mapping[str, Any], Callable[[str], Any]], int | None] = lambda after, before: None
-    answers: Answers | None = None
+    answers: PublicAnswers | None = None
     settings: MethodSettings | None = None
 
     def keys(self, layer: int, layers: int, role: str) -> dict[str, str]:
@@ -193,15 +195,15 @@ class Method(NamedTuple):
 
     @property
     def exchanges_layers(self) -> bool:
-        """Whether factors of linear layers travel. They then have to fit other devices' models too."""
+        """Whether linear layers' factors travel, so that they have to fit other devices' models."""
         return "layers" in self.merges
 
     @property
     def reads_weights(self) -> bool:
-        """Whether some factor starts from the layers' own weights, which have to be in memory then."""
+        """Whether some factor starts from the layers' own weights, which must be in memory."""
         return any(factor.start == "singular" for factor in self.factors.values())
 
     @property
     def joins_factors(self) -> bool:
-        """Whether A and B are made of several factors, so that a running block holds these values twice."""
+        """Whether A and B are joined of several factors, so that a block holds them twice."""
         return sum("in" in factor.axes and factor.of == "layers" for factor in self.factors.values()) > 1

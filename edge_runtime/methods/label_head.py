@@ -2,11 +2,12 @@
 
     logit of a label = h / rms(h) · H        H: one row a label, 0 at the start
 
-Rows are named by their label, so devices that know different labels have different rows. A device also gets rows of labels that
-it was never shown, through the class's version; its own rows teach it that they have none of these labels. A device does not
-send such a row: the node averages a label's row over the devices that were shown the label, by their own rows or by the fleet's
-predictions. With the remaining devices in that mean, each round would push a label that few devices have away from all rows
-(see docs/study). So a delta's keys tell which labels a device was shown.
+Rows are named by their label, so devices that know different labels have different rows. A device
+also gets rows of labels that it was never shown, through the class's version; its own rows teach it
+that they have none of these labels. A device does not send such a row: the node averages a label's
+row over the devices that were shown the label, by their own rows or by the fleet's predictions.
+With the remaining devices in that mean, each round would push a label that few devices have away
+from all rows (see docs/study). So a delta's keys tell which labels a device was shown.
 """
 
 from edge_runtime.methods.fedit import holders_mean
@@ -17,7 +18,7 @@ H = Factor(("one", "in"), trained=True, shared="class", start="zero", of="labels
 
 
 def added(method: Method, head: Head) -> Method:
-    """The method with a head. The head is private where the fleet file says so, or where the method exchanges nothing."""
+    """The method with a head, private where the fleet says so or nothing is exchanged."""
     if head.shared == "private" or not method.merges:
         return method._replace(factors={**method.factors, "H": H._replace(shared="private")})
     return method._replace(

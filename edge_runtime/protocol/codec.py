@@ -1,11 +1,14 @@
 """Deltas and adapter states on the wire: 8-bit blocks, entropy-coded.
 
-    payload = b"EDC1" · header length (4 bytes) · header (JSON: keys, shapes, a length) · zstd(values · scales · answers)
+    payload = b"EDC1" · header length (4 bytes) · header (JSON: keys, shapes, a length) ·
+    zstd(values · scales · answers)
 
-Each run of 64 values of a tensor has one float32 scale, max|v| / 127; a value is scale · q. The sender's error feedback carries
-the rounding error into the next round: encode(delta + residual), residual <- delta + residual - decoded. Answers are bytes that
-this file does not read (see Answers in methods/interface.py).
-Source: Dettmers et al. 2021, arXiv 2110.02861 (block-wise 8 bits); Karimireddy et al. 2019, arXiv 1901.09847 (feedback).
+Each run of 64 values of a tensor has one float32 scale, max|v| / 127; a value is scale · q. The
+sender's error feedback carries the rounding error into the next round: encode(delta + residual),
+residual <- delta + residual - decoded. Answers are bytes that this file does not read (see
+PublicAnswers in methods/interface.py).
+Source: Dettmers et al. 2021, arXiv 2110.02861 (block-wise 8 bits); Karimireddy et al. 2019, arXiv
+1901.09847 (feedback).
 """
 
 import math
@@ -20,7 +23,7 @@ from edge_runtime.errors import InputError
 
 MAGIC = b"EDC1"
 BLOCK = 64
-SMALLEST_SCALE = np.finfo(np.float32).tiny  # a smaller scale has too few bits; its block counts as zero
+SMALLEST_SCALE = np.finfo(np.float32).tiny  # a smaller scale has few bits; its block counts as 0
 LARGEST_SCALE = np.finfo(np.float32).max / 128  # with a larger scale, scale · q would be infinite
 LARGEST_SIZE = 1 << 31  # values of all tensors together
 LARGEST_ANSWERS_BYTES = 1 << 24
@@ -40,7 +43,8 @@ def encode(tensors: Mapping[str, NDArray[np.float32]], answers: bytes = b"") -> 
     """Encode float32 tensors, with answers beside them.
 
     Raises:
-        InputError: a value is not finite, or within a hundredth of float32's largest; or the answers are too long.
+        InputError: a value is not finite, or within a hundredth of float32's largest; or the
+        answers are too long.
     """
     values, scales = [], []
     for key, tensor in tensors.items():
@@ -67,8 +71,8 @@ def encode(tensors: Mapping[str, NDArray[np.float32]], answers: bytes = b"") -> 
 def decode(payload: bytes, select: Callable[[str], bool] = lambda key: True) -> Tensors:
     """Decode the tensors of a payload whose keys `select` accepts.
 
-    The caller checks before that the declared shapes (see `shapes`) are acceptable. The function checks everything else, and
-    never allocates more than the declared shapes need.
+    The caller checks before that the declared shapes (see `shapes`) are acceptable. The function
+    checks everything else, and never allocates more than the declared shapes need.
 
     Raises:
         InputError: the payload is malformed, or holds a scale that is not finite.
@@ -97,7 +101,7 @@ def answers(payload: bytes) -> bytes:
 
 
 def shapes(payload: bytes) -> dict[str, tuple[int, ...]]:
-    """The keys and shapes that a payload declares; raises InputError where its header cannot be read."""
+    """Declared keys and shapes; raises InputError where the header cannot be read."""
     return _header(payload)[0].shapes
 
 

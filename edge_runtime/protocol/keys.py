@@ -1,4 +1,4 @@
-"""Canonical keys: the name of each tensor of an adapter's state, in files and on the wire. Only this file knows the grammar.
+"""Canonical keys: the names of an adapter's tensors. Only this file knows their grammar.
 
     layers.<layer>.<role>.<factor>    a linear layer, by the layer's number in the checkpoint
     stages.<stage>.<role>.<factor>    all layers at about the same relative depth

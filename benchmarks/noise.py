@@ -2,7 +2,7 @@
 
     python -m benchmarks.noise --broker URL --fleet NAME --id ID --state DIR --size 1MB [--wait 120] [--until-finished]
 
-For an aggregator with --noop, which takes any payload. Events are lines of JSON, as those of `edge-runtime agent --json`.
+For the node of benchmarks.noise_node, which takes any payload. Events are lines of JSON, as those of `edge-runtime agent --json`.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import msgspec
 from edge_broker import address
 from edge_profiles import parse_size
 
+from benchmarks.noise_node import NOISE
 from edge_runtime.agent.agent import Agent
 from edge_runtime.agent.options import DeviceOptions
 from edge_runtime.agent.planner import Planned, Request
@@ -26,11 +27,10 @@ from edge_runtime.errors import EdgeError
 from edge_runtime.models.facts import Facts
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Result
-from edge_runtime.protocol.round import NOOP
 from edge_runtime.trainer.job import Job, Progress
 
 FACTS = Facts(
-    model_class=NOOP,
+    model_class=NOISE,
     folder="",
     weights="",
     family="",
@@ -45,7 +45,7 @@ FACTS = Facts(
     tied_head=True,
     linears={},
 )
-PLAN = Plan(NOOP, NOOP, 1, 1, "float32", rank=1, rows=1, tokens=1, terms={}, step_seconds=0.0)
+PLAN = Plan(NOISE, NOISE, 1, 1, "float32", rank=1, rows=1, tokens=1, terms={}, step_seconds=0.0)
 
 
 class Written:

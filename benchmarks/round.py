@@ -40,9 +40,9 @@ def measure(kind: str, size: str, devices: int, rounds: int) -> list[float]:
         (folder / "fleet.toml").write_text(FLEET.format(rounds=rounds, devices=devices))
         with start_broker(port=0, state_dir=folder / "broker", kind=kind) as broker:
             node = _start(
-                "edge_runtime.cli",
-                *("aggregator", "--fleet", str(folder / "fleet.toml"), "--state", str(folder / "node")),
-                *("--broker", broker.url, "--until-finished", "--noop", "--json"),
+                "benchmarks.noise_node",
+                *("--fleet", str(folder / "fleet.toml"), "--state", str(folder / "node")),
+                *("--broker", broker.url, "--until-finished"),
             )
             agents = [
                 _start(

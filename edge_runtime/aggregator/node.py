@@ -12,7 +12,7 @@ repeated from the journal.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,20 +21,21 @@ from edge_broker import presence, signing, topics
 from edge_broker.address import Address
 from edge_broker.errors import BadMessage
 from edge_broker.errors import LinkError as BrokerError
-from edge_broker.journal import Journal
+from edge_broker.journal import Journal, Update
 from edge_broker.messages import Manifest
 from edge_broker.session import Connected, Disconnected, Event, Message, Session
 from edge_broker.transfer import Complete, Receiver
 
 from edge_runtime import methods
-from edge_runtime.aggregator import anchors, check, merge, noop, reports
+from edge_runtime.aggregator import anchors, check, merge, reports
 from edge_runtime.aggregator.announce import Announcer
 from edge_runtime.aggregator.clock import RoundClock
 from edge_runtime.aggregator.restart import check_settings, end_earlier_rounds
-from edge_runtime.aggregator.store import NodeStore
+from edge_runtime.aggregator.store import NodeStore, Version
 from edge_runtime.errors import EdgeError, InputError, LinkError
+from edge_runtime.methods.interface import Method, Tensors
 from edge_runtime.protocol.report import failure
-from edge_runtime.protocol.round import CODEC, NOOP
+from edge_runtime.protocol.round import CODEC
 from edge_runtime.settings import Fleet
 from edge_runtime.trainer import data
 
@@ -48,7 +49,17 @@ class NodeOptions(NamedTuple):
     state: Path  # folder of the database, the key and the versions
     node: str  # this node's name
     until_finished: bool  # end after the last round's reports; else serve for ever
-    noop: bool  # rounds without training (noop.py)
+
+
+class Exchange(NamedTuple):
+    """What a node does with its devices' payloads. Benchmarks of the link alone put another in place of DELTAS."""
+
+    codec: str  # of the payloads that devices may offer
+    check: Callable[[bytes, check.Shapes, Fleet, Method], Tensors]
+    merge: Callable[[list[Update], Mapping[str, Version], Fleet, Method, int, Path], list[Version]]
+
+
+DELTAS = Exchange(CODEC, check.check, merge.merge)
 
 
 class NodeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -65,7 +76,13 @@ class NodeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
 class Node:
     """One fleet's node. `run` returns when all rounds are merged and reported, or never."""
 
-    def __init__(self, fleet: Fleet, options: NodeOptions, tell: Callable[[NodeEvent], None]) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        options: NodeOptions,
+        tell: Callable[[NodeEvent], None],
+        exchange: Exchange = DELTAS,
+    ) -> None:
         """Open the state; nothing is sent yet.
 
         Raises:
@@ -73,16 +90,13 @@ class Node:
             take; its public texts
                 cannot be read; or the state was made with other settings.
         """
-        self.fleet, self.options, self._tell = fleet, options, tell
+        self.fleet, self.options, self._tell, self._exchange = fleet, options, tell, exchange
         self._method = methods.of(fleet)
         self._store = NodeStore(options.state / "node.db")
         self._journal = Journal(self._store.connection, options.state)
         texts = anchors.read(fleet)
         check_settings(fleet, texts, self._store, self._journal, options.state)
         self._texts = data.write_rows(options.state / "anchors.jsonl", texts) if texts else None
-        self._codec, self._check, self._merge = (
-            (NOOP, noop.check, noop.merge) if options.noop else (CODEC, check.check, merge.merge)
-        )
         self._key = signing.load_or_create_key(options.state / "node.key")
         name = topics.client_id("node", fleet.name, options.node)
         self._session = Session(options.broker, name, session_expiry_s=0)
@@ -152,7 +166,9 @@ class Node:
         updates, before = self._journal.committed(self._round), self._store.versions()
         folder = self.options.state / "versions"
         versions = (
-            self._merge(updates, before, self.fleet, self._method, self._round, folder) if updates else []
+            self._exchange.merge(updates, before, self.fleet, self._method, self._round, folder)
+            if updates
+            else []
         )
         self._store.merged(self._round, versions)
         self._say("merged", seconds=time.monotonic() - started)
@@ -228,14 +244,14 @@ class Node:
                 self._say("failed", text=f"{report.device}: {failure(report)}")
 
     def _refusal(self, manifest: Manifest) -> str | None:
-        return check.refusal(manifest, self.fleet, self._round, self._codec)
+        return check.refusal(manifest, self.fleet, self._round, self._exchange.codec)
 
     def _take_update(self, complete: Complete) -> None:
         """Check an update that has arrived, commit or refuse it, and answer the device."""
         manifest = complete.manifest
         try:
             expected = self._store.shapes(manifest.model_class)
-            delta = self._check(complete.payload.read_bytes(), expected, self.fleet, self._method)
+            delta = self._exchange.check(complete.payload.read_bytes(), expected, self.fleet, self._method)
         except InputError as error:
             self._receiver.reject(manifest.transfer, str(error))
             self._say("refused", text=f"{manifest.device}: {error}")

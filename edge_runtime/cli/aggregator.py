@@ -27,11 +27,8 @@ if TYPE_CHECKING:
     "--node", default="node", show_default=True, callback=options.topic_name, help="The node's name."
 )
 @click.option("--until-finished", is_flag=True, help="End when the last round is merged and reported.")
-@click.option("--noop", is_flag=True, hidden=True)
 @options.as_json
-def command(
-    fleet: Path, state: Path, broker: "Address", node: str, until_finished: bool, noop: bool, json: bool
-) -> None:
+def command(fleet: Path, state: Path, broker: "Address", node: str, until_finished: bool, json: bool) -> None:
     """Run a fleet's node.
 
     The node announces rounds, receives the devices' deltas, merges them, and publishes the global versions.
@@ -45,7 +42,7 @@ def command(
 
     fleet_settings = settings.load(fleet)
     with alone(state):
-        Node(fleet_settings, NodeOptions(broker, state.resolve(), node, until_finished, noop), tell).run()
+        Node(fleet_settings, NodeOptions(broker, state.resolve(), node, until_finished), tell).run()
 
 
 def line(event: "NodeEvent") -> str:

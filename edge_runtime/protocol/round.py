@@ -10,7 +10,6 @@ from edge_runtime.settings import Fleet
 ROUND_DOMAIN = "edge/1/round"
 CODEC = "int8-block64-zstd"  # of deltas and global versions: codec.py
 FLEET = "*"  # in place of a model class: what all share, for a class without a version
-NOOP = "noop"  # codec and model class of rounds that measure the link without training
 
 
 class Round(msgspec.Struct, frozen=True):

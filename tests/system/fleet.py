@@ -168,6 +168,11 @@ class Fleet:
         where = ("--fleet", str(self.folder / "fleet.toml"), "--state", str(self.folder / "node"))
         return self._start("aggregator", *where, "--broker", self.broker.url, "--json", *more)
 
+    def noise_node(self, *more: str) -> Command:
+        """A node that takes any payload, on this test's state."""
+        where = ("--fleet", str(self.folder / "fleet.toml"), "--state", str(self.folder / "node"))
+        return self._start("--broker", self.broker.url, *where, *more, module="benchmarks.noise_node")
+
     def agent(self, id: str, *more: str) -> Command:
         """A device, on its own state."""
         device = (
@@ -183,7 +188,7 @@ class Fleet:
         return self._start("agent", *device, "--broker", self.broker.url, "--threads", "1", "--json", *more)
 
     def noise(self, id: str, size: str, *more: str) -> Command:
-        """A device that sends so much noise a round instead of a delta, to a node with --noop."""
+        """A device that sends so much noise a round instead of a delta, to a `noise_node`."""
         device = ("--fleet", self.name, "--id", id, "--size", size, "--state", str(self.folder / id))
         return self._start("--broker", self.broker.url, *device, *more, module="benchmarks.noise")
 

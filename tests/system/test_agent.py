@@ -15,9 +15,9 @@ from filelock import FileLock
 from fleet import Command, Fleet, eventually
 from records import await_round, committed, job, owes, presence_of, remembered, reports
 
+from benchmarks.noise_node import NOISE
 from edge_runtime.errors import LinkError
 from edge_runtime.protocol import codec
-from edge_runtime.protocol.round import NOOP
 
 DELTA = codec.encode({"layers.0.q.A": np.ones((2, 8), np.float32)})
 
@@ -52,7 +52,7 @@ def test_a_refused_update_is_carried_into_the_next_round(fleet: Fleet, real_mode
 def owing(fleet: Fleet, device: str) -> Command:
     """An agent with an update for a node that was killed before it could take one."""
     fleet.write(deadline_s=60)
-    node = fleet.node("--noop")
+    node = fleet.noise_node()
     node.phase("collecting")
     await_round(fleet)
     node.kill()
@@ -66,10 +66,10 @@ def test_an_update_that_is_refused_after_the_last_round_does_not_keep_the_agent_
     fleet: Fleet,
 ) -> None:
     owing(fleet, "late").kill()
-    node = fleet.node("--noop", "--until-finished")
+    node = fleet.noise_node("--until-finished")
     with crafted(fleet, "other") as second:
         second.report()
-        assert isinstance(second.offer(b"noise", codec=NOOP, model_class=NOOP), Committed)
+        assert isinstance(second.offer(b"noise", codec=NOISE, model_class=NOISE), Committed)
         node.phase("finishing")  # and the other one, which is still here, has not ended
         agent = fleet.noise("late", "10kB", "--until-finished")
         assert agent.end(40) == 0
@@ -81,10 +81,10 @@ def test_an_update_that_is_refused_after_the_last_round_does_not_keep_the_agent_
 
 def test_an_agent_does_not_wait_for_ever_for_the_word_of_a_node_that_has_gone(fleet: Fleet) -> None:
     owing(fleet, "late").kill()
-    node = fleet.node("--noop", "--until-finished")
+    node = fleet.noise_node("--until-finished")
     with crafted(fleet, "other") as second:
         second.report()
-        assert isinstance(second.offer(b"noise", codec=NOOP, model_class=NOOP), Committed)
+        assert isinstance(second.offer(b"noise", codec=NOISE, model_class=NOISE), Committed)
         second.report(state="finished")
     assert node.end(40) == 0
     agent = fleet.noise("late", "10kB", "--until-finished", "--wait", "2")
@@ -99,7 +99,7 @@ def test_a_device_whose_first_report_was_lost_says_again_who_it_is(fleet: Fleet)
     with Session(fleet.broker.url, f"{fleet.name}-forgets", session_expiry_s=0) as session:
         session.connect(10)
         session.publish(topics.report(fleet.name, "a"), b"", retain=True)
-    node = fleet.node("--noop", "--until-finished")
+    node = fleet.noise_node("--until-finished")
     agent.until(lambda event: "device a is not enrolled" in event.get("text", ""), 40)
     assert (agent.end(40), node.end(40)) == (0, 0)
     assert committed(fleet) == [("a", 1)]
@@ -127,13 +127,13 @@ def test_a_round_that_opens_while_the_agent_plans_is_trained_once(fleet: Fleet, 
 def test_fresh_states_make_a_new_fleet_of_an_old_name(fleet: Fleet) -> None:
     """The broker keeps the old node's round and the old device's report; neither ties the new."""
     fleet.write()
-    ended = [fleet.node("--noop", "--until-finished"), fleet.noise("a", "10kB", "--until-finished")]
+    ended = [fleet.noise_node("--until-finished"), fleet.noise("a", "10kB", "--until-finished")]
     assert [command.end() for command in ended] == [0, 0]
     for name in ("node", "a"):
         shutil.rmtree(fleet.folder / name)
     agent = fleet.noise("a", "10kB", "--until-finished")
     agent.phase("fetching")  # what the old node published, which nobody serves any more
-    node = fleet.node("--noop", "--until-finished")
+    node = fleet.noise_node("--until-finished")
     assert (node.end(), agent.end()) == (0, 0)
     assert committed(fleet) == [("a", 1)]
     assert not any(event["phase"] == "failed" for event in agent.seen + node.seen)
@@ -141,10 +141,10 @@ def test_fresh_states_make_a_new_fleet_of_an_old_name(fleet: Fleet) -> None:
 
 def test_a_device_that_trained_for_a_node_follows_no_other_one(fleet: Fleet) -> None:
     fleet.write()
-    ended = [fleet.node("--noop", "--until-finished"), fleet.noise("a", "10kB", "--until-finished")]
+    ended = [fleet.noise_node("--until-finished"), fleet.noise("a", "10kB", "--until-finished")]
     assert [command.end() for command in ended] == [0, 0]
     shutil.rmtree(fleet.folder / "node")
-    fleet.node("--noop").phase("collecting")
+    fleet.noise_node().phase("collecting")
     agent = fleet.noise("a", "10kB", "--wait", "2")
     assert agent.end() == 3
     assert "to trust that node, start with a new --state" in agent.error()

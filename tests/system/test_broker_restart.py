@@ -46,7 +46,7 @@ def test_a_device_that_comes_after_a_restart_is_told_the_round(
     fleet: Fleet, restartable: Restartable
 ) -> None:
     fleet.write()
-    node = fleet.node("--noop", "--until-finished")
+    node = fleet.noise_node("--until-finished")
     node.phase("collecting")
     restartable.stop()
     restartable.start()
@@ -57,7 +57,7 @@ def test_a_device_that_comes_after_a_restart_is_told_the_round(
 def test_an_outage_does_not_count_against_the_deadline(fleet: Fleet, restartable: Restartable) -> None:
     # Within the deadline an agent has to start and send, on a slow machine too.
     fleet.write(deadline_s=8, extensions=0)
-    node = fleet.node("--noop", "--until-finished")
+    node = fleet.noise_node("--until-finished")
     node.phase("collecting")
     restartable.stop()
     assert still_runs(node, 10), node.error()

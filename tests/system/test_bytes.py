@@ -18,7 +18,7 @@ def test_bytes_up_and_down_are_those_a_listener_counts(fleet: Fleet) -> None:
     with Session(fleet.broker.url, f"{fleet.name}-listens", session_expiry_s=0) as listener:
         listener.connect(10)
         listener.subscribe(f"edge/1/{fleet.name}/#")
-        node = fleet.node("--noop", "--until-finished")
+        node = fleet.noise_node("--until-finished")
         node.phase("collecting")
         agent = fleet.noise("a", "200kB", "--until-finished")
         node.until(lambda event: event["phase"] in ("finishing", "finished"))

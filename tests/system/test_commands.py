@@ -60,7 +60,7 @@ def test_the_head_names_every_command() -> None:
 
 def test_status_speaks_json_of_the_round_and_each_device(fleet: Fleet) -> None:
     fleet.write(rounds=2)
-    fleet.node("--noop").phase("collecting")
+    fleet.noise_node().phase("collecting")
     with crafted(fleet, "here") as present:
         present.report(budget_bytes=7)
         status = Command("status", "--broker", fleet.broker.url, "--fleet", fleet.name, "--json").until(

@@ -31,12 +31,12 @@ def test_a_device_that_vanishes_is_named_and_not_waited_for(fleet: Fleet, tiny_m
 @pytest.mark.parametrize("moment", ["received", "collecting"])
 def test_a_killed_aggregator_goes_on_in_the_same_round(fleet: Fleet, moment: str) -> None:
     fleet.write(quorum=2, rounds=2)
-    node = fleet.node("--noop", "--until-finished")
+    node = fleet.noise_node("--until-finished")
     node.phase("collecting")
     first = fleet.noise("first", "200kB", "--until-finished")
     node.phase("received") if moment == "received" else first.phase("connected")
     node.kill()
-    again = fleet.node("--noop", "--until-finished")
+    again = fleet.noise_node("--until-finished")
     again.phase("collecting")
     second = fleet.noise("second", "200kB", "--until-finished")
     assert (again.end(), first.end(), second.end()) == (0, 0, 0)
@@ -114,7 +114,7 @@ def test_an_agent_that_missed_the_nodes_word_on_its_last_update_asks_for_it_befo
     fleet: Fleet,
 ) -> None:
     fleet.write(deadline_s=60)
-    node = fleet.node("--noop", "--until-finished")
+    node = fleet.noise_node("--until-finished")
     node.phase("collecting")
     with crafted(fleet, "mute"):  # keeps the round open
         node.until(lambda event: event.get("text") == "mute is online")
@@ -127,6 +127,6 @@ def test_an_agent_that_missed_the_nodes_word_on_its_last_update_asks_for_it_befo
         agent = fleet.noise("a", "10kB", "--until-finished")
         agent.phase("waiting")
         time.sleep(2.5)  # it has asked twice and will not ask again before the round is over
-    again = fleet.node("--noop", "--until-finished")
+    again = fleet.noise_node("--until-finished")
     assert (agent.end(40), again.end(40)) == (0, 0)
     assert set(reports(fleet, "finished")) == {("a", 1)}

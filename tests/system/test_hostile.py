@@ -80,7 +80,7 @@ def test_an_update_without_samples_cannot_break_the_mean(fleet: Fleet) -> None:
 @pytest.mark.parametrize("round_", [2**63, -1, 3])
 def test_a_report_of_a_round_that_is_not_there_does_not_end_the_node(fleet: Fleet, round_: int) -> None:
     fleet.write(rounds=2)
-    node = fleet.node("--noop", "--until-finished")
+    node = fleet.noise_node("--until-finished")
     node.phase("collecting")
     with crafted(fleet, "hostile") as hostile:
         hostile.report(round=round_, state="trained")
@@ -90,7 +90,7 @@ def test_a_report_of_a_round_that_is_not_there_does_not_end_the_node(fleet: Flee
 
 def test_messages_that_are_no_messages_do_not_end_the_node(fleet: Fleet) -> None:
     fleet.write()
-    node = fleet.node("--noop", "--until-finished")
+    node = fleet.noise_node("--until-finished")
     node.phase("collecting")
     nested = b'{"unknown":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     unsigned = msgspec.json.encode({"body": "{}", "key": "", "signature": ""})
@@ -111,7 +111,7 @@ def test_messages_that_are_no_messages_do_not_end_the_node(fleet: Fleet) -> None
 
 def test_a_device_whose_name_is_taken_hears_why_it_does_not_count(fleet: Fleet) -> None:
     fleet.write()
-    node = fleet.node("--noop")
+    node = fleet.noise_node()
     node.phase("collecting")
     with crafted(fleet, "name") as impostor:
         impostor.report()

@@ -116,7 +116,7 @@ def test_a_late_joiner_takes_part_from_the_global_version(fleet: Fleet, tiny_mod
 def test_bytes_are_those_that_went_through_the_session(fleet: Fleet) -> None:
     fleet.write(rounds=2)
     node, agent = (
-        fleet.node("--noop", "--until-finished"),
+        fleet.noise_node("--until-finished"),
         fleet.noise("a", "300kB", "--until-finished"),
     )
     assert (node.end(), agent.end()) == (0, 0)

@@ -8,14 +8,14 @@ from edge_broker.transfer import Committed
 from fleet import Fleet
 from records import committed
 
-from edge_runtime.protocol.round import NOOP
+from benchmarks import noise_node
 
-NOISE = {"codec": NOOP, "model_class": NOOP}
+NOISE = {"codec": noise_node.NOISE, "model_class": noise_node.NOISE}
 
 
 def test_a_device_that_failed_is_not_waited_for(fleet: Fleet) -> None:
     fleet.write(deadline_s=60)
-    node = fleet.node("--noop")
+    node = fleet.noise_node()
     node.phase("collecting")
     with crafted(fleet, "failing") as failing:
         failing.report(state="failed", cause="disk")
@@ -27,7 +27,7 @@ def test_a_device_that_failed_is_not_waited_for(fleet: Fleet) -> None:
 
 def test_a_device_that_failed_and_joins_again_is_waited_for(fleet: Fleet) -> None:
     fleet.write(deadline_s=60)
-    node = fleet.node("--noop")
+    node = fleet.noise_node()
     node.phase("collecting")
     with crafted(fleet, "returning") as returning:
         returning.report(state="failed", cause="disk")
@@ -43,7 +43,7 @@ def test_a_device_that_failed_and_joins_again_is_waited_for(fleet: Fleet) -> Non
 
 def test_a_device_that_stays_mute_is_waited_for_until_the_deadline(fleet: Fleet) -> None:
     fleet.write(deadline_s=3)
-    node = fleet.node("--noop")
+    node = fleet.noise_node()
     node.phase("collecting")
     announced = time.monotonic()
     with crafted(fleet, "mute"):
@@ -56,7 +56,7 @@ def test_a_device_that_stays_mute_is_waited_for_until_the_deadline(fleet: Fleet)
 
 def test_a_fleet_below_its_quorum_ends_by_naming_who_is_missing(fleet: Fleet) -> None:
     fleet.write(quorum=2, deadline_s=1.5, extensions=1)
-    node = fleet.node("--noop")
+    node = fleet.noise_node()
     fleet.noise("here", "10kB")
     with crafted(fleet, "mute"):
         extended = node.phase("extended", 20)
@@ -68,14 +68,14 @@ def test_a_fleet_below_its_quorum_ends_by_naming_who_is_missing(fleet: Fleet) ->
 
 def test_a_node_killed_between_its_last_commit_and_the_merge_merges_once(fleet: Fleet) -> None:
     fleet.write(deadline_s=60)
-    node = fleet.node("--noop", "--until-finished")
+    node = fleet.noise_node("--until-finished")
     node.phase("collecting")
     with crafted(fleet, "mute"):  # keeps the round open after the only update
         node.until(lambda event: event.get("text") == "mute is online")
         agent = fleet.noise("honest", "100kB", "--until-finished")
         node.phase("received")
         node.kill()
-    again = fleet.node("--noop", "--until-finished")
+    again = fleet.noise_node("--until-finished")
     assert again.phase("merged", 20)["in_"] == ["honest"]
     assert (again.end(20), agent.end(20)) == (0, 0)
     assert "received" not in {event["phase"] for event in again.seen}

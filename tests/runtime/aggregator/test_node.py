@@ -28,7 +28,7 @@ def node(tmp_path):
         started.append(
             Node(
                 fleet,
-                NodeOptions(address.parse("mqtt://127.0.0.1:1"), tmp_path, "node", True, False),
+                NodeOptions(address.parse("mqtt://127.0.0.1:1"), tmp_path, "node", True),
                 lambda _: None,
             )
         )

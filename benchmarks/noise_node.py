@@ -1,0 +1,70 @@
+"""A node that takes any payload and sends the last one back: the real aggregator over the real link, without merging.
+
+    python -m benchmarks.noise_node --fleet FILE --state DIR --broker URL [--until-finished]
+
+For the devices of benchmarks.noise. Events are lines of JSON, as those of `edge-runtime aggregator --json`.
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from edge_broker import address
+from edge_broker.journal import Update
+
+from edge_runtime import settings
+from edge_runtime.aggregator.check import Shapes
+from edge_runtime.aggregator.node import Exchange, Node, NodeOptions
+from edge_runtime.aggregator.store import Version
+from edge_runtime.cli.output import say_json
+from edge_runtime.errors import EdgeError
+from edge_runtime.methods.interface import Method, Tensors
+from edge_runtime.state import alone
+
+NOISE = "noise"  # codec and model class
+
+
+def check(payload: bytes, expected: Shapes, fleet: settings.Fleet, method: Method) -> Tensors:
+    """Accept any payload."""
+    return {}
+
+
+def merge(
+    updates: list[Update],
+    versions: Mapping[str, Version],
+    fleet: settings.Fleet,
+    method: Method,
+    round_: int,
+    folder: Path,
+) -> list[Version]:
+    """The last update's payload, as the version of all devices."""
+    folder.mkdir(parents=True, exist_ok=True)
+    version = folder / f"{round_:05d}-{NOISE}"
+    version.write_bytes(updates[-1].payload.read_bytes())  # the journal deletes its own file
+    return [Version(NOISE, version, version)]
+
+
+def main() -> int:
+    """Serve a fleet; the exit codes are those of `edge-runtime aggregator`."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.noise_node")
+    for name in ("fleet", "state", "broker"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--until-finished", action="store_true")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    state = Path(arguments.state).resolve()
+    options = NodeOptions(address.parse(arguments.broker), state, "node", arguments.until_finished)
+    try:
+        fleet = settings.load(Path(arguments.fleet))
+        with alone(state):
+            Node(fleet, options, say_json, Exchange(NOISE, check, merge)).run()
+    except EdgeError as error:
+        sys.stderr.write(f"edge-runtime: {error}\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -33,7 +33,7 @@ def test_a_round_closes_with_the_honest_device_alone(fleet: Fleet, real_model: s
         hostile.report()
         refusal = hostile.offer(payload_of("layers.0.q.A", (3, 576)), model_class="anything")
         assert isinstance(refusal, Rejected) and "rank 2" in refusal.reason
-        hostile.report(state="failed", reason="refused")  # else the round waits for it until its deadline
+        hostile.report(state="failed", cause="refused")  # else the round waits for it until its deadline
         merged = node.phase("merged")
     assert merged["in_"] == ["honest"] and merged["missing"] == ["hostile"]
     assert (node.end(), honest.end()) == (0, 0)

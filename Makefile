@@ -22,7 +22,7 @@ DATA ?= data
 
 INSTALL := $(BIN)/pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help setup demo test study bench-round bench-merge bench-peak bench-memory bench-step bench-claims bench-kernels
+.PHONY: help setup demo test test-long study bench-round bench-merge bench-peak bench-memory bench-step bench-claims bench-kernels
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -51,12 +51,19 @@ endif
 demo: setup
 	$(BIN)/edge-runtime demo --method $(METHOD) $(ARGS)
 
+# Two workers that take tests from each other's end: a file's tests stay together, with what they prepare once.
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist worksteal
+
 test: .venv/.checks
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python -m edge_kernels check --arch 87 --arch 90
+	$(PYTEST) -m 'not long'
+
+test-long: .venv/.checks
 	$(BIN)/python -m edge_kernels check
-	$(BIN)/pytest
+	$(PYTEST) -m long
 
 study: .venv/.study
 	$(BIN)/edge-runtime study studies/$(SPEC).toml --data $(DATA) --models $(MODELS) $(ARGS)

@@ -84,7 +84,7 @@ def announcement(folder, fleet, **fields):
 
 
 def announce(broker, fleet, payload):
-    with Session(broker, f"node-{fleet}", clean_start=True, session_expiry_s=0) as session:
+    with Session(broker, f"node-{fleet}", session_expiry_s=0) as session:
         session.connect(10)
         session.publish(topics.round(fleet), payload, retain=True)
 

@@ -119,9 +119,9 @@ class PlainLora(nn.Module):
 REAL_SPEC = settings.Adapter(rank=8, alpha=16)
 
 
-def losses_of(facts, examples, *, operators, steps, learning_rate=1e-3, form="bfloat16"):
-    model = weights.load(facts, facts.layers, form)
-    adapter = attach.attach(model, tuple(range(facts.layers)), REAL_SPEC, FEDIT, seed=0)
+def losses_of(facts, depth, examples, *, operators, steps, learning_rate=1e-3, form="bfloat16"):
+    model = weights.load(facts, depth, form)
+    adapter = attach.attach(model, tuple(range(depth)), REAL_SPEC, FEDIT, seed=0)
     if operators:
         apply(model)
         training = settings.Training(steps=steps, rows_a_step=4, learning_rate=learning_rate)
@@ -130,7 +130,7 @@ def losses_of(facts, examples, *, operators, steps, learning_rate=1e-3, form="bf
             adapter,
             examples,
             training,
-            slices=[tuple(range(facts.layers))],
+            slices=[tuple(range(depth))],
             micro_rows=4,
             round_=1,
             rounds=1,
@@ -162,38 +162,43 @@ def plain_losses(model, trained, examples, steps, learning_rate=1e-3):
     return found
 
 
-@pytest.mark.timeout(900)
-def test_sixty_steps_on_the_real_model_follow_the_same_loss(demo_facts, demo_tokenizer, record_property):
-    rows = [
-        {"text": row["prompt"] + row["completion"]} for row in commands.rows("kitchen", 64, 1, seed=0).train
-    ]
-    examples = data.tokenize(rows, demo_tokenizer, 40)
-    plain = losses_of(demo_facts, examples, operators=False, steps=60)
-    seen = losses_of(demo_facts, examples, operators=True, steps=60)
-    assert plain[-1] < plain[0] / 2
-    apart = abs(sum(seen) - sum(plain)) / sum(plain)
-    record_property("mean loss, relative difference", round(apart, 5))
-    assert apart < 0.01
-    other = losses_of(demo_facts, examples, operators=True, steps=20, learning_rate=1.5e-3)
-    assert abs(sum(other) - sum(plain[:20])) / sum(plain[:20]) > 0.01  # another training is told apart
+STEPS = pytest.mark.parametrize(("depth", "steps"), [(6, 20), (30, 60)])
 
 
-@pytest.mark.timeout(900)
-def test_sixty_steps_on_packed_weights_follow_pefts_on_the_same_weights_expanded(
-    demo_facts, demo_tokenizer, tmp_path, record_property
+@STEPS
+def test_steps_on_the_real_model_follow_the_same_loss(
+    demo_facts, demo_tokenizer, record_property, depth, steps
 ):
     rows = [
         {"text": row["prompt"] + row["completion"]} for row in commands.rows("kitchen", 64, 1, seed=0).train
     ]
     examples = data.tokenize(rows, demo_tokenizer, 40)
-    seen = losses_of(demo_facts, examples, operators=True, steps=60, form="q4_1")
-    model = weights.load(demo_facts, demo_facts.layers, "bfloat16")
+    plain = losses_of(demo_facts, depth, examples, operators=False, steps=steps)
+    seen = losses_of(demo_facts, depth, examples, operators=True, steps=steps)
+    assert plain[-1] < plain[0] / 2
+    apart = abs(sum(seen) - sum(plain)) / sum(plain)
+    record_property("mean loss, relative difference", round(apart, 5))
+    assert apart < 0.01
+    other = losses_of(demo_facts, depth, examples, operators=True, steps=20, learning_rate=1.5e-3)
+    assert abs(sum(other) - sum(plain[:20])) / sum(plain[:20]) > 0.01  # another training is told apart
+
+
+@STEPS
+def test_steps_on_packed_weights_follow_pefts_on_the_same_weights_expanded(
+    demo_facts, demo_tokenizer, tmp_path, record_property, depth, steps
+):
+    rows = [
+        {"text": row["prompt"] + row["completion"]} for row in commands.rows("kitchen", 64, 1, seed=0).train
+    ]
+    examples = data.tokenize(rows, demo_tokenizer, 40)
+    seen = losses_of(demo_facts, depth, examples, operators=True, steps=steps, form="q4_1")
+    model = weights.load(demo_facts, depth, "bfloat16")
     adapter = attach.attach(
-        weights.load(demo_facts, demo_facts.layers, "q4_1"), tuple(range(30)), REAL_SPEC, FEDIT, seed=0
+        weights.load(demo_facts, depth, "q4_1"), tuple(range(depth)), REAL_SPEC, FEDIT, seed=0
     )
     export.to_peft(attach.state(adapter), demo_facts, REAL_SPEC, FEDIT, adapter.paths, tmp_path)
     peft = PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
-    theirs = plain_losses(peft, [p for p in peft.parameters() if p.requires_grad], examples, 60)
+    theirs = plain_losses(peft, [p for p in peft.parameters() if p.requires_grad], examples, steps)
     assert theirs[-1] < theirs[0] / 2
     apart = abs(sum(seen) - sum(theirs)) / sum(theirs)
     record_property("mean loss, relative difference", round(apart, 5))

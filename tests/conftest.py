@@ -1,0 +1,39 @@
+"""Which tests are the long form of a promise that a shorter test checks too, and a worker's share of the cores.
+
+`make test` runs the short tests, `make test-long` the long ones.
+"""
+
+import os
+
+import pytest
+
+LONG = (  # each is the beginning of a test's name
+    "test_a_class_that_comes_late_starts_from_what_the_fleet_shares",
+    "test_devices_of_unequal_ranks_learn_together[flora]",
+    "test_devices_of_unequal_ranks_learn_together[hetlora]",
+    "test_each_budget_gets_the_first_plan_in_that_order_that_fits[of1]",
+    "test_each_deadline_gets_the_first_plan_that_fits_and_is_in_time[of1]",
+    "test_steps_on_packed_weights_follow_pefts_on_the_same_weights_expanded[30-60]",
+    "test_steps_on_the_real_model_follow_the_same_loss[30-60]",
+    "test_the_prediction_is_near_the_trainers_peak[10-q4_1-8-0]",
+    "test_the_prediction_is_near_the_trainers_peak[4-float32-2-0]",
+    "test_what_a_method_shares_travels_and_what_it_keeps_goes_on_from_round_to_round[fedsa",
+    "test_what_a_method_shares_travels_and_what_it_keeps_goes_on_from_round_to_round[fedsb",
+    "test_what_a_method_shares_travels_and_what_it_keeps_goes_on_from_round_to_round[ffa",
+    "test_what_a_method_shares_travels_and_what_it_keeps_goes_on_from_round_to_round[heterotune",
+)
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; torch reads this when it is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects by the marker
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the long tests. In a run of the whole suite every entry of the table must name one."""
+    unused = set(LONG)
+    for item in items:
+        if beginnings := [beginning for beginning in LONG if item.name.startswith(beginning)]:
+            item.add_marker(pytest.mark.long)
+            unused.difference_update(beginnings)
+    if unused and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+        raise pytest.UsageError(f"tests/conftest.py names long tests that are not there: {sorted(unused)}")

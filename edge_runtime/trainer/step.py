@@ -289,9 +289,9 @@ def recomputed_blocks(
     every = list(blocks(model))
     again = every[: max(len(every) - kept_blocks, 0)]
     before = [vars(block).get("forward") for block in again]
-    kept = Kept(len(again))
+    storage = Kept(len(again))
     for block in again:
-        block.forward = partial(checkpoint_block, block.forward, keep=keep, kept=kept)
+        block.forward = partial(checkpoint_block, block.forward, keep=keep, storage=storage)
     try:
         yield
     finally:

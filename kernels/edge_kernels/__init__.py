@@ -1,4 +1,7 @@
-"""Operators of low-memory fine-tuning: one file an operator, one autograd Function that states what it keeps."""
+"""Operators of low-memory fine-tuning.
+
+One file an operator, or one folder; each has one autograd Function whose file states what it keeps.
+"""
 
 from edge_kernels.adamw8bit import AdamW8bit
 from edge_kernels.adapter_linear import adapter_linear
@@ -10,7 +13,7 @@ from edge_kernels.in_tiles import in_tiles
 from edge_kernels.layer_norm import layer_norm
 from edge_kernels.linear_cross_entropy import linear_cross_entropy
 from edge_kernels.packed_linear import packed_linear
-from edge_kernels.quant import Packed, expand, pack
+from edge_kernels.quant import Packed, expand, expanded_rows, pack
 from edge_kernels.rms_norm import rms_norm
 from edge_kernels.rotary import rotary
 
@@ -23,6 +26,7 @@ __all__ = [
     "attention",
     "checkpoint_block",
     "expand",
+    "expanded_rows",
     "gated_activation",
     "in_tiles",
     "layer_norm",

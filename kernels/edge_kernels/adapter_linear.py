@@ -5,9 +5,10 @@
     dx = dy W + scale · ((dy B) C) A        dA = scale · ((dy B) C)ᵀ x
     dC = scale · (dy B)ᵀ (x Aᵀ)             dB = scale · dyᵀ ((x Aᵀ) Cᵀ)
 
-Kept for backward: W as it is, dense or packed, and x, from which x Aᵀ is computed again; with a frozen A no more than x Aᵀ
-where C or B trains, and nothing where none does. Every product but the frozen one has rank r, and the two that have its
-shape are added in its accumulator (see packed_linear).
+Kept for backward: W as it is, dense or packed; and x, from which x Aᵀ is computed again. Where A is
+frozen: x Aᵀ instead of x, or neither where B and C are frozen, too.
+Every product but the frozen one has rank r. The two products that have the frozen one's shape are
+added in its accumulator (see packed_linear).
 Source: Hu et al. 2021, arXiv 2106.09685, with a square core C between the factors.
 """
 
@@ -34,8 +35,9 @@ def adapter_linear(
     Args:
         x: (..., in) float32, float16 or bfloat16.
         weight: (out, in) frozen, of x's dtype, or packed.
-        A: (r, in), C: (r, r) or None for the identity, B: (out, r); any float dtype, their gradients have it too.
-            r is 1 to 256.
+        A: (r, in) of any float dtype, which its gradient has, too; r is 1 to 256.
+        C: (r, r) of any float dtype, or None for the identity.
+        B: (out, r) of any float dtype.
         scale: alpha / r.
         bias: (out,) frozen, or None.
 
@@ -43,8 +45,8 @@ def adapter_linear(
         (..., out) of x's dtype.
 
     Raises:
-        ValueError: shapes, types or devices do not fit together, a part of a packed weight is not what its shape asks for,
-            r is out of its range, or scale is not finite; the argument is named.
+        ValueError: shapes, dtypes or devices do not fit together, a part of a packed weight does not fit
+            its shape, r is out of range, or scale is not finite. The message names the argument.
     """
     check_frozen(x, weight, bias, "weight")
     out, into = weight.shape
@@ -72,8 +74,8 @@ class _AdapterLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         _, _, trains_a, trains_c, trains_b, *_ = ctx.needs_input_grad
         z = rows @ A.to(x.dtype).T
-        kept = rows if trains_a else z if trains_c or trains_b else None
-        saved = (kept, A, C, B, *(weight.parts if isinstance(weight, Packed) else (weight,)))
+        source = rows if trains_a else z if trains_c or trains_b else None  # of z in backward
+        saved = (source, A, C, B, *(weight.parts if isinstance(weight, Packed) else (weight,)))
         ctx.save_for_backward(*saved)
         ctx.form, ctx.scale, ctx.shape = (weight[:2] if isinstance(weight, Packed) else None, scale, x.shape)
         if nothing_reads(ctx.needs_input_grad, saved):
@@ -84,19 +86,19 @@ class _AdapterLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        kept, A, C, B, *frozen = ctx.saved_tensors
+        source, A, C, B, *frozen = ctx.saved_tensors
         weight = frozen[0] if ctx.form is None else Packed(*ctx.form, *frozen)
         needs_x, _, needs_a, needs_c, needs_b, *_ = ctx.needs_input_grad
         dy = dy.reshape(-1, dy.shape[-1])
         a, b, c = A.to(dy.dtype), B.to(dy.dtype), None if C is None else C.to(dy.dtype)
         dzc = (dy @ b).mul_(ctx.scale)
         dz = dzc if c is None else dzc @ c
-        z = None if not (needs_c or needs_b) else kept @ a.T if needs_a else kept
+        z = None if not (needs_c or needs_b) else source @ a.T if needs_a else source
         dx = dA = dC = dB = None
         if needs_x:
             dx = product(dy, weight, dz, a.T, forward=False).view(ctx.shape)
         if needs_a:
-            dA = (dz.T @ kept).to(A.dtype)
+            dA = (dz.T @ source).to(A.dtype)
         if needs_c:
             dC = (dzc.T @ z).to(C.dtype)
         if needs_b:

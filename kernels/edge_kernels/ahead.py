@@ -1,9 +1,10 @@
-"""Compiles every kernel in every configuration for GPUs that are not there, and refuses what would run badly on them.
+"""Compiles every kernel in every configuration for GPUs that are not present, and judges the code.
 
-A configuration fails if registers spill to memory, if it needs more shared memory than a program of that architecture may
-have (the compiler does not look), or if it is declared as streamed and has no asynchronous copies: loads of single values
-instead of vectors. Operators are found by their `ahead_of_time`.
-Source: `triton.compile` with a GPUTarget; the cubin's resources from the disassembler that comes with Triton.
+A configuration fails for one of three reasons: registers spill to memory; the kernel needs more
+shared memory than a program of that architecture may have, which the compiler does not check; or
+the kernel is declared as streamed and has no asynchronous copies, so it loads single values instead
+of vectors. An operator takes part if its module has `ahead_of_time`, which returns its Examples.
+Source: `triton.compile` with a GPUTarget; the cubin's resources from Triton's own disassembler.
 """
 
 import os
@@ -16,20 +17,27 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import edge_kernels
-from edge_kernels.backend import Launch, shared_bytes, triton
+import torch
 
-ARCHITECTURES = (80, 86, 87, 89, 90, 100, 120)
+import edge_kernels
+from edge_kernels.backend import DTYPES, Example, triton
+
+# Shared memory that a program may have, in KiB, by architecture (87: sm_87).
+# Source: CUDA C++ programming guide, technical specifications.
+SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+ARCHITECTURES = tuple(SHARED_KIB)
+TYPES = {torch.int8: "i8", torch.uint8: "u8", torch.int64: "i64", **{d: name for name, d in DTYPES.items()}}
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one configuration takes on one architecture, and why it fails (empty: it does not)."""
+    """The resources of one configuration on one architecture, and its faults."""
 
     operator: str
     name: str
@@ -44,14 +52,13 @@ class Compiled:
 
 def operators() -> list[str]:
     """Full names of the modules that have kernels."""
-    names = [f"edge_kernels.{module.name}" for module in pkgutil.iter_modules(edge_kernels.__path__)]
-    others = ("__main__", "ahead", "bench")
-    modules = [import_module(name) for name in names if name.split(".")[1] not in others]
+    names = [module.name for module in pkgutil.iter_modules(edge_kernels.__path__)]
+    modules = [import_module(f"edge_kernels.{name}") for name in names if name not in ("__main__", "ahead")]
     return [module.__name__ for module in modules if hasattr(module, "ahead_of_time")]
 
 
 def compile_all(modules: list[str], architectures: tuple[int, ...]) -> list[Compiled]:
-    """Compile the configurations of operators, a process a core. Triton's cache keeps what they took long for.
+    """Compile the Examples of operators, one process a core. Triton's cache makes later runs short.
 
     Args:
         modules: names of modules with an `ahead_of_time`.
@@ -62,69 +69,84 @@ def compile_all(modules: list[str], architectures: tuple[int, ...]) -> list[Comp
     """
     if find_spec("triton") is None:
         raise RuntimeError("Triton is not installed, and is needed to compile: pip install triton")
-    groups = [(module, architecture) for module in modules for architecture in architectures]
+    tasks = [(module, architecture) for module in modules for architecture in architectures]
     context, cores = get_context("spawn"), len(os.sched_getaffinity(0))
-    # a process of its own sees the variable before it imports the operators, so that backend imports Triton without a GPU
+    # The variable has to be set before a process imports the operators: it makes `backend` import
+    # Triton on a machine without a GPU.
     with (
         mock.patch.dict(os.environ, EDGE_KERNELS_AHEAD="1", TRITON_DISABLE_LINE_INFO="1"),
         ProcessPoolExecutor(cores, context) as pool,
     ):
-        counts = list(pool.map(_count, *zip(*groups, strict=True)))
-        tasks = [
-            (*group, index) for group, count in zip(groups, counts, strict=True) for index in range(count)
-        ]
-        return list(pool.map(_compile_one, *zip(*tasks, strict=True), chunksize=4))
+        return list(chain.from_iterable(pool.map(_compile_operator, *zip(*tasks, strict=True))))
 
 
-def _count(module: str, architecture: int) -> int:
-    return len(import_module(module).ahead_of_time(architecture))
+def _compile_operator(module: str, architecture: int) -> list[Compiled]:
+    examples: list[Example] = import_module(module).ahead_of_time()
+    return [_judge(module.rpartition(".")[2], example, architecture) for example in examples]
 
 
-def _compile_one(module: str, architecture: int, index: int) -> Compiled:
-    launch = import_module(module).ahead_of_time(architecture)[index]
-    return _compile_launch(module.rpartition(".")[2], launch, architecture)
-
-
-def _compile_launch(operator: str, launch: Launch, architecture: int) -> Compiled:
-    binary = _compile(launch, architecture)
+def _judge(operator: str, example: Example, architecture: int) -> Compiled:
+    binary = _compile(example, architecture)
     registers, stack = _usage(binary.asm["cubin"])
     copies = binary.asm["ptx"].count("cp.async.c")  # .ca, .cg: copies of whole vectors
     instructions = _code_bytes(binary.asm["cubin"]) // 16
-    shared, most = int(binary.metadata.shared), shared_bytes(architecture)
+    shared, limit = int(binary.metadata.shared), SHARED_KIB[architecture] << 10
     faults = []
     if stack:
         faults.append(f"spills {stack} bytes a thread")
-    if shared > most:
-        faults.append(f"takes {shared} bytes of shared memory, but a program of sm_{architecture} has {most}")
-    if launch.streamed and not copies:
+    if shared > limit:
+        faults.append(
+            f"takes {shared} bytes of shared memory, but a program of sm_{architecture} has {limit}"
+        )
+    if example.streamed and not copies:
         faults.append("has no asynchronous copies: its loads are not vectors")
     numbers = (registers, stack, shared, instructions, copies)
-    return Compiled(operator, launch.name, architecture, *numbers, tuple(faults))
+    return Compiled(operator, example.name, architecture, *numbers, tuple(faults))
 
 
-def _compile(launch: Launch, architecture: int) -> Any:
-    kernel_names = launch.kernel.arg_names
-    signature = {name: launch.signature.get(name, "constexpr") for name in kernel_names}
-    constants = {(kernel_names.index(name),): value for name, value in launch.constants.items()}
-    aligned = [
-        name for name, kind in launch.signature.items() if kind.startswith("*") or name in launch.divisible
-    ]
-    attributes = {(kernel_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
+def _compile(example: Example, architecture: int) -> Any:
+    """Compile what the launch would: Triton specialises on types, on multiples of 16 and on ones."""
+    kernel, values = _recorded(example)
+    signature: dict[str, str] = {}
+    constants, aligned = {}, {}
+    for place, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values.pop(parameter.name)
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[name], constants[(place,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+        # torch's allocations are aligned, too; without this fact loads are not vectors
+        if isinstance(value, torch.Tensor) or (signature[name] == "i32" and value % 16 == 0):
+            aligned[(place,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
     target = import_module("triton.backends.compiler").GPUTarget("cuda", architecture, 32)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=values)
+
+
+def _recorded(example: Example) -> tuple[Any, dict[str, Any]]:
+    """The kernel that the example launches, and its arguments and compiler options by name."""
+    launches = []
+
+    def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        launches.append((kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | named))
+
+    with mock.patch.object(triton.JITFunction, "run", record):
+        example.launch(*example.arguments)
+    assert len(launches) == 1, f"{example.name} launches {len(launches)} kernels instead of one"
+    return launches[0]
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack that a thread has."""
+    """Registers, and bytes of stack, of a thread."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [str(tool), "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    registers, stack = (int(re.findall(rf"{what}:(\d+)", text)[-1]) for what in ("REG", "STACK"))
+    registers, stack = (int(re.findall(rf"{field}:(\d+)", text)[-1]) for field in ("REG", "STACK"))
     return registers, stack
 
 

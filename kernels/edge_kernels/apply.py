@@ -2,11 +2,12 @@
 
     norms        rms_norm, layer_norm
     MLP          gated_activation, where the activation has a gate; in tiles of tokens
-    attention    rotary, where there are rotary positions; attention, on a CPU where nothing but later keys is masked
+    attention    rotary, where there are rotary positions; attention, on a CPU where only later keys are
+                 masked
 
-Each module gets a `forward` of its own that hides its class's; no weight moves and no class or library is changed. The
-operators treat weights as frozen, so a module whose own weight wants a gradient is refused, and so is a kind of norm or MLP
-that is not known by name here.
+Each module gets an attribute `forward` that hides its class's method. No weight moves, and no class and
+no library is changed. The operators treat weights as frozen, so a norm whose own weight requires a
+gradient is refused. A norm or MLP whose class is not in the tables below is refused, too.
 """
 
 import inspect
@@ -25,38 +26,38 @@ from edge_kernels.layer_norm import layer_norm
 from edge_kernels.rms_norm import rms_norm
 from edge_kernels.rotary import rotary
 
-OFFSETS = {  # of the weight in each RMS norm
+OFFSETS = {  # rms_norm's offset, by the class of the norm
     **dict.fromkeys(("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"), 0.0),
     **dict.fromkeys(("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"), 1.0),
 }
+# MLPs with a gate and an up projection, with a fused one, and without a gate, which stay as they are
 GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP")
 FUSED = ("Phi3MLP",)
-UNGATED = ("PhiMLP", "GPT2MLP")  # left as they are
+UNGATED = ("PhiMLP", "GPT2MLP")
 KINDS: dict[str, Kind] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-ROTARY, INTERFACES = (
-    "apply_rotary_pos_emb",
-    "ALL_ATTENTION_FUNCTIONS",
-)  # transformers' names, in an attention's file
+# transformers' names in the file of an attention
+ROTARY, INTERFACES = "apply_rotary_pos_emb", "ALL_ATTENTION_FUNCTIONS"
 
 Forward = Callable[..., Any]
 
 
 def apply(model: nn.Module, mlp_tokens: int | None = None) -> Callable[[], None]:
-    """Swap the operators into a transformers model of the Llama, Mistral, Qwen, Gemma, Phi and GPT-2 families.
+    """Swap the operators into a transformers model: Llama, Mistral, Qwen, Gemma, Phi and GPT-2 families.
 
     Args:
         model: loaded and frozen (adapters may train).
-        mlp_tokens: that go through an MLP with a gate at once; None: all. In tiles, its weights have to stay where they are
-            from forward to backward.
+        mlp_tokens: tokens that go through a gated MLP at a time; None: all. In tiles, the weights must
+            stay in place from forward to backward.
 
     Returns:
-        A function that takes them out again.
+        A function that takes the operators out again.
 
     Raises:
-        ValueError: a module is of a kind that is not known, or its own weight wants a gradient. Nothing was swapped then.
+        ValueError: the class of a module is unknown, or a norm's own weight requires a gradient. The
+            model is unchanged then.
     """
-    found = {name: _forward(name, module, mlp_tokens) for name, module in model.named_modules()}
-    swapped = [(model.get_submodule(name), forward) for name, forward in found.items() if forward is not None]
+    forwards = {name: _forward(name, module, mlp_tokens) for name, module in model.named_modules()}
+    swapped = [(model.get_submodule(name), forward) for name, forward in forwards.items() if forward]
     for module, forward in swapped:
         module.forward = forward
 
@@ -68,7 +69,7 @@ def apply(model: nn.Module, mlp_tokens: int | None = None) -> Callable[[], None]
 
 
 def _forward(name: str, module: nn.Module, mlp_tokens: int | None) -> Forward | None:
-    """What stands for the module's own forward; None where that stays."""
+    """The module's new forward; None where the module stays as it is."""
     kind = type(module).__name__
     if kind in OFFSETS:
         _check_frozen(name, module)
@@ -84,8 +85,8 @@ def _forward(name: str, module: nn.Module, mlp_tokens: int | None) -> Forward | 
     if kind.endswith("Attention"):
         return _attention(module)
     if kind.endswith(("Norm", "MLP")) and kind not in UNGATED:
-        known = ", ".join((*OFFSETS, "LayerNorm", *GATED, *FUSED, *UNGATED))
-        raise ValueError(f"{name} is a {kind}, which is not known; known: {known}")
+        classes = ", ".join((*OFFSETS, "LayerNorm", *GATED, *FUSED, *UNGATED))
+        raise ValueError(f"{name} is a {kind}, which is not known; known: {classes}")
     return None
 
 
@@ -107,48 +108,47 @@ def _fused(module: Any, kind: Kind, x: torch.Tensor) -> torch.Tensor:
 
 
 def _attention(module: nn.Module) -> Forward | None:
-    """The attention's own code, in which the names of the rotary function and of torch's attention mean ours."""
+    """The attention's own code, with other globals: the rotary function and the table of attentions are ours."""
     code = inspect.unwrap(type(module).forward)
     if not {ROTARY, INTERFACES} & code.__globals__.keys():
         return None
     names = {**code.__globals__, ROTARY: lambda q, k, cos, sin, unsqueeze_dim=1: rotary(q, k, cos, sin)}
     if INTERFACES in names:
         names[INTERFACES] = _Interfaces(names[INTERFACES])
-    ours = types.FunctionType(code.__code__, names, code.__name__, code.__defaults__, code.__closure__)
-    ours.__kwdefaults__ = code.__kwdefaults__
-    return types.MethodType(ours, module)
+    forward = types.FunctionType(code.__code__, names, code.__name__, code.__defaults__, code.__closure__)
+    forward.__kwdefaults__ = code.__kwdefaults__
+    return types.MethodType(forward, module)
 
 
 class _Interfaces:
-    """Attention functions by name: torch's on a CPU gives way to ours where it can."""
+    """transformers' table of attention functions, in which torch's gives way to ours where ours can stand in."""
 
-    def __init__(self, theirs: Any) -> None:
-        self._theirs = theirs
+    def __init__(self, table: Any) -> None:
+        self._table = table
 
     def get_interface(self, name: str, default: Forward) -> Forward:
-        found: Forward = self._theirs.get_interface(name, default)
-        return partial(_attend, found) if name == "sdpa" else found
+        """The attention function of that name."""
+        function: Forward = self._table.get_interface(name, default)
+        return partial(_attend, function) if name == "sdpa" else function
 
 
-def _attend(theirs, module, q, k, v, mask, dropout=0.0, scaling=None, **rest):  # type: ignore[no-untyped-def]
-    causal = module.is_causal if rest.get("is_causal") is None else rest["is_causal"]
-    if (
-        q.is_cuda
-        or mask is not None
-        or dropout
-        or not causal
-        or q.shape[2] != k.shape[2]
-        or rest.get("softcap")
-    ):
-        return theirs(module, q, k, v, mask, dropout=dropout, scaling=scaling, **rest)
-    return attention(q, k, v, scaling or q.shape[-1] ** -0.5).transpose(1, 2).contiguous(), None
+def _attend(theirs, module, q, k, v, mask, **options):  # type: ignore[no-untyped-def]
+    """Our attention on a CPU where only later keys are masked, else theirs."""
+    causal = module.is_causal if options.get("is_causal") is None else options["is_causal"]
+    altered = options.get("dropout") or options.get("softcap") or q.shape[2] != k.shape[2]
+    if q.is_cuda or mask is not None or not causal or altered:
+        return theirs(module, q, k, v, mask, **options)
+    scale = options.get("scaling") or q.shape[-1] ** -0.5
+    return attention(q, k, v, scale).transpose(1, 2).contiguous(), None
 
 
 def _activation(name: str, module: Any) -> Kind:
-    seen = getattr(module.config, "hidden_activation", None) or module.config.hidden_act
-    if seen not in KINDS:
-        raise ValueError(f"{name} has the activation {seen}, which is not known; known: {', '.join(KINDS)}")
-    return KINDS[seen]
+    activation = getattr(module.config, "hidden_activation", None) or module.config.hidden_act
+    if activation not in KINDS:
+        raise ValueError(
+            f"{name} has the activation {activation}, which is not known; known: {', '.join(KINDS)}"
+        )
+    return KINDS[activation]
 
 
 def _check_frozen(name: str, module: nn.Module) -> None:

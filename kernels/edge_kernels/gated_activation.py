@@ -1,44 +1,51 @@
 """The product in the middle of a gated MLP: SwiGLU and GeGLU.
 
-    y = act(gate) · up,   act(u) = u · σ(u),  or u · Φ(u) exactly, or with tanh in place of Φ's error function
+    y = act(gate) · up
     dgate = dy · up · act'(gate),   dup = dy · act(gate)
 
-Kept for backward: gate and up; act(gate) is computed again.
+    silu        act(u) = u · σ(u)
+    gelu        act(u) = u · Φ(u), Φ the normal distribution
+    gelu_tanh   the same, with Φ approximated by tanh
+
+Kept for backward: gate and up; act(gate) is recomputed.
 Source: Shazeer 2020, arXiv 2002.05202; Hendrycks & Gimpel 2016, arXiv 1606.08415 (the two forms of GELU).
 """
 
+from itertools import product
 from typing import Any, Literal, get_args
 
 import torch
 
-from edge_kernels.backend import Launch, jit, on_triton, tl, triton
+from edge_kernels.backend import DTYPES, Example, blank, jit, on_triton, tl, triton
 
 Kind = Literal["silu", "gelu", "gelu_tanh"]
 
 
 def gated_activation(gate: torch.Tensor, up: torch.Tensor, kind: Kind) -> torch.Tensor:
-    """Activate the gate and multiply.
+    """Multiply the activated gate with up.
 
     Args:
-        gate, up: (..., n) of one shape, device and dtype: float32, float16 or bfloat16. Halves of one tensor may come as
-            they are: their rows are read where they lie.
-        kind: of the activation.
+        gate, up: (..., n) of the same shape, device and dtype: float32, float16 or bfloat16. Two
+            halves of one tensor need no copy: their rows are read in place.
+        kind: the activation, "silu", "gelu" or "gelu_tanh".
 
     Returns:
-        (..., n) of their dtype.
+        (..., n) of the same dtype.
 
     Raises:
-        ValueError: gate and up differ, or kind is none of the three.
+        ValueError: gate and up differ in shape, dtype or device, or kind is unknown.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind is {kind!r}, but has to be one of {', '.join(get_args(Kind))}")
     if (gate.shape, gate.dtype, gate.device) != (up.shape, up.dtype, up.device):
         raise ValueError(
-            f"gate is {tuple(gate.shape)} {gate.dtype} on {gate.device} but up {tuple(up.shape)} {up.dtype} on {up.device}: "
-            "they have to be alike"
+            f"gate is {tuple(gate.shape)} {gate.dtype} on {gate.device} but up {tuple(up.shape)} {up.dtype} "
+            f"on {up.device}: they have to be alike"
         )
     if gate.dim() == 0 or not gate.is_floating_point():
-        raise ValueError(f"gate is {gate.dtype} {tuple(gate.shape)}, but has to have an axis of floats")
+        raise ValueError(
+            f"gate is {gate.dtype} {tuple(gate.shape)}, but needs at least one axis and a float dtype"
+        )
     y: torch.Tensor = _GatedActivation.apply(gate, up, kind)
     return y
 
@@ -82,7 +89,7 @@ def _activated(gate, kind):  # type: ignore[no-untyped-def]
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
-# --- triton: a piece of a row a program
+# --- triton: each program has a piece of a row
 
 TILE: dict[str, Any] = {"BLOCK": 1024, "num_warps": 4}
 
@@ -104,7 +111,7 @@ def _backward_triton(dy, gate, up, kind):  # type: ignore[no-untyped-def]
 
 
 def _rows(x):  # type: ignore[no-untyped-def]
-    """x, or a copy where its rows are not whole or do not follow one another at one distance."""
+    """x as rows at one distance from each other; a copy if x does not lie like that in memory."""
     x = x[None] if x.dim() == 1 else x
     even = all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 2))
     return x if x.stride(-1) == 1 and even else x.contiguous()
@@ -150,7 +157,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _share(gate, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What the activation lets through of the gate, 0 to 1."""
+    """act(gate) / gate, from 0 to 1."""
     if KIND == "silu":
         share = tl.sigmoid(gate)
     elif KIND == "gelu":
@@ -160,24 +167,13 @@ def _share(gate, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     return share
 
 
-def ahead_of_time(capability: int) -> list[Launch]:
-    """Every configuration that a launch takes; the same on every architecture."""
-    launches = []
-    for name in ("bf16", "fp16", "fp32"):
-        for kind in get_args(Kind):
-            x, sizes = f"*{name}", dict.fromkeys(("n", "gate_row", "up_row"), "i32")
-            for label, kernel, names in (
-                ("forward", _forward_kernel, ("gate_ptr", "up_ptr", "y_ptr")),
-                ("backward", _backward_kernel, ("dy_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr")),
-            ):
-                launches.append(
-                    Launch(
-                        f"gated_activation {name} {kind} {label}",
-                        kernel,
-                        {**dict.fromkeys(names, x), **sizes},
-                        {"KIND": kind, "BLOCK": TILE["BLOCK"]},
-                        TILE["num_warps"],
-                        divisible=tuple(sizes),
-                    )
-                )
-    return launches
+def ahead_of_time() -> list[Example]:
+    """Every kind of activation, forward and backward."""
+    examples = []
+    for (name, dtype), kind in product(DTYPES.items(), get_args(Kind)):
+        x, label = blank(dtype, 17, 1024), f"gated_activation {name} {kind}"
+        examples += [
+            Example(f"{label} forward", _forward_triton, (x, x, kind)),
+            Example(f"{label} backward", _backward_triton, (x, x, x, kind)),
+        ]
+    return examples

@@ -1,9 +1,10 @@
-"""A function of each token by itself, such as an MLP, run so many tokens at a time, forward and again in backward.
+"""A function of each token by itself, such as an MLP, run on a number of tokens at a time.
 
-    y = f(x)        dx, and the gradients of what f trains: tile by tile, where f runs again first
+    y = f(x)        dx and the gradients of f's parameters: tile by tile, where f runs again first
 
-Kept for backward: x. What the operations of f make exists for one tile. As the last operation of a checkpointed block it
-costs no time: the block's second run ends at x, so that f runs twice in all, as without tiles.
+Kept for backward: x. The intermediate tensors of f exist for one tile. As the last operation of a
+checkpointed block the tiles cost no time: the block's second run ends at x, so f runs twice in all, as it
+does without tiles.
 Source: Bekman et al. 2025, arXiv 2506.13996 (tiled MLP).
 """
 
@@ -22,13 +23,14 @@ def in_tiles(
     """Run the function over x.
 
     Args:
-        function: (any number, n) to the same shape, each row by itself and without chance.
-        x: (..., n) of any float type.
-        tokens: rows at a time; up to as many go through as they are.
-        trained: the parameters in the function that want gradients. They have one all at once, after the last tile.
+        function: (rows, n) to the same shape; deterministic, and each row by itself.
+        x: (..., n) of any float dtype.
+        tokens: rows at a time; no tiles where x has no more.
+        trained: the function's parameters that require gradients. Each gets its whole gradient after the
+            last tile.
 
     Returns:
-        Shaped and typed like x.
+        A tensor shaped and typed like x.
 
     Raises:
         ValueError: tokens is not positive.
@@ -46,11 +48,11 @@ class _InTiles(torch.autograd.Function):
     def forward(ctx, x, function, tokens, *trained):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x)
         ctx.function, ctx.tokens, ctx.trained = function, tokens, trained
-        y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)  # and so they stay where nothing reads them
+        y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)  # the result where nothing reads it
         if not nothing_reads(ctx.needs_input_grad, (x,)):
             with without_blocks():
-                for part, into in zip(_tiles(x, tokens), _tiles(y, tokens), strict=True):
-                    into.copy_(function(part))
+                for tile, result in zip(_tiles(x, tokens), _tiles(y, tokens), strict=True):
+                    result.copy_(function(tile))
         return y
 
     @staticmethod
@@ -58,12 +60,13 @@ class _InTiles(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in ctx.trained]
-        for part, dpart, into in zip(*(_tiles(tensor, ctx.tokens) for tensor in (x, dy, dx)), strict=True):
+        tiles = (_tiles(tensor, ctx.tokens) for tensor in (x, dy, dx))
+        for tile, dy_tile, dx_tile in zip(*tiles, strict=True):
             with torch.enable_grad():
-                leaf = part.detach().requires_grad_()
+                leaf = tile.detach().requires_grad_()
                 y = ctx.function(leaf)
-            dleaf, *grads = torch.autograd.grad(start([y], [dpart]), (leaf, *ctx.trained))
-            into.copy_(dleaf)
+            dleaf, *grads = torch.autograd.grad(start([y], [dy_tile]), (leaf, *ctx.trained))
+            dx_tile.copy_(dleaf)
             for total, grad in zip(sums, grads, strict=True):
                 total += grad
         return (dx, None, None, *(total.to(p.dtype) for total, p in zip(sums, ctx.trained, strict=True)))
@@ -71,4 +74,5 @@ class _InTiles(torch.autograd.Function):
 
 def _tiles(x: torch.Tensor, tokens: int) -> tuple[torch.Tensor, ...]:
     rows = x.reshape(-1, x.shape[-1])
-    return rows.chunk(-(-len(rows) // tokens))  # of one size: what one leaves in the heap fits the next
+    # tiles of equal size: the memory that one frees fits the next
+    return rows.chunk(-(-len(rows) // tokens))

@@ -3,15 +3,16 @@
     y = x̂ · weight + bias,   x̂ = (x - mean(x)) · rstd,   rstd = 1 / sqrt(var(x) + eps)   over the last axis
     dx = (g - mean(g) - x̂ · mean(g · x̂)) · rstd,   g = dy · weight
 
-Kept for backward: x and two numbers a row. Weight and bias are frozen, so they get no gradient.
+Kept for backward: x, and mean and rstd, one float32 a row each. Weight and bias are frozen and get
+no gradient.
 Source: Ba, Kiros & Hinton 2016, arXiv 1607.06450.
 """
 
-from typing import Any
+from itertools import product
 
 import torch
 
-from edge_kernels.backend import Launch, jit, on_triton, row_tile, tl, triton
+from edge_kernels.backend import DTYPES, Example, blank, jit, on_triton, row_tile, tl, triton
 from edge_kernels.rms_norm import WIDTHS, check_norm
 
 
@@ -35,11 +36,11 @@ def layer_norm(
     check_norm(x, weight, eps)
     if bias is not None and bias.shape != weight.shape:
         raise ValueError(
-            f"bias is {tuple(bias.shape)} but weight {tuple(weight.shape)}: they have to be alike"
+            f"bias is {tuple(bias.shape)} but weight {tuple(weight.shape)}: their shapes have to be equal"
         )
     for name, part in (("weight", weight), ("bias", bias)):
         if part is not None and part.dtype != x.dtype:
-            raise ValueError(f"x is {x.dtype} but {name} is {part.dtype}: hold them in one type")
+            raise ValueError(f"x is {x.dtype} but {name} is {part.dtype}: they need one dtype")
     y: torch.Tensor = _LayerNorm.apply(x, weight, bias, eps)
     return y
 
@@ -58,15 +59,11 @@ class _LayerNorm(torch.autograd.Function):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         rows = x.reshape(-1, x.shape[-1])
         backend = _backward_triton if on_triton(x) and len(rows) else _backward_torch
-        return (
-            backend(dy.reshape(rows.shape), rows, weight, bias, mean, rstd).view(x.shape),
-            None,
-            None,
-            None,
-        )
+        dx = backend(dy.reshape(rows.shape), rows, weight, bias, mean, rstd)
+        return dx.view(x.shape), None, None, None
 
 
-# --- torch: its own kernels are one pass each and keep no more
+# --- torch: its own kernels make one pass each and keep the same tensors
 
 
 def _forward_torch(x, weight, bias, eps):  # type: ignore[no-untyped-def]
@@ -80,7 +77,7 @@ def _backward_torch(dy, x, weight, bias, mean, rstd):  # type: ignore[no-untyped
     )[0]
 
 
-# --- triton: a tile of whole rows a program
+# --- triton: each program has a tile of whole rows
 
 
 def _forward_triton(x, weight, bias, eps):  # type: ignore[no-untyped-def]
@@ -149,34 +146,18 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     x_hat = tl.where(inside, x_hat, 0.0)
     weight = tl.load(weight_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
     g = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32) * weight[None, :]
-    along = tl.sum(g * x_hat, axis=1) / n
-    tl.store(dx_ptr + at, (g - (tl.sum(g, axis=1) / n)[:, None] - x_hat * along[:, None]) * rstd, mask=inside)
+    mean_g, mean_gx = tl.sum(g, axis=1) / n, tl.sum(g * x_hat, axis=1) / n
+    tl.store(dx_ptr + at, (g - mean_g[:, None] - x_hat * mean_gx[:, None]) * rstd, mask=inside)
 
 
-def ahead_of_time(capability: int) -> list[Launch]:
-    """The tiles of narrow and wide rows; the same on every architecture. With a bias, which only adds to them."""
-    launches = []
-    for name in ("bf16", "fp16", "fp32"):
-        for n in WIDTHS:
-            tile: dict[str, Any] = row_tile(n)
-            warps = tile.pop("num_warps")
-            x, row = f"*{name}", {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
-            signature = {"x_ptr": x, "weight_ptr": x, "bias_ptr": x, "y_ptr": x, **row}
-            signature |= {"count": "i32", "n": "i32", "eps": "fp32"}
-            constants, label = {"BIASED": True, **tile}, f"layer_norm {name} {n}"
-            launches.append(
-                Launch(f"{label} forward", _forward_kernel, signature, constants, warps, divisible=("n",))
-            )
-            signature = {
-                "dy_ptr": x,
-                "x_ptr": x,
-                "weight_ptr": x,
-                **row,
-                "dx_ptr": x,
-                "count": "i32",
-                "n": "i32",
-            }
-            launches.append(
-                Launch(f"{label} backward", _backward_kernel, signature, tile, warps, divisible=("n",))
-            )
-    return launches
+def ahead_of_time() -> list[Example]:
+    """Narrow and wide rows, forward with a bias and backward."""
+    examples = []
+    for (name, dtype), n in product(DTYPES.items(), WIDTHS):
+        x, weight, rstd = blank(dtype, 17, n), blank(dtype, n), blank(torch.float32, 17)
+        label = f"layer_norm {name} {n}"
+        examples += [
+            Example(f"{label} forward", _forward_triton, (x, weight, weight, 1e-5)),
+            Example(f"{label} backward", _backward_triton, (x, x, weight, weight, rstd, rstd)),
+        ]
+    return examples

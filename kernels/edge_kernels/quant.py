@@ -1,17 +1,21 @@
-"""Block formats of frozen matrices, and rows of 8-bit activations.
+"""Block formats of frozen matrices.
 
-    q8_0    w = d · q             32 values a block, q in -127..127                       8.5 bits a value
-    q4_0    w = d · (q - 8)       32 values a block, q in 0..15                           4.5
-    q4_1    w = d · q + m         32 values a block, q in 0..15                           5
-    nf4     w = s · table[q]      64 values a block; s = offset + s2 · dynamic[code]      4.13
+    q8_0    w = d · q             32 values a block, q in -127..127     8.5 bits a value
+    q4_0    w = d · (q - 8)       32 values a block, q in 0..15         4.5
+    q4_1    w = d · q + m         32 values a block, q in 0..15         5
+    nf4     w = s · table[q]      64 values a block                     4.13
+            s = offset + s2 · dynamic_map[code]
 
-The first three are GGUF's blocks with their parts apart: scales together and quants together, so that a tile is read in
-wide loads. Four-bit quants keep GGUF's order: the low halves of a block's bytes are its first half, the high ones its
-second; nf4 does the same. A row is padded to whole blocks. d and m are float16; s is quantised again, 256 scales sharing
-one float32 (double quantisation).
-Source: ggml's block formats; Dettmers et al. 2023, arXiv 2305.14314 (nf4), 2022, arXiv 2110.02861 (dynamic map).
+The first three are GGUF's blocks with their parts kept apart: all scales together and all quants
+together, so that a kernel reads a tile in wide loads. d and m are float16. For nf4 the scales s are
+quantised again (double quantisation): 256 codes share one float32 s2. Four-bit quants have GGUF's
+order: the low halves of a block's bytes are its first half, the high halves its second half. A row
+is padded to whole blocks.
+Source: ggml's block formats; Dettmers et al. 2023, arXiv 2305.14314 (nf4); Dettmers et al. 2022,
+arXiv 2110.02861 (dynamic map).
 """
 
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,56 +24,49 @@ from edge_kernels.backend import row_pieces
 
 Format = Literal["q8_0", "q4_0", "q4_1", "nf4"]
 BLOCK: dict[str, int] = {"q8_0": 32, "q4_0": 32, "q4_1": 32, "nf4": 64}
-PIECE_VALUES = 1 << 18  # in float32 at once: a core's cache, and a heap's small change
+# Values held in float32 at a time: they fit a core's cache, and the heap reuses them as one piece.
+PIECE_VALUES = 1 << 18
+EXPANDED_BYTES = 4 << 20  # of a packed matrix's rows that `expanded_rows` holds at a time
 GROUP = 256  # nf4 scales that share a second-level scale
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
     *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
-    *(
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+    *(0.7229568362236023, 1.0),
 )
 
 
 class Packed(NamedTuple):
-    """A frozen matrix (out, in) in blocks along its rows; padded is in, rounded up to whole blocks.
+    """A frozen matrix (out, in) in blocks along its rows.
 
-    quants: (out, padded) int8 for q8_0, else (out, padded / 2) uint8.
-    scales: (out, blocks) float16; for nf4 the uint8 codes of the scales.
-    mins: q4_1: (out, blocks) float16; else None.
-    groups, offset: nf4: (ceil(out · blocks / GROUP),) float32 second-level scales, and what is added; else None.
+    `padded` below is in, rounded up to whole blocks; `blocks` is the number of blocks in a row.
     """
 
     format: Format
     shape: tuple[int, int]
-    quants: torch.Tensor
-    scales: torch.Tensor
-    mins: torch.Tensor | None = None
-    groups: torch.Tensor | None = None
-    offset: torch.Tensor | None = None
+    quants: torch.Tensor  # (out, padded) int8 for q8_0, else (out, padded / 2) uint8
+    scales: torch.Tensor  # (out, blocks) float16; for nf4 the scales' codes in uint8
+    mins: torch.Tensor | None = None  # q4_1: (out, blocks) float16
+    groups: torch.Tensor | None = None  # nf4: (ceil(out · blocks / GROUP),) float32, second-level scales
+    offset: torch.Tensor | None = None  # nf4: () float32, added to every scale
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its tensors."""
+        """Bytes of all tensors."""
         return sum(part.nbytes for part in self.parts if part is not None)
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """The device of the tensors."""
         return self.quants.device
 
     @property
     def parts(self) -> tuple[torch.Tensor | None, ...]:
-        """Its tensors: what an autograd Function keeps, so that a checkpointed block lets go of them too."""
+        """The tensors. An autograd Function saves them, so that a checkpointed block releases them too."""
         return self[2:]
 
     def rows(self, index: slice | torch.Tensor) -> "Packed":
-        """Some rows; of nf4 a slice that starts at a multiple of GROUP, where second-level scales part too."""
+        """A part of the rows. For nf4: a slice that starts at a multiple of GROUP, so that groups stay whole."""
         mins = None if self.mins is None else self.mins[index]
         groups = self.groups
         if groups is not None:
@@ -97,7 +94,8 @@ def pack(weight: torch.Tensor, format: Format) -> Packed:
         format: one of the formats above.
 
     Raises:
-        ValueError: the weight is no matrix, holds a value that is not finite, or needs a scale that float16 has not.
+        ValueError: the weight is not a matrix, has a value that is not finite, or needs a scale
+            beyond float16's range.
     """
     if weight.dim() != 2 or not weight.numel():
         raise ValueError(
@@ -124,27 +122,58 @@ def pack(weight: torch.Tensor, format: Format) -> Packed:
 def expand(
     packed: Packed, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The matrix in a float dtype, each value rounded once from float32.
+    """Expand a packed matrix to a float dtype; each value is rounded once, from float32.
 
     Args:
-        out: (out, in) to write to, which also sets the dtype; so one buffer serves many matrices.
+        packed: (out, in).
+        dtype: of the result.
+        out: (out, in) to write to, which also sets the dtype; one buffer can serve many matrices.
     """
-    matrix = torch.empty(packed.shape, dtype=dtype, device=packed.quants.device) if out is None else out
+    matrix = torch.empty(packed.shape, dtype=dtype, device=packed.device) if out is None else out
     for rows in row_pieces(packed.shape, PIECE_VALUES):
         matrix[rows] = _values(packed, rows)[:, : packed.shape[1]]
     return matrix
 
 
+def expanded_rows(
+    matrix: torch.Tensor | Packed, dtype: torch.dtype, rows: int | None = None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Go through the rows of a large matrix, such as a head, in pieces; the next piece reuses the memory.
+
+    A dense matrix comes in views. A packed one is expanded into one buffer of at most EXPANDED_BYTES,
+    or GROUP rows where those are larger.
+
+    Args:
+        matrix: (out, in), dense or packed.
+        dtype: of the pieces of a packed matrix; a dense one has its own.
+        rows: that a piece may have; None: no limit. At least GROUP rows come at a time.
+
+    Yields:
+        The rows of the piece, and the piece (rows, in).
+    """
+    out, into = matrix.shape
+    step = out if rows is None else max(rows, GROUP)
+    if isinstance(matrix, torch.Tensor):
+        for first in range(0, out, step):
+            yield slice(first, min(first + step, out)), matrix[first : first + step]
+        return
+    step = max(min(step, EXPANDED_BYTES // (dtype.itemsize * into)) // GROUP, 1) * GROUP
+    buffer = torch.empty(min(step, out), into, dtype=dtype, device=matrix.device)
+    for first in range(0, out, step):
+        piece = slice(first, min(first + step, out))
+        yield piece, expand(matrix.rows(piece), out=buffer[: piece.stop - first])
+
+
 def from_gguf(data: torch.Tensor, format: Literal["q8_0", "q4_0", "q4_1"], shape: tuple[int, int]) -> Packed:
-    """Take a matrix out of a GGUF file's blocks, value for value.
+    """Take a matrix from the blocks of a GGUF file; no value changes.
 
     Args:
         data: uint8, the tensor's bytes in the file.
-        format: the type it has there.
+        format: the tensor's type in the file.
         shape: (out, in); in is a multiple of 32, as GGUF demands.
 
     Raises:
-        ValueError: the bytes are not those of such a matrix, or a scale is not finite.
+        ValueError: the number of bytes does not fit the shape, or a scale is not finite.
     """
     out, into = shape
     width = {"q8_0": 34, "q4_0": 18, "q4_1": 20}[format]
@@ -162,45 +191,11 @@ def from_gguf(data: torch.Tensor, format: Literal["q8_0", "q4_0", "q4_1"], shape
     return Packed(format, shape, quants.view(torch.int8) if format == "q8_0" else quants, scales, mins)
 
 
-def to_gguf(packed: Packed) -> torch.Tensor:
-    """The bytes that a GGUF file has for this matrix; the inverse of from_gguf.
-
-    Raises:
-        ValueError: the format is none of GGUF's, or the rows are not whole blocks.
-    """
-    if packed.format == "nf4" or packed.shape[1] % 32:
-        raise ValueError(f"GGUF has no {packed.format} matrix of {packed.shape[1]} columns")
-    parts = [packed.scales] if packed.mins is None else [packed.scales, packed.mins]
-    headers = [part.contiguous().view(torch.uint8).view(*part.shape, 2) for part in parts]
-    quants = packed.quants.view(torch.uint8).view(*packed.scales.shape, -1)
-    return torch.cat([*headers, quants], -1).flatten()
-
-
-def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round activations (..., n) to int8 with one float32 scale a row: x ≈ q · scale. Shapes (..., n) and (..., 1)."""
-    rows = x.reshape(-1, x.shape[-1])
-    quants = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
-    scale = torch.empty(len(rows), 1, device=x.device)
-    for some in row_pieces(rows.shape, PIECE_VALUES):
-        scale[some] = rows[some].abs().amax(-1, keepdim=True).float() / 127
-        quants[some] = (rows[some] / scale[some].clamp_min(torch.finfo(torch.float32).tiny)).round_()
-    return quants.view(x.shape), scale.view(*x.shape[:-1], 1)
-
-
-def expand_rows(quants: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The activations that quantise_rows took, in a float dtype."""
-    x = torch.empty(quants.shape, dtype=dtype, device=quants.device)
-    rows, scales = quants.reshape(-1, quants.shape[-1]), scale.reshape(-1, 1)
-    for some in row_pieces(rows.shape, PIECE_VALUES):
-        x.view(rows.shape)[some] = rows[some] * scales[some]
-    return x
-
-
 # --- the formats
 
 
 def _values(packed: Packed, rows: slice) -> torch.Tensor:
-    """Some rows in float32, padding included."""
+    """A part of the rows in float32, padding included."""
     quants, size = packed.quants[rows], BLOCK[packed.format]
     if packed.format != "q8_0":
         quants = _halves(quants, size)
@@ -215,9 +210,9 @@ def _values(packed: Packed, rows: slice) -> torch.Tensor:
 
 
 def _halves(quants: torch.Tensor, size: int) -> torch.Tensor:
-    """(out, blocks · size / 2) bytes to (out, blocks · size) of 0..15; the inverse of _nibbles.
+    """(out, blocks · size / 2) bytes to (out, blocks · size) values in 0..15; the inverse of _nibbles.
 
-    Sixteen bytes are moved at once, as a complex number: eight times as fast as each alone.
+    Sixteen bytes move at once, as one complex number: eight times as fast as byte by byte.
     """
     low, high = (
         half.view(len(quants), -1, size // 2).view(torch.complex128) for half in (quants & 15, quants >> 4)
@@ -228,14 +223,13 @@ def _halves(quants: torch.Tensor, size: int) -> torch.Tensor:
 def _pack_q8_0(blocks: torch.Tensor, shape: tuple[int, int]) -> Packed:
     d = blocks.abs().amax(-1, keepdim=True) / 127
     scaled = blocks * _inverse(d)
-    quants = (scaled.sign() * (scaled.abs() + 0.5).floor()).to(
-        torch.int8
-    )  # halves away from zero, as ggml does
+    # ggml rounds halves away from zero
+    quants = (scaled.sign() * (scaled.abs() + 0.5).floor()).to(torch.int8)
     return Packed("q8_0", shape, quants.flatten(1), d[..., 0].half())
 
 
 def _pack_q4_0(blocks: torch.Tensor, shape: tuple[int, int]) -> Packed:
-    d = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8  # the largest value becomes -8 exactly
+    d = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8  # so the largest value becomes -8
     quants = (blocks * _inverse(d) + 8.5).to(torch.uint8).clamp_max(15)
     return Packed("q4_0", shape, _nibbles(quants), d[..., 0].half())
 
@@ -252,9 +246,7 @@ def _pack_nf4(blocks: torch.Tensor, shape: tuple[int, int]) -> Packed:
     offset = largest.mean()
     codes, groups = _pack_scales((largest - offset).flatten())
     packed = Packed("nf4", shape, blocks, codes.view_as(largest), None, groups, offset)
-    scales = _scales(packed, slice(None))[
-        ..., None
-    ]  # as they will be read, so that the values make up for their rounding
+    scales = _scales(packed, slice(None))[..., None]  # as rounded: the quants make up for the rounding
     table = _table(blocks.device)
     bounds = (table[1:] + table[:-1]) / 2
     quants = torch.bucketize(blocks * _inverse(scales), bounds).to(torch.uint8)
@@ -270,7 +262,7 @@ def _pack_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _scales(packed: Packed, rows: slice) -> torch.Tensor:
-    """First-level scales (rows, blocks)."""
+    """First-level scales (rows, blocks) in their value, not their code."""
     if packed.groups is None or packed.offset is None:
         return packed.scales[rows]
     blocks = packed.scales.shape[1]
@@ -281,7 +273,10 @@ def _scales(packed: Packed, rows: slice) -> torch.Tensor:
 
 
 def dynamic_map(device: torch.device | str = "cpu") -> torch.Tensor:
-    """The 256 values of the signed dynamic 8-bit map, ascending: seven decades, each cut twice as fine as the one below."""
+    """The 256 values of the signed dynamic 8-bit map, ascending.
+
+    Seven decades; each is divided twice as finely as the decade below.
+    """
     values = [0.0, 1.0]
     for decade in range(7):
         edges = torch.linspace(0.1, 1.0, 2**decade + 1, dtype=torch.float64)
@@ -299,6 +294,6 @@ def _inverse(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _nibbles(quants: torch.Tensor) -> torch.Tensor:
-    """(out, blocks, size) of 0..15 to (out, blocks · size / 2): a block's first half low, its second high."""
+    """(out, blocks, size) values in 0..15 to (out, blocks · size / 2) bytes, the first half of a block low."""
     low, high = quants.chunk(2, -1)
     return (low | high << 4).flatten(1)

@@ -3,19 +3,19 @@
     y = x · rstd · (weight + offset),   rstd = 1 / sqrt(mean(x²) + eps)   over the last axis
     dx = (g - x̂ · mean(g · x̂)) · rstd,   x̂ = x · rstd,   g = dy · (weight + offset)
 
-Kept for backward: x and one float32 a row. The weight is frozen, so it gets no gradient.
+Kept for backward: x, and rstd, one float32 a row. The weight is frozen and gets no gradient.
 Source: Zhang & Sennrich 2019, arXiv 1910.07467. offset=1 is Gemma's form.
 """
 
-from typing import Any
+from itertools import product
 
 import torch
 
-from edge_kernels.backend import Launch, jit, on_triton, row_pieces, row_tile, tl, triton
+from edge_kernels.backend import DTYPES, Example, blank, jit, on_triton, row_pieces, row_tile, tl, triton
 
-PIECE = (
-    1 << 17
-)  # values that the torch backend has in float32 at once: a core's cache, and a heap's small change
+# Values that the torch backend holds in float32 at a time: they fit a core's cache, and the heap
+# serves and reuses them as one small piece.
+PIECE = 1 << 17
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: float = 0.0) -> torch.Tensor:
@@ -39,7 +39,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: f
 
 
 def check_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
-    """Refuse what a norm over the last axis cannot be applied to: ValueError, naming the argument."""
+    """Check the arguments of a norm over the last axis.
+
+    Raises:
+        ValueError: the norm cannot be applied; the message names the argument.
+    """
     if x.dim() == 0 or weight.dim() != 1 or x.shape[-1] != len(weight):
         raise ValueError(
             f"x is {tuple(x.shape)} but weight {tuple(weight.shape)}: x's last axis has to be weight's"
@@ -56,9 +60,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, offset):  # type: ignore[no-untyped-def]
         rows = x.reshape(-1, x.shape[-1])
-        y, rstd = (_forward_triton if on_triton(x) and len(rows) else _forward_torch)(
-            rows, weight, eps, offset
-        )
+        backend = _forward_triton if on_triton(x) and len(rows) else _forward_torch
+        y, rstd = backend(rows, weight, eps, offset)
         ctx.save_for_backward(x, weight, rstd)
         ctx.offset = offset
         return y.view(x.shape)
@@ -68,15 +71,11 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         rows = x.reshape(-1, x.shape[-1])
         backend = _backward_triton if on_triton(x) and len(rows) else _backward_torch
-        return (
-            backend(dy.reshape(rows.shape), rows, weight, rstd, ctx.offset).view(x.shape),
-            None,
-            None,
-            None,
-        )
+        dx = backend(dy.reshape(rows.shape), rows, weight, rstd, ctx.offset)
+        return dx.view(x.shape), None, None, None
 
 
-# --- torch
+# --- torch: a piece of the rows in float32 at a time
 
 
 def _forward_torch(x, weight, eps, offset):  # type: ignore[no-untyped-def]
@@ -84,9 +83,9 @@ def _forward_torch(x, weight, eps, offset):  # type: ignore[no-untyped-def]
     y, rstd = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(len(x), dtype=wide)
     weight = weight.to(wide) + offset
     for rows in row_pieces(x.shape, PIECE):
-        some = x[rows].to(wide)
-        rstd[rows] = (torch.linalg.vecdot(some, some) / x.shape[1]).add_(eps).rsqrt_()
-        y[rows] = (some * rstd[rows, None]).mul_(weight)
+        piece = x[rows].to(wide)
+        rstd[rows] = (torch.linalg.vecdot(piece, piece) / x.shape[1]).add_(eps).rsqrt_()
+        y[rows] = (piece * rstd[rows, None]).mul_(weight)
     return y, rstd
 
 
@@ -100,7 +99,7 @@ def _backward_torch(dy, x, weight, rstd, offset):  # type: ignore[no-untyped-def
     return dx
 
 
-# --- triton: a tile of whole rows a program
+# --- triton: each program has a tile of whole rows
 
 
 def _forward_triton(x, weight, eps, offset):  # type: ignore[no-untyped-def]
@@ -149,38 +148,18 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(dx_ptr + at, (g - x_hat * mean[:, None]) * rstd, mask=inside)
 
 
-WIDTHS = (
-    64,
-    4096,
-    8192,
-)  # of a head whose keys are normed; of hidden states, up to those of 70 billion parameters
+# of a head whose keys are normalised; of the hidden states of 7 and of 70 billion parameters
+WIDTHS = (64, 4096, 8192)
 
 
-def ahead_of_time(capability: int) -> list[Launch]:
-    """The tiles of narrow and wide rows; the same on every architecture."""
-    launches = []
-    for name in ("bf16", "fp16", "fp32"):
-        for n in WIDTHS:
-            tile: dict[str, Any] = row_tile(n)
-            warps = tile.pop("num_warps")
-            ends = {"count": "i32", "n": "i32", "eps": "fp32", "offset": "fp32"}
-            x = f"*{name}"
-            signature = {"x_ptr": x, "weight_ptr": x, "y_ptr": x, "rstd_ptr": "*fp32", **ends}
-            launches.append(
-                Launch(
-                    f"rms_norm {name} {n} forward", _forward_kernel, signature, tile, warps, divisible=("n",)
-                )
-            )
-            signature = {"dy_ptr": x, "x_ptr": x, "weight_ptr": x, "rstd_ptr": "*fp32", "dx_ptr": x, **ends}
-            del signature["eps"]
-            launches.append(
-                Launch(
-                    f"rms_norm {name} {n} backward",
-                    _backward_kernel,
-                    signature,
-                    tile,
-                    warps,
-                    divisible=("n",),
-                )
-            )
-    return launches
+def ahead_of_time() -> list[Example]:
+    """Narrow and wide rows, forward and backward."""
+    examples = []
+    for (name, dtype), n in product(DTYPES.items(), WIDTHS):
+        x, weight, rstd = blank(dtype, 17, n), blank(dtype, n), blank(torch.float32, 17)
+        label = f"rms_norm {name} {n}"
+        examples += [
+            Example(f"{label} forward", _forward_triton, (x, weight, 1e-6, 0.0)),
+            Example(f"{label} backward", _backward_triton, (x, x, weight, rstd, 0.0)),
+        ]
+    return examples

@@ -1,31 +1,34 @@
 """Rotary positions on queries and keys.
 
-    y1 = x1 cos1 - x2 sin1,   y2 = x2 cos2 + x1 sin2       x1, x2: the two halves of a head's rotated part
+    y1 = x1 cos1 - x2 sin1,      y2 = x2 cos2 + x1 sin2
     dx1 = dy1 cos1 + dy2 sin2,   dx2 = dy2 cos2 - dy1 sin1
 
-Each result is made in one buffer of its own; no rotated half or product beside it. Kept for backward: cos and sin, which
-all layers share.
-Source: Su et al. 2021, arXiv 2104.09864, in the form by halves that transformers' models have.
+x1 and x2 are the two halves of the rotated part of a head. The result is written in place into its
+own buffer, so no rotated half and no product exists beside it.
+Kept for backward: cos and sin, which all layers share.
+Source: Su et al. 2021, arXiv 2104.09864, in the form by halves that transformers uses.
 """
+
+from itertools import product
 
 import torch
 
-from edge_kernels.backend import Launch, jit, on_triton, tl, triton
+from edge_kernels.backend import DTYPES, Example, blank, jit, on_triton, tl, triton
 
 
 def rotary(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn queries and keys to their positions.
+    """Rotate queries and keys to their positions.
 
     Args:
         q: (batch, heads, tokens, width) float32, float16 or bfloat16.
         k: (batch, key heads, tokens, width) of q's dtype.
-        cos, sin: (batch or 1, tokens, n) without gradient; n is even and at most width. The first n of a head are turned,
-            the rest passes.
+        cos, sin: (batch or 1, tokens, n) without gradient; n is even and at most width. The first n
+            values of a head are rotated, the others pass unchanged.
 
     Returns:
-        Tensors shaped, laid out and typed like q and k.
+        The rotated q and k, with the shapes, memory layouts and dtypes of q and k.
 
     Raises:
         ValueError: shapes do not fit together.
@@ -45,32 +48,34 @@ def rotary(
                 f"cos is {tuple(cos.shape)} but {name} {tuple(x.shape)} needs {(x.shape[0], x.shape[2], n)}"
             )
     if sin.shape != cos.shape:
-        raise ValueError(f"sin is {tuple(sin.shape)} but cos {tuple(cos.shape)}: they have to be alike")
-    q_turned: torch.Tensor = _Rotary.apply(q, cos, sin)
-    k_turned: torch.Tensor = _Rotary.apply(k, cos, sin)
-    return q_turned, k_turned
+        raise ValueError(
+            f"sin is {tuple(sin.shape)} but cos {tuple(cos.shape)}: their shapes have to be equal"
+        )
+    q_rotated: torch.Tensor = _Rotary.apply(q, cos, sin)
+    k_rotated: torch.Tensor = _Rotary.apply(k, cos, sin)
+    return q_rotated, k_rotated
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, False)
+        return _rotate(x, cos, sin, False)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         cos, sin = ctx.saved_tensors
-        return _turn(dy, cos, sin, True), None, None
+        return _rotate(dy, cos, sin, True), None, None
 
 
-def _turn(x, cos, sin, back):  # type: ignore[no-untyped-def]
-    return (_turn_triton if on_triton(x) and x.numel() else _turn_torch)(x, cos, sin, back)
+def _rotate(x, cos, sin, back):  # type: ignore[no-untyped-def]
+    return (_rotate_triton if on_triton(x) and x.numel() else _rotate_torch)(x, cos, sin, back)
 
 
 # --- torch
 
 
-def _turn_torch(x, cos, sin, back):  # type: ignore[no-untyped-def]
+def _rotate_torch(x, cos, sin, back):  # type: ignore[no-untyped-def]
     half = cos.shape[-1] // 2
     y = torch.empty_like(x)
     y[..., 2 * half :] = x[..., 2 * half :]
@@ -83,24 +88,24 @@ def _turn_torch(x, cos, sin, back):  # type: ignore[no-untyped-def]
     return y
 
 
-# --- triton: all heads of a token a program
+# --- triton: each program has all heads of a token
 
 
-def _turn_triton(x, cos, sin, back):  # type: ignore[no-untyped-def]
+def _rotate_triton(x, cos, sin, back):  # type: ignore[no-untyped-def]
     x = x if x.stride(-1) == 1 else x.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
     y = torch.empty_like(x)
     batch, heads, tokens, width = x.shape
     n = cos.shape[-1]
     strides = (*x.stride()[:3], *y.stride()[:3], 0 if len(cos) == 1 else tokens * n)
-    _turn_kernel[(batch, tokens)](
+    _rotate_kernel[(batch, tokens)](
         x, cos, sin, y, heads, *strides, WIDTH=width, HALF=n // 2, BACK=back, **_tile(heads, width)
     )
     return y
 
 
 def _tile(heads: int, width: int) -> dict[str, int]:
-    """HEADS at a time, by the padded COLUMNS of half of what is turned and of what passes."""
+    """Launch options: HEADS at a time, of COLUMNS values, which is width padded to a power of two."""
     columns = triton.next_power_of_2(width)
     return {
         "HEADS": min(triton.next_power_of_2(heads), max(4096 // columns, 1)),
@@ -110,7 +115,7 @@ def _tile(heads: int, width: int) -> dict[str, int]:
 
 
 @jit
-def _turn_kernel(  # type: ignore[no-untyped-def]
+def _rotate_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     cos_ptr,
     sin_ptr,
@@ -131,37 +136,33 @@ def _turn_kernel(  # type: ignore[no-untyped-def]
 ):
     batch, token = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     column = tl.arange(0, COLUMNS)
-    # each value of the result from the one at its place and its partner in the other half
+    # a value of the result depends on the value at its place and on the partner in the other half
     first = column < HALF
-    turned = column < 2 * HALF
+    rotated = column < 2 * HALF
     partner = tl.where(first, column + HALF, column - HALF)
     at = cos_ptr + batch * cos_batch + token * (2 * HALF)
-    cos = tl.load(at + column, mask=turned, other=1.0).to(tl.float32)[None, :]
+    cos = tl.load(at + column, mask=rotated, other=1.0).to(tl.float32)[None, :]
     at = sin_ptr + batch * cos_batch + token * (2 * HALF)
-    sin = tl.load(at + (partner if BACK else column), mask=turned, other=0.0).to(tl.float32)
+    sin = tl.load(at + (partner if BACK else column), mask=rotated, other=0.0).to(tl.float32)
     sin = tl.where(first != BACK, -sin, sin)[None, :]
     for begin in range(0, heads, HEADS):
         head = begin + tl.arange(0, HEADS)
         inside = (head[:, None] < heads) & (column[None, :] < WIDTH)
         row = x_ptr + batch * x_batch + head[:, None] * x_head + token * x_token
         x = tl.load(row + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        other = tl.load(row + partner[None, :], mask=inside & turned[None, :], other=0.0).to(tl.float32)
+        paired = tl.load(row + partner[None, :], mask=inside & rotated[None, :], other=0.0).to(tl.float32)
         where = y_ptr + batch * y_batch + head[:, None] * y_head + token * y_token + column[None, :]
-        tl.store(where, x * cos + other * sin, mask=inside)
+        tl.store(where, x * cos + paired * sin, mask=inside)
 
 
-def ahead_of_time(capability: int) -> list[Launch]:
-    """The common widths, and one of which a part is turned; the same on every architecture."""
-    launches = []
-    strides = ("x_batch", "x_head", "x_token", "y_batch", "y_head", "y_token", "cos_batch")
-    for name in ("bf16", "fp16", "fp32"):
-        for heads, width, half in ((9, 64, 32), (32, 128, 64), (4, 256, 128), (32, 80, 16)):
-            for back in (False, True):
-                tile = _tile(heads, width)
-                warps = tile.pop("num_warps")
-                signature = {f"{part}_ptr": f"*{name}" for part in ("x", "cos", "sin", "y")}
-                signature |= {"heads": "i32", **dict.fromkeys(strides, "i32")}
-                constants = {"WIDTH": width, "HALF": half, "BACK": back, **tile}
-                label = f"rotary {name} {heads} heads of {width} {'backward' if back else 'forward'}"
-                launches.append(Launch(label, _turn_kernel, signature, constants, warps, divisible=strides))
-    return launches
+def ahead_of_time() -> list[Example]:
+    """Common widths of heads, and a width of which only a part is rotated."""
+    examples = []
+    for (name, dtype), (heads, width, n) in product(
+        DTYPES.items(), ((9, 64, 64), (32, 128, 128), (4, 256, 256), (32, 80, 32))
+    ):
+        x, cos = blank(dtype, 2, heads, 16, width), blank(dtype, 1, 16, n)
+        label = f"rotary {name} {heads} heads of {width}"
+        for direction, back in (("forward", False), ("backward", True)):
+            examples.append(Example(f"{label} {direction}", _rotate_triton, (x, cos, cos, back)))
+    return examples

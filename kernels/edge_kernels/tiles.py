@@ -1,70 +1,69 @@
-"""What a kernel needs to read a frozen matrix, dense or packed: its parts as pointers, and the expansion of one tile.
+"""How a kernel reads a frozen matrix, dense or packed: its parts as pointers, and one tile expanded.
 
-The layouts are those of `quant`. A tile of four-bit quants is joined, low halves of a block before its high ones, so that
-columns come in their order; nf4's values and the 256 levels of its scales come out of one small table in memory.
+The layouts are those of `quant`. A tile of four-bit quants is joined, the low halves of a block before
+the high halves, so that columns keep their order. The values of nf4 and the 256 levels of its scales
+come from one small table in memory.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 
-from edge_kernels.backend import jit, tl
+from edge_kernels.backend import blank, jit, tl
 from edge_kernels.quant import BLOCK, GROUP, NF4, Packed, dynamic_map
+
+Part = tuple[tuple[int, ...], torch.dtype] | None
 
 
 def check_packed(name: str, packed: Packed) -> None:
-    """Refuse a packed matrix whose parts are not those that its format and shape ask for.
+    """Check that the parts of a packed matrix fit its format and shape.
 
     Raises:
-        ValueError: a part has another shape, type or device; the part is named.
+        ValueError: a part has a wrong shape, dtype or device; the message names the part.
     """
     if packed.format not in BLOCK:
         raise ValueError(f"{name}.format is {packed.format!r}, but has to be one of {', '.join(BLOCK)}")
-    (out, into), size, nf4 = packed.shape, BLOCK[packed.format], packed.format == "nf4"
+    out, into = packed.shape
+    for part, needed in _parts(packed.format, packed.shape).items():
+        tensor = getattr(packed, part)
+        actual = None if tensor is None else (tuple(tensor.shape), tensor.dtype)
+        if actual != needed:
+            raise ValueError(
+                f"{name}.{part} is {actual}, but {packed.format} of {out} x {into} needs {needed}"
+            )
+        if tensor is not None and tensor.device != packed.device:
+            raise ValueError(f"{name}.{part} is on {tensor.device} but {name}.quants on {packed.device}")
+
+
+def _parts(format: str, shape: tuple[int, int]) -> dict[str, Part]:
+    """Shape and dtype of each tensor of a packed matrix; None for one that the format lacks."""
+    (out, into), size, nf4 = shape, BLOCK[format], format == "nf4"
     blocks = -(-into // size)
-    scale = (out, blocks), torch.uint8 if nf4 else torch.float16
-    byte = (out, blocks * size), torch.int8
-    half = (out, blocks * size // 2), torch.uint8
-    needed = {
-        "quants": byte if packed.format == "q8_0" else half,
+    scale: Part = (out, blocks), torch.uint8 if nf4 else torch.float16
+    byte: Part = (out, blocks * size), torch.int8
+    half: Part = (out, blocks * size // 2), torch.uint8
+    return {
+        "quants": byte if format == "q8_0" else half,
         "scales": scale,
-        "mins": scale if packed.format == "q4_1" else None,
+        "mins": scale if format == "q4_1" else None,
         "groups": ((-(-out * blocks // GROUP),), torch.float32) if nf4 else None,
         "offset": ((), torch.float32) if nf4 else None,
     }
-    for part, need in needed.items():
-        tensor = getattr(packed, part)
-        seen = None if tensor is None else (tuple(tensor.shape), tensor.dtype)
-        if seen != need:
-            raise ValueError(f"{name}.{part} is {seen}, but {packed.format} of {out} x {into} needs {need}")
-        if tensor is not None and tensor.device != packed.quants.device:
-            raise ValueError(
-                f"{name}.{part} is on {tensor.device} but {name}.quants on {packed.quants.device}"
-            )
+
+
+def blank_packed(format: Any, out: int, into: int) -> Packed:
+    """A packed matrix without memory, for an Example."""
+    parts = _parts(format, (out, into)).values()
+    return Packed(format, (out, into), *(part and blank(part[1], *part[0]) for part in parts))
 
 
 def pointers(weight: torch.Tensor | Packed) -> list[torch.Tensor]:
-    """quants, scales, mins, groups, offset, tables; any tensor in the place of a part that the format has not."""
+    """quants, scales, mins, groups, offset, tables; for a part that does not exist any tensor stands in."""
     if isinstance(weight, torch.Tensor):
         return [weight] * 6
-    parts = (
-        weight.quants,
-        weight.scales,
-        weight.mins,
-        weight.groups,
-        weight.offset,
-        _tables(weight.quants.device),
-    )
+    parts = (*weight.parts, _tables(weight.device))
     return [weight.scales if part is None else part.contiguous() for part in parts]
-
-
-def pointer_types(format: str) -> dict[str, str]:
-    """The types of what `pointers` gives for a packed matrix, as a kernel's signature has them."""
-    scales = "*u8" if format == "nf4" else "*fp16"
-    second = "*fp32" if format == "nf4" else scales
-    names = ("quants_ptr", "scales_ptr", "mins_ptr", "groups_ptr", "offset_ptr", "tables_ptr")
-    types = ("*i8" if format == "q8_0" else "*u8", scales, scales, second, second, "*fp32")
-    return dict(zip(names, types, strict=True))
 
 
 @cache
@@ -74,23 +73,14 @@ def _tables(device: torch.device) -> torch.Tensor:
 
 @jit
 def expand_tile(  # type: ignore[no-untyped-def]
-    quants_ptr,
-    scales_ptr,
-    mins_ptr,
-    groups_ptr,
-    offset_ptr,
-    tables_ptr,
-    row,
-    first,
-    width,
-    FORMAT: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    parts, row, first, width, FORMAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Columns first..first+COLUMNS of some rows (int64, inside the matrix), a dense matrix's in its type, else in float32.
+    """Columns first..first+COLUMNS of some rows, in the dtype of a dense matrix, in float32 of a packed one.
 
-    first and COLUMNS are multiples of a block. Columns past `width` are finite in a packed matrix, and zero in a dense one.
+    parts: the six `pointers`. row: (ROWS,) int64, inside the matrix. first and COLUMNS are multiples of
+    a block. Columns from `width` on are zero for a dense matrix, and finite for a packed one.
     """
+    quants_ptr, scales_ptr, mins_ptr, groups_ptr, offset_ptr, tables_ptr = parts
     if FORMAT == "dense":
         column = first + tl.arange(0, COLUMNS)
         weight = tl.load(

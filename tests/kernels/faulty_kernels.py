@@ -1,6 +1,9 @@
 """Three kernels that `check` has to refuse, and one that it has to pass."""
 
-from edge_kernels.backend import Launch, jit, tl
+from functools import partial
+
+import torch
+from edge_kernels.backend import Example, blank, jit, tl
 
 
 @jit
@@ -15,15 +18,17 @@ def product(a_ptr, b_ptr, c_ptr, n, M: tl.constexpr, K: tl.constexpr):
     tl.store(c_ptr + row[:, None] * M + row[None, :], total)
 
 
-def ahead_of_time(capability: int) -> list[Launch]:
+def launch(n, **options):
+    a, c = blank(torch.bfloat16, options["M"], n), blank(torch.float32, options["M"], options["M"])
+    product[(1,)](a, a, c, n, **options)
+
+
+def ahead_of_time() -> list[Example]:
     """The good one first."""
-    signature = {"a_ptr": "*bf16", "b_ptr": "*bf16", "c_ptr": "*fp32", "n": "i32"}
-    small, large = {"M": 64, "K": 64}, {"M": 128, "K": 128}
+    small, large = partial(launch, M=64, K=64), partial(launch, M=128, K=128)
     return [
-        Launch("good", product, signature, small, divisible=("n",), streamed=True),
-        Launch("too many registers", product, signature, large, num_warps=2, divisible=("n",)),
-        Launch(
-            "too much shared memory", product, signature, large, num_warps=8, num_stages=5, divisible=("n",)
-        ),
-        Launch("single loads", product, signature, small, streamed=True),
+        Example("good", small, (4096,), streamed=True),
+        Example("too many registers", partial(large, num_warps=2), (4096,)),
+        Example("too much shared memory", partial(large, num_warps=8, num_stages=5), (4096,)),
+        Example("single loads", small, (4097,), streamed=True),
     ]

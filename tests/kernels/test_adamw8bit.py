@@ -1,13 +1,14 @@
-"""The optimiser against float32 AdamW and its own equations in float64, its memory, and how it resumes."""
+"""The optimiser against float32 AdamW and its own equations in float64, and its memory."""
 
-import copy
-import io
 import math
+from importlib import import_module
 
-import edge_kernels.adamw8bit as module
 import pytest
 import torch
-from edge_kernels.adamw8bit import BLOCK, AdamW8bit
+from edge_kernels import AdamW8bit
+from edge_kernels.adamw8bit import update as module
+from edge_kernels.adamw8bit.clipping import Clipping
+from edge_kernels.adamw8bit.update import BLOCK
 from edge_kernels.backend import on_triton
 from numerics import DEVICE, ON_GPU
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 INTERPRETED = on_triton(torch.zeros(1)) and not ON_GPU
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 RATE = 1e-2
+OPTIMISER = import_module("edge_kernels.adamw8bit")
 
 
 def factors(rank=5, into=70, out=83, dtype=torch.float32):
@@ -88,22 +90,15 @@ def test_the_first_step_is_that_of_adamw(dtype):
 @pytest.mark.parametrize(
     "broken",
     [
-        lambda decay, rest1, rest2, size, root, eps: (1.0, rest1, rest2, size, root, eps),  # decay lost
-        lambda decay, rest1, rest2, size, root, eps: (
-            decay,
-            rest1,
-            rest2,
-            RATE,
-            1.0,
-            eps,
-        ),  # bias correction lost
-        lambda decay, rest1, rest2, size, root, eps: (decay, rest1, rest2, -size, root, eps),
-        lambda decay, rest1, rest2, size, root, eps: (decay, 0.0, rest2, size, root, eps),  # dead gradient
+        {"decay": 1.0},  # decay lost
+        {"rate": RATE, "root": 1.0},  # bias correction lost
+        {"rate": -RATE / 0.1},
+        {"rest1": 0.0},  # dead gradient
     ],
 )
 def test_the_check_sees_a_broken_step(monkeypatch, broken):
-    numbers = AdamW8bit._numbers
-    monkeypatch.setattr(AdamW8bit, "_numbers", lambda self, step: broken(*numbers(self, step)))
+    numbers = AdamW8bit._step_numbers
+    monkeypatch.setattr(AdamW8bit, "_step_numbers", lambda *given: numbers(*given)._replace(**broken))
     with pytest.raises(AssertionError):
         check_first_step(torch.float32)
 
@@ -166,7 +161,7 @@ def test_a_small_second_moment_never_becomes_zero():
 def lag(steps=1500):
     """How far the root of v is from float32's after gradients shrank thirtyfold, median of the ratio."""
     p = nn.Parameter(torch.zeros(2 * BLOCK, device=DEVICE))
-    optimiser, truth = AdamW8bit([p], betas=(0.9, 0.99)), torch.zeros(2 * BLOCK, device=DEVICE)
+    optimiser, truth = AdamW8bit([p]), torch.zeros(2 * BLOCK, device=DEVICE)
     for step in range(steps):
         torch.manual_seed(step)
         gradient = torch.randn(2 * BLOCK, device=DEVICE)
@@ -181,6 +176,7 @@ def lag(steps=1500):
 @pytest.mark.skipif(INTERPRETED, reason="the rounding to the nearest is put into the torch backend; long")
 def test_second_moments_follow_gradients_that_shrink_and_to_the_nearest_would_not(monkeypatch):
     steps = 600
+    monkeypatch.setattr(OPTIMISER, "BETAS", (0.9, 0.99))
     assert 0.9 < lag(steps) < 1.1
     half = 1 << module.CUT - 1
     to_nearest = module._round
@@ -197,7 +193,7 @@ def test_both_backends_write_the_same_state():
         parameters = factors()
         optimiser = AdamW8bit(parameters, clip_norm=3.0)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "on_triton", lambda x, triton=triton: triton)
+            patch.setattr(OPTIMISER, "on_triton", lambda x, triton=triton: triton)
             for step in range(5):
                 for index, gradient in enumerate(gradients_of(parameters, step)):
                     with torch.no_grad():
@@ -253,7 +249,7 @@ def test_a_factor_that_backward_does_not_reach_is_left_alone():
         feed(parameters, [a, None, b])
     assert torch.equal(parameters[1], before)
     assert not optimiser._scales[:, optimiser._rows[1]].any()
-    assert optimiser.state_dict()["steps"] == [3, 0, 3]
+    assert optimiser.steps == [3, 0, 3]
     gradient = gradients_of(parameters, 3)[1]
     feed(parameters, [None, gradient, None])  # its own first step: full size
     assert torch.allclose(
@@ -304,12 +300,12 @@ def clip_factors(scales, measured=True):
     """What each factor's gradient was multiplied with, in steps of gradients of such sizes, and each step's norm."""
     parameters = factors()
     optimiser, seen = AdamW8bit(parameters, clip_norm=1.0), []
-    clip = optimiser._clip
+    clip = optimiser._clipping.factor
     gradients = gradients_of(parameters, 0)
     if measured:
         with optimiser.measuring():
             feed(parameters, [scales[0] * gradient for gradient in gradients])
-    optimiser._clip = lambda grads: seen.append(float(clip(grads))) or torch.tensor(seen[-1])
+    optimiser._clipping.factor = lambda *given: seen.append(float(clip(*given))) or torch.tensor(seen[-1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PIECE", BLOCK)  # each factor by itself
         for scale in scales:
@@ -339,7 +335,7 @@ def test_clipping_estimates_the_norm_from_the_part_that_has_passed():
 
 
 def test_the_check_sees_a_norm_that_stands_still(monkeypatch):
-    monkeypatch.setattr(AdamW8bit, "_end_step", lambda self: self._stepped.clear())
+    monkeypatch.setattr(Clipping, "end_step", lambda self: None)
     with pytest.raises(AssertionError):
         check_clipping()
 
@@ -351,8 +347,8 @@ def test_measuring_steps_nothing_and_keeps_no_gradient():
     with optimiser.measuring():
         feed(parameters, gradients_of(parameters, 0))
     assert all(torch.equal(p, old) and p.grad is None for p, old in zip(parameters, before, strict=True))
-    assert optimiser.state_dict()["steps"] == [0, 0, 0]
-    assert float(optimiser._squares[0]) > 0
+    assert optimiser.steps == [0, 0, 0]
+    assert float(optimiser._clipping._squares[0]) > 0
 
 
 def test_a_first_gradient_of_zero_does_not_stop_the_estimate():
@@ -362,7 +358,7 @@ def test_a_first_gradient_of_zero_does_not_stop_the_estimate():
     for step in range(3):
         feed(parameters, gradients_of(parameters, step))
     optimiser.step()
-    assert float(optimiser._squares[0]) > 1
+    assert float(optimiser._clipping._squares[0]) > 1
 
 
 def test_a_sum_can_be_forgotten():
@@ -392,7 +388,7 @@ def test_micro_batches_add_up_to_one_step():
         feed(whole, [sum(parts) for parts in zip(*pieces, strict=True)])
     for p, q in zip(ours, whole, strict=True):
         assert torch.allclose(p, q, rtol=1e-4, atol=1e-6)
-    assert optimiser.state_dict()["steps"] == [3, 3, 3]
+    assert optimiser.steps == [3, 3, 3]
 
 
 def test_a_sum_that_the_last_backward_does_not_reach_is_applied_by_step():
@@ -406,7 +402,7 @@ def test_a_sum_that_the_last_backward_does_not_reach_is_applied_by_step():
     assert torch.equal(parameters[1], before)
     optimiser.step()
     assert torch.allclose(parameters[1] - before, -1e-3 * c.sign(), rtol=1e-3)
-    assert optimiser.state_dict()["steps"] == [1, 1, 1]
+    assert optimiser.steps == [1, 1, 1]
     assert not optimiser._sums.any() and not optimiser._summed
 
 
@@ -418,53 +414,6 @@ def test_after_close_a_backward_steps_nothing():
 
 
 # --- state
-
-
-def course(parameters, optimiser, steps):
-    for step in steps:
-        optimiser.lr = 1e-3 / (1 + step)
-        with optimiser.accumulating():
-            feed(parameters, gradients_of(parameters, 100 + step))
-        feed(parameters, [*gradients_of(parameters, step)[:2], None])  # the last sum stays
-
-
-def test_a_resumed_run_is_the_same_to_the_bit():
-    parameters = factors()
-    optimiser = AdamW8bit(parameters, weight_decay=0.1, clip_norm=1.0)
-    course(parameters, optimiser, range(4))
-    file = io.BytesIO()
-    torch.save({"factors": [p.detach() for p in parameters], "optimiser": optimiser.state_dict()}, file)
-    course(parameters, optimiser, range(4, 8))
-
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    resumed = [nn.Parameter(p) for p in saved["factors"]]
-    other = AdamW8bit(resumed, weight_decay=0.1, clip_norm=1.0)
-    other.load_state_dict(saved["optimiser"])
-    course(resumed, other, range(4, 8))
-    for p, q in zip(parameters, resumed, strict=True):
-        assert torch.equal(p, q)
-    for (name, one), two in zip(optimiser.state_dict().items(), other.state_dict().values(), strict=True):
-        assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two, name
-
-
-@pytest.mark.parametrize("lost", ["first", "second", "scales", "steps", "squares", "so_far", "sums"])
-def test_the_check_sees_a_part_of_the_state_that_was_not_taken_over(monkeypatch, lost):
-    monkeypatch.setattr(
-        module, "PIECE", BLOCK
-    )  # each factor by itself: the first ones are clipped by an estimate
-    parameters = factors()
-    optimiser = AdamW8bit(parameters, clip_norm=1.0)
-    course(parameters, optimiser, range(4))
-    twins = [nn.Parameter(p.detach().clone()) for p in parameters]
-    state = copy.deepcopy(optimiser.state_dict())
-    state[lost] = [1, 1, 1] if lost == "steps" else torch.zeros_like(state[lost])
-    other = AdamW8bit(twins, clip_norm=1.0)
-    other.load_state_dict(state)
-    for one, two in ((parameters, optimiser), (twins, other)):
-        course(one, two, range(4, 8))
-        two.step()
-    assert not all(torch.equal(p, q) for p, q in zip(parameters, twins, strict=True))
 
 
 def test_state_is_two_bytes_a_value_and_the_scales():
@@ -506,8 +455,6 @@ def test_bad_parameters_are_refused():
     [
         {"lr": -1.0},
         {"lr": math.nan},
-        {"betas": (0.9, 1.0)},
-        {"eps": 0.0},
         {"weight_decay": -0.1},
         {"clip_norm": 0.0},
     ],
@@ -515,9 +462,3 @@ def test_bad_parameters_are_refused():
 def test_bad_numbers_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=f"{next(iter(bad))} is"):
         AdamW8bit([nn.Parameter(torch.zeros(3))], **bad)
-
-
-def test_a_state_of_other_parameters_is_refused():
-    state = AdamW8bit([nn.Parameter(torch.zeros(3))]).state_dict()
-    with pytest.raises(ValueError, match=r"\[3\] values, but these have \[4\]"):
-        AdamW8bit([nn.Parameter(torch.zeros(4))]).load_state_dict(state)

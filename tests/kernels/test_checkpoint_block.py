@@ -10,7 +10,7 @@ import pytest
 import torch
 from edge_kernels.adamw8bit import AdamW8bit
 from edge_kernels.checkpoint_block import Kept, checkpoint_block
-from edge_kernels.quant import expand_rows, quantise_rows
+from edge_kernels.int8_rows import expand_rows, quantise_rows
 from numerics import DEVICE, assert_as_good_as, relative_error
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -98,17 +98,17 @@ def watched():
 @pytest.mark.parametrize("keep", ["input", "int8"])
 def test_blocks_that_keep_in_one_piece_of_memory(keep):
     blocks, hidden, kwargs = [llama()[0] for _ in range(3)], *llama()[1:]
-    run = partial(checkpoint_block, keep=keep, kept=Kept(3))
+    run = partial(checkpoint_block, keep=keep, storage=Kept(3))
     seen, expected = (
         outcome(run, blocks, hidden, kwargs),
-        outcome(partial(run, kept=None), blocks, hidden, kwargs),
+        outcome(partial(run, storage=None), blocks, hidden, kwargs),
     )
     assert all(map(torch.equal, seen, expected))
     for place, pieces in ((Kept(3), 1), (None, 3)):
         with watched() as kept:
             y = hidden.clone().requires_grad_()
             for block in blocks:
-                y = run(block, y, kept=place, **kwargs)
+                y = run(block, y, storage=place, **kwargs)
         of_a_block = len(kept) // 3
         for parts in (kept[kind::of_a_block] for kind in range(of_a_block)):
             assert len({part.untyped_storage().data_ptr() for part in parts}) == pieces
@@ -319,7 +319,7 @@ def test_parameters_train_below_an_input_without_gradient():
 @pytest.fixture
 def one_by_one(monkeypatch):
     """Factors step by themselves: in which order those of a block have their gradients, and which wait together, may differ."""
-    monkeypatch.setattr(import_module("edge_kernels.adamw8bit"), "PIECE", 256)
+    monkeypatch.setattr(import_module("edge_kernels.adamw8bit.update"), "PIECE", 256)
 
 
 def test_a_step_inside_backward_is_that_of_plain_blocks(one_by_one):
@@ -338,7 +338,7 @@ def test_a_step_inside_backward_is_that_of_plain_blocks(one_by_one):
 
 
 def test_a_factor_that_blocks_share_steps_once_with_its_whole_gradient(one_by_one):
-    trained, states = [], []
+    trained, optimisers = [], []
     for run in (plain, checkpoint_block):
         torch.manual_seed(0)
         shared, own = nn.Linear(32, 32).to(DEVICE), [nn.Linear(32, 32).to(DEVICE) for _ in range(3)]
@@ -349,9 +349,9 @@ def test_a_factor_that_blocks_share_steps_once_with_its_whole_gradient(one_by_on
         for _ in range(3):
             (step(run, shared, own) + shared.weight.square().sum()).backward()
         trained.append(parameters)
-        states.append(optimiser.state_dict())
-    assert all(map(torch.equal, *trained)) and all(state["steps"] == [3] * 8 for state in states)
-    torch.testing.assert_close(*(state["squares"] for state in states))
+        optimisers.append(optimiser)
+    assert all(map(torch.equal, *trained)) and all(each.steps == [3] * 8 for each in optimisers)
+    torch.testing.assert_close(*(each._clipping._squares for each in optimisers))
 
 
 def step(run, shared, own):

@@ -11,7 +11,8 @@ import torch
 
 HERE = Path(__file__).parent
 KERNELS = Path(__file__).parents[2] / "kernels" / "edge_kernels"
-OPERATORS = sorted(path.stem for path in KERNELS.glob("*.py") if "@jit" in path.read_text())
+FILES = [path.relative_to(KERNELS) for path in KERNELS.rglob("*.py") if "@jit" in path.read_text()]
+OPERATORS = sorted({path.parts[0].removesuffix(".py") for path in FILES})  # files and folders
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the operators' tests run their kernels on the GPU")

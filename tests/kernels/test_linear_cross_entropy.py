@@ -1,38 +1,38 @@
-"""The loss and its gradients against float64, each way with pieces of any size, and that the whole logits never exist."""
+"""The loss and its gradient against float64, on each path with pieces of any size; the whole logits never exist."""
 
 import os
-import sys
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
-from edge_kernels import linear_cross_entropy
+from edge_kernels import linear_cross_entropy, quant
 from edge_kernels.backend import on_triton
-from edge_kernels.linear_cross_entropy import IGNORED, _way
+from edge_kernels.linear_cross_entropy import IGNORED
 from edge_kernels.quant import BLOCK, Packed, expand, pack
 from numerics import DEVICE, ON_GPU, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
-SUBJECT = sys.modules["edge_kernels.linear_cross_entropy"]
+SUBJECT, CHUNKS, SWEEP = (
+    import_module(f"edge_kernels.linear_cross_entropy{part}") for part in ("", ".chunks", ".sweep")
+)
 INTERPRETED = "TRITON_INTERPRET" in os.environ  # it gets bfloat16 wrong
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED and not ON_GPU else [torch.bfloat16])
-VOCABULARY, WIDTH, RANK = 50, 24, 3
+PATHS = ["Chunks", "Tiles"] if on_triton(torch.ones(1, device=DEVICE)) else ["Sweep"]
+VOCABULARY, WIDTH = 50, 24
 
 
-@pytest.fixture(params=["chunks", "tiles" if on_triton(torch.ones(1, device=DEVICE)) else "sweep"])
-def way(request, monkeypatch):
-    function = {"chunks": "_Chunks", "tiles": "_Tiles", "sweep": "_Sweep"}[request.param]
-    monkeypatch.setattr(SUBJECT, "_way", lambda *_: getattr(SUBJECT, function))
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    chosen = getattr(SUBJECT, request.param)
+    monkeypatch.setattr(SUBJECT, "_path", lambda *_: chosen)
     return request.param
 
 
-def plain(hidden, head, labels, softcap=None, chunk_bytes=None, A=None, C=None, B=None, scale=1.0):
+def plain(hidden, head, labels, softcap=None, chunk_bytes=None):
     if isinstance(head, Packed):
         head = expand(head, torch.float32).to(hidden.dtype)
     logits = hidden @ head.T
-    if A is not None:
-        z = hidden @ A.to(hidden.dtype).T
-        logits = logits + scale * (z if C is None else z @ C.to(hidden.dtype).T) @ B.to(hidden.dtype).T
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -56,37 +56,26 @@ def case(shape=(3, 7), dtype=torch.float32, ignored=0.4, vocabulary=VOCABULARY, 
     return hidden.to(DEVICE, dtype), head.to(DEVICE, dtype), labels.to(DEVICE)
 
 
-def adapter(core=True, dtype=torch.float32, scale=0.7):
-    torch.manual_seed(1)
-    A, C, B = torch.randn(RANK, WIDTH), torch.randn(RANK, RANK), torch.randn(VOCABULARY, RANK)
-    factors = {"A": A, "C": C, "B": B} if core else {"A": A, "B": B}
-    return {**{name: factor.to(DEVICE, dtype) for name, factor in factors.items()}, "scale": scale}
-
-
 def outcome(fn, hidden, head, labels, softcap, **more):
-    """The loss and the gradients of hidden and of the adapter's factors; the loss is scaled after it is made."""
-    leaves = {
-        name: part.clone().requires_grad_() for name, part in more.items() if isinstance(part, torch.Tensor)
-    }
+    """The loss and the gradient of hidden; the loss is scaled after it is made."""
     leaf = hidden.clone().requires_grad_()
-    loss = fn(leaf, head, labels, softcap, **{**more, **leaves})
+    loss = fn(leaf, head, labels, softcap, **more)
     (3 * loss).backward()
-    return [loss.detach(), leaf.grad, *(factor.grad for factor in leaves.values())]
+    return [loss.detach(), leaf.grad]
 
 
 def check(fn, hidden, head, labels, softcap=None, **more):
     exact = expand(head).double() if isinstance(head, Packed) else head.double()
-    doubled = {name: part.double() if isinstance(part, torch.Tensor) else part for name, part in more.items()}
     ours = outcome(fn, hidden, head, labels, softcap, **more)
     torchs = outcome(plain, hidden, head, labels, softcap, **more)
-    truth = outcome(plain, hidden.double(), exact, labels, softcap, **doubled)
+    truth = outcome(plain, hidden.double(), exact, labels, softcap, **more)
     assert_as_good_as(ours, torchs, truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("tokens_a_chunk", [1, 3, 4, 10**6])
-def test_loss_and_gradient_match_float64_whatever_the_chunks(way, dtype, softcap, tokens_a_chunk):
+def test_loss_and_gradient_match_float64_whatever_the_chunks(path, dtype, softcap, tokens_a_chunk):
     hidden, head, labels = case(dtype=dtype)
     kept = int((labels != IGNORED).sum())
     assert tokens_a_chunk == 1 or kept % tokens_a_chunk  # the last chunk is a smaller one
@@ -102,36 +91,27 @@ def test_loss_and_gradient_match_float64_whatever_the_chunks(way, dtype, softcap
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", BLOCK)
-def test_a_packed_head_gives_what_its_expansion_gives(way, format, dtype, monkeypatch):
-    monkeypatch.setattr(SUBJECT, "PIECE", 1)  # the fewest rows at once
+def test_a_packed_head_gives_what_its_expansion_gives(path, format, dtype, monkeypatch):
+    monkeypatch.setattr(quant, "EXPANDED_BYTES", 1)  # the fewest rows at once
     hidden, head, labels = case(dtype=dtype, vocabulary=600, width=70)
     check(linear_cross_entropy, hidden, pack(head, format), labels, 5.0, chunk_bytes=dtype.itemsize * 600 * 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("core", [True, False])
-@pytest.mark.parametrize("format", [None, "q8_0"])
-def test_an_adapter_on_the_head_and_its_factors_gradients_match_float64(dtype, core, format):
-    hidden, head, labels = case(dtype=dtype)
-    head = head if format is None else pack(head, format)
-    check(linear_cross_entropy, hidden, head, labels, 5.0, chunk_bytes=4 * VOCABULARY * 5, **adapter(core))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_many_tiles_and_odd_sizes_match_float64(way, dtype):
+def test_many_tiles_and_odd_sizes_match_float64(path, dtype):
     hidden, head, labels = case((69,), dtype, vocabulary=413, width=83)
     check(linear_cross_entropy, hidden, head, labels, chunk_bytes=dtype.itemsize * 413 * 20)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sure_tokens_keep_the_precision_of_their_small_gradients(way, dtype):
+def test_sure_tokens_keep_the_precision_of_their_small_gradients(path, dtype):
     """Their own probability is rounded to 1 in 16 bits, and most tiles' gradients are below the type's resolution."""
     hidden, head, labels = case((12,), dtype, vocabulary=413, ignored=0)
     hidden = hidden + (0.5 * head[labels]).to(dtype)
     check(linear_cross_entropy, hidden, head, labels)
 
 
-def test_even_probabilities_count_however_small_each_is(way):
+def test_even_probabilities_count_however_small_each_is(path):
     """A vocabulary whose every probability is below what a tile may leave out: their sum is not."""
     dtype = DTYPES[-1]
     hidden, head, labels = case((3,), dtype, vocabulary=9000, width=16, ignored=0)
@@ -139,11 +119,11 @@ def test_even_probabilities_count_however_small_each_is(way):
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 3, 4)])
-def test_any_leading_axes_do(way, shape):
+def test_any_leading_axes_do(path, shape):
     check(linear_cross_entropy, *case(shape, ignored=0.0))
 
 
-def test_what_is_not_contiguous_does(way):
+def test_what_is_not_contiguous_does(path):
     hidden, head, labels = case((6, 4))
     check(
         lambda h, *more, **named: linear_cross_entropy(h.mT.contiguous().mT, *more, **named),
@@ -152,10 +132,10 @@ def test_what_is_not_contiguous_does(way):
         labels,
     )
     wide = torch.stack((labels, labels), -1)[..., 0]
-    check(linear_cross_entropy, hidden, head if way == "tiles" else head.T.contiguous().T, wide)
+    check(linear_cross_entropy, hidden, head if path == "Tiles" else head.T.contiguous().T, wide)
 
 
-def test_what_else_reads_hidden_keeps_its_share_of_the_gradient(way):
+def test_what_else_reads_hidden_keeps_its_share_of_the_gradient(path):
     def shared(hidden, head, labels, softcap=None, fn=linear_cross_entropy):
         return fn(hidden, head, labels, softcap) + hidden.float().square().sum() / 100
 
@@ -172,20 +152,19 @@ def test_what_else_reads_hidden_keeps_its_share_of_the_gradient(way):
     assert_as_good_as(ours, outcome(other, hidden, head, labels, None), truth)
 
 
-def test_a_chunk_smaller_than_one_row_of_logits_takes_one_token(way):
+def test_a_chunk_smaller_than_one_row_of_logits_takes_one_token(path):
     check(linear_cross_entropy, *case(), chunk_bytes=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_with_every_label_ignored_loss_and_gradients_are_zero(dtype):
+def test_with_every_label_ignored_loss_and_gradient_are_zero(dtype):
     hidden, head, labels = case(dtype=dtype, ignored=1.1)
-    loss, *gradients = outcome(linear_cross_entropy, hidden, head, labels, None, **adapter())
+    loss, gradient = outcome(linear_cross_entropy, hidden, head, labels, None)
     assert loss == 0
-    assert len(gradients) == 4
-    assert not any(gradient.any() for gradient in gradients)
+    assert not gradient.any()
 
 
-def test_ignored_tokens_change_nothing_whatever_they_hold(way):
+def test_ignored_tokens_change_nothing_whatever_they_hold(path):
     hidden, head, labels = case()
     loss, _ = outcome(linear_cross_entropy, hidden, head, labels, None)
     hidden[labels == IGNORED] = float("nan")
@@ -194,30 +173,25 @@ def test_ignored_tokens_change_nothing_whatever_they_hold(way):
     assert torch.equal(gradient[labels == IGNORED], torch.zeros_like(gradient[labels == IGNORED]))
 
 
-def test_only_what_asks_for_a_gradient_gets_one(way):
+def test_without_a_hidden_that_requires_a_gradient_there_is_none(path):
     hidden, head, labels = case()
     assert not linear_cross_entropy(hidden, head, labels).requires_grad
-    if way == "chunks":
-        named = adapter()
-        named["B"].requires_grad_()
-        linear_cross_entropy(hidden, head, labels, **named).backward()
-        assert named["B"].grad.any()
-        assert named["A"].grad is named["C"].grad is hidden.grad is None
 
 
-def test_without_grad_mode_there_is_the_loss_alone(monkeypatch):
+@pytest.mark.skipif("Chunks" not in PATHS, reason="chunks are Triton's")
+def test_chunks_without_grad_mode_make_the_loss_alone(monkeypatch):
+    monkeypatch.setattr(SUBJECT, "_path", lambda *_: SUBJECT.Chunks)
     hidden, head, labels = case()
-    named = {name: part.requires_grad_() if name != "scale" else part for name, part in adapter().items()}
-    loss = linear_cross_entropy(hidden.requires_grad_(), head, labels, **named)
-    monkeypatch.setattr(SUBJECT, "_product", None)
+    loss = linear_cross_entropy(hidden.requires_grad_(), head, labels)
+    monkeypatch.setattr(CHUNKS, "_product", None)
     with torch.no_grad():
-        assert torch.equal(linear_cross_entropy(hidden, head, labels, **named), loss)
+        assert torch.equal(linear_cross_entropy(hidden, head, labels), loss)
 
 
 def test_a_sweep_without_grad_mode_makes_no_gradient(monkeypatch):
-    sweep, gradients = SUBJECT._sweep, []
-    monkeypatch.setattr(SUBJECT, "_way", lambda *_: SUBJECT._Sweep)
-    monkeypatch.setattr(SUBJECT, "_sweep", lambda *given: gradients.append(given[-1]) or sweep(*given))
+    sweep, gradients = SWEEP._sweep, []
+    monkeypatch.setattr(SUBJECT, "_path", lambda *_: SUBJECT.Sweep)
+    monkeypatch.setattr(SWEEP, "_sweep", lambda *given: gradients.append(given[-1]) or sweep(*given))
     hidden, head, labels = case()
     loss = linear_cross_entropy(hidden.requires_grad_(), head, labels)
     with torch.no_grad():
@@ -256,31 +230,12 @@ def forgets_what_came_back(hidden, head, labels, softcap=None, **more):
 @pytest.mark.parametrize(
     "fault", [count_ignored, learn_ignored, no_gradient, no_softcap, forgets_what_came_back]
 )
-def test_the_check_sees_a_fault(way, fault, dtype):
+def test_the_check_sees_a_fault(path, fault, dtype):
     with pytest.raises(AssertionError, match="relative error"):
         check(fault, *case(dtype=dtype), 5.0)
 
 
-def lost_scale(*given, scale, **more):
-    return linear_cross_entropy(*given, **more)
-
-
-def transposed_core(*given, C, **more):
-    return linear_cross_entropy(*given, C=C.T, **more)
-
-
-def dead_factor(*given, B, **more):
-    return linear_cross_entropy(*given, B=B.detach(), **more) + 0 * B.sum()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("fault", [lost_scale, transposed_core, dead_factor])
-def test_the_check_sees_a_fault_of_the_adapter(fault, dtype):
-    with pytest.raises(AssertionError, match="relative error"):
-        check(fault, *case(dtype=dtype), 5.0, **adapter())
-
-
-def test_the_gradient_is_that_of_finite_differences(way):
+def test_the_gradient_is_that_of_finite_differences(path):
     """The operator counts in float32, so the steps are wider than gradcheck's own."""
     hidden, head, labels = case((2, 2), width=8, ignored=0.3)
     leaf = hidden.mul(0.1).double().requires_grad_()
@@ -303,19 +258,19 @@ def test_the_gradient_is_that_of_finite_differences(way):
 @pytest.mark.parametrize(("rows", "tokens", "tiles"), [(64, 500, False), (63, 500, True), (63, 56, False)])
 def test_a_dense_head_goes_by_tiles_where_chunks_would_be_many_and_small(rows, tokens, tiles):
     hidden, head, _ = case((tokens,), torch.float16)
-    assert (_way(hidden, head, tokens, 2 * VOCABULARY * rows) is SUBJECT._Tiles) is tiles
-    assert _way(hidden, head.T.contiguous().T, tokens, 2 * VOCABULARY * rows) is SUBJECT._Chunks
-    assert _way(hidden, pack(head, "q8_0"), tokens, 2 * VOCABULARY * rows) is SUBJECT._Tiles
-    assert _way(hidden.float(), pack(head, "q8_0"), tokens, 2 * VOCABULARY * rows) is SUBJECT._Chunks
+    assert (SUBJECT._path(hidden, head, tokens, 2 * VOCABULARY * rows) is SUBJECT.Tiles) is tiles
+    assert SUBJECT._path(hidden, head.T.contiguous().T, tokens, 2 * VOCABULARY * rows) is SUBJECT.Chunks
+    assert SUBJECT._path(hidden, pack(head, "q8_0"), tokens, 2 * VOCABULARY * rows) is SUBJECT.Tiles
+    assert SUBJECT._path(hidden.float(), pack(head, "q8_0"), tokens, 2 * VOCABULARY * rows) is SUBJECT.Chunks
 
 
 @pytest.mark.skipif(INTERPRETED or ON_GPU, reason="kernels expand a packed head in their tiles")
 def test_a_packed_head_is_expanded_once(monkeypatch):
     expanded = []
     monkeypatch.setattr(
-        SUBJECT, "expand", lambda packed, **more: expanded.append(packed.shape[0]) or expand(packed, **more)
+        quant, "expand", lambda packed, **more: expanded.append(packed.shape[0]) or expand(packed, **more)
     )
-    monkeypatch.setattr(SUBJECT, "PIECE", 1)
+    monkeypatch.setattr(quant, "EXPANDED_BYTES", 1)
     hidden, head, labels = case((40,), vocabulary=600)
     check(linear_cross_entropy, hidden, pack(head, "q8_0"), labels, chunk_bytes=40 * 4 * 256)
     assert sum(expanded) == 600
@@ -341,7 +296,7 @@ def largest(fn, *given, **more):
     return seen.numbers
 
 
-def test_the_logits_of_the_whole_batch_never_exist(way):
+def test_the_logits_of_the_whole_batch_never_exist(path):
     given = case((400,), ignored=0.0)
     chunk_bytes = (
         4 * VOCABULARY * 30
@@ -351,8 +306,8 @@ def test_the_logits_of_the_whole_batch_never_exist(way):
 
 
 @pytest.mark.skipif(INTERPRETED or ON_GPU, reason="kernels expand a packed head in their tiles")
-def test_a_packed_head_is_never_expanded_whole(way, monkeypatch):
-    monkeypatch.setattr(SUBJECT, "PIECE", 4 * 256 * 64)
+def test_a_packed_head_is_never_expanded_whole(path, monkeypatch):
+    monkeypatch.setattr(quant, "EXPANDED_BYTES", 4 * 256 * 64)
     hidden, head, labels = case((8,), vocabulary=4096, width=64)
     packed = pack(head, "nf4")
     kept = 4 * 4096  # the byte budget below, which is less than the head's 262 144 numbers
@@ -386,17 +341,6 @@ def test_what_does_not_fit_is_named(hidden, head, labels, message):
         ),
         ({"softcap": 0.0}, "softcap is 0.0 but has to be above 0"),
         ({"chunk_bytes": 0}, "chunk_bytes is 0 but has to be above 0"),
-        ({"A": torch.ones(2, 4)}, "give all of its factors or none"),
-        ({"A": torch.ones(2, 5), "B": torch.ones(9, 2)}, r"A is \(2, 5\) but has to be \(2, 4\)"),
-        ({"A": torch.ones(2, 4), "B": torch.ones(8, 2)}, r"B is \(8, 2\) but has to be \(9, 2\)"),
-        (
-            {"A": torch.ones(2, 4), "B": torch.ones(9, 2), "C": torch.ones(2, 3)},
-            r"C is \(2, 3\) but has to be \(2, 2\)",
-        ),
-        (
-            {"A": torch.ones(2, 4), "B": torch.ones(9, 2), "scale": float("nan")},
-            "scale is nan but has to be finite",
-        ),
     ],
 )
 def test_what_is_of_no_use_is_named(named, message):

@@ -1,0 +1,114 @@
+"""Mean cross-entropy of a linear head, dense or packed, without the logits of the whole batch.
+
+    loss = mean over labelled tokens of  logsumexp(l) - l[label],   l = cap(h Wᵀ)
+    cap(u) = softcap · tanh(u / softcap), or u without a softcap
+    dh = dl W,   dl = (softmax(l) - 1[label]) · cap'(u)
+
+Tokens without a label are left out before the product. The others take one of three paths:
+
+    sweep     torch     pieces of the vocabulary: the head is read, or expanded, once
+    chunks    Triton    chunks of tokens, whose logits become their own gradient in place
+    tiles     Triton    tiles of tokens by vocabulary: the logits of a chunk do not exist either
+
+A chunk of T tokens does T operations for each byte of a 16-bit head that it reads. Tiles read the head
+two or three times, however many tokens there are. So a dense head takes tiles only where the budget
+leaves fewer than FEWEST_TOKENS tokens a chunk. A packed head always takes tiles, but in float32: exact
+float32 products have no tensor cores, so the library's product is faster than a kernel.
+Kept for backward: the gradient of h (sweep, chunks), or h and one float32 a token (tiles).
+Source: Milakov & Gimelshein 2018, arXiv 1805.02867 (running softmax); Wijmans et al. 2024, arXiv
+2411.09009 (tiles); Hsu et al. 2024, arXiv 2410.10989 (gradient in the forward pass).
+"""
+
+from math import isfinite
+from typing import Any
+
+import torch
+
+from edge_kernels.backend import Example, on_triton
+from edge_kernels.linear_cross_entropy import chunks, tiles
+from edge_kernels.linear_cross_entropy.chunks import Chunks
+from edge_kernels.linear_cross_entropy.labelled import IGNORED, labelled_tokens
+from edge_kernels.linear_cross_entropy.sweep import Sweep
+from edge_kernels.linear_cross_entropy.tiles import Tiles
+from edge_kernels.quant import Packed
+from edge_kernels.tiles import check_packed
+
+__all__ = ["IGNORED", "ahead_of_time", "linear_cross_entropy"]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FEWEST_TOKENS = 64  # in smaller chunks two readings of the head cost more than a third product
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    head: torch.Tensor | Packed,
+    labels: torch.Tensor,
+    softcap: float | None = None,
+    chunk_bytes: int = 32 << 20,
+) -> torch.Tensor:
+    """The mean loss over the labelled tokens.
+
+    Args:
+        hidden: (..., n) last hidden states, already shifted against the labels; float32, float16 or
+            bfloat16.
+        head: (vocabulary, n) frozen, of hidden's dtype, or packed.
+        labels: (...) int64 in 0..vocabulary-1, or IGNORED.
+        softcap: bound of the logits (Gemma 2), or None.
+        chunk_bytes: budget of the logits, of hidden's dtype, that exist at a time.
+
+    Returns:
+        A float32 scalar; 0 where no token has a label.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, a label is out of range, or softcap or
+            chunk_bytes is not a usable number.
+    """
+    _check(hidden, head, labels, softcap, chunk_bytes)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    if not torch.is_grad_enabled():  # the forward pass would otherwise make the gradient, too
+        rows = rows.detach()
+    batch = labelled_tokens(labels, head.shape[0])
+    path = _path(rows, head, batch.tokens, chunk_bytes)
+    loss: torch.Tensor = path.apply(rows, head, batch, softcap, chunk_bytes)
+    return loss
+
+
+def _check(
+    hidden: torch.Tensor,
+    head: torch.Tensor | Packed,
+    labels: torch.Tensor,
+    softcap: float | None,
+    chunk_bytes: int,
+) -> None:
+    if hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"hidden has tokens {tuple(hidden.shape[:-1])} but labels have {tuple(labels.shape)}"
+        )
+    if hidden.shape[-1] != head.shape[1]:
+        raise ValueError(f"hidden has rows of {hidden.shape[-1]} but head reads {head.shape[1]}")
+    if hidden.dtype not in DTYPES:
+        raise ValueError(f"hidden is {hidden.dtype} but has to be float32, float16 or bfloat16")
+    if softcap is not None and not (isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap is {softcap} but has to be above 0, or None")
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes is {chunk_bytes} but has to be above 0")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels are {labels.dtype} but have to be int64")
+    if isinstance(head, Packed):
+        check_packed("head", head)
+    elif head.dtype != hidden.dtype:
+        raise ValueError(f"hidden is {hidden.dtype} but head is {head.dtype}: they need one dtype")
+
+
+def _path(rows: torch.Tensor, head: torch.Tensor | Packed, tokens: int, chunk_bytes: int) -> Any:
+    if not on_triton(rows) or not tokens:
+        return Sweep
+    if rows.dtype == torch.float32:
+        return Chunks
+    small = chunks.tokens_a_chunk(rows, head.shape[0], chunk_bytes) < min(tokens, FEWEST_TOKENS)
+    return Tiles if isinstance(head, Packed) or (small and head.is_contiguous()) else Chunks
+
+
+def ahead_of_time() -> list[Example]:
+    """The kernels of both Triton paths."""
+    return chunks.ahead_of_time() + tiles.ahead_of_time()

@@ -1,0 +1,224 @@
+"""The loss in tiles of tokens by vocabulary, in Triton: the logits of a chunk do not exist either.
+
+The forward pass leaves one log-sum-exp a token. Backward makes each tile of logits again and skips the
+tiles whose gradient is below the dtype's resolution: three products a token, less what is skipped. dh is
+a sum of atomic additions, so its last bits differ from run to run.
+Kept for backward: h, and one float32 a token.
+"""
+
+from itertools import product
+from typing import Any
+
+import torch
+
+from edge_kernels.backend import Example, blank, jit, tl, triton
+from edge_kernels.linear_cross_entropy.chunks import cap
+from edge_kernels.linear_cross_entropy.labelled import Labelled
+from edge_kernels.quant import BLOCK, Packed
+from edge_kernels.tiles import blank_packed, expand_tile, pointers
+
+
+class Tiles(torch.autograd.Function):
+    """The tiles as an autograd Function of the rows (n tokens, width)."""
+
+    @staticmethod
+    def forward(ctx, rows, head, batch, softcap, chunk_bytes):  # type: ignore[no-untyped-def]
+        log_sum, label_logits = (torch.empty(batch.tokens, device=rows.device) for _ in range(2))
+        ctx.step = _tokens_a_group(rows, head.shape[0], chunk_bytes)
+        for group, x in batch.chunks(rows, ctx.step):
+            log_sum[group], label_logits[group] = _log_sum(x, head, batch.targets[group], softcap)
+        ctx.save_for_backward(rows, *batch, log_sum)
+        ctx.head, ctx.softcap = head, softcap
+        return (log_sum - label_logits).sum() / batch.tokens
+
+    @staticmethod
+    def backward(ctx, dloss):  # type: ignore[no-untyped-def]
+        rows, places, targets, log_sum = ctx.saved_tensors
+        batch = Labelled(places, targets)
+        drows = torch.empty_like(rows) if places is None else torch.zeros_like(rows)
+        for group, x in batch.chunks(rows, ctx.step):
+            dh = torch.zeros(x.shape, device=x.device)
+            _dhidden(dh, x, ctx.head, targets[group], log_sum[group], ctx.softcap)
+            drows[group if places is None else places[group]] = dh.mul_(dloss / batch.tokens).to(rows.dtype)
+        return drows, None, None, None, None
+
+
+def _tokens_a_group(rows: torch.Tensor, vocabulary: int, chunk_bytes: int) -> int:
+    """Tokens whose float32 gradient, and the log-sum-exps of their tiles, fit the budget."""
+    return max(chunk_bytes // (4 * max(rows.shape[1], vocabulary // 32)), 16)
+
+
+def _log_sum(x, head, targets, softcap):  # type: ignore[no-untyped-def]
+    """The log-sum-exp and the label's logit of each token of x (tokens, width)."""
+    x, (tokens, width), vocabulary = x.contiguous(), x.shape, head.shape[0]
+    tile = _tile(tokens, head, softcap)
+    pieces = triton.cdiv(vocabulary, tile["V"])
+    log_sums = x.new_empty(pieces, tokens, dtype=torch.float32)
+    label_logits = torch.empty(tokens, device=x.device)
+    tensors = (x, *pointers(head), targets, log_sums, label_logits)
+    grid = (triton.cdiv(tokens, tile["M"]) * pieces,)
+    _log_sum_kernel[grid](*tensors, tokens, vocabulary, width, softcap or 1.0, **tile)
+    return log_sums.logsumexp(0), label_logits
+
+
+def _dhidden(dh, x, head, targets, log_sum, softcap):  # type: ignore[no-untyped-def]
+    """Add dl W of each token to dh (tokens, width), float32."""
+    x, (tokens, width), vocabulary = x.contiguous(), x.shape, head.shape[0]
+    tile = _tile(tokens, head, softcap)
+    tensors, resolution = (x, *pointers(head), targets, log_sum, dh), torch.finfo(x.dtype).eps / 32
+    grid = (triton.cdiv(tokens, tile["M"]) * triton.cdiv(vocabulary, tile["V"]),)
+    _dhidden_kernel[grid](*tensors, tokens, vocabulary, width, softcap or 1.0, resolution, **tile)
+
+
+def _tile(tokens: int, head: torch.Tensor | Packed, softcap: float | None) -> dict[str, Any]:
+    """Launch options: M tokens by V logits, K of the width at a time.
+
+    At most 72 KiB of shared memory, which every architecture has. A tile of a packed head needs registers
+    to be expanded in.
+    """
+    format = head.format if isinstance(head, Packed) else "dense"
+    return {
+        "CAPPED": softcap is not None,
+        "FORMAT": format,
+        "M": 16 if tokens <= 16 else 64,
+        "V": 128 if format == "dense" else 64,
+        "K": 64,
+        "num_warps": 4 if format == "dense" or tokens <= 16 else 8,
+        "num_stages": 3 if format == "dense" else 4,
+    }
+
+
+@jit
+def _log_sum_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    quants_ptr,
+    scales_ptr,
+    mins_ptr,
+    groups_ptr,
+    offset_ptr,
+    tables_ptr,
+    targets_ptr,
+    log_sums_ptr,
+    label_logits_ptr,
+    tokens,
+    vocabulary,
+    width,
+    softcap,
+    CAPPED: tl.constexpr,
+    FORMAT: tl.constexpr,
+    M: tl.constexpr,
+    V: tl.constexpr,
+    K: tl.constexpr,
+):
+    """The log-sum-exp of a tile, and the label's logit of the tokens whose label is in the tile."""
+    parts = quants_ptr, scales_ptr, mins_ptr, groups_ptr, offset_ptr, tables_ptr
+    row, column, piece = _place(tokens, M, V)
+    head_row = tl.minimum(column, vocabulary - 1).to(tl.int64)
+    logits = _logits(x_ptr, row, tokens, width, parts, head_row, FORMAT, M, V, K)
+    if CAPPED:
+        logits = cap(logits, softcap)
+    logits = tl.where(column[None, :] < vocabulary, logits, float("-inf"))
+    peak = tl.max(logits, axis=1)
+    log_sum = peak + tl.log(tl.sum(tl.exp(logits - peak[:, None]), axis=1))
+    inside = row < tokens
+    tl.store(log_sums_ptr + piece.to(tl.int64) * tokens + row, log_sum, mask=inside)
+    target = tl.load(targets_ptr + row, mask=inside, other=-1)
+    label_logit = tl.sum(tl.where(column[None, :] == target[:, None], logits, 0.0), axis=1)
+    in_tile = (target >= piece * V) & (target < piece * V + V)
+    tl.store(label_logits_ptr + row, label_logit, mask=inside & in_tile)
+
+
+@jit
+def _dhidden_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    quants_ptr,
+    scales_ptr,
+    mins_ptr,
+    groups_ptr,
+    offset_ptr,
+    tables_ptr,
+    targets_ptr,
+    log_sum_ptr,
+    dh_ptr,
+    tokens,
+    vocabulary,
+    width,
+    softcap,
+    resolution,
+    CAPPED: tl.constexpr,
+    FORMAT: tl.constexpr,
+    M: tl.constexpr,
+    V: tl.constexpr,
+    K: tl.constexpr,
+):
+    """Add dl W of a tile to dh, unless the tile's gradient is below `resolution` for every token."""
+    parts = quants_ptr, scales_ptr, mins_ptr, groups_ptr, offset_ptr, tables_ptr
+    row, column, _ = _place(tokens, M, V)
+    head_row = tl.minimum(column, vocabulary - 1).to(tl.int64)
+    logits = _logits(x_ptr, row, tokens, width, parts, head_row, FORMAT, M, V, K)
+    if CAPPED:
+        logits = cap(logits, softcap)
+    inside = row < tokens
+    log_sum = tl.load(log_sum_ptr + row, mask=inside, other=float("inf"))
+    target = tl.load(targets_ptr + row, mask=inside, other=-1)
+    dl = tl.where(column[None, :] < vocabulary, tl.exp(logits - log_sum[:, None]), 0.0)
+    # in float32: the gradient of a sure token is a small difference
+    dl -= (column[None, :] == target[:, None]).to(tl.float32)
+    if tl.max(tl.sum(tl.abs(dl), axis=1), axis=0) >= resolution:
+        slope = 1 - (logits / softcap) * (logits / softcap) if CAPPED else 1.0
+        rounded = (dl * slope).to(x_ptr.dtype.element_ty)
+        for first in range(0, width, K):
+            k = first + tl.arange(0, K)
+            weight = expand_tile(parts, head_row, first, width, FORMAT, V, K).to(rounded.dtype)
+            part = tl.dot(rounded, weight, input_precision="ieee")
+            at = dh_ptr + row.to(tl.int64)[:, None] * width + k[None, :]
+            tl.atomic_add(at, part, mask=inside[:, None] & (k[None, :] < width), sem="relaxed")
+
+
+@jit
+def _place(tokens, M: tl.constexpr, V: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows, columns and piece of this program's tile; programs that read the same part of the head are neighbours."""
+    blocks = tl.cdiv(tokens, M)
+    piece = tl.program_id(0) // blocks
+    return (tl.program_id(0) % blocks) * M + tl.arange(0, M), piece * V + tl.arange(0, V), piece
+
+
+@jit
+def _logits(  # type: ignore[no-untyped-def]
+    x_ptr,
+    row,
+    tokens,
+    width,
+    parts,
+    head_row,
+    FORMAT: tl.constexpr,
+    M: tl.constexpr,
+    V: tl.constexpr,
+    K: tl.constexpr,
+):
+    """x Wᵀ of a tile in float32; rows beyond the last token repeat it."""
+    x_row = tl.minimum(row, tokens - 1).to(tl.int64) * width
+    logits = tl.zeros((M, V), tl.float32)
+    for first in range(0, width, K):
+        k = first + tl.arange(0, K)
+        x = tl.load(x_ptr + x_row[:, None] + k[None, :], mask=k[None, :] < width, other=0.0)
+        weight = expand_tile(parts, head_row, first, width, FORMAT, V, K)
+        logits = tl.dot(x, weight.to(x.dtype).T, logits, input_precision="ieee")
+    return logits
+
+
+def ahead_of_time() -> list[Example]:
+    """Every tile and format in 16 bits, with a softcap, which only adds to them."""
+    examples = []
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    for (name, dtype), format, tokens in product(dtypes.items(), ("dense", *BLOCK), (5, 17)):
+        head: Any = blank(dtype, 1000, 1024) if format == "dense" else blank_packed(format, 1000, 1024)
+        x, targets = blank(dtype, tokens, 1024), blank(torch.int64, tokens)
+        log_sum, dh = blank(torch.float32, tokens), blank(torch.float32, tokens, 1024)
+        end = f"{format} M={_tile(tokens, head, None)['M']}"
+        forward, backward = (x, head, targets, 30.0), (dh, x, head, targets, log_sum, 30.0)
+        examples += [
+            Example(f"linear_cross_entropy {name} log_sum {end}", _log_sum, forward, streamed=True),
+            Example(f"linear_cross_entropy {name} dhidden {end}", _dhidden, backward, streamed=True),
+        ]
+    return examples

@@ -184,7 +184,7 @@ class Fleet:
         method: str = "fedit",
         rounds: int = 1,
         quorum: int = 1,
-        deadline_s: float = 60,
+        deadline_s: float = 600,  # a slow machine measures itself before its first round
         extensions: int = 0,
         steps: int = 4,
     ) -> None:

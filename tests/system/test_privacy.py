@@ -18,7 +18,7 @@ from crafted import crafted
 from fleet import Command, Fleet
 from records import Recorder, node_files, recorded, reports
 
-from edge_runtime.protocol import codec
+from edge_runtime.protocol import codec, completion
 from edge_runtime.protocol.completion import Completion
 from edge_runtime.protocol.report import Report, Result, Score
 
@@ -264,7 +264,7 @@ def test_the_search_finds_a_planted_secret(private: Fleet, recorder: Recorder) -
     )
     with crafted(private, "crafted") as device:
         device.report(state="trained", result=result)
-        device.offer(codec.encode({}, [Completion(0, secret("completion"), 1.0)]))
+        device.offer(codec.encode({}, completion.encode([Completion(0, secret("completion"), 1.0)])))
     crossed = recorder.searchable()
     assert secret("held-out-name") in crossed and secret("completion") in crossed
     with pytest.raises(AssertionError, match="completion"):

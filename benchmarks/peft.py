@@ -20,11 +20,12 @@ from edge_runtime.agent.measure import Taken, typical
 from edge_runtime.models import weights
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning import processes
-from edge_runtime.trainer import data, step
+from edge_runtime.trainer import data
 from edge_runtime.trainer.cap import cap_gpu
 from edge_runtime.trainer.data import Example
 from edge_runtime.trainer.job import Job
 from edge_runtime.trainer.meter import Meter
+from edge_runtime.trainer.micro_batch import pad
 
 
 def trainer(
@@ -56,7 +57,7 @@ def trainer(
     optimiser = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
 
     def run(rows: list[Example]) -> float:
-        ids, labels = step.pad(rows, torch.device(device))
+        ids, labels = pad(rows, torch.device(device))
         loss = adapted(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, training.clip_norm)

@@ -59,18 +59,8 @@ def measured(facts: Facts, examples: list[Example], format: settings.Weights) ->
             seconds["PEFT"].append(time.perf_counter() - ended)
         began = time.perf_counter()
 
-    step.train(
-        model,
-        adapter,
-        examples,
-        TRAINING,
-        slices=[tuple(range(facts.layers))],
-        micro_rows=ROWS,
-        round_=1,
-        rounds=1,
-        seed=0,
-        progress=turn,
-    )
+    round_settings = step.RoundSettings(TRAINING, [tuple(range(facts.layers))], micro_rows=ROWS)
+    step.train(model, adapter, examples, round_settings, progress=turn)
     return seconds
 
 

@@ -46,8 +46,9 @@ from edge_runtime.simulation.results import Answers, Member, Outcome, short
 from edge_runtime.simulation.spec import ANCHORS, Arm, Device, Spec
 from edge_runtime.simulation.versions import Versions
 from edge_runtime.trainer import data
+from edge_runtime.trainer.base import Bases
 from edge_runtime.trainer.job import Job, Machine
-from edge_runtime.trainer.run import Bases, run
+from edge_runtime.trainer.run import run
 
 ROWS_AT_ONCE = 8  # a micro-batch; its rows are alike in length, so little is padded
 

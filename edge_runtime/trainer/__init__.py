@@ -1,1 +1,1 @@
-"""What the trainer process does: load a base model, evaluate, train one round, encode the delta, measure its memory."""
+"""The trainer process: loads a base model, evaluates it, trains one round, and encodes the delta."""

@@ -1,4 +1,4 @@
-"""Holds the trainer to less of a GPU than there is, so that a large one stands for a small board's."""
+"""Caps the GPU memory of the trainer, so that a large GPU stands for a small board's."""
 
 import torch
 from edge_profiles import format_size
@@ -7,12 +7,12 @@ from edge_runtime.errors import InputError
 
 
 def cap_gpu(cap_bytes: int) -> None:
-    """Let torch's allocator fail beyond so many bytes; comes before anything is allocated.
+    """Let torch's allocator fail beyond cap_bytes; call it before anything is allocated.
 
-    What CUDA itself takes (its context, some hundred MiB) is not the allocator's and comes on top.
+    CUDA's own memory (its context, some hundred MiB) is not the allocator's and comes on top.
 
     Raises:
-        InputError: the GPU has less.
+        InputError: the GPU has less memory than that.
     """
     total = int(torch.cuda.get_device_properties(0).total_memory)
     if cap_bytes > total:

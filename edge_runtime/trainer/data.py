@@ -1,11 +1,11 @@
-"""Reads a device's rows and makes token sequences of them, with labels on what the model is to say.
+"""Reads a device's rows, and makes token sequences of them that mark the learned tokens.
 
     {"prompt", "completion"}    the completion and the end-of-text token are learned
     {"messages": [...]}         the assistant's turns are learned, in the model's chat template
     {"text"}                    every token is learned
-    {"text", "label"}           the label's name, written after the text, is learned; or the label by a head of its own
+    {"text", "label"}           the label, written after the text, is learned; or a head learns it
 
-Reading imports no torch: the agent checks its data before it connects to anything.
+This file imports no torch: the agent checks its data before it connects to anything.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from edge_runtime.errors import InputError
 
-IGNORED = -100
+IGNORED = -100  # label of a token that is not learned, as torch's cross-entropy has it
 FORMS: tuple[frozenset[str], ...] = (
     frozenset({"prompt", "completion"}),
     frozenset({"messages"}),
@@ -28,24 +28,35 @@ Row = dict[str, Any]
 
 
 class Example(NamedTuple):
-    """Token ids, and for each the label: itself where it is learned, else IGNORED. At least one is learned, unless a head
-    learns the text's label: then there are no labels of tokens, and answer is its number, IGNORED where the head lacks it."""
+    """A row as tokens; at least one of them is learned, unless a head learns the row's label."""
 
     ids: list[int]
-    labels: list[int]
-    answer: int | None = None
+    labels: list[int]  # each token if it is learned, else IGNORED; empty if a head learns the row
+    answer: int | None = None  # number of the label, IGNORED if the head lacks it; None: text
+
+    @property
+    def headed(self) -> bool:
+        """Whether a head learns the row's label."""
+        return self.answer is not None
+
+    @property
+    def counted(self) -> int:
+        """Learned labels. The first token is never among them: no token before it predicts it."""
+        if self.headed:
+            return int(self.answer != IGNORED)
+        return sum(label != IGNORED for label in self.labels[1:])
 
 
 def read_rows(path: Path) -> list[Row]:
     """All rows of a .jsonl file.
 
     Raises:
-        InputError: the file is missing or empty, or a row is not one of the forms above; the line is named.
+        InputError: the file is missing or empty, or a row, named by its line, has none of the
+            forms above.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split(
-            "\n"
-        )  # not splitlines: a JSON text may hold U+2028 and the like
+        # not splitlines: a JSON text may hold U+2028 and the like
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise InputError(
             f"cannot read the data file {path}: {error.strerror}; give the path of a .jsonl file"
@@ -96,7 +107,7 @@ def _kind(value: Any) -> str:
 
 
 def _words(names: Iterable[str]) -> list[str]:
-    """Names of fields or roles, for a message; a name that is no plain word may be text of the row."""
+    """Names of fields or roles, for a message; other than plain words may be private text."""
     return sorted({name if name.isidentifier() and len(name) <= 20 else "(no plain word)" for name in names})
 
 
@@ -115,21 +126,21 @@ def _check_messages(messages: Any, where: str) -> None:
         raise InputError(f"{where}: the first message is the assistant's, but it has to answer something")
 
 
-def read_asked(path: Path) -> list[Row]:
-    """Rows of a text, or of messages that the assistant has still to answer, as the fleet's node wrote them."""
+def read_prompts(path: Path) -> list[Row]:
+    """The fleet's public rows, as its node wrote them: a text, or messages without the last answer."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def asked(row: Row, tokenizer: Any) -> list[int]:
-    """Token ids of such a row, behind which the completion begins; raises InputError as tokenize does."""
+def prompt_ids(row: Row, tokenizer: Any) -> list[int]:
+    """Token ids of a public row, up to its completion; raises InputError as tokenize does."""
     if "messages" in row:
         return _templated(row["messages"], tokenizer, add_generation_prompt=True)
     ids: list[int] = tokenizer(row["text"]).input_ids
     return ids
 
 
-def answered(row: Row, completion: str) -> Row:
-    """Such a row with its completion, to be learned."""
+def completed(row: Row, completion: str) -> Row:
+    """A public row with its completion, as a row to learn."""
     if "messages" in row:
         return {"messages": [*row["messages"], {"role": "assistant", "content": completion}]}
     return {"prompt": row["text"], "completion": completion}
@@ -142,26 +153,29 @@ def write_rows(path: Path, rows: list[Row]) -> Path:
 
 
 def split(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:
-    """Train and held-out rows where the user named no held-out file: every tenth row, at most 200, after a seeded shuffle."""
-    mixed = random.Random(seed).sample(rows, len(rows))
-    held = min(len(rows) // 10, 200)
-    return mixed[held:], mixed[:held]
+    """Training rows and held-out rows: a tenth is held out, at most 200, after a seeded shuffle."""
+    shuffled = random.Random(seed).sample(rows, len(rows))
+    count = min(len(rows) // 10, 200)
+    return shuffled[count:], shuffled[:count]
 
 
 def labels_of(rows: list[Row]) -> set[str]:
-    """The labels that rows of text and label have."""
+    """The distinct labels of rows."""
     return {row["label"] for row in rows if "label" in row}
 
 
 def tokenize(
     rows: list[Row], tokenizer: Any, max_tokens: int, labels: Sequence[str] | None = None
 ) -> list[Example]:
-    """Token sequences of at most max_tokens; a prompt loses its beginning, plain text and a head's text their end.
+    """Token sequences of at most max_tokens.
 
-    labels: that a head tells apart; None: labels are learned as text.
+    A prompt is cut at its beginning, plain text and a head's text at their end.
+
+    Args:
+        labels: the labels of a head, by number; None: labels are learned as text.
 
     Raises:
-        InputError: messages for a model without a chat template, or such as its template refuses.
+        InputError: the model has no chat template for messages, or its template refuses them.
     """
     numbers = None if labels is None else {label: number for number, label in enumerate(labels)}
     return [_example(row, tokenizer, max_tokens, numbers) for row in rows]
@@ -207,7 +221,8 @@ def _templated(messages: list[dict[str, str]], tokenizer: Any, *, add_generation
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except Exception as error:  # a template may refuse roles or their order, with an error of its own
+    # a template may refuse roles or their order, with an error of its own
+    except Exception as error:
         seen = ", ".join(_words(turn["role"] for turn in messages))
         verbatim = str(error) in tokenizer.chat_template  # else the sentence may quote a row
         reason = str(error) if verbatim else type(error).__name__
@@ -219,27 +234,27 @@ def _templated(messages: list[dict[str, str]], tokenizer: Any, *, add_generation
 
 
 def batches(examples: list[Example], rows: int) -> Iterator[list[Example]]:
-    """Groups of at most this many rows of one kind, text or a head's, alike in length so that little is padded."""
+    """Groups of at most `rows` examples of one kind, alike in length so that little is padded."""
     ordered = sorted(examples, key=lambda example: len(example.ids))
     for headed in (False, True):
-        same = [example for example in ordered if (example.answer is not None) is headed]
-        for first in range(0, len(same), rows):
-            yield same[first : first + rows]
+        alike = [example for example in ordered if example.headed is headed]
+        for first in range(0, len(alike), rows):
+            yield alike[first : first + rows]
 
 
 def in_shares(examples: list[Example], shares: Sequence[float], seed: str) -> Iterator[Example]:
-    """The examples without end, each in proportion to its share, at least one of which is above 0.
+    """The examples without end, each as often as its share says; at least one share is above 0.
 
-    Passes in a new order each, which leave out what has not yet gathered its whole: one with half of the largest share comes
-    in every second pass.
+    Each pass has a new order. An example of the largest share comes in every pass, and an example
+    of half that share in every second.
     """
     draw = random.Random(seed)
-    gathered, whole = [draw.random() for _ in examples], max(shares)
+    credits, largest = [draw.random() for _ in examples], max(shares)
     while True:
         for number in draw.sample(range(len(examples)), len(examples)):
-            gathered[number] += shares[number] / whole
-            if gathered[number] >= 1:
-                gathered[number] -= 1
+            credits[number] += shares[number] / largest
+            if credits[number] >= 1:
+                credits[number] -= 1
                 yield examples[number]
 
 

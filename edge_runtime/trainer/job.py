@@ -5,7 +5,7 @@ Both processes share one folder; progress lines travel on stdout.
 job.json       Job, read by `python -m edge_runtime.trainer FOLDER`
 result.json    Result; written last, so when it exists the other files are complete
 payload.bin    the encoded delta, if the method exchanges anything
-start.bin      during training only: the exchanged factors as the round found them (float32 safetensors)
+start.bin      during training: the exchanged factors as the round began (float32 safetensors)
 residual.bin   what rounding lost from the payload (float32 safetensors), for the next round
 state.bin      the factors that stay private (float32 safetensors)
 """
@@ -35,23 +35,22 @@ class Machine(msgspec.Struct, frozen=True):
 
 
 class Job(msgspec.Struct, frozen=True):
-    """Work for one trainer process: an evaluation, then one round of training unless train is False."""
+    """Work for one trainer process: an evaluation, and then a round of training if train is True."""
 
     train: bool
     round: int  # counted from 1
     fleet: Fleet
     facts: Facts
     plan: Plan
-    depths: tuple[
-        int, ...
-    ]  # depth slices that training steps take in turn; methods without exchange use plan.depth alone
+    # depth slices that training steps take in turn; a method that exchanges no layers trains plan.depth
+    depths: tuple[int, ...]
     data: str  # path of the training rows
     evaluation: dict[str, str]  # paths of held-out rows, by name
     start: str | None = None  # path of the encoded global version; None: version 0
     anchors: str | None = None  # path of the fleet's public texts
     carried: Carried = Carried()
     machine: Machine = Machine()
-    export: str | None = None  # folder for the adapter in PEFT's form; used after an evaluation alone
+    export: str | None = None  # folder for the adapter in PEFT's form; used if train is False
 
 
 class Progress(msgspec.Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""Keeps a running round within its budget: what a step took decides how the next one goes."""
+"""Keeps a round within its memory budget: each step's peak decides the next step's plan."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,29 +7,37 @@ from edge_profiles import format_size
 from edge_runtime.errors import MemoryShortError
 from edge_runtime.protocol.plan import Plan
 
-NEAR = 0.98  # of the budget; rows differ in length, and a later step may take more
+NEAR = 0.98  # share of the budget; rows differ in length, and a later step may take more
 
 
 class Limit:
-    """Asked after each step."""
+    """The budget of a round, and the plans that it may still fall back on."""
 
     def __init__(self, budget_bytes: int, plan: Plan, lower: Sequence[Plan], lap: Callable[[], int]) -> None:
-        """lower: plans to go on with, each in less memory than the one before. lap: peak bytes since it was last called."""
-        self._budget_bytes, self._plan, self._lower, self._lap = (budget_bytes, plan, list(lower), lap)
+        """Start with a plan.
+
+        Args:
+            plan: the plan of the running steps.
+            lower: plans to fall back on, each in less memory than the one before.
+            lap: returns the peak in bytes since its last call.
+        """
+        self._budget_bytes, self._lap = budget_bytes, lap
+        self._plan, self._lower = plan, list(lower)
 
     def ease(self) -> Plan | None:
-        """The plan to go on with; None: the same.
+        """The plan of the next step, cheaper when memory is short; None: continue unchanged.
 
-        It is the first that is predicted to take enough less, and while the budget holds the last where none does.
+        Call it after each step. It takes the first plan that is predicted to save enough. If none
+        does, and the step was still within the budget, it takes the cheapest.
 
         Raises:
-            MemoryShortError: the step took more than the budget, and no plan here takes enough less.
+            MemoryShortError: the step took more than the budget, and no plan saves enough.
         """
         peak = self._lap()
         if peak <= NEAR * self._budget_bytes:
             return None
-        wanted = self._plan.predicted_peak_bytes - (peak - NEAR * self._budget_bytes)
-        enough = [plan for plan in self._lower if plan.predicted_peak_bytes <= wanted]
+        target = self._plan.predicted_peak_bytes - (peak - NEAR * self._budget_bytes)
+        enough = [plan for plan in self._lower if plan.predicted_peak_bytes <= target]
         if peak > self._budget_bytes and not enough:
             raise MemoryShortError(
                 f"a step took {format_size(peak)} of a budget of {format_size(self._budget_bytes)}, and was to take "

@@ -1,18 +1,22 @@
 """Measures the peak memory of each phase of the trainer process.
 
-On a CPU: the peak resident size as Linux counts it (VmHWM in /proc/self/status), set back at the start of each phase
-through /proc/self/clear_refs. On a GPU of its own memory: the allocator's peak of reserved bytes. On unified memory: the sum
-of both, for CUDA's allocations come out of the same DRAM but are not in the resident size; as the two peaks need not fall
-together, it is at most so much. Where /proc is not there, psutil's resident size at the end of a phase stands in, which may
-miss a peak inside it. Beside the peak stand the system's other views of the same memory (see job.PhaseMemory).
+    CPU              peak resident size as Linux counts it (VmHWM in /proc/self/status), reset at the
+                     start of each phase through /proc/self/clear_refs
+    GPU              the allocator's peak of reserved bytes
+    unified memory   the sum of both, as CUDA allocates from the same DRAM, but outside the resident
+                     size; the two peaks need not coincide, so the sum is an upper bound
+    no /proc         psutil's resident size at the end of a phase, which may miss a peak inside it
+
+Other views of the same memory are recorded beside the peak (protocol.report.PhaseMemory).
 """
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
+from typing import NamedTuple
 
 import msgspec
 import psutil
@@ -20,6 +24,7 @@ import torch
 from edge_profiles import cgroups
 
 from edge_runtime.protocol.report import PhaseMemory
+from edge_runtime.trainer.job import Progress
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
@@ -27,13 +32,13 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def release() -> None:
-    """Give freed heap back to the system: glibc keeps it else, here some 150 MiB after ten steps of varying lengths."""
+    """Return freed heap to the system; glibc kept 150 MiB after ten steps of varying lengths."""
     if LIBC is not None and hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)
 
 
 class Meter:
-    """Memory and durations in seconds, by phase."""
+    """Memory and seconds by phase."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device.startswith("cuda")
@@ -44,7 +49,7 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure what runs inside; a phase that runs twice keeps the higher of each figure and adds its times."""
+        """Measure the code inside; a second run of a phase keeps the higher figures and adds seconds."""
         self._reset()
         self._phase = name
         started = monotonic()
@@ -55,7 +60,7 @@ class Meter:
             self.seconds[name] = self.seconds.get(name, 0.0) + monotonic() - started
 
     def lap(self) -> int:
-        """The peak since the phase or its last lap began; the phase's is the highest of them."""
+        """Peak bytes since the phase or its last lap began; the phase's is the highest of its laps."""
         memory = self._memory()
         self.phases[self._phase] = _higher(self.phases.get(self._phase), memory)
         self._reset()
@@ -67,7 +72,7 @@ class Meter:
         return max(phase.peak_bytes for phase in self.phases.values())
 
     def current_bytes(self) -> int:
-        """What the process holds now, counted as the peak is."""
+        """Bytes that the process holds now, counted as the peak is."""
         reserved = int(torch.cuda.memory_reserved()) if self.cuda else 0
         return reserved + (_resident("VmRSS") if self._in_ram else 0)
 
@@ -85,10 +90,8 @@ class Meter:
         resident = _resident("VmHWM")
         allocated = reserved = driver = None
         if self.cuda:
-            allocated, reserved = (
-                int(torch.cuda.max_memory_allocated()),
-                int(torch.cuda.max_memory_reserved()),
-            )
+            allocated = int(torch.cuda.max_memory_allocated())
+            reserved = int(torch.cuda.max_memory_reserved())
             free, total = torch.cuda.mem_get_info()
             driver = int(total - free)
         return PhaseMemory(
@@ -103,10 +106,21 @@ class Meter:
         )
 
 
-def _higher(one: PhaseMemory | None, other: PhaseMemory) -> PhaseMemory:
-    if one is None:
-        return other
-    sizes = zip(msgspec.structs.astuple(one), msgspec.structs.astuple(other), strict=True)
+class Reporter(NamedTuple):
+    """Where the stages of a job report their progress."""
+
+    meter: Meter
+    say: Callable[[Progress], None]
+
+    def tell(self, phase: str, step: int = 0, of: int = 0, loss: float | None = None) -> None:
+        """Report a phase, at a step of so many, with the memory that the process holds."""
+        self.say(Progress(phase, step, of, loss, self.meter.current_bytes()))
+
+
+def _higher(earlier: PhaseMemory | None, memory: PhaseMemory) -> PhaseMemory:
+    if earlier is None:
+        return memory
+    sizes = zip(msgspec.structs.astuple(earlier), msgspec.structs.astuple(memory), strict=True)
     return PhaseMemory(*(max(pair, key=lambda size: size or 0) for pair in sizes))
 
 

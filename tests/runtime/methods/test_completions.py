@@ -16,8 +16,10 @@ from edge_runtime.errors import InputError
 from edge_runtime.methods import completions
 from edge_runtime.protocol import codec, completion
 from edge_runtime.protocol.completion import Completion
-from edge_runtime.trainer import data, evaluate, greedy, public
+from edge_runtime.trainer import completions as public_texts
+from edge_runtime.trainer import data, greedy
 from edge_runtime.trainer.data import IGNORED, Example
+from edge_runtime.trainer.vocabulary import LanguageHead, sweep
 
 SPEC = settings.Codistill("anchors.jsonl", texts=5, tokens=8)
 FLEET = settings.Fleet("f", (settings.Model("m"),), adapter=settings.Adapter(rank=2), codistill=SPEC)
@@ -77,26 +79,26 @@ def test_a_packed_head_is_swept_as_its_own_values_are():
     weight, hidden = torch.randn(300, 64, generator=draw), torch.randn(5, 64, generator=draw)
     packed = pack(weight, "q8_0")
     targets = torch.tensor([0, 7, 299, 3, 150])
-    found = evaluate.sweep(hidden, packed, None, targets)
+    found = sweep(hidden, LanguageHead(packed, None), targets)
     logits = hidden @ expand(packed, torch.float32).T
     assert torch.equal(found.likely, logits.argmax(-1))
     torch.testing.assert_close(found.log_sum, logits.logsumexp(-1))
     torch.testing.assert_close(found.best, logits.max(-1).values)
-    torch.testing.assert_close(found.wanted, logits.gather(1, targets[:, None])[:, 0])
+    torch.testing.assert_close(found.target, logits.gather(1, targets[:, None])[:, 0])
 
 
 def test_what_comes_before_the_first_learned_token_is_a_rows_prompt():
-    assert public._prompt(Example([1, 2, 3, 4], [IGNORED, IGNORED, 3, 4])) == Example([1, 2], [], 0)
-    assert public._prompt(Example([1, 2, 3], [1, 2, 3])) == Example(
+    assert public_texts.prompt_of(Example([1, 2, 3, 4], [IGNORED, IGNORED, 3, 4])) == Example([1, 2], [], 0)
+    assert public_texts.prompt_of(Example([1, 2, 3], [1, 2, 3])) == Example(
         [1, 2], [], 0
     )  # without the end, which no prompt has
-    assert public._prompt(Example([1], [1])) == Example([1], [], 0)
+    assert public_texts.prompt_of(Example([1], [1])) == Example([1], [], 0)
 
 
 def test_of_public_messages_the_last_turn_alone_is_learned():
     turns = Example([1, 2, 3, 4, 5, 6], [IGNORED, 2, IGNORED, IGNORED, 5, 6])
-    assert public._last_turn(turns).labels == [IGNORED] * 4 + [5, 6]
-    assert public._last_turn(Example([1, 2], [IGNORED, 2])).labels == [IGNORED, 2]
+    assert public_texts.last_turn(turns).labels == [IGNORED] * 4 + [5, 6]
+    assert public_texts.last_turn(Example([1, 2], [IGNORED, 2])).labels == [IGNORED, 2]
 
 
 def test_what_is_learned_of_completions_weighs_by_the_prompts_that_have_one(tmp_path):
@@ -121,7 +123,7 @@ def test_what_is_learned_of_completions_weighs_by_the_prompts_that_have_one(tmp_
     def read(rows):
         return [Example([1, int(row["prompt"])], [IGNORED, 2]) for row in rows]
 
-    lesson = public.completed(job, prompts, {0, 1, 2}, read)
+    lesson = public_texts.agreed(job, prompts, {0, 1, 2}, read)
     ramp = np.exp(-5 / 4)
     assert [text.ids[1] for text in lesson.texts] == [0, 1]
     assert lesson.shares == pytest.approx([0.9 * ramp, 0.3 * ramp], rel=1e-4)
@@ -137,7 +139,7 @@ class Words:
 
 def test_a_completion_keeps_the_space_before_it():
     written = [greedy.Written(0, [7, 8], 0.5)]
-    assert public.as_text(written, [[3, 4]], Words()) == [Completion(0, " w7 w8", 0.5)]
+    assert public_texts.as_text(written, [[3, 4]], Words()) == [Completion(0, " w7 w8", 0.5)]
 
 
 # --- a real trainer
@@ -207,15 +209,15 @@ def test_an_answer_is_learned_from_what_the_fleet_says_of_public_prompts(trained
 
 def test_messages_are_asked_and_answered_in_the_models_own_template(demo_tokenizer):
     turns = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = data.asked({"messages": turns}, demo_tokenizer)
-    row = data.answered({"messages": turns}, "Paris")
+    ids = data.prompt_ids({"messages": turns}, demo_tokenizer)
+    row = data.completed({"messages": turns}, "Paris")
     learned = data.tokenize([row], demo_tokenizer, 512)[0]
     assert learned.ids[: len(ids)] == ids and set(learned.labels[: len(ids)]) == {IGNORED}
     answer = demo_tokenizer("Paris", add_special_tokens=False).input_ids
     assert learned.ids[len(ids) :][: len(answer)] == answer
     assert learned.ids[len(ids) + len(answer)] in demo_tokenizer.all_special_ids  # where greedy decoding ends
-    assert data.asked({"text": "hi"}, demo_tokenizer) == demo_tokenizer("hi").input_ids
-    assert data.answered({"text": "hi"}, " there") == {"prompt": "hi", "completion": " there"}
+    assert data.prompt_ids({"text": "hi"}, demo_tokenizer) == demo_tokenizer("hi").input_ids
+    assert data.completed({"text": "hi"}, " there") == {"prompt": "hi", "completion": " there"}
 
 
 # --- the node

@@ -17,6 +17,7 @@ from edge_runtime.methods import h2tune
 from edge_runtime.methods.interface import Contribution
 from edge_runtime.trainer import step
 from edge_runtime.trainer.divergence import divergence
+from edge_runtime.trainer.vocabulary import LanguageHead
 
 SPEC = settings.Adapter(rank=4, alpha=12.0)
 METHOD = h2tune.H2Tune(depths=3).method()
@@ -87,19 +88,9 @@ def trained(tiny, passes, steps=3, chosen=(0, 1, 2, 3)):
     values = random_state(adapter)
     attach.load_state(adapter, {key: 0.1 * value for key, value in values.items()})
     before = attach.state(adapter)
-    losses = step.train(
-        model,
-        adapter,
-        draw_examples(8),
-        settings.Training(steps=steps, rows_a_step=8, learning_rate=1e-2),
-        slices=[chosen],
-        micro_rows=3,
-        round_=1,
-        rounds=1,
-        seed=0,
-        progress=lambda *_: None,
-        passes=passes,
-    )
+    training = settings.Training(steps=steps, rows_a_step=8, learning_rate=1e-2)
+    round_settings = step.RoundSettings(training, [chosen], micro_rows=3, passes=passes)
+    losses = step.train(model, adapter, draw_examples(8), round_settings)
     return before, attach.state(adapter), losses
 
 
@@ -181,7 +172,7 @@ def test_the_divergence_is_torchs_with_its_gradient(softcap, chunk_bytes, packed
     held = pack(head, "q8_0") if packed else head
     dense = (expand(held, torch.float32) if packed else head).double()
     hidden.requires_grad_(True)
-    found = divergence(before, hidden, held, softcap, chunk_bytes)
+    found = divergence(before, hidden, LanguageHead(held, softcap), chunk_bytes)
     (3 * found).backward()
     truth_of = hidden.detach().double().requires_grad_(True)
 
@@ -198,9 +189,9 @@ def test_the_divergence_is_torchs_with_its_gradient(softcap, chunk_bytes, packed
 
 
 def test_nothing_has_moved_where_nothing_changed():
-    rows, head = torch.randn(4, 16), torch.randn(50, 16)
-    assert divergence(rows, rows.clone().requires_grad_(True), head, None, 1 << 20).item() == pytest.approx(
+    rows, head = torch.randn(4, 16), LanguageHead(torch.randn(50, 16), None)
+    assert divergence(rows, rows.clone().requires_grad_(True), head, 1 << 20).item() == pytest.approx(
         0, abs=1e-6
     )
-    empty = divergence(rows[:0], rows[:0].clone().requires_grad_(True), head, None, 1 << 20)
+    empty = divergence(rows[:0], rows[:0].clone().requires_grad_(True), head, 1 << 20)
     assert float(empty) == 0

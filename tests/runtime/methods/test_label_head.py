@@ -7,8 +7,10 @@ from safetensors.numpy import load_file
 
 from edge_runtime import settings
 from edge_runtime.protocol import codec
-from edge_runtime.trainer import data, evaluate, step
+from edge_runtime.trainer import data
 from edge_runtime.trainer.data import IGNORED, Example
+from edge_runtime.trainer.micro_batch import cut
+from edge_runtime.trainer.public import likeness
 
 ROWS = [{"text": f"{word} {n}", "label": word} for n in range(6) for word in ("red", "green")]
 HELD_OUT = [{"text": f"{word} {n}", "label": word} for n in range(6, 9) for word in ("red", "green", "blue")]
@@ -145,15 +147,15 @@ def rows_of(*kinds):
 @pytest.mark.parametrize("kinds", ["tttt", "hhhh", "tthhh", "h??", "tth?"])
 @pytest.mark.parametrize("micro_rows", [1, 2, 100])
 def test_the_parts_of_a_step_weigh_one_whatever_they_are_cut_into(kinds, micro_rows):
-    found = step.parts(rows_of(*kinds), rows_of("h", "h", "h"), 0.5, micro_rows)
-    assert sum(part.share for part in found if not part.soft) == pytest.approx(1)
-    assert sum(part.share for part in found if part.soft) == pytest.approx(0.5)
-    assert all(len({row.answer is None for row in part.batch}) == 1 for part in found)
-    assert sum(len(part.batch) for part in found) == len(kinds) + 3
+    found = cut(rows_of(*kinds), rows_of("h", "h", "h"), 0.5, micro_rows)
+    assert sum(part.share for part in found if not part.public) == pytest.approx(1)
+    assert sum(part.share for part in found if part.public) == pytest.approx(0.5)
+    assert all(len({row.answer is None for row in part.rows}) == 1 for part in found)
+    assert sum(len(part.rows) for part in found) == len(kinds) + 3
 
 
 def test_text_weighs_by_labelled_tokens_and_a_heads_rows_by_those_it_knows():
-    found = step.parts([*rows_of("t", "h", "?"), Example([1, 2], [IGNORED, 2])], [], 0.0, 1)
+    found = cut([*rows_of("t", "h", "?"), Example([1, 2], [IGNORED, 2])], [], 0.0, 1)
     shares = sorted(part.share for part in found)
     assert shares == pytest.approx([0, 0.5 * 1 / 4, 0.5 * 3 / 4, 0.5])
 
@@ -165,7 +167,7 @@ def test_likeness_is_the_share_of_rows_that_lie_no_closer():
     draw = np.random.default_rng(0)
     own, texts = draw.normal(0, 1, (40, 6)), draw.normal(0, 1, (9, 6))
     own, texts = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (own, texts))
-    found = evaluate.likeness(torch.from_numpy(own), torch.from_numpy(texts))
+    found = likeness(torch.from_numpy(own), torch.from_numpy(texts))
     for number, text in enumerate(texts):
         nearest = max(float(text @ row) for row in own)
         closest = [
@@ -181,5 +183,5 @@ def test_texts_like_the_rows_are_told_from_others():
     own, same, other = (torch.randn(200, 20, generator=draw) for _ in range(3))
     own, same, other = own + 2, same + 2, other - 2
     own, same, other = (torch.nn.functional.normalize(x, dim=1) for x in (own, same, other))
-    assert float(evaluate.likeness(own, same).mean()) > 0.5
-    assert float(evaluate.likeness(own, other).max()) < 0.15
+    assert float(likeness(own, same).mean()) > 0.5
+    assert float(likeness(own, other).max()) < 0.15

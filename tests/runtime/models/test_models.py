@@ -30,7 +30,8 @@ from edge_runtime.models.packed import PackedLinear
 from edge_runtime.models.prepare import prepare
 from edge_runtime.models.slices import kept_layers, nested_blocks
 from edge_runtime.planning import processes
-from edge_runtime.trainer import step
+from edge_runtime.trainer.objectives import hidden_states
+from edge_runtime.trainer.recompute import recomputed_blocks
 
 FEDIT = fedit.METHOD
 IDS = torch.arange(3, 43).reshape(2, 20)
@@ -656,8 +657,8 @@ def test_a_streamed_block_lets_go_of_its_matrices_until_it_runs_again(tiny_facts
             block.mlp.register_forward_pre_hook(
                 lambda mlp, _, read=read: read.append(weakref.ref(mlp.up_proj.base.weight.quants))
             )
-        with step.recomputed_blocks(model):
-            loss = step.hidden_states(model, torch.arange(5, 21)[None]).float().square().mean()
+        with recomputed_blocks(model):
+            loss = hidden_states(model, torch.arange(5, 21)[None]).float().square().mean()
             alive = [tensor() is not None for tensor in read]
             loss.backward()
         seen[streamed] = {key: factor.grad.clone() for key, factor in adapter.factors.items()}

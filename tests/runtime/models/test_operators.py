@@ -16,6 +16,7 @@ from edge_runtime.demo import commands
 from edge_runtime.methods import fedit
 from edge_runtime.models import weights
 from edge_runtime.trainer import data, step
+from edge_runtime.trainer.micro_batch import pad
 
 FEDIT = fedit.METHOD
 SPEC = settings.Adapter(rank=4)
@@ -125,18 +126,8 @@ def losses_of(facts, depth, examples, *, operators, steps, learning_rate=1e-3, f
     if operators:
         apply(model)
         training = settings.Training(steps=steps, rows_a_step=4, learning_rate=learning_rate)
-        return step.train(
-            model,
-            adapter,
-            examples,
-            training,
-            slices=[tuple(range(depth))],
-            micro_rows=4,
-            round_=1,
-            rounds=1,
-            seed=0,
-            progress=lambda *_: None,
-        )
+        round_settings = step.RoundSettings(training, [tuple(range(depth))], micro_rows=4)
+        return step.train(model, adapter, examples, round_settings)
     for name, module in list(model.named_modules()):
         if isinstance(module, attach.AdapterLinear):
             model.set_submodule(name, PlainLora(module))
@@ -149,7 +140,7 @@ def plain_losses(model, trained, examples, steps, learning_rate=1e-3):
     optimiser = torch.optim.AdamW(trained, weight_decay=0.0)
     rows, found = data.epochs(examples, "0/1"), []
     for number in range(steps):
-        ids, labels = step.pad(list(itertools.islice(rows, 4)), torch.device("cpu"))
+        ids, labels = pad(list(itertools.islice(rows, 4)), torch.device("cpu"))
         logits = model(ids, use_cache=False).logits[:, :-1].float()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()

@@ -33,11 +33,13 @@ from edge_runtime.protocol import codec
 from edge_runtime.protocol.keys import name_of
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Result
-from edge_runtime.trainer import data, run, step
+from edge_runtime.trainer import data, disk, objectives, run, step
 from edge_runtime.trainer.data import IGNORED, Example
 from edge_runtime.trainer.evaluate import evaluate
 from edge_runtime.trainer.job import Job, Progress
 from edge_runtime.trainer.meter import Meter
+from edge_runtime.trainer.micro_batch import pad
+from edge_runtime.trainer.recompute import only_blocks, recomputed_blocks
 
 FEDIT = fedit.METHOD
 SPEC = settings.Adapter(rank=4, alpha=8.0)
@@ -92,17 +94,10 @@ def train(
 ):
     wanted = settings.Training(**{"steps": 1, "rows_a_step": 8, "learning_rate": 1e-2, **training})
     everything = [tuple(range(len(roles.blocks(model))))]
-    where = {
-        "slices": slices or everything,
-        "round_": 1,
-        "rounds": 1,
-        "seed": 0,
-        "progress": progress,
-        "ease": ease,
-    }
-    return step.train(
-        model, adapter, examples, wanted, micro_rows=micro_rows, kept_blocks=kept_blocks, **where
+    round_settings = step.RoundSettings(
+        wanted, slices or everything, micro_rows=micro_rows, kept_blocks=kept_blocks
     )
+    return step.train(model, adapter, examples, round_settings, progress=progress, ease=ease)
 
 
 def relative_difference(one, two):
@@ -144,7 +139,7 @@ def test_a_step_through_a_slice_is_the_step_of_that_slice_alone(tiny, family):
     before = attach.state(adapter)
     losses = train(deep, adapter, examples, steps=2, slices=[kept, (0, 1, 2, 3)])
     shallow = tiny(family)
-    with step.only_blocks(shallow, kept):
+    with only_blocks(shallow, kept):
         alone = attach.attach(shallow, kept, SPEC, FEDIT, seed=0)
         attach.load_state(alone, {key: before[key] for key in alone.factors})
         assert train(shallow, alone, examples, steps=1, slices=[(0, 1)]) == pytest.approx(
@@ -182,7 +177,7 @@ def gradient(model, examples, micro_rows):
 def torchs_gradient(model, examples, mean):
     """The gradient of torch's cross-entropy over all labelled tokens, or of the mean of the rows' own means."""
     adapter = adapted(model)
-    ids, labels = step.pad(examples, torch.device("cpu"))
+    ids, labels = pad(examples, torch.device("cpu"))
     logits = model(ids).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none"
@@ -214,9 +209,9 @@ def test_recomputed_blocks_keep_only_their_inputs_and_give_the_same_gradient(tin
         count = []
         for block in roles.blocks(model):
             block.mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
-        ids, labels = step.pad(draw_examples(4), torch.device("cpu"))
+        ids, labels = pad(draw_examples(4), torch.device("cpu"))
         if recompute:
-            with step.recomputed_blocks(model):
+            with recomputed_blocks(model):
                 assert model.training
                 model(ids, labels=labels, use_cache=False).loss.backward()
             assert not model.training
@@ -234,11 +229,11 @@ def test_dropout_is_drawn_alike_when_a_block_runs_again(tiny):
     for recompute in (False, True):
         model = tiny("gpt2", resid_pdrop=0.3)
         adapter = adapted(model)
-        ids, labels = step.pad(draw_examples(4), torch.device("cpu"))
+        ids, labels = pad(draw_examples(4), torch.device("cpu"))
         model.train()
         torch.manual_seed(5)
         if recompute:
-            with step.recomputed_blocks(model):
+            with recomputed_blocks(model):
                 model(ids, labels=labels, use_cache=False).loss.backward()
         else:
             model(ids, labels=labels, use_cache=False).loss.backward()
@@ -293,13 +288,13 @@ def test_only_the_blocks_that_are_not_kept_run_again(tiny):
 
 
 def test_a_step_whose_loss_is_not_finite_is_skipped(tiny, monkeypatch):
-    operator, calls = step.linear_cross_entropy, []
+    operator, calls = objectives.linear_cross_entropy, []
 
     def now_and_then(*arguments):
         calls.append(1)
         return operator(*arguments) * (math.nan if len(calls) in (4, 6) else 1.0)
 
-    monkeypatch.setattr(step, "linear_cross_entropy", now_and_then)
+    monkeypatch.setattr(objectives, "linear_cross_entropy", now_and_then)
     model = tiny("llama")
     adapter, told = adapted(model), []
     losses = train(
@@ -374,7 +369,7 @@ def test_exact_match_is_what_greedy_generation_would_write(tiny, family):
 def test_the_loss_of_an_evaluation_is_torchs(tiny, family, micro_rows):
     model, examples = tiny(family), draw_examples(12)
     adapter = adapted(model, SPEC)
-    ids, labels = step.pad(examples, torch.device("cpu"))
+    ids, labels = pad(examples, torch.device("cpu"))
     with torch.no_grad():
         logits = model(ids).logits[:, :-1].flatten(0, 1)
     truth = float(torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten()))
@@ -592,8 +587,8 @@ def test_the_private_state_of_another_model_is_left_aside(trainer, tiny_facts, t
 
 @pytest.mark.parametrize("times", [2, 1000])
 def test_a_full_disk_is_waited_for_but_not_for_ever(tmp_path, monkeypatch, times):
-    monkeypatch.setattr(run, "DISK_POLL_S", 0.001)
-    monkeypatch.setattr(run, "DISK_WAIT_S", 0.5)
+    monkeypatch.setattr(disk, "POLL_S", 0.001)
+    monkeypatch.setattr(disk, "WAIT_S", 0.5)
     told, tries = [], iter(range(times))
 
     def save(tensors, path):
@@ -604,24 +599,24 @@ def test_a_full_disk_is_waited_for_but_not_for_ever(tmp_path, monkeypatch, times
             )
         save_file(tensors, path)
 
-    monkeypatch.setattr(run, "save_file", save)
+    monkeypatch.setattr(disk, "save_file", save)
     factors = {"layers.0.q.A": np.ones((2, 3), np.float32)}
     if times == 1000:
         with pytest.raises(TrainerError, match="on a disk that has been full for"):
-            run._save(tmp_path / "residual.bin", factors, told.append)
+            disk.save(tmp_path / "residual.bin", factors, told.append)
         assert not list(tmp_path.iterdir())
     else:
-        run._save(tmp_path / "residual.bin", factors, told.append)
+        disk.save(tmp_path / "residual.bin", factors, told.append)
         assert told == ["wait for disk space"] * 2
         assert np.array_equal(load_file(tmp_path / "residual.bin")["layers.0.q.A"], factors["layers.0.q.A"])
 
 
 def test_another_failure_to_write_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        run, "save_file", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "denied"))
+        disk, "save_file", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "denied"))
     )
     with pytest.raises(PermissionError):
-        run._save(tmp_path / "residual.bin", {}, lambda _: None)
+        disk.save(tmp_path / "residual.bin", {}, lambda _: None)
 
 
 SENT = {"fedit": "AB", "ffa": "B", "fedsa": "A", "fedsb": "C"}

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from unittest import mock
 
@@ -483,6 +484,44 @@ def test_one_round_on_a_slice_of_the_demos_model(trainer, demo_facts):
         (n, 3, done.losses[n - 1]) for n in (1, 2, 3)
     ]
     assert all(one.memory_bytes > 100 << 20 for one in told)
+
+
+def test_each_stage_frees_its_memory_before_the_next_needs_it(trainer, tiny_facts, tmp_path):
+    """The tokenizer before the model is loaded, the round's start before training, the model before encoding."""
+    folder, process = trainer("first", tiny_facts)
+    assert process.returncode == 0
+    again = tmp_path / "again"
+    again.mkdir()
+    job = msgspec.json.decode((folder / "job.json").read_bytes(), type=Job)
+    machine = msgspec.structs.replace(job.machine, threads=0)
+    (again / "job.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(job, machine=machine)))
+    alive, phases = {}, {}
+
+    class Watched(run.Bases):
+        def tokenizer(self, facts):
+            tokenizer = super().tokenizer(facts)
+            alive["tokenizer"] = weakref.ref(tokenizer)
+            return tokenizer
+
+        def model(self, facts, plan, device):
+            phases["model"] = alive["tokenizer"]() is not None
+            model = super().model(facts, plan, device)
+            alive["model"] = weakref.ref(model)
+            return model
+
+    def say(progress):
+        model = alive["model"]() is not None if "model" in alive else None
+        phases[progress.phase] = model, (again / "start.bin").exists()
+
+    run.run(again, Watched(), say)
+    assert phases.pop("model") is False
+    assert phases == {
+        "load": (None, False),
+        "evaluate own": (True, True),
+        "train": (True, True),
+        "encode": (False, True),
+        "done": (False, False),
+    }
 
 
 def test_smaller_slices_take_turns_only_where_something_is_exchanged(trainer, tiny_facts):

@@ -1,4 +1,4 @@
-"""What the commands show a person: rich tables, and the same values as plain data for --json."""
+"""Tables that the commands show a person, and the values of `plan` as plain data for --json."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,79 +21,68 @@ if TYPE_CHECKING:
     from edge_runtime.protocol.status import Status
 
 MIB = 1 << 20
-BAR = 40  # characters for a whole budget
+BAR = 40  # characters of a bar that stands for the budget
+PLAN_FIELDS = (  # of a plan that does not fit, in --json
+    *("source", "depth", "weights", "tokens", "rank", "rows", "boundaries", "mlp_tokens", "streamed"),
+    *("kept_blocks", "predicted_peak_bytes", "step_seconds"),
+)
 
 
 def show_profile(values: dict[str, Any]) -> None:
-    """A device, one line a fact; bytes as sizes."""
+    """A device, one fact a line; bytes as sizes."""
     table = _table("this device", "fact", "value")
     for key, value in values.items():
         if isinstance(value, dict):
-            value = ", ".join(f"{inner}: {_shown(inner, one)}" for inner, one in value.items())
-        _add(table, key.removesuffix("_bytes").replace("_", " "), _shown(key, value))
+            value = ", ".join(f"{name}: {_cell(name, part)}" for name, part in value.items())
+        _add(table, _title(key), _cell(key, value))
     Console().print(table)
 
 
-def show_measurement(done: "Measurement") -> None:
-    """What was predicted, term by term, and what each phase took as every view of memory has it; PEFT's figures beside ours."""
-    console = Console()
-    _show_terms(console, done.terms, done.predicted_peak_bytes)
-    phases = {name: msgspec.structs.asdict(phase) for name, phase in done.phases.items()}
-    if done.peft:
-        phases |= {f"PEFT: {name}": msgspec.structs.asdict(phase) for name, phase in done.peft.phases.items()}
-    known = [
-        key for key in next(iter(phases.values())) if any(sizes[key] is not None for sizes in phases.values())
+def show_measurement(measurement: "Measurement") -> None:
+    """The predicted terms, the measured memory of each phase, and peak and time beside PEFT's where it ran."""
+    console, peft = Console(), measurement.peft
+    _show_terms(console, measurement.terms, measurement.predicted_peak_bytes)
+    phases = {name: msgspec.structs.asdict(phase) for name, phase in measurement.phases.items()}
+    if peft:
+        phases |= {f"PEFT: {name}": msgspec.structs.asdict(phase) for name, phase in peft.phases.items()}
+    # Columns that no phase has a figure for, such as a GPU's on a machine without one, are left out.
+    columns = [
+        key for key in next(iter(phases.values())) if any(row[key] is not None for row in phases.values())
     ]
-    table = _table("measured", "phase", *(key.removesuffix("_bytes").replace("_", " ") for key in known))
-    for name, sizes in phases.items():
-        _add(table, name, *(_shown(key, sizes[key]) for key in known))
+    table = _table("measured", "phase", *map(_title, columns))
+    for name, row in phases.items():
+        _add(table, name, *(_cell(key, row[key]) for key in columns))
     console.print(table)
-    table = _table("", "", "Edge Runtime", *(["PEFT", "ratio"] if done.peft else []))
-    taken = [done, *([done.peft] if done.peft else [])]
-    above: list[float] = [one.measured_peak_bytes - one.baseline_bytes for one in taken]
+    table = _table("", "", "Edge Runtime", *(["PEFT", "ratio"] if peft else []))
+    runs = [measurement, *([peft] if peft else [])]
     rows: list[tuple[str, list[float], Callable[[Any], str]]] = [
-        ("peak", [one.measured_peak_bytes for one in taken], format_size),
-        ("above the runtime's own", above, format_size),
-        ("seconds a step", [one.step_seconds for one in taken], "{:.2f}".format),
+        ("peak", [run.measured_peak_bytes for run in runs], format_size),
+        ("above the baseline", [run.measured_peak_bytes - run.baseline_bytes for run in runs], format_size),
+        ("seconds a step", [run.step_seconds for run in runs], "{:.2f}".format),
     ]
     for name, values, text in rows:
-        _add(table, name, *map(text, values), *([f"{values[0] / values[1]:.2f}"] if done.peft else []))
+        _add(table, name, *map(text, values), *([f"{values[0] / values[1]:.2f}"] if peft else []))
     console.print(table)
     console.print(
-        f"predicted {format_size(done.predicted_peak_bytes)}, measured {format_size(done.measured_peak_bytes)}: "
-        f"{done.predicted_peak_bytes / done.measured_peak_bytes:.2f}; the runtime itself {format_size(done.baseline_bytes)}\n"
-        f"a step predicted to take {done.predicted_step_seconds:.2f} s, measured {done.step_seconds:.2f} s: "
-        f"{done.predicted_step_seconds / done.step_seconds:.2f}",
+        f"predicted {format_size(measurement.predicted_peak_bytes)}, "
+        f"measured {format_size(measurement.measured_peak_bytes)}: "
+        f"{measurement.predicted_peak_bytes / measurement.measured_peak_bytes:.2f}; "
+        f"baseline {format_size(measurement.baseline_bytes)}\n"
+        f"a step predicted to take {measurement.predicted_step_seconds:.2f} s, "
+        f"measured {measurement.step_seconds:.2f} s: "
+        f"{measurement.predicted_step_seconds / measurement.step_seconds:.2f}",
         highlight=False,
     )
 
 
 def plan_values(choice: Choice, budget_bytes: int, deadline_s: float | None) -> dict[str, Any]:
-    """The winner and what was too large or too slow, as plain data; what is over neither limit by 0."""
+    """The plan that fits, and the preferred ones that are too large or too slow, as plain data."""
 
-    def over(plan: Plan) -> dict[str, Any]:
-        told = (
-            "source",
-            "depth",
-            "weights",
-            "tokens",
-            "rank",
-            "rows",
-            "boundaries",
-            "mlp_tokens",
-            "streamed",
-            "kept_blocks",
-            "predicted_peak_bytes",
-            "step_seconds",
-        )
-        over_bytes, over_s = (
-            max(0, plan.predicted_peak_bytes - budget_bytes),
-            over_deadline_s(plan, deadline_s),
-        )
+    def values(plan: Plan) -> dict[str, Any]:
         return {
-            **{name: getattr(plan, name) for name in told},
-            "over_budget_bytes": over_bytes,
-            "over_deadline_s": over_s,
+            **{name: getattr(plan, name) for name in PLAN_FIELDS},
+            "over_budget_bytes": max(0, plan.predicted_peak_bytes - budget_bytes),
+            "over_deadline_s": over_deadline_s(plan, deadline_s),
         }
 
     return {
@@ -101,39 +90,41 @@ def plan_values(choice: Choice, budget_bytes: int, deadline_s: float | None) -> 
         "step_deadline_s": deadline_s,
         "plan": choice.fits,
         "predicted_peak_bytes": choice.fits.predicted_peak_bytes,
-        "rejected": [over(plan) for plan in choice.rejected],
-        "better": over(choice.better) if choice.better else None,
+        "rejected": [values(plan) for plan in choice.rejected],
+        "better": values(choice.better) if choice.better else None,
     }
 
 
 def show_plan(choice: Choice, budget_bytes: int, deadline_s: float | None) -> None:
-    """The winner's peak, term by term, and its time; what was too large or slow, of the winner's own model last."""
+    """The plan that fits, its peak term by term, and the preferred ones that are too large or too slow."""
     console, plan = Console(), choice.fits
+    deadline = "" if deadline_s is None else f" of {deadline_s:g} s"
     console.print(
-        f"{escape(plan.summary)}: [bold]{format_size(plan.predicted_peak_bytes)}[/] of a budget of {format_size(budget_bytes)}, "
-        f"about [bold]{plan.step_seconds:.3g} s[/]{'' if deadline_s is None else f' of {deadline_s:g} s'} a step on this machine",
+        f"{escape(plan.summary)}: [bold]{format_size(plan.predicted_peak_bytes)}[/] of a budget of "
+        f"{format_size(budget_bytes)}, about [bold]{plan.step_seconds:.3g} s[/]{deadline} a step on this machine",
         highlight=False,
     )
     _show_terms(console, plan.terms, budget_bytes)
     preferred = [*choice.rejected]
     if choice.better and choice.better not in preferred:
         preferred.append(choice.better)
-    if preferred:
-        slow = " or too slow" if any(over_deadline_s(one, deadline_s) for one in preferred) else ""
-        table = _table(f"preferred, but too large{slow}", "model", "at", "needs", "a step", "over by")
-        for one in preferred:
-            peak, over_s = one.predicted_peak_bytes, over_deadline_s(one, deadline_s)
-            over = [format_size(peak - budget_bytes)] if peak > budget_bytes else []
-            over += [f"{over_s:.3g} s"] if over_s else []
-            name = f"{Path(one.source).name}, {one.depth} layers, {one.weights}"
-            _add(table, name, one.how, format_size(peak), f"{one.step_seconds:.3g} s", " and ".join(over))
-        console.print(table)
+    if not preferred:
+        return
+    slow = " or too slow" if any(over_deadline_s(plan, deadline_s) for plan in preferred) else ""
+    table = _table(f"preferred, but too large{slow}", "model", "at", "needs", "a step", "over by")
+    for plan in preferred:
+        peak, over_s = plan.predicted_peak_bytes, over_deadline_s(plan, deadline_s)
+        excess = [format_size(peak - budget_bytes)] if peak > budget_bytes else []
+        excess += [f"{over_s:.3g} s"] if over_s else []
+        name = f"{Path(plan.source).name}, {plan.depth} layers, {plan.weights}"
+        _add(table, name, plan.how, format_size(peak), f"{plan.step_seconds:.3g} s", " and ".join(excess))
+    console.print(table)
 
 
-def _show_terms(console: Console, terms: dict[str, int], whole_bytes: int) -> None:
+def _show_terms(console: Console, terms: dict[str, int], scale_bytes: int) -> None:
     table = _table("predicted peak", "term", "size", "")
     for term, size in sorted(terms.items(), key=lambda item: -item[1]):
-        _add(table, term, format_size(size), "█" * round(BAR * size / whole_bytes))
+        _add(table, term, format_size(size), "█" * round(BAR * size / scale_bytes))
     console.print(table)
 
 
@@ -214,7 +205,7 @@ def _loss(value: float | None, places: int = 3) -> str:
 
 
 def _add(table: Table, *cells: str) -> None:
-    """A row of text as it is: what devices say may hold brackets."""
+    """Add a row of plain text: brackets in a device's words are no markup."""
     table.add_row(*map(Text, cells))
 
 
@@ -229,7 +220,11 @@ def _mib(size: int) -> str:
     return f"{size / MIB:.0f} MiB"
 
 
-def _shown(key: str, value: object) -> str:
+def _title(key: str) -> str:
+    return key.removesuffix("_bytes").replace("_", " ")
+
+
+def _cell(key: str, value: object) -> str:
     if key.endswith("_bytes") and isinstance(value, int):
         return format_size(value)
     return "-" if value is None else str(value)

@@ -42,8 +42,9 @@ class Live:
             self._live.update(self._table(), refresh=True)
 
     def _show_node(self, event: node.NodeEvent) -> None:
-        if event.phase != "presence":
-            self._round = f"round {event.round} of {self._rounds}: {event.phase} {event.text}".rstrip()
+        if event.phase == "presence":
+            return
+        self._round = f"round {event.round} of {self._rounds}: {event.phase} {event.text}".rstrip()
         if event.phase in LASTING or not self._console.is_terminal:
             self._console.print(f"node     {self._round}", highlight=False, markup=False)
 

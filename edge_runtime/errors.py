@@ -1,4 +1,4 @@
-"""The errors of this package, and the exit code each ends a command with (docs/exit-codes.md lists them)."""
+"""The errors of this package and their exit codes, which docs/exit-codes.md lists."""
 
 
 class EdgeError(Exception):
@@ -8,19 +8,19 @@ class EdgeError(Exception):
 
 
 class InputError(EdgeError):
-    """A file, a setting or an argument is not what it has to be."""
+    """A file, a setting or an argument cannot be used."""
 
     exit_code = 2
 
 
-class LinkError(EdgeError):
+class UnreachableError(EdgeError):
     """The broker or the fleet's node cannot be reached."""
 
     exit_code = 3
 
 
 class BudgetError(EdgeError):
-    """No plan fits the memory budget, or the deadline of a step."""
+    """No plan fits the memory budget, or is fast enough for the deadline of a step."""
 
     exit_code = 4
 
@@ -32,7 +32,7 @@ class TrainerError(EdgeError):
 
 
 class MemoryShortError(TrainerError):
-    """The trainer needs more memory than it may take; with a smaller plan it may do."""
+    """The trainer needs more memory than its budget; a smaller plan may fit."""
 
     exit_code = 6
 

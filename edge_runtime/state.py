@@ -11,10 +11,10 @@ from edge_runtime.errors import InputError
 
 @contextmanager
 def alone(state: Path) -> Iterator[None]:
-    """Hold the folder; the system lets go of it when the process ends, however it ends.
+    """Lock the folder; the system unlocks it when the process ends, also when it is killed.
 
     Raises:
-        InputError: another process holds it.
+        InputError: another process has locked it.
     """
     state.mkdir(parents=True, exist_ok=True)
     lock = FileLock(state / "lock")

@@ -24,7 +24,7 @@ from edge_runtime.agent.rounds import Rounds
 from edge_runtime.agent.stages import Finished, Waiting, deadline
 from edge_runtime.agent.store import DeviceStore
 from edge_runtime.agent.workers import Workers, workers_of
-from edge_runtime.errors import LinkError
+from edge_runtime.errors import UnreachableError
 from edge_runtime.protocol.round import ROUND_DOMAIN, Round
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Agent:
         """Take part in the fleet; the agent is closed at the end.
 
         Raises:
-            LinkError: no broker, or no round was announced in time.
+            UnreachableError: no broker, or no round was announced in time.
             EdgeError: this device cannot take part: the data, every model, or every plan failed.
         """
         rounds = self._rounds
@@ -74,7 +74,7 @@ class Agent:
                 patience_s = deadline(rounds.stage) - time.monotonic()
                 self._handle(max(min(rounds.tick(), IDLE_S, patience_s), 0.0))
                 if time.monotonic() >= deadline(rounds.stage):
-                    raise LinkError(self._silence())
+                    raise UnreachableError(self._silence())
         finally:
             self.close()
 
@@ -90,7 +90,7 @@ class Agent:
             self._session.subscribe(topics.round(self._options.fleet))
             self._rounds.start()
         except BrokerError as error:
-            raise LinkError(str(error)) from error
+            raise UnreachableError(str(error)) from error
         self._rounds.say("connected", text=str(self._options.broker))
 
     def _handle(self, timeout_s: float) -> None:

@@ -32,7 +32,7 @@ from edge_runtime.agent.store import DeviceStore
 from edge_runtime.agent.trainer import CAUSES, KILLED, Ended
 from edge_runtime.agent.versions import artifacts_of, forget_others
 from edge_runtime.agent.workers import Workers
-from edge_runtime.errors import BudgetError, EdgeError, InputError, LinkError, TrainerError
+from edge_runtime.errors import BudgetError, EdgeError, InputError, TrainerError, UnreachableError
 from edge_runtime.protocol.report import Cause, Report, Result
 from edge_runtime.protocol.round import Round
 from edge_runtime.trainer.job import Machine, Progress
@@ -190,7 +190,7 @@ class Rounds:
     def _starve(self, current: RoundInProgress, reason: str) -> None:
         """The round's files could not be had. After the last round nobody announces them again."""
         if current.finished:
-            self._give_up(LinkError(reason), "link")
+            self._give_up(UnreachableError(reason), "link")
         else:
             self.stage = Starved(current)
             self._fail(reason, "link")

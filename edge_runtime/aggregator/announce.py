@@ -12,7 +12,7 @@ from edge_broker.session import Event, Message, Session, Unsent
 from edge_broker.transfer import Publisher
 
 from edge_runtime.aggregator.store import Version
-from edge_runtime.errors import LinkError
+from edge_runtime.errors import UnreachableError
 from edge_runtime.protocol.round import ROUND_DOMAIN, Round
 from edge_runtime.settings import Fleet
 
@@ -63,7 +63,7 @@ class Announcer:
         try:
             self._pending = not self._session.publish_nowait(self._topic, self._message, retain=True)
         except BrokerError as error:
-            raise LinkError(str(error)) from error
+            raise UnreachableError(str(error)) from error
 
     def publish_pending(self) -> None:
         """Publish a message that found no room; before `handle`, whose chunks take the room."""
@@ -71,10 +71,10 @@ class Announcer:
             self.publish()
 
     def handle(self, item: Message | Event | None) -> None:
-        """Take an item of the queue; raises LinkError where the broker refused the message."""
+        """Take an item of the queue; raises UnreachableError where the broker refused the message."""
         self._publisher.handle(item)
         if isinstance(item, Unsent) and item.topic == self._topic:
-            raise LinkError(f"the round cannot be announced on {item.topic}: {item.reason}")
+            raise UnreachableError(f"the round cannot be announced on {item.topic}: {item.reason}")
 
 
 def _without_folders(fleet: Fleet) -> Fleet:

@@ -32,7 +32,7 @@ from edge_runtime.aggregator.announce import Announcer
 from edge_runtime.aggregator.clock import RoundClock
 from edge_runtime.aggregator.restart import check_settings, end_earlier_rounds
 from edge_runtime.aggregator.store import NodeStore, Version
-from edge_runtime.errors import EdgeError, InputError, LinkError
+from edge_runtime.errors import EdgeError, InputError, UnreachableError
 from edge_runtime.methods.interface import Method, Tensors
 from edge_runtime.protocol.report import failure
 from edge_runtime.protocol.round import CODEC
@@ -113,7 +113,7 @@ class Node:
         """Serve the fleet.
 
         Raises:
-            LinkError: there is no broker.
+            UnreachableError: there is no broker.
             EdgeError: a round stayed below its quorum through all its extensions.
         """
         try:
@@ -216,7 +216,7 @@ class Node:
             self._receiver.start()
             self._announcer.start()
         except BrokerError as error:
-            raise LinkError(str(error)) from error
+            raise UnreachableError(str(error)) from error
 
     def _handle(self, item: Message | Event | None) -> None:
         complete = self._receiver.handle(item)

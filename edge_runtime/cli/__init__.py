@@ -12,7 +12,7 @@ import sys
 import click
 
 from edge_runtime.cli import agent, aggregator, broker, demo, measure, plan, profile, status, study
-from edge_runtime.errors import EdgeError, InputError, LinkError
+from edge_runtime.errors import EdgeError, InputError, UnreachableError
 
 log = logging.getLogger(__name__)
 COMMANDS = (profile, plan, measure, broker, aggregator, agent, status, study, demo)
@@ -45,7 +45,7 @@ def main() -> None:
     except ProfileError as error:
         _fail(str(error), InputError.exit_code)
     except BrokerError as error:
-        _fail(str(error), LinkError.exit_code)
+        _fail(str(error), UnreachableError.exit_code)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("edge_"):  # a fault of ours, which its traceback explains
             raise

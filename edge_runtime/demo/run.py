@@ -57,18 +57,20 @@ def run(method: str, broker: Address | None, keep: Path | None) -> outcome.DemoO
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "node").exists():
             raise EdgeError(f"{folder} holds an earlier demo: remove it or keep this one elsewhere")
+        # The fleet: the demo's file with the method, and a budget for each device.
         fleet_file = folder / "fleet.toml"
         fleet_file.write_text(FLEET.read_text().replace('name = "fedit"', f'name = "{method}"'))
         fleet = load(fleet_file)
         budgets = _budgets(fleet)
+        # The processes, on a broker of the user's or of our own.
         if broker is None:
             local = start_broker(port=0, state_dir=folder / "broker")
             stack.callback(local.stop)
             broker = address.parse(local.url)
         lines: Lines = queue.SimpleQueue()
         environment = credentials.hand_over(broker, os.environ)
-        processes_ = _processes(arguments(folder, broker, budgets), environment, folder, lines)
-        children = stack.enter_context(processes_)
+        by_name = arguments(folder, broker, budgets)
+        children = stack.enter_context(_processes(by_name, environment, folder, lines))
         with Live(budgets, fleet.rounds) as live:
             _follow(children, lines, live, folder)
         return outcome.read(method, fleet.rounds, budgets, folder, time.monotonic() - started)
@@ -106,11 +108,11 @@ def arguments(folder: Path, broker: Address, budgets: dict[str, int]) -> dict[st
         home.mkdir()
         rows = commands.rows(name, TRAIN_ROWS, HELD_OUT_ROWS, seed=0)
         train = data.write_rows(home / "train.jsonl", rows.train)
-        own = data.write_rows(home / "own.jsonl", rows.held_out)
-        others = data.write_rows(home / "others.jsonl", rows.others_held_out)
+        held_out = data.write_rows(home / "own.jsonl", rows.held_out)
+        foreign = data.write_rows(home / "others.jsonl", rows.others_held_out)
         by_name[name] = [
             *("agent", "--broker", url, "--fleet", "demo", "--id", name, "--state", str(home / "state")),
-            *("--data", str(train), "--eval", f"own={own}", "--eval", f"others={others}"),
+            *("--data", str(train), "--eval", f"own={held_out}", "--eval", f"others={foreign}"),
             *("--models", str(model.path().parent), "--budget", str(budget_bytes)),
             *("--threads", str(_threads()), "--until-finished", "--json"),
         ]
@@ -124,16 +126,16 @@ def _processes(
     """Start the processes and put what they print into the queue; ends them all at exit."""
     children: Children = {}
     try:
-        for name, arguments_ in by_name.items():
+        for name, words in by_name.items():
             with (folder / f"{name}.log").open("wb") as errors:
                 children[name] = subprocess.Popen(
-                    [sys.executable, "-m", "edge_runtime.cli", *arguments_],
+                    [sys.executable, "-m", "edge_runtime.cli", *words],
                     stdout=subprocess.PIPE,
                     stderr=errors,
                     env=environment,
                 )
-            read = (name, children[name], folder / f"{name}.jsonl", lines)
-            threading.Thread(target=_read, args=read, daemon=True).start()
+            reader = (name, children[name], folder / f"{name}.jsonl", lines)
+            threading.Thread(target=_read, args=reader, daemon=True).start()
         yield children
     finally:
         for child in children.values():

@@ -10,7 +10,7 @@ from edge_broker.errors import BadMessage
 from edge_broker.errors import LinkError as BrokerError
 from edge_broker.session import Message, Session
 
-from edge_runtime.errors import LinkError
+from edge_runtime.errors import UnreachableError
 from edge_runtime.protocol.report import REPORT_DOMAIN, Report
 from edge_runtime.protocol.round import ROUND_DOMAIN, Round
 
@@ -43,7 +43,7 @@ def read(broker: Address, fleet: str) -> Status:
         fleet: the name.
 
     Raises:
-        LinkError: no broker, or no such fleet on it; the message names the fleets on it.
+        UnreachableError: no broker, or no such fleet on it; the message names the fleets on it.
     """
     tracker = presence.Tracker()
     rounds: dict[str, Round] = {}
@@ -57,11 +57,11 @@ def read(broker: Address, fleet: str) -> Status:
                 if isinstance(item, Message):
                     _take(item, tracker, rounds, reports)
     except BrokerError as error:
-        raise LinkError(str(error)) from error
+        raise UnreachableError(str(error)) from error
     if fleet not in rounds:
         names = ", ".join(sorted(rounds))
         announced = f"fleets on this broker: {names}" if rounds else "no fleet is announced on this broker"
-        raise LinkError(f"there is no fleet `{fleet}` at {broker}; {announced}")
+        raise UnreachableError(f"there is no fleet `{fleet}` at {broker}; {announced}")
     ids = sorted({*tracker.devices, *reports})
     devices = [DeviceStatus(id, tracker.state(id), reports.get(id)) for id in ids]
     return Status(fleet, rounds[fleet], devices)

@@ -16,7 +16,7 @@ from fleet import Command, Fleet, eventually
 from records import await_round, committed, job, owes, presence_of, remembered, reports
 
 from benchmarks.noise_node import NOISE
-from edge_runtime.errors import LinkError
+from edge_runtime.errors import UnreachableError
 from edge_runtime.protocol import codec
 
 DELTA = codec.encode({"layers.0.q.A": np.ones((2, 8), np.float32)})
@@ -88,7 +88,7 @@ def test_an_agent_does_not_wait_for_ever_for_the_word_of_a_node_that_has_gone(fl
         second.report(state="finished")
     assert node.end(40) == 0
     agent = fleet.noise("late", "10kB", "--until-finished", "--wait", "2")
-    assert agent.end(40) == LinkError.exit_code
+    assert agent.end(40) == UnreachableError.exit_code
     assert "has not answered the last update within 2 s; the update is kept" in agent.error()
 
 

@@ -14,7 +14,7 @@ from edge_runtime.agent.agent import Agent
 from edge_runtime.agent.options import DeviceOptions
 from edge_runtime.agent.store import DeviceStore
 from edge_runtime.agent.trainer import Trainer
-from edge_runtime.errors import InputError, LinkError
+from edge_runtime.errors import InputError, UnreachableError
 from edge_runtime.protocol.round import ROUND_DOMAIN, Round
 from edge_runtime.state import alone
 
@@ -119,7 +119,7 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path):
 
 def test_a_new_state_is_advised_where_it_would_help(agent, broker, tmp_path):
     announce(broker, "unsigned", b"{}")
-    with pytest.raises(LinkError, match="not a signed message") as refused:
+    with pytest.raises(UnreachableError, match="not a signed message") as refused:
         agent(broker=address.parse(broker), fleet="unsigned", state=tmp_path / "unsigned").run()
     assert "--state" not in str(refused.value)
     state = tmp_path / "follower"
@@ -127,7 +127,7 @@ def test_a_new_state_is_advised_where_it_would_help(agent, broker, tmp_path):
     store.set("node_key", "00" * 32)
     store.connection.close()
     announce(broker, "other", announcement(tmp_path, "other"))
-    with pytest.raises(LinkError, match=r"to trust that node, start with a new --state$"):
+    with pytest.raises(UnreachableError, match=r"to trust that node, start with a new --state$"):
         agent(broker=address.parse(broker), fleet="other", state=state).run()
 
 

@@ -18,6 +18,7 @@ def alone(state: Path) -> Iterator[None]:
     """
     state.mkdir(parents=True, exist_ok=True)
     lock = FileLock(state / "lock")
+    # A lock of the system, not a file with a process id: nothing stale is left after a power cut.
     try:
         lock.acquire(timeout=0)
     except Timeout as error:

@@ -15,6 +15,7 @@ from edge_runtime.cli import agent, aggregator, broker, demo, measure, plan, pro
 from edge_runtime.errors import EdgeError, InputError, UnreachableError
 
 log = logging.getLogger(__name__)
+# In the order of a first use; --help sorts by name.
 COMMANDS = (profile, plan, measure, broker, aggregator, agent, status, study, demo)
 INTERRUPTED = 130  # as a shell has it for SIGINT
 
@@ -22,7 +23,7 @@ INTERRUPTED = 130  # as a shell has it for SIGINT
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="edge-runtime", message="%(prog)s %(version)s")
 def app() -> None:
-    """Unequal devices fine-tune language models on their own data and learn from each other over MQTT."""
+    """Unequal devices fine-tune language models on their data and learn together over MQTT."""
 
 
 for module in COMMANDS:
@@ -30,7 +31,7 @@ for module in COMMANDS:
 
 
 def main() -> None:
-    """Run the command line; an error becomes one sentence on stderr and its exit code (docs/exit-codes.md)."""
+    """Run the command line. An error becomes one sentence on stderr and an exit code."""
     from edge_broker.errors import LinkError as BrokerError
     from edge_profiles import ProfileError
 

@@ -76,6 +76,7 @@ def command(
     from edge_runtime.agent.options import DeviceOptions
     from edge_runtime.state import alone
 
+    # Also refuses nan, with which every comparison is false.
     if not 0 < wait < float("inf"):
         raise InputError(f"--wait is {wait:g}, but has to be seconds, more than 0")
     profile = probe()

@@ -40,6 +40,7 @@ def command(port: int, state: Path, kind: str, json: bool) -> None:
         say_json({"kind": running.kind, "url": running.url})
     else:
         say(f"{running.kind} listens at {running.url}; stop it with Ctrl-C")
+    # Both signals end the broker with exit code 0: it has nothing to lose.
     try:
         signal.sigwait({signal.SIGINT, signal.SIGTERM})
     finally:

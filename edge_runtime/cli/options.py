@@ -47,7 +47,7 @@ device = click.option(
 
 
 def topic_name(_context: click.Context, option: click.Parameter, name: str) -> str:
-    """A click callback: the name unchanged; raises InputError where it cannot be part of an MQTT topic."""
+    """A click callback that raises InputError where the name cannot be part of a topic."""
     from edge_broker import topics
     from edge_broker.errors import LinkError as BrokerError
 
@@ -58,7 +58,7 @@ def topic_name(_context: click.Context, option: click.Parameter, name: str) -> s
 
 
 def at_broker(default: str | None = LOCAL_BROKER) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add --broker and --credentials; the command gets `broker`, an Address, or None where there is no URL."""
+    """Add --broker and --credentials; the command gets `broker`, None where no URL is given."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @click.option(
@@ -85,7 +85,7 @@ def at_broker(default: str | None = LOCAL_BROKER) -> Callable[[Callable[..., Non
 
 
 def _address(url: str, credentials_file: Path | None) -> "Address":
-    """The broker's address with its credentials; a bad one is refused here, before a state folder is made."""
+    """The broker's address with its credentials, checked before a state folder is made."""
     from edge_broker import address, credentials
     from edge_broker.errors import LinkError as BrokerError
 
@@ -113,14 +113,14 @@ def budget_bytes(size: str | None, board: str | None, profile: "Profile") -> int
 
 
 def trainer_device(device: str, profile: "Profile") -> str:
-    """The value of --device as cpu or cuda; raises InputError for cuda on a machine without a GPU."""
+    """The value of --device as cpu or cuda; raises InputError for cuda without a GPU."""
     if device == "cuda" and profile.gpu is None:
         raise InputError("--device is cuda, but no GPU was found: `edge-runtime profile` shows what is there")
     return ("cuda" if profile.gpu else "cpu") if device == "auto" else device
 
 
 def gpu_cap_bytes(board: str | None, device: str, profile: "Profile") -> int | None:
-    """GPU memory that --board leaves the trainer, or None; raises InputError together with --device cpu."""
+    """GPU memory that --board leaves the trainer, or None; raises InputError with --device cpu."""
     from edge_profiles import board as board_named
     from edge_profiles import gpu_cap_bytes as cap_bytes_of
 

@@ -31,7 +31,8 @@ def command(
     from edge_runtime.planning.search import choose
 
     settings_ = settings.load(fleet)
-    methods.of(settings_)  # a fleet that its node would refuse is not planned
+    # A fleet that its node would refuse is refused here too.
+    methods.of(settings_)
     deadline_s = settings_.training.step_deadline_s
     if board and deadline_s is not None:
         raise InputError(

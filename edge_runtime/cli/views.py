@@ -39,13 +39,13 @@ def show_profile(values: dict[str, Any]) -> None:
 
 
 def show_measurement(measurement: "Measurement") -> None:
-    """The predicted terms, the measured memory of each phase, and peak and time beside PEFT's where it ran."""
+    """Predicted terms, measured memory of each phase, and peak and time beside PEFT's."""
     console, peft = Console(), measurement.peft
     _show_terms(console, measurement.terms, measurement.predicted_peak_bytes)
     phases = {name: msgspec.structs.asdict(phase) for name, phase in measurement.phases.items()}
     if peft:
         phases |= {f"PEFT: {name}": msgspec.structs.asdict(phase) for name, phase in peft.phases.items()}
-    # Columns that no phase has a figure for, such as a GPU's on a machine without one, are left out.
+    # Views of memory that this machine has no figure for, such as a GPU's, are left out.
     columns = [
         key for key in next(iter(phases.values())) if any(row[key] is not None for row in phases.values())
     ]
@@ -96,7 +96,7 @@ def plan_values(choice: Choice, budget_bytes: int, deadline_s: float | None) -> 
 
 
 def show_plan(choice: Choice, budget_bytes: int, deadline_s: float | None) -> None:
-    """The plan that fits, its peak term by term, and the preferred ones that are too large or too slow."""
+    """The plan that fits, its peak by term, and the preferred plans over a limit."""
     console, plan = Console(), choice.fits
     deadline = "" if deadline_s is None else f" of {deadline_s:g} s"
     console.print(
@@ -106,6 +106,7 @@ def show_plan(choice: Choice, budget_bytes: int, deadline_s: float | None) -> No
     )
     _show_terms(console, plan.terms, budget_bytes)
     preferred = [*choice.rejected]
+    # The next better plan of the same model comes last, unless it is the smallest of its format.
     if choice.better and choice.better not in preferred:
         preferred.append(choice.better)
     if not preferred:

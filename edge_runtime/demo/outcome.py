@@ -14,7 +14,7 @@ OWN_ROWS, OTHERS_ROWS = "held_out_1", "held_out_2"
 
 
 class DeviceOutcome(msgspec.Struct):
-    """One device. `before` is version 0 on held-out rows; `after` is the version of the last round."""
+    """One device on held-out rows: before is version 0, after the last round's version."""
 
     id: str
     budget_bytes: int

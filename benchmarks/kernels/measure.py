@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels.cases import DTYPE, OURS, Case, Variant
+from benchmarks.kernels.cases.case import DTYPE, OURS, Case, Variant
 
 ROUNDS, WARM = 5, 2  # least number of timed rounds, and of those before them
 BUDGET_S = {"cpu": 1.0, "cuda": 0.3}  # a case; more where the least number of rounds takes more

@@ -2,7 +2,6 @@
 
 import json
 import math
-import xml.etree.ElementTree as ET
 from dataclasses import fields, replace
 from importlib import import_module
 
@@ -12,9 +11,12 @@ from click.testing import CliRunner
 from edge_kernels.quant import BLOCK, expand, pack
 from numerics import DEVICE
 
-from benchmarks.kernels import bench, cases, measure, picture
-from benchmarks.kernels.cases import OPERATORS, OURS, Case, Shape, Variant
+from benchmarks.kernels import cases, measure
+from benchmarks.kernels.__main__ import bench
+from benchmarks.kernels.cases import OPERATORS, between, blocks, linear, variants
+from benchmarks.kernels.cases.case import OURS, Case, Shape, Variant
 from benchmarks.kernels.measure import Measured, Rates, Result, relative_error
+from benchmarks.kernels.picture import picture, save
 
 TINY = Shape("tiny", hidden=64, intermediate=96, heads=4, kv_heads=2, width=16, vocabulary=100, layers=2)
 MACHINE = Rates(bytes_per_s=1e9, flops_per_s=1e10, peak_noise_bytes=0)
@@ -53,20 +55,20 @@ def test_bytes_and_flops_of_others():
     seen = case_of("attention", "")  # 4 heads, 2 key heads of 16
     assert (seen.bytes, seen.flops) == (2 * 2 * M * 16 * (4 + 2 + 2 + 4), 14 * (M * M // 2) * 4 * 16)
     assert (
-        case_of("checkpoint_block", "").flops == cases.BLOCKS * (3 + 2 + 3) * 2 * M * H * inner
+        case_of("checkpoint_block", "").flops == blocks.BLOCKS * (3 + 2 + 3) * 2 * M * H * inner
     )  # down once forward
 
 
 @pytest.mark.parametrize("kind", BLOCK)
 @pytest.mark.parametrize("into", [64, 72, 200])
 def test_bytes_of_a_packed_weight_are_those_it_has(kind, into):
-    assert cases._weight_bytes(130, into, kind) == pack(torch.randn(130, into), kind).nbytes
+    assert variants.weight_bytes(130, into, kind) == pack(torch.randn(130, into), kind).nbytes
 
 
 @pytest.mark.parametrize("kind", BLOCK)
 def test_what_rivals_expand_is_the_matrix(kind):
     packed = pack(torch.randn(70, 200), kind).to(DEVICE)
-    assert torch.equal(cases._whole(packed)(), expand(packed, torch.bfloat16))
+    assert torch.equal(linear._whole(packed)(), expand(packed, torch.bfloat16))
 
 
 def test_floors_are_the_counts_over_the_rates():
@@ -80,19 +82,19 @@ def test_floors_are_the_counts_over_the_rates():
 def test_every_variant_computes_the_same(operator, kind):
     case = case_of(operator, kind)
     torch.manual_seed(0)
-    variants = case.prepare(ON)
-    assert len(variants) > 1 and next(iter(variants)) == OURS
+    ready = case.prepare(ON)
+    assert len(ready) > 1 and next(iter(ready)) == OURS
     errors: dict[str, str] = {}
-    assert measure._compare(variants, errors).keys() == variants.keys(), errors
-    outcome = variants[OURS].run()
+    assert measure._compare(ready, errors).keys() == ready.keys(), errors
+    outcome = ready[OURS].run()
     assert all(part.isfinite().all() and part.norm() > 0 for part in outcome)
     assert len(outcome) > 1  # gradients, too
 
 
 def test_a_missing_scale_is_seen(monkeypatch):
-    ours = cases.adapter_linear
+    ours = linear.adapter_linear
     monkeypatch.setattr(
-        cases, "adapter_linear", lambda x, weight, A, C, B, scale: ours(x, weight, A, C, B, 1.0)
+        linear, "adapter_linear", lambda x, weight, A, C, B, scale: ours(x, weight, A, C, B, 1.0)
     )
     errors: dict[str, str] = {}
     assert measure._compare(case_of("adapter_linear", "dense").prepare(ON), errors).keys() == {OURS}
@@ -115,7 +117,7 @@ def test_arguments_that_are_overwritten_are_made_anew():
         x.data.zero_()
         return y
 
-    variant = cases._overwriting(spoils, [x], [torch.ones(3, device=ON)])
+    variant = variants.overwriting(spoils, [x], [torch.ones(3, device=ON)])
     for _ in range(2):
         variant.before()
         assert torch.equal(variant.run()[0], 2 * torch.ones(3, device=ON))
@@ -184,40 +186,40 @@ def made_results():
 
 
 @pytest.mark.parametrize("results", [[], made_results()[:1], made_results()])
-def test_the_picture_is_well_formed(results):
-    tree = ET.fromstring(picture(results, ["a machine & its versions"]))
-    assert tree.tag == "{http://www.w3.org/2000/svg}svg"
-    lines = [element.get("points").split() for element in tree.iter("{http://www.w3.org/2000/svg}polyline")]
-    assert [len(points) for points in lines] == [len(results)] * (
-        3 if results else 0
-    )  # two variants and the floor
-    assert all(
-        math.isfinite(float(number)) for points in lines for point in points for number in point.split(",")
-    )
+def test_the_picture_has_a_line_for_each_variant_and_the_floor(results, tmp_path):
+    figure = picture(results, ["a machine & its $ versions"])
+    lines = [line for axes in figure.axes for line in axes.lines]
+    assert [len(line.get_xdata()) for line in lines] == [len(results)] * (3 if results else 0)
+    assert all(math.isfinite(number) for line in lines for number in (*line.get_xdata(), *line.get_ydata()))
+    save(figure, tmp_path / "out.svg")
+    assert "<svg" in (tmp_path / "out.svg").read_text()
 
 
 @pytest.fixture
 def small(monkeypatch):
     """The command on the tiny shape and a machine that is known."""
-    module = import_module("benchmarks.kernels")
+    module = import_module("benchmarks.kernels.__main__")
     monkeypatch.setattr(module, "SMALL", TINY)
     monkeypatch.setattr(measure, "rates", lambda device: MACHINE)
     monkeypatch.setattr(measure, "BUDGET_S", {"cpu": 0.0, "cuda": 0.0})
     return lambda *arguments: CliRunner().invoke(bench, arguments)
 
 
-def test_the_command_writes_numbers_and_a_picture(small, tmp_path):
-    file = tmp_path / "new" / "out.json"
-    done = small("--quick", "--only", "rms_norm", "--only", "rotary", "--json", str(file))
+def test_the_command_writes_numbers_tables_and_a_picture(small, tmp_path):
+    file, image = tmp_path / "new" / "out.jsonl", tmp_path / "out.png"
+    done = small(
+        "--quick", "--only", "rms_norm", "--only", "rotary", "--json", str(file), "--picture", str(image)
+    )
     assert done.exit_code == 0, done.output
-    report = json.loads(file.read_text())
-    assert [(case["operator"], case["tokens"]) for case in report["cases"]] == [
+    report, *measured = map(json.loads, file.read_text().splitlines())
+    assert [(case["operator"], case["tokens"]) for case in measured] == [
         (operator, tokens) for operator in ("rms_norm", "rotary") for tokens in (32, 256, 1024)
     ]
     assert report["versions"]["torch"] == torch.__version__ and report["rates"]["bytes_per_s"] == 1e9
     assert report["machine"] and report["date"]
-    ET.fromstring(file.with_suffix(".svg").read_text())
-    assert "rms_norm" in done.output and "ours / best rival" in done.output
+    assert image.read_bytes().startswith(b"\x89PNG")
+    for text in (done.output, file.with_suffix(".txt").read_text()):
+        assert "rms_norm" in text and "ours / best rival" in text
 
 
 def test_what_a_cpu_would_take_too_long_for_is_left_out_in_words(small, tmp_path, monkeypatch):
@@ -232,7 +234,7 @@ def test_an_operator_that_fails_fails_the_command(small, tmp_path, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("the kernel is broken")
 
-    monkeypatch.setattr(cases, "rms_norm", broken)
+    monkeypatch.setattr(between, "rms_norm", broken)
     done = small("--quick", "--only", "rms_norm", "--json", str(tmp_path / "out.json"))
     assert done.exit_code == 1 and "the kernel is broken" in done.output
 

@@ -1,12 +1,13 @@
-"""What HeteroTune's abstract claims of communication and memory, measured here on the shape of Llama-3.2-1B with drawn weights.
+"""HeteroTune's claims of communication and memory, on Llama-3.2-1B's shape with random weights.
 
     make bench-claims
 
-Bytes: one update of each method as it is encoded, beside the model in 16 bits. Memory: the trainer's peak with `fedit`, whose
-adapter is 0.2 % smaller, above the runtime's own, beside PEFT's LoRA and beside the training of all parameters, both with AdamW
-and gradient checkpointing in bfloat16 and each in a process of its own on the same rows. The third claim, accuracy, is the
-studies'.
-Source of the claims: arXiv 2411.16796, abstract: 99.5 % less communication, 50 % less memory at the peak.
+Bytes: one update of each method as it is encoded, beside the model in 16 bits. Memory: the
+trainer's peak with `fedit`, whose adapter is 0.2 % smaller, above the runtime's own, beside PEFT's
+LoRA and beside the training of all parameters, both with AdamW and gradient checkpointing in
+bfloat16 and each in a process of its own on the same rows. The third claim, accuracy, is the
+studies'. Source of the claims: arXiv 2411.16796, abstract: 99.5 % less communication, 50 % less
+memory at the peak.
 """
 
 import argparse
@@ -29,7 +30,7 @@ SHAPE = Path(__file__).parent / "shapes" / "llama-3.2-1b"
 TOKENS = 512
 METHODS = ("fedit", "heterotune", "fedadapter", "h2tune")
 FORMATS: tuple[Weights, ...] = ("bfloat16", "q4_1")
-LESS_SENT, LESS_MEMORY = 0.995, 0.5  # what is claimed
+LESS_SENT, LESS_MEMORY = 0.995, 0.5  # the claims
 
 
 def main() -> None:

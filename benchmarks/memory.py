@@ -1,10 +1,10 @@
-"""The memory and time of fine-tuning beside PEFT's and beside our goals: SmolLM2-135M, and Gemma-3-270M's shape at random.
+"""Memory and time of fine-tuning beside PEFT's and beside goals: SmolLM2-135M and Gemma-3-270M.
 
     make bench-memory
 
-Each line is the real trainer in a process of its own, and PEFT in another on the same rows: bfloat16, AdamW, gradient
-checkpointing. Peaks are above the runtime's own baseline; rank 16 on all linear layers. Where the goal for memory leaves
-room, as many blocks run once as fit.
+Each line is the real trainer in a process of its own, and PEFT in another on the same rows:
+bfloat16, AdamW, gradient checkpointing. Peaks are above the runtime's own baseline; rank 16 on all
+linear layers. Where the goal for memory leaves room, as many blocks run once as fit.
 """
 
 import argparse
@@ -27,7 +27,7 @@ BASELINE_GOAL, LOAD_GOAL_S = 300 * MIB, 4.0
 
 
 class Case(NamedTuple):
-    """One line. goal_bytes: above the baseline; goal_time: of PEFT's; None where there is no goal."""
+    """One line of the table; None where there is no goal."""
 
     source: Path
     random_weights: bool
@@ -37,8 +37,8 @@ class Case(NamedTuple):
     boundaries: Boundaries = "input"
     streamed: bool = False
     kept_blocks: int = 0
-    goal_bytes: int | None = None
-    goal_time: float | None = None
+    goal_bytes: int | None = None  # above the baseline
+    goal_time: float | None = None  # share of PEFT's
 
 
 SMOLLM2, GEMMA = model.path(), SHAPES / "gemma-3-270m"

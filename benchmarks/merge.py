@@ -1,9 +1,9 @@
-"""Time and memory of merging one round on the node: updates of SmolLM2-135M, rank 16 on all linear layers.
+"""Time and memory of merging one round on the node: updates of SmolLM2-135M, rank 16.
 
     make bench-merge ARGS="--updates 100"
 
-Each method merges in a process of its own, from encoded files to the next global version. Memory is the process's peak above
-what it had before; the updates are eight drawn ones, over and over.
+Each method merges in a process of its own, from encoded files to the next global version. Memory is
+the process's peak above what it had before; the updates are eight drawn ones, over and over.
 """
 
 import argparse

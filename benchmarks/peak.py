@@ -1,9 +1,10 @@
-"""Predicted beside measured peak memory of the trainer: two models, three weight formats, two ranks, two lengths.
+"""Predicted beside measured peak memory of the trainer, over models, formats, ranks and lengths.
 
     make bench-peak
 
-Each setting runs in a real trainer process for a few steps. SmolLM2-135M's steps have 4 rows, those of Gemma-3-270M's shape,
-whose weights are drawn at random, one; with ARGS="--gemma FILE", its GGUF file, the model itself, whose tokenizer is large.
+Each setting runs in a real trainer process for a few steps. SmolLM2-135M's steps have 4 rows, those
+of Gemma-3-270M's shape, whose weights are drawn at random, one; with ARGS="--gemma FILE", its GGUF
+file, the model itself, whose tokenizer is large.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""What others do: the same steps with PEFT, torch's AdamW and gradient checkpointing, as PEFT's documentation has them.
+"""The baseline: the same steps with PEFT, torch's AdamW and gradient checkpointing.
 
-python -m benchmarks.peft FOLDER             trains FOLDER/job.json that way, and prints what it took as JSON
-python -m benchmarks.peft FOLDER --full      the same, with all parameters of the model and no adapter
+python -m benchmarks.peft FOLDER           trains FOLDER/job.json; prints time and memory as JSON
+python -m benchmarks.peft FOLDER --full    trains all parameters of the model, without an adapter
 """
 
 import sys
@@ -38,15 +38,14 @@ def trainer(
     *,
     full: bool = False,
 ) -> Callable[[list[Example]], float]:
-    """Load the model; the function makes one step on some rows, all at once, and returns their loss.
+    """Load the model and return a function that makes one step on rows and returns their loss.
 
     full: train every parameter instead of an adapter.
     """
     from peft import LoraConfig, get_peft_model
 
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning
-    )  # of gradient_checkpointing_enable, which 5.0 still needs
+    # transformers 5.0 needs gradient_checkpointing_enable, which warns
+    warnings.filterwarnings("ignore", category=FutureWarning)
     model = weights.load(facts, depth, "bfloat16" if format in settings.PACKED else format, device)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     config = LoraConfig(

@@ -2,9 +2,11 @@
 
     make bench-round ARGS="--size 1MB --devices 2 --rounds 10"
 
-Real processes over a real broker on loopback: an aggregator and agents that send noise instead of a delta. A round is
-everything from one merge to the next: announcement, download of the global version by every device, upload, commits,
-merge. Printed are the median, the 20th and the 80th percentile over the rounds after the first.
+Real processes over a real broker on loopback: an aggregator and agents that send noise instead of a
+    delta. A round is
+everything from one merge to the next: announcement, download of the global version by every device,
+upload, commits, merge. Printed are the median, the 20th and the 80th percentile over the rounds
+after the first.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""One training step beside PEFT's: SmolLM2-135M, 4 rows of 256 tokens, rank 16 on all linear layers.
+"""One training step beside PEFT's: SmolLM2-135M, 4 rows of 256 tokens, rank 16.
 
     make bench-step
     make bench-step ARGS="--weights q4_1"
 
-Both train on the same rows in one process, a step each in turn, so that drift of the machine hits both alike. PEFT has its
-weights in bfloat16; so have ours, unless another format is asked for.
+Both train on the same rows in one process, a step each in turn, so that drift of the machine hits
+both alike. PEFT has its weights in bfloat16; so have ours, unless another format is asked for.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def rows_of(facts: Facts) -> list[Example]:
 
 
 def measured(facts: Facts, examples: list[Example], format: settings.Weights) -> dict[str, list[float]]:
-    """Seconds of each warm step: ours in one round of training, and between two of its steps one of PEFT's."""
+    """Seconds of each warm step; PEFT makes one step between two of ours."""
     peft = trainer(facts, facts.layers, "bfloat16", SPEC, TRAINING, "cpu")
     model = weights.load(facts, facts.layers, format)
     adapter = attach.attach(model, tuple(range(facts.layers)), SPEC, fedit.METHOD, seed=0)
@@ -54,7 +54,7 @@ def measured(facts: Facts, examples: list[Example], format: settings.Weights) ->
         nonlocal began
         ended = time.perf_counter()
         peft(examples)
-        if number > WARM_UP:  # the first ones build what later ones reuse
+        if number > WARM_UP:  # the first steps build kernels that later ones reuse
             seconds["Edge Runtime"].append(ended - began)
             seconds["PEFT"].append(time.perf_counter() - ended)
         began = time.perf_counter()

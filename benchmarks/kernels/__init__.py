@@ -1,1 +1,1 @@
-"""Every operator and a decoder layer beside their rivals, in one run on this machine: `python -m benchmarks.kernels`."""
+"""Every operator beside its rivals on this machine: `python -m benchmarks.kernels`."""

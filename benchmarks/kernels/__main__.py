@@ -37,8 +37,9 @@ def bench(
 ) -> None:
     """Measure the operators beside plain torch, torch.compile, PEFT, Liger and bitsandbytes.
 
-    All in one run, in turns: time, peak memory, and the time of the shapes at this machine's best. Rivals
-    that are not installed are left out. On a CPU: the smallest of the models' shapes, up to 1024 tokens.
+    All in one run, in turns: time, peak memory, and the time of the shapes at this machine's best.
+    Rivals that are not installed are left out. On a CPU: the smallest of the models' shapes, up to
+    1024 tokens.
     """
     if kind == "cuda" and not torch.cuda.is_available():
         raise click.ClickException(
@@ -78,7 +79,7 @@ def bench(
 def _measured(
     planned: list[Case], device: torch.device, machine: Rates, sink: tuple[Path, dict[str, Any]]
 ) -> list[Result]:
-    """Run the cases; the file and report of `sink` are written after each, so a stopped run leaves its results."""
+    """Run the cases; `sink` is written after each, so a stopped run leaves its results."""
     results: list[Result] = []
     for case in track(planned, "measuring", console=Console(stderr=True), transient=True):
         results.append(_out_of_reach(case, device, machine) or measure.run(case, device, machine))

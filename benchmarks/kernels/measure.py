@@ -1,11 +1,12 @@
-"""Measures a case: time and peak memory of all its variants, round by round, beside what its shapes demand of the machine.
+"""Measures a case: time and peak memory of its variants, round by round, beside its floors.
 
     floors    bytes / measured bandwidth,   FLOPs / measured matrix product rate
 
-In each round every variant runs once, and the next round starts with another one, so that a machine that slows down slows
-all alike. On a GPU the cache is overwritten before each run, as the rest of a model would, and a time is that between two
-events; it includes waiting for the host, as it does in training. A CPU's caches stay as they are, since the interpreter
-lives there too: operands that fit may beat the floor of their bytes.
+In each round every variant runs once, and the next round starts with another one, so that a machine
+that slows down slows all alike. On a GPU the cache is overwritten before each run, as the rest of a
+model would, and a time is that between two events; it includes waiting for the host, as it does in
+training. A CPU's caches stay as they are, since the interpreter lives there too: operands that fit
+may beat the floor of their bytes.
 """
 
 import ctypes
@@ -39,8 +40,10 @@ TOLERANCE = 0.05  # relative error between variants: bfloat16 makes a third of i
 class Rates:
     """What the machine does at its best in this run.
 
-    bytes_per_s: read and written by a large copy. flops_per_s: of a large matrix product in the cases' dtype.
-    peak_noise_bytes: how far the peak of a buffer of 64 MiB measures from its size; None where peaks cannot be measured.
+    bytes_per_s: read and written by a large copy. flops_per_s: of a large matrix product in the
+        cases' dtype.
+    peak_noise_bytes: how far the peak of a buffer of 64 MiB measures from its size; None where
+        peaks cannot be measured.
     """
 
     bytes_per_s: float
@@ -52,9 +55,11 @@ class Rates:
 class Measured:
     """One variant of a case: seconds and bytes of a run, forward and backward.
 
-    peak_bytes: highest memory during a run above that at its start; None where it cannot be measured.
+    peak_bytes: highest memory during a run above that at its start; None where it cannot be
+        measured.
     held_bytes: weights, factors and state that the variant keeps between runs.
-    to_slower_floor, to_faster_floor: median over the two floors; the first is 1 for an ideal implementation.
+    to_slower_floor, to_faster_floor: median over the two floors; the first is 1 for an ideal
+        implementation.
     relative_error: of results and gradients, against the first variant's.
     """
 
@@ -119,7 +124,7 @@ def floors(case: Case, machine: Rates) -> tuple[float, float]:
 
 
 def run(case: Case, device: torch.device, machine: Rates, budget_s: float | None = None) -> Result:
-    """Run a case; a variant that runs out of memory, fails or computes something else is reported and left out.
+    """Run a case; a variant that fails or computes another result is reported and left out.
 
     Args:
         budget_s: seconds for the timed rounds, if not the device's own.
@@ -258,8 +263,9 @@ def _peak(
 ) -> int | None:
     """Highest memory during a run above that at its start, in bytes.
 
-    On a GPU the allocator's count. On a CPU the resident size, whose peak Linux sets back on request, after freed heap has
-    gone back to the system; what a run takes from the heap's rest is not seen, and counts come in pages.
+    On a GPU the allocator's count. On a CPU the resident size, whose peak Linux sets back on
+    request, after freed heap has gone back to the system; what a run takes from the heap's rest is
+    not seen, and counts come in pages.
     """
     before()
     _release()

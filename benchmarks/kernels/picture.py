@@ -1,4 +1,4 @@
-"""Draws time against tokens, both logarithmic: a panel for each operator and kind, at the largest shape measured."""
+"""Draws time against tokens: a panel for each operator and kind, at the largest shape."""
 
 import math
 from itertools import groupby

@@ -71,7 +71,7 @@ def heading(report: dict[str, Any]) -> list[str]:
 
 
 def write(file: Path, report: dict[str, Any], results: list[Result]) -> None:
-    """One JSON object a line: first the machine, then the cases, with four digits of each number."""
+    """A JSON object a line: the machine, then the cases, with four digits of each number."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [report, *(rounded(asdict(result)) for result in results)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -99,8 +99,8 @@ def label(result: Result) -> list[str]:
 def table(operator: str, results: list[Result]) -> Table:
     """A row a case: every variant's median time, our ratios, and memory.
 
-    The ratios are our time over the fastest rival's, and over the slower floor. Memory is what is held
-    between runs and the peak of a run above that.
+    The ratios are our time over the fastest rival's, and over the slower floor. Memory is what is
+    held between runs and the peak of a run above that.
     """
     names = list(dict.fromkeys(name for result in results for name in result.variants))
     view = Table("shape", "tokens", title=operator, title_justify="left", box=box.SIMPLE)

@@ -30,8 +30,8 @@ def main() -> None:
 def check(architectures: tuple[str, ...], names: tuple[str, ...], file: Path | None) -> None:
     """Compile every kernel in every configuration ahead of time; no GPU is needed.
 
-    Fails where registers spill, where a kernel needs more shared memory than the architecture has, and
-    where loads that should be vectors are not.
+    Fails where registers spill, where a kernel needs more shared memory than the architecture has,
+    and where loads that should be vectors are not.
     """
     modules = {name.rpartition(".")[2]: name for name in ahead.operators()}
     if unknown := [name for name in names if name not in modules]:

@@ -45,8 +45,9 @@ def adapter_linear(
         (..., out) of x's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together, a part of a packed weight does not fit
-            its shape, r is out of range, or scale is not finite. The message names the argument.
+        ValueError: shapes, dtypes or devices do not fit together, a part of a packed weight does
+            not fit its shape, r is out of range, or scale is not finite. The message names the
+            argument.
     """
     check_frozen(x, weight, bias, "weight")
     out, into = weight.shape

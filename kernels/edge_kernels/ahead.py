@@ -3,7 +3,7 @@
 A configuration fails for one of three reasons: registers spill to memory; the kernel needs more
 shared memory than a program of that architecture may have, which the compiler does not check; or
 the kernel is declared as streamed and has no asynchronous copies, so it loads single values instead
-of vectors. An operator takes part if its module has `ahead_of_time`, which returns its Examples.
+of vectors. An operator takes part if its module has `ahead_of_time`, which returns its launches.
 Source: `triton.compile` with a GPUTarget; the cubin's resources from Triton's own disassembler.
 """
 
@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 
 import edge_kernels
-from edge_kernels.backend import DTYPES, Example, triton
+from edge_kernels.backend import DTYPES, Launch, triton
 
 # Shared memory that a program may have, in KiB, by architecture (87: sm_87).
 # Source: CUDA C++ programming guide, technical specifications.
@@ -58,7 +58,7 @@ def operators() -> list[str]:
 
 
 def compile_all(modules: list[str], architectures: tuple[int, ...]) -> list[Compiled]:
-    """Compile the Examples of operators, one process a core. Triton's cache makes later runs short.
+    """Compile the launches of operators, one process a core. Triton's cache makes later runs short.
 
     Args:
         modules: names of modules with an `ahead_of_time`.
@@ -81,12 +81,12 @@ def compile_all(modules: list[str], architectures: tuple[int, ...]) -> list[Comp
 
 
 def _compile_operator(module: str, architecture: int) -> list[Compiled]:
-    examples: list[Example] = import_module(module).ahead_of_time()
-    return [_judge(module.rpartition(".")[2], example, architecture) for example in examples]
+    launches: list[Launch] = import_module(module).ahead_of_time()
+    return [_judge(module.rpartition(".")[2], launch, architecture) for launch in launches]
 
 
-def _judge(operator: str, example: Example, architecture: int) -> Compiled:
-    binary = _compile(example, architecture)
+def _judge(operator: str, launch: Launch, architecture: int) -> Compiled:
+    binary = _compile(launch, architecture)
     registers, stack = _usage(binary.asm["cubin"])
     copies = binary.asm["ptx"].count("cp.async.c")  # .ca, .cg: copies of whole vectors
     instructions = _code_bytes(binary.asm["cubin"]) // 16
@@ -98,15 +98,15 @@ def _judge(operator: str, example: Example, architecture: int) -> Compiled:
         faults.append(
             f"takes {shared} bytes of shared memory, but a program of sm_{architecture} has {limit}"
         )
-    if example.streamed and not copies:
+    if launch.streamed and not copies:
         faults.append("has no asynchronous copies: its loads are not vectors")
     numbers = (registers, stack, shared, instructions, copies)
-    return Compiled(operator, example.name, architecture, *numbers, tuple(faults))
+    return Compiled(operator, launch.name, architecture, *numbers, tuple(faults))
 
 
-def _compile(example: Example, architecture: int) -> Any:
-    """Compile what the launch would: Triton specialises on types, on multiples of 16 and on ones."""
-    kernel, values = _recorded(example)
+def _compile(launch: Launch, architecture: int) -> Any:
+    """Compile for what Triton specialises on: types, multiples of 16, and ones."""
+    kernel, values = _recorded(launch)
     signature: dict[str, str] = {}
     constants, aligned = {}, {}
     for place, parameter in enumerate(kernel.params):
@@ -125,17 +125,17 @@ def _compile(example: Example, architecture: int) -> Any:
     return triton.compile(source, target=target, options=values)
 
 
-def _recorded(example: Example) -> tuple[Any, dict[str, Any]]:
-    """The kernel that the example launches, and its arguments and compiler options by name."""
-    launches = []
+def _recorded(launch: Launch) -> tuple[Any, dict[str, Any]]:
+    """The kernel of a launch, and its arguments and compiler options by name."""
+    calls = []
 
     def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        launches.append((kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | named))
+        calls.append((kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | named))
 
     with mock.patch.object(triton.JITFunction, "run", record):
-        example.launch(*example.arguments)
-    assert len(launches) == 1, f"{example.name} launches {len(launches)} kernels instead of one"
-    return launches[0]
+        launch.function(*launch.arguments)
+    assert len(calls) == 1, f"{launch.name} launches {len(calls)} kernels instead of one"
+    return calls[0]
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
@@ -151,7 +151,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 
 def _code_bytes(cubin: bytes) -> int:
-    """Bytes of machine code: of the sections of a 64-bit ELF file that hold instructions (flag 4)."""
+    """Bytes of the sections of a 64-bit ELF file that hold instructions (flag 4)."""
     start, (count,) = struct.unpack_from("<Q", cubin, 40)[0], struct.unpack_from("<H", cubin, 60)
     sections = [struct.unpack_from("<IIQQQQ", cubin, start + 64 * index) for index in range(count)]
     return sum(size for _, _, flags, _, _, size in sections if flags & 4)

@@ -2,12 +2,13 @@
 
     norms        rms_norm, layer_norm
     MLP          gated_activation, where the activation has a gate; in tiles of tokens
-    attention    rotary, where there are rotary positions; attention, on a CPU where only later keys are
-                 masked
+    attention    rotary, where there are rotary positions; attention, on a CPU
+                 where only later keys are masked
 
-Each module gets an attribute `forward` that hides its class's method. No weight moves, and no class and
-no library is changed. The operators treat weights as frozen, so a norm whose own weight requires a
-gradient is refused. A norm or MLP whose class is not in the tables below is refused, too.
+Each module gets an attribute `forward` that hides its class's method. No weight moves, and no class
+and no library is changed. The operators treat weights as frozen, so a norm whose own weight
+requires a gradient is refused. A norm or MLP whose class is not in the tables below is refused,
+too.
 """
 
 import inspect
@@ -30,7 +31,7 @@ OFFSETS = {  # rms_norm's offset, by the class of the norm
     **dict.fromkeys(("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"), 0.0),
     **dict.fromkeys(("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"), 1.0),
 }
-# MLPs with a gate and an up projection, with a fused one, and without a gate, which stay as they are
+# MLPs with gate and up projection, with the two fused, and without a gate; the last stay unchanged
 GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP")
 FUSED = ("Phi3MLP",)
 UNGATED = ("PhiMLP", "GPT2MLP")
@@ -42,19 +43,19 @@ Forward = Callable[..., Any]
 
 
 def apply(model: nn.Module, mlp_tokens: int | None = None) -> Callable[[], None]:
-    """Swap the operators into a transformers model: Llama, Mistral, Qwen, Gemma, Phi and GPT-2 families.
+    """Swap the operators into a model of the Llama, Mistral, Qwen, Gemma, Phi and GPT-2 families.
 
     Args:
         model: loaded and frozen (adapters may train).
-        mlp_tokens: tokens that go through a gated MLP at a time; None: all. In tiles, the weights must
-            stay in place from forward to backward.
+        mlp_tokens: tokens that go through a gated MLP at a time; None: all. In tiles, the weights
+            must stay in place from forward to backward.
 
     Returns:
         A function that takes the operators out again.
 
     Raises:
-        ValueError: the class of a module is unknown, or a norm's own weight requires a gradient. The
-            model is unchanged then.
+        ValueError: the class of a module is unknown, or a norm's own weight requires a gradient.
+            The model is unchanged then.
     """
     forwards = {name: _forward(name, module, mlp_tokens) for name, module in model.named_modules()}
     swapped = [(model.get_submodule(name), forward) for name, forward in forwards.items() if forward]
@@ -108,7 +109,7 @@ def _fused(module: Any, kind: Kind, x: torch.Tensor) -> torch.Tensor:
 
 
 def _attention(module: nn.Module) -> Forward | None:
-    """The attention's own code, with other globals: the rotary function and the table of attentions are ours."""
+    """The attention's own code; its globals name our rotary function and our attention."""
     code = inspect.unwrap(type(module).forward)
     if not {ROTARY, INTERFACES} & code.__globals__.keys():
         return None
@@ -121,7 +122,7 @@ def _attention(module: nn.Module) -> Forward | None:
 
 
 class _Interfaces:
-    """transformers' table of attention functions, in which torch's gives way to ours where ours can stand in."""
+    """transformers' table of attention functions, with ours in the place of torch's."""
 
     def __init__(self, table: Any) -> None:
         self._table = table

@@ -1,15 +1,15 @@
-"""Causal attention; on a CPU, in 16 bits, in tiles of queries with all heads of several rows at once.
+"""Causal attention; on a CPU in 16 bits, in tiles of queries, all heads at once.
 
     p = softmax(scale · q kᵀ, where key <= query),  o = p v
     p again,  ds = scale · p · (do vᵀ - sum(do · o)),   dq = ds k,  dk = dsᵀ q,  dv = pᵀ do
 
-torch's own attention for 16 bits calls its matrix library for each small product, inside its threads. For
-short rows that costs several times the arithmetic. Here one batched product takes all heads of a tile.
-Scores, and their factors in the gradient, are float32 throughout. p and ds are rounded once for their
-products: to bfloat16 where q is bfloat16, whose products are several times as fast; float16 products are
-not, so p and ds stay float32 there. Long rows, other dtypes and GPUs are left to torch.
-Kept for backward: q, k, v, o.
-Source: Dao 2023, arXiv 2307.08691 (the gradient in tiles, and where it rounds).
+torch's own attention for 16 bits calls its matrix library for each small product, inside its
+threads. For short rows that costs several times the arithmetic. Here one batched product takes all
+heads of a tile. Scores, and their factors in the gradient, are float32 throughout. p and ds are
+rounded once for their products: to bfloat16 where q is bfloat16, whose products are several times
+as fast; float16 products are not, so p and ds stay float32 there. Long rows, other dtypes and GPUs
+are left to torch. Kept for backward: q, k, v, o. Source: Dao 2023, arXiv 2307.08691 (the gradient
+in tiles, and where it rounds).
 """
 
 from collections.abc import Iterator

@@ -54,21 +54,21 @@ def _supported(index: int) -> bool:
     return capability >= OLDEST
 
 
-class Example(NamedTuple):
+class Launch(NamedTuple):
     """A launch of one kernel, which `python -m edge_kernels check` compiles ahead of time.
 
-    The check calls `launch(*arguments)` with tensors that have no memory. It records the kernel and
-    the types, alignments and block sizes that the launch would pass to Triton.
+    The check calls `function(*arguments)` with tensors that have no memory. It records the kernel
+    and the types, alignments and block sizes that the launch would pass to Triton.
     """
 
     name: str  # operator, dtype and whatever else chooses the configuration
-    launch: Callable[..., object]
+    function: Callable[..., object]  # launches one kernel
     arguments: tuple[Any, ...]
     streamed: bool = False  # whether the loads must be asynchronous copies into shared memory (cp.async)
 
 
 def blank(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    """A tensor without memory, for an Example."""
+    """A tensor without memory, for a Launch."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 

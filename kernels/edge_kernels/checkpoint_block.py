@@ -1,17 +1,17 @@
 """A block that keeps only its input for backward, and runs again there.
 
-    forward    y = block(x); its graph is freed at once, and the tensors that it would keep are counted
+    forward    y = block(x); its graph is freed at once, and the tensors it would keep are counted
     backward   block(x̃) again, then the gradients of its input and of the parameters in its graph
 
-Kept for backward: x, or x in 8 bits a value with one scale a row. x̃ is what was kept: x itself, or x
-rounded, with an error of at most 1/254 of the row's largest value. The forward values are exact in either
-case; with "int8" the gradient is that at x̃. The second run has the random numbers and the autocast of the
-first; a random state is kept only if the first run drew from it. In the second run an operation whose
-result nothing reads need not compute it: it asks `nothing_reads`.
+Kept for backward: x, or x in 8 bits a value with one scale a row. x̃ is what was kept: x itself, or
+x rounded, with an error of at most 1/254 of the row's largest value. The forward values are exact
+in either case; with "int8" the gradient is that at x̃. The second run has the random numbers and
+the autocast of the first; a random state is kept only if the first run drew from it. In the second
+run an operation whose result nothing reads need not compute it: it asks `nothing_reads`.
 
-The graph of the first run must not stay, even without its tensors: its hundreds of small objects would lie
-in the heap among the block's large tensors, and the memory of one block would not fit the next.
-Source: Chen et al. 2016, arXiv 1604.06174.
+The graph of the first run must not stay, even without its tensors: its hundreds of small objects
+would lie in the heap among the block's large tensors, and the memory of one block would not fit the
+next. Source: Chen et al. 2016, arXiv 1604.06174.
 """
 
 import threading
@@ -31,8 +31,8 @@ _runs = threading.local()  # attribute `innermost`: the run of a block in this t
 class Kept:
     """Memory for the inputs of all blocks of a pass; tensors of one kind share one piece.
 
-    A separate piece for each would lie among the tensors that its block allocates and frees, and leave
-    holes on both sides that the next block's tensors do not fit.
+    A separate piece for each would lie among the tensors that its block allocates and frees, and
+    leave holes on both sides that the next block's tensors do not fit.
     """
 
     def __init__(self, blocks: int) -> None:
@@ -40,7 +40,7 @@ class Kept:
         self._places: dict[tuple[Any, ...], list[torch.Tensor]] = {}
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Copy a tensor to the next free place; a piece is freed when the last block has released its place."""
+        """Copy a tensor to the next free place; a piece lives as long as one of its places."""
         places = self._places.setdefault((tensor.shape, tensor.dtype, tensor.device), [])
         if not places:
             piece = tensor.new_empty(self._blocks, *tensor.shape).untyped_storage()
@@ -68,15 +68,16 @@ def checkpoint_block(
             tensors and of values that hold none.
         hidden: (..., n) of any float dtype.
         args, kwargs: masks, positions. They are kept as they are, and get no gradients.
-        keep: "input" keeps hidden, which costs nothing where something else holds it; "int8" keeps one
-            byte a value.
+        keep: "input" keeps hidden, which costs nothing where something else holds it; "int8" keeps
+            one byte a value.
         storage: memory to which the kept tensors are copied; None: they stay in place.
 
     Returns:
         The block's result.
 
     Raises:
-        ValueError: keep is neither, hidden has no float dtype, or another argument requires a gradient.
+        ValueError: keep is neither, hidden has no float dtype, or another argument requires a
+            gradient.
         RuntimeError: in backward, if the second run kept another number of tensors than the first.
     """
     if keep not in ("input", "int8"):
@@ -116,12 +117,13 @@ def checkpoint_block(
 def nothing_reads(requires: tuple[bool, ...], saved: tuple[torch.Tensor | None, ...]) -> bool:
     """Whether an operation may leave its result uncomputed.
 
-    That is so in the second run of a block, where the operation saves the block's last tensors: backward
-    needs only saved tensors. An operation that calls others in its own forward runs them in
-    `without_blocks`, since their saved tensors are not kept.
+    That is so in the second run of a block, where the operation saves the block's last tensors:
+    backward needs only saved tensors. An operation that calls others in its own forward runs them
+    in `without_blocks`, since their saved tensors are not kept.
 
     Args:
-        requires: the operation's ctx.needs_input_grad; where none is set, its saved tensors are not kept.
+        requires: the operation's ctx.needs_input_grad; where none is set, its saved tensors are not
+            kept.
         saved: the tensors that the operation saves for backward.
     """
     run: _Run | None = getattr(_runs, "innermost", None)
@@ -225,8 +227,8 @@ def _requires_grad(value: Any) -> bool:
 class _Block(torch.autograd.Function):
     """Connects the results with the input and the leaves.
 
-    The leaves are inputs of the Function, so that a leaf that several blocks share has its whole gradient
-    before any hook sees it.
+    The leaves are inputs of the Function, so that a leaf that several blocks share has its whole
+    gradient before any hook sees it.
     """
 
     @staticmethod

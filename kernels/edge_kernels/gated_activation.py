@@ -8,7 +8,8 @@
     gelu_tanh   the same, with Φ approximated by tanh
 
 Kept for backward: gate and up; act(gate) is recomputed.
-Source: Shazeer 2020, arXiv 2002.05202; Hendrycks & Gimpel 2016, arXiv 1606.08415 (the two forms of GELU).
+Source: Shazeer 2020, arXiv 2002.05202; Hendrycks & Gimpel 2016, arXiv 1606.08415 (the two forms of
+    GELU).
 """
 
 from itertools import product
@@ -16,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from edge_kernels.backend import DTYPES, Example, blank, jit, on_triton, tl, triton
+from edge_kernels.backend import DTYPES, Launch, blank, jit, on_triton, tl, triton
 
 Kind = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -167,13 +168,13 @@ def _share(gate, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     return share
 
 
-def ahead_of_time() -> list[Example]:
+def ahead_of_time() -> list[Launch]:
     """Every kind of activation, forward and backward."""
-    examples = []
+    launches = []
     for (name, dtype), kind in product(DTYPES.items(), get_args(Kind)):
         x, label = blank(dtype, 17, 1024), f"gated_activation {name} {kind}"
-        examples += [
-            Example(f"{label} forward", _forward_triton, (x, x, kind)),
-            Example(f"{label} backward", _backward_triton, (x, x, x, kind)),
+        launches += [
+            Launch(f"{label} forward", _forward_triton, (x, x, kind)),
+            Launch(f"{label} backward", _backward_triton, (x, x, x, kind)),
         ]
-    return examples
+    return launches

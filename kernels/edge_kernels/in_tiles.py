@@ -3,9 +3,8 @@
     y = f(x)        dx and the gradients of f's parameters: tile by tile, where f runs again first
 
 Kept for backward: x. The intermediate tensors of f exist for one tile. As the last operation of a
-checkpointed block the tiles cost no time: the block's second run ends at x, so f runs twice in all, as it
-does without tiles.
-Source: Bekman et al. 2025, arXiv 2506.13996 (tiled MLP).
+checkpointed block the tiles cost no time: the block's second run ends at x, so f runs twice in all,
+as it does without tiles. Source: Bekman et al. 2025, arXiv 2506.13996 (tiled MLP).
 """
 
 from collections.abc import Callable, Sequence
@@ -26,8 +25,8 @@ def in_tiles(
         function: (rows, n) to the same shape; deterministic, and each row by itself.
         x: (..., n) of any float dtype.
         tokens: rows at a time; no tiles where x has no more.
-        trained: the function's parameters that require gradients. Each gets its whole gradient after the
-            last tile.
+        trained: the function's parameters that require gradients. Each gets its whole gradient
+            after the last tile.
 
     Returns:
         A tensor shaped and typed like x.

@@ -1,8 +1,9 @@
 """Layer normalisation with frozen weight and bias.
 
-    y = x̂ · weight + bias,   x̂ = (x - mean(x)) · rstd,   rstd = 1 / sqrt(var(x) + eps)   over the last axis
+    y = x̂ · weight + bias,   x̂ = (x - mean(x)) · rstd,   rstd = 1 / sqrt(var(x) + eps)
     dx = (g - mean(g) - x̂ · mean(g · x̂)) · rstd,   g = dy · weight
 
+Mean and variance are over the last axis.
 Kept for backward: x, and mean and rstd, one float32 a row each. Weight and bias are frozen and get
 no gradient.
 Source: Ba, Kiros & Hinton 2016, arXiv 1607.06450.
@@ -12,7 +13,7 @@ from itertools import product
 
 import torch
 
-from edge_kernels.backend import DTYPES, Example, blank, jit, on_triton, row_tile, tl, triton
+from edge_kernels.backend import DTYPES, Launch, blank, jit, on_triton, row_tile, tl, triton
 from edge_kernels.rms_norm import WIDTHS, check_norm
 
 
@@ -31,7 +32,8 @@ def layer_norm(
         A tensor shaped and typed like x.
 
     Raises:
-        ValueError: the last axis of x, weight and bias differ in length or type, or eps is not above 0.
+        ValueError: the last axis of x, weight and bias differ in length or type, or eps is not
+            above 0.
     """
     check_norm(x, weight, eps)
     if bias is not None and bias.shape != weight.shape:
@@ -150,14 +152,14 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(dx_ptr + at, (g - mean_g[:, None] - x_hat * mean_gx[:, None]) * rstd, mask=inside)
 
 
-def ahead_of_time() -> list[Example]:
+def ahead_of_time() -> list[Launch]:
     """Narrow and wide rows, forward with a bias and backward."""
-    examples = []
+    launches = []
     for (name, dtype), n in product(DTYPES.items(), WIDTHS):
         x, weight, rstd = blank(dtype, 17, n), blank(dtype, n), blank(torch.float32, 17)
         label = f"layer_norm {name} {n}"
-        examples += [
-            Example(f"{label} forward", _forward_triton, (x, weight, weight, 1e-5)),
-            Example(f"{label} backward", _backward_triton, (x, x, weight, weight, rstd, rstd)),
+        launches += [
+            Launch(f"{label} forward", _forward_triton, (x, weight, weight, 1e-5)),
+            Launch(f"{label} backward", _backward_triton, (x, x, weight, weight, rstd, rstd)),
         ]
-    return examples
+    return launches

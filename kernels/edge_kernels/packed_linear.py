@@ -2,12 +2,12 @@
 
     y = x Wᵀ (+ bias)        dx = dy W
 
-Kept for backward: the packed W alone.
-In Triton each tile of W is expanded where it is multiplied, in both directions. A product of low rank
-can be added in the same accumulator, which is how adapter_linear uses `product`. Where a grid of tiles
-would leave processors idle, the contraction is split; the parts, in float32, are added afterwards in a
-fixed order. In torch one matrix at a time is expanded, used and freed.
-Source: Dettmers et al. 2023, arXiv 2305.14314, whose backward pass expands the matrix first.
+Kept for backward: the packed W alone. In Triton each tile of W is expanded where it is multiplied,
+in both directions. A product of low rank can be added in the same accumulator, which is how
+adapter_linear uses `product`. Where a grid of tiles would leave processors idle, the contraction is
+split; the parts, in float32, are added afterwards in a fixed order. In torch one matrix at a time
+is expanded, used and freed. Source: Dettmers et al. 2023, arXiv 2305.14314, whose backward pass
+expands the matrix first.
 """
 
 from functools import cache
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from edge_kernels import backend
-from edge_kernels.backend import Example, blank, jit, on_triton, tl, triton
+from edge_kernels.backend import Launch, blank, jit, on_triton, tl, triton
 from edge_kernels.checkpoint_block import nothing_reads
 from edge_kernels.quant import BLOCK, Packed, expand
 from edge_kernels.tiles import blank_packed, check_packed, expand_tile, pointers
@@ -40,8 +40,8 @@ def packed_linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = N
         (..., out) of x's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together, or a part of packed does not fit its
-            shape.
+        ValueError: shapes, dtypes or devices do not fit together, or a part of packed does not fit
+            its shape.
     """
     check_frozen(x, packed, bias, "packed")
     y: torch.Tensor = _PackedLinear.apply(x, packed, bias)
@@ -103,7 +103,8 @@ def product(
 
     Args:
         left: (rows, in) forward, (rows, out) backward.
-        weight: (out, in). A dense matrix is multiplied in torch: the library's product is the best there.
+        weight: (out, in). A dense matrix is multiplied in torch: the library's product is the best
+            there.
         low, factor: (rows, r) and (columns of the result, r) of left's dtype, or None.
         bias: (out,) forward, or None.
         forward: whether W is transposed.
@@ -200,7 +201,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     T: tl.constexpr,
     R: tl.constexpr,
 ):
-    """A tile of the result from one split of the contraction; the first split adds low factorᵀ and bias."""
+    """A tile of one split of the contraction; the first split adds low factorᵀ and bias."""
     parts = quants_ptr, scales_ptr, mins_ptr, groups_ptr, offset_ptr, tables_ptr
     contraction = into if FORWARD else out
     columns = out if FORWARD else into
@@ -214,7 +215,8 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     for first in range(split * depth, tl.minimum(split * depth + depth, contraction), T):
         k = first + tl.arange(0, T)
         left = tl.load(left_ptr + left_row[:, None] + k[None, :], mask=k[None, :] < contraction, other=0.0)
-        # Rows beyond the end repeat the last row: forward they are not stored, backward they meet zeros of left.
+        # Rows beyond the end repeat the last row. Forward, their results are not stored; backward,
+        # they are multiplied with zeros of left.
         weight_row = tl.minimum(column if FORWARD else k, out - 1).to(tl.int64)
         weight_first = first if FORWARD else begin
         weight = expand_tile(parts, weight_row, weight_first, into, FORMAT, T, T).to(left.dtype)
@@ -237,9 +239,9 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     tl.store(result_ptr + at, tile, mask=inside & within[None, :])
 
 
-def ahead_of_time() -> list[Example]:
-    """Every tile, format and direction, with an adapter and a split contraction; forward with a bias."""
-    examples = []
+def ahead_of_time() -> list[Launch]:
+    """Every tile, format and direction, with an adapter, splits and, forward, a bias."""
+    launches = []
     for (name, dtype), format, rows, forward in combinations(
         backend.DTYPES.items(), BLOCK, (5, 17), (True, False)
     ):
@@ -251,5 +253,5 @@ def ahead_of_time() -> list[Example]:
         bias = blank(dtype, 1024) if forward else None
         label = f"packed_linear {name} {format} {'forward' if forward else 'backward'} M={tile['M']}"
         arguments = (left, weight, low, factor, bias, forward)
-        examples.append(Example(label, _product_triton, arguments, streamed=True))
-    return examples
+        launches.append(Launch(label, _product_triton, arguments, streamed=True))
+    return launches

@@ -62,11 +62,11 @@ class Packed(NamedTuple):
 
     @property
     def parts(self) -> tuple[torch.Tensor | None, ...]:
-        """The tensors. An autograd Function saves them, so that a checkpointed block releases them too."""
+        """The tensors: autograd Functions save them, so a checkpointed block releases them."""
         return self[2:]
 
     def rows(self, index: slice | torch.Tensor) -> "Packed":
-        """A part of the rows. For nf4: a slice that starts at a multiple of GROUP, so that groups stay whole."""
+        """A part of the rows; of nf4 a slice from a multiple of GROUP, so that groups stay whole."""
         mins = None if self.mins is None else self.mins[index]
         groups = self.groups
         if groups is not None:
@@ -138,10 +138,10 @@ def expand(
 def expanded_rows(
     matrix: torch.Tensor | Packed, dtype: torch.dtype, rows: int | None = None
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Go through the rows of a large matrix, such as a head, in pieces; the next piece reuses the memory.
+    """Go through the rows of a large matrix in pieces; each piece reuses the memory of the last.
 
-    A dense matrix comes in views. A packed one is expanded into one buffer of at most EXPANDED_BYTES,
-    or GROUP rows where those are larger.
+    A dense matrix comes in views. A packed one is expanded into one buffer of at most
+    EXPANDED_BYTES, or GROUP rows where those are larger.
 
     Args:
         matrix: (out, in), dense or packed.
@@ -210,7 +210,7 @@ def _values(packed: Packed, rows: slice) -> torch.Tensor:
 
 
 def _halves(quants: torch.Tensor, size: int) -> torch.Tensor:
-    """(out, blocks · size / 2) bytes to (out, blocks · size) values in 0..15; the inverse of _nibbles.
+    """(out, blocks · size / 2) bytes to (out, blocks · size) in 0..15; the inverse of _nibbles.
 
     Sixteen bytes move at once, as one complex number: eight times as fast as byte by byte.
     """
@@ -294,6 +294,6 @@ def _inverse(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _nibbles(quants: torch.Tensor) -> torch.Tensor:
-    """(out, blocks, size) values in 0..15 to (out, blocks · size / 2) bytes, the first half of a block low."""
+    """(out, blocks, size) in 0..15 to (out, blocks · size / 2) bytes; first halves are low bits."""
     low, high = quants.chunk(2, -1)
     return (low | high << 4).flatten(1)

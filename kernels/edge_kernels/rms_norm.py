@@ -11,7 +11,7 @@ from itertools import product
 
 import torch
 
-from edge_kernels.backend import DTYPES, Example, blank, jit, on_triton, row_pieces, row_tile, tl, triton
+from edge_kernels.backend import DTYPES, Launch, blank, jit, on_triton, row_pieces, row_tile, tl, triton
 
 # Values that the torch backend holds in float32 at a time: they fit a core's cache, and the heap
 # serves and reuses them as one small piece.
@@ -152,14 +152,14 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 WIDTHS = (64, 4096, 8192)
 
 
-def ahead_of_time() -> list[Example]:
+def ahead_of_time() -> list[Launch]:
     """Narrow and wide rows, forward and backward."""
-    examples = []
+    launches = []
     for (name, dtype), n in product(DTYPES.items(), WIDTHS):
         x, weight, rstd = blank(dtype, 17, n), blank(dtype, n), blank(torch.float32, 17)
         label = f"rms_norm {name} {n}"
-        examples += [
-            Example(f"{label} forward", _forward_triton, (x, weight, 1e-6, 0.0)),
-            Example(f"{label} backward", _backward_triton, (x, x, weight, rstd, 0.0)),
+        launches += [
+            Launch(f"{label} forward", _forward_triton, (x, weight, 1e-6, 0.0)),
+            Launch(f"{label} backward", _backward_triton, (x, x, weight, rstd, 0.0)),
         ]
-    return examples
+    return launches

@@ -13,7 +13,7 @@ from itertools import product
 
 import torch
 
-from edge_kernels.backend import DTYPES, Example, blank, jit, on_triton, tl, triton
+from edge_kernels.backend import DTYPES, Launch, blank, jit, on_triton, tl, triton
 
 
 def rotary(
@@ -105,7 +105,7 @@ def _rotate_triton(x, cos, sin, back):  # type: ignore[no-untyped-def]
 
 
 def _tile(heads: int, width: int) -> dict[str, int]:
-    """Launch options: HEADS at a time, of COLUMNS values, which is width padded to a power of two."""
+    """Launch options: HEADS at a time; COLUMNS is width padded to a power of two."""
     columns = triton.next_power_of_2(width)
     return {
         "HEADS": min(triton.next_power_of_2(heads), max(4096 // columns, 1)),
@@ -155,14 +155,14 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
         tl.store(where, x * cos + paired * sin, mask=inside)
 
 
-def ahead_of_time() -> list[Example]:
+def ahead_of_time() -> list[Launch]:
     """Common widths of heads, and a width of which only a part is rotated."""
-    examples = []
+    launches = []
     for (name, dtype), (heads, width, n) in product(
         DTYPES.items(), ((9, 64, 64), (32, 128, 128), (4, 256, 256), (32, 80, 32))
     ):
         x, cos = blank(dtype, 2, heads, 16, width), blank(dtype, 1, 16, n)
         label = f"rotary {name} {heads} heads of {width}"
         for direction, back in (("forward", False), ("backward", True)):
-            examples.append(Example(f"{label} {direction}", _rotate_triton, (x, cos, cos, back)))
-    return examples
+            launches.append(Launch(f"{label} {direction}", _rotate_triton, (x, cos, cos, back)))
+    return launches

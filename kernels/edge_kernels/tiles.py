@@ -1,8 +1,8 @@
-"""How a kernel reads a frozen matrix, dense or packed: its parts as pointers, and one tile expanded.
+"""How a kernel reads a frozen matrix, dense or packed: pointers, and one tile expanded.
 
-The layouts are those of `quant`. A tile of four-bit quants is joined, the low halves of a block before
-the high halves, so that columns keep their order. The values of nf4 and the 256 levels of its scales
-come from one small table in memory.
+The layouts are those of `quant`. A tile of four-bit quants is joined, the low halves of a block
+before the high halves, so that columns keep their order. The values of nf4 and the 256 levels of
+its scales come from one small table in memory.
 """
 
 from functools import cache
@@ -53,13 +53,13 @@ def _parts(format: str, shape: tuple[int, int]) -> dict[str, Part]:
 
 
 def blank_packed(format: Any, out: int, into: int) -> Packed:
-    """A packed matrix without memory, for an Example."""
+    """A packed matrix without memory, for a Launch."""
     parts = _parts(format, (out, into)).values()
     return Packed(format, (out, into), *(part and blank(part[1], *part[0]) for part in parts))
 
 
 def pointers(weight: torch.Tensor | Packed) -> list[torch.Tensor]:
-    """quants, scales, mins, groups, offset, tables; for a part that does not exist any tensor stands in."""
+    """quants, scales, mins, groups, offset, tables; any tensor stands for an absent part."""
     if isinstance(weight, torch.Tensor):
         return [weight] * 6
     parts = (*weight.parts, _tables(weight.device))
@@ -75,10 +75,11 @@ def _tables(device: torch.device) -> torch.Tensor:
 def expand_tile(  # type: ignore[no-untyped-def]
     parts, row, first, width, FORMAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Columns first..first+COLUMNS of some rows, in the dtype of a dense matrix, in float32 of a packed one.
+    """Columns first..first+COLUMNS of some rows, in a dense matrix's dtype, or else in float32.
 
-    parts: the six `pointers`. row: (ROWS,) int64, inside the matrix. first and COLUMNS are multiples of
-    a block. Columns from `width` on are zero for a dense matrix, and finite for a packed one.
+    parts: the six `pointers`. row: (ROWS,) int64, inside the matrix. first and COLUMNS are
+    multiples of a block. Columns from `width` on are zero for a dense matrix, and finite for a
+    packed one.
     """
     quants_ptr, scales_ptr, mins_ptr, groups_ptr, offset_ptr, tables_ptr = parts
     if FORMAT == "dense":

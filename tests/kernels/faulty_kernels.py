@@ -3,7 +3,7 @@
 from functools import partial
 
 import torch
-from edge_kernels.backend import Example, blank, jit, tl
+from edge_kernels.backend import Launch, blank, jit, tl
 
 
 @jit
@@ -23,12 +23,12 @@ def launch(n, **options):
     product[(1,)](a, a, c, n, **options)
 
 
-def ahead_of_time() -> list[Example]:
+def ahead_of_time() -> list[Launch]:
     """The good one first."""
     small, large = partial(launch, M=64, K=64), partial(launch, M=128, K=128)
     return [
-        Example("good", small, (4096,), streamed=True),
-        Example("too many registers", partial(large, num_warps=2), (4096,)),
-        Example("too much shared memory", partial(large, num_warps=8, num_stages=5), (4096,)),
-        Example("single loads", small, (4097,), streamed=True),
+        Launch("good", small, (4096,), streamed=True),
+        Launch("too many registers", partial(large, num_warps=2), (4096,)),
+        Launch("too much shared memory", partial(large, num_warps=8, num_stages=5), (4096,)),
+        Launch("single loads", small, (4097,), streamed=True),
     ]

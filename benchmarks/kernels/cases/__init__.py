@@ -1,17 +1,17 @@
-"""What is measured: each operator and a whole decoder layer, at the sizes of known models, beside rivals.
+"""The cases: each operator and a whole decoder layer, at the sizes of known models.
 
 A case counts from the shapes what an ideal implementation reads, writes and computes: forward and
 backward each read their operands once and write their results once. Bytes are those of bfloat16
-activations, of weights in their format, and of float32 factors. A multiplication and an addition count as
-two operations, an exponential as one.
+activations, of weights in their format, and of float32 factors. A multiplication and an addition
+count as two operations, an exponential as one.
 
     linear      2 M N K each for y and dx; 6 M r (N + K) for the adapter
     head        4 M V H; the head is read once, as a running softmax needs no second pass
     blocks      their linears, forward twice but for the last, as checkpointing demands; attention
     others      a few operations a value: the bytes count
 
-Rivals that are not installed are left out. A rival that overwrites its arguments gets fresh ones before
-each run.
+Rivals that are not installed are left out. A rival that overwrites its arguments gets fresh ones
+before each run.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -70,7 +70,7 @@ def adamw8bit_case(shape: Shape, tokens: int, kind: str) -> Counted:
             variants["bitsandbytes"] = stepping(make, 2 * values + values // 32 + small)
         return variants
 
-    # a factor and its moments with their scales (one of 256 values) read and written, its gradient read
+    # factor, moments and scales (one for 256 values) are read and written, the gradient is read
     return 16 * values + 16 * values // 256, 15 * values, prepare
 
 
@@ -106,7 +106,7 @@ def checkpoint_block_case(shape: Shape, tokens: int, kind: str) -> Counted:
 
 
 def _block_cost(tokens: int, linears: list[tuple[int, int]], rank: int) -> tuple[int, int]:
-    """Bytes and FLOPs of linears that run forward, forward again and backward; the last one's result is not needed again."""
+    """Bytes and FLOPs of linears that run forward twice, but for the last one, and backward."""
     forwards = [2] * (len(linears) - 1) + [1]
     costs = [
         linear_cost(tokens, *size, SIZE * math.prod(size), rank, n)
@@ -154,7 +154,7 @@ def decoder_layer_case(shape: Shape, tokens: int, kind: str) -> Counted:
         return variants
 
     moved, flops = _block_cost(tokens, shape.linears, RANK)
-    # causal attention: two products of M² width / 2 a head forward, twice, and five backward; the rest rides on the products
+    # causal attention: two products of M² width / 2 a head forward, twice, and five backward
     return moved, flops + 9 * tokens**2 * shape.heads * shape.width, prepare
 
 

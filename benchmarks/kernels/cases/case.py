@@ -1,4 +1,4 @@
-"""What a case is: an operator at a model's sizes, the bytes and FLOPs it needs, and its variants."""
+"""A case: an operator at a model's sizes, its bytes and FLOPs, and its variants."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -89,7 +89,7 @@ def linear_cost(
 
 
 def _products(weight: torch.Tensor | Packed) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """What torch offers for x Wᵀ: with a packed matrix, its expansion in each direction, or once and kept for backward."""
+    """torch's ways to x Wᵀ; a packed matrix is expanded in each direction, or once and kept."""
     if isinstance(weight, torch.Tensor):
         return {"torch": lambda x: linear(x, weight)}
     read = expansion(weight)
@@ -116,7 +116,8 @@ class _Expanding(torch.autograd.Function):
 def expansion(packed: Packed) -> Callable[[], torch.Tensor]:
     """What makes the matrix dense in torch's operations, in the way that is fastest on its device.
 
-    That is in pieces that fit a CPU's cache, as quant has it, and as a whole on a GPU, where a launch is what costs.
+    That is in pieces that fit a CPU's cache, as quant has it, and as a whole on a GPU, where a
+    launch is what costs.
     """
     return _whole(packed) if packed.quants.is_cuda else partial(quant.expand, packed, DTYPE)
 
@@ -143,7 +144,7 @@ def _whole(packed: Packed) -> Callable[[], torch.Tensor]:
 
 
 def _frozen(weight: torch.Tensor | Packed, device: torch.device) -> dict[str, nn.Module]:
-    """Modules that hold a frozen matrix, by what to call them: torch's, or bitsandbytes' of the nf4 kind."""
+    """Modules that hold a frozen matrix, by name: torch's, or bitsandbytes' for nf4."""
     if isinstance(weight, torch.Tensor):
         return {"": _linear_of(weight)}
     bitsandbytes = installed("bitsandbytes")
@@ -167,7 +168,7 @@ def _linear_of(weight: torch.Tensor) -> nn.Linear:
 def with_peft(
     module: nn.Module, factors: list[tuple[torch.Tensor, torch.Tensor]], casts: bool
 ) -> nn.Module | None:
-    """The module with PEFT's LoRA on all its linears, with copies of these factors, which it holds in float32 if it casts."""
+    """The module with PEFT's LoRA on all linears, with copies of the factors; float32 if it casts."""
     peft = installed("peft")
     if peft is None:
         return None

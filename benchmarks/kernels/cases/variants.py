@@ -1,4 +1,4 @@
-"""What the cases share: a run forward and backward, drawn operands, and rivals that may be missing."""
+"""Parts of cases: a run forward and backward, drawn operands, rivals that may be missing."""
 
 from collections.abc import Callable, Iterable
 from functools import cache, lru_cache
@@ -18,7 +18,7 @@ def forward_backward(
     grads: list[Any],
     held: Iterable[torch.Tensor | Packed] = (),
 ) -> Variant:
-    """forward(*leaves) and its backward pass from these gradients; gives the results and the leaves' gradients."""
+    """forward(*leaves) and its backward pass; returns the results and the leaves' gradients."""
 
     def run() -> list[torch.Tensor]:
         try:
@@ -42,7 +42,7 @@ def overwriting(
     grads: list[torch.Tensor],
     held: Iterable[torch.Tensor | Packed] = (),
 ) -> Variant:
-    """As forward_backward, for one that writes to what it is given: it gets its own, made anew before each run."""
+    """As forward_backward, for a rival that overwrites its arguments: fresh ones before each run."""
     pairs = [(part, part.detach().clone().requires_grad_(part.requires_grad)) for part in (*leaves, *grads)]
 
     @torch.no_grad()
@@ -57,7 +57,7 @@ def overwriting(
 def compiled(
     device: torch.device, variant: Callable[[Any], Variant], form: Any, name: str = "torch"
 ) -> Variants:
-    """The compiled form, where there is a GPU: on a CPU the compiler's memory would be most of what is measured."""
+    """The compiled form on a GPU; on a CPU the compiler's memory would dominate the figure."""
     return {f"{name}, compiled": variant(torch.compile(form, dynamic=False))} if device.type == "cuda" else {}
 
 

@@ -4,10 +4,10 @@
     m  = m + (1 - β1) (g' - m)          v = v + (1 - β2) (g'² - v)
     p  = p (1 - lr · decay) - lr · (m / (1 - β1ᵗ)) / (sqrt(v / (1 - β2ᵗ)) + eps)
 
-Kept: one flat buffer over all factors, with one byte of m and one of v a value (see `update`) and two
-float32 scales a block of 256 values. Every factor starts a new block.
-Source: Loshchilov & Hutter 2019, arXiv 1711.05101; Dettmers et al. 2022, arXiv 2110.02861 (moments in
-blocks); Lv et al. 2024, arXiv 2306.09782 (steps inside backward).
+Kept: one flat buffer over all factors, with one byte of m and one of v a value (see `update`) and
+two float32 scales a block of 256 values. Every factor starts a new block. Source: Loshchilov &
+Hutter 2019, arXiv 1711.05101; Dettmers et al. 2022, arXiv 2110.02861 (moments in blocks); Lv et al.
+2024, arXiv 2306.09782 (steps inside backward).
 """
 
 import math
@@ -32,16 +32,18 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class AdamW8bit:
     """Steps each factor as soon as backward has its gradient.
 
-    After `loss.backward()` every factor that backward reached has made its step, and its grad is None.
-    A factor that backward does not reach is left alone; each factor has its own count of steps for the
-    bias correction. A step ends when backward reaches a factor again, or with `step()`.
+    After `loss.backward()` every factor that backward reached has made its step, and its grad is
+    None. A factor that backward does not reach is left alone; each factor has its own count of
+    steps for the bias correction. A step ends when backward reaches a factor again, or with
+    `step()`.
 
-    This is no torch.optim.Optimizer, because constructing one imports torch's compiler, over 100 MiB.
-    The learning rate is the attribute `lr`, one number for all factors; set it before backward.
+    This is no torch.optim.Optimizer, because constructing one imports torch's compiler, over 100
+    MiB. The learning rate is the attribute `lr`, one number for all factors; set it before
+    backward.
 
     Args:
-        parameters: float32, float16 or bfloat16, contiguous, on one device. Use float32: one step is far
-            below the resolution of bfloat16.
+        parameters: float32, float16 or bfloat16, contiguous, on one device. Use float32: one step
+            is far below the resolution of bfloat16.
         lr: learning rate.
         weight_decay: of the parameters themselves, not through the moments.
         clip_norm: largest norm of a step's gradient over all factors, or None (see `clipping`).
@@ -90,9 +92,10 @@ class AdamW8bit:
     def accumulating(self) -> Iterator[None]:
         """Inside, backward adds its gradients up and steps nothing.
 
-        For all micro-batches of a step but the last: the next backward outside, or `step()`, steps with
-        the sum. The sum is float32 in one flat buffer, 4 bytes a value from the first use on. A factor
-        that the last backward does not reach keeps its sum for the next step, unless `step()` follows.
+        For all micro-batches of a step but the last: the next backward outside, or `step()`, steps
+        with the sum. The sum is float32 in one flat buffer, 4 bytes a value from the first use on.
+        A factor that the last backward does not reach keeps its sum for the next step, unless
+        `step()` follows.
         """
         before, self._accumulating = self._accumulating, True
         try:
@@ -102,7 +105,7 @@ class AdamW8bit:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Inside, backward steps nothing and keeps no gradient; it measures norms for the next clipping."""
+        """Inside, backward steps nothing; it measures norms for the next clipping."""
         self._measuring = True
         try:
             yield
@@ -112,7 +115,7 @@ class AdamW8bit:
 
     @torch.no_grad()
     def step(self) -> None:
-        """End the step: apply the sums that no backward has applied, and take the step's norm in."""
+        """End the step: apply sums that no backward has applied, and record the step's norm."""
         for index in sorted(self._summed):
             self._update(index, self._sum(index))
         self._apply()
@@ -153,8 +156,8 @@ class AdamW8bit:
     def _update(self, index: int, grad: torch.Tensor) -> None:
         """Let a factor have its turn.
 
-        In torch it waits until others fill a piece with it: on a small factor the calls cost more than
-        the arithmetic.
+        In torch it waits until others fill a piece with it: on a small factor the calls cost more
+        than the arithmetic.
         """
         if index in self._stepped:
             self._apply()
@@ -216,7 +219,7 @@ class AdamW8bit:
 
 
 def _seed(index: int, count: int) -> int:
-    """31 bits, different for each factor and step; odd and not 1, so that Triton compiles one kernel for all."""
+    """31 bits for a factor and step; odd and not 1, so that Triton compiles one kernel for all."""
     mixed = (index * 0x7FEB352D + count) * 0x9E3779B1 & 0xFFFFFFFF
     mixed = (mixed ^ mixed >> 15) * 0x846CA68B & 0xFFFFFFFF
     return mixed >> 1 | 3

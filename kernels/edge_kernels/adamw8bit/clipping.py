@@ -1,8 +1,8 @@
 """Clips a gradient by the norm of all factors before that norm is known.
 
-A factor steps inside backward, when the gradients of earlier layers do not exist yet. So the squared
-norm is estimated from the part that backward has passed: in the factor's last step that part was a known
-share of the whole. The last step's norm steadies the estimate:
+A factor steps inside backward, when the gradients of earlier layers do not exist yet. So the
+squared norm is estimated from the part that backward has passed: in the factor's last step that
+part was a known share of the whole. The last step's norm steadies the estimate:
 
     norm² = (passed + DAMPING · last norm²) / (share + DAMPING)
 
@@ -15,7 +15,7 @@ DAMPING = 0.1  # weight of the last step's squared norm in the estimate
 
 
 class Clipping:
-    """The norms of the last step and of the present one. All numbers stay on the device: nothing waits."""
+    """The norms of the last step and of this one; they stay on the device, so nothing waits."""
 
     def __init__(self, factors: int, clip_norm: float | None, device: torch.device) -> None:
         self._clip_norm = clip_norm

@@ -1,17 +1,19 @@
 """One step of AdamW on moments in 8 bits a value.
 
-A byte of m and a byte of v are 8-bit floats with 3 bits of mantissa, as a share of the largest of their
-block, which has one float32 scale for each:
+A byte of m and a byte of v are 8-bit floats with 3 bits of mantissa, as a share of the largest of
+their block, which has one float32 scale for each:
 
     m = ±(2^(e - 15) (1 + f / 8) - 2^-15) · scale      4 bits of e
     v =  (2^(e - 31) (1 + f / 8) - 2^-31) · scale      5 bits of e
 
-So the relative precision is the same over three decades of m and four of sqrt(v), where a dynamic map is
-coarse below the first two. A v above zero never becomes zero, which would make its update explode.
+So the relative precision is the same over three decades of m and four of sqrt(v), where a dynamic
+map is coarse below the first two. A v above zero never becomes zero, which would make its update
+explode.
 
-m is rounded to the nearest. v is rounded at random, right on average: a step moves v by a thousandth,
-far less than 8 bits resolve, and rounding to the nearest would freeze it when gradients shrink. The
-random number is a function of factor, step and place, so the same run gives the same bits.
+m is rounded to the nearest. v is rounded at random, right on average: a step moves v by a
+thousandth, far less than 8 bits resolve, and rounding to the nearest would freeze it when gradients
+shrink. The random number is a function of factor, step and place, so the same run gives the same
+bits.
 """
 
 import math
@@ -19,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from edge_kernels.backend import DTYPES, Example, blank, jit, tl
+from edge_kernels.backend import DTYPES, Launch, blank, jit, tl
 
 BLOCK = 256  # values that share a scale
 PIECE = 1 << 17  # values that the torch backend holds in float32 at a time
@@ -50,7 +52,8 @@ def update_torch(values, grads, state, rows, clip, step):  # type: ignore[no-unt
 
     Args:
         values, grads: flat tensors, one pair a factor.
-        state: codes of m int8 and of v uint8 (blocks, BLOCK), their scales (blocks,), of all factors.
+        state: codes of m int8 and of v uint8 (blocks, BLOCK), their scales (blocks,), of all
+            factors.
         rows: (n,) the factors' blocks in the state.
         clip: () factor of the gradients.
         step: a Step.
@@ -178,16 +181,16 @@ def _update_kernel(  # type: ignore[no-untyped-def]
     tl.store(second_ptr + places, tl.where(x > 0, tl.maximum(code2, 1), 0).to(tl.uint8), mask=padded)
 
 
-def ahead_of_time() -> list[Example]:
+def ahead_of_time() -> list[Launch]:
     """Every pair of dtypes of a factor and its gradient, which is float32 after accumulating."""
     state = [
         *(blank(dtype, 16, BLOCK) for dtype in (torch.int8, torch.uint8)),
         *(blank(torch.float32, 16) for _ in range(2)),
     ]
     pairs = (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32"), ("fp16", "fp32"))
-    examples = []
+    launches = []
     for p, g in pairs:
         factor, grad = (blank(DTYPES[name], 16 * BLOCK) for name in (p, g))
         arguments = (factor, grad, state, blank(torch.float32), Step(1.0, 0.1, 0.001, 1e-3, 1.0, 1e-8, 3))
-        examples.append(Example(f"adamw8bit {p} factor, {g} gradient", update_triton, arguments))
-    return examples
+        launches.append(Launch(f"adamw8bit {p} factor, {g} gradient", update_triton, arguments))
+    return launches

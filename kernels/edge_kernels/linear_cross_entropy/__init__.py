@@ -10,11 +10,11 @@ Tokens without a label are left out before the product. The others take one of t
     chunks    Triton    chunks of tokens, whose logits become their own gradient in place
     tiles     Triton    tiles of tokens by vocabulary: the logits of a chunk do not exist either
 
-A chunk of T tokens does T operations for each byte of a 16-bit head that it reads. Tiles read the head
-two or three times, however many tokens there are. So a dense head takes tiles only where the budget
-leaves fewer than FEWEST_TOKENS tokens a chunk. A packed head always takes tiles, but in float32: exact
-float32 products have no tensor cores, so the library's product is faster than a kernel.
-Kept for backward: the gradient of h (sweep, chunks), or h and one float32 a token (tiles).
+A chunk of T tokens does T operations for each byte of a 16-bit head that it reads. Tiles read the
+head two or three times, however many tokens there are. So a dense head takes tiles only where the
+budget leaves fewer than FEWEST_TOKENS tokens a chunk. A packed head always takes tiles, but in
+float32: exact float32 products have no tensor cores, so the library's product is faster than a
+kernel. Kept for backward: the gradient of h (sweep, chunks), or h and one float32 a token (tiles).
 Source: Milakov & Gimelshein 2018, arXiv 1805.02867 (running softmax); Wijmans et al. 2024, arXiv
 2411.09009 (tiles); Hsu et al. 2024, arXiv 2410.10989 (gradient in the forward pass).
 """
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from edge_kernels.backend import Example, on_triton
+from edge_kernels.backend import Launch, on_triton
 from edge_kernels.linear_cross_entropy import chunks, tiles
 from edge_kernels.linear_cross_entropy.chunks import Chunks
 from edge_kernels.linear_cross_entropy.labelled import IGNORED, labelled_tokens
@@ -109,6 +109,6 @@ def _path(rows: torch.Tensor, head: torch.Tensor | Packed, tokens: int, chunk_by
     return Tiles if isinstance(head, Packed) or (small and head.is_contiguous()) else Chunks
 
 
-def ahead_of_time() -> list[Example]:
+def ahead_of_time() -> list[Launch]:
     """The kernels of both Triton paths."""
     return chunks.ahead_of_time() + tiles.ahead_of_time()

@@ -1,7 +1,7 @@
 """The loss in chunks of tokens, in Triton: the logits become their own gradient in place.
 
-The products are the library's. A kernel turns the logits of a chunk, which fit the byte budget, into
-their gradient. Two products a token, which read the head once for each chunk and direction.
+The products are the library's. A kernel turns the logits of a chunk, which fit the byte budget,
+into their gradient. Two products a token, which read the head once for each chunk and direction.
 Kept for backward: dh.
 """
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from edge_kernels.backend import DTYPES, Example, blank, jit, tl
+from edge_kernels.backend import DTYPES, Launch, blank, jit, tl
 from edge_kernels.linear_cross_entropy.labelled import spread
 from edge_kernels.quant import Packed, expanded_rows
 
@@ -44,7 +44,7 @@ class Chunks(torch.autograd.Function):
 
 
 def tokens_a_chunk(rows: torch.Tensor, vocabulary: int, chunk_bytes: int) -> int:
-    """Tokens whose logits fit the budget; a multiple of 8, which fills the registers of a product."""
+    """Tokens whose logits fit the budget; a multiple of 8, which fills a product's registers."""
     tokens = max(chunk_bytes // (rows.element_size() * vocabulary), 1)
     return tokens - tokens % 8 if tokens > 8 else tokens
 
@@ -61,7 +61,7 @@ def _product(dl: torch.Tensor, head: torch.Tensor | Packed, out: torch.Tensor) -
 
 
 def _gradient(logits, targets, losses, softcap, trains):  # type: ignore[no-untyped-def]
-    """Write the loss of each token and, where h trains, overwrite its logits with their gradient."""
+    """Write each token's loss and, where h trains, overwrite its logits with their gradient."""
     tokens, vocabulary = logits.shape
     arguments = (logits, targets, losses, vocabulary, softcap or 1.0)
     _gradient_kernel[(tokens,)](*arguments, CAPPED=softcap is not None, TRAINS=trains, **LAUNCH)
@@ -118,10 +118,10 @@ def cap(logits, softcap):  # type: ignore[no-untyped-def]
     return softcap * (1 - 2 / (tl.exp(2 * logits / softcap) + 1))
 
 
-def ahead_of_time() -> list[Example]:
+def ahead_of_time() -> list[Launch]:
     """The kernel with a softcap, which only adds to it."""
-    examples = []
+    launches = []
     for name, dtype in DTYPES.items():
         arguments = (blank(dtype, 17, 4096), blank(torch.int64, 17), blank(torch.float32, 17), 30.0, True)
-        examples.append(Example(f"linear_cross_entropy {name} gradient", _gradient, arguments))
-    return examples
+        launches.append(Launch(f"linear_cross_entropy {name} gradient", _gradient, arguments))
+    return launches

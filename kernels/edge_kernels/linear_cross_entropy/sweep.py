@@ -1,13 +1,12 @@
 """The loss in torch: one sweep over the vocabulary for as many tokens as the budget allows.
 
     dh = (1 - p) · (mean of W by softmax without the label - W[label])
-    loss = softplus(logsumexp without the label - l[label]),   1 - p = sigmoid of the same difference
+    d = logsumexp without the label - l[label],   loss = softplus(d),   1 - p = sigmoid(d)
 
-The logits of a piece of the vocabulary become their softmax without the label. The softmax goes through
-the second product at once and joins a running mean of the head's rows. So the head is read, or expanded,
-once for as many tokens as leave half of the byte budget to their float32 gradients. The gradient is made
-in the forward pass: two products a token.
-Kept for backward: dh.
+The logits of a piece of the vocabulary become their softmax without the label. The softmax goes
+through the second product at once and joins a running mean of the head's rows. So the head is read,
+or expanded, once for as many tokens as leave half of the byte budget to their float32 gradients.
+The gradient is made in the forward pass: two products a token. Kept for backward: dh.
 """
 
 import torch
@@ -69,8 +68,8 @@ def _sweep(x, head, targets, softcap, chunk_bytes, losses, dh):  # type: ignore[
 def _softmax_in_place(logits, column, inside, label_logits, softcap, chunk_bytes):  # type: ignore[no-untyped-def]
     """Turn the logits of a piece into their softmax without the label, times cap'.
 
-    Works in float32, on a strip of tokens at a time. Writes the label's logit to label_logits where the
-    label is inside the piece. Returns the log-sum-exp of each token.
+    Works in float32, on a strip of tokens at a time. Writes the label's logit to label_logits where
+    the label is inside the piece. Returns the log-sum-exp of each token.
     """
     step = _tokens_a_strip(logits, softcap, chunk_bytes)
     sums = torch.empty(len(logits), device=logits.device)
@@ -91,8 +90,8 @@ def _softmax_in_place(logits, column, inside, label_logits, softcap, chunk_bytes
 def _tokens_a_strip(logits: torch.Tensor, softcap: float | None, chunk_bytes: int) -> int:
     """Tokens whose float32 logits, with what is computed from them, take half of the budget.
 
-    Strips that fit a core's cache are no faster. They are much slower where another process uses one of
-    the cores, since each short operation then waits for it.
+    Strips that fit a core's cache are no faster. They are much slower where another process uses
+    one of the cores, since each short operation then waits for it.
     """
     return max(chunk_bytes // ((8 if softcap is None else 24) * logits.shape[1]), 1)
 

@@ -1,9 +1,9 @@
 """The loss in tiles of tokens by vocabulary, in Triton: the logits of a chunk do not exist either.
 
-The forward pass leaves one log-sum-exp a token. Backward makes each tile of logits again and skips the
-tiles whose gradient is below the dtype's resolution: three products a token, less what is skipped. dh is
-a sum of atomic additions, so its last bits differ from run to run.
-Kept for backward: h, and one float32 a token.
+The forward pass leaves one log-sum-exp a token. Backward makes each tile of logits again and skips
+the tiles whose gradient is below the dtype's resolution: three products a token, less what is
+skipped. dh is a sum of atomic additions, so its last bits differ from run to run. Kept for
+backward: h, and one float32 a token.
 """
 
 from itertools import product
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from edge_kernels.backend import Example, blank, jit, tl, triton
+from edge_kernels.backend import Launch, blank, jit, tl, triton
 from edge_kernels.linear_cross_entropy.chunks import cap
 from edge_kernels.linear_cross_entropy.labelled import Labelled
 from edge_kernels.quant import BLOCK, Packed
@@ -73,8 +73,8 @@ def _dhidden(dh, x, head, targets, log_sum, softcap):  # type: ignore[no-untyped
 def _tile(tokens: int, head: torch.Tensor | Packed, softcap: float | None) -> dict[str, Any]:
     """Launch options: M tokens by V logits, K of the width at a time.
 
-    At most 72 KiB of shared memory, which every architecture has. A tile of a packed head needs registers
-    to be expanded in.
+    At most 72 KiB of shared memory, which every architecture has. A tile of a packed head needs
+    registers to be expanded in.
     """
     format = head.format if isinstance(head, Packed) else "dense"
     return {
@@ -151,7 +151,7 @@ def _dhidden_kernel(  # type: ignore[no-untyped-def]
     V: tl.constexpr,
     K: tl.constexpr,
 ):
-    """Add dl W of a tile to dh, unless the tile's gradient is below `resolution` for every token."""
+    """Add dl W of a tile to dh, unless dl is below `resolution` for every token."""
     parts = quants_ptr, scales_ptr, mins_ptr, groups_ptr, offset_ptr, tables_ptr
     row, column, _ = _place(tokens, M, V)
     head_row = tl.minimum(column, vocabulary - 1).to(tl.int64)
@@ -177,7 +177,7 @@ def _dhidden_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _place(tokens, M: tl.constexpr, V: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows, columns and piece of this program's tile; programs that read the same part of the head are neighbours."""
+    """Rows, columns and piece of a program's tile; neighbours read the same part of the head."""
     blocks = tl.cdiv(tokens, M)
     piece = tl.program_id(0) // blocks
     return (tl.program_id(0) % blocks) * M + tl.arange(0, M), piece * V + tl.arange(0, V), piece
@@ -207,9 +207,9 @@ def _logits(  # type: ignore[no-untyped-def]
     return logits
 
 
-def ahead_of_time() -> list[Example]:
+def ahead_of_time() -> list[Launch]:
     """Every tile and format in 16 bits, with a softcap, which only adds to them."""
-    examples = []
+    launches = []
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     for (name, dtype), format, tokens in product(dtypes.items(), ("dense", *BLOCK), (5, 17)):
         head: Any = blank(dtype, 1000, 1024) if format == "dense" else blank_packed(format, 1000, 1024)
@@ -217,8 +217,8 @@ def ahead_of_time() -> list[Example]:
         log_sum, dh = blank(torch.float32, tokens), blank(torch.float32, tokens, 1024)
         end = f"{format} M={_tile(tokens, head, None)['M']}"
         forward, backward = (x, head, targets, 30.0), (dh, x, head, targets, log_sum, 30.0)
-        examples += [
-            Example(f"linear_cross_entropy {name} log_sum {end}", _log_sum, forward, streamed=True),
-            Example(f"linear_cross_entropy {name} dhidden {end}", _dhidden, backward, streamed=True),
+        launches += [
+            Launch(f"linear_cross_entropy {name} log_sum {end}", _log_sum, forward, streamed=True),
+            Launch(f"linear_cross_entropy {name} dhidden {end}", _dhidden, backward, streamed=True),
         ]
-    return examples
+    return launches

@@ -136,7 +136,7 @@ def trained(tiny_facts, tmp_path):
         }
         (folder / "job.json").write_bytes(msgspec.json.encode(job_of(**{**values, **changes})))
         command = [sys.executable, "-m", "edge_runtime.trainer", str(folder)]
-        ended = subprocess.run(command, env=processes.environment(), capture_output=True, timeout=120)
+        ended = subprocess.run(command, env=processes.environment(), capture_output=True, timeout=1000)
         assert ended.returncode == 0, ended.stderr.decode()
         return folder, msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
 

@@ -20,7 +20,7 @@ MIB = 1 << 20
 def measure(folder, *more, environment=None):
     command = [sys.executable, "-m", "edge_runtime.cli", "measure", "--model", str(folder), "--json", *more]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=200, env={**os.environ, **(environment or {})}
+        command, capture_output=True, text=True, timeout=1000, env={**os.environ, **(environment or {})}
     )
 
 

@@ -14,7 +14,7 @@ LEAN = f"from edge_runtime.trainer.lean import lean_imports\nwith lean_imports()
 
 def after(code, asked):
     program = f"{code}\nimport json, sys, torch\nprint(json.dumps({asked}))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=1000)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

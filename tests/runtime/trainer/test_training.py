@@ -413,7 +413,7 @@ def trainer(tmp_path):
         )
         (folder / "job.json").write_bytes(msgspec.json.encode(job))
         command = [sys.executable, "-m", "edge_runtime.trainer", str(folder)]
-        return folder, subprocess.run(command, env=processes.environment(), capture_output=True, timeout=120)
+        return folder, subprocess.run(command, env=processes.environment(), capture_output=True, timeout=1000)
 
     return run
 

@@ -59,7 +59,7 @@ def check(payload: bytes, expected: Shapes, fleet: Fleet, method: Method) -> cod
 
     Raises:
         InputError: a key, shape, value or answer does not fit the fleet's adapter. The message
-        names the key.
+            names the key.
     """
     shapes = codec.shapes(payload)
     if not shapes and fleet.codistill is None:  # with codistill a device may have nothing to say

@@ -87,8 +87,7 @@ class Node:
 
         Raises:
             InputError: the fleet's method is not known, or cannot merge the ranks its devices may
-            take; its public texts
-                cannot be read; or the state was made with other settings.
+                take; its public texts cannot be read; or the state was made with other settings.
         """
         self.fleet, self.options, self._tell, self._exchange = fleet, options, tell, exchange
         self._method = methods.of(fleet)

@@ -21,7 +21,7 @@ def read(message: Message, fleet: Fleet, store: NodeStore, node_key: str) -> Rep
 
     Raises:
         BadMessage: the report is not this device's, is not signed by its key, or is of no round of
-        this fleet.
+            this fleet.
     """
     device = topics.parse(message.topic).device
     body, key = signing.open(message.payload, REPORT_DOMAIN, store.key(device))

@@ -22,7 +22,7 @@ def check_settings(
 
     Raises:
         InputError: versions and updates in the folder were made with other settings; the first of
-        these is named.
+            these is named.
     """
     public = fleet.codistill
     fixed = {

@@ -41,7 +41,7 @@ def check(spec: Codistill, payload: bytes) -> None:
 
     Raises:
         InputError: a completion is of no prompt of this fleet, repeats a prompt, or has a text or
-        confidence out of range.
+            confidence out of range.
     """
     prompts: set[int] = set()
     longest = CHARACTERS_A_TOKEN * spec.tokens

@@ -44,7 +44,7 @@ def encode(tensors: Mapping[str, NDArray[np.float32]], answers: bytes = b"") -> 
 
     Raises:
         InputError: a value is not finite, or within a hundredth of float32's largest; or the
-        answers are too long.
+            answers are too long.
     """
     values, scales = [], []
     for key, tensor in tensors.items():

@@ -23,7 +23,7 @@ from edge_runtime.errors import EdgeError
 from edge_runtime.methods.interface import Method, Tensors
 from edge_runtime.state import alone
 
-NOISE = "noise"  # codec and model class
+NOISE = "noise"  # the model class
 
 
 def check(payload: bytes, expected: Shapes, fleet: settings.Fleet, method: Method) -> Tensors:
@@ -59,7 +59,7 @@ def main() -> int:
     try:
         fleet = settings.load(Path(arguments.fleet))
         with alone(state):
-            Node(fleet, options, say_json, Exchange(NOISE, check, merge)).run()
+            Node(fleet, options, say_json, Exchange(check, merge)).run()
     except EdgeError as error:
         sys.stderr.write(f"edge-runtime: {error}\n")
         return error.exit_code

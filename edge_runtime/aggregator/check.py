@@ -14,7 +14,7 @@ from edge_runtime.errors import InputError
 from edge_runtime.methods.interface import WIDTHS, Method
 from edge_runtime.protocol import codec
 from edge_runtime.protocol.keys import kind_of, parse
-from edge_runtime.protocol.round import FLEET
+from edge_runtime.protocol.round import CODEC, FLEET
 from edge_runtime.settings import Fleet
 
 LARGEST_PAYLOAD_BYTES = 1 << 30
@@ -27,7 +27,7 @@ LARGEST_NORM = 1e4  # of one factor's delta; trained factors reach a few units
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def refusal(manifest: Manifest, fleet: Fleet, round_: int, codec: str) -> str | None:
+def refusal(manifest: Manifest, fleet: Fleet, round_: int) -> str | None:
     """The reason to refuse an update before any of its bytes; None: the update is welcome.
 
     Args:
@@ -39,8 +39,8 @@ def refusal(manifest: Manifest, fleet: Fleet, round_: int, codec: str) -> str | 
         return f"`{manifest.model_class}` is no model class"
     if manifest.round != round_:
         return f"round {manifest.round} is closed; round {round_} is open"
-    if manifest.codec != codec:
-        return f"the codec {manifest.codec} is not known; needed: {codec}"
+    if manifest.codec != CODEC:
+        return f"the codec {manifest.codec} is not known; needed: {CODEC}"
     if manifest.size > LARGEST_PAYLOAD_BYTES:
         return f"{manifest.size} bytes are more than the {LARGEST_PAYLOAD_BYTES} a node takes"
     rows = fleet.training.steps * fleet.training.rows_a_step

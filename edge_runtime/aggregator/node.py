@@ -35,7 +35,6 @@ from edge_runtime.aggregator.store import NodeStore, Version
 from edge_runtime.errors import EdgeError, InputError, UnreachableError
 from edge_runtime.methods.interface import Method, Tensors
 from edge_runtime.protocol.report import failure
-from edge_runtime.protocol.round import CODEC
 from edge_runtime.settings import Fleet
 from edge_runtime.trainer import data
 
@@ -54,12 +53,11 @@ class NodeOptions(NamedTuple):
 class Exchange(NamedTuple):
     """What a node does with its devices' payloads. Benchmarks of the link alone put another in place of DELTAS."""
 
-    codec: str  # of the payloads that devices may offer
     check: Callable[[bytes, check.Shapes, Fleet, Method], Tensors]
     merge: Callable[[list[Update], Mapping[str, Version], Fleet, Method, int, Path], list[Version]]
 
 
-DELTAS = Exchange(CODEC, check.check, merge.merge)
+DELTAS = Exchange(check.check, merge.merge)
 
 
 class NodeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -243,7 +241,7 @@ class Node:
                 self._say("failed", text=f"{report.device}: {failure(report)}")
 
     def _refusal(self, manifest: Manifest) -> str | None:
-        return check.refusal(manifest, self.fleet, self._round, self._exchange.codec)
+        return check.refusal(manifest, self.fleet, self._round)
 
     def _take_update(self, complete: Complete) -> None:
         """Check an update that has arrived, commit or refuse it, and answer the device."""

@@ -69,7 +69,7 @@ def test_an_update_that_is_refused_after_the_last_round_does_not_keep_the_agent_
     node = fleet.noise_node("--until-finished")
     with crafted(fleet, "other") as second:
         second.report()
-        assert isinstance(second.offer(b"noise", codec=NOISE, model_class=NOISE), Committed)
+        assert isinstance(second.offer(b"noise", model_class=NOISE), Committed)
         node.phase("finishing")  # and the other one, which is still here, has not ended
         agent = fleet.noise("late", "10kB", "--until-finished")
         assert agent.end(40) == 0
@@ -84,7 +84,7 @@ def test_an_agent_does_not_wait_for_ever_for_the_word_of_a_node_that_has_gone(fl
     node = fleet.noise_node("--until-finished")
     with crafted(fleet, "other") as second:
         second.report()
-        assert isinstance(second.offer(b"noise", codec=NOISE, model_class=NOISE), Committed)
+        assert isinstance(second.offer(b"noise", model_class=NOISE), Committed)
         second.report(state="finished")
     assert node.end(40) == 0
     agent = fleet.noise("late", "10kB", "--until-finished", "--wait", "2")

@@ -10,7 +10,7 @@ from records import committed
 
 from benchmarks import noise_node
 
-NOISE = {"codec": noise_node.NOISE, "model_class": noise_node.NOISE}
+NOISE = {"model_class": noise_node.NOISE}
 
 
 def test_a_device_that_failed_is_not_waited_for(fleet: Fleet) -> None:

@@ -9,6 +9,7 @@ from edge_runtime.aggregator.node import Node, NodeOptions
 from edge_runtime.aggregator.restart import KEPT_ROUNDS, end_earlier_rounds
 from edge_runtime.aggregator.store import NodeStore, Version
 from edge_runtime.errors import InputError
+from edge_runtime.protocol.round import CODEC
 
 FLEET = {
     "fleet": {"name": "f", "rounds": 3},
@@ -87,8 +88,15 @@ def test_public_texts_that_are_others_than_those_that_were_asked_are_refused(nod
 )
 def test_an_update_weighs_no_more_than_the_rows_of_a_round(samples, taken):
     fleet = settings.parse({**FLEET, "training": {"steps": 3, "rows_a_step": 2}})
-    described = {"fleet": "f", "device": "a", "round": 1, "model_class": "m", "codec": "c", "chunk_bytes": 8}
-    reason = refusal(messages.describe(b"delta", samples=samples, **described), fleet, 1, "c")
+    described = {
+        "fleet": "f",
+        "device": "a",
+        "round": 1,
+        "model_class": "m",
+        "codec": CODEC,
+        "chunk_bytes": 8,
+    }
+    reason = refusal(messages.describe(b"delta", samples=samples, **described), fleet, 1)
     assert (reason is None) is taken
     if not taken:
         assert reason == f"the manifest has {samples} samples, which weigh its mean, but a round has 1 to 6"

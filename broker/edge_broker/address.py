@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import msgspec
 
-from edge_broker.errors import LinkError
+from edge_broker.errors import BrokerError
 
 _PORTS = {"mqtt": 1883, "mqtts": 8883}
 _FILES = ("ca", "cert", "key")
@@ -54,7 +54,7 @@ class Address(msgspec.Struct, frozen=True):
         """The TLS context, or None for mqtt://.
 
         Raises:
-            LinkError: a file is missing or holds no certificate or key.
+            BrokerError: a file is missing or holds no certificate or key.
         """
         if self.scheme != "mqtts":
             return None
@@ -64,7 +64,7 @@ class Address(msgspec.Struct, frozen=True):
                 context.load_cert_chain(self.cert, self.key)
         except OSError as error:  # ssl.SSLError is one
             files = ", ".join(f"{name}={path}" for name in _FILES if (path := getattr(self, name)))
-            raise LinkError(f"cannot set up TLS for {self} with {files}: {error}") from error
+            raise BrokerError(f"cannot set up TLS for {self} with {files}: {error}") from error
         return context
 
 
@@ -72,7 +72,7 @@ def parse(url: str) -> Address:
     """Read a broker's URL.
 
     Raises:
-        LinkError: the URL has another form, or names files without TLS. The message holds no password.
+        BrokerError: the URL has another form, or names files without TLS. The message holds no password.
     """
     try:
         parts = urlsplit(url)
@@ -83,10 +83,10 @@ def parse(url: str) -> Address:
         raise _malformed(url)
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
     if set(query) - set(_FILES):
-        raise LinkError(f"the broker's address {redacted(url)} may have only ca, cert and key after '?'")
+        raise BrokerError(f"the broker's address {redacted(url)} may have only ca, cert and key after '?'")
     files = {name: Path(query[name]) if name in query else None for name in _FILES}
     if parts.scheme == "mqtt" and any(files.values()):
-        raise LinkError(f"certificates are given for {redacted(url)}; they need mqtts://")
+        raise BrokerError(f"certificates are given for {redacted(url)}; they need mqtts://")
     return Address(
         scheme=parts.scheme,
         host=parts.hostname,
@@ -114,9 +114,9 @@ def redacted(url: str) -> str:
     return f"{scheme}{user}{':***' if colon else ''}{at}{host}{port}"
 
 
-def _malformed(url: str) -> LinkError:
+def _malformed(url: str) -> BrokerError:
     hint = "; in a password write %2F for /, %3F for ?, %23 for #, %40 for @" if "@" in url else ""
-    return LinkError(
+    return BrokerError(
         f"the broker's address `{redacted(url)}` is not a URL of the form mqtt://host:port or mqtts://host:port, "
         f"with a port from 1 to 65535{hint}"
     )

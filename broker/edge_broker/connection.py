@@ -21,7 +21,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_broker import messages, presence, topics
 from edge_broker.address import Address
-from edge_broker.errors import BrokerUnreachable, LinkError, Refused, refused_connection, unreachable
+from edge_broker.errors import BrokerError, BrokerUnreachable, Refused, refused_connection, unreachable
 from edge_broker.events import Connected, Disconnected, Event
 from edge_broker.subscriptions import Subscriptions
 from edge_broker.window import SLOTS, Ticket, Window, publish_size
@@ -57,7 +57,7 @@ class Connection:
         self._opened_at = 0  # the generation before open()
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
-        self._failure: LinkError | None = None
+        self._failure: BrokerError | None = None
         self._greet: bool | None = None  # session_present of a connection that is not greeted yet
         self._announce = False  # "online" is still to be published on this connection
         self._leaving = False  # "offline" was published: nothing may follow
@@ -72,7 +72,7 @@ class Connection:
             BrokerUnreachable, Refused: see `Session.connect`.
         """
         if self._thread and self._thread.is_alive():
-            raise LinkError(f"already connected to {self.address}, or still closing")
+            raise BrokerError(f"already connected to {self.address}, or still closing")
         self._stopping.clear()
         self._leaving = False
         self._failure = None
@@ -98,7 +98,7 @@ class Connection:
         raise failure or unreachable(self.address, f"no answer within {timeout_s:g} s")
 
     def stop(self) -> None:
-        """Disconnect and end the thread; waiters get a LinkError."""
+        """Disconnect and end the thread; waiters get a BrokerError."""
         self._stopping.set()
         with self.changed:
             self.changed.notify_all()
@@ -111,14 +111,14 @@ class Connection:
         """Wait until the condition holds; False when the deadline (monotonic) passed.
 
         Raises:
-            LinkError: the connection was closed for good meanwhile.
+            BrokerError: the connection was closed for good meanwhile.
         """
         with self.changed:
             self.changed.wait_for(
                 lambda: condition() or self._stopping.is_set(), max(0.0, deadline - time.monotonic())
             )
             if self._stopping.is_set():
-                raise LinkError(f"the session with {self.address} is closed")
+                raise BrokerError(f"the session with {self.address} is closed")
             return condition()
 
     def wait_connected(self, deadline: float, purpose: str) -> int:
@@ -128,7 +128,7 @@ class Connection:
             BrokerUnreachable: there was no connection in time.
         """
         if not self._thread:
-            raise LinkError(f"cannot {purpose}: call connect first")
+            raise BrokerError(f"cannot {purpose}: call connect first")
         if not self.wait(lambda: self.connected, deadline):
             raise BrokerUnreachable(f"cannot {purpose}: no connection to {self.address}")
         return self.generation
@@ -140,7 +140,7 @@ class Connection:
 
         Raises:
             Refused: the packet is larger than the broker takes.
-            LinkError: paho refused it.
+            BrokerError: paho refused it.
         """
         properties = None
         if expiry_s is not None:
@@ -152,7 +152,7 @@ class Connection:
             info = self.client.publish(topic, payload, qos=1, retain=retain, properties=properties)
             if info.rc not in (paho.MQTT_ERR_SUCCESS, paho.MQTT_ERR_NO_CONN):
                 self.window.give_back()
-                raise LinkError(f"cannot publish to {topic}: {paho.error_string(info.rc)}")
+                raise BrokerError(f"cannot publish to {topic}: {paho.error_string(info.rc)}")
             self.window.sent(info.mid, ticket, on_the_wire=info.rc == paho.MQTT_ERR_SUCCESS)
         return ticket
 
@@ -161,7 +161,7 @@ class Connection:
 
         Raises:
             Refused: the broker refused a filter.
-            LinkError: no answer in time.
+            BrokerError: no answer in time.
         """
         purpose = f"subscribe to {', '.join(filters)}"
         while True:
@@ -173,7 +173,7 @@ class Connection:
                 return self.subscriptions.answered(number) or self.generation != generation
 
             if not self.wait(settled, deadline):
-                raise LinkError(f"cannot {purpose}: {self.address} did not answer in time")
+                raise BrokerError(f"cannot {purpose}: {self.address} did not answer in time")
             if self.subscriptions.remember(filters, number):
                 return
 
@@ -231,12 +231,12 @@ class Connection:
         if self._stopping.is_set():  # stop() may have come while paho was still connecting
             self.client.disconnect()
 
-    def _explain(self, error: Exception) -> LinkError:
+    def _explain(self, error: Exception) -> BrokerError:
         if isinstance(error, ssl.SSLError):
             return Refused(f"TLS with {self.address} failed: {error}; check ca, cert, key and the host name")
         return unreachable(self.address, str(error))
 
-    def _broken(self, error: LinkError) -> None:
+    def _broken(self, error: BrokerError) -> None:
         with self.changed:
             self.connected = False
             self._failure = self._failure or error

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from edge_broker.address import Address
-from edge_broker.errors import LinkError
+from edge_broker.errors import BrokerError
 
 USER, PASSWORD = "EDGE_RUNTIME_BROKER_USER", "EDGE_RUNTIME_BROKER_PASSWORD"  # names of variables
 
@@ -40,11 +40,11 @@ def complete(address: Address, file: Path | None, environment: Mapping[str, str]
         environment: such as os.environ; USER and PASSWORD are read.
 
     Raises:
-        LinkError: the file cannot be used, user or password are given twice, or a password has no user.
+        BrokerError: the file cannot be used, user or password are given twice, or a password has no user.
     """
     if file is not None:
         if address.user is not None or address.password is not None:
-            raise LinkError(
+            raise BrokerError(
                 f"{address} has a user already, and {file} names one too: take it out of the address"
             )
         credentials = read(file)
@@ -54,7 +54,7 @@ def complete(address: Address, file: Path | None, environment: Mapping[str, str]
     user = address.user or environment.get(USER) or None
     password = environment.get(PASSWORD) or None
     if password and user is None:
-        raise LinkError(f"{PASSWORD} is set, but not {USER}: set the user too, or unset the password")
+        raise BrokerError(f"{PASSWORD} is set, but not {USER}: set the user too, or unset the password")
     return msgspec.structs.replace(address, user=user, password=password)
 
 
@@ -73,7 +73,7 @@ def read(path: Path) -> Credentials:
     """Read a credentials file.
 
     Raises:
-        LinkError: the file cannot be read, is open to other users, or has another form. The message quotes
+        BrokerError: the file cannot be read, is open to other users, or has another form. The message quotes
             nothing of the file.
     """
     try:
@@ -81,15 +81,15 @@ def read(path: Path) -> Credentials:
             mode = os.fstat(file.fileno()).st_mode
             content = file.read()
     except OSError as error:
-        raise LinkError(f"cannot read the credentials file {path}: {error.strerror}") from None
+        raise BrokerError(f"cannot read the credentials file {path}: {error.strerror}") from None
     if os.name == "posix" and mode & 0o077:
-        raise LinkError(
+        raise BrokerError(
             f"the credentials file {path} is open to other users (mode {mode & 0o777:03o}): run `chmod 600 {path}`"
         )
     try:
         return msgspec.toml.decode(content, type=Credentials)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        raise LinkError(
+        raise BrokerError(
             f"the credentials file {path} needs two lines and no more: "
             'user = "NAME" and password = "PASSWORD" (a TOML file)'
         ) from None

@@ -1,24 +1,24 @@
-"""Errors of the link: one root, and a subclass only where a caller must tell a case apart."""
+"""Errors of the link: one root, and a subclass only where a caller treats a case differently."""
 
 
-class LinkError(Exception):
-    """The root: catch this one to catch everything this package raises on purpose."""
+class BrokerError(Exception):
+    """Root of all errors that this package raises on purpose."""
 
 
-class BrokerUnreachable(LinkError):
+class BrokerUnreachable(BrokerError):
     """No broker answered at the address; trying again later may work."""
 
 
-class Refused(LinkError):
-    """The broker answered and said no (credentials, rights, limits); trying again unchanged will not work."""
+class Refused(BrokerError):
+    """The broker refused (credentials, rights, limits); the same try will be refused again."""
 
 
-class BadMessage(LinkError):
-    """A message from outside is malformed, unsigned, or signed by the wrong key; the text is the reason."""
+class BadMessage(BrokerError):
+    """A received message is malformed, unsigned, or signed by the wrong key."""
 
 
 class WrongKey(BadMessage):
-    """It is signed, but not by the key that was expected."""
+    """A message is signed, but by another key than expected."""
 
 
 _PERHAPS_LATER = {0x88, 0x89, 0x97, 0x9F}  # unavailable, busy, quota exceeded, rate exceeded
@@ -36,8 +36,8 @@ def unreachable(where: object, why: str) -> BrokerUnreachable:
     return BrokerUnreachable(f"no MQTT broker answered at {where}: {why}; {hint}")
 
 
-def refused_connection(where: object, code: int, said: str) -> LinkError:
+def refused_connection(where: object, code: int, reason: str) -> BrokerError:
     """The sentence for a failing CONNACK (MQTT 5, section 3.2.2.2)."""
     if code in _PERHAPS_LATER:
-        return unreachable(where, f"it said {said}")
-    return Refused(f"{where} refused the connection: {said}; {_HINTS.get(code, 'its log may say why')}")
+        return unreachable(where, f"it said {reason}")
+    return Refused(f"{where} refused the connection: {reason}; {_HINTS.get(code, 'its log may say why')}")

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edge_broker.errors import LinkError
+from edge_broker.errors import BrokerError
 
 MAX_PACKET_BYTES = 1 << 20
 _ATTEMPTS = 3  # for a port of our choice, which another process may take before the broker does
@@ -113,30 +113,30 @@ def start_broker(
         timeout_s: how long to wait for the answer.
 
     Raises:
-        LinkError: the host is not loopback, no such broker is installed, the port is taken, or the broker did not
+        BrokerError: the host is not loopback, no such broker is installed, the port is taken, or the broker did not
             start; then with the last lines of its log.
     """
     if not open_to_network and not _is_loopback(host):
-        raise LinkError(
+        raise BrokerError(
             f"a broker on {host} would let anyone on the network in without a password; use 127.0.0.1, "
             "allow it explicitly, or set up a broker with TLS and access rules"
         )
     program = None if kind == "embedded" else find_mosquitto()
     if kind not in ("auto", "mosquitto", "embedded"):
-        raise LinkError(f"the kind of broker is {kind!r}; it needs to be auto, mosquitto or embedded")
+        raise BrokerError(f"the kind of broker is {kind!r}; it needs to be auto, mosquitto or embedded")
     if kind == "mosquitto" and not program:
-        raise LinkError(
+        raise BrokerError(
             "mosquitto is neither on PATH nor in /usr/sbin or /usr/local/sbin; install it or use the embedded one"
         )
     if not program and not importlib.util.find_spec("iotcore"):
-        raise LinkError(
+        raise BrokerError(
             "no broker is installed here: install mosquitto, or in a clone of Edge Runtime run `pip install '.[broker]'`"
         )
     state_dir.mkdir(parents=True, exist_ok=True)
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             return _start(_free_port(host, port), host, state_dir, program, timeout_s)
-        except LinkError as error:
+        except BrokerError as error:
             if port or attempt == _ATTEMPTS or "in use" not in str(error):
                 raise
     raise AssertionError("unreachable")
@@ -168,10 +168,10 @@ def _start(port: int, host: str, state_dir: Path, program: str | None, timeout_s
         )
     try:
         _await_answer(process, host, port, time.monotonic() + timeout_s)
-    except LinkError as error:
+    except BrokerError as error:
         _end(process)
         tail = "\n".join(log_file.read_text(errors="replace").splitlines()[-10:])
-        raise LinkError(
+        raise BrokerError(
             f"the {kind} broker on {host}:{port} did not start: {error}; its log {log_file} ends:\n{tail}"
         ) from None
     except BaseException:
@@ -190,8 +190,8 @@ def _await_answer(process: subprocess.Popen[bytes], host: str, port: int, deadli
         except OSError as failure:
             error = failure
         with contextlib.suppress(subprocess.TimeoutExpired):
-            raise LinkError(f"it ended with status {process.wait(timeout=0.02)}")
-    raise LinkError(f"no answer to an MQTT CONNECT in time ({error})")
+            raise BrokerError(f"it ended with status {process.wait(timeout=0.02)}")
+    raise BrokerError(f"no answer to an MQTT CONNECT in time ({error})")
 
 
 def _shake_hands(host: str, port: int, timeout_s: float) -> None:
@@ -214,7 +214,7 @@ def _free_port(host: str, port: int) -> int:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise LinkError(
+            raise BrokerError(
                 f"cannot listen on {host}:{port}: {error.strerror}; stop what runs there or use another port"
             ) from None
         return int(probe.getsockname()[1])

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
-from edge_broker.errors import BadMessage, LinkError
+from edge_broker.errors import BadMessage, BrokerError
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,64}\Z")]
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -151,7 +151,7 @@ def describe(
     """The manifest of a payload (bytes, or a file read piece by piece), with a fresh transfer id and no sequence yet.
 
     Raises:
-        LinkError: the payload is empty.
+        BrokerError: the payload is empty.
     """
     sha256, size = digest_and_size(payload)
     return Manifest(
@@ -175,14 +175,14 @@ def digest_and_size(payload: bytes | Path) -> tuple[str, int]:
     """SHA-256 as hex, and the size in bytes.
 
     Raises:
-        LinkError: there is nothing in it.
+        BrokerError: there is nothing in it.
     """
     digest, size = hashlib.sha256(), 0
     for piece in [payload] if isinstance(payload, bytes) else _pieces(payload):
         digest.update(piece)
         size += len(piece)
     if size == 0:
-        raise LinkError(
+        raise BrokerError(
             f"{'the payload' if isinstance(payload, bytes) else payload} is empty; there is nothing to send"
         )
     return digest.hexdigest(), size

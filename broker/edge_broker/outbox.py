@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from edge_broker import files, messages, store
-from edge_broker.errors import LinkError
+from edge_broker.errors import BrokerError
 from edge_broker.messages import Manifest
 
 _TABLES = (
@@ -65,11 +65,13 @@ class Outbox:
             The manifest with its sequence number.
 
         Raises:
-            LinkError: the payload's size is not the manifest's, or the transfer is already here.
+            BrokerError: the payload's size is not the manifest's, or the transfer is already here.
         """
         path = payload if isinstance(payload, Path) else self._write(manifest.transfer, payload)
         if (size := path.stat().st_size) != manifest.size:
-            raise LinkError(f"{path} has {size} bytes, its manifest says {manifest.size}; describe it again")
+            raise BrokerError(
+                f"{path} has {size} bytes, its manifest says {manifest.size}; describe it again"
+            )
         with self.transaction() as database:
             (last,) = database.execute("SELECT last FROM outbox_sequence").fetchone()
             sequence = max(last, time.time_ns() // 1_000_000) + 1
@@ -87,7 +89,7 @@ class Outbox:
                     row,
                 )
             except sqlite3.IntegrityError:
-                raise LinkError(f"transfer {manifest.transfer} is already in the outbox") from None
+                raise BrokerError(f"transfer {manifest.transfer} is already in the outbox") from None
         return manifest
 
     def pending(self, limit: int = -1) -> list[Manifest]:
@@ -107,13 +109,13 @@ class Outbox:
         """The file with an update's bytes.
 
         Raises:
-            LinkError: there is no such update.
+            BrokerError: there is no such update.
         """
         row = self._database.execute(
             "SELECT payload FROM outbox_update WHERE transfer = ?", (transfer,)
         ).fetchone()
         if not row:
-            raise LinkError(f"transfer {transfer} is not in the outbox")
+            raise BrokerError(f"transfer {transfer} is not in the outbox")
         return self._home.absolute() / str(row[0])
 
     def commit(self, transfer: str) -> None:
@@ -141,7 +143,7 @@ class Outbox:
     def _write(self, transfer: str, payload: bytes) -> Path:
         path = self._folder / transfer
         if path.exists():
-            raise LinkError(f"transfer {transfer} is already in the outbox")
+            raise BrokerError(f"transfer {transfer} is already in the outbox")
         draft = path.with_suffix(".draft")
         draft.write_bytes(payload)
         files.put(draft, path)

@@ -1,11 +1,11 @@
-"""Who is there: a retained message a device, with an epoch that grows at every connect.
+"""Presence: one retained message a device, with an epoch that grows at every connect.
 
     online   published after each connect
     offline  published by a clean close
     lost     the will, published by the broker when the connection breaks
 
-A will of an old connection can land after the birth of the new one, so the reader keeps the highest epoch, and within
-one epoch lets a connection only end, never start again.
+The will of an old connection can arrive after "online" of the new one. So a reader keeps the highest
+epoch, and within an epoch accepts only the order online, lost, offline.
 """
 
 import time
@@ -19,20 +19,20 @@ _ORDER = {"online": 0, "lost": 1, "offline": 2}
 
 
 class PresenceSpec(msgspec.Struct, frozen=True):
-    """Whose presence a session keeps. epoch: the last one used, from the caller's state, or 0."""
+    """Whose presence a session publishes."""
 
     fleet: str
     id: str
-    epoch: int = 0
+    epoch: int = 0  # the last epoch used, from the caller's state; 0: none
 
 
 def next_epoch(last: int) -> int:
-    """The epoch of a new connection: above the last one and, should that be lost, no lower than the clock (ms)."""
+    """The epoch of a new connection: above the last, and above the clock (ms) in case the last was lost."""
     return max(last, time.time_ns() // 1_000_000) + 1
 
 
 class Tracker:
-    """What is known of every device's connection."""
+    """The latest presence of every device."""
 
     def __init__(self) -> None:
         self.devices: dict[str, messages.Presence] = {}
@@ -41,27 +41,27 @@ class Tracker:
         """Take in a message from a presence topic.
 
         Returns:
-            The device whose state changed, or None: another topic, or a stale or repeated message.
+            The device whose state changed. None for another topic, or a stale or repeated message.
 
         Raises:
-            BadMessage: it is on a presence topic but malformed.
+            BadMessage: a malformed message on a presence topic.
         """
         try:
-            where = topics.parse(topic)
+            source = topics.parse(topic)
         except BadMessage:
             return None
-        if where.kind != "presence":
+        if source.kind != "presence":
             return None
         if not payload:  # an empty retained message is how an operator forgets a device
-            return where.device if self.devices.pop(where.device, None) else None
-        said = messages.decode(payload, messages.Presence)
-        known = self.devices.get(where.device)
-        if known and (said.epoch, _ORDER[said.state]) <= (known.epoch, _ORDER[known.state]):
+            return source.device if self.devices.pop(source.device, None) else None
+        latest = messages.decode(payload, messages.Presence)
+        before = self.devices.get(source.device)
+        if before and (latest.epoch, _ORDER[latest.state]) <= (before.epoch, _ORDER[before.state]):
             return None
-        self.devices[where.device] = said
-        return where.device
+        self.devices[source.device] = latest
+        return source.device
 
     def state(self, device: str) -> str:
         """online, offline, lost, or unknown where it never connected."""
-        known = self.devices.get(device)
-        return known.state if known else "unknown"
+        presence = self.devices.get(device)
+        return presence.state if presence else "unknown"

@@ -17,7 +17,7 @@ from paho.mqtt.client import MQTTMessage
 from edge_broker import address, topics
 from edge_broker.address import Address
 from edge_broker.connection import Connection
-from edge_broker.errors import LinkError, Refused
+from edge_broker.errors import BrokerError, Refused
 from edge_broker.events import Connected, Disconnected, Event, Message, Own, Room, Traffic, Unsent
 from edge_broker.presence import PresenceSpec
 from edge_broker.window import Ticket
@@ -66,7 +66,7 @@ class Session:
                 can (rumqttd cannot). 0: the session ends with its connection, as shared subscriptions need it.
 
         Raises:
-            LinkError: the URL, the client id or a certificate file cannot be used.
+            BrokerError: the URL, the client id or a certificate file cannot be used.
         """
         self._queue: queue.SimpleQueue[Event | tuple[int, MQTTMessage]] = queue.SimpleQueue()
         self._connection = Connection(
@@ -94,7 +94,7 @@ class Session:
                 self._publish(
                     lambda: connection.publish_presence("offline", waited=True), "say offline", _OFFLINE_S
                 )
-            except LinkError as error:
+            except BrokerError as error:
                 log.warning("%s", error)
         connection.stop()
 
@@ -109,7 +109,7 @@ class Session:
 
         Raises:
             Refused: the broker refused a filter; then none of these filters is kept.
-            LinkError: no answer in time.
+            BrokerError: no answer in time.
         """
         self._connection.subscribe(filters, time.monotonic() + timeout_s)
 
@@ -133,7 +133,7 @@ class Session:
         Raises:
             Refused: the broker refused the message, or the packet is larger than the broker takes.
             BrokerUnreachable: there was no connection in time.
-            LinkError: no slot or no answer in time; the message may still arrive.
+            BrokerError: no slot or no answer in time; the message may still arrive.
         """
         self._publish(
             lambda: self._connection.post(topic, payload, retain, expiry_s, None, waited=True),
@@ -210,11 +210,11 @@ class Session:
         while ticket is None:
             connection.wait_connected(deadline, purpose)
             if not connection.wait(lambda: connection.connected and window.used < window.slots, deadline):
-                raise LinkError(
+                raise BrokerError(
                     f"cannot {purpose}: no room within {timeout_s:g} s, {window.used} publishes unanswered"
                 )
             ticket = post()
         if not connection.wait(lambda: ticket.answer is not None, deadline):
-            raise LinkError(f"cannot {purpose}: no answer within {timeout_s:g} s; it may still arrive")
+            raise BrokerError(f"cannot {purpose}: no answer within {timeout_s:g} s; it may still arrive")
         if ticket.answer:
             raise Refused(f"cannot {purpose}: {ticket.answer}")

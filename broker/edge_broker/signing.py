@@ -15,7 +15,7 @@ import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from edge_broker.errors import BadMessage, LinkError, WrongKey
+from edge_broker.errors import BadMessage, BrokerError, WrongKey
 
 OFFER = "edge/1/offer"  # the domain of manifests
 
@@ -38,7 +38,7 @@ def load_or_create_key(path: Path) -> Ed25519PrivateKey:
     Two processes that create it at once end up with the same key.
 
     Raises:
-        LinkError: the file holds something else, or cannot be read or written.
+        BrokerError: the file holds something else, or cannot be read or written.
     """
     try:
         if not path.exists():
@@ -46,7 +46,7 @@ def load_or_create_key(path: Path) -> Ed25519PrivateKey:
         raw = bytes.fromhex(path.read_text("ascii").strip())
         return Ed25519PrivateKey.from_private_bytes(raw)
     except (OSError, ValueError) as error:
-        raise LinkError(
+        raise BrokerError(
             f"cannot use {path} as a signing key: {error}; it needs 64 characters of hex"
         ) from error
 

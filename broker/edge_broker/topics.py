@@ -17,7 +17,7 @@ import re
 
 import msgspec
 
-from edge_broker.errors import BadMessage, LinkError
+from edge_broker.errors import BadMessage, BrokerError
 
 _ROOT = "edge/1"
 _NAME = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,64}")  # also names a file: neither . nor ..
@@ -109,12 +109,12 @@ def all_reports(fleet: str) -> str:
     return report(fleet, "+")
 
 
-def all_offers(fleet: str, group: str = "nodes") -> str:
-    """The offers of every device, as a shared subscription: each goes to one node of the group.
+def all_offers(fleet: str) -> str:
+    """The offers of every device, as a shared subscription: each offer goes to one node.
 
-    Only for sessions with clean start and expiry 0: brokers hand shared messages to offline members too.
+    Only for sessions with expiry 0: brokers hand shared messages to offline members too.
     """
-    return f"$share/{name('group', group)}/{offer(fleet, '+')}"
+    return f"$share/nodes/{offer(fleet, '+')}"
 
 
 def all_up(fleet: str, node: str) -> str:
@@ -150,22 +150,22 @@ def parse(topic: str) -> Topic:
                     name("fleet", parts[2])
                     for field, value in fields.items():
                         _check(field, value)
-                except LinkError as error:
+                except BrokerError as error:
                     raise BadMessage(f"topic {topic!r}: {error}") from None
                 chunk = int(fields.pop("chunk", -1))
                 return Topic(kind=kind, fleet=parts[2], chunk=chunk, **fields)
     raise BadMessage(f"topic {topic!r} is none of {_ROOT}/<fleet>/{{{', '.join(_LAYOUT)}}}")
 
 
-def name(what: str, value: str) -> str:
+def name(kind: str, value: str) -> str:
     """Return the value if it can be a fleet, device, node or transfer name.
 
     Raises:
-        LinkError: it is not 1-64 characters of [A-Za-z0-9._-], or is "." or "..".
+        BrokerError: it is not 1-64 characters of [A-Za-z0-9._-], or is "." or "..".
     """
     if not _NAME.fullmatch(value):
-        raise LinkError(
-            f"the {what} is {value!r}; it needs 1-64 characters out of A-Z a-z 0-9 . _ -, and not . or .. alone"
+        raise BrokerError(
+            f"the {kind} is {value!r}; it needs 1-64 characters out of A-Z a-z 0-9 . _ -, and not . or .. alone"
         )
     return value
 
@@ -199,9 +199,9 @@ def _match(layout: tuple[str, ...], parts: list[str]) -> dict[str, str] | None:
 def _check(field: str, value: str) -> None:
     if field == "chunk":
         if not (value.isascii() and value.isdigit() and len(value) <= 9):
-            raise LinkError(f"the chunk is {value!r}; it needs to be a number of at most 9 digits")
+            raise BrokerError(f"the chunk is {value!r}; it needs to be a number of at most 9 digits")
     elif field == "digest":
         if not _DIGEST.fullmatch(value):
-            raise LinkError(f"the digest is {value!r}; it needs 64 characters out of 0-9 a-f")
+            raise BrokerError(f"the digest is {value!r}; it needs 64 characters out of 0-9 a-f")
     else:
         name(field, value)

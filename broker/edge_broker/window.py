@@ -1,9 +1,8 @@
-"""Publishes on their way: at most 8, never more than the broker's Receive Maximum, none larger than its Maximum Packet
-Size.
+"""Unacknowledged publishes: at most 8, within the broker's Receive Maximum and Maximum Packet Size.
 
-paho applies neither limit, and resends after a reconnect everything it still holds; so it never holds more than this
-window. A slot is taken before paho gets the packet and freed by the broker's PUBACK, whose reason becomes the ticket's
-answer.
+paho applies neither limit, and after a reconnect it resends everything it holds. So paho is never given
+more than this window. A slot is taken before paho gets the packet, and freed by the broker's PUBACK,
+whose reason becomes the ticket's answer.
 """
 
 import threading
@@ -18,37 +17,38 @@ SLOTS = 8  # brokers take 10 and more
 
 
 class Ticket:
-    """A publish on its way; answer is None while unknown, empty for success, else the broker's refusal."""
+    """A publish without its PUBACK yet."""
 
     def __init__(self, topic: str, size: int, waited: bool) -> None:
         self.topic, self.size, self.waited = topic, size, waited
-        self.answer: str | None = None
+        self.answer: str | None = None  # "": the broker took it; other text: its refusal
 
 
 class Window:
-    """The slots of one session; changed guards it and is notified when a slot comes free."""
+    """The slots of one session; changed guards them and is notified when one comes free."""
 
     def __init__(self, changed: threading.Condition, put: Callable[[Event], None], packet_max: int) -> None:
         self.slots, self.packet_max = SLOTS, packet_max
         self.used = 0
         self.bytes_up = 0
         self._changed, self._put = changed, put
-        self._hungry = False  # a publish_nowait was turned away
+        self._hungry = False  # a publish_nowait found no slot: tell the owner when there is one
         self._tickets: dict[int, Ticket] = {}
-        self._early: dict[int, str] = {}  # answers that came before paho told the sender the packet's number
+        self._early: dict[int, str] = {}  # answers that overtook `sent`
 
     def take(self, topic: str, size: int, limit: int | None, waited: bool) -> Ticket | None:
-        """A slot for a packet of size bytes, or None if limit (or all slots) are in use; waited: somebody waits for its
-        answer.
+        """Take a slot for a packet of size bytes, or return None if limit (or all) slots are in use.
+
+        Args:
+            waited: a thread waits for the answer; otherwise a refusal becomes an Unsent event.
 
         Raises:
             Refused: the packet is larger than the broker takes.
         """
         with self._changed:
             if size > self.packet_max:
-                raise Refused(
-                    f"a publish to {topic} is {size} bytes encoded, the broker takes {self.packet_max}; cut it smaller"
-                )
+                limits = f"is {size} bytes encoded, the broker takes {self.packet_max}"
+                raise Refused(f"a publish to {topic} {limits}; cut it smaller")
             if self.used >= min(self.slots, limit or self.slots):
                 self._hungry |= not waited
                 return None
@@ -62,7 +62,7 @@ class Window:
             self._changed.notify_all()
 
     def sent(self, mid: int, ticket: Ticket, on_the_wire: bool) -> None:
-        """paho took the packet under this number; off the wire it sends it after the next connect."""
+        """Record the number under which paho took the packet; off the wire: to be sent after a reconnect."""
         with self._changed:
             self.bytes_up += ticket.size if on_the_wire else 0
             self._tickets[mid] = ticket
@@ -70,7 +70,7 @@ class Window:
                 self.settle(mid, self._early.pop(mid))
 
     def settle(self, mid: int, answer: str) -> None:
-        """The broker's answer to a packet came: empty for success."""
+        """Record the broker's answer to a packet; empty for success."""
         with self._changed:
             ticket = self._tickets.pop(mid, None)
             if ticket is None:
@@ -84,19 +84,19 @@ class Window:
             self._changed.notify_all()
 
     def feed(self) -> None:
-        """Tell a sender that was turned away to try again."""
+        """Tell the owner of a refused publish_nowait to try again."""
         with self._changed:
             if self._hungry:
                 self._hungry = False
                 self._put(Room())
 
     def outgrows(self, slots: int, packet_max: int) -> bool:
-        """Whether what is on its way exceeds the limits of a new connection."""
+        """Whether the unacknowledged publishes exceed the limits of a new connection."""
         with self._changed:
             return self.used > slots or any(ticket.size > packet_max for ticket in self._tickets.values())
 
     def reconnected(self, slots: int, packet_max: int) -> None:
-        """Take the limits of a new connection, on which paho now resends what is on its way."""
+        """Take the limits of a new connection, on which paho resends what is unacknowledged."""
         with self._changed:
             self.slots, self.packet_max = slots, packet_max
             self.bytes_up += sum(ticket.size for ticket in self._tickets.values())
@@ -105,6 +105,6 @@ class Window:
 
 def publish_size(topic: bytes, payload_bytes: int, properties: Properties | None) -> int:
     """Bytes of a whole encoded QoS 1 PUBLISH packet (MQTT 5, section 3.3)."""
-    rest = 2 + len(topic) + 2 + (len(properties.pack()) if properties else 1) + payload_bytes
-    length_bytes = next(n for n in (1, 2, 3, 4) if rest < 128**n)
-    return 1 + length_bytes + rest
+    remaining = 2 + len(topic) + 2 + (len(properties.pack()) if properties else 1) + payload_bytes
+    length_bytes = next(n for n in (1, 2, 3, 4) if remaining < 128**n)
+    return 1 + length_bytes + remaining

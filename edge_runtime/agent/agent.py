@@ -13,8 +13,7 @@ import time
 from collections.abc import Callable
 
 from edge_broker import messages, signing, topics
-from edge_broker.errors import BadMessage
-from edge_broker.errors import LinkError as BrokerError
+from edge_broker.errors import BadMessage, BrokerError
 from edge_broker.presence import PresenceSpec
 from edge_broker.session import Message, Session
 

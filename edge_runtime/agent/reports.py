@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from edge_broker import signing, topics
-from edge_broker.errors import LinkError as BrokerError
+from edge_broker.errors import BrokerError
 from edge_broker.outbox import Outbox
 from edge_broker.session import Session
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 from edge_broker import signing
-from edge_broker.errors import LinkError as BrokerError
+from edge_broker.errors import BrokerError
 from edge_broker.session import Connected, Event, Message, Own, Session
 from edge_broker.transfer import Committed, Failed, Fetched, Fetcher, Rejected
 

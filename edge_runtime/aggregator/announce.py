@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from edge_broker import signing, topics
-from edge_broker.errors import LinkError as BrokerError
+from edge_broker.errors import BrokerError
 from edge_broker.messages import Artifact
 from edge_broker.session import Event, Message, Session, Unsent
 from edge_broker.transfer import Publisher

@@ -32,7 +32,7 @@ for module in COMMANDS:
 
 def main() -> None:
     """Run the command line. An error becomes one sentence on stderr and an exit code."""
-    from edge_broker.errors import LinkError as BrokerError
+    from edge_broker.errors import BrokerError
     from edge_profiles import ProfileError
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

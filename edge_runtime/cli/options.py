@@ -49,7 +49,7 @@ device = click.option(
 def topic_name(_context: click.Context, option: click.Parameter, name: str) -> str:
     """A click callback that raises InputError where the name cannot be part of a topic."""
     from edge_broker import topics
-    from edge_broker.errors import LinkError as BrokerError
+    from edge_broker.errors import BrokerError
 
     try:
         return topics.name(option.opts[0], name)
@@ -87,7 +87,7 @@ def at_broker(default: str | None = LOCAL_BROKER) -> Callable[[Callable[..., Non
 def _address(url: str, credentials_file: Path | None) -> "Address":
     """The broker's address with its credentials, checked before a state folder is made."""
     from edge_broker import address, credentials
-    from edge_broker.errors import LinkError as BrokerError
+    from edge_broker.errors import BrokerError
 
     try:
         parsed = address.parse(url)

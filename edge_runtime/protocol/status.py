@@ -6,8 +6,7 @@ import uuid
 import msgspec
 from edge_broker import messages, presence, signing, topics
 from edge_broker.address import Address
-from edge_broker.errors import BadMessage
-from edge_broker.errors import LinkError as BrokerError
+from edge_broker.errors import BadMessage, BrokerError
 from edge_broker.session import Message, Session
 
 from edge_runtime.errors import UnreachableError

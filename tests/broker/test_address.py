@@ -2,7 +2,7 @@
 
 import pytest
 from edge_broker import address
-from edge_broker.errors import LinkError
+from edge_broker.errors import BrokerError
 from rich.pretty import pretty_repr
 
 SECRET = "hunter2"
@@ -31,7 +31,7 @@ MALFORMED = [  # each with the password where a typing error puts it
 @pytest.mark.parametrize("form", MALFORMED)
 def test_no_error_of_a_malformed_url_holds_the_password(form: str) -> None:
     url = form.replace("{}", SECRET)
-    with pytest.raises(LinkError) as error:
+    with pytest.raises(BrokerError) as error:
         address.parse(url)
     assert SECRET not in str(error.value)
     assert error.value.__cause__ is None and SECRET not in repr(error.value)

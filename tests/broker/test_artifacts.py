@@ -5,7 +5,7 @@ import time
 
 import pytest
 from edge_broker import messages, topics
-from edge_broker.errors import LinkError
+from edge_broker.errors import BrokerError
 from edge_broker.events import Message
 from edge_broker.transfer import Failed, Fetched, Fetcher, download
 
@@ -162,6 +162,6 @@ def test_a_chunk_that_does_not_fit_is_ignored(reader, node, drive, artifact_file
 @pytest.mark.parametrize("changes", [{"chunks": 2}, {"size": 2 << 30, "chunks": 32768}, {"chunk_bytes": 1}])
 def test_a_pointer_that_cannot_be_right_is_refused_before_anything_is_allocated(reader, tmp_path, changes):
     fields = {"digest": "0" * 64, "size": 3 << 20, "chunk_bytes": 65536, "chunks": 48} | changes
-    with pytest.raises(LinkError, match="add up"):
+    with pytest.raises(BrokerError, match="add up"):
         reader().fetch(messages.Artifact(**fields))
     assert list((tmp_path / "r").iterdir()) == []

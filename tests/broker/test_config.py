@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from edge_broker import topics
-from edge_broker.errors import BrokerUnreachable, LinkError, Refused
+from edge_broker.errors import BrokerError, BrokerUnreachable, Refused
 from edge_broker.local import _free_port, find_mosquitto
 from edge_broker.session import PresenceSpec, Session
 
@@ -182,5 +182,5 @@ def test_a_broker_of_another_authority_is_not_trusted(fleet_broker, tmp_path):
 
 
 def test_without_a_certificate_nobody_gets_in(fleet_broker):
-    with pytest.raises(LinkError, match=r"127\.0\.0\.1"):
+    with pytest.raises(BrokerError, match=r"127\.0\.0\.1"):
         Session(f"{fleet_broker[1]}?ca={fleet_broker[0]}/ca.crt", "d").connect(60)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from edge_broker import address, credentials
-from edge_broker.errors import LinkError
+from edge_broker.errors import BrokerError
 
 SECRET = "hunter2"
 CONTENT = f'user = "me"\npassword = "{SECRET}"\n'
@@ -38,9 +38,9 @@ def test_a_url_wins_over_the_environment_and_may_leave_the_password_to_it() -> N
 
 
 def test_two_users_and_a_password_of_nobody_are_refused(file: Path) -> None:
-    with pytest.raises(LinkError, match="has a user already"):
+    with pytest.raises(BrokerError, match="has a user already"):
         credentials.complete(address.parse("mqtt://a@h"), file, {})
-    with pytest.raises(LinkError, match="EDGE_RUNTIME_BROKER_USER") as error:
+    with pytest.raises(BrokerError, match="EDGE_RUNTIME_BROKER_USER") as error:
         credentials.complete(PLAIN, None, {credentials.PASSWORD: SECRET})
     assert SECRET not in str(error.value)
 
@@ -49,7 +49,7 @@ def test_two_users_and_a_password_of_nobody_are_refused(file: Path) -> None:
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o602, 0o610])
 def test_a_file_that_others_can_open_is_refused_with_the_command_that_helps(file: Path, mode: int) -> None:
     file.chmod(mode)
-    with pytest.raises(LinkError, match=f"mode {mode:o}.*chmod 600 {file}"):
+    with pytest.raises(BrokerError, match=f"mode {mode:o}.*chmod 600 {file}"):
         credentials.read(file)
     file.chmod(0o400)  # the twin: read-only for its owner
     assert credentials.read(file).user == "me"
@@ -68,13 +68,13 @@ def test_a_file_that_others_can_open_is_refused_with_the_command_that_helps(file
 )
 def test_a_file_of_another_form_is_refused_and_not_quoted(file: Path, content: str) -> None:
     file.write_bytes(content.encode("latin-1").replace(b"\\xff", b"\xff"))
-    with pytest.raises(LinkError, match="two lines") as error:
+    with pytest.raises(BrokerError, match="two lines") as error:
         credentials.read(file)
     assert SECRET not in str(error.value)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(LinkError, match="nowhere: No such file"):
+    with pytest.raises(BrokerError, match="nowhere: No such file"):
         credentials.read(tmp_path / "nowhere")
 
 

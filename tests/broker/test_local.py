@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from edge_broker import local
-from edge_broker.errors import LinkError
+from edge_broker.errors import BrokerError
 from edge_broker.session import Session
 
 OWNER = """
@@ -49,7 +49,7 @@ def test_stop_frees_the_port_and_it_can_start_there_again(broker, tmp_path):
 
 def test_a_taken_port_is_said(broker, tmp_path):
     with pytest.raises(
-        LinkError, match=rf"cannot listen on 127\.0\.0\.1:{broker.port}: Address already in use"
+        BrokerError, match=rf"cannot listen on 127\.0\.0\.1:{broker.port}: Address already in use"
     ):
         local.start_broker(broker.port, state_dir=tmp_path)
 
@@ -58,7 +58,7 @@ def test_what_the_log_says_is_in_the_error(broker, tmp_path, monkeypatch):
     monkeypatch.setattr(local, "_MOSQUITTO", local._MOSQUITTO + "nonsense true\n")
     monkeypatch.setattr(local, "_RUMQTTD", "nonsense")
     with pytest.raises(
-        LinkError,
+        BrokerError,
         match=r"(?s)did not start: it ended with status [13]; its log .* ends:\n.*(onsense|toml|TOML)",
     ):
         local.start_broker(state_dir=tmp_path, kind=broker.kind)
@@ -66,12 +66,12 @@ def test_what_the_log_says_is_in_the_error(broker, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2", "example.org", "::"])
 def test_an_open_network_needs_an_explicit_word(host, tmp_path):
-    with pytest.raises(LinkError, match="let anyone on the network in without a password"):
+    with pytest.raises(BrokerError, match="let anyone on the network in without a password"):
         local.start_broker(host=host, state_dir=tmp_path)
 
 
 def test_an_unknown_kind_is_refused(tmp_path):
-    with pytest.raises(LinkError, match="the kind of broker is 'emqx'"):
+    with pytest.raises(BrokerError, match="the kind of broker is 'emqx'"):
         local.start_broker(state_dir=tmp_path, kind="emqx")
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 from edge_broker import messages
-from edge_broker.errors import BadMessage, LinkError
+from edge_broker.errors import BadMessage, BrokerError
 
 GOOD = messages.describe(
     b"x" * 100, fleet="f", device="d", round=1, model_class="m", codec="c", samples=3, chunk_bytes=30
@@ -19,7 +19,7 @@ def test_describe_measures_the_payload(tmp_path):
 def test_nothing_cannot_be_described(tmp_path):
     (tmp_path / "empty").touch()
     for empty in (b"", tmp_path / "empty"):
-        with pytest.raises(LinkError, match="is empty"):
+        with pytest.raises(BrokerError, match="is empty"):
             messages.digest_and_size(empty)
 
 

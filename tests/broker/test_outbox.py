@@ -1,7 +1,7 @@
 import sqlite3
 
 import pytest
-from edge_broker.errors import LinkError
+from edge_broker.errors import BrokerError
 from edge_broker.outbox import Outbox
 
 
@@ -89,11 +89,11 @@ def test_what_a_crash_left_is_cleared(outbox, tmp_path, describe_one):
 
 
 def test_what_does_not_fit_its_manifest_is_refused(outbox, tmp_path, describe_one):
-    with pytest.raises(LinkError, match="has 3 bytes, its manifest says 5"):
+    with pytest.raises(BrokerError, match="has 3 bytes, its manifest says 5"):
         outbox.add(describe_one(), b"abc")
     manifest = describe_one()
     outbox.add(manifest, b"delta")
-    with pytest.raises(LinkError, match="already in the outbox"):
+    with pytest.raises(BrokerError, match="already in the outbox"):
         outbox.add(manifest, b"delta")
-    with pytest.raises(LinkError, match="is not in the outbox"):
+    with pytest.raises(BrokerError, match="is not in the outbox"):
         outbox.payload("nothing")

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from edge_broker import topics, window
-from edge_broker.errors import BrokerUnreachable, LinkError, Refused
+from edge_broker.errors import BrokerError, BrokerUnreachable, Refused
 from edge_broker.local import find_mosquitto, start_broker
 from edge_broker.session import (
     Connected,
@@ -75,13 +75,13 @@ def test_a_server_that_says_nothing_is_given_up_in_time():
     ],
 )
 def test_an_address_that_cannot_be_used(url, message):
-    with pytest.raises(LinkError, match=message):
+    with pytest.raises(BrokerError, match=message):
         Session(url, "a")
 
 
 def test_plain_text_where_tls_is_needed_is_said(broker):
     with pytest.raises(
-        LinkError, match=rf"TLS with mqtts://127.0.0.1:{broker.url.rsplit(':')[-1]}|no MQTT broker"
+        BrokerError, match=rf"TLS with mqtts://127.0.0.1:{broker.url.rsplit(':')[-1]}|no MQTT broker"
     ):
         Session(broker.url.replace("mqtt:", "mqtts:"), "a").connect(60)
 
@@ -123,7 +123,7 @@ def test_a_closed_session_says_so(open_session):
     session = open_session()
     session.close()
     session.close()
-    with pytest.raises(LinkError, match="is closed"):
+    with pytest.raises(BrokerError, match="is closed"):
         session.publish("x", b"")
     assert not session.publish_nowait("x", b"")
 

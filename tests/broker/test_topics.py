@@ -1,6 +1,6 @@
 import pytest
 from edge_broker import topics
-from edge_broker.errors import BadMessage, LinkError
+from edge_broker.errors import BadMessage, BrokerError
 from edge_broker.topics import Topic
 
 DIGEST = "0123456789abcdef" * 4
@@ -44,7 +44,7 @@ def test_filters_hold_the_wildcards():
 
 @pytest.mark.parametrize("bad", ["", "a/b", "a b", "a+", "#", "é", "x" * 65, "a\n", ".", ".."])
 def test_a_bad_name_is_shown_with_what_is_needed(bad):
-    with pytest.raises(LinkError) as error:
+    with pytest.raises(BrokerError) as error:
         topics.round(bad)
     assert repr(bad) in str(error.value) and "1-64 characters" in str(error.value)
 

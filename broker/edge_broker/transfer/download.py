@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from edge_broker import files, messages, topics
-from edge_broker.errors import BadMessage, LinkError
+from edge_broker.errors import BadMessage, BrokerError
 from edge_broker.events import Connected, Event, Message
 from edge_broker.journal import MAX_CHUNKS
 from edge_broker.messages import Artifact, Want
@@ -60,13 +60,13 @@ class Fetcher:
             Fetched at once if the folder has it.
 
         Raises:
-            LinkError: its numbers do not add up, it is too large, or the subscription failed.
+            BrokerError: its numbers do not add up, it is too large, or the subscription failed.
         """
         adds_up = (
             artifact.chunks == -(-artifact.size // artifact.chunk_bytes) and artifact.chunks <= MAX_CHUNKS
         )
         if not adds_up or artifact.size > self._max_bytes:
-            raise LinkError(
+            raise BrokerError(
                 f"an artifact of {artifact.size} bytes in {artifact.chunks} chunks of {artifact.chunk_bytes}; "
                 f"this device takes {self._max_bytes} bytes and {MAX_CHUNKS} chunks that add up"
             )

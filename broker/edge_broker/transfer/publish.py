@@ -49,7 +49,7 @@ class Publisher:
             The pointer that devices need, for the round's announcement.
 
         Raises:
-            LinkError: the file is empty.
+            BrokerError: the file is empty.
         """
         digest, size = messages.digest_and_size(path)
         chunk_bytes = chunk_bytes or self._session.chunk_bytes

@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from edge_broker import messages, signing, topics
-from edge_broker.errors import BadMessage, LinkError
+from edge_broker.errors import BadMessage, BrokerError
 from edge_broker.events import Connected, Event, Message
 from edge_broker.journal import MAX_CHUNKS, Journal
 from edge_broker.messages import Grant, Manifest, Pause, Receipt, Reject
@@ -262,7 +262,7 @@ class Receiver:
         self._active.pop(manifest.transfer, None)
         try:
             payload = self._journal.verify(manifest)
-        except LinkError as error:
+        except BrokerError as error:
             log.warning("refused update %s of %s: %s", manifest.transfer, manifest.device, error)
             self._journal.reject(manifest, "digest", str(error))
             self._answer(manifest.transfer)

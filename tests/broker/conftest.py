@@ -82,7 +82,7 @@ class Node:
     ) -> None:
         self.session = session
         self.journal = Journal(folder / "node.sqlite", folder / "node")
-        self.receiver = Receiver(session, self.journal, fleet, "n", check, keys.get, max_bytes=8 << 20)
+        self.receiver = Receiver(session, self.journal, fleet, "n", check, keys.get)
         self.receiver.start()
         self.publisher = Publisher(session, fleet)
         self.publisher.start()

@@ -5,7 +5,7 @@ import random
 
 import pytest
 from edge_broker import messages, signing, topics
-from edge_broker.transfer import Committed, Rejected, receive
+from edge_broker.transfer import Committed, Rejected, places, receive
 
 CHUNK = 64 * 1024
 
@@ -35,7 +35,7 @@ def test_several_updates_go_one_after_the_other(device, node, drive):
 
 @pytest.mark.parametrize("under_way", [768, 8])  # 8 chunks are two updates: the third device has to wait
 def test_devices_share_one_node(under_way, device, node, drive, monkeypatch):
-    monkeypatch.setattr(receive, "UNDER_WAY", under_way)
+    monkeypatch.setattr(places, "UNDER_WAY", under_way)
     monkeypatch.setattr(receive, "_PAUSE_S", 0.2)
     n, parties = node(), [device(f"d{i}") for i in range(3)]
     for party in parties:
@@ -265,7 +265,7 @@ def test_a_replayed_sequence_is_refused(device, node, drive, describe, await_mes
     ("changes", "code", "reason"),
     [
         ({"fleet": "elsewhere"}, "fleet", "is for fleet elsewhere"),
-        ({"size": 9 << 20, "chunks": 144}, "size", "this node takes 8388608"),
+        ({"size": (1 << 30) + 1, "chunks": 16385}, "size", "this node takes 1073741824"),
         ({"chunks": 7}, "size", "do not add up"),
         ({"chunk_bytes": 1, "size": 70_000, "chunks": 70_000}, "size", "more than 65536 chunks"),
     ],

@@ -1,12 +1,13 @@
-"""The node's side of an update's way up.
+"""The node's side of an upload: offers are answered, chunks collected, receipts sent.
 
-    offer -> verify, check -> grant | pause | receipt | reject
-    chunk -> journal -> next grant, or all here: digest -> Complete -> the owner checks the content -> commit -> receipt
+    offer      -> verify, check -> grant | pause | receipt | reject
+    chunk      -> journal -> the next grant
+    last chunk -> digest -> Complete -> the owner checks the content -> commit -> receipt
 
-A grant names at most 64 chunks and the next one follows when they are here; offers that would bring what is under way
-to this node over 768 chunks have to wait, since brokers drop what exceeds 1,000 queued messages without a word. What
-the node says of a transfer is read from the journal at the moment of saying it, so an answer can be repeated at any
-time and never says more than is committed.
+A grant names at most 64 chunks; the next grant follows when they have arrived. At most 768 granted chunks
+are under way to a node, because brokers silently drop messages over 1,000 in a queue; further offers are
+told to pause. An answer about a settled transfer is read from the journal when it is sent, so it can be
+repeated at any time and never says more than is committed.
 """
 
 import logging
@@ -25,21 +26,20 @@ from edge_broker.journal import MAX_CHUNKS, Journal
 from edge_broker.messages import Grant, Manifest, Pause, Receipt, Reject
 from edge_broker.session import Session
 from edge_broker.transfer.pace import IDLE_S
+from edge_broker.transfer.places import CREDIT, Places
 
-CREDIT = 64  # chunks a grant
-UNDER_WAY = 768  # chunks
-_WINDOW = 8
-_SILENT_S = 30.0  # a transfer without a chunk for so long gives its place to another
-_PAUSE_S = 2.0
-_DISK_FULL_S = 60.0
-_FLUSH_S = 1.0
-_MAX_ANSWERS = 4096
+MAX_BYTES = 1 << 30  # of the largest update
+_WINDOW = 8  # chunks of a device without an acknowledgement
+_PAUSE_S = 2.0  # for a device that finds no place
+_DISK_FULL_S = 60.0  # before the disk is tried again
+_FLUSH_S = 1.0  # after a chunk, if no further one fills the journal's sixteen
+_MAX_ANSWERS = 4096  # unsent; the oldest are dropped, and devices offer again
 
 log = logging.getLogger(__name__)
 
 
 class Complete(msgspec.Struct, frozen=True):
-    """All bytes are here, durable, and match the digest: check the content, then `commit` or `reject`."""
+    """All bytes are durable and match the digest. The owner checks the content, then calls `commit` or `reject`."""
 
     manifest: Manifest
     payload: Path
@@ -56,22 +56,21 @@ class Receiver:
         node: str,
         check: Callable[[Manifest], str | None],
         known_key: Callable[[str], str | None],
-        max_bytes: int = 1 << 30,
     ) -> None:
         """Prepare; call `start` once connected.
 
         Args:
-            session: with clean start and expiry 0, as the offers are a shared subscription.
+            session: with expiry 0, because the offers are a shared subscription.
             journal: used from the caller's thread.
-            fleet, node: whose offers, and the name chunks are addressed to.
-            check: the reason to refuse a manifest for good, or None; asked once, before any chunk is accepted.
-            known_key: a device's public key (hex), or None if it is not enrolled.
-            max_bytes: the largest update taken at all.
+            fleet: the fleet whose offers are taken.
+            node: the name that chunks are addressed to.
+            check: returns the reason to refuse a manifest for good, or None. Called before any chunk is accepted.
+            known_key: returns a device's public key (hex), or None if the device is not enrolled.
         """
         self._session, self._journal = session, journal
         self._fleet, self._node = topics.name("fleet", fleet), topics.name("node", node)
-        self._check, self._known_key, self._max_bytes = check, known_key, max_bytes
-        self._active: dict[str, _Active] = {}
+        self._check, self._known_key = check, known_key
+        self._places = Places()
         self._answers: deque[tuple[str, str, msgspec.Struct | None]] = deque(maxlen=_MAX_ANSWERS)
         self._flush_at: float | None = None
 
@@ -80,30 +79,30 @@ class Receiver:
         self._session.subscribe(topics.all_up(self._fleet, self._node), topics.all_offers(self._fleet))
 
     def handle(self, message: Message | Event | None) -> Complete | None:
-        """Take in what the session received; what is not for transfers is ignored, malformed messages are logged."""
+        """Take a message of the session. Other topics are ignored, malformed messages are logged."""
         result = None
         if isinstance(message, Message):
             try:
-                where = topics.parse(message.topic)
-                if where.kind == "offer" and where.fleet == self._fleet:
-                    result = self._offered(where.device, message.payload)
-                elif (where.kind, where.fleet, where.node) == ("up", self._fleet, self._node):
-                    result = self._arrived(where.device, where.transfer, message.payload)
+                source = topics.parse(message.topic)
+                if source.kind == "offer" and source.fleet == self._fleet:
+                    result = self._offered(source.device, message.payload)
+                elif (source.kind, source.fleet, source.node) == ("up", self._fleet, self._node):
+                    result = self._arrived(source.device, source.transfer, message.payload)
             except BadMessage as error:
                 log.warning("ignored a message on %s: %s", message.topic, error)
             except (OSError, sqlite3.OperationalError) as error:
                 log.error("cannot keep an update: %s", error)
-                if transfer := where.transfer or _claimed_transfer(message.payload):
-                    self._say(where.device, Pause(transfer=transfer, seconds=_DISK_FULL_S))
+                if transfer := source.transfer or _claimed_transfer(message.payload):
+                    self._queue(source.device, Pause(transfer=transfer, seconds=_DISK_FULL_S))
         elif isinstance(message, Connected) and not message.session_present:
-            for manifest in self._journal.open_transfers():  # what was under way is lost: ask for the rest
-                if self._has_place(manifest) and self._journal.missing(manifest, 1):
+            for manifest in self._journal.open_transfers():  # chunks on their way were lost: grant them again
+                if self._places.has_room(manifest) and self._journal.missing(manifest, 1):
                     self._grant(manifest)
         self._send_answers()
         return result
 
     def tick(self, now: float | None = None) -> float:
-        """Answer and flush what is due (now: of time.monotonic).
+        """Send answers and flush chunks that are due (now: of time.monotonic).
 
         Returns:
             Seconds until the next tick is of use.
@@ -124,11 +123,11 @@ class Receiver:
 
         Args:
             transfer: of a Complete.
-            within: what the caller changes in the same transaction; not called if the update does not count.
+            within: changes of the caller in the same transaction; not called if the update does not count.
 
         Returns:
-            Whether it counts now for the first time. In a transaction of the caller's the receipt waits for the next
-            `tick`.
+            Whether the update counts now for the first time. Inside a transaction of the caller the receipt
+            waits for the next `tick`.
         """
         with self._journal.transaction() as database:
             counts = self._journal.commit(transfer)
@@ -142,8 +141,8 @@ class Receiver:
         return counts
 
     def reject(self, transfer: str, reason: str, code: str = "content") -> None:
-        """Refuse an update for good and say why: a complete one, or one still open when its round has closed."""
-        self._active.pop(transfer, None)
+        """Refuse an update for good: a complete one, or an open one whose round has closed."""
+        self._places.free(transfer)
         if entry := self._journal.find(transfer):
             self._journal.reject(entry.manifest, code, reason)
             self._answer(transfer)
@@ -157,33 +156,19 @@ class Receiver:
             # Not for good: the offer proves nothing, so it must not be able to end a transfer of the real device.
             log.warning("refused an offer of %s: %s", device, error)
             if transfer := _claimed_transfer(payload):
-                self._say(device, Reject(transfer=transfer, code="signature", reason=str(error), final=False))
+                self._queue(
+                    device, Reject(transfer=transfer, code="signature", reason=str(error), final=False)
+                )
             return None
         entry = self._journal.find(manifest.transfer)
         if entry and entry.manifest == manifest:
             if entry.state != "open":
                 self._answer(manifest.transfer)
                 return None
-        else:
-            code, reason = (
-                ("changed", "this transfer was offered before with another manifest") if entry else ("", "")
-            )
-            if not code and manifest.sequence <= (seen := self._journal.sequence(device)):
-                code, reason = (
-                    "replay",
-                    f"sequence {manifest.sequence} is not above {seen}, the last one of {device}",
-                )
-            if code:  # nothing to keep: the journal already knows this transfer or a later one
-                self._say(device, Reject(transfer=manifest.transfer, code=code, reason=reason, final=True))
-                return None
-            code, reason = self._refusal(manifest)
-            if code:
-                log.warning("refused update %s of %s: %s", manifest.transfer, device, reason)
-                self._journal.reject(manifest, code, reason)
-                self._answer(manifest.transfer)
-                return None
-        if not self._has_place(manifest):
-            self._say(device, Pause(transfer=manifest.transfer, seconds=_PAUSE_S))
+        elif not self._acceptable(manifest, known=entry is not None):
+            return None
+        if not self._places.has_room(manifest):
+            self._queue(device, Pause(transfer=manifest.transfer, seconds=_PAUSE_S))
             return None
         if not entry:
             self._journal.open(manifest)
@@ -191,6 +176,25 @@ class Receiver:
             return self._completed(manifest)
         self._grant(manifest)
         return None
+
+    def _acceptable(self, manifest: Manifest, known: bool) -> bool:
+        """Whether a new manifest may be collected; otherwise the device is answered."""
+        device, last = manifest.device, self._journal.sequence(manifest.device)
+        code, reason = "", ""
+        if known:
+            code, reason = "changed", "this transfer was offered before with another manifest"
+        elif manifest.sequence <= last:
+            code = "replay"
+            reason = f"sequence {manifest.sequence} is not above {last}, the last one of {device}"
+        if code:  # nothing to store: the journal has this transfer or a later one
+            self._queue(device, Reject(transfer=manifest.transfer, code=code, reason=reason, final=True))
+            return False
+        code, reason = self._refusal(manifest)
+        if code:
+            log.warning("refused update %s of %s: %s", manifest.transfer, device, reason)
+            self._journal.reject(manifest, code, reason)
+            self._answer(manifest.transfer)
+        return not code
 
     def _read_offer(self, device: str, payload: bytes) -> Manifest:
         key = self._known_key(device)
@@ -206,8 +210,8 @@ class Receiver:
         """The code and the reason to refuse a verified manifest; empty to take it."""
         if manifest.fleet != self._fleet:
             return "fleet", f"the update is for fleet {manifest.fleet}, this is {self._fleet}"
-        if manifest.size > self._max_bytes:
-            return ("size", f"the update has {manifest.size} bytes, this node takes {self._max_bytes}")
+        if manifest.size > MAX_BYTES:
+            return ("size", f"the update has {manifest.size} bytes, this node takes {MAX_BYTES}")
         if manifest.chunks != -(-manifest.size // manifest.chunk_bytes) or manifest.chunks > MAX_CHUNKS:
             cut = f"{manifest.size} bytes in {manifest.chunks} chunks of {manifest.chunk_bytes}"
             return "size", f"{cut} do not add up, or are more than {MAX_CHUNKS} chunks"
@@ -216,34 +220,23 @@ class Receiver:
         reason = self._check(manifest)
         return ("check", reason) if reason else ("", "")
 
-    def _has_place(self, manifest: Manifest) -> bool:
-        oldest = time.monotonic() - _SILENT_S
-        for silent in [name for name, active in self._active.items() if active.last < oldest]:
-            del self._active[silent]
-        taken = sum(min(CREDIT, active.manifest.chunks) for active in self._active.values())
-        return manifest.transfer in self._active or taken + min(CREDIT, manifest.chunks) <= UNDER_WAY
-
     # --- chunks
 
     def _grant(self, manifest: Manifest) -> None:
         granted = self._journal.missing(manifest, CREDIT)
-        self._active[manifest.transfer] = _Active(manifest, granted)
+        self._places.take(manifest, granted)
         ranges = messages.to_ranges(granted)
-        self._say(
-            manifest.device,
-            Grant(transfer=manifest.transfer, node=self._node, window=_WINDOW, missing=ranges),
-        )
+        grant = Grant(transfer=manifest.transfer, node=self._node, window=_WINDOW, missing=ranges)
+        self._queue(manifest.device, grant)
 
     def _arrived(self, device: str, transfer: str, payload: bytes) -> Complete | None:
-        active = self._active.get(transfer)
+        active = self._places.find(transfer)
         if not active:
             entry = self._journal.find(transfer)
             if not entry or entry.state != "open":
                 log.debug("a chunk of %s, which is not open", transfer)
                 return None
-            active = self._active[transfer] = _Active(
-                entry.manifest, self._journal.missing(entry.manifest, CREDIT)
-            )
+            active = self._places.take(entry.manifest, self._journal.missing(entry.manifest, CREDIT))
         if active.manifest.device != device:
             raise BadMessage(f"{device} sent a chunk of a transfer of {active.manifest.device}")
         index, data = messages.unpack_chunk(payload)
@@ -259,7 +252,7 @@ class Receiver:
         return None
 
     def _completed(self, manifest: Manifest) -> Complete | None:
-        self._active.pop(manifest.transfer, None)
+        self._places.free(manifest.transfer)
         try:
             payload = self._journal.verify(manifest)
         except BrokerError as error:
@@ -271,21 +264,21 @@ class Receiver:
 
     # --- answers
 
-    def _say(self, device: str, what: Grant | Pause | Reject) -> None:
-        self._answers.append((device, what.transfer, what))
+    def _queue(self, device: str, answer: Grant | Pause | Reject) -> None:
+        self._answers.append((device, answer.transfer, answer))
 
     def _answer(self, transfer: str) -> None:
-        """Say what became of a settled transfer."""
+        """Send the outcome of a settled transfer."""
         if entry := self._journal.find(transfer):
             self._answers.append((entry.manifest.device, transfer, None))
             self._send_answers()
 
     def _send_answers(self) -> None:
         while self._answers and not self._journal.in_transaction:
-            device, transfer, said = self._answers[0]
-            if (said := said or self._outcome(transfer)) and not self._session.publish_nowait(
-                topics.inbox(self._fleet, device, transfer), messages.encode(said)
-            ):
+            device, transfer, prepared = self._answers[0]
+            answer = prepared or self._outcome(transfer)
+            topic = topics.inbox(self._fleet, device, transfer)
+            if answer and not self._session.publish_nowait(topic, messages.encode(answer)):
                 return
             self._answers.popleft()
 
@@ -296,13 +289,6 @@ class Receiver:
         if entry and entry.state == "rejected":
             return Reject(transfer=transfer, code=entry.code or "", reason=entry.reason or "", final=True)
         return None
-
-
-class _Active:
-    """A transfer whose chunks are on their way: granted are those not here yet."""
-
-    def __init__(self, manifest: Manifest, granted: list[int]) -> None:
-        self.manifest, self.granted, self.last = manifest, set(granted), time.monotonic()
 
 
 def _duplicate(manifest: Manifest) -> str:

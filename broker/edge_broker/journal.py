@@ -1,11 +1,10 @@
-"""What a node was offered, has received, has committed and has refused.
+"""The transfers of a node: offered, received, committed or refused.
 
-    open -> committed | rejected           committed at most once a (device, round): a unique index sees to it
+    open -> committed | rejected           a unique index commits at most once a (device, round)
 
-A transfer's bytes go to one file, each chunk to its place, and which chunks are there goes to SQLite, sixteen at a time
-and only after the
-file was synced: what the journal says is written survives a power cut, and nothing is written twice. (As blobs the
-bytes would pass through the write-ahead log into the database and, to be merged, out of it again.)
+A transfer's bytes go to one file, each chunk to its place. SQLite records which chunks are written, sixteen
+at a time and after the file was synced, so every recorded chunk survives a power cut. The bytes are no blobs,
+because blobs would be written twice: to the write-ahead log and to the database.
 """
 
 import os
@@ -20,7 +19,6 @@ from edge_broker import files, messages, store
 from edge_broker.errors import BadMessage
 from edge_broker.messages import Manifest
 
-MAX_CHUNKS = 65_536  # 4 GiB of 64 KiB chunks; bounds what a manifest can make us allocate
 _FLUSH_CHUNKS = 16
 
 _TABLES = (
@@ -36,18 +34,18 @@ _TABLES = (
 
 
 class Update(msgspec.Struct, frozen=True):
-    """A transfer whose bytes are all here and match its digest."""
+    """A complete transfer whose bytes match its digest."""
 
     manifest: Manifest
     payload: Path
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """What the journal knows of a transfer: open, committed, or rejected with a code and a reason."""
+    """A transfer as the journal has it."""
 
     manifest: Manifest
-    state: str
-    code: str | None
+    state: str  # open, committed or rejected
+    code: str | None  # of a rejected one
     reason: str | None
 
 
@@ -58,8 +56,7 @@ class Journal:
         """Open it.
 
         Args:
-            database: a file, or an open connection that may hold the caller's own tables too (ours begin with
-                `journal_`).
+            database: a file, or an open connection with tables of the caller (the journal's begin with `journal_`).
             folder: the payloads go to its subfolder `journal`, one file a transfer.
         """
         self._database, self._folder = store.connect(database), folder / "journal"
@@ -71,18 +68,18 @@ class Journal:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def transaction(self) -> AbstractContextManager[sqlite3.Connection]:
-        """One SQLite transaction for what is done here and by the caller; inside another one it joins that."""
+        """One SQLite transaction for changes here and of the caller; joins a transaction that is open."""
         return store.transaction(self._database)
 
     @property
     def in_transaction(self) -> bool:
-        """Whether what was done last may still be undone."""
+        """Whether a transaction is open, so that the last change may still be undone."""
         return self._database.in_transaction
 
     # --- asking
 
     def find(self, transfer: str) -> Entry | None:
-        """What is known of a transfer."""
+        """The journal's entry of a transfer, if there is one."""
         query = "SELECT manifest, state, code, reason FROM journal_transfer WHERE transfer = ?"
         row = self._database.execute(query, (transfer,)).fetchone()
         return Entry(messages.decode(row[0], Manifest), *row[1:]) if row else None
@@ -95,18 +92,18 @@ class Journal:
         return row[0] if row else 0
 
     def counted(self, device: str, round: int) -> str | None:
-        """The transfer that counts for a device in a round."""
+        """The transfer committed for a device in a round, if there is one."""
         query = "SELECT transfer FROM journal_transfer WHERE device = ? AND round = ? AND state = 'committed'"
         row = self._database.execute(query, (device, round)).fetchone()
         return row[0] if row else None
 
     def open_transfers(self, limit: int = -1) -> list[Manifest]:
-        """Transfers neither committed nor rejected, the latest first."""
+        """The open transfers, the latest first."""
         query = "SELECT manifest FROM journal_transfer WHERE state = 'open' ORDER BY rowid DESC LIMIT ?"
         return [messages.decode(text, Manifest) for (text,) in self._database.execute(query, (limit,))]
 
     def committed(self, round: int) -> list[Update]:
-        """What counts in a round, in the order of the commits; the files exist until `release`."""
+        """The committed updates of a round, in the order of the commits; files exist until `release`."""
         query = (
             "SELECT manifest FROM journal_transfer WHERE round = ? AND state = 'committed' ORDER BY settled"
         )
@@ -128,10 +125,10 @@ class Journal:
             self._insert(manifest, "open", bytes(manifest.chunks), None, None)
 
     def write(self, manifest: Manifest, index: int, data: bytes) -> bool:
-        """Put a chunk of an open transfer in its place; False if it was there already.
+        """Write a chunk of an open transfer to its place; False if it was written before.
 
         Raises:
-            BadMessage: there is no such chunk, or it has another size.
+            BadMessage: the transfer has no such chunk, or the chunk has another size.
             OSError: the disk is full or broken.
         """
         if index >= manifest.chunks or len(data) != messages.chunk_size(manifest, index):
@@ -141,9 +138,9 @@ class Journal:
             return False
         file = os.open(self.payload(manifest.transfer), os.O_WRONLY | os.O_CREAT, 0o644)
         try:
-            done = 0
-            while done < len(data):
-                done += os.pwrite(file, data[done:], index * manifest.chunk_bytes + done)
+            offset = 0
+            while offset < len(data):
+                offset += os.pwrite(file, data[offset:], index * manifest.chunk_bytes + offset)
         finally:
             os.close(file)
         written[index] = 1
@@ -153,27 +150,27 @@ class Journal:
         return True
 
     def missing(self, manifest: Manifest, limit: int) -> list[int]:
-        """The first chunks of an open transfer that are not here."""
+        """The first chunks of an open transfer that are not written yet."""
         written = self._load(manifest)
-        return list(islice((index for index, here in enumerate(written) if not here), limit))
+        return list(islice((index for index, flag in enumerate(written) if not flag), limit))
 
     def flush(self, transfer: str | None = None) -> None:
-        """Make what was written durable, for one transfer or all."""
-        for one in [transfer] if transfer else list(self._unflushed):
-            if self._unflushed.get(one):
-                files.sync(self.payload(one))
+        """Make written chunks durable and record them, for one transfer or all."""
+        for name in [transfer] if transfer else list(self._unflushed):
+            if self._unflushed.get(name):
+                files.sync(self.payload(name))
                 with self.transaction() as database:
                     database.execute(
                         "UPDATE journal_transfer SET written = ? WHERE transfer = ?",
-                        (self._written[one], one),
+                        (self._written[name], name),
                     )
-                del self._unflushed[one]
+                del self._unflushed[name]
 
     def verify(self, manifest: Manifest) -> Path:
         """Make a complete transfer durable and compare its bytes with the digest it was offered under.
 
         Raises:
-            BadMessage: they are other bytes.
+            BadMessage: the bytes have another digest.
         """
         self.flush(manifest.transfer)
         path = self.payload(manifest.transfer)
@@ -187,7 +184,7 @@ class Journal:
     # --- settling
 
     def commit(self, transfer: str) -> bool:
-        """Count an open transfer in its round; False if it is not open, or the device already counts in that round."""
+        """Commit an open transfer; False if it is not open, or the device has a committed one in that round."""
         entry = self.find(transfer)
         if not entry or entry.state != "open" or self.counted(entry.manifest.device, entry.manifest.round):
             return False
@@ -196,7 +193,7 @@ class Journal:
         return True
 
     def reject(self, manifest: Manifest, code: str, reason: str) -> None:
-        """Refuse a transfer for good, whether it was opened or not; a settled one stays as it is."""
+        """Refuse a transfer for good, opened or not; a settled transfer stays as it is."""
         with self.transaction():
             if not self.find(manifest.transfer):
                 self._insert(manifest, "rejected", None, code, reason)
@@ -205,12 +202,12 @@ class Journal:
         self.tidy(manifest.transfer)
 
     def tidy(self, transfer: str) -> None:
-        """Delete the file of a refused transfer; within a transaction it waits, as that may still be undone."""
+        """Delete the file of a refused transfer; nothing inside a transaction, which may still be undone."""
         if not self.in_transaction and (entry := self.find(transfer)) and entry.state == "rejected":
             self.payload(transfer).unlink(missing_ok=True)
 
     def release(self, round: int) -> None:
-        """Delete the files of a round's transfers once they are merged; their receipts stay."""
+        """Delete the files of a round's committed transfers; their entries stay."""
         for update in self.committed(round):
             update.payload.unlink(missing_ok=True)
 
@@ -244,6 +241,6 @@ class Journal:
         if written is None:
             query = "SELECT written FROM journal_transfer WHERE transfer = ? AND state = 'open'"
             row = self._database.execute(query, (manifest.transfer,)).fetchone()
-            here = row and self.payload(manifest.transfer).exists()
-            written = self._written[manifest.transfer] = bytearray(row[0] if here else manifest.chunks)
+            exists = row and self.payload(manifest.transfer).exists()
+            written = self._written[manifest.transfer] = bytearray(row[0] if exists else manifest.chunks)
         return written

@@ -1,7 +1,7 @@
-"""The bodies of the link's messages, as JSON so that `mosquitto_sub -v` shows them.
+"""The bodies of the link's messages, in JSON so that `mosquitto_sub -v` shows them.
 
-Unknown fields are ignored, so a newer sender can talk to an older reader; a wrong type or a value out of range is a
-BadMessage. Chunk ranges are [first, last], both included.
+Unknown fields are ignored, so that a newer sender can talk to an older reader. A wrong type or a value out
+of range is a BadMessage. Chunk ranges are [first, last], both included.
 """
 
 import hashlib
@@ -24,58 +24,55 @@ Index = Annotated[int, msgspec.Meta(ge=0, lt=10**9)]
 Ranges = Annotated[list[tuple[Index, Index]], msgspec.Meta(max_length=10_000)]
 T = TypeVar("T")
 
+MAX_CHUNKS = 65_536  # 4 GiB of 64 KiB chunks; bounds what a manifest can make a reader allocate
 _CHUNK_INDEX = struct.Struct(">I")
 
 
 class Presence(msgspec.Struct, frozen=True):
-    """The state of a device's connection; epoch grows with every connect, so the highest one is the latest."""
+    """The state of a device's connection."""
 
     state: Literal["online", "offline", "lost"]
-    epoch: Count
+    epoch: Count  # grows with every connect, so the highest is the latest
 
 
 class Artifact(msgspec.Struct, frozen=True):
-    """A pointer to a global adapter: what to fetch and how it was cut. Small enough for a retained message."""
+    """A pointer to a global adapter and its cut into chunks; small enough for a retained message."""
 
-    digest: Digest
-    size: Positive
+    digest: Digest  # SHA-256
+    size: Positive  # bytes
     chunk_bytes: Positive
     chunks: Positive
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """What a device offers: who, for which round, and the exact bytes. Signed, so a chunk needs no signature.
+    """A device's offer: its origin and the digest of its bytes. Signed, so that chunks need no signature."""
 
-    sequence grows with every update of the device (0 = not assigned yet, the outbox does it); samples are rows trained
-    on; attempt counts a round's trainings on this device, from 1.
-    """
-
-    transfer: Name
+    transfer: Name  # random
     fleet: Name
     device: Name
-    sequence: Count
+    sequence: Count  # grows with every update of the device; 0 until the outbox assigns it
     round: Count
     model_class: Text
     codec: Text
     sha256: Digest
-    size: Positive
+    size: Positive  # bytes
     chunk_bytes: Positive
     chunks: Positive
-    samples: Count
-    attempt: Positive = 1
+    samples: Count  # rows trained on
+    attempt: Positive = 1  # trainings of this round on the device, this one included
 
 
 class Grant(msgspec.Struct, frozen=True, tag_field="type", tag="grant"):
-    """Send these chunks to this node, with at most window of them unacknowledged at once."""
+    """The device may send these chunks to this node."""
 
     transfer: Name
     node: Name
-    window: Positive
+    window: Positive  # chunks without an acknowledgement at a time
     missing: Ranges
 
 
 class Pause(msgspec.Struct, frozen=True, tag_field="type", tag="pause"):
-    """Send nothing for a while, then offer again."""
+    """The device shall send nothing for a while, then offer again."""
 
     transfer: Name
     seconds: Annotated[float, msgspec.Meta(ge=0, le=86_400)]
@@ -89,12 +86,12 @@ class Receipt(msgspec.Struct, frozen=True, tag_field="type", tag="receipt"):
 
 
 class Reject(msgspec.Struct, frozen=True, tag_field="type", tag="reject"):
-    """The update is not taken. final: never offer it again; otherwise offer it again later."""
+    """The node refuses the update."""
 
     transfer: Name
     code: Name
     reason: str
-    final: bool
+    final: bool  # never offer it again; otherwise offer it later
 
 
 Inbox = Grant | Pause | Receipt | Reject
@@ -116,7 +113,7 @@ def decode(body: bytes | str, kind: type[T]) -> T:
     """Read a message of this kind.
 
     Raises:
-        BadMessage: it is not JSON, or a field is missing, of the wrong type, or out of range.
+        BadMessage: the body is not JSON, or a field is missing, of the wrong type, or out of range.
     """
     try:
         return msgspec.json.decode(body, type=kind)
@@ -125,7 +122,7 @@ def decode(body: bytes | str, kind: type[T]) -> T:
 
 
 def decode_inbox(body: bytes) -> Inbox:
-    """Read whatever came to a device's inbox.
+    """Read a message of a device's inbox.
 
     Raises:
         BadMessage: as for `decode`.
@@ -134,6 +131,11 @@ def decode_inbox(body: bytes) -> Inbox:
         return msgspec.json.decode(body, type=Inbox)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadMessage(f"neither grant, pause, receipt nor reject: {error}") from error
+
+
+def adds_up(cut: Manifest | Artifact) -> bool:
+    """Whether size, chunk_bytes and chunks agree, within MAX_CHUNKS."""
+    return cut.chunks == -(-cut.size // cut.chunk_bytes) and cut.chunks <= MAX_CHUNKS
 
 
 def describe(
@@ -175,16 +177,15 @@ def digest_and_size(payload: bytes | Path) -> tuple[str, int]:
     """SHA-256 as hex, and the size in bytes.
 
     Raises:
-        BrokerError: there is nothing in it.
+        BrokerError: the payload is empty.
     """
     digest, size = hashlib.sha256(), 0
     for piece in [payload] if isinstance(payload, bytes) else _pieces(payload):
         digest.update(piece)
         size += len(piece)
     if size == 0:
-        raise BrokerError(
-            f"{'the payload' if isinstance(payload, bytes) else payload} is empty; there is nothing to send"
-        )
+        name = "the payload" if isinstance(payload, bytes) else payload
+        raise BrokerError(f"{name} is empty; there is nothing to send")
     return digest.hexdigest(), size
 
 

@@ -1,10 +1,10 @@
-"""What a device still owes the node: updates in SQLite until their receipt or final rejection.
+"""The updates that a device owes the node, in SQLite until their receipt or final rejection.
 
     pending -> committed | rejected
 
-An update gets its sequence number here. It only grows, and starts no lower than the clock (ms), so that a device that
-lost its state is not taken for a replay. Payloads are files, since a chunk can then be read without the rest: SQLite
-reads a blob from its beginning.
+The outbox assigns the sequence numbers. They only grow and start no lower than the clock (ms), so that a
+device that lost its state is not taken for a replay. Payloads are files, because SQLite reads a blob from
+its beginning and a chunk is read alone.
 """
 
 import sqlite3
@@ -35,27 +35,26 @@ class Outbox:
         """Open it.
 
         Args:
-            database: a file, or an open connection that may hold the caller's own tables too (ours begin with
-                `outbox_`).
-            folder: payloads given as bytes go to its subfolder `outbox`, which is cleared of all that no pending update
-                needs. It may move with all that is in it, other payloads too.
+            database: a file, or an open connection with tables of the caller (the outbox's begin with `outbox_`).
+            folder: payloads given as bytes go to its subfolder `outbox`; files of no pending update are deleted
+                there. The folder may be moved with its content.
         """
-        self._database, self._home, self._folder = (store.connect(database), folder, folder / "outbox")
+        self._database, self._home, self._folder = store.connect(database), folder, folder / "outbox"
         with store.transaction(self._database):
             for statement in _TABLES:
                 self._database.execute(statement)
         self._folder.mkdir(parents=True, exist_ok=True)
-        kept = {manifest.transfer for manifest in self.pending()}
+        pending = {manifest.transfer for manifest in self.pending()}
         for file in self._folder.iterdir():
-            if file.name not in kept:
+            if file.name not in pending:
                 file.unlink()
 
     def transaction(self) -> AbstractContextManager[sqlite3.Connection]:
-        """One SQLite transaction for what is done here and by the caller; inside another one it joins that."""
+        """One SQLite transaction for changes here and of the caller; joins a transaction that is open."""
         return store.transaction(self._database)
 
     def add(self, manifest: Manifest, payload: bytes | Path) -> Manifest:
-        """Keep an update until its receipt.
+        """Store an update until its receipt.
 
         Args:
             manifest: from `messages.describe`; its sequence is replaced.
@@ -65,7 +64,7 @@ class Outbox:
             The manifest with its sequence number.
 
         Raises:
-            BrokerError: the payload's size is not the manifest's, or the transfer is already here.
+            BrokerError: the payload's size is not the manifest's, or the outbox has the transfer already.
         """
         path = payload if isinstance(payload, Path) else self._write(manifest.transfer, payload)
         if (size := path.stat().st_size) != manifest.size:
@@ -93,7 +92,7 @@ class Outbox:
         return manifest
 
     def pending(self, limit: int = -1) -> list[Manifest]:
-        """What waits for a receipt, oldest first."""
+        """The manifests that wait for a receipt, the oldest first."""
         rows = self._database.execute(
             "SELECT manifest FROM outbox_update WHERE state = 'pending' ORDER BY sequence LIMIT ?", (limit,)
         )
@@ -119,11 +118,11 @@ class Outbox:
         return self._home.absolute() / str(row[0])
 
     def commit(self, transfer: str) -> None:
-        """The receipt came. Again, or for an unknown or settled update, this does nothing."""
+        """Settle a pending update by its receipt; any other update stays as it is."""
         self._settle(transfer, "committed", None, None)
 
     def reject(self, transfer: str, code: str, reason: str) -> None:
-        """The final rejection came. Again, or for an unknown or settled update, this does nothing."""
+        """Settle a pending update by its final rejection; any other update stays as it is."""
         self._settle(transfer, "rejected", code, reason)
 
     def _settle(self, transfer: str, state: str, code: str | None, reason: str | None) -> None:
@@ -135,9 +134,9 @@ class Outbox:
         self.tidy(transfer)
 
     def tidy(self, transfer: str) -> None:
-        """Delete our copy of a settled update's payload; within a transaction it waits, as that may still be undone."""
-        found = self.find(transfer)
-        if found and found[1] != "pending" and not self._database.in_transaction:
+        """Delete the copy of a settled payload; nothing inside a transaction, which may still be undone."""
+        entry = self.find(transfer)
+        if entry and entry[1] != "pending" and not self._database.in_transaction:
             (self._folder / transfer).unlink(missing_ok=True)
 
     def _write(self, transfer: str, payload: bytes) -> Path:

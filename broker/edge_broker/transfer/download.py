@@ -1,12 +1,13 @@
-"""A device's side of a global adapter's way down.
+"""The device's side of a download: fetches a global adapter.
 
     subscribe artifact/<digest>/+ -> want(missing) -> chunks -> digest -> file
 
-What other devices asked for is taken along. The file appears under its digest as its name, and only whole.
+Chunks that other devices asked for are taken too. The file is named by its digest and appears when complete.
 """
 
 import logging
 import time
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -14,14 +15,14 @@ import msgspec
 from edge_broker import files, messages, topics
 from edge_broker.errors import BadMessage, BrokerError
 from edge_broker.events import Connected, Event, Message
-from edge_broker.journal import MAX_CHUNKS
 from edge_broker.messages import Artifact, Want
 from edge_broker.session import Session
 from edge_broker.transfer.pace import IDLE_S, retry_s
 
-CREDIT = 256  # chunks asked for at once; brokers drop what exceeds 1,000 queued messages
+CREDIT = 256  # chunks asked for at once; brokers drop messages over 1,000 in a queue
+MAX_BYTES = 1 << 30  # of the largest artifact
 _MAX_ASKS = 8  # without a chunk in between: about five minutes
-_MAX_BROKEN = 2  # whole downloads with the wrong digest
+_MAX_BROKEN = 2  # complete downloads with a wrong digest
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +44,10 @@ class Failed(msgspec.Struct, frozen=True):
 class Fetcher:
     """Fetches one artifact at a time into a folder."""
 
-    def __init__(
-        self, session: Session, fleet: str, device_id: str, folder: Path, max_bytes: int = 1 << 30
-    ) -> None:
-        """Prepare; files go to folder under their digest, larger ones than max_bytes are refused."""
+    def __init__(self, session: Session, fleet: str, device_id: str, folder: Path) -> None:
+        """Prepare; files go to folder."""
         self._session, self._fleet, self._folder = session, fleet, folder
         self._want_topic = topics.want(fleet, device_id)
-        self._max_bytes = max_bytes
         self._current: _Download | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -60,15 +58,12 @@ class Fetcher:
             Fetched at once if the folder has it.
 
         Raises:
-            BrokerError: its numbers do not add up, it is too large, or the subscription failed.
+            BrokerError: its numbers do not add up, the artifact is too large, or the subscription failed.
         """
-        adds_up = (
-            artifact.chunks == -(-artifact.size // artifact.chunk_bytes) and artifact.chunks <= MAX_CHUNKS
-        )
-        if not adds_up or artifact.size > self._max_bytes:
+        if not messages.adds_up(artifact) or artifact.size > MAX_BYTES:
             raise BrokerError(
                 f"an artifact of {artifact.size} bytes in {artifact.chunks} chunks of {artifact.chunk_bytes}; "
-                f"this device takes {self._max_bytes} bytes and {MAX_CHUNKS} chunks that add up"
+                f"this device takes {MAX_BYTES} bytes and {messages.MAX_CHUNKS} chunks that add up"
             )
         path = self._folder / artifact.digest
         if path.exists():
@@ -82,23 +77,23 @@ class Fetcher:
         return None
 
     def drop(self) -> None:
-        """Give up what is under way, if anything is."""
+        """Give up the download under way, if there is one."""
         if self._current:
             self._session.unsubscribe(topics.all_chunks(self._fleet, self._current.artifact.digest))
             self._current.part.unlink(missing_ok=True)
             self._current = None
 
     def handle(self, message: Message | Event | None) -> Fetched | Failed | None:
-        """Take in what the session received (None too: a fetch can fail by waiting); what is not for it is ignored."""
+        """Take a message of the session, or None after a wait, which a fetch can fail by. Others are ignored."""
         download = self._current
         if not download:
             return None
         result: Fetched | Failed | None = None
         if isinstance(message, Message):
             try:
-                where = topics.parse(message.topic)
-                if where.kind == "artifact" and where.digest == download.artifact.digest:
-                    result = self._arrived(download, where.chunk, message.payload)
+                source = topics.parse(message.topic)
+                if source.kind == "artifact" and source.digest == download.artifact.digest:
+                    result = self._arrived(download, source.chunk, message.payload)
             except BadMessage as error:
                 log.warning("ignored a message on %s: %s", message.topic, error)
         elif isinstance(message, Connected) and not message.session_present:
@@ -108,7 +103,7 @@ class Fetcher:
         return result
 
     def tick(self, now: float | None = None) -> float:
-        """Ask for what is missing when it is due (now: of time.monotonic).
+        """Ask for missing chunks when that is due (now: of time.monotonic).
 
         Returns:
             Seconds until the next tick is of use.
@@ -119,8 +114,8 @@ class Fetcher:
             return IDLE_S
         if download.due <= now and download.asks < _MAX_ASKS:
             asked = download.missing(CREDIT)
-            want = Want(digest=download.artifact.digest, missing=messages.to_ranges(asked))
-            if not self._session.publish_nowait(self._want_topic, messages.encode(want)):
+            body = messages.encode(Want(digest=download.artifact.digest, missing=messages.to_ranges(asked)))
+            if not self._session.publish_nowait(self._want_topic, body):
                 return IDLE_S  # a Room or Connected event comes when it can be sent
             download.asked = set(asked)
             download.due = now + retry_s(download.asks)
@@ -151,7 +146,7 @@ class Fetcher:
 
 
 class _Download:
-    """The artifact under way; due is when to ask (again), in seconds of time.monotonic."""
+    """The artifact under way."""
 
     def __init__(self, artifact: Artifact, path: Path) -> None:
         self.artifact, self.path, self.part = artifact, path, path.with_suffix(".part")
@@ -159,40 +154,40 @@ class _Download:
         self.restart()
 
     def restart(self) -> None:
-        self.broken += 1
-        self.asks, self.due = 0, time.monotonic()
+        """Forget all chunks and begin anew."""
+        self.broken += 1  # complete downloads with a wrong digest
+        self.asks = 0  # since the last chunk
+        self.due = time.monotonic()  # when to ask again
         self.asked: set[int] = set()
-        self.left = self.artifact.chunks
-        self._here = bytearray(self.artifact.chunks)
+        self.left = self.artifact.chunks  # chunks that are not written
+        self._written = bytearray(self.artifact.chunks)
         with self.part.open("wb") as file:
             file.truncate(self.artifact.size)
 
     def missing(self, limit: int) -> list[int]:
-        found: list[int] = []
-        index = self._here.find(0)
-        while index >= 0 and len(found) < limit:
-            found.append(index)
-            index = self._here.find(0, index + 1)
-        return found
+        """The first chunks that are not written."""
+        indices = (index for index, flag in enumerate(self._written) if not flag)
+        return list(islice(indices, limit))
 
     def write(self, index: int, data: bytes) -> None:
+        """Write a chunk; a repeated one is ignored. Raises BadMessage for one that does not fit."""
         if not (0 <= index < self.artifact.chunks and len(data) == messages.chunk_size(self.artifact, index)):
             raise BadMessage(
                 f"chunk {index} of {len(data)} bytes does not fit artifact {self.artifact.digest[:16]}…"
             )
-        if self._here[index]:
+        if self._written[index]:
             return
         with self.part.open("r+b") as file:
             file.seek(index * self.artifact.chunk_bytes)
             file.write(data)
-        self._here[index] = 1
+        self._written[index] = 1
         self.left -= 1
         self.asked.discard(index)
         self.asks = 0
         self.due = time.monotonic() + (retry_s(0) if self.asked else 0.0)
 
     def finish(self) -> str:
-        """Put the whole file in place; returns what is wrong with it instead, if its digest is another one."""
+        """Give the complete file its name, or return why it has a wrong digest."""
         digest, _ = messages.digest_and_size(self.part)
         if digest != self.artifact.digest:
             return f"the bytes have SHA-256 {digest[:16]}…, the artifact is {self.artifact.digest[:16]}…"

@@ -1,8 +1,7 @@
-"""The node's side of a global adapter's way down: each chunk once for all who listen.
+"""The node's side of a download: publishes each chunk once for all devices that listen.
 
-A want is held for 50 ms, so that devices which ask at about the same time are served by one publication. Chunks asked
-for again while they wait to be sent are sent once; those already gone join the end of the queue, for all latecomers
-together.
+A want waits 50 ms, so that devices which ask at about the same time share a publication. A chunk that is
+asked for while it is queued is sent once. A chunk that was sent before joins the end of the queue.
 """
 
 import logging
@@ -18,7 +17,7 @@ from edge_broker.session import Session
 from edge_broker.transfer.pace import IDLE_S
 
 _GATHER_S = 0.05
-_EXPIRY_S = 120  # what a device did not get by then it asks for again
+_EXPIRY_S = 120  # in the broker's queue; a device asks again before
 
 log = logging.getLogger(__name__)
 
@@ -39,14 +38,14 @@ class Publisher:
         self._session.subscribe(topics.all_wants(self._fleet))
 
     def serve(self, path: Path, chunk_bytes: int | None = None) -> Artifact:
-        """Serve this file from now on; it must stay unchanged until `withdraw`.
+        """Serve this file from now on; the file must stay unchanged until `withdraw`.
 
         Args:
             path: the global adapter.
-            chunk_bytes: how to cut it; by default what the session's broker takes.
+            chunk_bytes: bytes of a chunk; by default the largest that the broker takes.
 
         Returns:
-            The pointer that devices need, for the round's announcement.
+            The pointer for the round's announcement.
 
         Raises:
             BrokerError: the file is empty.
@@ -63,18 +62,18 @@ class Publisher:
         self._queue = {key: None for key in self._queue if key[0] != digest}
 
     def handle(self, message: Message | Event | None) -> None:
-        """Take in what the session received; anything that is not a want is ignored, malformed ones are logged."""
+        """Take a message of the session. Other topics are ignored, malformed wants are logged."""
         if isinstance(message, Message):
             try:
-                where = topics.parse(message.topic)
-                if where.kind == "want" and where.fleet == self._fleet:
-                    self._wanted(where.device, messages.decode(message.payload, Want))
+                source = topics.parse(message.topic)
+                if source.kind == "want" and source.fleet == self._fleet:
+                    self._enqueue(source.device, messages.decode(message.payload, Want))
             except BadMessage as error:
                 log.warning("ignored a message on %s: %s", message.topic, error)
         self.tick()
 
     def tick(self, now: float | None = None) -> float:
-        """Publish what is wanted, as far as the window has room (now: of time.monotonic).
+        """Publish queued chunks, as far as the window has room (now: of time.monotonic).
 
         Returns:
             Seconds until the next tick is of use.
@@ -103,15 +102,14 @@ class Publisher:
             self.published += 1
         return IDLE_S
 
-    def _wanted(self, device: str, want: Want) -> None:
-        served = self._served.get(want.digest)
+    def _enqueue(self, device: str, request: Want) -> None:
+        served = self._served.get(request.digest)
         if not served:
-            log.info("%s wants %s…, which is not served here", device, want.digest[:16])
+            log.info("%s wants %s…, which is not served here", device, request.digest[:16])
             return
         if not self._queue:
             self._begin_at = time.monotonic() + _GATHER_S
         chunks = served[0].chunks
-        for index in islice(
-            messages.from_ranges(want.missing, chunks), chunks
-        ):  # ranges may repeat each other
-            self._queue[want.digest, index] = None
+        # Ranges may repeat each other: no more indices than chunks are taken.
+        for index in islice(messages.from_ranges(request.missing, chunks), chunks):
+            self._queue[request.digest, index] = None

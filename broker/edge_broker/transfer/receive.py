@@ -22,7 +22,7 @@ import msgspec
 from edge_broker import messages, signing, topics
 from edge_broker.errors import BadMessage, BrokerError
 from edge_broker.events import Connected, Event, Message
-from edge_broker.journal import MAX_CHUNKS, Journal
+from edge_broker.journal import Journal
 from edge_broker.messages import Grant, Manifest, Pause, Receipt, Reject
 from edge_broker.session import Session
 from edge_broker.transfer.pace import IDLE_S
@@ -156,9 +156,8 @@ class Receiver:
             # Not for good: the offer proves nothing, so it must not be able to end a transfer of the real device.
             log.warning("refused an offer of %s: %s", device, error)
             if transfer := _claimed_transfer(payload):
-                self._queue(
-                    device, Reject(transfer=transfer, code="signature", reason=str(error), final=False)
-                )
+                reject = Reject(transfer=transfer, code="signature", reason=str(error), final=False)
+                self._queue(device, reject)
             return None
         entry = self._journal.find(manifest.transfer)
         if entry and entry.manifest == manifest:
@@ -212,9 +211,9 @@ class Receiver:
             return "fleet", f"the update is for fleet {manifest.fleet}, this is {self._fleet}"
         if manifest.size > MAX_BYTES:
             return ("size", f"the update has {manifest.size} bytes, this node takes {MAX_BYTES}")
-        if manifest.chunks != -(-manifest.size // manifest.chunk_bytes) or manifest.chunks > MAX_CHUNKS:
+        if not messages.adds_up(manifest):
             cut = f"{manifest.size} bytes in {manifest.chunks} chunks of {manifest.chunk_bytes}"
-            return "size", f"{cut} do not add up, or are more than {MAX_CHUNKS} chunks"
+            return "size", f"{cut} do not add up, or are more than {messages.MAX_CHUNKS} chunks"
         if self._journal.counted(manifest.device, manifest.round):
             return "duplicate", _duplicate(manifest)
         reason = self._check(manifest)

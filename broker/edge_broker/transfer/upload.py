@@ -1,10 +1,10 @@
-"""A device's side of an update's way to the node.
+"""The device's side of an upload: sends the updates of the outbox.
 
     offer (signed manifest) -> grant(window, missing) -> chunks -> receipt | reject
 
-The oldest pending update goes first, alone: the node takes a device's updates in the order of their sequence numbers.
-All that must outlive the process is in the outbox; the rest is found out again by offering again, which the node
-answers according to what it has.
+Updates go one at a time, the oldest first, because a node takes a device's updates in the order of their
+sequence numbers. The outbox outlives the process. A new process offers again, and the node's answer says
+how to continue.
 """
 
 import logging
@@ -23,13 +23,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from edge_broker import messages, signing, topics
 from edge_broker.errors import BadMessage, Refused
 from edge_broker.events import Connected, Event, Message, Unsent
-from edge_broker.journal import MAX_CHUNKS
 from edge_broker.messages import Grant, Manifest, Pause, Receipt, Reject
 from edge_broker.outbox import Outbox
 from edge_broker.session import Session
 from edge_broker.transfer.pace import IDLE_S, retry_s
 
-_REJECTED_S = 30.0  # before an update that was refused, but not for good, is offered again
+_REJECTED_S = 30.0  # before an update that was refused for now is offered again
 
 log = logging.getLogger(__name__)
 
@@ -41,19 +40,19 @@ class Committed(msgspec.Struct, frozen=True):
 
 
 class Rejected(msgspec.Struct, frozen=True):
-    """The node does not take this update; unless final, it is offered again later."""
+    """The node refused this update."""
 
     manifest: Manifest
     code: str
     reason: str
-    final: bool
+    final: bool  # otherwise the uploader offers it again later
 
 
 _Settled = TypeVar("_Settled", Committed, Rejected)
 
 
 class Uploader:
-    """Sends what is pending in the outbox."""
+    """Sends the pending updates of the outbox."""
 
     def __init__(
         self,
@@ -70,30 +69,30 @@ class Uploader:
             session, outbox: both used from the caller's thread.
             fleet, device_id: as in every manifest of the outbox.
             key: signs the manifests; the node knows its public half.
-            on_settled: what the caller changes with the outbox in one transaction, when an update is committed or
-                finally rejected; if it raises, nothing changed and the node will be asked again.
+            on_settled: called when an update is committed or finally rejected, in the transaction that settles it
+                in the outbox. If it raises, nothing has changed and the node is asked again.
         """
         self._session, self._outbox, self._key = session, outbox, key
         self._fleet, self._device = fleet, device_id
         self._on_settled = on_settled
         self._current: _Upload | None = None
-        self._unreadable: Rejected | None = None  # found by tick, told by handle
+        self._unreadable: Rejected | None = None  # set by tick, returned by handle
 
     def start(self) -> None:
         """Subscribe to the device's inbox."""
         self._session.subscribe(topics.all_inbox(self._fleet, self._device))
 
     def handle(self, message: Message | Event | None) -> Committed | Rejected | None:
-        """Take in what the session received; what is not for uploads is ignored, malformed messages are logged.
+        """Take a message of the session. Other topics are ignored, malformed messages are logged.
 
         Returns:
-            What became of an update, if that is known now; a payload that cannot be read is Rejected, with code payload.
+            The outcome of an update, if this message decides it. An unreadable payload is Rejected with code payload.
         """
         result: Committed | Rejected | None = None
         if isinstance(message, Message):
             try:
-                where = topics.parse(message.topic)
-                if (where.kind, where.fleet, where.device) == ("inbox", self._fleet, self._device):
+                source = topics.parse(message.topic)
+                if (source.kind, source.fleet, source.device) == ("inbox", self._fleet, self._device):
                     result = self._handle_inbox(messages.decode_inbox(message.payload))
             except BadMessage as error:
                 log.warning("ignored a message on %s: %s", message.topic, error)
@@ -108,12 +107,12 @@ class Uploader:
         return result
 
     def offer_now(self) -> None:
-        """Offer the oldest pending update at the next tick: the caller knows that the node is there (again)."""
+        """Offer the oldest pending update at the next tick, because a node has appeared."""
         if self._current and not self._current.queue:
             self._current.ask_again(0.0)
 
     def tick(self, now: float | None = None) -> float:
-        """Offer and send what is due (now: of time.monotonic).
+        """Send the offer and chunks that are due (now: of time.monotonic).
 
         Returns:
             Seconds until the next tick is of use.
@@ -140,25 +139,25 @@ class Uploader:
             upload.tries += 1
         return upload.due - now
 
-    def _handle_inbox(self, said: messages.Inbox) -> Committed | Rejected | None:
-        found = self._outbox.find(said.transfer)
-        if not found or found[1] != "pending":
+    def _handle_inbox(self, answer: messages.Inbox) -> Committed | Rejected | None:
+        entry = self._outbox.find(answer.transfer)
+        if not entry or entry[1] != "pending":
             return None
-        manifest, upload = found[0], self._current
-        if isinstance(said, Receipt):
+        manifest, upload = entry[0], self._current
+        if isinstance(answer, Receipt):
             return self._settle(Committed(manifest=manifest))
-        if isinstance(said, Reject):
-            rejected = Rejected(manifest=manifest, code=said.code, reason=said.reason, final=said.final)
-            if said.final:
+        if isinstance(answer, Reject):
+            rejected = Rejected(manifest=manifest, code=answer.code, reason=answer.reason, final=answer.final)
+            if answer.final:
                 return self._settle(rejected)
-            if upload and upload.manifest.transfer == said.transfer:
+            if upload and upload.manifest.transfer == answer.transfer:
                 upload.ask_again(_REJECTED_S)
             return rejected
-        if upload and upload.manifest.transfer == said.transfer:
-            if isinstance(said, Grant):
-                upload.grant(said, topics.up(self._fleet, said.node, self._device, said.transfer))
-            elif isinstance(said, Pause):
-                upload.ask_again(said.seconds)
+        if upload and upload.manifest.transfer == answer.transfer:
+            if isinstance(answer, Grant):
+                upload.granted(answer, topics.up(self._fleet, answer.node, self._device, answer.transfer))
+            elif isinstance(answer, Pause):
+                upload.ask_again(answer.seconds)
         return None
 
     def _settle(self, result: _Settled) -> _Settled:
@@ -192,9 +191,7 @@ class Uploader:
     def _post(self, topic: str, payload: bytes, window: int | None) -> bool:
         try:
             return self._session.publish_nowait(topic, payload, window=window)
-        except (
-            Refused
-        ) as error:  # the broker's limit fell below the chunks of this update; only its operator can help
+        except Refused as error:  # the broker's limit fell below this update's chunks: for its operator
             log.error("%s", error)
             if self._current:
                 self._current.ask_again(_REJECTED_S)
@@ -202,28 +199,32 @@ class Uploader:
 
 
 class _Upload:
-    """The update under way; due is when to offer it (again), in seconds of time.monotonic."""
+    """The update under way."""
 
     def __init__(self, manifest: Manifest, payload: Path, key: Ed25519PrivateKey) -> None:
-        self.manifest, self.due, self.tries = manifest, time.monotonic(), 0
+        self.manifest = manifest
+        self.due, self.tries = time.monotonic(), 0  # when to offer again, and offers without an answer
         self.offer_topic = topics.offer(manifest.fleet, manifest.device)
         self.offer = signing.sign(key, signing.OFFER, messages.encode(manifest)).encode()
         self.queue: deque[int] = deque()
         self.window, self.up_topic = 1, ""
         self._payload, self._ready = payload, b""
 
-    def grant(self, said: Grant, up_topic: str) -> None:
-        wanted = messages.from_ranges(said.missing, self.manifest.chunks)
-        self.queue = deque(dict.fromkeys(islice(wanted, MAX_CHUNKS)))
-        self.window, self.up_topic, self._ready = said.window, up_topic, b""
+    def granted(self, grant: Grant, up_topic: str) -> None:
+        """Queue the chunks of a grant."""
+        indices = messages.from_ranges(grant.missing, self.manifest.chunks)
+        self.queue = deque(dict.fromkeys(islice(indices, messages.MAX_CHUNKS)))
+        self.window, self.up_topic, self._ready = grant.window, up_topic, b""
         self.tries, self.due = 0, time.monotonic() + retry_s(0)
 
     def ask_again(self, after_s: float) -> None:
+        """Drop the queue and offer again later."""
         self.queue.clear()
         self._ready = b""
         self.due = time.monotonic() + after_s * random.uniform(1.0, 1.25)
 
     def next_chunk(self) -> bytes:
+        """The next chunk to publish, packed; empty if none is granted. Raises OSError."""
         if self.queue and not self._ready:
             index, size = self.queue[0], self.manifest.chunk_bytes
             with self._payload.open("rb") as file:
@@ -235,9 +236,11 @@ class _Upload:
         return self._ready
 
     def sent(self) -> None:
+        """Go on to the chunk after this one."""
         self.queue.popleft()
         self._ready = b""
         self.due = time.monotonic() + retry_s(0)
 
     def topics(self) -> tuple[str, str]:
+        """The topics that this upload publishes to."""
         return self.offer_topic, self.up_topic

@@ -19,8 +19,7 @@ from typing import NamedTuple
 import msgspec
 from edge_broker import presence, signing, topics
 from edge_broker.address import Address
-from edge_broker.errors import BadMessage
-from edge_broker.errors import BrokerError
+from edge_broker.errors import BadMessage, BrokerError
 from edge_broker.journal import Journal, Update
 from edge_broker.messages import Manifest
 from edge_broker.session import Connected, Disconnected, Event, Message, Session

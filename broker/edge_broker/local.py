@@ -1,15 +1,15 @@
 """A broker on this machine: Mosquitto where it is installed, else the embedded rumqttd of `iotcore`.
 
-For one machine, for trying out and for tests; a fleet has its own broker (see the README). The broker runs under a
-small watching process (`python -m edge_broker.local`), which ends it as soon as its own stdin closes: when the owner
-stops it, exits, or is killed. State is in memory only; the transfers are made to survive that.
+It is for trials and tests; the README tells how to set up a fleet's broker. It listens on loopback only,
+because anyone who reaches it may connect without a password. A small watching process
+(`python -m edge_broker.local`) ends the broker when its stdin closes: when the owner stops the broker, exits,
+or is killed. The broker's state is in memory; transfers survive its loss.
 """
 
 import atexit
 import contextlib
 import ctypes
 import importlib.util
-import ipaddress
 import json
 import logging
 import os
@@ -26,11 +26,12 @@ from typing import Any
 from edge_broker.errors import BrokerError
 
 MAX_PACKET_BYTES = 1 << 20
-_ATTEMPTS = 3  # for a port of our choice, which another process may take before the broker does
-_STOP_S = 5.0
+_HOST = "127.0.0.1"
+_ATTEMPTS = 3  # to find a free port, which another process may take before the broker does
+_START_S = 60.0  # for an answer to CONNECT; a broker that ends is noticed at once
+_STOP_S = 5.0  # before a broker that does not end is killed
 
-# Queued messages: 4096 chunks are more than a node ever grants at once. No $SYS topics: they wake the broker every 10 s
-# for nobody.
+# max_queued_messages: more chunks than a node grants at once. sys_interval: $SYS topics would wake the broker.
 _MOSQUITTO = """\
 listener {port} {host}
 allow_anonymous true
@@ -46,8 +47,8 @@ log_type notice
 user {user}
 """
 
-# rumqttd keeps a log of messages for each filter: segment size x count is its memory a filter, and what a slow reader
-# may lag behind.
+# rumqttd keeps a log of messages for each filter. Segment size x count is the memory of a filter, and the
+# distance that a slow reader may lag behind.
 _RUMQTTD = """\
 id = 0
 [router]
@@ -71,13 +72,12 @@ log = logging.getLogger(__name__)
 
 
 class Broker:
-    """A running broker: its url, kind (mosquitto or embedded) and log file; stop it, or use it as a context manager."""
+    """A running broker; stop it, or use it as a context manager."""
 
-    def __init__(
-        self, process: subprocess.Popen[bytes], host: str, port: int, kind: str, log_file: Path
-    ) -> None:
-        self.host, self.port, self.kind, self.log = host, port, kind, log_file
-        self.url = f"mqtt://{f'[{host}]' if ':' in host else host}:{port}"
+    def __init__(self, process: subprocess.Popen[bytes], port: int, kind: str, log_file: Path) -> None:
+        self.host, self.port, self.url = _HOST, port, f"mqtt://{_HOST}:{port}"
+        self.kind = kind  # mosquitto or embedded
+        self.log = log_file
         self._process = process
         atexit.register(self.stop)
 
@@ -93,34 +93,18 @@ class Broker:
         self.stop()
 
 
-def start_broker(
-    port: int = 0,
-    host: str = "127.0.0.1",
-    *,
-    state_dir: Path,
-    kind: str = "auto",
-    open_to_network: bool = False,
-    timeout_s: float = 10.0,
-) -> Broker:
+def start_broker(port: int = 0, *, state_dir: Path, kind: str = "auto") -> Broker:
     """Start a broker and wait until it answers an MQTT 5 CONNECT.
 
     Args:
         port: 0 takes a free one.
-        host: the address to listen on; anyone who reaches it may connect without a password.
-        state_dir: for its configuration and its log.
+        state_dir: for the configuration and the log.
         kind: mosquitto, embedded, or auto: Mosquitto if it is installed.
-        open_to_network: allow a host that is not this machine's loopback.
-        timeout_s: how long to wait for the answer.
 
     Raises:
-        BrokerError: the host is not loopback, no such broker is installed, the port is taken, or the broker did not
-            start; then with the last lines of its log.
+        BrokerError: no such broker is installed, the port is taken, or the broker did not start; the message
+            ends with the last lines of its log.
     """
-    if not open_to_network and not _is_loopback(host):
-        raise BrokerError(
-            f"a broker on {host} would let anyone on the network in without a password; use 127.0.0.1, "
-            "allow it explicitly, or set up a broker with TLS and access rules"
-        )
     program = None if kind == "embedded" else find_mosquitto()
     if kind not in ("auto", "mosquitto", "embedded"):
         raise BrokerError(f"the kind of broker is {kind!r}; it needs to be auto, mosquitto or embedded")
@@ -135,7 +119,7 @@ def start_broker(
     state_dir.mkdir(parents=True, exist_ok=True)
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            return _start(_free_port(host, port), host, state_dir, program, timeout_s)
+            return _start(free_port(port), state_dir, program)
         except BrokerError as error:
             if port or attempt == _ATTEMPTS or "in use" not in str(error):
                 raise
@@ -143,20 +127,20 @@ def start_broker(
 
 
 def find_mosquitto() -> str | None:
-    """The path of an installed Mosquitto; distributions put it where only root's PATH leads."""
+    """The path of an installed Mosquitto, also in folders that only root has on PATH."""
     return shutil.which(
         "mosquitto", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
     )
 
 
-def _start(port: int, host: str, state_dir: Path, program: str | None, timeout_s: float) -> Broker:
+def _start(port: int, state_dir: Path, program: str | None) -> Broker:
     kind = "mosquitto" if program else "embedded"
     config = state_dir / ("mosquitto.conf" if program else "rumqttd.toml")
-    fields = {"port": port, "host": host, "max_packet_bytes": MAX_PACKET_BYTES, "user": _user()}
+    fields = {"port": port, "host": _HOST, "max_packet_bytes": MAX_PACKET_BYTES, "user": _user()}
     config.write_text((_MOSQUITTO if program else _RUMQTTD).format(**fields))
     job = {"command": [program, "-c", str(config)]} if program else {"rumqttd": str(config)}
     log_file = state_dir / "broker.log"
-    # The watcher must find this package however the owner found it.
+    # The watching process must find this package however the owner found it.
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     with log_file.open("wb") as out:
         process = subprocess.Popen(
@@ -167,25 +151,25 @@ def _start(port: int, host: str, state_dir: Path, program: str | None, timeout_s
             env=os.environ | {"PYTHONPATH": path},
         )
     try:
-        _await_answer(process, host, port, time.monotonic() + timeout_s)
+        _await_answer(process, port, time.monotonic() + _START_S)
     except BrokerError as error:
         _end(process)
         tail = "\n".join(log_file.read_text(errors="replace").splitlines()[-10:])
         raise BrokerError(
-            f"the {kind} broker on {host}:{port} did not start: {error}; its log {log_file} ends:\n{tail}"
+            f"the {kind} broker on {_HOST}:{port} did not start: {error}; its log {log_file} ends:\n{tail}"
         ) from None
     except BaseException:
         _end(process)
         raise
-    log.info("%s broker on %s:%d, log in %s", kind, host, port, log_file)
-    return Broker(process, host, port, kind, log_file)
+    log.info("%s broker on %s:%d, log in %s", kind, _HOST, port, log_file)
+    return Broker(process, port, kind, log_file)
 
 
-def _await_answer(process: subprocess.Popen[bytes], host: str, port: int, deadline: float) -> None:
+def _await_answer(process: subprocess.Popen[bytes], port: int, deadline: float) -> None:
     error: object = "no time"
     while (left := deadline - time.monotonic()) > 0:
         try:
-            _shake_hands(host, port, left)
+            _shake_hands(port, left)
             return
         except OSError as failure:
             error = failure
@@ -194,10 +178,10 @@ def _await_answer(process: subprocess.Popen[bytes], host: str, port: int, deadli
     raise BrokerError(f"no answer to an MQTT CONNECT in time ({error})")
 
 
-def _shake_hands(host: str, port: int, timeout_s: float) -> None:
+def _shake_hands(port: int, timeout_s: float) -> None:
     """An MQTT 5 CONNECT with an empty client id, and DISCONNECT after the broker's CONNACK."""
     body = b"\0\4MQTT\5\2\0\5\0\0\0"  # protocol, clean start, keep-alive 5 s, no properties, no client id
-    with socket.create_connection((host, port), timeout=timeout_s) as link:
+    with socket.create_connection((_HOST, port), timeout=timeout_s) as link:
         link.sendall(bytes([0x10, len(body)]) + body)
         answer = link.recv(4)
         if len(answer) < 4 or answer[0] != 0x20 or answer[3] != 0:
@@ -205,32 +189,25 @@ def _shake_hands(host: str, port: int, timeout_s: float) -> None:
         link.sendall(b"\xe0\0")
 
 
-def _free_port(host: str, port: int) -> int:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # as brokers do: a port in TIME_WAIT is free
+def free_port(port: int = 0) -> int:
+    """A port of loopback that is free right now: the given one, or any for 0.
+
+    Raises:
+        BrokerError: the port is taken.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        # As brokers do: a port in TIME_WAIT is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            probe.bind((_HOST, port))
         except OSError as error:
-            raise BrokerError(
-                f"cannot listen on {host}:{port}: {error.strerror}; stop what runs there or use another port"
-            ) from None
+            hint = "stop what runs there or use another port"
+            raise BrokerError(f"cannot listen on {_HOST}:{port}: {error.strerror}; {hint}") from None
         return int(probe.getsockname()[1])
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _user() -> str:
-    """Started by root, Mosquitto becomes user `mosquitto`, who may not read our folder; else this changes nothing."""
+    """This process's user. Started by root, Mosquitto would become a user who may not read the folder."""
     import pwd
 
     return pwd.getpwuid(os.getuid()).pw_name
@@ -250,9 +227,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _watch(job: dict[str, Any]) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the owner decides when the broker ends
+    # Ctrl-C reaches the whole process group; the owner decides when the broker ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if "rumqttd" in job:
         threading.Thread(target=_until_stdin_closes, args=(lambda: os._exit(0),), daemon=True).start()
         from iotcore.iotcore import IotCoreBroker
@@ -273,7 +249,7 @@ def _until_stdin_closes(then: Any) -> None:
 
 
 def _die_with_parent() -> None:
-    """Should the watcher itself be killed: Linux then ends the broker too (prctl PR_SET_PDEATHSIG)."""
+    """Let Linux end the broker when the watching process is killed (prctl PR_SET_PDEATHSIG)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from edge_broker import topics
 from edge_broker.errors import BrokerError, BrokerUnreachable, Refused
-from edge_broker.local import _free_port, find_mosquitto
+from edge_broker.local import find_mosquitto, free_port
 from edge_broker.session import PresenceSpec, Session
 
 FOLDER = Path(edge_broker.__file__).parents[1]
@@ -84,7 +84,7 @@ def fleet_broker(request, tmp_path_factory):
     authority = certify(folder, "ca")
     for name in ("broker", "node-1", "device-1", "device-2"):
         certify(folder, name, authority)
-    port = _free_port("127.0.0.1", 0)
+    port = free_port()
     (folder / "mosquitto.acl").write_text((FOLDER / "mosquitto.acl").read_text())
     file = request.param(folder, shipped(folder, port))
     with (folder / "output").open("wb") as output:

@@ -64,12 +64,6 @@ def test_what_the_log_says_is_in_the_error(broker, tmp_path, monkeypatch):
         local.start_broker(state_dir=tmp_path, kind=broker.kind)
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2", "example.org", "::"])
-def test_an_open_network_needs_an_explicit_word(host, tmp_path):
-    with pytest.raises(BrokerError, match="let anyone on the network in without a password"):
-        local.start_broker(host=host, state_dir=tmp_path)
-
-
 def test_an_unknown_kind_is_refused(tmp_path):
     with pytest.raises(BrokerError, match="the kind of broker is 'emqx'"):
         local.start_broker(state_dir=tmp_path, kind="emqx")

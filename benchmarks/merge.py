@@ -84,17 +84,15 @@ def drawn(facts: Facts, name: str, seed: int) -> bytes:
 
 
 def _update(path: Path, number: int) -> Update:
-    manifest = messages.describe(
-        path,
+    origin = messages.Origin(
         fleet="bench",
         device=f"device-{number}",
         round=1,
         model_class=CLASS,
         codec=CODEC,
         samples=100 + number,
-        chunk_bytes=path.stat().st_size,
     )
-    return Update(manifest, path)
+    return Update(messages.describe(path, origin, path.stat().st_size), path)
 
 
 def _peak_bytes() -> int:

@@ -8,7 +8,6 @@ between two calls of `loop`. No lock that a callback takes is held across a call
 import logging
 import random
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -19,9 +18,9 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from edge_broker import messages, presence, topics
+from edge_broker import errors, messages, presence, topics
 from edge_broker.address import Address
-from edge_broker.errors import BrokerError, BrokerUnreachable, Refused, refused_connection, unreachable
+from edge_broker.errors import BrokerError, BrokerUnreachable
 from edge_broker.events import Connected, Disconnected, Event
 from edge_broker.subscriptions import Subscriptions
 from edge_broker.window import SLOTS, Ticket, Window, publish_size
@@ -95,7 +94,7 @@ class Connection:
                 return
             failure = self._failure
         self.stop()
-        raise failure or unreachable(self.address, f"no answer within {timeout_s:g} s")
+        raise failure or errors.unreachable(self.address, f"no answer within {timeout_s:g} s")
 
     def stop(self) -> None:
         """Disconnect and end the thread; waiters get a BrokerError."""
@@ -199,13 +198,13 @@ class Connection:
                 while self.client.loop(timeout=1.0) == paho.MQTT_ERR_SUCCESS:
                     self._between_packets()
             except (OSError, ValueError) as error:  # ValueError: a certificate for another host
-                self._broken(self._explain(error))
+                self._broken(errors.failed_connection(self.address, error))
             except Exception as error:  # paho's parser: ends the connection, not the session
                 log.exception("the connection to %s broke on an unexpected error", self.address)
-                self._broken(unreachable(self.address, repr(error)))
+                self._broken(errors.unreachable(self.address, repr(error)))
             if self.generation == self._opened_at:  # the first connect failed: open() raises the reason
                 with self.changed:
-                    self._failure = self._failure or unreachable(
+                    self._failure = self._failure or errors.unreachable(
                         self.address, "it closed the connection unanswered"
                     )
                     self.changed.notify_all()
@@ -230,11 +229,6 @@ class Connection:
             self._announce = False
         if self._stopping.is_set():  # stop() may have come while paho was still connecting
             self.client.disconnect()
-
-    def _explain(self, error: Exception) -> BrokerError:
-        if isinstance(error, ssl.SSLError):
-            return Refused(f"TLS with {self.address} failed: {error}; check ca, cert, key and the host name")
-        return unreachable(self.address, str(error))
 
     def _broken(self, error: BrokerError) -> None:
         with self.changed:
@@ -274,7 +268,7 @@ class Connection:
         self, client: paho.Client, userdata: Any, flags: Any, code: ReasonCode, properties: Any
     ) -> None:
         if code.is_failure:
-            self._failure = refused_connection(self.address, code.value, str(code))
+            self._failure = errors.refused_connection(self.address, code.value, str(code))
             return
         slots = min(SLOTS, getattr(properties, "ReceiveMaximum", SLOTS))
         packet_max = min(_PACKET_MAX, getattr(properties, "MaximumPacketSize", _PACKET_MAX))
@@ -293,7 +287,7 @@ class Connection:
     def _on_disconnect(
         self, client: paho.Client, userdata: Any, flags: Any, code: ReasonCode, properties: Any
     ) -> None:
-        self._broken(unreachable(self.address, f"the connection broke ({code})"))
+        self._broken(errors.unreachable(self.address, f"the connection broke ({code})"))
 
     def _on_publish(
         self, client: paho.Client, userdata: Any, mid: int, code: ReasonCode, properties: Any

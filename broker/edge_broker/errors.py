@@ -1,5 +1,7 @@
 """Errors of the link: one root, and a subclass only where a caller treats a case differently."""
 
+import ssl
+
 
 class BrokerError(Exception):
     """Root of all errors that this package raises on purpose."""
@@ -41,3 +43,10 @@ def refused_connection(where: object, code: int, reason: str) -> BrokerError:
     if code in _PERHAPS_LATER:
         return unreachable(where, f"it said {reason}")
     return Refused(f"{where} refused the connection: {reason}; {_HINTS.get(code, 'its log may say why')}")
+
+
+def failed_connection(where: object, error: Exception) -> BrokerError:
+    """The sentence for a connection that could not be opened, or broke."""
+    if isinstance(error, ssl.SSLError):
+        return Refused(f"TLS with {where} failed: {error}; check ca, cert, key and the host name")
+    return unreachable(where, str(error))

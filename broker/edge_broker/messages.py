@@ -44,6 +44,18 @@ class Artifact(msgspec.Struct, frozen=True):
     chunks: Positive
 
 
+class Origin(msgspec.Struct, frozen=True, kw_only=True):
+    """Who made an update, in which round, from what; the fields are the manifest's."""
+
+    fleet: str
+    device: str
+    round: int
+    model_class: str
+    codec: str
+    samples: int
+    attempt: int = 1
+
+
 class Manifest(msgspec.Struct, frozen=True):
     """A device's offer: its origin and the digest of its bytes. Signed, so that chunks need no signature."""
 
@@ -138,38 +150,26 @@ def adds_up(cut: Manifest | Artifact) -> bool:
     return cut.chunks == -(-cut.size // cut.chunk_bytes) and cut.chunks <= MAX_CHUNKS
 
 
-def describe(
-    payload: bytes | Path,
-    *,
-    fleet: str,
-    device: str,
-    round: int,
-    model_class: str,
-    codec: str,
-    samples: int,
-    chunk_bytes: int,
-    attempt: int = 1,
-) -> Manifest:
-    """The manifest of a payload (bytes, or a file read piece by piece), with a fresh transfer id and no sequence yet.
+def describe(payload: bytes | Path, origin: Origin, chunk_bytes: int) -> Manifest:
+    """The manifest of a payload, with a random transfer name and no sequence number yet.
+
+    Args:
+        payload: bytes, or a file, which is read piece by piece.
+        origin: who made the payload, from what.
+        chunk_bytes: bytes of a chunk.
 
     Raises:
         BrokerError: the payload is empty.
     """
     sha256, size = digest_and_size(payload)
     return Manifest(
+        **msgspec.structs.asdict(origin),
         transfer=uuid.uuid4().hex,
-        fleet=fleet,
-        device=device,
         sequence=0,
-        round=round,
-        model_class=model_class,
-        codec=codec,
         sha256=sha256,
         size=size,
         chunk_bytes=chunk_bytes,
         chunks=-(-size // chunk_bytes),
-        samples=samples,
-        attempt=attempt,
     )
 
 

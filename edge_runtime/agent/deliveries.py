@@ -62,17 +62,16 @@ class Deliveries:
             self._store.set("round", str(task.number))
             self.reports.owe(self.reports.of(stage.round, "trained", task.plan, result))
             if payload:
-                manifest = messages.describe(
-                    payload,
+                origin = messages.Origin(
                     fleet=self._options.fleet,
                     device=self._options.id,
                     round=task.number,
                     model_class=task.plan.model_class,
                     codec=CODEC,
                     samples=result.samples,
-                    chunk_bytes=self._session.chunk_bytes,
                     attempt=stage.round.attempt,
                 )
+                manifest = messages.describe(payload, origin, self._session.chunk_bytes)
                 self._outbox.add(manifest, payload)
         return payload is not None
 

@@ -23,7 +23,7 @@ from edge_broker.errors import BadMessage, BrokerError
 from edge_broker.journal import Journal, Update
 from edge_broker.messages import Manifest
 from edge_broker.session import Connected, Disconnected, Event, Message, Session
-from edge_broker.transfer import Complete, Receiver
+from edge_broker.transfer import Receiver
 
 from edge_runtime import methods
 from edge_runtime.aggregator import anchors, check, merge, reports
@@ -242,7 +242,7 @@ class Node:
     def _refusal(self, manifest: Manifest) -> str | None:
         return check.refusal(manifest, self.fleet, self._round)
 
-    def _take_update(self, complete: Complete) -> None:
+    def _take_update(self, complete: Update) -> None:
         """Check an update that has arrived, commit or refuse it, and answer the device."""
         manifest = complete.manifest
         try:

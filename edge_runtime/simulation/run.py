@@ -252,17 +252,15 @@ class _Devices:
         model_class = job.facts.model_class
         delta = check.check(payload.read_bytes(), self.shapes[model_class], self.fleet, self.method)
         self.shapes[model_class] |= {key: value.shape for key, value in delta.items()}
-        manifest = messages.describe(
-            payload,
+        origin = messages.Origin(
             fleet=self.fleet.name,
             device=device,
             round=job.round,
             model_class=model_class,
             codec=CODEC,
             samples=samples,
-            chunk_bytes=payload.stat().st_size,
         )
-        return Update(manifest, payload)
+        return Update(messages.describe(payload, origin, payload.stat().st_size), payload)
 
 
 class _Notes(dict[str, str]):

@@ -16,11 +16,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from edge_broker import messages, signing
 from edge_broker.events import Message
-from edge_broker.journal import Journal
+from edge_broker.journal import Journal, Update
 from edge_broker.local import Broker, find_mosquitto, start_broker
 from edge_broker.outbox import Outbox
 from edge_broker.session import Session
-from edge_broker.transfer import Complete, Publisher, Receiver, Uploader
+from edge_broker.transfer import Publisher, Receiver, Uploader
 
 _numbers = itertools.count()
 PUBLISH, PUBACK = 3, 4
@@ -86,7 +86,7 @@ class Node:
         self.receiver.start()
         self.publisher = Publisher(session, fleet)
         self.publisher.start()
-        self.complete: list[Complete] = []
+        self.complete: list[Update] = []
         self.chunks, self.hold = 0, False
 
     def turn(self) -> None:
@@ -132,16 +132,10 @@ def node(open_session: Callable[..., Session], fleet: str, tmp_path: Path, keys:
 def manifest(
     payload: bytes, fleet: str, name: str = "d", round: int = 1, chunk_bytes: int = 65536
 ) -> messages.Manifest:
-    return messages.describe(
-        payload,
-        fleet=fleet,
-        device=name,
-        round=round,
-        model_class="m@1",
-        codec="raw",
-        samples=10,
-        chunk_bytes=chunk_bytes,
+    origin = messages.Origin(
+        fleet=fleet, device=name, round=round, model_class="m@1", codec="raw", samples=10
     )
+    return messages.describe(payload, origin, chunk_bytes)
 
 
 @pytest.fixture

@@ -43,8 +43,8 @@ uploader = Uploader(session, outbox, fleet, "d", signing.load_or_create_key(fold
 uploader.start()
 if len(sys.argv) > 5:
     payload, began = Path(sys.argv[5]), time.monotonic()
-    manifest = messages.describe(payload, fleet=fleet, device="d", round=1, model_class="m", codec="raw", samples=1,
-                                 chunk_bytes=int(sys.argv[6]))
+    origin = messages.Origin(fleet=fleet, device="d", round=1, model_class="m", codec="raw", samples=1)
+    manifest = messages.describe(payload, origin, int(sys.argv[6]))
     outbox.add(manifest, payload)
 else:
     began = time.monotonic()

@@ -5,7 +5,9 @@ from edge_broker import messages
 from edge_broker.errors import BadMessage, BrokerError
 
 GOOD = messages.describe(
-    b"x" * 100, fleet="f", device="d", round=1, model_class="m", codec="c", samples=3, chunk_bytes=30
+    b"x" * 100,
+    messages.Origin(fleet="f", device="d", round=1, model_class="m", codec="c", samples=3),
+    chunk_bytes=30,
 )
 
 

@@ -50,9 +50,8 @@ class Crafted:
             "samples": 4,
             **fields,
         }
-        manifest = messages.describe(
-            payload, fleet=self._fleet, device=self._id, chunk_bytes=self.session.chunk_bytes, **described
-        )
+        origin = messages.Origin(fleet=self._fleet, device=self._id, **described)
+        manifest = messages.describe(payload, origin, self.session.chunk_bytes)
         self._outbox.add(manifest, payload)
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:

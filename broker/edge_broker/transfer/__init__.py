@@ -12,12 +12,11 @@ Each machine belongs to one thread and is driven by its owner's loop; nothing in
 
 from edge_broker.transfer.download import Failed, Fetched, Fetcher
 from edge_broker.transfer.publish import Publisher
-from edge_broker.transfer.receive import Complete, Receiver
+from edge_broker.transfer.receive import Receiver
 from edge_broker.transfer.upload import Committed, Rejected, Uploader
 
 __all__ = [
     "Committed",
-    "Complete",
     "Failed",
     "Fetched",
     "Fetcher",

@@ -2,7 +2,7 @@
 
     offer      -> verify, check -> grant | pause | receipt | reject
     chunk      -> journal -> the next grant
-    last chunk -> digest -> Complete -> the owner checks the content -> commit -> receipt
+    last chunk -> digest -> Update -> the owner checks the content -> commit -> receipt
 
 A grant names at most 64 chunks; the next grant follows when they have arrived. At most 768 granted chunks
 are under way to a node, because brokers silently drop messages over 1,000 in a queue; further offers are
@@ -15,14 +15,13 @@ import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 
 import msgspec
 
 from edge_broker import messages, signing, topics
 from edge_broker.errors import BadMessage, BrokerError
 from edge_broker.events import Connected, Event, Message
-from edge_broker.journal import Journal
+from edge_broker.journal import Journal, Update
 from edge_broker.messages import Grant, Manifest, Pause, Receipt, Reject
 from edge_broker.session import Session
 from edge_broker.transfer.pace import IDLE_S
@@ -36,13 +35,6 @@ _FLUSH_S = 1.0  # after a chunk, if no further one fills the journal's sixteen
 _MAX_ANSWERS = 4096  # unsent; the oldest are dropped, and devices offer again
 
 log = logging.getLogger(__name__)
-
-
-class Complete(msgspec.Struct, frozen=True):
-    """All bytes are durable and match the digest. The owner checks the content, then calls `commit` or `reject`."""
-
-    manifest: Manifest
-    payload: Path
 
 
 class Receiver:
@@ -78,8 +70,12 @@ class Receiver:
         """Subscribe to offers and to this node's chunks."""
         self._session.subscribe(topics.all_up(self._fleet, self._node), topics.all_offers(self._fleet))
 
-    def handle(self, message: Message | Event | None) -> Complete | None:
-        """Take a message of the session. Other topics are ignored, malformed messages are logged."""
+    def handle(self, message: Message | Event | None) -> Update | None:
+        """Take a message of the session. Other topics are ignored, malformed messages are logged.
+
+        Returns:
+            An update with all its bytes: the owner checks the content, then calls `commit` or `reject`.
+        """
         result = None
         if isinstance(message, Message):
             try:
@@ -122,7 +118,7 @@ class Receiver:
         """Count a complete update in its round, and send its receipt.
 
         Args:
-            transfer: of a Complete.
+            transfer: of an update that `handle` returned.
             within: changes of the caller in the same transaction; not called if the update does not count.
 
         Returns:
@@ -149,7 +145,7 @@ class Receiver:
 
     # --- offers
 
-    def _offered(self, device: str, payload: bytes) -> Complete | None:
+    def _offered(self, device: str, payload: bytes) -> Update | None:
         try:
             manifest = self._read_offer(device, payload)
         except BadMessage as error:
@@ -228,7 +224,7 @@ class Receiver:
         grant = Grant(transfer=manifest.transfer, node=self._node, window=_WINDOW, missing=ranges)
         self._queue(manifest.device, grant)
 
-    def _arrived(self, device: str, transfer: str, payload: bytes) -> Complete | None:
+    def _arrived(self, device: str, transfer: str, payload: bytes) -> Update | None:
         active = self._places.find(transfer)
         if not active:
             entry = self._journal.find(transfer)
@@ -250,7 +246,7 @@ class Receiver:
             return self._completed(active.manifest)
         return None
 
-    def _completed(self, manifest: Manifest) -> Complete | None:
+    def _completed(self, manifest: Manifest) -> Update | None:
         self._places.free(manifest.transfer)
         try:
             payload = self._journal.verify(manifest)
@@ -259,7 +255,7 @@ class Receiver:
             self._journal.reject(manifest, "digest", str(error))
             self._answer(manifest.transfer)
             return None
-        return Complete(manifest=manifest, payload=payload)
+        return Update(manifest=manifest, payload=payload)
 
     # --- answers
 

@@ -128,8 +128,8 @@ def test_that_an_update_was_refused_is_kept_until_it_is_said(tmp_path: Path, fin
     reports, link, outbox, store = reports_of(tmp_path)
     fleet = Fleet("f", (Model("m"),), rounds=1)
     current = RoundInProgress(Round(node="n", fleet=fleet, round=1, state="open", versions={}), "key")
-    described = {"fleet": "f", "device": "a", "round": 1, "model_class": "m", "codec": "c", "chunk_bytes": 8}
-    manifest = messages.describe(b"delta", samples=1, **described)  # type: ignore[arg-type]
+    described = {"fleet": "f", "device": "a", "round": 1, "model_class": "m", "codec": "c"}
+    manifest = messages.describe(b"delta", messages.Origin(samples=1, **described), 8)  # type: ignore[arg-type]
     with outbox.transaction():
         reports.owe(reports.of(current, "trained", None))
         outbox.add(manifest, b"delta")

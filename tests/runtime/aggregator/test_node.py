@@ -41,9 +41,8 @@ def node(tmp_path):
 
 
 def update(node, device, round_=1, commit=True):
-    manifest = messages.describe(
-        b"delta", fleet="f", device=device, round=round_, model_class="m", codec="c", samples=1, chunk_bytes=8
-    )
+    origin = messages.Origin(fleet="f", device=device, round=round_, model_class="m", codec="c", samples=1)
+    manifest = messages.describe(b"delta", origin, 8)
     node._journal.open(manifest)
     node._journal.write(manifest, 0, b"delta")
     if commit:
@@ -88,15 +87,10 @@ def test_public_texts_that_are_others_than_those_that_were_asked_are_refused(nod
 )
 def test_an_update_weighs_no_more_than_the_rows_of_a_round(samples, taken):
     fleet = settings.parse({**FLEET, "training": {"steps": 3, "rows_a_step": 2}})
-    described = {
-        "fleet": "f",
-        "device": "a",
-        "round": 1,
-        "model_class": "m",
-        "codec": CODEC,
-        "chunk_bytes": 8,
-    }
-    reason = refusal(messages.describe(b"delta", samples=samples, **described), fleet, 1)
+    described = {"fleet": "f", "device": "a", "round": 1, "model_class": "m", "codec": CODEC}
+    reason = refusal(
+        messages.describe(b"delta", messages.Origin(samples=samples, **described), 8), fleet, 1
+    )
     assert (reason is None) is taken
     if not taken:
         assert reason == f"the manifest has {samples} samples, which weigh its mean, but a round has 1 to 6"

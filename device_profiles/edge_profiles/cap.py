@@ -7,21 +7,21 @@ from edge_profiles.sizes import format_size
 
 
 def gpu_cap_bytes(board: Board, machine: Profile) -> int:
-    """Return the bytes of this machine's GPU that a process may take in the board's place.
+    """Return the bytes of this machine's GPU that a process may take to stand for the board.
 
-    It is the memory that the board's GPU works in, less what driver, system and desktop hold there.
+    This is the memory that the board's GPU works in, less the share of driver, system and desktop.
 
     Raises:
-        ProfileError: the board has no GPU, the machine has none, or the machine's has less than the board leaves.
+        ProfileError: the board or this machine has no GPU, or this machine's GPU is smaller than that.
     """
-    there = profile_of(board).gpu
-    if there is None:
-        able = ", ".join(name for name, one in boards().items() if one.gpu is not None)
+    gpu = profile_of(board).gpu
+    if gpu is None:
+        able = ", ".join(name for name, candidate in boards().items() if candidate.gpu is not None)
         raise ProfileError(
             f"board {board.name} has no GPU whose memory could be capped; boards with one: {able}"
         )
-    left = there.memory_available_bytes
-    assert left is not None  # a board says what it reserves
+    left = gpu.memory_available_bytes
+    assert left is not None  # every board file states what it reserves
     if machine.gpu is None:
         raise ProfileError(f"this machine has no GPU that could be capped to the memory of {board.name}")
     if machine.gpu.memory_total_bytes < left:

@@ -59,11 +59,11 @@ def limit_cores(cores: int, root: Path = Path("/")) -> int:
 
 
 def _folders(root: Path, controller: str) -> Iterator[Path]:
-    """Folders that may hold this controller's files: of every hierarchy, from the process's own up to the mount."""
+    """Folders that may hold this controller's files, in every hierarchy from the process's folder to the mount."""
     mounts = root / "sys/fs/cgroup"
     for line in _text(root / "proc/self/cgroup").splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
+        _, _, after_number = line.partition(":")
+        controllers, _, path = after_number.partition(":")
         if not controllers:
             mount = mounts
         elif controller in controllers.split(","):

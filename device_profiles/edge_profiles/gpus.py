@@ -99,11 +99,11 @@ def _ask_device(nvml: ctypes.CDLL, gpu: str) -> Sighting | None:
 
 
 def ask_nvidia_smi(gpu: str, timeout_s: float = TIMEOUT_S) -> Sighting | None:
-    """Ask the program on PATH; None where it is missing, fails, is too slow or prints what it never should."""
+    """Ask the program on PATH; None where it is missing, fails, is too slow or prints another form."""
     command = ["nvidia-smi", f"--id={gpu}", "--query-gpu=name,compute_cap,memory.total,memory.free"]
     command += ["--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(
+        finished = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=True
         )
     except subprocess.TimeoutExpired:
@@ -111,7 +111,7 @@ def ask_nvidia_smi(gpu: str, timeout_s: float = TIMEOUT_S) -> Sighting | None:
         return None
     except (OSError, subprocess.SubprocessError):
         return None
-    return _read_row(done.stdout.decode("utf-8", "replace"))
+    return _read_row(finished.stdout.decode("utf-8", "replace"))
 
 
 _ROW = re.compile(
@@ -120,7 +120,7 @@ _ROW = re.compile(
 
 
 def _read_row(output: str) -> Sighting | None:
-    """Read "NVIDIA GeForce RTX 3060, 8.6, 12288, 11900" (MiB); what is not known prints as "[N/A]"."""
+    """Read "NVIDIA GeForce RTX 3060, 8.6, 12288, 11900" (MiB); unknown fields print as "[N/A]"."""
     match = _ROW.fullmatch(output.strip())
     if match is None:
         return None

@@ -73,19 +73,19 @@ def board(name: str) -> Board:
     Raises:
         ProfileError: no board has this name; the message has the nearest names and the whole list.
     """
-    known = _load(FOLDER)
-    if name in known:
-        return known[name]
-    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    by_name = _load(FOLDER)
+    if name in by_name:
+        return by_name[name]
+    near = difflib.get_close_matches(name.lower(), by_name, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ProfileError(f"board {name!r} is not known: {hint}Known boards: {', '.join(known)}")
+    raise ProfileError(f"board {name!r} is not known: {hint}Known boards: {', '.join(by_name)}")
 
 
 def profile_of(board: Board) -> Profile:
     """Return the profile a process would find on this board when only the operating system and its desktop run.
 
-    Swap counts as none and the disk as 32 GiB free, for neither belongs to the board. RAM is the board's full size; on
-    the board itself `probe` sees a little less, because firmware takes its part before the kernel counts.
+    Swap is 0 and 32 GiB of disk are free, because neither belongs to the board. RAM is the board's full size;
+    `probe` on the board sees a little less, because firmware takes a part before the kernel counts.
     """
     available = board.memory_bytes - board.reserved_bytes
     gpu = None
@@ -123,10 +123,10 @@ def recognise_gpu(name: str, memory_bytes: int) -> Board | None:
     return _fitting({gpu.memory_bytes: b for gpu, b in cards if gpu.memory_bytes}, memory_bytes, least=0.9)
 
 
-def _fitting(by_size: dict[int, Board], seen_bytes: int, least: float) -> Board | None:
-    """The smallest that is large enough for what was seen, unless so large that it must be another."""
-    size = min((size for size in by_size if size >= seen_bytes), default=None)
-    return by_size[size] if size is not None and seen_bytes >= least * size else None
+def _fitting(by_size: dict[int, Board], measured_bytes: int, least: float) -> Board | None:
+    """The smallest board of at least the measured size; None if the measured size is below that share of it."""
+    size = min((size for size in by_size if size >= measured_bytes), default=None)
+    return by_size[size] if size is not None and measured_bytes >= least * size else None
 
 
 # --- board files
@@ -139,13 +139,13 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 @functools.cache
 def _load(folder: Path) -> dict[str, Board]:
-    found: dict[str, Board] = {}
+    by_name: dict[str, Board] = {}
     for file in sorted(folder.glob("*.toml")):
         for entry in _read(file):
-            if entry.name in found:
+            if entry.name in by_name:
                 raise ProfileError(f"{file.name}: board {entry.name!r} is defined twice; rename one")
-            found[entry.name] = entry
-    return found
+            by_name[entry.name] = entry
+    return by_name
 
 
 def _read(file: Path) -> list[Board]:
@@ -153,12 +153,12 @@ def _read(file: Path) -> list[Board]:
     try:
         content = msgspec.toml.decode(file.read_bytes(), type=_File)
         result = []
-        for own in content.boards:
-            name = str(own.get("name", "?"))
-            entry = {**content.shared, **own}
+        for fields in content.boards:
+            name = str(fields.get("name", "?"))
+            entry = {**content.shared, **fields}
             for key in ("gpu", "sources"):
                 if key in entry:
-                    entry[key] = {**content.shared.get(key, {}), **own.get(key, {})}
+                    entry[key] = {**content.shared.get(key, {}), **fields.get(key, {})}
             for table in (entry, entry.get("gpu", {})):
                 for key in ("memory_bytes", "reserved_bytes"):
                     if isinstance(table.get(key), str):

@@ -40,10 +40,10 @@ def _probe(path_for_disk: Path, root: Path) -> Profile:
     # ram.total, not the cgroup's limit, tells an 8 GB board from a 16 GB one
     board = next((b for name in (model, dmi) if name and (b := known.recognise_model(name, ram.total))), None)
     description = board.title if board else model or _cpu_model(root)
-    seen = gpus.find()
-    if board is None and seen is not None and seen.memory_total_bytes is not None:
-        board = known.recognise_gpu(seen.name, seen.memory_total_bytes)
-    gpu, unified = _gpu(seen, board, total, available)
+    sighting = gpus.find()
+    if board is None and sighting is not None and sighting.memory_total_bytes is not None:
+        board = known.recognise_gpu(sighting.name, sighting.memory_total_bytes)
+    gpu, unified = _gpu(sighting, board, total, available)
     machine = platform.machine().lower()
     return Profile(
         board=board.name if board else None,
@@ -61,16 +61,18 @@ def _probe(path_for_disk: Path, root: Path) -> Profile:
 
 
 def _gpu(
-    seen: gpus.Sighting | None, board: known.Board | None, ram_total: int, ram_available: int
+    sighting: gpus.Sighting | None, board: known.Board | None, ram_total: int, ram_available: int
 ) -> tuple[Gpu | None, bool]:
     """The GPU, and whether it works in RAM; the board fills in what the driver does not say."""
     on_board = board.gpu if board is not None else None
     unified = board is not None and board.unified_memory
-    if seen is not None:
-        capability = seen.compute_capability or (on_board.compute_capability if on_board else None)
-        if unified or seen.memory_total_bytes is None:
-            return Gpu(seen.name, capability, ram_total, ram_available), True
-        return Gpu(seen.name, capability, seen.memory_total_bytes, seen.memory_available_bytes), False
+    if sighting is not None:
+        capability = sighting.compute_capability or (on_board.compute_capability if on_board else None)
+        if unified or sighting.memory_total_bytes is None:
+            return Gpu(sighting.name, capability, ram_total, ram_available), True
+        return Gpu(
+            sighting.name, capability, sighting.memory_total_bytes, sighting.memory_available_bytes
+        ), False
     if (
         unified and on_board is not None and not gpus.hidden()
     ):  # JetPack 5 and older have neither NVML nor nvidia-smi

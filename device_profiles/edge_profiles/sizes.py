@@ -23,13 +23,15 @@ def parse_size(text: str) -> int:
         Whole bytes, rounded down.
 
     Raises:
-        SizeError: any other text. "1G" and "900M" are refused, for they mean 10**9 to some and 2**30 to others.
+        SizeError: any other text. "1G" and "900M" are refused, because they mean 10**9 to some and 2**30 to others.
     """
     match = _SIZE.fullmatch(text)
     if match:
-        whole, part, unit = match[1], match[2] or "", match[3].lower()
-        if unit in _UNITS and not (part and _UNITS[unit] == 1):  # a fraction of a byte is a forgotten unit
-            return int(whole + part) * _UNITS[unit] // 10 ** len(part)
+        integer, fraction, unit = match[1], match[2] or "", match[3].lower()
+        if unit in _UNITS and not (
+            fraction and _UNITS[unit] == 1
+        ):  # a fraction of a byte is a forgotten unit
+            return int(integer + fraction) * _UNITS[unit] // 10 ** len(fraction)
     raise SizeError(
         f"size {text!r} is not understood: write a number and a unit, such as '900MiB', '1.5GiB' or '900MB', "
         "or whole bytes, such as '800000000'"
@@ -39,11 +41,11 @@ def parse_size(text: str) -> int:
 def format_size(size_bytes: int) -> str:
     """Write bytes with the largest binary unit that keeps the number at 1 or more: "900 MiB", "1.46 GiB", "-2 KiB".
 
-    At most two decimals, so the text is for reading; what another program reads should be the bytes.
+    At most two decimals, so the text is for people; programs should read the bytes.
     """
-    sign, rest = ("-" if size_bytes < 0 else ""), abs(size_bytes)
-    if rest < KIB:
-        return f"{sign}{rest} B"
+    sign, magnitude = ("-" if size_bytes < 0 else ""), abs(size_bytes)
+    if magnitude < KIB:
+        return f"{sign}{magnitude} B"
     units = ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"))
-    unit, name = next(pair for pair in units if round(rest / pair[0], 2) >= 1)
-    return f"{sign}{rest / unit:.2f}".rstrip("0").rstrip(".") + f" {name}"
+    unit, name = next(pair for pair in units if round(magnitude / pair[0], 2) >= 1)
+    return f"{sign}{magnitude / unit:.2f}".rstrip("0").rstrip(".") + f" {name}"

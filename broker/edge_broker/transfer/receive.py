@@ -160,7 +160,7 @@ class Receiver:
             if entry.state != "open":
                 self._answer(manifest.transfer)
                 return None
-        elif not self._acceptable(manifest, known=entry is not None):
+        elif not self._acceptable(manifest, offered_before=entry is not None):
             return None
         if not self._places.has_room(manifest):
             self._queue(device, Pause(transfer=manifest.transfer, seconds=_PAUSE_S))
@@ -172,11 +172,11 @@ class Receiver:
         self._grant(manifest)
         return None
 
-    def _acceptable(self, manifest: Manifest, known: bool) -> bool:
+    def _acceptable(self, manifest: Manifest, offered_before: bool) -> bool:
         """Whether a new manifest may be collected; otherwise the device is answered."""
         device, last = manifest.device, self._journal.sequence(manifest.device)
         code, reason = "", ""
-        if known:
+        if offered_before:
             code, reason = "changed", "this transfer was offered before with another manifest"
         elif manifest.sequence <= last:
             code = "replay"

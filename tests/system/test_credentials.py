@@ -14,7 +14,7 @@ import psutil
 import pytest
 from edge_broker import address, credentials
 from edge_broker.errors import BrokerUnreachable
-from edge_broker.local import _free_port, find_mosquitto
+from edge_broker.local import find_mosquitto, free_port
 from edge_broker.session import Session
 from fleet import Command, Fleet
 
@@ -30,7 +30,7 @@ def closed_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         pytest.skip("Mosquitto is not installed")
     folder = tmp_path_factory.mktemp("closed")
     subprocess.run([make_file, "-b", "-c", folder / "passwords", USER, PASSWORD], check=True)
-    port = _free_port("127.0.0.1", 0)
+    port = free_port()
     lines = (f"listener {port} 127.0.0.1", "allow_anonymous false", f"password_file {folder / 'passwords'}")
     (folder / "conf").write_text("\n".join([*lines, "user root", "log_dest none", ""]))
     process = subprocess.Popen([mosquitto, "-c", folder / "conf"])

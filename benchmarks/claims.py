@@ -77,7 +77,7 @@ def _memory(facts: Facts, steps: int) -> Table:
     ours: dict[str, measure.Taken] = {}
     others: dict[str, measure.Taken] = {}
     for weights in FORMATS:
-        fleet, plan = measure.planned(facts, facts.layers, measure.Workload(weights, RANK, 1, TOKENS, steps))
+        fleet, plan = measure.planned(facts, facts.layers, measure.Trial(weights, RANK, 1, TOKENS, steps))
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             result = measure.train(facts, fleet, plan, measure.texts(steps, TOKENS), [], folder)

@@ -15,7 +15,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from edge_runtime.agent.measure import Measurement, Taken, Workload, measure
+from edge_runtime.agent.measure import Measurement, Taken, Trial, measure
 from edge_runtime.demo import model
 from edge_runtime.planning import processes
 from edge_runtime.settings import Boundaries, Weights
@@ -79,7 +79,7 @@ def main() -> None:
         done = measure(
             str(case.source),
             Path.cwd(),
-            Workload(
+            Trial(
                 weights=case.weights,
                 rank=16,
                 rows=case.rows,

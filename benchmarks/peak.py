@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.memory import GEMMA, MIB, SMOLLM2
-from edge_runtime.agent.measure import Workload, measure
+from edge_runtime.agent.measure import Trial, measure
 from edge_runtime.planning import processes
 from edge_runtime.settings import Weights
 from edge_runtime.trainer.job import Machine
@@ -45,7 +45,7 @@ def main() -> None:
             done = measure(
                 str(source),
                 Path.cwd(),
-                Workload(weights, rank, rows, tokens, steps),
+                Trial(weights, rank, rows, tokens, steps),
                 peft=False,
                 random_weights=source == GEMMA,
                 machine=Machine(),

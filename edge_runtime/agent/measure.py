@@ -21,8 +21,9 @@ from edge_runtime.agent.local_round import read_result, write_job
 from edge_runtime.errors import InputError, TrainerError
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning import processes
+from edge_runtime.planning.candidates import Base, Schedule, plan
 from edge_runtime.planning.predict import MLP_TOKENS
-from edge_runtime.planning.search import Way, plan
+from edge_runtime.planning.workload import Workload
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import PhaseMemory, Result
 from edge_runtime.settings import Adapter, Boundaries, Fleet, Model, Training, Weights
@@ -49,7 +50,7 @@ WORDS = [
 ]
 
 
-class Workload(NamedTuple):
+class Trial(NamedTuple):
     """The steps that are measured; all rows of a step go through the model at once."""
 
     weights: Weights
@@ -85,7 +86,7 @@ class Measurement(Taken, frozen=True):
 def measure(
     source: str,
     models: Path,
-    workload: Workload,
+    trial: Trial,
     *,
     peft: bool,
     random_weights: bool = False,
@@ -96,7 +97,7 @@ def measure(
     Args:
         source: as in a catalog.
         models: where relative paths are looked for.
-        workload: the steps.
+        trial: the steps.
         peft: run PEFT on the same rows too, in a process of its own.
         random_weights: draw the model that the source's config.json describes.
         machine: device of both processes, and their cap of the GPU.
@@ -107,10 +108,10 @@ def measure(
     if peft and find_spec("peft") is None:
         raise InputError("PEFT is not installed: pip install peft")
     facts = processes.prepared(source, models, random_weights=random_weights)
-    rows, tokens = workload.rows * workload.steps, workload.tokens
+    rows, tokens = trial.rows * trial.steps, trial.tokens
     if tokens > facts.positions:
         raise InputError(f"rows of {tokens} tokens are too long: {source} has {facts.positions} positions")
-    fleet, prediction = planned(facts, facts.layers, workload, machine.device)
+    fleet, prediction = planned(facts, facts.layers, trial, machine.device)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         result = train(facts, fleet, prediction, texts(rows, tokens), [], folder, machine)
@@ -140,9 +141,9 @@ def typical(seconds: list[float]) -> float:
     return statistics.median(seconds[WARM_UP:] or seconds)
 
 
-def planned(facts: Facts, depth: int, workload: Workload, device: str = "cpu") -> tuple[Fleet, Plan]:
+def planned(facts: Facts, depth: int, trial: Trial, device: str = "cpu") -> tuple[Fleet, Plan]:
     """A fleet of one model, and the plan in which a step goes through it at once."""
-    weights, rank, rows, tokens, steps, boundaries, streamed, kept_blocks = workload
+    weights, rank, rows, tokens, steps, boundaries, streamed, kept_blocks = trial
     fleet = Fleet(
         name="measure",
         catalog=(Model(source="model", depth=depth, weights=(weights,)),),
@@ -150,16 +151,12 @@ def planned(facts: Facts, depth: int, workload: Workload, device: str = "cpu") -
         training=Training(steps=steps, rows_a_step=rows, max_tokens=tokens),
     )
     prediction = plan(
-        fleet,
-        facts,
-        "model",
-        depth,
-        weights,
+        Workload.of(fleet, facts, processes.runtime_bytes()),
+        processes.rates(device),
+        Base("model", depth, weights),
         tokens=tokens,
         rank=rank,
-        way=Way(rows, boundaries, None if streamed else MLP_TOKENS, streamed, kept_blocks),
-        runtime_bytes=processes.runtime_bytes(),
-        rates=processes.rates(device),
+        schedule=Schedule(rows, boundaries, None if streamed else MLP_TOKENS, streamed, kept_blocks),
         lengths=1,
     )
     return fleet, prediction

@@ -82,7 +82,7 @@ def command(
     """
     from edge_profiles import probe
 
-    from edge_runtime.agent.measure import Workload, measure
+    from edge_runtime.agent.measure import Trial, measure
     from edge_runtime.cli import views
     from edge_runtime.methods import MOST_RANK
     from edge_runtime.trainer.job import Machine
@@ -96,7 +96,7 @@ def command(
     measurement = measure(
         model,
         models,
-        Workload(weights, rank, batch, tokens, steps, boundaries, streamed, kept_blocks),
+        Trial(weights, rank, batch, tokens, steps, boundaries, streamed, kept_blocks),
         peft=against == "peft",
         random_weights=random_weights,
         machine=Machine(

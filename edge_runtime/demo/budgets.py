@@ -5,7 +5,7 @@ the smallest peaks of two neighbouring sizes fits the smaller one of them and no
 """
 
 from edge_runtime.models.facts import Facts
-from edge_runtime.planning.search import candidates
+from edge_runtime.planning.candidates import candidates
 from edge_runtime.planning.time import Rates
 from edge_runtime.settings import Fleet
 

@@ -1,44 +1,25 @@
 """Predicts the peak memory of training from the model's facts alone; nothing is loaded.
 
-    peak = runtime + kernels + adapter + the largest of
-           weights + boundaries + activations + block      backward through a block
-           weights + boundaries + activations + loss       between forward and backward
-           weights + answers       prompts are completed, after training, where the method exchanges completions
-           encode                  what is sent is made; the model is gone
-           tokenizer               rows are read; it is gone before the model comes, and kernels and adapter are not there yet
+    peak = runtime + kernels + adapter + the largest phase:
+           backward through a block      weights + boundaries + activations + block
+           between forward and backward  weights + boundaries + activations + loss
+           completion of prompts         weights + answers, where the method exchanges completions
+           encoding the delta            encode; the model is gone
+           reading rows                  tokenizer; it is gone before the model comes
 
-    runtime     a trainer that trained a model of almost nothing (measured once on the device, see `baseline`)
-    kernels     what the matrix library builds and keeps for each length of rows that a run meets; long ones have more shapes,
-                of attention's tiles, and where lengths vary the loss has a shape for each number of labelled tokens
-    adapter     6 B a parameter that is trained: factor in float32, two moments in 8 bits each; 4 B more where several
-                micro-batches make a step, whose gradients are summed; 4 B one that is frozen
-    weights     frozen parameters kept, in their format; packed ones with the matrix that is expanded while it is used;
-                streamed ones a block at a time
-    boundaries  each block's input for the tokens of a micro-batch, as it is or in 8 bits
-    activations of the blocks that do not run again: 5 rows as wide as the hidden states a token, 5 as wide as all heads and
-                3 as wide as the MLP, and what the heap loses between them
-    block       one block's activations and their gradients while it runs again: in its MLP 17 hidden and 7 intermediate rows a
-                token, or in its attention 10 hidden ones and 10 of queries, keys and values
-    loss        the chunk of logits, what is made of it, and pieces of a packed head
-    answers     keys and values of a micro-batch, and half of what a block takes in backward
-    encode      what is sent and what it leaves behind, beside the factor, which becomes the latter
-    tokenizer   vocabulary and merges, eleven times its file, less what of the runtime's own comes with the first step
-
-Where norms follow attention and MLP too, they are 8 more hidden rows a token (measured with Gemma 3).
-The factors were fitted to measured peaks; `make bench-peak` prints prediction beside measurement.
+`Prediction` has the formula of each term. The factors were fitted to measured peaks; `make bench-peak` prints prediction beside
+measurement.
 """
 
-import math
+import msgspec
 
-from edge_runtime.adapters.shapes import adapter_shapes
-from edge_runtime.methods.interface import Method
 from edge_runtime.models.facts import Facts
-from edge_runtime.models.slices import kept_layers
-from edge_runtime.protocol.keys import name_of
+from edge_runtime.planning.workload import Workload
 from edge_runtime.protocol.plan import Plan
-from edge_runtime.settings import PACKED, Role, Weights
+from edge_runtime.settings import PACKED, Weights
 
 MIB = 1 << 20
+# Bytes of a number in each format.
 VALUE_BYTES = {
     "float32": 4.0,
     "bfloat16": 2.0,
@@ -47,120 +28,126 @@ VALUE_BYTES = {
     "q4_0": 18 / 32,
     "nf4": 0.516,
 }
-ADAPTER_BYTES, SUM_BYTES, FROZEN_BYTES, ENCODE_BYTES = 6, 4, 4, 9
-TOKENIZER_COPIES, FIRST_STEP_BYTES = (11, 36 * MIB)  # of its file; measured with 49,152 and 262,144 tokens
-KERNEL_BYTES, MOST_LENGTHS = (8 * MIB, 6)  # of a length of rows; the library's cache holds that of so many
-LONG_TOKENS, LONG_BYTES = 256, 4 * MIB  # rows of more than so many: that much more
-VARIED_BYTES = 20 * MIB  # of the loss, where rows are of several lengths
-LOSS_CHUNK_BYTES = 8 * MIB  # of logits at once, unless memory is short
+
+# Rows are padded to multiples of LENGTH_STEP tokens.
+LENGTH_STEP = 8
+# Tokens that go through an MLP at once: at no cost in time, and where memory is short.
+MLP_TOKENS, FEWER_MLP_TOKENS = 1024, 256
+
+# The adapter: bytes of a trained parameter, of its gradient's sum, of a frozen one, and of one that is encoded.
+TRAINED_BYTES, SUM_BYTES, FROZEN_BYTES, ENCODE_BYTES = 6, 4, 4, 9
+
+# Kernels that the matrix library keeps: for each length of rows up to its cache's size, more for long rows, whose attention
+# has more shapes of tiles; and for the loss, which has a shape for each number of labelled tokens where lengths vary.
+KERNEL_BYTES, CACHED_LENGTHS = 8 * MIB, 6
+LONG_TOKENS, LONG_BYTES = 256, 4 * MIB
+VARIED_BYTES = 20 * MIB
+
+# The tokenizer: times its file, less what the first step adds to the runtime; measured with 49,152 and 262,144 tokens.
+TOKENIZER_COPIES, FIRST_STEP_BYTES = 11, 36 * MIB
+
+# Logits that exist at once, unless memory is short, and copies of them that the loss makes.
+LOSS_CHUNK_BYTES = 8 * MIB
 LOSS_COPIES = {"dense": 2.6, "packed": 1.9}
+
+# A block that runs again: rows of numbers a token, in its MLP or in its attention; copies by the bytes of a number.
 BLOCK_BYTES = 4 * MIB  # of any size: pieces of the optimiser's step
-BLOCK_COPIES = {2: 1.05, 4: 0.75}  # by the bytes of a value
-HIDDEN_ROWS, INTERMEDIATE_ROWS = (17, 7)  # a token, of a block's activations and their gradients, in its MLP
-ATTENTION_ROWS = 10  # the same in its attention, of each kind
-KEPT_HIDDEN_ROWS, KEPT_HEAD_ROWS, KEPT_INTERMEDIATE_ROWS = (
-    5,
-    5,
-    3,
-)  # a token, of a block's activations alone
+BLOCK_COPIES = {2: 1.05, 4: 0.75}
+HIDDEN_ROWS, INTERMEDIATE_ROWS = 17, 7
+ATTENTION_ROWS = 10
+
+# A block whose activations are kept: rows a token, and the heap's loss between them.
+KEPT_HIDDEN_ROWS, KEPT_HEAD_ROWS, KEPT_INTERMEDIATE_ROWS = 5, 5, 3
 KEPT_COPIES = 1.2
-NORMED_FAMILIES, NORM_ROWS = (("gemma2", "gemma3", "gemma3_text"), 8)  # norms after attention and MLP too
-MLP_TOKENS, FEWER_MLP_TOKENS = (
-    1024,
-    256,
-)  # that go through an MLP at once: at no cost, and where memory is short
-UNGATED_FAMILIES = ("gpt2", "phi")  # their MLPs do not come in tiles
-LENGTH_STEP = 8  # rows are padded to multiples of it
+
+NORMED_FAMILIES, NORM_ROWS = ("gemma2", "gemma3", "gemma3_text"), 8  # norms follow attention and MLP too
+UNGATED_FAMILIES = ("gpt2", "phi")  # their MLPs do not run in tiles
 
 
-def terms(
-    facts: Facts,
-    plan: Plan,
-    *,
-    method: Method,
-    roles: tuple[Role, ...],
-    rows_a_step: int,
-    lengths: int,
-    runtime_bytes: int,
-) -> dict[str, int]:
-    """Predicted bytes by what takes them; their sum is the predicted peak.
+class Prediction(msgspec.Struct, frozen=True):
+    """Predicted bytes of each term. A batch is the tokens of a micro-batch; a number of activations has `width` bytes."""
+
+    # A trainer that has trained a model of almost nothing, measured once on the device.
+    runtime: int
+    # KERNEL_BYTES, and again for each length of rows.
+    kernels: int
+    # A trained parameter: float32 and two moments of 8 bits, and the sum of gradients if micro-batches share a step.
+    adapter: int
+    # Frozen parameters in their format. Packed: and the largest matrix expanded. Streamed: one block of them.
+    weights: int
+    # batch x hidden numbers in width or 8 bits, of each block that runs again.
+    boundaries: int
+    # Of each block that runs once: batch x (5 hidden + 5 heads' + 3 intermediate) numbers.
+    activations: int
+    # batch x the larger of 17 hidden + 7 intermediate (MLP) and 10 hidden + 10 of queries, keys and values (attention).
+    block: int
+    # The chunk of logits, what the loss makes of it, and pieces of a packed head.
+    loss: int
+    # Keys and values of a batch, and half of a block.
+    answers: int
+    # The delta and what rounding loses, beside the factor, which becomes the latter.
+    encode: int
+    # The tokenizer's file eleven times, less the first step, kernels and adapter, which come later.
+    tokenizer: int
+
+    def terms(self) -> dict[str, int]:
+        """The terms of the largest phase that are above 0; their sum is the predicted peak."""
+        training = {name: getattr(self, name) for name in ("weights", "boundaries", "activations")}
+        training |= {"block": self.block} if self.block > self.loss else {"loss": self.loss}
+        completion = {"weights": self.weights, "answers": self.answers}
+        phases = (training, completion, {"encode": self.encode}, {"tokenizer": self.tokenizer})
+        largest = max(phases, key=lambda phase: sum(phase.values()))
+        always = {"runtime": self.runtime, "kernels": self.kernels, "adapter": self.adapter}
+        return always | {name: size for name, size in largest.items() if size}
+
+
+def predict(workload: Workload, plan: Plan, lengths: int) -> Prediction:
+    """Predict the memory of a plan.
 
     Args:
-        plan: all but its terms.
-        method: what it trains, freezes and sends.
-        roles: of the layers that the adapter is on.
-        lengths: of rows that a run meets, after padding.
-        runtime_bytes: the measured baseline of this device.
+        plan: its terms are not read.
+        lengths: different lengths of rows in a run, after padding.
     """
-    width = 4 if plan.weights == "float32" else 2  # of activations
+    facts, method = workload.facts, workload.method
+    width = 4 if plan.weights == "float32" else 2
     batch = plan.rows * plan.tokens
-    factor_bytes = ADAPTER_BYTES + (SUM_BYTES if plan.rows < rows_a_step else 0)
-    values = factor_values(facts, plan, roles, method)
-    adapter = sum(values.values())
+    values = workload.factor_values(plan)
     trained = sum(value for name, value in values.items() if method.factors[name].trained)
     sent = sum(value for name, value in values.items() if method.factors[name].exchanged)
-    kept = facts.hidden + 4 if plan.boundaries == "int8" else width * facts.hidden
-    at_once = batch if facts.family in UNGATED_FAMILIES else min(batch, plan.mlp_tokens or batch)
-    norms = batch * _norm_rows(facts) * facts.hidden
-    mlp = batch * HIDDEN_ROWS * facts.hidden + at_once * INTERMEDIATE_ROWS * facts.intermediate
-    attention = batch * ATTENTION_ROWS * (facts.hidden + (facts.heads + 2 * facts.kv_heads) * facts.head_dim)
-    joined = (
-        FROZEN_BYTES * adapter // plan.depth if method.joins_factors else 0
-    )  # a block's factors once more
-    values_at_once = norms + max(mlp, attention)
-    block = (
-        BLOCK_BYTES + int(BLOCK_COPIES[width] * width * values_at_once) + 2 * joined
-    )  # and their gradients
-    chunk = min(width * batch * facts.vocabulary, loss_chunk_bytes(plan))
-    loss = int(LOSS_COPIES["packed" if plan.weights in PACKED else "dense"] * chunk)
+    frozen = sum(values.values()) - trained
+    # These methods join the factors of a block, beside the factors themselves.
+    joined = FROZEN_BYTES * (trained + frozen) // plan.depth if method.joins_factors else 0
+    activations = _activations(facts, plan, batch, width) + joined
+    block = _block(facts, plan, batch, width) + 2 * joined  # and their gradients
+    kernels = KERNEL_BYTES + _kernels(plan, lengths)
+    trained_bytes = TRAINED_BYTES + (SUM_BYTES if plan.rows < workload.rows_a_step else 0)
+    adapter = trained_bytes * trained + FROZEN_BYTES * frozen
+    boundary = facts.hidden + 4 if plan.boundaries == "int8" else width * facts.hidden  # of a token
     cache = 2 * facts.kv_heads * facts.head_dim * width * batch * plan.depth
-    weights = {"weights": _weights(facts, 1 if plan.streamed else plan.depth, plan.weights)}
-    answers = {"answers": cache + block // 2} if method.answers is not None else {}
-    training = weights | {"boundaries": batch * kept * (plan.depth - plan.kept_blocks)}
-    if plan.kept_blocks:
-        held = _activations(facts, batch, width, tiled=at_once < batch) + joined
-        training["activations"] = plan.kept_blocks * held
-        block = max(block - held, 0)  # the one that goes through backward is among them
-    training |= {"block": block} if block > loss else {"loss": loss}
-    of_a_length = KERNEL_BYTES + (LONG_BYTES if plan.tokens > LONG_TOKENS else 0)
-    of_loss = VARIED_BYTES if lengths > 1 else 0
-    always = {
-        "runtime": runtime_bytes,
-        "kernels": KERNEL_BYTES + of_a_length * min(lengths, MOST_LENGTHS) + of_loss,
-        "adapter": factor_bytes * trained + FROZEN_BYTES * (adapter - trained),
-    }
-    not_yet = FIRST_STEP_BYTES + always["kernels"] + always["adapter"]
-    tokenizer = {"tokenizer": max(TOKENIZER_COPIES * facts.tokenizer_bytes - not_yet, 0)}
-    ways = (training, weights | answers, {"encode": ENCODE_BYTES * sent}, tokenizer)
-    return always | max(ways, key=lambda terms: sum(terms.values()))
-
-
-def factor_values(facts: Facts, plan: Plan, roles: tuple[Role, ...], method: Method) -> dict[str, int]:
-    """Values of each of the adapter's factors, over all layers."""
-    values = dict.fromkeys(method.factors, 0)
-    shapes = adapter_shapes(facts, kept_layers(plan.depth, facts.layers), roles, plan.rank, method)
-    for key, shape in shapes.items():
-        values[name_of(key)] += math.prod(shape)
-    return values
+    return Prediction(
+        runtime=workload.runtime_bytes,
+        kernels=kernels,
+        adapter=adapter,
+        weights=_weights(facts, 1 if plan.streamed else plan.depth, plan.weights),
+        boundaries=batch * boundary * (plan.depth - plan.kept_blocks),
+        activations=plan.kept_blocks * activations,
+        # The kept block that goes through backward is among the activations.
+        block=max(block - activations, 0) if plan.kept_blocks else block,
+        loss=_loss(facts, plan, batch, width),
+        answers=cache + block // 2 if method.answers is not None else 0,
+        encode=ENCODE_BYTES * sent,
+        tokenizer=max(TOKENIZER_COPIES * facts.tokenizer_bytes - FIRST_STEP_BYTES - kernels - adapter, 0),
+    )
 
 
 def loss_chunk_bytes(plan: Plan) -> int:
-    """Of logits that the trainer has at once."""
+    """Bytes of logits that the trainer has at once."""
     return LOSS_CHUNK_BYTES // 2 if plan.streamed else LOSS_CHUNK_BYTES
 
 
-def _activations(facts: Facts, batch: int, width: int, *, tiled: bool) -> int:
-    """What a block keeps for backward of so many tokens; an MLP in tiles runs again in any case."""
-    intermediate = INTERMEDIATE_ROWS if facts.family in UNGATED_FAMILIES else KEPT_INTERMEDIATE_ROWS
-    values = (
-        KEPT_HIDDEN_ROWS + _norm_rows(facts)
-    ) * facts.hidden + KEPT_HEAD_ROWS * facts.heads * facts.head_dim
-    values += 0 if tiled else intermediate * facts.intermediate
-    return int(KEPT_COPIES * width * batch * values)
-
-
-def _norm_rows(facts: Facts) -> int:
-    return NORM_ROWS if facts.family in NORMED_FAMILIES else 0
+def _kernels(plan: Plan, lengths: int) -> int:
+    of_a_length = KERNEL_BYTES + (LONG_BYTES if plan.tokens > LONG_TOKENS else 0)
+    return of_a_length * min(lengths, CACHED_LENGTHS) + (VARIED_BYTES if lengths > 1 else 0)
 
 
 def _weights(facts: Facts, depth: int, weights: Weights) -> int:
@@ -169,3 +156,38 @@ def _weights(facts: Facts, depth: int, weights: Weights) -> int:
         return int(VALUE_BYTES[weights] * (blocks + ends))
     expanded = 2 * max(out * into for out, into in facts.linears.values())
     return int(VALUE_BYTES[weights] * blocks + VALUE_BYTES["q8_0"] * ends) + expanded
+
+
+def _activations(facts: Facts, plan: Plan, batch: int, width: int) -> int:
+    """Bytes that a block keeps for backward when it does not run again."""
+    ungated = facts.family in UNGATED_FAMILIES
+    intermediate = INTERMEDIATE_ROWS if ungated else KEPT_INTERMEDIATE_ROWS
+    if _tile(facts, plan, batch) < batch:  # an MLP in tiles runs again in any case
+        intermediate = 0
+    hidden = (KEPT_HIDDEN_ROWS + _norm_rows(facts)) * facts.hidden
+    heads = KEPT_HEAD_ROWS * facts.heads * facts.head_dim
+    return int(KEPT_COPIES * width * batch * (hidden + heads + intermediate * facts.intermediate))
+
+
+def _block(facts: Facts, plan: Plan, batch: int, width: int) -> int:
+    """Bytes of a block's activations and their gradients while it runs again."""
+    tile = _tile(facts, plan, batch)
+    mlp = batch * HIDDEN_ROWS * facts.hidden + tile * INTERMEDIATE_ROWS * facts.intermediate
+    heads = (facts.heads + 2 * facts.kv_heads) * facts.head_dim
+    attention = batch * ATTENTION_ROWS * (facts.hidden + heads)
+    norms = batch * _norm_rows(facts) * facts.hidden
+    return BLOCK_BYTES + int(BLOCK_COPIES[width] * width * (norms + max(mlp, attention)))
+
+
+def _loss(facts: Facts, plan: Plan, batch: int, width: int) -> int:
+    chunk = min(width * batch * facts.vocabulary, loss_chunk_bytes(plan))
+    return int(LOSS_COPIES["packed" if plan.weights in PACKED else "dense"] * chunk)
+
+
+def _tile(facts: Facts, plan: Plan, batch: int) -> int:
+    """Tokens that go through an MLP at once."""
+    return batch if facts.family in UNGATED_FAMILIES else min(batch, plan.mlp_tokens or batch)
+
+
+def _norm_rows(facts: Facts) -> int:
+    return NORM_ROWS if facts.family in NORMED_FAMILIES else 0

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import torch
 
-from edge_runtime import settings
 from edge_runtime.adapters.attach import Adapter
 from edge_runtime.methods.interface import Method
 from edge_runtime.models.slices import nested_blocks
+from edge_runtime.planning.candidates import lower
 from edge_runtime.planning.predict import loss_chunk_bytes
-from edge_runtime.planning.search import lower
+from edge_runtime.planning.workload import Workload
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Easing
 from edge_runtime.trainer import step
@@ -74,7 +74,7 @@ def train(
 ) -> Trained:
     """Make the steps of the job's round; raises as step.train and Limit.ease do."""
     plan = job.plan
-    steps = _Steps(job, _limit(job, method, reporter.meter), base, reporter)
+    steps = _Steps(job, _limit(job, reporter.meter), base, reporter)
     depths = job.depths if method.exchanges_layers else (plan.depth,)
     round_settings = step.RoundSettings(
         training=job.fleet.training,
@@ -102,10 +102,9 @@ def train(
     return Trained(losses, seconds, steps.easings, steps.micro_rows)
 
 
-def _limit(job: Job, method: Method, meter: Meter) -> Limit | None:
-    budget, fleet = job.machine.budget_bytes, job.fleet
+def _limit(job: Job, meter: Meter) -> Limit | None:
+    budget = job.machine.budget_bytes
     if budget is None:
         return None
-    rows = settings.rows_of_a_step(fleet.training, fleet.codistill)
-    present, *cheaper = lower(job.facts, job.plan, method=method, roles=fleet.adapter.roles, rows_a_step=rows)
+    present, *cheaper = lower(Workload.of(job.fleet, job.facts, job.plan.terms["runtime"]), job.plan)
     return Limit(budget, present, cheaper, meter.lap)

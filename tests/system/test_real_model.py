@@ -15,7 +15,7 @@ from records import committed, job, master, remembered, reports, sent, version_0
 from edge_runtime import settings
 from edge_runtime.demo import outcome as demo
 from edge_runtime.planning import processes
-from edge_runtime.planning.search import candidates
+from edge_runtime.planning.candidates import candidates
 
 FEW = 10  # rows of the shallow device; the deep one draws 16 a round out of its 40
 DEEP, SHALLOW = "deep", "shallow"

@@ -16,7 +16,7 @@ def budget_for_depth(fleet: Fleet, model: Path, depth: int) -> str:
     """A budget that this depth fits and the next larger one of the catalog does not."""
     from edge_runtime import settings
     from edge_runtime.planning import processes
-    from edge_runtime.planning.search import candidates
+    from edge_runtime.planning.candidates import candidates
 
     fleet_settings = settings.load(fleet.folder / "fleet.toml")
     facts = {str(model): processes.prepared(str(model), model)}

@@ -53,9 +53,7 @@ def test_both_train_the_same_and_say_what_they_took(tiny_folder, cache):
 
 
 def test_all_parameters_can_be_trained_beside_ours(tiny_facts, cache, tmp_path):
-    fleet, plan = measuring.planned(
-        tiny_facts, tiny_facts.layers, measuring.Workload("bfloat16", 2, 2, 32, 4)
-    )
+    fleet, plan = measuring.planned(tiny_facts, tiny_facts.layers, measuring.Trial("bfloat16", 2, 2, 32, 4))
     ours = measuring.taken(measuring.train(tiny_facts, fleet, plan, texts(8, 32), [], tmp_path))
     lora, full = measuring.beside(tmp_path), measuring.beside(tmp_path, "--full")
     assert ours.losses[0] == pytest.approx(full.losses[0], rel=0.01)

@@ -88,9 +88,7 @@ def test_public_texts_that_are_others_than_those_that_were_asked_are_refused(nod
 def test_an_update_weighs_no_more_than_the_rows_of_a_round(samples, taken):
     fleet = settings.parse({**FLEET, "training": {"steps": 3, "rows_a_step": 2}})
     described = {"fleet": "f", "device": "a", "round": 1, "model_class": "m", "codec": CODEC}
-    reason = refusal(
-        messages.describe(b"delta", messages.Origin(samples=samples, **described), 8), fleet, 1
-    )
+    reason = refusal(messages.describe(b"delta", messages.Origin(samples=samples, **described), 8), fleet, 1)
     assert (reason is None) is taken
     if not taken:
         assert reason == f"the manifest has {samples} samples, which weigh its mean, but a round has 1 to 6"

@@ -1,5 +1,6 @@
 """The plan a budget gets, and the predicted peak against that of the real trainer process."""
 
+import dataclasses
 import os
 
 import msgspec
@@ -11,11 +12,12 @@ from edge_runtime.agent import measure
 from edge_runtime.cli import views
 from edge_runtime.demo import commands
 from edge_runtime.errors import BudgetError, InputError
-from edge_runtime.methods import fedit
 from edge_runtime.planning import search
-from edge_runtime.planning.predict import terms
-from edge_runtime.planning.search import Way, candidates, choose, lower
+from edge_runtime.planning.candidates import Base, Schedule, candidates, lower, plan
+from edge_runtime.planning.predict import predict
+from edge_runtime.planning.search import choose
 from edge_runtime.planning.time import Rates
+from edge_runtime.planning.workload import Workload
 from edge_runtime.settings import Adapter, Codistill, Fleet, Method, Model, Training
 from edge_runtime.trainer import data
 
@@ -34,6 +36,10 @@ def fleet(*catalog, rank=4, lower=(), **training):
         adapter=Adapter(rank=rank, lower=lower),
         training=Training(**{"rows_a_step": 8, "max_tokens": 64, **training}),
     )
+
+
+def lowered(of, plan, facts=LARGE, **changes):
+    return lower(dataclasses.replace(Workload.of(of, facts, RUNTIME), **changes), plan)
 
 
 @pytest.fixture(autouse=True)
@@ -298,7 +304,7 @@ def test_memory_that_is_left_over_keeps_as_many_blocks_as_fit(monkeypatch):
         before = fits
     assert before.how.endswith(f", {before.kept_blocks} blocks run once")
     assert choose(of, FACTS, 1 << 40, RUNTIME, RATES).fits.kept_blocks == 30
-    _, *ways = lower(LARGE, before, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=4)
+    _, *ways = lowered(of, before)
     assert [(way.rows, way.kept_blocks) for way in ways[:2]] == [
         (4, 0),
         (2, 0),
@@ -306,31 +312,20 @@ def test_memory_that_is_left_over_keeps_as_many_blocks_as_fit(monkeypatch):
 
 
 def terms_of(of, plan):
-    sizes = {"rows_a_step": of.training.rows_a_step, "lengths": plan.tokens // 8, "runtime_bytes": RUNTIME}
-    return terms(LARGE, plan, method=fedit.METHOD, roles=of.adapter.roles, **sizes)
+    return predict(Workload.of(of, LARGE, RUNTIME), plan, lengths=plan.tokens // 8).terms()
 
 
 @pytest.mark.parametrize(
-    ("way", "message"),
+    ("schedule", "message"),
     [
-        (Way(1, kept_blocks=31), "31 blocks are to run once, but large has 30"),
-        (Way(1, streamed=True, kept_blocks=1), "weights are streamed cannot run once"),
+        (Schedule(1, kept_blocks=31), "31 blocks are to run once, but large has 30"),
+        (Schedule(1, streamed=True, kept_blocks=1), "weights are streamed cannot run once"),
     ],
 )
-def test_blocks_that_cannot_be_kept_are_refused(way, message):
+def test_blocks_that_cannot_be_kept_are_refused(schedule, message):
     with pytest.raises(InputError, match=message):
-        search.plan(
-            fleet(),
-            LARGE,
-            "large",
-            30,
-            "q4_1",
-            tokens=64,
-            rank=4,
-            way=way,
-            runtime_bytes=RUNTIME,
-            rates=RATES,
-        )
+        base = Base("large", 30, "q4_1")
+        plan(Workload.of(fleet(), LARGE, RUNTIME), RATES, base, tokens=64, rank=4, schedule=schedule)
 
 
 def test_a_plan_that_is_in_time_only_with_kept_blocks_is_chosen(monkeypatch):
@@ -348,21 +343,9 @@ def test_a_plan_that_is_in_time_only_with_kept_blocks_is_chosen(monkeypatch):
 
 def test_a_running_plan_with_kept_blocks_first_runs_them_again_and_never_takes_more_rows():
     of = fleet(Model("large", weights=("bfloat16",)), rows_a_step=4, max_tokens=128)
-    kept = search.plan(
-        of,
-        LARGE,
-        "large",
-        30,
-        "bfloat16",
-        tokens=128,
-        rank=4,
-        way=Way(4, kept_blocks=20),
-        runtime_bytes=RUNTIME,
-        rates=RATES,
-    )
-    _, *ways = lower(
-        LARGE, kept, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=20
-    )  # with public texts
+    workload, base = Workload.of(of, LARGE, RUNTIME), Base("large", 30, "bfloat16")
+    kept = plan(workload, RATES, base, tokens=128, rank=4, schedule=Schedule(4, kept_blocks=20))
+    _, *ways = lowered(of, kept, rows_a_step=20)  # with public texts
     assert [(way.rows, way.kept_blocks) for way in ways][:2] == [(4, 0), (3, 0)]
 
 
@@ -388,7 +371,7 @@ def test_keys_and_values_of_answers_are_predicted_where_they_weigh_more_than_tra
 def test_a_running_plan_is_lowered_in_the_order_that_costs_least():
     of = fleet(Model("large", weights=("bfloat16",)), rank=16, rows_a_step=8, max_tokens=1024)
     first = plans(of)[0]
-    now, *ways = lower(LARGE, first, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=8)
+    now, *ways = lowered(of, first)
     assert now == first
     assert [(way.rows, way.boundaries, way.mlp_tokens) for way in ways] == [
         *((rows, "input", 1024) for rows in (4, 2, 1)),
@@ -401,21 +384,15 @@ def test_a_running_plan_is_lowered_in_the_order_that_costs_least():
         name: getattr(first, name) for name in ("source", "depth", "weights", "rank", "tokens", "streamed")
     }
     assert all({name: getattr(way, name) for name in same} == same for way in ways)
-    assert lower(LARGE, ways[-1], method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=8)[1:] == []
+    assert lowered(of, ways[-1])[1:] == []
     streamed = plans(fleet(Model("large", weights=("q4_1",)), rows_a_step=8, max_tokens=512))[-1]
-    assert (
-        streamed.streamed
-        and lower(LARGE, streamed, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=8)[1:] == []
-    )
+    assert streamed.streamed and lowered(of, streamed)[1:] == []
 
 
 def test_smaller_micro_batches_that_would_need_more_for_their_sums_are_no_way_down():
     of = fleet(Model("large", weights=("bfloat16",)), rank=256, rows_a_step=8, max_tokens=8)
     first = plans(of)[0]
-    assert all(
-        way.predicted_peak_bytes < first.predicted_peak_bytes
-        for way in lower(LARGE, first, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=8)[1:]
-    )
+    assert all(way.predicted_peak_bytes < first.predicted_peak_bytes for way in lowered(of, first)[1:])
     assert plans(of)[1].predicted_peak_bytes > first.predicted_peak_bytes
 
 
@@ -501,7 +478,7 @@ def test_the_prediction_is_near_the_trainers_peak(
     drawn = commands.rows("kitchen", train=60, held_out=8, seed=0)
     longest = max(len(one.ids) for one in data.tokenize([*drawn.train, *drawn.held_out], demo_tokenizer, 512))
     of, plan = measure.planned(
-        demo_facts, depth, measure.Workload(weights, 16, rows, longest, steps=4, kept_blocks=kept_blocks)
+        demo_facts, depth, measure.Trial(weights, 16, rows, longest, steps=4, kept_blocks=kept_blocks)
     )
     measured = measure.train(demo_facts, of, plan, drawn.train, drawn.held_out, tmp_path).measured_peak_bytes
     record_property("predicted / measured", round(plan.predicted_peak_bytes / measured, 3))
@@ -524,8 +501,8 @@ def test_what_a_method_freezes_or_keeps_takes_less():
 def test_a_large_tokenizer_takes_more_than_a_small_packed_model():
     def planned(megabytes, tokens=16):
         known = msgspec.structs.replace(GEMMA, tokenizer_bytes=megabytes * MIB)
-        more = {"tokens": tokens, "rank": 4, "way": Way(1), "runtime_bytes": RUNTIME, "rates": RATES}
-        return search.plan(fleet(), known, "m", 2, "q4_1", **more)
+        workload, base = Workload.of(fleet(), known, RUNTIME), Base("m", 2, "q4_1")
+        return plan(workload, RATES, base, tokens=tokens, rank=4, schedule=Schedule(1))
 
     assert planned(3) == planned(0)
     read = planned(32)
@@ -542,6 +519,6 @@ def test_a_running_trainer_is_without_its_tokenizer():
         next(iter(candidates(of, {"large": known}, RUNTIME, RATES))) for known in (GEMMA, large)
     )
     assert "tokenizer" in first.terms and first.predicted_peak_bytes > bare.predicted_peak_bytes
-    ways = lower(large, first, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=4)
+    ways = lowered(of, first, large)
     assert ways[0].terms == bare.terms and len(ways) > 1
-    assert ways == lower(GEMMA, bare, method=fedit.METHOD, roles=of.adapter.roles, rows_a_step=4)
+    assert ways == lowered(of, bare, GEMMA)

@@ -5,8 +5,9 @@ import pytest
 from architectures import GEMMA, RATES, SMOLLM2
 
 from edge_runtime.planning import processes
-from edge_runtime.planning.search import Way, plan
+from edge_runtime.planning.candidates import Base, Schedule, plan
 from edge_runtime.planning.time import Rates
+from edge_runtime.planning.workload import Workload
 from edge_runtime.settings import Adapter, Fleet, Head, Model, Training
 
 
@@ -19,23 +20,20 @@ def seconds(
     tokens=256,
     rank=16,
     depth=None,
-    way=None,
+    schedule=None,
     rates=RATES,
     head=None,
 ):
     """Predicted, of a step of so many rows in micro-batches of `rows`."""
     training = Training(rows_a_step=step, max_tokens=tokens)
+    fleet = Fleet("f", (Model("m"),), adapter=Adapter(rank=rank), training=training, head=head)
     return plan(
-        Fleet("f", (Model("m"),), adapter=Adapter(rank=rank), training=training, head=head),
-        facts,
-        "m",
-        depth or facts.layers,
-        weights,
+        Workload.of(fleet, facts, 0),
+        rates,
+        Base("m", depth or facts.layers, weights),
         tokens=tokens,
         rank=rank,
-        way=way or Way(rows),
-        runtime_bytes=0,
-        rates=rates,
+        schedule=schedule or Schedule(rows),
     ).step_seconds
 
 
@@ -59,7 +57,7 @@ def test_a_machine_that_is_faster_in_what_a_plan_needs_makes_a_shorter_step(weig
         ({"rows": 4, "weights": "q4_1"}, {"rows": 1, "weights": "q4_1"}),  # the weights are expanded for each
         ({"weights": "bfloat16"}, {"weights": "q4_1"}),
         ({"weights": "q8_0"}, {"weights": "nf4"}),
-        ({"weights": "q4_1"}, {"weights": "q4_1", "way": Way(4, "int8", None, True)}),
+        ({"weights": "q4_1"}, {"weights": "q4_1", "schedule": Schedule(4, "int8", None, True)}),
         ({"head": Head()}, {}),  # over labels, in the place of the vocabulary's
         ({"facts": SMOLLM2}, {"facts": msgspec.structs.replace(SMOLLM2, vocabulary=262144)}),
     ],
@@ -84,7 +82,7 @@ HEADED = {
 MEASURED = [  # seconds: medians of real trainer processes on two cores of an AMD EPYC, rank 16 on all linear layers
     (3.5, {}),
     (3.9, {"weights": "q4_1"}),
-    (1.6, {"weights": "q4_1", "step": 1, "way": Way(1, "int8", None, True)}),
+    (1.6, {"weights": "q4_1", "step": 1, "schedule": Schedule(1, "int8", None, True)}),
     (3.3, {"facts": GEMMA, "step": 1, "rows": 1, "tokens": 512}),
     (3.6, {"facts": GEMMA, "step": 1, "rows": 1, "tokens": 512, "weights": "q4_1"}),
     (2.7, HEADED),
@@ -120,7 +118,7 @@ def printed(monkeypatch, tmp_path):
         return msgspec.json.encode(Rates(float(len(commands)), 1.0, 1.0))
 
     monkeypatch.setenv("EDGE_RUNTIME_CACHE", str(tmp_path))
-    monkeypatch.setattr(processes, "_output", output)
+    monkeypatch.setattr(processes, "output", output)
     return commands
 
 

@@ -8,7 +8,8 @@
     [codistill] anchors, texts, rows, weight, across: of learning from what other devices predict
     [[catalog]] models in order of preference: source, depth, weights
 
-The node sends all of it to the devices in its round message, so a device is configured by the broker's address alone.
+The node sends all of it to the devices in its round message, so a device is configured by the
+broker's address alone.
 """
 
 import difflib
@@ -53,7 +54,7 @@ class Method(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A linear head over the labels learns rows of text and label; without it they are learned as text."""
+    """A linear head over the labels; without it, rows of text and label are learned as text."""
 
     shared: Literal["class", "private"] = "class"  # each label's row: in the model class, or with nobody
 
@@ -76,7 +77,7 @@ class Codistill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Adapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The adapter of every device: y = W x + (alpha / rank) B C A x on each linear layer of the roles."""
+    """The adapter on each linear layer of the roles: y = W x + (alpha / rank) B C A x."""
 
     rank: int = 16
     # Falling ranks for devices that `rank` does not fit; only for methods that merge unequal ranks
@@ -101,8 +102,9 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clip_norm: float = 1.0
     max_tokens: int = 512  # longer rows are cut
     shorter: tuple[int, ...] = ()  # falling lengths for devices that max_tokens does not fit
-    # Slices whose loss a step takes: the device's alone, or in turn also each smaller slice that the
-    # catalog has of the checkpoint, so that the delta fits smaller devices too (models/slices.py).
+    # Slices whose loss a step takes: the device's alone, or in turn also each smaller slice that
+    # the catalog has of the checkpoint, so that the delta fits smaller devices too
+    # (models/slices.py).
     slices: Literal["own", "nested"] = "nested"
     timeout_s: float = 3600.0
     step_deadline_s: float | None = None  # predicted seconds that a step may take; None: no limit
@@ -212,9 +214,9 @@ def _check(fleet: Fleet) -> None:
         rules += _codistill_rules(fleet.codistill, fleet)
     for model in fleet.catalog:
         rules += _model_rules(model)
-    for key, seen, fits, needed in rules:
+    for key, value, fits, needed in rules:
         if not fits:
-            raise InputError(f"{key} is {seen}, but has to be {needed}")
+            raise InputError(f"{key} is {value}, but has to be {needed}")
 
 
 def _fleet_rules(fleet: Fleet) -> Iterator[Rule]:
@@ -274,5 +276,5 @@ def _model_rules(model: Model) -> Iterator[Rule]:
 
 
 def _fall(numbers: tuple[int, ...], least: int) -> bool:
-    """Whether each number is below the number before it, and all after the first are `least` or more."""
+    """Whether each number is below the one before it, and all after the first reach `least`."""
     return all(above > below >= least for above, below in pairwise(numbers))

@@ -1,1 +1,1 @@
-"""Predicted peak memory and time, and the search for the largest model that fits a budget. Only the probe imports torch."""
+"""Predicted memory and time, and the search for a plan that fits; only the probe imports torch."""

@@ -40,9 +40,9 @@ def candidates(
 ) -> Iterator[list[Plan]]:
     """The plans of each model and weight format; both levels are in order of preference.
 
-    A list goes from the longest sequence, highest rank and largest micro-batch to the shortest, the lowest and a single row
-    with 8-bit boundaries and small tiles of the MLP, or with streamed weights where they are packed. Lengths above a model's
-    positions are left out, unless all are.
+    A list goes from the longest sequence, highest rank and largest micro-batch to the shortest, the
+    lowest and a single row with 8-bit boundaries and small tiles of the MLP, or with streamed
+    weights where they are packed. Lengths above a model's positions are left out, unless all are.
 
     Args:
         facts: of each source in the catalog.
@@ -138,10 +138,10 @@ def _faults(workload: Workload, base: Base, tokens: int, schedule: Schedule) -> 
 
 
 def lower(workload: Workload, plan: Plan) -> list[Plan]:
-    """The plan as a running trainer has it, without a tokenizer, and plans that it can go on with, each in less memory.
+    """A running trainer's plan, without a tokenizer, and plans to go on with in ever less memory.
 
-    First all blocks run again; then come smaller micro-batches, 8-bit boundaries, and small tiles of the MLP. Model, weights,
-    rank and length stay. Seconds are not predicted anew.
+    First all blocks run again; then come smaller micro-batches, 8-bit boundaries, and small tiles
+    of the MLP. Model, weights, rank and length stay. Seconds are not predicted anew.
     """
     facts = msgspec.structs.replace(workload.facts, tokenizer_bytes=0)
     workload = dataclasses.replace(workload, facts=facts)

@@ -7,8 +7,8 @@
            encoding the delta            encode; the model is gone
            reading rows                  tokenizer; it is gone before the model comes
 
-`Prediction` has the formula of each term. The factors were fitted to measured peaks; `make bench-peak` prints prediction beside
-measurement.
+`Prediction` has the formula of each term. The factors were fitted to measured peaks;
+`make bench-peak` prints prediction beside measurement.
 """
 
 import msgspec
@@ -34,23 +34,27 @@ LENGTH_STEP = 8
 # Tokens that go through an MLP at once: at no cost in time, and where memory is short.
 MLP_TOKENS, FEWER_MLP_TOKENS = 1024, 256
 
-# The adapter: bytes of a trained parameter, of its gradient's sum, of a frozen one, and of one that is encoded.
+# The adapter: bytes of a trained parameter, of its gradient's sum, of a frozen one, and of one that
+# is encoded.
 TRAINED_BYTES, SUM_BYTES, FROZEN_BYTES, ENCODE_BYTES = 6, 4, 4, 9
 
-# Kernels that the matrix library keeps: for each length of rows up to its cache's size, more for long rows, whose attention
-# has more shapes of tiles; and for the loss, which has a shape for each number of labelled tokens where lengths vary.
+# Kernels that the matrix library keeps: for each length of rows up to its cache's size, more for
+# long rows, whose attention has more shapes of tiles; and for the loss, which has a shape for each
+# number of labelled tokens where lengths vary.
 KERNEL_BYTES, CACHED_LENGTHS = 8 * MIB, 6
 LONG_TOKENS, LONG_BYTES = 256, 4 * MIB
 VARIED_BYTES = 20 * MIB
 
-# The tokenizer: times its file, less what the first step adds to the runtime; measured with 49,152 and 262,144 tokens.
+# The tokenizer: times its file, less what the first step adds to the runtime; measured with 49,152
+# and 262,144 tokens.
 TOKENIZER_COPIES, FIRST_STEP_BYTES = 11, 36 * MIB
 
 # Logits that exist at once, unless memory is short, and copies of them that the loss makes.
 LOSS_CHUNK_BYTES = 8 * MIB
 LOSS_COPIES = {"dense": 2.6, "packed": 1.9}
 
-# A block that runs again: rows of numbers a token, in its MLP or in its attention; copies by the bytes of a number.
+# A block that runs again: rows of numbers a token, in its MLP or in its attention; copies by the
+# bytes of a number.
 BLOCK_BYTES = 4 * MIB  # of any size: pieces of the optimiser's step
 BLOCK_COPIES = {2: 1.05, 4: 0.75}
 HIDDEN_ROWS, INTERMEDIATE_ROWS = 17, 7
@@ -65,21 +69,24 @@ UNGATED_FAMILIES = ("gpt2", "phi")  # their MLPs do not run in tiles
 
 
 class Prediction(msgspec.Struct, frozen=True):
-    """Predicted bytes of each term. A batch is the tokens of a micro-batch; a number of activations has `width` bytes."""
+    """Predicted bytes of each term. A batch is a micro-batch's tokens; numbers have `width` bytes."""
 
     # A trainer that has trained a model of almost nothing, measured once on the device.
     runtime: int
     # KERNEL_BYTES, and again for each length of rows.
     kernels: int
-    # A trained parameter: float32 and two moments of 8 bits, and the sum of gradients if micro-batches share a step.
+    # A trained parameter: float32 and two moments of 8 bits, and the sum of gradients if
+    # micro-batches share a step.
     adapter: int
-    # Frozen parameters in their format. Packed: and the largest matrix expanded. Streamed: one block of them.
+    # Frozen parameters in their format. Packed: and the largest matrix expanded. Streamed: one
+    # block of them.
     weights: int
     # batch x hidden numbers in width or 8 bits, of each block that runs again.
     boundaries: int
     # Of each block that runs once: batch x (5 hidden + 5 heads' + 3 intermediate) numbers.
     activations: int
-    # batch x the larger of 17 hidden + 7 intermediate (MLP) and 10 hidden + 10 of queries, keys and values (attention).
+    # batch x the larger of 17 hidden + 7 intermediate (MLP) and 10 hidden + 10 of queries, keys and
+    # values (attention).
     block: int
     # The chunk of logits, what the loss makes of it, and pieces of a packed head.
     loss: int

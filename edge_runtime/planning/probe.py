@@ -1,4 +1,4 @@
-"""Measures what a device does in a second; a process of its own, for it needs torch: processes.rates starts it.
+"""Measures a device's rates in a process of its own, since it needs torch (processes.rates).
 
 python -m edge_runtime.planning.probe DEVICE THREADS   prints Rates as JSON after about two seconds; 0 threads: torch's default
 """
@@ -38,7 +38,8 @@ def _products(dtype: torch.dtype, device: str) -> float:
 def _seconds(work: Callable[[], object], device: str) -> float:
     """The fastest of repeats; a GPU is waited for each time.
 
-    Their median would keep what else the machine did: beside another process two threads were three times slower.
+    Their median would keep what else the machine did: beside another process two threads were three
+    times slower.
     """
     taken: list[float] = []
     until = time.perf_counter() + EACH_S

@@ -1,4 +1,4 @@
-"""Runs the processes that may import torch on behalf of those that must not: preparing a model, measuring the device.
+"""Runs processes that import torch for those that must not: to prepare a model, to measure.
 
 What they print is read here; where they fail, their last line is the reason.
 """
@@ -26,8 +26,9 @@ NOT_INSTALLED = (
 TRAINER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "8000000",  # larger pieces go straight back to the system when freed; each costs page faults
     "MALLOC_TRIM_THRESHOLD_": "64000000",  # else the heap's end goes back with what was there: a fifth of a step
-    # One heap for all threads: with several, peaks differ by 50 MiB from run to run. And before 2.38 glibc keeps what aligned
-    # blocks leave over in the two caches, and no block fits where it was before.
+    # One heap for all threads: with several, peaks differ by 50 MiB from run to run. And before
+    # 2.38 glibc keeps what aligned blocks leave over in the two caches, and no block fits where it
+    # was before.
     "GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",  # else each new shape's kernel stays, some 50 MiB after ten steps
     "TOKENIZERS_PARALLELISM": "false",
@@ -37,13 +38,13 @@ TRAINER_ENVIRONMENT = {
 
 
 def cache_folder() -> Path:
-    """Where prepared models and what was measured of the device are kept: $EDGE_RUNTIME_CACHE, else under the user's cache."""
+    """Folder of prepared models and measurements: $EDGE_RUNTIME_CACHE, or in the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "edge-runtime"
     return Path(os.environ.get("EDGE_RUNTIME_CACHE", default))
 
 
 def prepared(source: str, models: Path, *, random_weights: bool = False) -> Facts:
-    """The facts of a catalog's source, after it was found or fetched; raises InputError with the process's reason.
+    """Find or fetch a catalog's source, and read its facts; InputError has the process's reason.
 
     random_weights: as `edge_runtime.models.prepare` has it.
     """
@@ -54,14 +55,15 @@ def prepared(source: str, models: Path, *, random_weights: bool = False) -> Fact
 
 
 def runtime_bytes() -> int:
-    """The runtime baseline of this device: three seconds once, and again when a package was installed or removed."""
+    """Runtime baseline of this device, measured once in three seconds, and after each install."""
     return int(_measured_once("baseline", ["edge_runtime.trainer", "--baseline"], EdgeError))
 
 
 def rates(device: str, threads: int = 0) -> Rates:
-    """What this device does in a second: two seconds once, and again when a package was installed or removed.
+    """Rates of this device, measured once in two seconds, and after each install.
 
-    device: "cpu" or "cuda". threads: of the trainer; 0 for torch's default. Raises InputError where torch cannot use the device.
+    device: "cpu" or "cuda". threads: of the trainer; 0 for torch's default. Raises InputError where
+        torch cannot use the device.
     """
     written = _measured_once(
         f"rates-{device}-{threads}", ["edge_runtime.planning.probe", device, str(threads)], InputError
@@ -89,22 +91,22 @@ def _measured_once(name: str, module: list[str], error: type[EdgeError]) -> byte
     if not trainer_installed():
         raise InputError(NOT_INSTALLED)
     installed = Path(sysconfig.get_path("purelib")).stat().st_mtime_ns
-    kept = cache_folder() / f"{name}-{version('torch')}-{version('transformers')}-{installed:x}"
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
+    cached = cache_folder() / f"{name}-{version('torch')}-{version('transformers')}-{installed:x}"
+    if not cached.exists():
+        cached.parent.mkdir(parents=True, exist_ok=True)
         measured = output(module, MEASURE_TIMEOUT_S, error)
-        fresh = kept.with_suffix(f".{os.getpid()}")
+        fresh = cached.with_suffix(f".{os.getpid()}")
         fresh.write_bytes(measured)
-        files.put(fresh, kept)
-    return kept.read_bytes()
+        files.put(fresh, cached)
+    return cached.read_bytes()
 
 
 def output(module: list[str], timeout_s: float, error: type[EdgeError]) -> bytes:
-    """What `python -m module ...` prints; raises `error` with the last line of its stderr when it fails."""
+    """The output of `python -m module ...`; a failure raises `error` with stderr's last line."""
     if not trainer_installed():
         raise InputError(NOT_INSTALLED)
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", *module],
             capture_output=True,
             timeout=timeout_s,
@@ -113,7 +115,9 @@ def output(module: list[str], timeout_s: float, error: type[EdgeError]) -> bytes
         )
     except subprocess.TimeoutExpired as late:
         raise error(f"{module[0]} did not end within {timeout_s:.0f} s") from late
-    if done.returncode != 0:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
+    if process.returncode != 0:
+        lines = process.stderr.decode(errors="replace").strip().splitlines() or [
+            f"exit code {process.returncode}"
+        ]
         raise error(lines[-1])
-    return done.stdout
+    return process.stdout

@@ -26,7 +26,8 @@ class Choice(NamedTuple):
     """The plan that fits, and plans that were preferred but are too large or too slow."""
 
     fits: Plan
-    # Of each model and format before the winner's: the fastest plan that is small enough, else the smallest plan.
+    # Of each model and format before the winner's: the fastest plan that is small enough, else the
+    # smallest plan.
     rejected: list[Plan]
     better: Plan | None  # the plan right before the winner; None: the winner is the first of its model
 
@@ -51,7 +52,8 @@ def choose(
         fill: keep blocks whole with memory that is left over.
 
     Raises:
-        BudgetError: nothing fits; it names the smallest budget that would do, or the shortest step that is possible.
+        BudgetError: nothing fits; it names the smallest budget that would do, or the shortest step
+            that is possible.
         InputError: a model does not have the depth, or all lengths are too long for it.
     """
     rejected: list[Plan] = []
@@ -59,7 +61,7 @@ def choose(
     small: list[Plan] = []  # within the budget, but too slow
     previous: Plan | None = None
     deadline_s = fleet.training.step_deadline_s
-    workloads = {source: Workload.of(fleet, known, runtime_bytes) for source, known in facts.items()}
+    workloads = {source: Workload.of(fleet, model, runtime_bytes) for source, model in facts.items()}
     for plans in candidates(fleet, facts, runtime_bytes, rates):
         enumerated.extend(plans)
         too_slow: list[Plan] = []

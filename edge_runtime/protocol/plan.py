@@ -1,4 +1,4 @@
-"""A plan: which model a device trains, in which format, and the peak memory that is predicted for it."""
+"""A plan: the model that a device trains, its format, and the predicted peak memory."""
 
 from pathlib import Path
 
@@ -8,25 +8,22 @@ from edge_runtime.settings import Boundaries, Weights
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """depth: layers kept. rows: micro-batch. tokens: longest sequence. boundaries: how each block's input is kept for
-    backward. mlp_tokens: that go through an MLP at once, None: all. streamed: the blocks' packed matrices stay in files.
-    kept_blocks: how many, the last ones, keep all that backward needs instead of their input, and do not run again.
-    terms: predicted bytes, by what takes them. step_seconds: predicted, of an optimiser step on this device."""
+    """A model, how a device trains it, and what is predicted for it."""
 
-    source: str
+    source: str  # as the catalog names it
     model_class: str
-    depth: int
-    layers: int
+    depth: int  # layers that are kept
+    layers: int  # of the whole model
     weights: Weights
     rank: int
-    rows: int
-    tokens: int
-    terms: dict[str, int]
-    step_seconds: float
+    rows: int  # of a micro-batch
+    tokens: int  # of the longest sequence
+    terms: dict[str, int]  # predicted bytes by term (planning/predict.py); their sum is the peak
+    step_seconds: float  # predicted, of an optimiser step on this device
     boundaries: Boundaries = "input"
-    mlp_tokens: int | None = None
-    streamed: bool = False
-    kept_blocks: int = 0
+    mlp_tokens: int | None = None  # tokens that go through an MLP at once; None: all
+    streamed: bool = False  # packed matrices of the blocks stay in files
+    kept_blocks: int = 0  # last blocks that keep their activations, and do not run again in backward
 
     @property
     def predicted_peak_bytes(self) -> int:
@@ -46,8 +43,8 @@ class Plan(msgspec.Struct, frozen=True):
     @property
     def how(self) -> str:
         """How the model is trained, for people."""
-        kept = ", boundaries in 8 bits" if self.boundaries == "int8" else ""
+        boundaries = ", boundaries in 8 bits" if self.boundaries == "int8" else ""
         tiled = f", MLPs in tiles of {self.mlp_tokens}" if self.tiled else ""
         streamed = ", weights streamed" if self.streamed else ""
         once = f", {self.kept_blocks} blocks run once" if self.kept_blocks else ""
-        return f"rank {self.rank}, micro-batches of {self.rows} x {self.tokens} tokens{kept}{tiled}{streamed}{once}"
+        return f"rank {self.rank}, micro-batches of {self.rows} x {self.tokens} tokens{boundaries}{tiled}{streamed}{once}"

@@ -1,1 +1,1 @@
-"""A grid of methods by seeds on virtual devices: the trainer, the methods and the codec of real ones, without a broker."""
+"""Studies: methods by seeds on virtual devices, with the code of real devices but no broker."""

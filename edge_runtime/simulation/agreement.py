@@ -1,4 +1,4 @@
-"""Whether models agree on the tensors they share: cosines between their classes' mean steps of a round."""
+"""Cosines between model classes' mean steps: whether models agree on the tensors they share."""
 
 from collections import defaultdict
 from itertools import combinations
@@ -13,7 +13,7 @@ from edge_runtime.protocol.keys import STATE, kind_of
 
 
 def cosines(updates: list[Update], method: Method) -> list[float]:
-    """The cosine for each pair of classes and each tensor that the fleet shares, where both classes moved it.
+    """The cosine of each pair of classes and each tensor of the fleet, where both classes moved it.
 
     A tensor of a lower rank counts as 0 in the entries that it does not have.
     """
@@ -28,7 +28,7 @@ def cosines(updates: list[Update], method: Method) -> list[float]:
         for key, value in delta.items():
             if key not in largest or value.size > largest[key].size:
                 largest[key] = np.zeros(value.shape, np.float32)
-    for contribution in contributions:  # after the loop above: a mean needs the largest shape from the start
+    for contribution in contributions:  # a mean needs `largest` complete
         steps[contribution.model_class].add(contribution)
     angles = []
     for first, second in combinations((mean.mean() for _, mean in sorted(steps.items())), 2):

@@ -1,6 +1,7 @@
-"""Cuts a model to its first layers, as a checkpoint of its own: a study on a small machine needs small models.
+"""Cuts a model to its first layers, as a checkpoint of its own, for studies on small machines.
 
-A depth slice (models/slices.py) is something else: it keeps the layers next to the head, and trains beside the whole model.
+A depth slice (models/slices.py) is something else: it keeps the layers next to the head, and trains
+beside the whole model.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Runs a study's grid of arms by seeds in a pool of processes. Runs that are done are not made again.
+"""Runs a study's grid of arms by seeds in a pool of processes; runs that are done stay done.
 
 OUT/runs.jsonl     the results (results.py); a run adds its line when it is over
 OUT/work/          files of the runs in progress
@@ -27,7 +27,7 @@ _bases: list["CachedBases"] = []  # base models of this worker process, made wit
 
 
 def finished(spec: Spec, out: Path) -> Outcomes:
-    """The folder's runs of the study that today's code and the study's file would make again alike."""
+    """The folder's runs that this code would make again alike from the study's file."""
     arms = {arm.name: arm for arm in spec.arm}
     return {
         (name, seed): outcome
@@ -49,22 +49,23 @@ def run(
         tell: called with a sentence when a run ends.
 
     Returns:
-        Why runs failed, a sentence each. The other runs are done, unless a worker was killed: then all runs that were not
-        over have failed.
+        Why runs failed, a sentence each. The other runs are done, unless a worker was killed: then
+        all runs that were not over have failed.
 
     Raises:
         InputError: a run could not use the data.
     """
-    done = finished(spec, out)
-    missing = [(arm, seed) for seed in spec.study.seeds for arm in spec.arm if (arm.name, seed) not in done]
+    present = finished(spec, out)
+    runs = [(arm, seed) for seed in spec.study.seeds for arm in spec.arm]
+    missing = [(arm, seed) for arm, seed in runs if (arm.name, seed) not in present]
     if not missing:
         return []
     draw.check_files(spec, files)
     (out / "work").mkdir(parents=True, exist_ok=True)
     folders = files.resolve(), models.resolve(), out.resolve()
     with _pool(workers) as pool:
-        runs = {pool.submit(_run, spec, arm, seed, *folders): (arm.name, seed) for arm, seed in missing}
-        return _collect(runs, out, workers, tell)
+        pending = {pool.submit(_run, spec, arm, seed, *folders): (arm.name, seed) for arm, seed in missing}
+        return _collect(pending, out, workers, tell)
 
 
 def _collect(
@@ -97,7 +98,7 @@ def _collect(
 
 @contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes with a trainer's environment; they end when the block is left, whatever they do."""
+    """Worker processes with a trainer's environment; they end when the block is left."""
     before = dict(os.environ)
     os.environ.update(processes.TRAINER_ENVIRONMENT)  # read by a worker as it starts
     context = multiprocessing.get_context("spawn")

@@ -25,7 +25,8 @@ def draw(spec: Spec, runs: Mapping[str, list[Outcome]], out: Path) -> list[str]:
         out: folder of the pictures.
 
     Returns:
-        The names of those that have something to show; a method that merges nothing has no convergence.
+        The names of those that have something to show; a method that merges nothing has no
+        convergence.
     """
     import matplotlib
 

@@ -30,7 +30,8 @@ class Member(msgspec.Struct, frozen=True):
     rows: int  # that it trains on
     steps: int  # of one round
     trained_values: int  # of its adapter, without its head
-    # Before each round and after the last, by kind: rows whose label the device holds are "seen", the others "unseen".
+    # Before each round and after the last, by kind: rows whose label the device holds are "seen",
+    # the others "unseen".
     answers: list[dict[str, Answers]]
     bytes_up: list[int]  # sent in each round
     bytes_down: list[int]  # fetched in each round
@@ -45,11 +46,11 @@ class Outcome(msgspec.Struct, frozen=True):
     seconds: float
     machine: str  # name of the processor
     code: str  # versions that the run was made with; "": not recorded
-    # Of each round: squared norm of the change of adapters and heads in all versions. Empty where a method's versions have
-    # the same product in other factors.
+    # Of each round: squared norm of the change of adapters and heads in all versions. Empty where a
+    # method's versions have the same product in other factors.
     moved: list[float]
-    # Of each round: mean cosine between the classes' steps, and the share below 0 (agreement.py). Empty where nothing
-    # that is trained crosses classes.
+    # Of each round: mean cosine between the classes' steps, and the share below 0 (agreement.py).
+    # Empty where nothing that is trained crosses classes.
     cosines: list[tuple[float, float]]
     members: list[Member]
 

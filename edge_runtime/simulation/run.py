@@ -1,16 +1,13 @@
 """One run of a study: an arm with a seed. Its devices work one after another in this process.
 
-Each round, every device trains from the latest version (trainer/run.py), and the node checks and merges the deltas
-(aggregator/merge.py). Both run on real files. The link and the planner are left out, and base models stay in memory from one
-job to the next.
+Each round, every device trains from the latest version (trainer/run.py), and the node checks and
+merges the deltas (aggregator/merge.py). Both run on real files. The link and the planner are left
+out, and base models stay in memory from one job to the next.
 """
 
-import math
 import shutil
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,6 @@ from transformers import PreTrainedModel
 
 from edge_runtime import methods, settings
 from edge_runtime.adapters import attach
-from edge_runtime.adapters.shapes import adapter_shapes
 from edge_runtime.agent.local_round import (
     DeviceRows,
     LocalRounds,
@@ -32,20 +28,15 @@ from edge_runtime.agent.local_round import (
 )
 from edge_runtime.aggregator import check
 from edge_runtime.aggregator.store import Version
-from edge_runtime.methods.interface import Method
 from edge_runtime.models.facts import Facts
-from edge_runtime.models.slices import kept_layers
-from edge_runtime.planning import processes
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Result
 from edge_runtime.protocol.round import CODEC
-from edge_runtime.simulation import draw
-from edge_runtime.simulation.cut import cut
+from edge_runtime.simulation.participants import Participant, member, participants, write_files
 from edge_runtime.simulation.provenance import code, processor
-from edge_runtime.simulation.results import Answers, Member, Outcome, short
-from edge_runtime.simulation.spec import ANCHORS, Arm, Device, Spec
+from edge_runtime.simulation.results import Answers, Outcome, short
+from edge_runtime.simulation.spec import ANCHORS, Arm, Spec
 from edge_runtime.simulation.versions import Versions
-from edge_runtime.trainer import data
 from edge_runtime.trainer.base import Bases
 from edge_runtime.trainer.job import Job, Machine
 from edge_runtime.trainer.run import run
@@ -69,10 +60,10 @@ def run_arm(
     began = time.monotonic()
     fleet = spec.fleet_of(arm, seed)
     method = methods.of(fleet)
-    participants = _participants(spec, arm, fleet, files, models)
-    _write_files(spec, fleet, participants, files, folder)
+    members = participants(spec, arm, fleet, files, models)
+    write_files(spec, fleet, members, files, folder)
     versions = Versions(fleet, method, folder / "versions")
-    devices = _Devices(spec, arm, fleet, method, participants, folder, bases)
+    devices = _Devices(spec, arm, fleet, members, folder, bases)
     for round_ in range(1, fleet.rounds + 1):
         versions.merge(devices.work(round_, versions), round_)
     devices.work(fleet.rounds + 1, versions)  # evaluates alone
@@ -86,80 +77,8 @@ def run_arm(
         code=code(),
         moved=versions.moved,
         cosines=versions.cosines,
-        members=[_member(participant, fleet, method) for participant in participants],
+        members=[member(participant, fleet, method) for participant in members],
     )
-
-
-@dataclass
-class _Participant:
-    """A device of a run, and its history."""
-
-    device: Device
-    facts: Facts
-    rows: list[data.Row]  # training rows
-    labels: set[
-        str
-    ]  # of the rows that the device holds in the study's file; held-out rows of others are unseen
-    stands_for: int  # devices of the study's file; more than itself in a pooled arm
-    rank: int  # of its adapter; a method may lower it
-    answers: list[dict[str, Answers]] = field(default_factory=list)
-    bytes_up: list[int] = field(default_factory=list)
-    bytes_down: list[int] = field(default_factory=list)
-
-    @property
-    def depth(self) -> int:
-        return self.device.depth or self.facts.layers
-
-
-def _participants(
-    spec: Spec, arm: Arm, fleet: settings.Fleet, files: Path, models: Path
-) -> list[_Participant]:
-    """The devices of the file; in a pooled arm the first device of each model, depth and task, with all rows of the task."""
-
-    @cache
-    def facts(source: str, first: int | None) -> Facts:
-        return processes.prepared(source if first is None else cut(source, first, models), models)
-
-    shares = draw.shares(spec, files, fleet.seed)
-    if arm.pooled:
-        groups = {(device.model, device.depth, device.data): device for device in reversed(spec.device)}
-        trains_on = {
-            device.id: [member.id for member in spec.device if member.data == device.data]
-            for device in groups.values()
-        }
-    else:
-        trains_on = {device.id: [device.id] for device in spec.device}
-    one_rank = arm.pooled or "rank" in arm.adapter
-    devices = {device.id: device for device in spec.device}
-    return [
-        _Participant(
-            device=devices[name],
-            facts=facts(devices[name].source, devices[name].first),
-            rows=[row for member in members for row in shares[member]],
-            labels=set(data.labels_of(shares[name])),
-            stands_for=len(members),
-            rank=fleet.adapter.rank if one_rank else devices[name].rank or fleet.adapter.rank,
-        )
-        for name, members in trains_on.items()
-    ]
-
-
-def _write_files(
-    spec: Spec, fleet: settings.Fleet, participants: list[_Participant], files: Path, folder: Path
-) -> None:
-    """Training rows and held-out rows of each device, and the public texts."""
-    for participant in participants:
-        place = folder / participant.device.id
-        place.mkdir(parents=True)
-        data.write_rows(place / "train.jsonl", participant.rows)
-        held_out = draw.test_rows(spec.data[participant.device.data], files)
-        seen = [row for row in held_out if row["label"] in participant.labels]
-        unseen = [row for row in held_out if row["label"] not in participant.labels]
-        for name, part in (("seen", seen), ("unseen", unseen)):
-            if part:
-                data.write_rows(place / f"{name}.jsonl", part)
-    if fleet.codistill is not None:
-        data.write_rows(folder / ANCHORS, draw.anchors(spec, files))
 
 
 class _Devices:
@@ -170,20 +89,19 @@ class _Devices:
         spec: Spec,
         arm: Arm,
         fleet: settings.Fleet,
-        method: Method,
-        participants: list[_Participant],
+        participants: list[Participant],
         folder: Path,
         bases: Bases,
     ) -> None:
-        self.spec, self.arm, self.fleet, self.method = spec, arm, fleet, method
+        self.spec, self.arm, self.fleet, self.method = spec, arm, fleet, methods.of(fleet)
         self.participants, self.folder, self.bases = participants, folder, bases
-        self.shapes: dict[str, dict[str, tuple[int, ...]]] = defaultdict(
-            dict
-        )  # of tensors sent, by model class
-        private = [factor for factor in method.factors.values() if factor.shared == "private"]
-        # Devices of one model and rank begin a round with equal adapters, so one evaluation serves them all.
+        # Shapes of the tensors that devices have sent, by model class.
+        self.shapes: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+        private = [factor for factor in self.method.factors.values() if factor.shared == "private"]
+        # Devices of one model and rank begin a round with equal adapters, so one evaluation serves
+        # them all.
         self.all_shared = not any(factor.trained for factor in private)
-        self.rounds = {member.device.id: _rounds(folder / member.device.id) for member in participants}
+        self.rounds = {each.device.id: _rounds(folder / each.device.id) for each in participants}
 
     def work(self, round_: int, versions: Versions) -> list[Update]:
         """Let each device evaluate and train; after the last round it evaluates alone."""
@@ -216,7 +134,7 @@ class _Devices:
                 updates.append(self.update(payload, device.id, job, result.samples))
         return updates
 
-    def task(self, participant: _Participant, round_: int, latest: Version | None) -> Task:
+    def task(self, participant: Participant, round_: int, latest: Version | None) -> Task:
         """A device's work in a round."""
         facts, fleet, rank = participant.facts, self.fleet, participant.rank
         plan = Plan(
@@ -289,24 +207,6 @@ def _answers(result: Result) -> dict[str, Answers]:
         )
         for name, score in result.evaluation.items()
     }
-
-
-def _member(participant: _Participant, fleet: settings.Fleet, method: Method) -> Member:
-    """What the results say of a device."""
-    layers = kept_layers(participant.depth, participant.facts.layers)
-    shapes = adapter_shapes(participant.facts, layers, fleet.adapter.roles, participant.rank, method)
-    return Member(
-        id=participant.device.id,
-        model_class=participant.facts.model_class,
-        depth=participant.depth,
-        data=participant.device.data,
-        rows=len(participant.rows),
-        steps=fleet.training.steps * participant.stands_for,
-        trained_values=sum(math.prod(shape) for key, shape in shapes.items() if method.factor(key).trained),
-        answers=participant.answers,
-        bytes_up=participant.bytes_up,
-        bytes_down=participant.bytes_down,
-    )
 
 
 class CachedBases(Bases):

@@ -25,9 +25,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# Raise this number by one with every change after which the same study file gives different figures: in the trainer, the
-# methods, the codec, the merge, the kernels, or the draw of rows. Runs that carry another number are neither tabled nor
-# paired with new runs, and are made again.
+# Raise this number by one with every change after which the same study file gives different
+# figures: in the trainer, the methods, the codec, the merge, the kernels, or the draw of rows. Runs
+# that carry another number are neither tabled nor paired with new runs, and are made again.
 COMPUTATION = 1
 ANCHORS = "anchors.jsonl"
 AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
@@ -41,8 +41,8 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     per_label: AtLeastOne | None = None  # training rows of each label on a device; None: rows / labels
     rows: AtLeastOne = 1000  # training rows on a device, where per_label is None
     test_rows: Annotated[int, msgspec.Meta(ge=0)] = 0  # held-out rows; 0: all
-    # Held-out rows of each label, in place of test_rows: a device that has learned nothing is then right by chance,
-    # whatever it answers. Unset, the key is left out of digests.
+    # Held-out rows of each label, in place of test_rows: a device that has learned nothing is then
+    # right by chance, whatever it answers. Unset, the key is left out of digests.
     test_per_label: AtLeastOne | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -71,13 +71,12 @@ class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A line of the table. Its fleet tables replace keys of the file's tables, or add keys to them."""
+    """A line of the table. Keys of its fleet tables replace the file's, or add to them."""
 
     name: str
     control: str | None = None  # name of the arm that it is compared to
-    pooled: bool = (
-        False  # the ceiling: a device of each model holds all devices' rows and makes all their steps
-    )
+    # The ceiling: a device of each model holds all devices' rows and makes all their steps.
+    pooled: bool = False
     method: dict[str, Any] = {}
     adapter: dict[str, Any] = {}
     training: dict[str, Any] = {}
@@ -194,7 +193,8 @@ def chosen(spec: Spec, seeds: str | None, arms: str | None) -> Spec:
 
     Args:
         seeds: numbers separated by commas; None: the file's.
-        arms: names or slugs separated by commas; None: all. The slug stands for a name that has a comma.
+        arms: names or slugs separated by commas; None: all. The slug stands for a name that has a
+            comma.
 
     Raises:
         InputError: the file has no such arm, or a seed is not a number.

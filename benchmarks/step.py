@@ -23,7 +23,7 @@ from edge_runtime import settings
 from edge_runtime.adapters import attach
 from edge_runtime.demo import model as demo
 from edge_runtime.methods import fedit
-from edge_runtime.models import weights
+from edge_runtime.models import structure, weights
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning import processes
 from edge_runtime.trainer import step
@@ -46,7 +46,7 @@ def measured(facts: Facts, examples: list[Example], format: settings.Weights) ->
     peft = trainer(facts, facts.layers, "bfloat16", SPEC, TRAINING, "cpu")
     model = weights.load(facts, facts.layers, format)
     adapter = attach.attach(model, tuple(range(facts.layers)), SPEC, fedit.METHOD, seed=0)
-    apply(model)
+    apply(model, structure.modules(model))
     seconds: dict[str, list[float]] = {"PEFT": [], "Edge Runtime": []}
     began = time.perf_counter()
 

@@ -1,1 +1,1 @@
-"""The one adapter form: y = W x + (alpha / rank) B C A x on the linear layers of a model's blocks."""
+"""The one adapter form, y = W x + (alpha / rank) B C A x, on the linear layers of a model."""

@@ -1,7 +1,8 @@
-"""What an adapter is before anything was trained: one of its factors zero, so that it changes nothing, the others drawn.
+"""Version 0 of an adapter: some factors zero, so that it changes nothing, the others drawn.
 
-Devices and node draw the same numbers from the fleet's seed and the key, so version 0 never travels. What is drawn is uniform
-in ±1/sqrt(n), n the layer's width: the usual start of a LoRA's A (Hu et al. 2021; PEFT's kaiming_uniform with a = sqrt(5)).
+Devices and node draw the same numbers from the fleet's seed and the key, so version 0 never
+travels. Drawn values are uniform in ±1/sqrt(n), n the layer's width: the usual start of a LoRA's A
+(Hu et al. 2021; PEFT's kaiming_uniform with a = sqrt(5)).
 """
 
 import hashlib
@@ -13,16 +14,17 @@ from edge_runtime.methods.interface import Factor
 
 
 def initial(key: str, shape: tuple[int, ...], seed: int, factor: Factor) -> NDArray[np.float32]:
-    """The start value of one factor.
+    """The start value of a factor.
 
     Args:
-        key: canonical key.
-        shape: in the fleet's full rank or a device's.
+        key: its canonical key.
+        shape: in the fleet's rank or a device's.
         seed: the fleet's.
         factor: what the method says of it.
     """
     if factor.start == "zero":
         return np.zeros(shape, np.float32)
+    # Philox by key: every factor has a stream of its own, whatever is drawn before
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     draw = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
     return ((2 * draw.random(shape, dtype=np.float32) - 1) / np.sqrt(shape[factor.width])).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Canonical keys and shapes of a device's adapter, from the model's facts alone; nothing is loaded."""
+"""Keys and shapes of a device's adapter, from the model's facts alone; no model is loaded."""
 
 from edge_runtime.methods.interface import Method
 from edge_runtime.models.facts import Facts
@@ -8,7 +8,7 @@ from edge_runtime.settings import Role
 def adapter_shapes(
     facts: Facts, layers: tuple[int, ...], roles: tuple[Role, ...], rank: int, method: Method
 ) -> dict[str, tuple[int, ...]]:
-    """Canonical keys and shapes of a device's adapter, without what the labels of its rows add."""
+    """Shape of each factor by canonical key, without the rows of a label head."""
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in layers:
         for role, (out, into) in facts.linears.items():

@@ -1,1 +1,1 @@
-"""Base models: where they come from, what their configuration says, which layers a depth slice keeps, their weights."""
+"""Base models: their sources, families, facts, depth slices and weights."""

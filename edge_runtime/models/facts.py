@@ -1,6 +1,6 @@
-"""Facts of an architecture, read from its configuration alone: what planner, adapters and node need to know of a model.
+"""What planner, adapters and node need to know of a checkpoint, read from its configuration alone.
 
-Nothing here imports torch: the agent reads facts from the JSON that `edge_runtime.models.prepare` wrote once.
+Nothing here imports torch: the agent reads facts from the JSON file that `prepare` writes once.
 """
 
 from typing import Any
@@ -11,45 +11,39 @@ from edge_runtime.settings import Role
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """One checkpoint.
+    """One checkpoint on this device."""
 
-    model_class: id and revision; only devices of one class share A and B.
-    folder: configuration and tokenizer. weights: where the tensors are, a GGUF file or a folder of safetensors files; empty
-    for random ones.
-    linears: (out, in) of each linear layer of a block, by role. tokenizer_bytes: of the tokenizer's file.
-    """
-
-    model_class: str
-    folder: str
-    weights: str
-    family: str
+    model_class: str  # name@revision; only devices of one class share A and B
+    folder: str  # configuration and tokenizer
+    weights: str  # a GGUF file or a folder of safetensors files; empty: drawn at random
+    family: str  # the configuration's model_type
     layers: int
-    hidden: int
+    hidden: int  # values a token between blocks
     heads: int
     kv_heads: int
     head_dim: int
-    intermediate: int
+    intermediate: int  # outputs of the widest linear layer
     vocabulary: int
-    positions: int
-    tied_head: bool
-    linears: dict[Role, tuple[int, int]]
-    tokenizer_bytes: int = 0
+    positions: int  # tokens a sequence may have
+    tied_head: bool  # the head is the embedding's tensor
+    linears: dict[Role, tuple[int, int]]  # (out, in) of each linear layer of a block
+    tokenizer_bytes: int = 0  # size of tokenizer.json
 
     @property
     def block_parameters(self) -> int:
-        """Parameters of one block, norms left out (they are a thousandth of it)."""
+        """Parameters of one block without its norms, which are a thousandth."""
         return sum(out * into for out, into in self.linears.values())
 
     @property
     def head_parameters(self) -> int:
-        """Parameters of the embedding, and of the head where it is not the same tensor."""
+        """Parameters of the embedding, and of the head where it has a tensor of its own."""
         return self.vocabulary * self.hidden * (1 if self.tied_head else 2)
 
 
 def read(
     config: Any, linears: dict[Role, tuple[int, int]], *, model_class: str, folder: str, weights: str
 ) -> Facts:
-    """Facts of a transformers configuration; names differ between families, optimum's NormalizedConfig levels them."""
+    """The facts in a transformers configuration, whose field names optimum makes equal."""
     from optimum.utils.normalized_config import NormalizedTextConfigWithGQA
 
     text = config.get_text_config()

@@ -1,83 +1,78 @@
-"""Finds the linear layers of a decoder block and the role each plays, by its place in the block and not by its name.
+"""Everything that depends on a model's family, one row each.
 
-A decoder model keeps its blocks in one ModuleList as long as the configuration's layer count. In a block the first child
-that holds linear layers is the attention, the second the MLP; inside them the order of definition gives the role:
+To add a family, add a row here and a case to tests/runtime/family_cases.py.
 
-    attention   4 layers: q k v o      2 layers: qkv o
-    MLP         3 layers: gate up down     2 layers: gate_up down, or fc1 fc2
-
-Of two layers of an attention, qkv is the one that makes more than the other reads (Phi-3 defines it after o). Two layers
-of an MLP are gate_up and down when the first is twice as wide as what the second reads.
-
-This holds for the Llama, Mistral, Qwen2, Qwen3, Gemma, Phi and GPT-2 families. Anything else is refused by name.
+A configuration states some facts itself: activation, bound of the logits, factor of the embedding,
+tied head, width of a head, sliding windows. The code that needs them reads the configuration.
+Nothing here imports torch, because the planner reads the table in the agent's process.
 """
 
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from typing import Literal
+
+import msgspec
 
 from edge_runtime.errors import InputError
-from edge_runtime.models.packed import PackedLinear
 from edge_runtime.settings import Role
 
-LINEAR = (nn.Linear, Conv1D, PackedLinear)
+Mlp = Literal["gated", "fused", "plain"]
+Paths = dict[Role, str]
+
+
+class Family(msgspec.Struct, frozen=True):
+    """One family of decoder models, as transformers and llama.cpp write it."""
+
+    types: tuple[str, ...]  # `model_type` of its configurations; the first is the text model's
+    classes: str  # how the names of its classes in transformers begin
+    linears: Paths  # path of each linear layer inside a block, in the block's own order
+    norm_offset: float = 0.0  # RMS norms multiply by weight + offset; GGUF files hold the sum
+    norms_after: bool = False  # norms also follow attention and MLP: more activations a block
+    transposed: bool = False  # weights are stored (in, out), so they cannot be packed
+    gguf: str | None = None  # architecture's name in GGUF files; None: these files are not read
+    gguf_interleaved: bool = False  # rows of query and key heads are interleaved in GGUF files
+
+    @property
+    def mlp(self) -> Mlp:
+        """The form of the MLP: gate and up apart, gate and up in one layer, or no gate."""
+        return "gated" if "gate" in self.linears else "fused" if "gate_up" in self.linears else "plain"
+
+
+SEPARATE: Paths = {role: f"self_attn.{role}_proj" for role in ("q", "k", "v", "o")}
+GATED: Paths = {role: f"mlp.{role}_proj" for role in ("gate", "up", "down")}
+PHI: Paths = {**SEPARATE, "o": "self_attn.dense", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+PHI3: Paths = {
+    "o": "self_attn.o_proj",
+    "qkv": "self_attn.qkv_proj",
+    "gate_up": "mlp.gate_up_proj",
+    "down": "mlp.down_proj",
+}
+GPT2: Paths = {"qkv": "attn.c_attn", "o": "attn.c_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}
+
+# GGUF's side is llama.cpp's convert_hf_to_gguf.py: LlamaModel.permute, GemmaModel.modify_tensors
 FAMILIES = (
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text"),
-    *("phi", "phi3", "gpt2"),
+    Family(("llama",), "Llama", SEPARATE | GATED, gguf="llama", gguf_interleaved=True),
+    Family(("mistral",), "Mistral", SEPARATE | GATED, gguf="llama", gguf_interleaved=True),
+    Family(("qwen2",), "Qwen2", SEPARATE | GATED, gguf="qwen2"),
+    Family(("qwen3",), "Qwen3", SEPARATE | GATED, gguf="qwen3"),
+    Family(("gemma",), "Gemma", SEPARATE | GATED, norm_offset=1.0, gguf="gemma"),
+    Family(("gemma2",), "Gemma2", SEPARATE | GATED, norm_offset=1.0, norms_after=True, gguf="gemma2"),
+    Family(
+        ("gemma3_text", "gemma3"),
+        "Gemma3",
+        SEPARATE | GATED,
+        norm_offset=1.0,
+        norms_after=True,
+        gguf="gemma3",
+    ),
+    Family(("phi",), "Phi", PHI),
+    Family(("phi3",), "Phi3", PHI3, gguf="phi3"),
+    Family(("gpt2",), "GPT2", GPT2, transposed=True),
 )
 
 
-def blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder blocks of a transformers model; raises InputError for a family that is not in FAMILIES."""
-    config = model.config.get_text_config()
-    if config.model_type not in FAMILIES:
-        raise InputError(
-            f"models of type {config.model_type} are not supported; known: {', '.join(FAMILIES)}"
-        )
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
-            return module
-    raise InputError(f"the {config.model_type} model has no list of {config.num_hidden_layers} blocks")
-
-
-def linears(block: nn.Module) -> dict[Role, str]:
-    """The path inside the block of each linear layer, by role."""
-    groups = [(name, _linear_paths(child)) for name, child in block.named_children()]
-    groups = [(name, paths) for name, paths in groups if paths]
-    if len(groups) != 2:
-        raise InputError(
-            f"a {type(block).__name__} has {len(groups)} parts with linear layers; attention and MLP were expected"
-        )
-    found: dict[Role, str] = {}
-    for roles_of, (name, paths) in zip((_attention_roles, _mlp_roles), groups, strict=True):
-        shapes = [widths(block.get_submodule(f"{name}.{path}")) for path in paths]
-        for role, path in zip(roles_of(shapes, type(block).__name__), paths, strict=True):
-            found[role] = f"{name}.{path}"
-    return found
-
-
-def widths(linear: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear layer; GPT-2's Conv1D stores its weight the other way round."""
-    rows, columns = linear.weight.shape
-    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
-
-
-def _linear_paths(module: nn.Module) -> list[str]:
-    return [name for name, child in module.named_modules() if isinstance(child, LINEAR)]
-
-
-def _attention_roles(shapes: list[tuple[int, int]], block: str) -> tuple[Role, ...]:
-    if len(shapes) == 4 and shapes[1] == shapes[2]:
-        return ("q", "k", "v", "o")
-    if len(shapes) == 2:
-        return ("qkv", "o") if shapes[0][0] > shapes[1][1] else ("o", "qkv")
-    raise InputError(
-        f"the attention of a {block} has linear layers of (out, in) {shapes}, which fit no known form"
-    )
-
-
-def _mlp_roles(shapes: list[tuple[int, int]], block: str) -> tuple[Role, ...]:
-    if len(shapes) == 3 and shapes[0] == shapes[1] == shapes[2][::-1]:
-        return ("gate", "up", "down")
-    if len(shapes) == 2:
-        return ("gate_up", "down") if shapes[0][0] == 2 * shapes[1][1] else ("fc1", "fc2")
-    raise InputError(f"the MLP of a {block} has linear layers of (out, in) {shapes}, which fit no known form")
+def family_of(model_type: str) -> Family:
+    """The family of a configuration's `model_type`; raises InputError with the known types."""
+    for family in FAMILIES:
+        if model_type in family.types:
+            return family
+    types = ", ".join(name for family in FAMILIES for name in family.types)
+    raise InputError(f"models of type {model_type} are not supported; known: {types}")

@@ -1,24 +1,24 @@
 """Depth slices: which layers of a checkpoint a smaller model keeps.
 
-Kept are the first ceil(depth / 2) and the last floor(depth / 2) layers, so the ones dropped lie together in the middle:
-"symmetric dropping" of Sajjad et al. 2023 (arXiv 2004.03844). Slices of one checkpoint are nested, and every slice keeps
-the layers next to the embedding and next to the head, so each tensor of a slice is also held by every larger slice.
+A slice keeps the first ceil(depth / 2) and the last floor(depth / 2) layers; the dropped layers lie
+together in the middle ("symmetric dropping", Sajjad et al. 2023, arXiv 2004.03844). Slices of one
+checkpoint are nested, so every larger slice also holds each tensor of a smaller one.
 
-An adapter trained in a deep slice does not fit the same layers in a shallow one, where others lie between them. A device
-that holds a deep slice can train the shallow ones inside it as well, a step each in turn; what it sends is then right for
-both. The idea is that of networks trained at several sizes (Yu & Huang 2019, arXiv 1903.05134; Fan et al. 2019, arXiv
-1909.11556); the turns are ours. The README has the figures with and without.
+An adapter trained in a deep slice does not fit the same layers in a shallow slice, where they have
+other neighbours. A device can therefore train the smaller slices inside its own, a step each in
+turn. The idea is that of networks trained at several sizes (Yu & Huang 2019, arXiv 1903.05134; Fan
+et al. 2019, arXiv 1909.11556); taking turns is ours. The README has the figures.
 """
 
 from collections.abc import Iterable
 
 
 def kept_layers(depth: int, layers: int) -> tuple[int, ...]:
-    """The original numbers of the layers that a slice keeps.
+    """The layers that a slice keeps, by their numbers in the checkpoint.
 
     Args:
         depth: layers to keep.
-        layers: layers of the whole checkpoint.
+        layers: layers of the checkpoint.
 
     Raises:
         ValueError: depth is not between 1 and layers.
@@ -31,15 +31,15 @@ def kept_layers(depth: int, layers: int) -> tuple[int, ...]:
 
 
 def nested_blocks(depths: Iterable[int], depth: int, layers: int) -> list[tuple[int, ...]]:
-    """For each of the depths, which blocks of a slice of `depth` layers make the slice of that many.
+    """For each of the depths, the blocks that make a slice of that depth inside a deeper one.
 
     Args:
         depths: each at most depth.
-        depth: layers of the slice at hand.
-        layers: layers of the whole checkpoint.
+        depth: layers of the deeper slice, whose blocks are numbered from 0.
+        layers: layers of the checkpoint.
 
     Raises:
-        ValueError: a depth is larger than the slice at hand.
+        ValueError: one of the depths is larger than depth.
     """
-    held = kept_layers(depth, layers)
-    return [tuple(held.index(layer) for layer in kept_layers(smaller, layers)) for smaller in depths]
+    deep = kept_layers(depth, layers)
+    return [tuple(deep.index(layer) for layer in kept_layers(shallow, layers)) for shallow in depths]

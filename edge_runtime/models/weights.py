@@ -1,41 +1,28 @@
-"""Loads a base model, or a depth slice of it, tensor by tensor: layers that a slice drops are never read.
+"""Loads a base model, or a depth slice of it, tensor by tensor; dropped layers are never read.
 
-Peak while loading: the model in its final format plus one tensor's piece (see gguf_file); in nf4 plus a matrix in float32.
+Peak while loading: the model in its final format and a piece of one tensor (gguf_file.PIECE_BYTES);
+in nf4 the model and one matrix in float32.
 """
 
-import re
-import zlib
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
-import msgspec
 import torch
 from edge_kernels import Packed
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from edge_runtime.compat.empty_model import empty_model
 from edge_runtime.errors import InputError
-from edge_runtime.models import families as roles
-from edge_runtime.models import stream, whole
+from edge_runtime.models import structure
 from edge_runtime.models.facts import Facts
-from edge_runtime.models.packed import (
-    EMBEDDING,
-    PIECE_VALUES,
-    PackedEmbedding,
-    PackedLinear,
-    pack_matrix,
-    pack_pieces,
-)
+from edge_runtime.models.packed import EMBEDDING, PackedEmbedding, PackedLinear
+from edge_runtime.models.readers import Tensors, open_tensors
 from edge_runtime.models.slices import kept_layers
+from edge_runtime.models.stream import placeholder, stream
 from edge_runtime.settings import PACKED, Weights
-
-LAYER = re.compile(r"(?<=\.)\d+(?=\.)")  # the block's number is the first number in a state_dict key
 
 
 def load(
@@ -45,181 +32,113 @@ def load(
 
     Args:
         facts: of the checkpoint.
-        depth: layers to keep, chosen by `kept_layers`; the model numbers them 0 to depth - 1.
-        weights: the format the base is held in. In a packed one its activations are bfloat16.
-        streamed: leave the blocks' matrices, which are packed then, in files beside the facts (see `stream`).
+        depth: layers to keep (`kept_layers`); the model numbers them 0 to depth - 1.
+        weights: format of the base; with a packed format the activations are bfloat16.
+        device: "cpu" or "cuda".
+        streamed: leave the matrices of the blocks, packed, in files beside the facts (`stream`).
 
     Raises:
-        InputError: a tensor is missing, a file is cut short, or the family cannot be packed; it is named. What is cut short
-            is refused before any weight is read.
+        InputError: a tensor is missing or has another size, a file is cut short, or the family
+            cannot be packed. A file that is cut short is refused before any weight is read.
     """
     transformers_logging.disable_progress_bar()
-    kept = kept_layers(depth, facts.layers)
+    # the slice's configuration
+    layers = kept_layers(depth, facts.layers)
     config = AutoConfig.from_pretrained(facts.folder)
     text = config.get_text_config()
     text.num_hidden_layers = depth
     if getattr(text, "layer_types", None):
-        text.layer_types = [text.layer_types[layer] for layer in kept]
+        text.layer_types = [text.layer_types[layer] for layer in layers]
     text.use_cache = False
     dtype = torch.bfloat16 if weights in PACKED else getattr(torch, weights)
-    model = empty(config)
+    # a model without memory, and the tensors that it lacks
+    model = empty_model(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    read: _Reader = _Numbered(_reader(facts), kept) if facts.weights else _Random(shapes)
+    tensors = open_tensors(facts, layers, shapes)
+    # packed matrices first: what they replace is not filled
     if weights in PACKED:
-        files = [Path(facts.folder) / f"streamed-{weights}" / f"{layer}.safetensors" for layer in kept]
-        _pack(model, read, dtype, weights, device, files if streamed else [])
-    for name, parameter in list(model.named_parameters()):
-        if facts.tied_head and name == "lm_head.weight":
-            continue
-        owner, _, own = name.rpartition(".")
-        filled = read.dense(name, dtype)
-        if filled.numel() != parameter.numel():
-            needed = tuple(parameter.shape)
-            raise InputError(
-                f"{name} is {tuple(filled.shape)} in {facts.weights}, but this model needs {needed}"
-            )
-        filled = filled.view(parameter.shape).to(device)
-        setattr(model.get_submodule(owner), own, nn.Parameter(filled, requires_grad=False))
+        target = _Target(model, {module: name for name, module in model.named_modules()}, dtype, device)
+        _refuse_unpackable(target)
+        _pack_ends(target, tensors)
+        for layer, block in zip(layers, structure.blocks(model), strict=True):
+            file = Path(facts.folder) / f"streamed-{weights}" / f"{layer}.safetensors"
+            _pack_block(target, tensors, block, weights, file if streamed else None)
+    _fill(model, facts, tensors, dtype, device)
     if weights not in PACKED:
-        model.tie_weights()  # the head above
+        model.tie_weights()  # the head, which _fill left out
     model.to(device)  # rotary frequencies, which are in no file
     return model.eval().requires_grad_(False)
 
 
-def empty(config: Any) -> PreTrainedModel:
-    """The model of a configuration; its tensors take no memory."""
-    with _WithoutMemory(), no_init_weights():
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+def _fill(model: PreTrainedModel, facts: Facts, tensors: Tensors, dtype: torch.dtype, device: str) -> None:
+    """Read every parameter that the model still lacks, but for a tied head."""
+    for name, parameter in list(model.named_parameters()):
+        if facts.tied_head and name == "lm_head.weight":
+            continue
+        values = tensors.dense(name, dtype)
+        if values.numel() != parameter.numel():
+            needed = tuple(parameter.shape)
+            raise InputError(
+                f"{name} is {tuple(values.shape)} in {facts.weights}, but this model needs {needed}"
+            )
+        filled = nn.Parameter(values.view(parameter.shape).to(device), requires_grad=False)
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, filled)
 
 
-class _WithoutMemory(TorchFunctionMode):
-    """What is made empty, to be filled, takes no memory; torch's own device for that brings its compiler, 80 MiB."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        return func(*args, **((kwargs or {}) | ({"device": "meta"} if func is torch.empty else {})))
+# --- packed
 
 
-class _Reader(Protocol):
-    """A file of weights."""
+class _Target(NamedTuple):
+    """A model without memory, into which packed matrices are put."""
 
-    def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor: ...
-    def packed(self, name: str, format: str) -> Packed: ...
-
-
-class _Numbered(NamedTuple):
-    """Reads a slice's tensors by the names they have in the slice."""
-
-    reader: _Reader
-    kept: tuple[int, ...]
-
-    def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        return self.reader.dense(self._whole(name), dtype)
-
-    def packed(self, name: str, format: str) -> Packed:
-        return self.reader.packed(self._whole(name), format)
-
-    def _whole(self, name: str) -> str:
-        return LAYER.sub(lambda number: str(self.kept[int(number[0])]), name, count=1)
+    model: PreTrainedModel
+    names: dict[nn.Module, str]  # paths of its modules before any was replaced
+    dtype: torch.dtype  # of activations and biases
+    device: str
 
 
-def _pack(
-    model: PreTrainedModel, read: _Reader, dtype: torch.dtype, format: str, device: str, files: list[Path]
-) -> None:
-    """Put packed matrices into a model without memory. files: one for each block's matrices, or none."""
-    places = {module: name for name, module in model.named_modules()}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    table = read.packed(f"{places[embedding]}.weight", EMBEDDING).to(device)
-    factor = float(getattr(embedding, "scalar_embed_scale", 1.0))
-    model.set_submodule(places[embedding], PackedEmbedding(table, dtype, factor))
-    tied = model.config.get_text_config().tie_word_embeddings
-
-    linears = [list(roles.linears(block).values()) for block in roles.blocks(model)]
-    layers = [
-        layer
-        for block, paths in zip(roles.blocks(model), linears, strict=True)
-        for layer in map(block.get_submodule, paths)
-    ]
-    for layer in [*layers, head]:
+def _refuse_unpackable(target: _Target) -> None:
+    row, blocks = structure.family(target.model), structure.blocks(target.model)
+    for layer in [*structure.linears(blocks[0], row).values(), target.model.get_output_embeddings()]:
         if not isinstance(layer, nn.Linear):
             raise InputError(
-                f"{places[layer]} is a {type(layer).__name__}: models of this family cannot be packed"
+                f"{target.names[layer]} is a {type(layer).__name__}: models of this family cannot be packed"
             )
 
-    def place(layer: nn.Module, weight: Packed) -> None:
-        bias = None if layer.bias is None else read.dense(f"{places[layer]}.bias", dtype).to(device)
-        model.set_submodule(places[layer], PackedLinear(weight, bias))
 
-    place(head, table if tied else read.packed(f"{places[head]}.weight", EMBEDDING).to(device))
-    for number, (block, paths) in enumerate(zip(roles.blocks(model), linears, strict=True)):
-        names = {path: places[block.get_submodule(path)] for path in paths}
-        for path, name in names.items():
-            shape = tuple(block.get_submodule(path).weight.shape)
-            held = (
-                stream.empty(format, shape, device)
-                if files
-                else read.packed(f"{name}.weight", format).to(device)
-            )
-            place(block.get_submodule(path), held)
-        if files:
-            read_all = {path: partial(read.packed, f"{name}.weight", format) for path, name in names.items()}
-            stream.stream(block, read_all, files[number], device)
+def _pack_ends(target: _Target, tensors: Tensors) -> None:
+    """The embedding and the head, which are one matrix where they are tied."""
+    model, names = target.model, target.names
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    table = tensors.packed(f"{names[embedding]}.weight", EMBEDDING).to(target.device)
+    factor = float(getattr(embedding, "scalar_embed_scale", 1.0))
+    model.set_submodule(names[embedding], PackedEmbedding(table, target.dtype, factor))
+    if not model.config.get_text_config().tie_word_embeddings:
+        table = tensors.packed(f"{names[head]}.weight", EMBEDDING).to(target.device)
+    _replace(target, tensors, head, table)
 
 
-def _reader(facts: Facts) -> _Reader:
-    path = Path(facts.weights)
-    if path.suffix == ".gguf":
-        from edge_runtime.models import gguf_file
-
-        whole.tensors(path)
-        content = (Path(facts.folder) / "tensors.json").read_bytes()
-        return gguf_file.Reader(path, msgspec.json.decode(content, type=dict[str, gguf_file.Tensor]))
-    return _Safetensors(path, {name: file for file in whole.files(path) for name in whole.tensors(file)})
-
-
-class _Safetensors(NamedTuple):
-    path: Path
-    files: dict[str, Path]
-
-    def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        return self._read(name).to(dtype)
-
-    def packed(self, name: str, format: str) -> Packed:
-        return pack_matrix(self._read(name), format)
-
-    def _read(self, name: str) -> Any:
-        if name not in self.files:
-            raise InputError(f"{self.path} lacks the tensor {name}")
-        try:
-            with safe_open(self.files[name], framework="pt") as stream:
-                return stream.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{self.files[name]} cannot be read: {error}") from error
+def _pack_block(target: _Target, tensors: Tensors, block: nn.Module, format: str, file: Path | None) -> None:
+    """The linear layers of a block. file: where its matrices stay; None: in memory."""
+    row = structure.family(target.model)
+    layers = structure.linears(block, row)
+    reads = {
+        row.linears[role]: partial(tensors.packed, f"{target.names[layer]}.weight", format)
+        for role, layer in layers.items()
+    }
+    for role, layer in layers.items():
+        if file is None:
+            matrix = reads[row.linears[role]]().to(target.device)
+        else:
+            matrix = placeholder(format, tuple(layer.weight.shape), target.device)
+        _replace(target, tensors, layer, matrix)
+    if file is not None:
+        stream(block, reads, file, target.device)
 
 
-class _Random(NamedTuple):
-    """Normal values about as large as trained ones, the same in every run; ones where a norm has its scale."""
-
-    shapes: dict[str, torch.Size]
-
-    def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        values, filled = torch.empty(self.shapes[name], dtype=dtype), 0
-        for piece in self._pieces(name):
-            values.view(-1)[filled : filled + piece.numel()] = piece.view(-1)
-            filled += piece.numel()
-        return values
-
-    def packed(self, name: str, format: str) -> Packed:
-        return (
-            pack_pieces(self._pieces(name), format, self.shapes[name][0])
-            if format != "nf4"
-            else pack_matrix(self.dense(name, torch.float32), format)
-        )
-
-    def _pieces(self, name: str) -> Iterator[torch.Tensor]:
-        *rows, width = self.shapes[name]
-        if not rows:
-            yield torch.full((width,), float(name.endswith("norm.weight")))
-            return
-        draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        for piece in torch.empty(rows[0]).split(max(PIECE_VALUES // width, 1)):
-            yield torch.empty(len(piece), width).normal_(0.0, 0.02, generator=draw)
+def _replace(target: _Target, tensors: Tensors, layer: nn.Module, matrix: Packed) -> None:
+    name, bias = target.names[layer], None
+    if layer.bias is not None:
+        bias = tensors.dense(f"{name}.bias", target.dtype).to(target.device)
+    target.model.set_submodule(name, PackedLinear(matrix, bias))

@@ -8,13 +8,12 @@ import msgspec
 
 from edge_runtime.errors import InputError
 from edge_runtime.models.facts import Facts
+from edge_runtime.models.families import family_of
 from edge_runtime.planning.predict import FEWER_MLP_TOKENS, KERNEL_BYTES, LENGTH_STEP, MLP_TOKENS, predict
 from edge_runtime.planning.time import Rates, step_seconds
 from edge_runtime.planning.workload import Workload
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import PACKED, Boundaries, Fleet, Weights
-
-UNPACKED_FAMILIES = ("gpt2",)  # their linear layers are no nn.Linear
 
 
 class Base(NamedTuple):
@@ -125,7 +124,7 @@ def _faults(workload: Workload, base: Base, tokens: int, schedule: Schedule) -> 
     if tokens > facts.positions:
         key = "shorter goes down to" if tokens < workload.max_tokens else "max_tokens is"
         yield f"[training] {key} {tokens}, but {base.source} has {facts.positions} positions"
-    if base.weights in PACKED and facts.family in UNPACKED_FAMILIES:
+    if base.weights in PACKED and family_of(facts.family).transposed:
         yield f"{base.source} is a {facts.family} model, whose matrices cannot be packed: use float32 or bfloat16"
     if schedule.streamed and method.reads_weights:
         yield f"{method.name} takes frames from the model's weights, which cannot be streamed then: use drawn ones"

@@ -14,6 +14,7 @@
 import msgspec
 
 from edge_runtime.models.facts import Facts
+from edge_runtime.models.families import family_of
 from edge_runtime.planning.workload import Workload
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import PACKED, Weights
@@ -64,8 +65,7 @@ ATTENTION_ROWS = 10
 KEPT_HIDDEN_ROWS, KEPT_HEAD_ROWS, KEPT_INTERMEDIATE_ROWS = 5, 5, 3
 KEPT_COPIES = 1.2
 
-NORMED_FAMILIES, NORM_ROWS = ("gemma2", "gemma3", "gemma3_text"), 8  # norms follow attention and MLP too
-UNGATED_FAMILIES = ("gpt2", "phi")  # their MLPs do not run in tiles
+NORM_ROWS = 8  # a token, where norms follow attention and MLP too
 
 
 class Prediction(msgspec.Struct, frozen=True):
@@ -167,7 +167,7 @@ def _weights(facts: Facts, depth: int, weights: Weights) -> int:
 
 def _activations(facts: Facts, plan: Plan, batch: int, width: int) -> int:
     """Bytes that a block keeps for backward when it does not run again."""
-    ungated = facts.family in UNGATED_FAMILIES
+    ungated = family_of(facts.family).mlp == "plain"
     intermediate = INTERMEDIATE_ROWS if ungated else KEPT_INTERMEDIATE_ROWS
     if _tile(facts, plan, batch) < batch:  # an MLP in tiles runs again in any case
         intermediate = 0
@@ -192,9 +192,9 @@ def _loss(facts: Facts, plan: Plan, batch: int, width: int) -> int:
 
 
 def _tile(facts: Facts, plan: Plan, batch: int) -> int:
-    """Tokens that go through an MLP at once."""
-    return batch if facts.family in UNGATED_FAMILIES else min(batch, plan.mlp_tokens or batch)
+    """Tokens that go through an MLP at once; only a gated MLP runs in tiles."""
+    return batch if family_of(facts.family).mlp == "plain" else min(batch, plan.mlp_tokens or batch)
 
 
 def _norm_rows(facts: Facts) -> int:
-    return NORM_ROWS if facts.family in NORMED_FAMILIES else 0
+    return NORM_ROWS if family_of(facts.family).norms_after else 0

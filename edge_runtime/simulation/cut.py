@@ -49,11 +49,11 @@ def cut(source: str, layers: int, models: Path) -> str:
 
 
 def _write(facts: Facts, layers: int, folder: Path) -> None:
-    from edge_runtime.models import families, weights
+    from edge_runtime.models import structure, weights
 
     model = weights.load(facts, facts.layers, "bfloat16")
     config = model.config.get_text_config()
-    del families.blocks(model)[layers:]
+    del structure.blocks(model)[layers:]
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]

@@ -129,7 +129,7 @@ def _end_with_parent() -> None:
 
 def _run(spec: Spec, arm: Arm, seed: int, files: Path, models: Path, out: Path) -> Outcome:
     """Make one run in a worker."""
-    from edge_runtime.trainer.lean import lean_imports
+    from edge_runtime.compat.lean_imports import lean_imports
 
     with lean_imports():
         from edge_runtime.simulation.run import CachedBases, run_arm

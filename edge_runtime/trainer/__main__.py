@@ -10,7 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
-from edge_runtime.trainer.lean import lean_imports
+from edge_runtime.compat.lean_imports import lean_imports
 
 with lean_imports():
     import msgspec

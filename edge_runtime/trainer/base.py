@@ -8,14 +8,14 @@ from edge_kernels import apply
 from transformers import PreTrainedModel
 
 from edge_runtime.adapters import attach
+from edge_runtime.compat.fast_tokenizer import load as load_tokenizer
+from edge_runtime.compat.lean_imports import lean_imports
 from edge_runtime.methods.interface import Method
-from edge_runtime.models import weights
+from edge_runtime.models import structure, weights
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.slices import kept_layers
-from edge_runtime.models.tokenizer import load as load_tokenizer
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.trainer.job import Job
-from edge_runtime.trainer.lean import lean_imports
 from edge_runtime.trainer.meter import release
 
 
@@ -36,12 +36,13 @@ class Base:
 
     def __init__(self, model: PreTrainedModel, mlp_tokens: int | None) -> None:
         """mlp_tokens: tokens that go through an MLP at once; None: all."""
-        self.model, self._undo = model, apply(model, mlp_tokens)
+        self.model = model
+        self._undo = apply(model, structure.modules(model), mlp_tokens)
 
     def retile(self, mlp_tokens: int | None) -> None:
         """Change the number of tokens that go through an MLP at once."""
         self._undo()
-        self._undo = apply(self.model, mlp_tokens)
+        self._undo = apply(self.model, structure.modules(self.model), mlp_tokens)
 
     def drop(self) -> None:
         """Take the adapter off, and free the model."""
@@ -52,7 +53,7 @@ class Base:
         release()
 
 
-def load_base(job: Job, method: Method, bases: Bases, labels: list[str]) -> tuple[Base, attach.Adapter]:
+def load_base(job: Job, method: Method, bases: Bases, labels: list[str]) -> tuple[Base, attach.Attached]:
     """The base model with the adapter attached, at version 0."""
     plan, fleet = job.plan, job.fleet
     with lean_imports():  # loading imports the code of the model's family
@@ -63,8 +64,8 @@ def load_base(job: Job, method: Method, bases: Bases, labels: list[str]) -> tupl
         fleet.adapter.at(plan.rank),
         method,
         fleet.seed,
-        whole=job.facts.layers,
-        fleet_rank=fleet.adapter.rank,
-        labels=tuple(labels),
+        attach.Extent(job.facts.layers, fleet.adapter.rank),
     )
+    if labels:
+        adapter = attach.with_head(adapter, model, tuple(labels))
     return Base(model, plan.mlp_tokens), adapter

@@ -6,6 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from edge_runtime.adapters import attach
 from edge_runtime.methods import fedit
+from edge_runtime.models import structure
 from edge_runtime.settings import Adapter, Training
 from edge_runtime.trainer import step
 from edge_runtime.trainer.data import Example
@@ -30,7 +31,7 @@ def baseline_bytes() -> int:
         for dtype in (torch.float32, torch.bfloat16):
             model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
             adapter = attach.attach(model, (0,), Adapter(), fedit.METHOD, seed=0)
-            apply(model)
+            apply(model, structure.modules(model))
             step.train(model, adapter, examples, settings)
             evaluate(model, adapter, examples, 1)
     return meter.peak_bytes

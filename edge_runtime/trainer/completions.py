@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from edge_runtime.adapters.attach import Adapter
+from edge_runtime.adapters.attach import Attached
 from edge_runtime.errors import InputError
 from edge_runtime.protocol import codec, completion
 from edge_runtime.protocol.completion import Completion
@@ -50,7 +50,7 @@ class Completions:
     def answer(
         self,
         model: PreTrainedModel,
-        adapter: Adapter,
+        adapter: Attached,
         examples: list[Example],
         micro_rows: int,
         reporter: Reporter,

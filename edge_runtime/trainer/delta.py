@@ -33,7 +33,7 @@ class Sent(NamedTuple):
 
 def write(
     folder: Path,
-    adapter: attach.Adapter,
+    adapter: attach.Attached,
     method: Method,
     taught: set[str],
     answers: DeviceAnswers,

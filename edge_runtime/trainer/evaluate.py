@@ -9,7 +9,7 @@ import math
 import torch
 from transformers import PreTrainedModel
 
-from edge_runtime.adapters.attach import Adapter
+from edge_runtime.adapters.attach import Attached
 from edge_runtime.protocol.report import Score
 from edge_runtime.trainer.data import Example, batches
 from edge_runtime.trainer.meter import release
@@ -18,7 +18,7 @@ from edge_runtime.trainer.objectives import hidden_states, objectives
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, adapter: Adapter, examples: list[Example], micro_rows: int) -> Score:
+def evaluate(model: PreTrainedModel, adapter: Attached, examples: list[Example], micro_rows: int) -> Score:
     """Score the rows, micro_rows at a time; the model is in evaluation mode.
 
     The loss is the mean over labelled tokens and over rows of a head whose label it has.

@@ -13,7 +13,7 @@ from edge_kernels import linear_cross_entropy
 from torch.nn.functional import cross_entropy, kl_div, rms_norm
 from transformers import PreTrainedModel
 
-from edge_runtime.adapters.attach import Adapter
+from edge_runtime.adapters.attach import Attached
 from edge_runtime.planning.predict import LOSS_CHUNK_BYTES
 from edge_runtime.trainer.data import IGNORED, Example
 from edge_runtime.trainer.divergence import divergence
@@ -66,7 +66,7 @@ class Text(NamedTuple):
 class Labels(NamedTuple):
     """Rows whose label a linear head predicts."""
 
-    adapter: Adapter
+    adapter: Attached
     targets: torch.Tensor | None = None  # (texts, labels), the fleet's; None: the rows' own labels
 
     def output(self, rows: list[Example], hidden: torch.Tensor, _: torch.Tensor) -> Output:
@@ -109,7 +109,7 @@ class Objectives(NamedTuple):
 
 def objectives(
     model: PreTrainedModel,
-    adapter: Adapter,
+    adapter: Attached,
     chunk_bytes: int = LOSS_CHUNK_BYTES,
     targets: torch.Tensor | None = None,
 ) -> Objectives:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from edge_runtime.adapters.attach import Adapter
+from edge_runtime.adapters.attach import Attached
 from edge_runtime.methods import codistill
 from edge_runtime.protocol.keys import label_key
 from edge_runtime.trainer import data
@@ -59,7 +59,7 @@ class Predictions:
     def answer(
         self,
         model: PreTrainedModel,
-        adapter: Adapter,
+        adapter: Attached,
         examples: list[data.Example],
         micro_rows: int,
         reporter: Reporter,

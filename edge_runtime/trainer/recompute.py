@@ -7,7 +7,7 @@ from functools import partial
 from edge_kernels import Kept, checkpoint_block
 from transformers import PreTrainedModel
 
-from edge_runtime.models.families import blocks
+from edge_runtime.models.structure import blocks
 from edge_runtime.settings import Boundaries
 
 

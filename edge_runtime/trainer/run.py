@@ -98,7 +98,7 @@ def prepare(machine: Machine) -> None:
 
 
 def begin(
-    job: Job, method: Method, adapter: attach.Adapter, material: Material
+    job: Job, method: Method, adapter: attach.Attached, material: Material
 ) -> tuple[attach.State, Distillation | None]:
     """Set the adapter to the round's start; returns that state, and the fleet's public answers."""
     shared = codec.decode(Path(job.start).read_bytes()) if job.start is not None else {}
@@ -108,7 +108,7 @@ def begin(
 
 
 def score(
-    job: Job, base: Base, adapter: attach.Adapter, material: Material, reporter: Reporter
+    job: Job, base: Base, adapter: attach.Attached, material: Material, reporter: Reporter
 ) -> dict[str, Score]:
     """Scores of the version that the round starts from, by the name of the held-out rows."""
     scores = {}

@@ -17,10 +17,10 @@ import torch
 from edge_kernels import AdamW8bit
 from transformers import PreTrainedModel
 
-from edge_runtime.adapters.attach import Adapter, AdapterLinear
+from edge_runtime.adapters.attach import AdapterLinear, Attached
 from edge_runtime.errors import TrainerError
 from edge_runtime.methods.interface import Pass
-from edge_runtime.models.families import blocks
+from edge_runtime.models.structure import blocks
 from edge_runtime.planning.predict import LOSS_CHUNK_BYTES
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import Boundaries, Training
@@ -51,7 +51,7 @@ class RoundSettings(NamedTuple):
 
 def train(
     model: PreTrainedModel,
-    adapter: Adapter,
+    adapter: Attached,
     examples: list[Example],
     settings: RoundSettings,
     *,
@@ -105,7 +105,7 @@ class _Learner:
     def __init__(
         self,
         model: PreTrainedModel,
-        adapter: Adapter,
+        adapter: Attached,
         settings: RoundSettings,
         distillation: Distillation | None,
     ) -> None:

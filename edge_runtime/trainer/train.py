@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from edge_runtime.adapters.attach import Adapter
+from edge_runtime.adapters.attach import Attached
 from edge_runtime.methods.interface import Method
 from edge_runtime.models.slices import nested_blocks
 from edge_runtime.planning.candidates import lower
@@ -67,7 +67,7 @@ def train(
     job: Job,
     method: Method,
     base: Base,
-    adapter: Adapter,
+    adapter: Attached,
     examples: list[Example],
     distillation: Distillation | None,
     reporter: Reporter,

@@ -5,7 +5,7 @@ One file an operator, or one folder; each has one autograd Function whose file s
 
 from edge_kernels.adamw8bit import AdamW8bit
 from edge_kernels.adapter_linear import adapter_linear
-from edge_kernels.apply import apply
+from edge_kernels.apply import Modules, apply
 from edge_kernels.attention import attention
 from edge_kernels.checkpoint_block import Kept, checkpoint_block
 from edge_kernels.gated_activation import gated_activation
@@ -20,6 +20,7 @@ from edge_kernels.rotary import rotary
 __all__ = [
     "AdamW8bit",
     "Kept",
+    "Modules",
     "Packed",
     "adapter_linear",
     "apply",

@@ -2,20 +2,19 @@
 
     norms        rms_norm, layer_norm
     MLP          gated_activation, where the activation has a gate; in tiles of tokens
-    attention    rotary, where there are rotary positions; attention, on a CPU
-                 where only later keys are masked
+    attention    rotary, where there are rotary positions; attention, on a CPU where only later keys are
+                 masked
 
-Each module gets an attribute `forward` that hides its class's method. No weight moves, and no class
-and no library is changed. The operators treat weights as frozen, so a norm whose own weight
-requires a gradient is refused. A norm or MLP whose class is not in the tables below is refused,
-too.
+Each module gets an attribute `forward` that hides its class's method. No weight moves, and no class and
+no library is changed. The operators treat weights as frozen, so a norm whose own weight requires a
+gradient is refused. A norm or MLP whose class the caller did not name is refused, too.
 """
 
 import inspect
 import types
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -27,14 +26,6 @@ from edge_kernels.layer_norm import layer_norm
 from edge_kernels.rms_norm import rms_norm
 from edge_kernels.rotary import rotary
 
-OFFSETS = {  # rms_norm's offset, by the class of the norm
-    **dict.fromkeys(("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"), 0.0),
-    **dict.fromkeys(("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"), 1.0),
-}
-# MLPs with gate and up projection, with the two fused, and without a gate; the last stay unchanged
-GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP")
-FUSED = ("Phi3MLP",)
-UNGATED = ("PhiMLP", "GPT2MLP")
 KINDS: dict[str, Kind] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 # transformers' names in the file of an attention
 ROTARY, INTERFACES = "apply_rotary_pos_emb", "ALL_ATTENTION_FUNCTIONS"
@@ -42,22 +33,33 @@ ROTARY, INTERFACES = "apply_rotary_pos_emb", "ALL_ATTENTION_FUNCTIONS"
 Forward = Callable[..., Any]
 
 
-def apply(model: nn.Module, mlp_tokens: int | None = None) -> Callable[[], None]:
-    """Swap the operators into a model of the Llama, Mistral, Qwen, Gemma, Phi and GPT-2 families.
+class Modules(NamedTuple):
+    """The norms and MLPs of a model family, by the names of their classes in transformers."""
+
+    rms_norm: str  # a family without this class has torch's layer norms
+    offset: float  # rms_norm's offset
+    mlp: str
+    # gate and up projection apart, fused in one layer, or no gate: such an MLP stays as it is
+    form: Literal["gated", "fused", "plain"]
+
+
+def apply(model: nn.Module, modules: Modules, mlp_tokens: int | None = None) -> Callable[[], None]:
+    """Swap the operators into a transformers model.
 
     Args:
         model: loaded and frozen (adapters may train).
-        mlp_tokens: tokens that go through a gated MLP at a time; None: all. In tiles, the weights
-            must stay in place from forward to backward.
+        modules: the norms and MLPs of its family.
+        mlp_tokens: tokens that go through a gated MLP at a time; None: all. In tiles, the weights must
+            stay in place from forward to backward.
 
     Returns:
         A function that takes the operators out again.
 
     Raises:
-        ValueError: the class of a module is unknown, or a norm's own weight requires a gradient.
-            The model is unchanged then.
+        ValueError: the class of a module is unknown, or a norm's own weight requires a gradient. The
+            model is unchanged then.
     """
-    forwards = {name: _forward(name, module, mlp_tokens) for name, module in model.named_modules()}
+    forwards = {name: _forward(name, module, modules, mlp_tokens) for name, module in model.named_modules()}
     swapped = [(model.get_submodule(name), forward) for name, forward in forwards.items() if forward]
     for module, forward in swapped:
         module.forward = forward
@@ -69,24 +71,25 @@ def apply(model: nn.Module, mlp_tokens: int | None = None) -> Callable[[], None]
     return undo
 
 
-def _forward(name: str, module: nn.Module, mlp_tokens: int | None) -> Forward | None:
+def _forward(name: str, module: nn.Module, modules: Modules, mlp_tokens: int | None) -> Forward | None:
     """The module's new forward; None where the module stays as it is."""
     kind = type(module).__name__
-    if kind in OFFSETS:
+    if kind == modules.rms_norm:
         _check_frozen(name, module)
         eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-        return lambda x: rms_norm(x, module.weight, eps, OFFSETS[kind])
+        return lambda x: rms_norm(x, module.weight, eps, modules.offset)
     if isinstance(module, nn.LayerNorm):
         _check_frozen(name, module)
         return lambda x: layer_norm(x, module.weight, module.bias, module.eps)
-    if kind in GATED:
-        return _tiled(module, partial(_gated, module, _activation(name, module)), mlp_tokens)
-    if kind in FUSED:
-        return _tiled(module, partial(_fused, module, _activation(name, module)), mlp_tokens)
+    if kind == modules.mlp:
+        if modules.form == "plain":
+            return None
+        forward = _gated if modules.form == "gated" else _fused
+        return _tiled(module, partial(forward, module, _activation(name, module)), mlp_tokens)
     if kind.endswith("Attention"):
         return _attention(module)
-    if kind.endswith(("Norm", "MLP")) and kind not in UNGATED:
-        classes = ", ".join((*OFFSETS, "LayerNorm", *GATED, *FUSED, *UNGATED))
+    if kind.endswith(("Norm", "MLP")):
+        classes = ", ".join((modules.rms_norm, "LayerNorm", modules.mlp))
         raise ValueError(f"{name} is a {kind}, which is not known; known: {classes}")
     return None
 
@@ -109,7 +112,7 @@ def _fused(module: Any, kind: Kind, x: torch.Tensor) -> torch.Tensor:
 
 
 def _attention(module: nn.Module) -> Forward | None:
-    """The attention's own code; its globals name our rotary function and our attention."""
+    """The attention's own code, with other globals: the rotary function and the table of attentions are ours."""
     code = inspect.unwrap(type(module).forward)
     if not {ROTARY, INTERFACES} & code.__globals__.keys():
         return None
@@ -122,7 +125,7 @@ def _attention(module: nn.Module) -> Forward | None:
 
 
 class _Interfaces:
-    """transformers' table of attention functions, with ours in the place of torch's."""
+    """transformers' table of attention functions, in which torch's gives way to ours where ours can stand in."""
 
     def __init__(self, table: Any) -> None:
         self._table = table

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from edge_kernels import apply
+from edge_kernels import Modules, apply
 from edge_kernels.attention import SHORT, attention
 from numerics import DEVICE, ON_GPU, assert_as_good_as
 from torch.nn.functional import scaled_dot_product_attention
@@ -138,6 +138,11 @@ MODELS = {
         )
     ),
 }
+MODULES = {
+    "llama": Modules("LlamaRMSNorm", 0.0, "LlamaMLP", "gated"),
+    "gemma3": Modules("Gemma3RMSNorm", 1.0, "Gemma3MLP", "gated"),
+    "gpt2": Modules("", 0.0, "GPT2MLP", "plain"),
+}
 OURS_RUNS = {"llama": 2, "gemma3, the window open": 2, "gemma3, beyond its window": 1, "gpt2": 2}
 
 
@@ -172,7 +177,7 @@ def test_in_a_model_it_runs_wherever_later_keys_alone_are_masked_and_gradients_a
 
     theirs = gradient()
     assert not seen
-    undo = apply(model)
+    undo = apply(model, MODULES[name.partition(",")[0]])
     ours = gradient()
     assert len(seen) == OURS_RUNS[name]
     undo()

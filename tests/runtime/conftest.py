@@ -6,24 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-VOCABULARY = 96
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.3,  # large enough that every layer matters to the logits
-}
-GPT2_SIZES = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}
-PHI3_SIZES = {key: value for key, value in SIZES.items() if key != "head_dim"}
+from family_cases import CASES
 
 
 @pytest.fixture(scope="session")
@@ -33,8 +16,7 @@ def tiny():
     from transformers import AutoConfig, AutoModelForCausalLM
 
     def make(family, **changes):
-        sizes = {"gpt2": GPT2_SIZES, "phi": PHI3_SIZES, "phi3": PHI3_SIZES}.get(family, SIZES)
-        config = AutoConfig.for_model(family, **{**sizes, **changes})
+        config = AutoConfig.for_model(family, **{**CASES[family].sizes, **changes})
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
 
@@ -44,14 +26,10 @@ def tiny():
 @pytest.fixture(scope="session")
 def facts_of():
     """facts_of(model, **where): what `prepare` writes down of a model."""
-    from edge_runtime.models import facts
-    from edge_runtime.models import families as roles
+    from edge_runtime.models import facts, structure
 
     def read(model, **where):
-        block = roles.blocks(model)[0]
-        linears = {
-            role: roles.widths(block.get_submodule(path)) for role, path in roles.linears(block).items()
-        }
+        linears = structure.widths(structure.blocks(model)[0], structure.family(model))
         return facts.read(
             model.config, linears, **{"model_class": "tiny", "folder": "", "weights": "", **where}
         )

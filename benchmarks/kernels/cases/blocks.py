@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from edge_kernels.adamw8bit import AdamW8bit
 from edge_kernels.adapter_linear import adapter_linear
-from edge_kernels.apply import apply
+from edge_kernels.apply import Modules, apply
 from edge_kernels.checkpoint_block import checkpoint_block
 from torch import nn
 from torch.nn.functional import linear, silu
@@ -142,7 +142,7 @@ def decoder_layer_case(shape: Shape, tokens: int, kind: str) -> Counted:
         ours = _twin(layer)
         for part, (A, B) in zip(_linears(ours), factors, strict=True):
             part.forward = partial(_adapted, part.weight, A, B)
-        apply(ours)
+        apply(ours, Modules("LlamaRMSNorm", 0.0, "LlamaMLP", "gated"))
         variants = {OURS: variant(ours, checkpoint_block, [factor for pair in factors for factor in pair])}
         for name, casts in {"PEFT": True, "PEFT, bf16 factors": False}.items():
             theirs = with_peft(_twin(layer), factors, casts)

@@ -1,12 +1,12 @@
 """Writes an adapter as the LoRA folder that PEFT reads.
 
     adapter_config.json          rank, alpha, modules
-    adapter_model.safetensors    base_model.model.<module>.lora_A.weight = A, base_model.model.<module>.lora_B.weight = B
-    label_head.safetensors       where labels have a head: weight (labels, hidden), their names in the metadata as JSON
+    adapter_model.safetensors    base_model.model.MODULE.lora_A.weight = A, .lora_B.weight = B C
+    label_head.safetensors       of a label head: weight (labels, hidden); metadata: their names as JSON
 
-PEFT computes y = W x + (lora_alpha / r) B A x, which is the form of this project but for the core C that some methods have
-between B and A: B C takes B's place. Nothing is lost. A fused layer (qkv, gate_up) has one A and one B there as here. The
-folder fits the model the adapter was trained on; where that is a depth slice, its module paths number the slice's own layers.
+PEFT computes y = W x + (lora_alpha / r) B A x. A core C joins B, so nothing is lost. A fused layer
+(qkv, gate_up) has one A and one B in both forms. The folder fits the model that the adapter was
+trained on: the module paths of a depth slice number the slice's own layers.
 """
 
 import json
@@ -22,13 +22,11 @@ from edge_runtime.adapters.attach import check_keys
 from edge_runtime.adapters.shapes import adapter_shapes
 from edge_runtime.methods.interface import Method, relative_depth
 from edge_runtime.models.facts import Facts
+from edge_runtime.models.families import family_of
 from edge_runtime.protocol.keys import kind_of, label_of
 from edge_runtime.settings import Adapter
 
 HEAD = "label_head.safetensors"
-CONV1D_FAMILIES = (
-    "gpt2",
-)  # they store W as (in, out), so PEFT has to turn B A round where it merges it into W
 
 
 def to_peft(
@@ -42,12 +40,12 @@ def to_peft(
     """Write the folder, or replace the adapter in it.
 
     Args:
-        state: every factor of the adapted layers and of a head over labels, by canonical key.
+        state: every factor of the adapted layers and of a label head, by canonical key.
         facts: of the checkpoint.
         spec: rank, alpha and roles.
-        method: what a layer's core is made of.
-        paths: the module each (layer, role) stands for, as `attach` returns them.
-        folder: made where it is not there.
+        method: makes A, C and B of a layer's factors.
+        paths: the module of each layer and role, as in `Attached.paths`.
+        folder: created where it is missing.
 
     Raises:
         InputError: a factor is missing, unexpected or of another shape; it is named.
@@ -58,10 +56,11 @@ def to_peft(
     tensors, rank = {}, spec.rank
     for (layer, role), path in paths.items():
         keys = method.keys(layer, facts.layers, role)
-        factors = {name: torch.from_numpy(state[of]) for name, of in keys.items()}
-        A, core, B = method.product(factors, relative_depth(layer, facts.layers))
+        factors = {name: torch.from_numpy(state[key]) for name, key in keys.items()}
+        A, B = _lora(factors, method, relative_depth(layer, facts.layers))
         tensors[f"base_model.model.{path}.lora_A.weight"] = A.contiguous()
-        tensors[f"base_model.model.{path}.lora_B.weight"] = (B @ core if core is not None else B).contiguous()
+        tensors[f"base_model.model.{path}.lora_B.weight"] = B.contiguous()
+        # a method may stack factors of earlier rounds on its own, so that the rank grows
         rank = len(A)
     config = {
         "peft_type": "LORA",
@@ -71,15 +70,23 @@ def to_peft(
         "lora_alpha": spec.alpha * rank / spec.rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": facts.family in CONV1D_FAMILIES,
+        "fan_in_fan_out": family_of(facts.family).transposed,
         "target_modules": sorted(paths.values()),
         "inference_mode": True,
     }
+    # the configuration comes last, so that a folder with one is complete
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     if labels:
         rows = {label_of(key): torch.from_numpy(state[key]) for key in sorted(labels)}
-        save_file(
-            {"weight": torch.cat(list(rows.values()))}, folder / HEAD, {"labels": json.dumps(list(rows))}
-        )
+        weight = torch.cat(list(rows.values()))
+        save_file({"weight": weight}, folder / HEAD, {"labels": json.dumps(list(rows))})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _lora(
+    factors: Mapping[str, torch.Tensor], method: Method, depth: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r, in) and B (out, r) of a layer at this relative depth, its core multiplied into B."""
+    A, core, B = method.product(factors, depth)
+    return A, B if core is None else B @ core

@@ -9,6 +9,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from family_cases import CASES
 from safetensors.numpy import load_file, save_file
 
 from edge_runtime import settings
@@ -19,27 +20,15 @@ from edge_runtime.adapters.shapes import adapter_shapes
 from edge_runtime.errors import InputError
 from edge_runtime.methods import fedit, fedsb, flora
 from edge_runtime.methods.interface import A, B
-from edge_runtime.models import families as roles
 from edge_runtime.models.slices import kept_layers
 from edge_runtime.protocol.keys import name_of
 
 FEDIT = fedit.METHOD
-SEPARATE = {"q": (64, 32), "k": (32, 32), "v": (32, 32), "o": (32, 64)}
-GATED = {"gate": (48, 32), "up": (48, 32), "down": (32, 48)}
-FAMILIES = {
-    **{
-        name: SEPARATE | GATED
-        for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
-    },
-    "phi": {"q": (32, 32), "k": (16, 32), "v": (16, 32), "o": (32, 32), "fc1": (48, 32), "fc2": (32, 48)},
-    "phi3": {"qkv": (64, 32), "o": (32, 32), "gate_up": (96, 32), "down": (32, 48)},
-    "gpt2": {"qkv": (96, 32), "o": (32, 32), "fc1": (128, 32), "fc2": (32, 128)},
-}
 LAYERS = (0, 1, 2, 3)
 SPEC = settings.Adapter(rank=3, alpha=12.0)
 IDS = torch.arange(24).reshape(2, 12) % 96
 
-each_family = pytest.mark.parametrize("family", FAMILIES)
+each_family = pytest.mark.parametrize("family", CASES)
 
 
 def logits(model):
@@ -61,42 +50,6 @@ def random_state(adapter):
 
 
 @each_family
-def test_every_linear_layer_of_a_block_has_its_role_and_widths(tiny, facts_of, family):
-    model = tiny(family)
-    facts = facts_of(model)
-    assert facts.linears == FAMILIES[family]
-    assert (facts.layers, facts.hidden, facts.heads, facts.vocabulary, facts.positions) == (4, 32, 4, 96, 64)
-    seen = {
-        roles.widths(module) for module in roles.blocks(model).modules() if isinstance(module, roles.LINEAR)
-    }
-    assert seen == set(FAMILIES[family].values())
-
-
-@pytest.mark.parametrize(
-    ("family", "names"),
-    [
-        (
-            "llama",
-            {
-                "q": "q_proj",
-                "k": "k_proj",
-                "v": "v_proj",
-                "o": "o_proj",
-                "gate": "gate_proj",
-                "up": "up_proj",
-            },
-        ),
-        ("phi", {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "dense", "fc1": "fc1", "fc2": "fc2"}),
-        ("phi3", {"qkv": "qkv_proj", "o": "o_proj", "gate_up": "gate_up_proj", "down": "down_proj"}),
-        ("gpt2", {"qkv": "attn.c_attn", "o": "attn.c_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}),
-    ],
-)
-def test_a_role_is_the_layer_that_plays_it(tiny, family, names):
-    found = roles.linears(roles.blocks(tiny(family))[0])
-    assert all(found[role].endswith(name) for role, name in names.items())
-
-
-@each_family
 def test_attaching_leaves_the_logits_as_they_were(tiny, family):
     model = tiny(family)
     before = logits(model)
@@ -114,7 +67,7 @@ def test_every_factor_and_nothing_else_gets_a_gradient(tiny, family):
     model(IDS, labels=IDS).loss.backward()
     assert all(factor.grad is not None and factor.grad.abs().sum() > 0 for factor in adapter.factors.values())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert len(trained) == len(adapter.factors) == 2 * len(LAYERS) * len(FAMILIES[family])
+    assert len(trained) == len(adapter.factors) == 2 * len(LAYERS) * len(CASES[family].linears)
 
 
 @each_family

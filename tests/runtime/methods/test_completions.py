@@ -14,6 +14,7 @@ from edge_runtime import methods, settings
 from edge_runtime.aggregator import check, merge
 from edge_runtime.errors import InputError
 from edge_runtime.methods import completions
+from edge_runtime.models import structure
 from edge_runtime.protocol import codec, completion
 from edge_runtime.protocol.completion import Completion
 from edge_runtime.trainer import completions as public_texts
@@ -64,7 +65,7 @@ def test_a_batch_is_completed_as_each_prompt_alone(tiny, family, changes):
         if end in ids[1:] and ids[0] != end:
             length = ids.index(end)
             wanted[number] = ids[:length], float(np.exp(np.mean(logs[: length + 1])))
-    apply(model)
+    apply(model, structure.modules(model))
     found = greedy.write(model, prompts, [end], 6, 3)
     assert wanted and {one.prompt: one.ids for one in found} == {
         number: ids for number, (ids, _) in wanted.items()

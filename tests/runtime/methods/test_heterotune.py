@@ -206,7 +206,7 @@ def test_what_one_class_alone_holds_is_not_thinned_by_the_others(alignment):
 def test_a_device_of_lower_rank_starts_from_the_leading_part_of_what_is_drawn(tiny):
     full = attach.state(attach.attach(tiny("llama"), LAYERS, settings.Adapter(rank=4), METHOD, seed=0))
     low = settings.Adapter(rank=4).at(2)
-    held = attach.state(attach.attach(tiny("llama"), LAYERS, low, METHOD, seed=0, fleet_rank=4))
+    held = attach.state(attach.attach(tiny("llama"), LAYERS, low, METHOD, 0, attach.Extent(len(LAYERS), 4)))
     for key, value in held.items():
         assert np.array_equal(value, full[key][tuple(map(slice, value.shape))]), key
     assert {held[f"stages.0.q.{name}"].shape for name in "UV"} == {(2, 2)}

@@ -1,11 +1,11 @@
 """The operators inside models: what a model computes with them is what it computes without."""
 
 import itertools
-from importlib import import_module
 
 import pytest
 import torch
 from edge_kernels import apply
+from family_cases import CASES
 from peft import PeftModel
 from torch import nn
 
@@ -14,24 +14,12 @@ from edge_runtime.adapters import attach
 from edge_runtime.adapters.export import peft as export
 from edge_runtime.demo import commands
 from edge_runtime.methods import fedit
-from edge_runtime.models import weights
+from edge_runtime.models import structure, weights
 from edge_runtime.trainer import data, step
 from edge_runtime.trainer.micro_batch import pad
 
 FEDIT = fedit.METHOD
 SPEC = settings.Adapter(rank=4)
-SWAPPED = {  # modules of a tiny model of 4 blocks: norms, MLPs with a gate, attentions
-    "llama": 9 + 4 + 4,
-    "mistral": 9 + 4 + 4,
-    "qwen2": 9 + 4 + 4,
-    "qwen3": 9 + 8 + 4 + 4,
-    "gemma": 9 + 4 + 4,
-    "gemma2": 17 + 4 + 4,
-    "gemma3_text": 17 + 8 + 4 + 4,
-    "phi": 5 + 0 + 4,
-    "phi3": 9 + 4 + 4,
-    "gpt2": 9 + 0 + 4,
-}
 
 
 def outcome(model):
@@ -51,27 +39,27 @@ def difference(one, two):
 
 
 @pytest.mark.parametrize("mlp_tokens", [None, 5])
-@pytest.mark.parametrize("family", SWAPPED)
+@pytest.mark.parametrize("family", CASES)
 def test_a_model_computes_the_same_with_the_operators(tiny, family, mlp_tokens):
     with_them = tiny(family)
-    apply(with_them, mlp_tokens)
-    assert sum("forward" in module.__dict__ for module in with_them.modules()) == SWAPPED[family]
+    apply(with_them, structure.modules(with_them), mlp_tokens)
+    swapped = sum("forward" in module.__dict__ for module in with_them.modules())
+    assert swapped == CASES[family].norms + CASES[family].gates + 4  # and an attention each block
     seen, truth = outcome(with_them), outcome(tiny(family))
     assert difference(seen[0], truth[0]) < 1e-5
     assert max(difference(seen[1][key], truth[1][key]) for key in truth[1]) < 1e-4
 
 
-def test_the_comparison_sees_an_operator_that_is_wrong(tiny, monkeypatch):
-    monkeypatch.setitem(import_module("edge_kernels.apply").OFFSETS, "LlamaRMSNorm", 0.01)
+def test_the_comparison_sees_an_operator_that_is_wrong(tiny):
     model = tiny("llama")
-    apply(model)
+    apply(model, structure.modules(model)._replace(offset=0.01))
     assert difference(outcome(model)[0], outcome(tiny("llama"))[0]) > 1e-5
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
 def test_taking_them_out_leaves_the_model_as_it_was(tiny, family):
     model = tiny(family)
-    undo = apply(model)
+    undo = apply(model, structure.modules(model))
     undo()
     assert not any("forward" in module.__dict__ for module in model.modules())
     assert torch.equal(outcome(model)[0], outcome(tiny(family))[0])
@@ -88,7 +76,7 @@ def test_a_module_that_is_not_known_is_refused_by_name_and_nothing_is_swapped(ti
     with pytest.raises(
         ValueError, match=r"model.layers.3.input_layernorm is a StrangeNorm, which is not known"
     ):
-        apply(model)
+        apply(model, structure.modules(model))
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
@@ -96,7 +84,7 @@ def test_a_norm_that_is_to_be_trained_is_refused(tiny):
     model = tiny("llama")
     model.model.norm.weight.requires_grad_(True)
     with pytest.raises(ValueError, match=r"model.norm wants a gradient"):
-        apply(model)
+        apply(model, structure.modules(model))
 
 
 # --- a whole training
@@ -124,7 +112,7 @@ def losses_of(facts, depth, examples, *, operators, steps, learning_rate=1e-3, f
     model = weights.load(facts, depth, form)
     adapter = attach.attach(model, tuple(range(depth)), REAL_SPEC, FEDIT, seed=0)
     if operators:
-        apply(model)
+        apply(model, structure.modules(model))
         training = settings.Training(steps=steps, rows_a_step=4, learning_rate=learning_rate)
         round_settings = step.RoundSettings(training, [tuple(range(depth))], micro_rows=4)
         return step.train(model, adapter, examples, round_settings)

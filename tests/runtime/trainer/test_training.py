@@ -26,8 +26,7 @@ from edge_runtime.adapters.shapes import adapter_shapes
 from edge_runtime.aggregator import check
 from edge_runtime.errors import InputError, TrainerError
 from edge_runtime.methods import fedit
-from edge_runtime.models import families as roles
-from edge_runtime.models import weights
+from edge_runtime.models import structure, weights
 from edge_runtime.models.slices import kept_layers
 from edge_runtime.planning import processes
 from edge_runtime.protocol import codec
@@ -94,7 +93,7 @@ def train(
     **training,
 ):
     wanted = settings.Training(**{"steps": 1, "rows_a_step": 8, "learning_rate": 1e-2, **training})
-    everything = [tuple(range(len(roles.blocks(model))))]
+    everything = [tuple(range(len(structure.blocks(model))))]
     round_settings = step.RoundSettings(
         wanted, slices or everything, micro_rows=micro_rows, kept_blocks=kept_blocks
     )
@@ -146,7 +145,7 @@ def test_a_step_through_a_slice_is_the_step_of_that_slice_alone(tiny, family):
         assert train(shallow, alone, examples, steps=1, slices=[(0, 1)]) == pytest.approx(
             losses[:1], abs=1e-6
         )
-    assert len(roles.blocks(deep)) == len(roles.blocks(shallow)) == deep.config.num_hidden_layers == 4
+    assert len(structure.blocks(deep)) == len(structure.blocks(shallow)) == deep.config.num_hidden_layers == 4
 
 
 def test_only_the_blocks_of_its_slices_are_trained(tiny):
@@ -208,7 +207,7 @@ def test_recomputed_blocks_keep_only_their_inputs_and_give_the_same_gradient(tin
         model = tiny("llama")
         adapter = adapted(model)
         count = []
-        for block in roles.blocks(model):
+        for block in structure.blocks(model):
             block.mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
         ids, labels = pad(draw_examples(4), torch.device("cpu"))
         if recompute:
@@ -279,7 +278,7 @@ def test_only_the_blocks_that_are_not_kept_run_again(tiny):
     ran = {}
     for kept_blocks in (0, 1):
         model, calls = tiny("llama"), []
-        for number, block in enumerate(roles.blocks(model)):
+        for number, block in enumerate(structure.blocks(model)):
             block.self_attn.register_forward_hook(lambda *_, number=number, calls=calls: calls.append(number))
         train(model, adapted(model), draw_examples(8), micro_rows=8, steps=2, kept_blocks=kept_blocks)
         ran[kept_blocks] = Counter(calls)

@@ -9,7 +9,7 @@ import pytest
 
 IMPORT = "from transformers import LlamaForCausalLM"
 LEFT_OUT = ["torch._dynamo.eval_frame", "torch.distributed.tensor", "sympy", "accelerate", "PIL", "scipy"]
-LEAN = f"from edge_runtime.trainer.lean import lean_imports\nwith lean_imports():\n    {IMPORT}"
+LEAN = f"from edge_runtime.compat.lean_imports import lean_imports\nwith lean_imports():\n    {IMPORT}"
 
 
 def after(code, asked):
@@ -36,7 +36,7 @@ def test_loading_a_model_brings_none_of_it(tiny_facts, tmp_path, weights):
     (tmp_path / "facts.json").write_bytes(msgspec.json.encode(tiny_facts))
     loaded = f"""
 import msgspec
-from edge_runtime.trainer.lean import lean_imports
+from edge_runtime.compat.lean_imports import lean_imports
 with lean_imports():
     from edge_runtime.models import weights
     from edge_runtime.models.facts import Facts

@@ -1,0 +1,208 @@
+"""Sources are found, prepared once, or refused in one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edge_runtime.demo import model as demo
+from edge_runtime.errors import InputError
+from edge_runtime.models import gguf_file
+from edge_runtime.models.prepare import prepare
+from edge_runtime.planning import processes
+
+
+def test_the_facts_of_the_demos_model(demo_facts):
+    assert (demo_facts.family, demo_facts.layers, demo_facts.hidden, demo_facts.intermediate) == (
+        "llama",
+        30,
+        576,
+        1536,
+    )
+    assert (demo_facts.heads, demo_facts.kv_heads, demo_facts.head_dim) == (9, 3, 64)
+    assert (demo_facts.vocabulary, demo_facts.positions, demo_facts.tied_head) == (49152, 8192, True)
+    assert demo_facts.linears["k"] == (192, 576) and demo_facts.linears["down"] == (576, 1536)
+    assert demo_facts.weights == str(demo.path())
+    assert demo_facts.block_parameters * 30 + demo_facts.head_parameters == pytest.approx(134.5e6, rel=0.001)
+
+
+def test_a_prepared_folder_has_facts_tokenizer_and_weights(tiny_facts, tiny_folder):
+    assert (tiny_facts.layers, tiny_facts.hidden, tiny_facts.head_dim) == (4, 32, 16)
+    assert tiny_facts.model_class.startswith("tiny@")
+    assert tiny_facts.weights == str(tiny_folder)
+    assert tiny_facts.tokenizer_bytes == (Path(tiny_facts.folder) / "tokenizer.json").stat().st_size
+
+
+def test_preparing_takes_no_more_memory_than_training(tmp_path):
+    """In transformers' own way it was 622 MiB for SmolLM2, and 1,211 MiB for Gemma 3."""
+    script = (
+        "import re, sys; from edge_runtime.models import prepare; code = prepare.main(); "
+        "sys.exit(code or re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
+    )
+    command = [sys.executable, "-c", script, str(demo.path()), "--models", ".", "--cache", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1000, env=processes.environment())
+    assert 200 << 10 < int(done.stderr) < 480 << 10  # KiB; 416 MiB where it was measured
+
+
+def test_a_prepared_folder_may_move(tiny_folder, tmp_path):
+    before = prepare(str(tiny_folder), tmp_path, tmp_path / "cache")
+    (tmp_path / "cache").rename(tmp_path / "other")
+    after = prepare(str(tiny_folder), tmp_path, tmp_path / "other")
+    assert after.folder == before.folder.replace("cache", "other") and Path(after.folder).is_dir()
+
+
+def test_a_model_that_writes_no_text_is_refused(copied, tmp_path):
+    (copied / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(InputError, match=r"copied is a vit, which transformers cannot have write text"):
+        prepare(str(copied), tmp_path, tmp_path / "cache")
+
+
+@pytest.fixture
+def copied(tiny_folder, tmp_path):
+    """A copy of the tiny model's folder, to be spoilt."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "copied"))
+
+
+def test_code_that_comes_with_a_model_is_refused(copied, tmp_path):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "theirs.Config"}}))
+    (copied / "theirs.py").write_text("raise SystemExit('their code ran')")
+    with pytest.raises(InputError, match="brings code of its own"):
+        prepare(str(copied), tmp_path, tmp_path / "cache")
+
+
+def test_an_unknown_architecture_is_refused_by_name(copied, tmp_path):
+    from transformers import GPTNeoXConfig
+
+    GPTNeoXConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    ).save_pretrained(copied)
+    with pytest.raises(InputError, match="models of type gpt_neox are not supported; known: llama"):
+        prepare(str(copied), tmp_path, tmp_path / "cache")
+
+
+def with_layers(folder, layers):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": layers}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no .safetensors file"),
+        (lambda folder: with_layers(folder, 0), "has 0 layers, but needs 1 or more"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_refused(copied, tmp_path, spoil, message):
+    spoil(copied)
+    with pytest.raises(InputError, match=message):
+        prepare(str(copied), tmp_path, tmp_path / "cache")
+
+
+def test_an_unknown_kind_of_model_is_named(copied, tmp_path):
+    (copied / "config.json").write_text('{"model_type": "nosuch"}')
+    with pytest.raises(InputError, match=r"the model at .*copied cannot be read: .*`nosuch`"):
+        prepare(str(copied), tmp_path, tmp_path / "cache")
+
+
+def test_a_folder_without_a_tokenizer_is_refused_in_one_line(copied, tmp_path):
+    for file in copied.glob("*token*"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"cannot be read: .*tokenizer .*[^:]$") as caught:
+        prepare(str(copied), tmp_path, tmp_path / "cache")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("source", ["models/nowhere", "no where/at all"])
+def test_what_is_neither_here_nor_on_the_hub_is_refused_in_one_line(source, tmp_path, monkeypatch):
+    hub, fetch = (import_module("huggingface_hub"), import_module("huggingface_hub").snapshot_download)
+
+    def offline(repository, **more):
+        if " " in repository:
+            return fetch(repository, **more)
+        raise hub.errors.LocalEntryNotFoundError("Got: no network\n\nPlease check your\nconnection.")
+
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    with pytest.raises(InputError) as caught:
+        prepare(source, tmp_path, tmp_path / "cache")
+    said = str(caught.value)
+    assert said.startswith(
+        f"there is no model at {source}, nor in {tmp_path}, and it cannot be fetched from the hub"
+    )
+    assert len(said.splitlines()) == 1 and ("Please check" in said or "Repo id must use" in said)
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "nowhere", "nowhere.gguf", "/nowhere/at/all", "a/b/c"])
+def test_no_such_model(source, tmp_path):
+    with pytest.raises(InputError, match=r"there is no model at .*: copy it there or name a hub id"):
+        prepare(source, tmp_path, tmp_path / "cache")
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path):
+    (tmp_path / "model.bin").write_bytes(b"x")
+    (tmp_path / "model.gguf").write_bytes(b"x" * 100)
+    with pytest.raises(InputError, match="is no GGUF file"):
+        prepare("model.bin", tmp_path, tmp_path / "cache")
+    with pytest.raises(InputError, match=r"model\.gguf cannot be read"):
+        prepare("model.gguf", tmp_path, tmp_path / "cache")
+
+
+def test_two_processes_may_prepare_the_same_model_at_once(tiny_folder, tmp_path):
+    cache = tmp_path / "cache"
+    command = [
+        sys.executable,
+        "-m",
+        "edge_runtime.models.prepare",
+        "tiny",
+        "--models",
+        str(tiny_folder.parent),
+    ]
+    both = [
+        subprocess.Popen([*command, "--cache", str(cache)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=1000) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert said[0][0] == said[1][0]
+    folders = [path for path in cache.iterdir() if path.is_dir() and path.name != "digests"]
+    assert [path.name.split("-")[0] for path in folders] == ["tiny"]
+
+
+def test_the_weights_alone_make_the_class_and_every_file_makes_the_facts(tiny_folder, tmp_path):
+    first = shutil.copytree(tiny_folder, tmp_path / "model")
+    hub = shutil.copytree(tiny_folder, tmp_path / "models--owner--model" / "snapshots" / "0123abcd")
+    other = shutil.copytree(tiny_folder, tmp_path / "other" / "model")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    found = [prepare(str(folder), tmp_path, tmp_path / "cache") for folder in (first, hub, other)]
+    assert len({facts.model_class for facts in found}) == 1
+    assert found[0].model_class.startswith("model@")
+    assert found[0].folder == found[1].folder != found[2].folder
+
+
+def test_the_class_is_named_by_the_catalogs_source_and_not_by_where_a_link_leads(tiny_folder, tmp_path):
+    """A model class travels to the node; where a device keeps its files is its own affair."""
+    private = shutil.copytree(tiny_folder, tmp_path / "models--acme--private" / "snapshots" / "private-name")
+    (tmp_path / "base").symlink_to(private)
+    assert prepare("base", tmp_path, tmp_path / "cache").model_class.startswith("base@")
+
+
+def test_a_cache_of_an_earlier_version_is_read(tiny_folder, tmp_path):
+    """The first version's facts held absolute paths and no size of the tokenizer."""
+    fresh = prepare(str(tiny_folder), tmp_path, tmp_path / "cache")
+    file = Path(fresh.folder) / "facts.json"
+    earlier = json.loads(file.read_text())
+    del earlier["tokenizer_bytes"]
+    file.write_text(json.dumps({**earlier, "folder": "/elsewhere", "weights": "/elsewhere", "positions": 7}))
+    assert prepare(str(tiny_folder), tmp_path, tmp_path / "cache") == msgspec.structs.replace(
+        fresh, positions=7
+    )
+    entry = b'{"offset":96,"kind":0,"shape":[8,3],"interleaved_heads":2,"added":0.0}'
+    assert msgspec.json.decode(entry, type=gguf_file.Tensor) == gguf_file.Tensor(96, 0, (8, 3), 2)

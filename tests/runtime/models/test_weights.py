@@ -1,0 +1,75 @@
+"""Base models and their slices are loaded as they were saved."""
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from family_cases import CASES
+from safetensors.torch import load_file, save_file
+
+from edge_runtime.errors import InputError
+from edge_runtime.models import structure, weights
+
+IDS = torch.arange(3, 43).reshape(2, 20)
+
+
+def test_the_whole_model_knows_the_capital_of_france(demo_facts, demo_tokenizer):
+    model = weights.load(demo_facts, 30, "bfloat16")
+    assert all(
+        parameter.dtype == torch.bfloat16 and not parameter.requires_grad for parameter in model.parameters()
+    )
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    text = demo_tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    ids = demo_tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    said = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, use_cache=True
+    )
+    assert "Paris" in demo_tokenizer.decode(said[0, ids.shape[1] :])
+
+
+@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_every_family_is_loaded_as_it_was_saved(tiny, facts_of, family, shard, tmp_path):
+    model = tiny(family)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "20KB")
+    loaded = weights.load(facts_of(model, folder=str(tmp_path), weights=str(tmp_path)), 4, "float32")
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_a_slice_of_every_family_is_the_model_without_its_middle(tiny, facts_of, family, tmp_path):
+    model = tiny(family)
+    model.save_pretrained(tmp_path)
+    loaded = weights.load(facts_of(model, folder=str(tmp_path), weights=str(tmp_path)), 2, "float32")
+    for seen, kept in zip(structure.blocks(loaded), (0, 3), strict=True):
+        truth = structure.blocks(model)[kept].state_dict()
+        assert seen.state_dict().keys() == truth.keys()
+        assert all(torch.equal(value, truth[name]) for name, value in seen.state_dict().items())
+    assert not any(parameter.is_meta for parameter in loaded.parameters())
+
+
+def test_a_missing_tensor_is_named(tiny, facts_of, tmp_path):
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    facts = facts_of(model, folder=str(tmp_path), weights=str(tmp_path))
+    with pytest.raises(InputError, match=r"lacks the tensor model\.layers\.3\.mlp\.up_proj\.weight"):
+        weights.load(facts, 4, "float32")
+    weights.load(facts, 1, "float32")  # a slice that does not need it
+
+
+def test_a_tensor_of_another_size_is_refused_by_name(tiny_facts, tmp_path):
+    config = json.loads((Path(tiny_facts.folder) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 1}))
+    other = msgspec.structs.replace(tiny_facts, folder=str(tmp_path))
+    with pytest.raises(
+        InputError, match=r"embed_tokens.weight is \(\d+, \d+\) in .*, but this model needs \(\d+, \d+\)"
+    ):
+        weights.load(other, other.layers, "float32")

@@ -21,7 +21,7 @@ from edge_runtime.agent.local_round import read_result, write_job
 from edge_runtime.errors import InputError, TrainerError
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning import processes
-from edge_runtime.planning.candidates import Base, Schedule, plan
+from edge_runtime.planning.candidates import FrozenModel, Schedule, plan
 from edge_runtime.planning.predict import MLP_TOKENS
 from edge_runtime.planning.workload import Workload
 from edge_runtime.protocol.plan import Plan
@@ -153,7 +153,7 @@ def planned(facts: Facts, depth: int, trial: Trial, device: str = "cpu") -> tupl
     prediction = plan(
         Workload.of(fleet, facts, processes.runtime_bytes()),
         processes.rates(device),
-        Base("model", depth, weights),
+        FrozenModel("model", depth, weights),
         tokens=tokens,
         rank=rank,
         schedule=Schedule(rows, boundaries, None if streamed else MLP_TOKENS, streamed, kept_blocks),

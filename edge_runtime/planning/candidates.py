@@ -16,7 +16,7 @@ from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import PACKED, Boundaries, Fleet, Weights
 
 
-class Base(NamedTuple):
+class FrozenModel(NamedTuple):
     """The frozen model of a plan."""
 
     source: str  # as the catalog names it
@@ -63,7 +63,7 @@ def candidates(
                 plan(
                     workload,
                     rates,
-                    Base(model.source, depth, weights),
+                    FrozenModel(model.source, depth, weights),
                     tokens=tokens,
                     rank=rank,
                     schedule=schedule,
@@ -78,7 +78,7 @@ def candidates(
 def plan(
     workload: Workload,
     rates: Rates,
-    base: Base,
+    base: FrozenModel,
     *,
     tokens: int,
     rank: int,
@@ -119,7 +119,7 @@ def predicted(workload: Workload, rates: Rates, plan: Plan, lengths: int | None 
     )
 
 
-def _faults(workload: Workload, base: Base, tokens: int, schedule: Schedule) -> Iterator[str]:
+def _faults(workload: Workload, base: FrozenModel, tokens: int, schedule: Schedule) -> Iterator[str]:
     facts, method = workload.facts, workload.method
     if tokens > facts.positions:
         key = "shorter goes down to" if tokens < workload.max_tokens else "max_tokens is"

@@ -12,7 +12,7 @@ from edge_runtime.adapters import attach
 from edge_runtime.adapters.singular import frames
 from edge_runtime.errors import InputError
 from edge_runtime.methods.interface import Contribution
-from edge_runtime.planning.candidates import Base, Schedule, candidates
+from edge_runtime.planning.candidates import FrozenModel, Schedule, candidates
 from edge_runtime.planning.candidates import plan as plan_of
 from edge_runtime.planning.workload import Workload
 
@@ -81,7 +81,12 @@ def test_no_plan_streams_weights_that_frames_are_taken_of():
         InputError, match="fedsb takes frames from the model's weights, which cannot be streamed"
     ):
         plan_of(
-            Workload.of(fleet, SMOLLM2, 0), RATES, Base("m", 30, "q4_1"), tokens=512, rank=16, schedule=way
+            Workload.of(fleet, SMOLLM2, 0),
+            RATES,
+            FrozenModel("m", 30, "q4_1"),
+            tokens=512,
+            rank=16,
+            schedule=way,
         )
 
 

@@ -13,7 +13,7 @@ from edge_runtime.cli import views
 from edge_runtime.demo import commands
 from edge_runtime.errors import BudgetError, InputError
 from edge_runtime.planning import search
-from edge_runtime.planning.candidates import Base, Schedule, candidates, lower, plan
+from edge_runtime.planning.candidates import FrozenModel, Schedule, candidates, lower, plan
 from edge_runtime.planning.predict import predict
 from edge_runtime.planning.search import choose
 from edge_runtime.planning.time import Rates
@@ -324,7 +324,7 @@ def terms_of(of, plan):
 )
 def test_blocks_that_cannot_be_kept_are_refused(schedule, message):
     with pytest.raises(InputError, match=message):
-        base = Base("large", 30, "q4_1")
+        base = FrozenModel("large", 30, "q4_1")
         plan(Workload.of(fleet(), LARGE, RUNTIME), RATES, base, tokens=64, rank=4, schedule=schedule)
 
 
@@ -343,7 +343,7 @@ def test_a_plan_that_is_in_time_only_with_kept_blocks_is_chosen(monkeypatch):
 
 def test_a_running_plan_with_kept_blocks_first_runs_them_again_and_never_takes_more_rows():
     of = fleet(Model("large", weights=("bfloat16",)), rows_a_step=4, max_tokens=128)
-    workload, base = Workload.of(of, LARGE, RUNTIME), Base("large", 30, "bfloat16")
+    workload, base = Workload.of(of, LARGE, RUNTIME), FrozenModel("large", 30, "bfloat16")
     kept = plan(workload, RATES, base, tokens=128, rank=4, schedule=Schedule(4, kept_blocks=20))
     _, *ways = lowered(of, kept, rows_a_step=20)  # with public texts
     assert [(way.rows, way.kept_blocks) for way in ways][:2] == [(4, 0), (3, 0)]
@@ -501,7 +501,7 @@ def test_what_a_method_freezes_or_keeps_takes_less():
 def test_a_large_tokenizer_takes_more_than_a_small_packed_model():
     def planned(megabytes, tokens=16):
         known = msgspec.structs.replace(GEMMA, tokenizer_bytes=megabytes * MIB)
-        workload, base = Workload.of(fleet(), known, RUNTIME), Base("m", 2, "q4_1")
+        workload, base = Workload.of(fleet(), known, RUNTIME), FrozenModel("m", 2, "q4_1")
         return plan(workload, RATES, base, tokens=tokens, rank=4, schedule=Schedule(1))
 
     assert planned(3) == planned(0)

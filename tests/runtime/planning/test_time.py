@@ -5,7 +5,7 @@ import pytest
 from architectures import GEMMA, RATES, SMOLLM2
 
 from edge_runtime.planning import processes
-from edge_runtime.planning.candidates import Base, Schedule, plan
+from edge_runtime.planning.candidates import FrozenModel, Schedule, plan
 from edge_runtime.planning.time import Rates
 from edge_runtime.planning.workload import Workload
 from edge_runtime.settings import Adapter, Fleet, Head, Model, Training
@@ -30,7 +30,7 @@ def seconds(
     return plan(
         Workload.of(fleet, facts, 0),
         rates,
-        Base("m", depth or facts.layers, weights),
+        FrozenModel("m", depth or facts.layers, weights),
         tokens=tokens,
         rank=rank,
         schedule=schedule or Schedule(rows),

@@ -98,7 +98,6 @@ def checkpoint_block(
     def call(x: torch.Tensor) -> Output:
         return block(x, *args, **kwargs)
 
-    # The first run makes a graph only to learn what it keeps and which leaves it reaches.
     random, leaf = (_random_states(hidden.device), hidden.detach().requires_grad_(hidden.requires_grad))
     with _run(None) as run:
         output = call(leaf)

@@ -2,6 +2,7 @@
 # make demo            three devices train together on this machine; METHOD=fedit, ARGS='--help' for more
 # make test            every check in its short form, about eight minutes on two cores
 # make test-long       the long forms of the checks
+# make docs            the pages and the API reference, into build/docs; a warning is an error
 # make study SPEC=...  run studies/SPEC.toml; DATA=folder, ARGS=...
 # make bench-round | bench-merge | bench-peak | bench-memory | bench-step | bench-claims | bench-kernels
 #
@@ -22,7 +23,7 @@ DATA ?= data
 
 INSTALL := $(BIN)/pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help setup demo test test-long study bench-round bench-merge bench-peak bench-memory bench-step bench-claims bench-kernels
+.PHONY: help setup demo test test-long docs study bench-round bench-merge bench-peak bench-memory bench-step bench-claims bench-kernels
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -64,6 +65,9 @@ test: .venv/.checks
 test-long: .venv/.checks
 	$(BIN)/python -m edge_kernels check
 	$(PYTEST) -m long
+
+docs: .venv/.checks
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 study: .venv/.study
 	$(BIN)/edge-runtime study studies/$(SPEC).toml --data $(DATA) --models $(MODELS) $(ARGS)

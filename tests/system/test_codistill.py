@@ -85,7 +85,7 @@ def test_a_label_that_a_model_never_met_reaches_it_from_another(
             for state, round_ in (("trained", 1), ("finished", 3))
         )
         assert before is not None and after is not None
-        assert after.evaluation["held_out_1"].accuracy > before.evaluation["all"].accuracy
+        assert after.evaluation["held_out_1"].accuracy > before.evaluation["held_out_1"].accuracy
     assert "not to be seen" not in (fleet.folder / "node" / "anchors.jsonl").read_text()
 
 

@@ -96,5 +96,5 @@ def test_completions_reach_a_model_of_another_tokenizer(fleet: Fleet, two_models
             for state, round_ in (("trained", 1), ("finished", 3))
         )
         assert before is not None and after is not None
-        assert after.evaluation["held_out_1"].accuracy > before.evaluation["all"].accuracy
+        assert after.evaluation["held_out_1"].accuracy > before.evaluation["held_out_1"].accuracy
     assert "not to be seen" not in (fleet.folder / "node" / "anchors.jsonl").read_text()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from jobs import job_of
 
-from edge_runtime import cli
+from edge_runtime.cli.options import gpu_cap_bytes
 from edge_runtime.errors import InputError
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.trainer import run
@@ -66,9 +66,13 @@ def test_a_cap_is_a_gpus():
     from edge_profiles import Gpu, probe
 
     found = msgspec.structs.replace(probe(), gpu=Gpu("NVIDIA H200", "9.0", 140 * GIB, 140 * GIB))
-    assert cli._cap(None, "cpu", found) is None
-    assert cli._cap("rtx-3060-12gb", "auto", found) == cli._cap("rtx-3060-12gb", "cuda", found) < 12 * GIB
+    assert gpu_cap_bytes(None, "cpu", found) is None
+    assert (
+        gpu_cap_bytes("rtx-3060-12gb", "auto", found)
+        == gpu_cap_bytes("rtx-3060-12gb", "cuda", found)
+        < 12 * GIB
+    )
     with pytest.raises(
         InputError, match="--board caps a GPU's memory, but --device is cpu: use --device cuda"
     ):
-        cli._cap("rtx-3060-12gb", "cpu", found)
+        gpu_cap_bytes("rtx-3060-12gb", "cpu", found)

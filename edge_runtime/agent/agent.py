@@ -11,13 +11,14 @@ result was not complete.
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from edge_broker import messages, signing, topics
-from edge_broker.errors import BadMessage, BrokerError
+from edge_broker.errors import BadMessage, BrokerError, WrongKey
 from edge_broker.presence import PresenceSpec
 from edge_broker.session import Message, Session
 
-from edge_runtime.agent import rows, silence
+from edge_runtime.agent import rows
 from edge_runtime.agent.options import DeviceEvent, DeviceOptions
 from edge_runtime.agent.rounds import Rounds
 from edge_runtime.agent.stages import Finished, Waiting, deadline
@@ -29,6 +30,7 @@ from edge_runtime.protocol.round import ROUND_DOMAIN, Round
 log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 15.0
 IDLE_S = 5.0  # between two looks at the time
+LISTEN_S = 15.0  # at most, for the names of fleets
 
 
 class Agent:
@@ -107,7 +109,7 @@ class Agent:
         except BadMessage as error:
             log.warning("ignored a round: %s", error)
             if isinstance(self._rounds.stage, Waiting):
-                self._rounds.stage = self._rounds.stage._replace(ignored=silence.ignored(error))
+                self._rounds.stage = self._rounds.stage._replace(ignored=_ignored(error))
             return
         self._rounds.announce(announced, key)
 
@@ -115,5 +117,35 @@ class Agent:
         """Why the agent ends without word of its node."""
         stage = self._rounds.stage
         if not isinstance(stage, Waiting):
-            return silence.no_word(self._options)
-        return stage.ignored or silence.no_round(self._session, self._options)
+            return _no_word(self._options)
+        return stage.ignored or _no_round(self._session, self._options)
+
+
+def _ignored(error: BadMessage) -> str:
+    """Why an announced round does not count."""
+    advice = "; to trust that node, start with a new --state" if isinstance(error, WrongKey) else ""
+    return f"a round was announced, but {error}{advice}"
+
+
+def _no_round(session: Session, options: DeviceOptions) -> str:
+    """No round of the fleet was announced: name the fleets that are."""
+    session.subscribe(topics.all_rounds())
+    fleets: set[str] = set()
+    until = time.monotonic() + LISTEN_S
+    while time.monotonic() < until and isinstance(item := session.receive(1.0), Message):
+        with suppress(BadMessage):
+            fleets.add(topics.parse(item.topic).fleet)
+    names = ", ".join(sorted(fleets))
+    announced = f"fleets on this broker: {names}" if fleets else "no fleet is announced on this broker"
+    return (
+        f"no round of fleet `{options.fleet}` was announced at {options.broker} within "
+        f"{options.wait_s:g} s; {announced}; check --fleet, or start `edge-runtime aggregator` there"
+    )
+
+
+def _no_word(options: DeviceOptions) -> str:
+    """The fleet has finished, and an update was never answered."""
+    return (
+        f"fleet `{options.fleet}` has finished, but its node has not answered the last update within "
+        f"{options.wait_s:g} s; the update is kept: start the agent again while `edge-runtime aggregator` runs"
+    )

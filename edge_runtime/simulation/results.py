@@ -49,7 +49,7 @@ class Outcome(msgspec.Struct, frozen=True):
     # Of each round: squared norm of the change of adapters and heads in all versions. Empty where a
     # method's versions have the same product in other factors.
     moved: list[float]
-    # Of each round: mean cosine between the classes' steps, and the share below 0 (agreement.py).
+    # Of each round: mean cosine between the classes' steps, and the share below 0 (versions.cosines).
     # Empty where nothing that is trained crosses classes.
     cosines: list[tuple[float, float]]
     members: list[Member]

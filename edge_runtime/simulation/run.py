@@ -5,17 +5,24 @@ merges the deltas (aggregator/merge.py). Both run on real files. The link and th
 out, and base models stay in memory from one job to the next.
 """
 
+import hashlib
+import platform
 import shutil
 import time
 from collections import defaultdict
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import edge_broker
+import edge_kernels
 import msgspec
 from edge_broker import messages
 from edge_broker.journal import Update
 from transformers import PreTrainedModel
 
+import edge_runtime
 from edge_runtime import methods, settings
 from edge_runtime.adapters import attach
 from edge_runtime.agent.local_round import (
@@ -33,7 +40,6 @@ from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Result
 from edge_runtime.protocol.round import CODEC
 from edge_runtime.simulation.participants import Participant, member, participants, write_files
-from edge_runtime.simulation.provenance import code, processor
 from edge_runtime.simulation.results import Answers, Outcome, short
 from edge_runtime.simulation.spec import ANCHORS, Arm, Spec
 from edge_runtime.simulation.versions import Versions
@@ -229,3 +235,22 @@ class CachedBases(Bases):
             self._models[key] = super().model(facts, plan, device)
         attach.detach(self._models[key])  # a job that failed leaves its adapter attached
         return self._models[key]
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+@cache
+def code() -> str:
+    """Versions of the libraries that compute, and a digest of this project's source."""
+    digest = hashlib.sha256()
+    for package in (edge_broker, edge_kernels, edge_runtime):
+        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
+            digest.update(path.read_bytes())
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    return f"Python {platform.python_version()}, {libraries}, source {digest.hexdigest()[:8]}"

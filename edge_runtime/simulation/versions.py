@@ -1,17 +1,21 @@
-"""The node of a run: its global versions, and how far each round moves them."""
+"""The node of a run: its global versions, how far each round moves them, and whether models agree."""
 
+from collections import defaultdict
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 from edge_broker.journal import Update
 from safetensors.numpy import load_file
 
 from edge_runtime.aggregator import merge
 from edge_runtime.aggregator.store import Version
-from edge_runtime.methods.interface import Method
+from edge_runtime.methods.fedit import RunningMean
+from edge_runtime.methods.interface import Contribution, Method
+from edge_runtime.protocol import codec
 from edge_runtime.protocol.keys import STATE, kind_of
 from edge_runtime.protocol.round import FLEET
 from edge_runtime.settings import Fleet
-from edge_runtime.simulation.agreement import cosines
 from edge_runtime.simulation.results import mean, short
 
 
@@ -51,3 +55,30 @@ class Versions:
                 start = merge.version_0(key, value.shape, self.fleet, self.method) if start is None else start
                 total += float(((value - start) ** 2).sum(dtype="float64"))
         return total
+
+
+def cosines(updates: list[Update], method: Method) -> list[float]:
+    """Cosines between two classes' mean steps, for each pair and tensor of the fleet that both moved.
+
+    A tensor of a lower rank counts as 0 in the entries that it does not have.
+    """
+    kinds = {kind for kind in method.merges if kind in STATE and method.scope(kind) == "fleet"}
+    steps: dict[str, RunningMean] = defaultdict(RunningMean)
+    contributions = []
+    largest: codec.Tensors = {}  # zeros, by key
+    for update in updates:
+        delta = codec.decode(update.payload.read_bytes(), lambda key: kind_of(key) in kinds)
+        manifest = update.manifest
+        contributions.append(Contribution(largest, delta, manifest.samples, manifest.model_class))
+        for key, value in delta.items():
+            if key not in largest or value.size > largest[key].size:
+                largest[key] = np.zeros(value.shape, np.float32)
+    for contribution in contributions:  # a mean needs `largest` complete
+        steps[contribution.model_class].add(contribution)
+    angles = []
+    for first, second in combinations((step.mean() for _, step in sorted(steps.items())), 2):
+        for key in sorted(first.keys() & second.keys()):
+            lengths = float(np.linalg.norm(first[key]) * np.linalg.norm(second[key]))
+            if lengths:
+                angles.append(float((first[key] * second[key]).sum()) / lengths)
+    return angles

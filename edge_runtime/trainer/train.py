@@ -1,12 +1,18 @@
-"""Stage "train": the steps of a round on a loaded model, kept within the job's memory budget."""
+"""Stage "train": the steps of a round on a loaded model, kept within the job's memory budget.
+
+The peak of each step decides the plan of the next.
+"""
 
 import time
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from edge_profiles import format_size
 
 from edge_runtime.adapters.attach import Attached
+from edge_runtime.errors import MemoryShortError
 from edge_runtime.methods.interface import Method
 from edge_runtime.models.slices import nested_blocks
 from edge_runtime.planning.candidates import lower
@@ -18,9 +24,10 @@ from edge_runtime.trainer import step
 from edge_runtime.trainer.base import Base
 from edge_runtime.trainer.data import Example
 from edge_runtime.trainer.job import Job
-from edge_runtime.trainer.limit import Limit
 from edge_runtime.trainer.meter import Meter, Reporter, release
 from edge_runtime.trainer.public import Distillation
+
+NEAR = 0.98  # share of the budget; rows differ in length, and a later step may take more
 
 
 class Trained(NamedTuple):
@@ -30,6 +37,46 @@ class Trained(NamedTuple):
     step_seconds: list[float]
     easings: list[Easing]
     micro_rows: int  # rows that went through the model at once in the last step
+
+
+class Limit:
+    """The budget of a round, and the plans that it may still fall back on."""
+
+    def __init__(self, budget_bytes: int, plan: Plan, lower: Sequence[Plan], lap: Callable[[], int]) -> None:
+        """Start with a plan.
+
+        Args:
+            plan: the plan of the running steps.
+            lower: plans to fall back on, each in less memory than the one before.
+            lap: returns the peak in bytes since its last call.
+        """
+        self._budget_bytes, self._lap = budget_bytes, lap
+        self._plan, self._lower = plan, list(lower)
+
+    def ease(self) -> Plan | None:
+        """The plan of the next step, cheaper when memory is short; None: continue unchanged.
+
+        Call it after each step. It takes the first plan that is predicted to save enough. If none
+        does, and the step was still within the budget, it takes the cheapest.
+
+        Raises:
+            MemoryShortError: the step took more than the budget, and no plan saves enough.
+        """
+        peak = self._lap()
+        if peak <= NEAR * self._budget_bytes:
+            return None
+        target = self._plan.predicted_peak_bytes - (peak - NEAR * self._budget_bytes)
+        enough = [plan for plan in self._lower if plan.predicted_peak_bytes <= target]
+        if peak > self._budget_bytes and not enough:
+            raise MemoryShortError(
+                f"a step took {format_size(peak)} of a budget of {format_size(self._budget_bytes)}, and was to take "
+                f"{format_size(self._plan.predicted_peak_bytes)}; a smaller model, rank or length is needed"
+            )
+        if not self._lower:
+            return None
+        self._plan = (enough or self._lower[-1:])[0]
+        self._lower = self._lower[self._lower.index(self._plan) + 1 :]
+        return self._plan
 
 
 class _Steps:

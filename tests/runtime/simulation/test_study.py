@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from edge_runtime import cli, methods, settings
 from edge_runtime.errors import EdgeError, InputError
 from edge_runtime.protocol import codec
-from edge_runtime.simulation import agreement, draw, grid, pictures, report, results, spec
+from edge_runtime.simulation import draw, grid, pictures, report, results, spec, versions
 from edge_runtime.simulation.results import Answers, Member, Outcome, accuracy
 
 STUDY = """
@@ -453,7 +453,7 @@ def test_classes_agree_by_the_cosine_of_their_mean_steps_of_what_crosses_them(tm
     mean, low = (10 * first + 30 * second) / 40, np.zeros((4, 4))
     low[:2, :2] = third[:2, :2]
     expected = (mean * low).sum() / np.linalg.norm(mean) / np.linalg.norm(low)
-    assert agreement.cosines(updates, crossing) == pytest.approx([expected], abs=0.01)
-    assert agreement.cosines(updates[::-1], crossing) == pytest.approx([expected], abs=0.01)
+    assert versions.cosines(updates, crossing) == pytest.approx([expected], abs=0.01)
+    assert versions.cosines(updates[::-1], crossing) == pytest.approx([expected], abs=0.01)
     inside = methods.build(settings.Method("fedsb", {"stages": 1}), None, None)
-    assert agreement.cosines(updates, inside) == agreement.cosines(updates[:2], crossing) == []
+    assert versions.cosines(updates, inside) == versions.cosines(updates[:2], crossing) == []

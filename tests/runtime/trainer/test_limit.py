@@ -4,7 +4,7 @@ import pytest
 
 from edge_runtime.errors import MemoryShortError
 from edge_runtime.protocol.plan import Plan
-from edge_runtime.trainer.limit import Limit
+from edge_runtime.trainer.train import Limit
 
 MIB = 1 << 20
 

@@ -5,11 +5,9 @@ The rows are texts of exactly as many tokens as asked for, and every token is le
 and measurement speak of the same batch.
 """
 
+import os
 import random
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,22 +30,7 @@ from edge_runtime.trainer.job import Job, Machine
 
 TIMEOUT_S = 3600.0
 WARM_UP = 2  # steps that build what later steps reuse
-WORDS = [
-    "the",
-    "a",
-    "of",
-    "home",
-    "light",
-    "door",
-    "garden",
-    "water",
-    "set",
-    "turn",
-    "on",
-    "off",
-    "seven",
-    "please",
-]
+WORDS = "the a of home light door garden water set turn on off seven please"
 
 
 class Trial(NamedTuple):
@@ -165,7 +148,7 @@ def planned(facts: Facts, depth: int, trial: Trial, device: str = "cpu") -> tupl
 def texts(count: int, tokens: int) -> list[dict[str, str]]:
     """Rows that are longer than so many tokens, and are cut to them."""
     draw = random.Random(0)
-    return [{"text": " ".join(draw.choices(WORDS, k=tokens))} for _ in range(count)]
+    return [{"text": " ".join(draw.choices(WORDS.split(), k=tokens))} for _ in range(count)]
 
 
 def train(
@@ -194,35 +177,18 @@ def train(
         machine=machine or Machine(),
     )
     write_job(folder, job)
-    run_module("edge_runtime.trainer", folder, processes.environment())
+    processes.output(["edge_runtime.trainer", str(folder)], TIMEOUT_S, TrainerError)
     result = read_result(folder)
-    assert result is not None  # `run_module` raises where there is none
+    assert result is not None  # a trainer without a result has failed
     return result
 
 
 def beside(folder: Path, *options: str) -> Taken:
     """The figures of PEFT for the job in the folder; with "--full", of training all parameters."""
+    module = ["benchmarks.peft", str(folder), *options]
     # PEFT runs in the environment that its users have.
-    written = run_module("benchmarks.peft", folder, None, *options)
+    try:
+        written = processes.output(module, TIMEOUT_S, TrainerError, dict(os.environ))
+    except TrainerError as error:
+        raise TrainerError(f"PEFT's process: {error}") from error
     return msgspec.json.decode(written.splitlines()[-1], type=Taken)
-
-
-def run_module(module: str, folder: Path, environment: dict[str, str] | None, *options: str) -> bytes:
-    """What the module prints for the folder.
-
-    Raises:
-        TrainerError: it failed; the message has the last line it wrote.
-    """
-    process = subprocess.run(
-        [sys.executable, "-m", module, str(folder), *options],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=TIMEOUT_S,
-    )
-    if process.returncode == -signal.SIGKILL:
-        raise TrainerError(f"{module} was killed, most likely because the machine ran out of memory")
-    if process.returncode:
-        lines = process.stderr.decode(errors="replace").strip().splitlines()
-        raise TrainerError(f"{module}: {lines[-1] if lines else f'exit code {process.returncode}'}")
-    return process.stdout

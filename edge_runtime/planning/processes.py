@@ -4,6 +4,7 @@ What they print is read here; where they fail, their last line is the reason.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -101,8 +102,13 @@ def _measured_once(name: str, module: list[str], error: type[EdgeError]) -> byte
     return cached.read_bytes()
 
 
-def output(module: list[str], timeout_s: float, error: type[EdgeError]) -> bytes:
-    """The output of `python -m module ...`; a failure raises `error` with stderr's last line."""
+def output(
+    module: list[str], timeout_s: float, error: type[EdgeError], variables: dict[str, str] | None = None
+) -> bytes:
+    """The output of `python -m module ...`; a failure raises `error` with stderr's last line.
+
+    variables: the process's environment; None: a trainer's.
+    """
     if not trainer_installed():
         raise InputError(NOT_INSTALLED)
     try:
@@ -110,14 +116,14 @@ def output(module: list[str], timeout_s: float, error: type[EdgeError]) -> bytes
             [sys.executable, "-m", *module],
             capture_output=True,
             timeout=timeout_s,
-            env=environment(),
+            env=environment() if variables is None else variables,
             stdin=subprocess.DEVNULL,
         )
     except subprocess.TimeoutExpired as late:
         raise error(f"{module[0]} did not end within {timeout_s:.0f} s") from late
+    if process.returncode == -signal.SIGKILL:
+        raise error(f"{module[0]} was killed, most likely because the machine ran out of memory")
     if process.returncode != 0:
-        lines = process.stderr.decode(errors="replace").strip().splitlines() or [
-            f"exit code {process.returncode}"
-        ]
-        raise error(lines[-1])
+        lines = process.stderr.decode(errors="replace").strip().splitlines()
+        raise error(lines[-1] if lines else f"{module[0]} ended with exit code {process.returncode}")
     return process.stdout

@@ -11,6 +11,7 @@ from edge_runtime.agent import measure as measuring
 from edge_runtime.agent.measure import Measurement, Taken, texts
 from edge_runtime.cli import views
 from edge_runtime.errors import TrainerError
+from edge_runtime.planning import processes
 from edge_runtime.protocol.report import PhaseMemory
 from edge_runtime.trainer import data
 
@@ -123,7 +124,13 @@ def test_a_trainer_that_was_killed_is_said_to_be(tmp_path):
     with pytest.raises(
         TrainerError, match="killed was killed, most likely because the machine ran out of memory"
     ):
-        measuring.run_module("killed", tmp_path, {**os.environ, "PYTHONPATH": str(tmp_path)})
+        processes.output(["killed"], 60.0, TrainerError, {**os.environ, "PYTHONPATH": str(tmp_path)})
+
+
+def test_a_process_that_does_not_end_is_a_sentence(tmp_path):
+    (tmp_path / "endless.py").write_text("import threading\nthreading.Event().wait()\n")
+    with pytest.raises(TrainerError, match="endless did not end within 1 s"):
+        processes.output(["endless"], 1.0, TrainerError, {**os.environ, "PYTHONPATH": str(tmp_path)})
 
 
 def test_what_cannot_be_measured_is_refused_in_a_sentence(tiny_folder, cache):

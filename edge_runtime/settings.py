@@ -56,7 +56,8 @@ class Method(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A linear head over the labels; without it, rows of text and label are learned as text."""
 
-    shared: Literal["class", "private"] = "class"  # each label's row: in the model class, or with nobody
+    # Who shares each label's row: the devices of a model class, or nobody.
+    shared: Literal["class", "private"] = "class"
 
 
 class Codistill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -147,14 +148,7 @@ def load(path: Path) -> Fleet:
     Raises:
         InputError: the file is missing or is not TOML, or a key or value does not fit; it is named.
     """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"cannot read the fleet file {path}: {error.strerror}; give its path with --fleet"
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid TOML: {error}") from error
+    tables = read_toml(path, f"the fleet file {path}", "; give its path with --fleet")
     try:
         fleet = parse(tables)
     except InputError as error:
@@ -163,6 +157,16 @@ def load(path: Path) -> Fleet:
         return fleet
     anchors = str(path.parent / fleet.codistill.anchors)
     return msgspec.structs.replace(fleet, codistill=msgspec.structs.replace(fleet.codistill, anchors=anchors))
+
+
+def read_toml(path: Path, name: str, advice: str = "") -> dict[str, Any]:
+    """The tables of a TOML file; raises InputError naming the file, and saying what to do."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {name}: {error.strerror}{advice}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid TOML: {error}") from error
 
 
 def parse(tables: dict[str, Any]) -> Fleet:

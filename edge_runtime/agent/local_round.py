@@ -23,9 +23,8 @@ from edge_runtime.settings import Fleet
 from edge_runtime.trainer.job import Carried, Job, Machine
 
 FILES = {"private": "state.bin", "residual": "residual.bin", "unsent": "payload.bin"}
-Verdict = Literal[
-    "taken", "refused", "spoilt"
-]  # the node's word on an update; spoilt: its content is at fault
+# The node's word on an update; spoilt: its content is at fault.
+Verdict = Literal["taken", "refused", "spoilt"]
 
 
 class Memory(Protocol):
@@ -112,7 +111,8 @@ class LocalRounds:
 
     def settle(self, number: int, verdict: Verdict) -> None:
         """Remember what error feedback goes on from, after the node's word on an update."""
-        if verdict == "spoilt":  # a part of it would spoil the next update too
+        if verdict == "spoilt":
+            # the update is their sum: any part of it would spoil the next update too
             self._memory.set("residual", None)
             self._memory.set("unsent", None)
         elif (self._of_round(number) / FILES["residual"]).exists():

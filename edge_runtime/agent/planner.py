@@ -71,9 +71,8 @@ class Planner:
         request = Request(fleet, self._budget_bytes, self._fill, rank_limit)
         if self.latest is not None and self.latest.request == request:
             return self.latest
-        if (
-            not self._running
-        ):  # else an earlier request's answer comes first; it may serve, or this is asked again
+        # Else an earlier request's answer comes first. Where it does not serve, the caller asks again.
+        if not self._running:
             self._running = True
             threading.Thread(target=lambda: self._put(self._find(request)), name="plan", daemon=True).start()
         return None
@@ -113,7 +112,8 @@ def find_plan(request: Request, options: DeviceOptions) -> Planned | Unplanned:
         return Planned(request, fits, facts[fits.source])
     except EdgeError as error:
         return Unplanned(error, cause)
-    except Exception as error:  # the agent waits for an answer, whatever went wrong
+    except Exception as error:
+        # the agent waits for an answer, whatever went wrong
         log.exception("planning failed")
         return Unplanned(EdgeError(f"planning failed: {error}"), "internal")
 

@@ -1,12 +1,14 @@
-"""What an agent must not forget: named values in the SQLite file that it shares with its outbox.
+"""What an agent keeps over restarts: named values in the SQLite file that it shares with its outbox.
 
     fleet, id    whose state this is
-    node_key     public key of the node that this device has trained for: no other node is followed
-    from then on epoch        of the last connection round        the last round this device trained
-    rank         to which the method has pruned this device report       a report that has not been
-    published yet private      the round whose state.bin holds the factors that stay here residual
-    the round whose residual.bin the next delta starts from unsent       the round whose payload.bin
-    the node refused: it is added to the next delta
+    node_key     public key of the node that this device has trained for; it follows no other node
+    epoch        of the last connection
+    round        the last round that this device trained
+    rank         to which the method has pruned this device
+    report       a report that has not been published yet
+    private      the round whose state.bin holds the factors that stay here
+    residual     the round whose residual.bin the next delta starts from
+    unsent       the round whose payload.bin the node refused; it is added to the next delta
 
 Files are named by their round, so the folder may move.
 """

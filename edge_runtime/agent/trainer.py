@@ -62,11 +62,12 @@ class Trainer:
                 env=environment(),
             )
         self.pid = self._process.pid
-        self._watch = threading.Thread(target=self._read, name="trainer", daemon=True)
-        self._watch.start()
         self._timer = threading.Timer(self._timeout_s, self._expire)
         self._timer.daemon = True
         self._timer.start()
+        # after the timer, which the thread cancels when the process has ended, however soon
+        self._watch = threading.Thread(target=self._read, name="trainer", daemon=True)
+        self._watch.start()
 
     def stop(self) -> None:
         """Kill the process, if it still runs, and wait for its end."""
@@ -83,7 +84,8 @@ class Trainer:
             try:
                 self._post(msgspec.json.decode(line, type=Progress))
             except (msgspec.DecodeError, UnicodeDecodeError):
-                continue  # something a library printed
+                # a library printed the line
+                continue
         code = self._process.wait()
         self._timer.cancel()
         if self._late:

@@ -37,8 +37,9 @@ def main() -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a script's background processes ignore it
-        signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))  # click would make it 1
+    # a script's background processes ignore SIGINT; click would end with 1 on it
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))
     try:
         app(prog_name="edge-runtime")
     except EdgeError as error:
@@ -48,7 +49,8 @@ def main() -> None:
     except BrokerError as error:
         _fail(str(error), UnreachableError.exit_code)
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("edge_"):  # a fault of ours, which its traceback explains
+        # a missing module of this project is a fault of ours, which its traceback explains
+        if (error.name or "").startswith("edge_"):
             raise
         _fail(
             f"the package {error.name} is not installed: in a clone of Edge Runtime, run pip install '.[agent]' on a "

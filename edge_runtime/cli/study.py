@@ -45,7 +45,8 @@ def command(
     selected = specs.chosen(study, seeds, arms)
     folder = out or Path("docs/study") / spec.stem
     failures = grid.run(selected, data, models, folder, workers or os.cpu_count() or 1, say)
-    from edge_runtime.simulation import report  # matplotlib, which the pool's workers must not inherit
+    # imported late: the pool's workers must not inherit matplotlib
+    from edge_runtime.simulation import report
 
     study = specs.with_seeds(study, selected.study.seeds)
     runs = grid.finished(study, folder)

@@ -26,7 +26,8 @@ def budgets_bytes(fleet: Fleet, facts: dict[str, Facts], runtime_bytes: int, rat
         peak_bytes = min(plan.predicted_peak_bytes for plan in plans)
         smallest[plans[0].depth] = min(peak_bytes, smallest.get(plans[0].depth, peak_bytes))
     peaks = sorted(smallest.values(), reverse=True)
-    peaks = [2 * peaks[0] - peaks[1], *peaks]  # the largest size has as much room above it as the next one
+    # the largest size has as much room above it as the next one
+    peaks = [2 * peaks[0] - peaks[1], *peaks]
     return {
         name: (above + peak_bytes) // 2
         for name, above, peak_bytes in zip(DEVICES, peaks, peaks[1:], strict=False)

@@ -9,7 +9,8 @@ from rich.text import Text
 from edge_runtime.agent.options import DeviceEvent
 from edge_runtime.aggregator import node
 
-LASTING = ("merged", "extended", "failed", "refused")  # phases of the node that stay above the table
+# Phases of the node that stay above the table.
+LASTING = ("merged", "extended", "failed", "refused")
 
 
 class Live:

@@ -84,9 +84,8 @@ def _device(name: str, budget_bytes: int, reports: list[Report]) -> DeviceOutcom
         )
     plan, before, after = plans[-1], results[0].evaluation, results[-1].evaluation
     phases = {phase for result in results for phase in result.seconds}
-    exchanged = [
-        report for report in reports if report.state != "joined"
-    ]  # "joined" repeats a later report's bytes
+    # "joined" repeats a later report's bytes
+    exchanged = [report for report in reports if report.state != "joined"]
     return DeviceOutcome(
         id=name,
         budget_bytes=budget_bytes,

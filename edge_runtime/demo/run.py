@@ -30,12 +30,12 @@ from edge_runtime.settings import Fleet, load
 from edge_runtime.trainer import data
 
 TRAIN_ROWS, HELD_OUT_ROWS = 320, 40
-SILENCE_S = 900.0  # longest time without a word from any process; on a slow machine the whole may take long
+# Longest time without a word from any process. The whole may take long on a slow machine.
+SILENCE_S = 900.0
 FLEET = Path(__file__).with_name("fleet.toml")
 
-Lines = queue.SimpleQueue[
-    tuple[str, bytes | None]
-]  # a process's name and its next line of JSON; None: it has ended
+# A process's name and its next line of JSON; None: the process has ended.
+Lines = queue.SimpleQueue[tuple[str, bytes | None]]
 Children = dict[str, "subprocess.Popen[bytes]"]
 
 

@@ -1,6 +1,8 @@
 """Measures a device's rates in a process of its own, since it needs torch (processes.rates).
 
-python -m edge_runtime.planning.probe DEVICE THREADS   prints Rates as JSON after about two seconds; 0 threads: torch's default
+python -m edge_runtime.planning.probe DEVICE THREADS   prints Rates as JSON, after about two seconds
+
+0 threads: torch's default.
 """
 
 import sys

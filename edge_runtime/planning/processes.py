@@ -25,13 +25,16 @@ NOT_INSTALLED = (
     "the trainer's packages are not installed: in a clone of Edge Runtime, run pip install '.[agent]'"
 )
 TRAINER_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": "8000000",  # larger pieces go straight back to the system when freed; each costs page faults
-    "MALLOC_TRIM_THRESHOLD_": "64000000",  # else the heap's end goes back with what was there: a fifth of a step
+    # Larger pieces go straight back to the system when freed; each costs page faults.
+    "MALLOC_MMAP_THRESHOLD_": "8000000",
+    # Else the heap's end goes back to the system with what was there: a fifth of a step.
+    "MALLOC_TRIM_THRESHOLD_": "64000000",
     # One heap for all threads: with several, peaks differ by 50 MiB from run to run. And before
     # 2.38 glibc keeps what aligned blocks leave over in the two caches, and no block fits where it
     # was before.
     "GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",  # else each new shape's kernel stays, some 50 MiB after ten steps
+    # Else each new shape's kernel stays, some 50 MiB after ten steps.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "PYTHONWARNINGS": "ignore",

@@ -19,7 +19,8 @@ from edge_runtime.planning.workload import Workload
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import Fleet
 
-FULL = 0.95  # share of the budget that kept blocks may fill: a prediction can be wrong by a twentieth
+# Share of the budget that kept blocks may fill: a prediction can be wrong by a twentieth.
+FULL = 0.95
 
 
 class Choice(NamedTuple):
@@ -29,7 +30,8 @@ class Choice(NamedTuple):
     # Of each model and format before the winner's: the fastest plan that is small enough, else the
     # smallest plan.
     rejected: list[Plan]
-    better: Plan | None  # the plan right before the winner; None: the winner is the first of its model
+    # The plan right before the winner; None: the winner is the first of its model.
+    better: Plan | None
 
 
 def choose(

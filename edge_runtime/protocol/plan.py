@@ -23,7 +23,7 @@ class Plan(msgspec.Struct, frozen=True):
     boundaries: Boundaries = "input"
     mlp_tokens: int | None = None  # tokens that go through an MLP at once; None: all
     streamed: bool = False  # packed matrices of the blocks stay in files
-    kept_blocks: int = 0  # last blocks that keep their activations, and do not run again in backward
+    kept_blocks: int = 0  # last blocks that keep their activations: backward does not run them again
 
     @property
     def predicted_peak_bytes(self) -> int:

@@ -59,15 +59,13 @@ class PhaseMemory(msgspec.Struct, frozen=True, omit_defaults=True):
     peak_bytes: int  # counts against the budget (see trainer/meter.py)
     anonymous_bytes: int | None = None  # part of the resident size at the end of the phase
     file_mapped_bytes: int | None = None  # the other part, shared memory included
-    cgroup_peak_bytes: int | None = (
-        None  # of the nearest cgroup since its start, page cache and all processes included
-    )
+    # Of the nearest cgroup since its start, page cache and all processes included.
+    cgroup_peak_bytes: int | None = None
     resident_peak_bytes: int | None = None  # in RAM, on a machine with a GPU
     allocated_peak_bytes: int | None = None  # of tensors, from torch's CUDA allocator
     reserved_peak_bytes: int | None = None  # held by torch's CUDA allocator
-    driver_bytes: int | None = (
-        None  # used of the GPU at the end of the phase, CUDA and other processes included
-    )
+    # Used of the GPU at the end of the phase, CUDA and other processes included.
+    driver_bytes: int | None = None
 
 
 class Easing(msgspec.Struct, frozen=True):

@@ -19,7 +19,6 @@ class Round(msgspec.Struct, frozen=True):
     state: Literal["open", "finished"]  # finished: the last versions are evaluated
     round: int  # counted from 1
     fleet: Fleet
-    versions: dict[
-        str, Artifact
-    ]  # what the round starts from, by model class; a class without one starts at version 0
+    # What the round starts from, by model class; a class without one starts at version 0.
+    versions: dict[str, Artifact]
     anchors: Artifact | None = None  # the public texts of a fleet that distils

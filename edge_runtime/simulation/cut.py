@@ -37,7 +37,8 @@ def cut(source: str, layers: int, models: Path) -> str:
         raise InputError(f"{source} has {facts.layers} layers, so it cannot be cut to its first {layers}")
     folder = processes.cache_folder() / "cut" / f"{facts.model_class.replace('@', '-')}-first-{layers}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock", timeout=TIMEOUT_S):  # runs in other workers may need the same model
+    # runs in other workers may need the same model
+    with FileLock(f"{folder}.lock", timeout=TIMEOUT_S):
         if not folder.exists():
             with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
                 fresh = Path(scratch) / folder.name

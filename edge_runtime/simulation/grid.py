@@ -105,7 +105,8 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
     try:
         yield pool
-    except BaseException:  # interrupted: shutdown would wait for the runs in progress
+    except BaseException:
+        # interrupted: shutdown would wait for the runs in progress
         for worker in multiprocessing.active_children():
             worker.terminate()
         raise

@@ -31,10 +31,10 @@ def draw(spec: Spec, runs: Mapping[str, list[Outcome]], out: Path) -> list[str]:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "study"  # equal results give equal files
-    matplotlib.rcParams["svg.fonttype"] = (
-        "none"  # text instead of a path for each letter: a third of the size
-    )
+    # equal results give equal files
+    matplotlib.rcParams["svg.hashsalt"] = "study"
+    # text instead of a path for each letter: a third of the size
+    matplotlib.rcParams["svg.fonttype"] = "none"
     from matplotlib import pyplot
 
     figures = {name: pyplot.subplots(figsize=(7, 5)) for name in TITLES}

@@ -10,7 +10,6 @@
 
 import hashlib
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,11 +18,6 @@ import msgspec
 
 from edge_runtime import methods, settings
 from edge_runtime.errors import InputError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 # Raise this number by one with every change after which the same study file gives different
 # figures: in the trainer, the methods, the codec, the merge, the kernels, or the draw of rows. Runs
@@ -38,7 +32,8 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     train: str
     test: str
-    per_label: AtLeastOne | None = None  # training rows of each label on a device; None: rows / labels
+    # Training rows of each label on a device; None: rows / labels.
+    per_label: AtLeastOne | None = None
     rows: AtLeastOne = 1000  # training rows on a device, where per_label is None
     test_rows: Annotated[int, msgspec.Meta(ge=0)] = 0  # held-out rows; 0: all
     # Held-out rows of each label, in place of test_rows: a device that has learned nothing is then
@@ -140,15 +135,14 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def load(path: Path) -> Spec:
     """Read and check a study's file; raises InputError naming the key or name that does not fit."""
+    tables = settings.read_toml(path, f"the study {path}")
     try:
-        spec = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), Spec)
+        spec = msgspec.convert(tables, Spec)
         for fault in _faults(spec):
             raise InputError(fault)
         for arm in spec.arm:
             methods.of(spec.fleet_of(arm, 0))
-    except OSError as error:
-        raise InputError(f"cannot read the study {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError, InputError) as error:
+    except (msgspec.ValidationError, InputError) as error:
         raise InputError(f"{path}: {error}") from error
     return spec
 

@@ -42,7 +42,7 @@ class Job(msgspec.Struct, frozen=True):
     fleet: Fleet
     facts: Facts
     plan: Plan
-    # depth slices that training steps take in turn; a method that exchanges no layers trains plan.depth
+    # Depth slices that training steps take in turn; a method without shared layers trains plan.depth.
     depths: tuple[int, ...]
     data: str  # path of the training rows
     evaluation: dict[str, str]  # paths of held-out rows, by name

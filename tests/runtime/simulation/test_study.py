@@ -406,6 +406,13 @@ def test_what_does_not_fit_is_named_before_anything_runs(files, change, reason):
         spec.load(path)
 
 
+def test_a_study_that_is_not_text_is_refused(files):
+    path = files / "study.toml"
+    path.write_bytes(STUDY.encode("utf-16"))
+    with pytest.raises(InputError, match=r"study\.toml is not valid TOML"):
+        spec.load(path)
+
+
 def test_a_rank_that_no_device_has_is_refused(files):
     path = files / "study.toml"
     path.write_text(STUDY.replace('data = "colours"\n', 'data = "colours"\nrank = 1\n'))

@@ -12,22 +12,11 @@ from edge_broker.errors import BrokerError
 from edge_broker.session import Connected, Event, Message, Own, Session
 from edge_broker.transfer import Committed, Failed, Fetched, Fetcher, Rejected
 
-from edge_runtime.agent import rows
+from edge_runtime.agent import rows, stages
 from edge_runtime.agent.deliveries import Deliveries
 from edge_runtime.agent.local_round import DeviceRows, LocalRounds, Task, read_result
 from edge_runtime.agent.options import DeviceEvent, DeviceOptions
 from edge_runtime.agent.planner import Planned, Planner, Unplanned
-from edge_runtime.agent.stages import (
-    Fetching,
-    Finished,
-    Owing,
-    Planning,
-    Resting,
-    RoundInProgress,
-    Stage,
-    Starved,
-    Working,
-)
 from edge_runtime.agent.store import DeviceStore
 from edge_runtime.agent.trainer import CAUSES, KILLED, Ended
 from edge_runtime.agent.versions import artifacts_of, forget_others
@@ -54,7 +43,7 @@ class Rounds:
         tell: Callable[[DeviceEvent], None],
     ) -> None:
         """Nothing is sent yet; tell gets every event, for the screen."""
-        self.stage: Stage = Resting()
+        self.stage: stages.Stage = stages.Resting()
         self._session, self._store, self._options = session, store, options
         self._workers, self._tell = workers, tell
         state = options.state.resolve()
@@ -66,7 +55,7 @@ class Rounds:
         self._reports = self._deliveries.reports
         self._fetcher = Fetcher(session, options.fleet, options.id, self._versions)
         self._planner = Planner(options.budget_bytes, workers.find_plan, session.put)
-        self._round: RoundInProgress | None = None
+        self._round: stages.RoundInProgress | None = None
 
     def start(self) -> None:
         """Listen to the node; call once connected."""
@@ -78,24 +67,24 @@ class Rounds:
 
     def end_trainer(self) -> None:
         """Stop the trainer, if one runs."""
-        if isinstance(self.stage, Working):
+        if isinstance(self.stage, stages.Working):
             self.stage.trainer.stop()
-            self.stage = Resting()
+            self.stage = stages.Resting()
 
     # --- events
 
     def announce(self, announced: Round, node_key: str) -> None:
         """A node has announced a round, perhaps once more."""
         if self._round and self._round.is_same(announced, node_key):
-            if isinstance(self.stage, Starved):  # its node is there again
+            if isinstance(self.stage, stages.Starved):  # its node is there again
                 self._plan(self._round)
             return
         self.end_trainer()  # the fleet went on without this device
         self._fetcher.drop()
-        self._round = RoundInProgress(announced, node_key)
+        self._round = stages.RoundInProgress(announced, node_key)
         self._deliveries.begin(self._round)
         if announced.state == "open" and int(self._store.get("round") or 0) >= announced.round:
-            self.stage = Resting()
+            self.stage = stages.Resting()
             self.say("waiting", text="this round is trained already")
         else:
             self._plan(self._round)
@@ -109,9 +98,9 @@ class Rounds:
         if settled is not None:
             self._settled(settled)
         fetched = self._fetcher.handle(item)
-        if isinstance(self.stage, Fetching) and isinstance(fetched, Fetched):
+        if isinstance(self.stage, stages.Fetching) and isinstance(fetched, Fetched):
             self._fetch(self.stage, fetched)
-        elif isinstance(self.stage, Fetching) and isinstance(fetched, Failed):
+        elif isinstance(self.stage, stages.Fetching) and isinstance(fetched, Failed):
             self._starve(self.stage.round, fetched.reason)
         if isinstance(item, Connected):
             self._connected(item)
@@ -121,48 +110,48 @@ class Rounds:
         stage = self.stage
         if isinstance(item, Planned | Unplanned):
             self._planner.take(item)
-            if isinstance(stage, Planning) and isinstance(item, Unplanned):
+            if isinstance(stage, stages.Planning) and isinstance(item, Unplanned):
                 self._give_up(item.error, item.cause)
-            elif isinstance(stage, Planning):
+            elif isinstance(stage, stages.Planning):
                 self._plan(stage.round)  # plans again if fleet or budget have changed meanwhile
         elif isinstance(item, Progress):
             self._show(item)
-        elif isinstance(item, Ended) and isinstance(stage, Working) and item.pid == stage.trainer.pid:
+        elif isinstance(item, Ended) and isinstance(stage, stages.Working) and item.pid == stage.trainer.pid:
             self._ended(stage, item)
 
     def _connected(self, connected: Connected) -> None:
         self._store.set("epoch", str(connected.epoch))
         self._reports.publish_owed()
-        if isinstance(self.stage, Fetching) and self.stage.interrupted:
+        if isinstance(self.stage, stages.Fetching) and self.stage.interrupted:
             self._fetch(self.stage)
-        elif isinstance(self.stage, Starved):
+        elif isinstance(self.stage, stages.Starved):
             self._plan(self.stage.round)
 
     # --- a round: plan, fetch, train
 
-    def _plan(self, current: RoundInProgress) -> None:
+    def _plan(self, current: stages.RoundInProgress) -> None:
         announced = current.announced
         planned = self._planner.plan(announced.fleet, self._local.rank_limit(announced.round))
         if planned is not None:
             self._begin(current, planned)
         else:
-            self.stage = Planning(current)
+            self.stage = stages.Planning(current)
             self.say("planning")
 
-    def _begin(self, current: RoundInProgress, planned: Planned) -> None:
+    def _begin(self, current: stages.RoundInProgress, planned: Planned) -> None:
         """Report the plan (the node pins the key of a first report), and get the global version."""
         self._reports.publish(self._report("joined"))
         if self._deliveries.pending:  # this round builds on that update
             ends = current.finished and self._options.until_finished
-            self.stage = Owing(current, time.monotonic() + self._options.wait_s if ends else math.inf)
+            self.stage = stages.Owing(current, time.monotonic() + self._options.wait_s if ends else math.inf)
             self._deliveries.uploader.offer_now()
             self.say("waiting", text="for the node's word on the last update")
             return
         artifacts = artifacts_of(current.announced, planned.plan.model_class)
         forget_others(self._versions, artifacts)
-        self._fetch(Fetching(current, planned, artifacts, {}))
+        self._fetch(stages.Fetching(current, planned, artifacts, {}))
 
-    def _fetch(self, stage: Fetching, fetched: Fetched | None = None) -> None:
+    def _fetch(self, stage: stages.Fetching, fetched: Fetched | None = None) -> None:
         """Get what the round starts from, one file after another; then train."""
         files = dict(stage.files)
         for name, artifact in stage.artifacts.items():
@@ -187,15 +176,15 @@ class Rounds:
             files[name] = present.path
         self._train(stage)
 
-    def _starve(self, current: RoundInProgress, reason: str) -> None:
+    def _starve(self, current: stages.RoundInProgress, reason: str) -> None:
         """The round's files could not be had. After the last round nobody announces them again."""
         if current.finished:
             self._give_up(UnreachableError(reason), "link")
         else:
-            self.stage = Starved(current)
+            self.stage = stages.Starved(current)
             self._fail(reason, "link")
 
-    def _train(self, stage: Fetching) -> None:
+    def _train(self, stage: stages.Fetching) -> None:
         """Start a trainer: from the global version, or from version 0 where there is none."""
         current, planned, files = stage.round, stage.planned, stage.files
         task = Task(
@@ -209,11 +198,11 @@ class Rounds:
         )
         current.attempt += 1
         trainer = self._workers.train(self._local.job(task), self._local.folder(task), self._session.put)
-        self.stage = Working(current, task, trainer)
+        self.stage = stages.Working(current, task, trainer)
         self.say("starting", text=planned.plan.summary)
 
-    def _ended(self, stage: Working, ended: Ended) -> None:
-        self.stage = Resting()
+    def _ended(self, stage: stages.Working, ended: Ended) -> None:
+        self.stage = stages.Resting()
         result = read_result(ended.folder) if ended.exit_code == 0 else None
         cause = CAUSES.get(ended.exit_code, "trainer")
         if result is not None and stage.task.train:
@@ -251,7 +240,7 @@ class Rounds:
         else:
             self.say("rejected", text=settled.reason)
             self._reports.publish_owed()
-        if isinstance(self.stage, Owing):
+        if isinstance(self.stage, stages.Owing):
             self._plan(self.stage.round)
 
     def _finish(self, result: Result) -> None:
@@ -259,7 +248,7 @@ class Rounds:
         self._reports.publish_owed()
         self.say("finished", text=f"the adapter is in {self._adapter}")
         if self._options.until_finished:
-            self.stage = Finished()
+            self.stage = stages.Finished()
 
     # --- telling
 
@@ -271,7 +260,7 @@ class Rounds:
 
     def _give_up(self, error: EdgeError, cause: Cause, exit_code: int | None = None) -> None:
         """Fail the round. End the agent if the next would fail alike, or nobody waits for one."""
-        self.stage = Resting()
+        self.stage = stages.Resting()
         self._fail(str(error), cause, error.exit_code if exit_code is None else exit_code)
         if self._options.until_finished or isinstance(error, BudgetError | InputError):
             raise error

@@ -6,6 +6,7 @@ step, only plans that are predicted to be in time. Memory that is left over then
 whose activations fit are kept whole, and do not run again in backward.
 """
 
+from operator import attrgetter
 from typing import NamedTuple
 
 import msgspec
@@ -21,6 +22,7 @@ from edge_runtime.settings import Fleet
 
 # Share of the budget that kept blocks may fill: a prediction can be wrong by a twentieth.
 FULL = 0.95
+_bytes, _seconds = attrgetter("predicted_peak_bytes"), attrgetter("step_seconds")
 
 
 class Choice(NamedTuple):
@@ -119,11 +121,3 @@ def _named(plan: Plan) -> str:
     return (
         f"{plan.source} with {plan.depth} layers in {plan.weights}, rank {plan.rank} and {plan.tokens} tokens"
     )
-
-
-def _bytes(plan: Plan) -> int:
-    return plan.predicted_peak_bytes
-
-
-def _seconds(plan: Plan) -> float:
-    return plan.step_seconds

@@ -63,12 +63,12 @@ def join(place: str, factor: str) -> str:
 
 def linear_key(kind: Kind, number: int, role: str, factor: str) -> str:
     """The key of a linear layer's factor; kind is layers or stages."""
-    return join(Key(kind, number, role, factor).place, factor)
+    return join(f"{kind}.{number}.{role}", factor)
 
 
 def label_key(kind: Kind, label: str, factor: str) -> str:
     """The key of a label's tensor; kind is labels or anchors."""
-    return join(Key(kind, label, "", factor).place, factor)
+    return join(f"{kind}.{label}", factor)
 
 
 def kind_of(key: str) -> Kind:

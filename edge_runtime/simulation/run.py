@@ -25,14 +25,8 @@ from transformers import PreTrainedModel
 import edge_runtime
 from edge_runtime import methods, settings
 from edge_runtime.adapters import attach
-from edge_runtime.agent.local_round import (
-    DeviceRows,
-    LocalRounds,
-    Task,
-    payload_of,
-    read_result,
-    write_job,
-)
+from edge_runtime.agent import local_round
+from edge_runtime.agent.local_round import DeviceRows, LocalRounds, Task
 from edge_runtime.aggregator import check
 from edge_runtime.aggregator.store import Version
 from edge_runtime.models.facts import Facts
@@ -124,9 +118,9 @@ class _Devices:
             alike = (*model, device.data, device.domains) if shared else device.id
             if alike in evaluated:
                 job = msgspec.structs.replace(job, evaluation={})
-            write_job(folder, job)
+            local_round.write_job(folder, job)
             run(folder, self.bases, lambda _: None)
-            result = read_result(folder)
+            result = local_round.read_result(folder)
             assert result is not None  # `run` raises where there is none
             participant.answers.append(evaluated.setdefault(alike, _answers(result)))
             if not job.train:
@@ -136,7 +130,7 @@ class _Devices:
             rounds.keep(task, result)
             rounds.settle(task.number, "taken")  # the node takes every update
             participant.rank = rounds.rank_limit(task.number + 1) or participant.rank
-            if payload := payload_of(folder, result):
+            if payload := local_round.payload_of(folder, result):
                 updates.append(self.update(payload, device.id, job, result.samples))
         return updates
 

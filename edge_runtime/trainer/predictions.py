@@ -13,34 +13,24 @@ from transformers import PreTrainedModel
 from edge_runtime.adapters.attach import Attached
 from edge_runtime.methods import codistill
 from edge_runtime.protocol.keys import label_key
-from edge_runtime.trainer import data
+from edge_runtime.trainer import data, public
 from edge_runtime.trainer.job import Job
 from edge_runtime.trainer.meter import Reporter
-from edge_runtime.trainer.public import (
-    DeviceAnswers,
-    Distillation,
-    Read,
-    Shared,
-    likeness,
-    sample,
-    states,
-    weighed,
-)
 
 
 class Predictions:
     """The texts of one job, and this device's predictions of them."""
 
     def __init__(
-        self, job: Job, public: list[data.Row], labels: list[str], met: set[str], read: Read
+        self, job: Job, texts: list[data.Row], labels: list[str], met: set[str], read: public.Read
     ) -> None:
         """labels: of the head, in its order. met: the labels of this device's own rows."""
-        examples = read([{"text": row["text"], "label": ""} for row in public])
+        examples = read([{"text": row["text"], "label": ""} for row in texts])
         self._texts = [text._replace(answer=number) for number, text in enumerate(examples)]
         self._job, self._labels, self._met = job, labels, met
-        self._answers = DeviceAnswers()
+        self._answers = public.DeviceAnswers()
 
-    def lesson(self, shared: Shared) -> Distillation | None:
+    def lesson(self, shared: public.Shared) -> public.Distillation | None:
         """The fleet's predictions in the global version; None if it has none of these texts."""
         job, count = self._job, len(self._texts)
         targets = {label: shared.get(label_key("anchors", label, "T")) for label in self._labels}
@@ -53,7 +43,7 @@ class Predictions:
         evidence, probabilities = codistill.learned(votes, job.fleet.codistill.temperature)
         news = codistill.news(votes, np.array([label not in self._met for label in self._labels]))
         on_device = torch.from_numpy(probabilities).to(job.machine.device)
-        return weighed(job, self._texts, evidence, news, targets=on_device)
+        return public.weighed(job, self._texts, evidence, news, targets=on_device)
 
     @torch.no_grad()
     def answer(
@@ -67,14 +57,14 @@ class Predictions:
         """Predict the texts; a text unlike the device's own examples counts less."""
         reporter.tell("predict")
         with reporter.meter.phase("predict"):
-            public = states(model, self._texts, micro_rows)
-            alike = likeness(states(model, sample(examples), micro_rows), public)
-            probabilities = adapter.logits(public).softmax(-1) * alike[:, None]
+            text_states = public.states(model, self._texts, micro_rows)
+            alike = public.likeness(public.states(model, public.sample(examples), micro_rows), text_states)
+            probabilities = adapter.logits(text_states).softmax(-1) * alike[:, None]
             columns = zip(self._labels, probabilities.T.cpu().numpy(), strict=True)
-            self._answers = DeviceAnswers(
+            self._answers = public.DeviceAnswers(
                 {label_key("anchors", label, "P"): row[None] for label, row in columns}
             )
 
-    def answers(self, tokenizer: Callable[[], Any]) -> DeviceAnswers:
+    def answers(self, tokenizer: Callable[[], Any]) -> public.DeviceAnswers:
         """The predictions, by canonical key."""
         return self._answers

@@ -56,6 +56,7 @@ class Deliveries:
             Whether there is an update; some methods exchange nothing.
         """
         task, payload = stage.task, payload_of(folder, result)
+        # one transaction: after a kill, the update, its report and what the next round needs agree
         with self._outbox.transaction():
             self._local.keep(task, result)
             self._store.set("node_key", stage.round.node_key)

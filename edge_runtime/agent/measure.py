@@ -80,7 +80,6 @@ def measure(
     Args:
         source: as in a catalog.
         models: where relative paths are looked for.
-        trial: the steps.
         peft: run PEFT on the same rows too, in a process of its own.
         random_weights: draw the model that the source's config.json describes.
         machine: device of both processes, and their cap of the GPU.

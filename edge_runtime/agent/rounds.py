@@ -76,10 +76,12 @@ class Rounds:
     def announce(self, announced: Round, node_key: str) -> None:
         """A node has announced a round, perhaps once more."""
         if self._round and self._round.is_same(announced, node_key):
-            if isinstance(self.stage, stages.Starved):  # its node is there again
+            # the node is there again
+            if isinstance(self.stage, stages.Starved):
                 self._plan(self._round)
             return
-        self.end_trainer()  # the fleet went on without this device
+        # the fleet went on without this device
+        self.end_trainer()
         self._fetcher.drop()
         self._round = stages.RoundInProgress(announced, node_key)
         self._deliveries.begin(self._round)
@@ -113,7 +115,8 @@ class Rounds:
             if isinstance(stage, stages.Planning) and isinstance(item, Unplanned):
                 self._give_up(item.error, item.cause)
             elif isinstance(stage, stages.Planning):
-                self._plan(stage.round)  # plans again if fleet or budget have changed meanwhile
+                # plans again if fleet or budget have changed meanwhile
+                self._plan(stage.round)
         elif isinstance(item, Progress):
             self._show(item)
         elif isinstance(item, Ended) and isinstance(stage, stages.Working) and item.pid == stage.trainer.pid:
@@ -141,7 +144,8 @@ class Rounds:
     def _begin(self, current: stages.RoundInProgress, planned: Planned) -> None:
         """Report the plan (the node pins the key of a first report), and get the global version."""
         self._reports.publish(self._report("joined"))
-        if self._deliveries.pending:  # this round builds on that update
+        # the round starts from a version, and a residual, that the node's word on that update decides
+        if self._deliveries.pending:
             ends = current.finished and self._options.until_finished
             self.stage = stages.Owing(current, time.monotonic() + self._options.wait_s if ends else math.inf)
             self._deliveries.uploader.offer_now()
@@ -171,7 +175,8 @@ class Rounds:
                     log.warning("fetching waits for a connection: %s", error)
                     self.stage = stage._replace(interrupted=True)
                 return
-            if present is None:  # it is on its way
+            # on its way: the session's Fetched event continues here
+            if present is None:
                 return
             files[name] = present.path
         self._train(stage)
@@ -230,7 +235,8 @@ class Rounds:
         if isinstance(settled, Rejected) and not settled.final:
             self.say("waiting", text=f"the node does not take round {number} yet: {settled.reason}")
             if settled.code == "signature" and self._round is not None and not self._round.introduced:
-                self._round.introduced = True  # the report with this device's key was lost
+                # the report with this device's key was lost; told again once a round
+                self._round.introduced = True
                 self._reports.publish(self._report("joined"))
                 self._deliveries.uploader.offer_now()
             return

@@ -13,5 +13,5 @@ def say(line: str) -> None:
 
 
 def say_json(value: Any) -> None:
-    """Print a value, such as a Struct, as one line of JSON."""
+    """Print a value as one line of JSON."""
     say(msgspec.json.encode(value).decode())

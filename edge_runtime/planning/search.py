@@ -88,6 +88,7 @@ def over_deadline_s(plan: Plan, deadline_s: float | None) -> float:
 
 def _filled(workload: Workload, rates: Rates, plan: Plan, budget_bytes: int) -> Plan:
     """The plan with as many kept blocks as there is memory for."""
+    # from the most blocks down: the first that fits is the fastest
     for kept_blocks in range(0 if plan.streamed else plan.depth, 0, -1):
         faster = predicted(workload, rates, msgspec.structs.replace(plan, kept_blocks=kept_blocks))
         if faster.predicted_peak_bytes <= FULL * budget_bytes:

@@ -37,10 +37,6 @@ class Status(msgspec.Struct):
 def read(broker: Address, fleet: str) -> Status:
     """Look at a fleet.
 
-    Args:
-        broker: where to look.
-        fleet: the name.
-
     Raises:
         UnreachableError: no broker, or no such fleet on it; the message names the fleets on it.
     """
@@ -80,4 +76,5 @@ def _take(
         else:
             tracker.handle(item.topic, item.payload)
     except BadMessage:
-        return  # a message of a stranger is not shown
+        # a stranger's message is not shown
+        return

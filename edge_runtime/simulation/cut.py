@@ -24,10 +24,7 @@ TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "chat_template.jinja")
 def cut(source: str, layers: int, models: Path) -> str:
     """The folder of the cut model in the cache, made on the first call.
 
-    Args:
-        source: the model, as in a catalog.
-        layers: how many of its first layers remain.
-        models: folder that relative paths start from.
+    source is as in a catalog; relative paths start from the folder `models`.
 
     Raises:
         InputError: the model has fewer layers, or cannot be cut.

@@ -66,7 +66,8 @@ def run_arm(
     devices = _Devices(spec, arm, fleet, members, folder, bases)
     for round_ in range(1, fleet.rounds + 1):
         versions.merge(devices.work(round_, versions), round_)
-    devices.work(fleet.rounds + 1, versions)  # evaluates alone
+    # after the last round the devices evaluate alone
+    devices.work(fleet.rounds + 1, versions)
     shutil.rmtree(folder)
     return Outcome(
         arm=arm.name,
@@ -128,7 +129,8 @@ class _Devices:
             participant.bytes_up.append(result.payload_bytes)
             participant.bytes_down.append(Path(job.start).stat().st_size if job.start else 0)
             rounds.keep(task, result)
-            rounds.settle(task.number, "taken")  # the node takes every update
+            # the node of a study takes every update
+            rounds.settle(task.number, "taken")
             participant.rank = rounds.rank_limit(task.number + 1) or participant.rank
             if payload := local_round.payload_of(folder, result):
                 updates.append(self.update(payload, device.id, job, result.samples))

@@ -41,7 +41,8 @@ class Versions:
             below_0 = sum(pair < 0 for pair in pairs) / len(pairs)
             self.cosines.append((short(mean(pairs)), short(below_0)))
         merged = merge.merge(updates, self.by_class, self.fleet, self.method, round_, self.folder)
-        if not self.method.refactored:  # the same product in other factors would count as a move
+        # the same product in other factors would count as a move
+        if not self.method.refactored:
             self.moved.append(short(sum(map(self._moved_by, merged))))
         self.by_class |= {version.model_class: version for version in merged}
 
@@ -73,7 +74,8 @@ def cosines(updates: list[Update], method: Method) -> list[float]:
         for key, value in delta.items():
             if key not in largest or value.size > largest[key].size:
                 largest[key] = np.zeros(value.shape, np.float32)
-    for contribution in contributions:  # a mean needs `largest` complete
+    # in a second loop, as a mean needs `largest` complete
+    for contribution in contributions:
         steps[contribution.model_class].add(contribution)
     angles = []
     for first, second in combinations((step.mean() for _, step in sorted(steps.items())), 2):

@@ -193,6 +193,7 @@ def _example(row: Row, tokenizer: Any, max_tokens: int, numbers: dict[str, int] 
         prompt, completion = (
             (row["prompt"], row["completion"]) if "prompt" in row else (row["text"], f" {row['label']}")
         )
+        # tokenized apart: a token must not join the prompt's end and the completion's beginning
         before = tokenizer(prompt).input_ids
         learned = [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         ids, labels = before + learned, [IGNORED] * len(before) + learned
@@ -202,6 +203,7 @@ def _example(row: Row, tokenizer: Any, max_tokens: int, numbers: dict[str, int] 
 def _chat(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[int]]:
     ids: list[int] = []
     labels: list[int] = []
+    # each answer is what the template adds to the turns before it
     for end, turn in enumerate(messages, 1):
         if turn["role"] != "assistant":
             continue

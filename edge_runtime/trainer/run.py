@@ -57,16 +57,20 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         base, adapter = load_base(job, method, bases, material.labels)
         public = material.public
         start, distillation = begin(job, method, adapter, material)
+        # to disk: in memory, the start would cost one adapter more
         if job.train:
             put_aside(start, method, folder, reporter.tell)
         release()
+    # before training: the scores are those of the version that the round starts from
     with meter.phase("evaluate"):
         scores = score(job, base, adapter, material, reporter)
     trained, sent = Trained([], [], [], job.plan.rows), Sent(0, None)
     if job.train:
         trained = train(job, method, base, adapter, material.examples, distillation, reporter)
-        if public is not None and job.round < job.fleet.rounds:  # nobody learns the last answers
+        # nobody learns the answers of the last round
+        if public is not None and job.round < job.fleet.rounds:
             public.answer(base.model, adapter, material.examples, trained.micro_rows, reporter)
+        # the delta is encoded without the model in memory
         base.drop()
         reporter.tell("encode")
         with meter.phase("encode"):
@@ -80,6 +84,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
             spec = job.fleet.adapter.at(job.plan.rank)
             peft.to_peft(start, job.facts, spec, method, adapter.paths, Path(job.export))
     result = summary(job, len(material.examples), scores, trained, sent, meter)
+    # last: a result says that every other file is complete
     disk.replace(folder / "result.json", msgspec.json.encode(result), reporter.tell)
     reporter.tell("done")
 

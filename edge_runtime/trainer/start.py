@@ -53,6 +53,7 @@ def overlay(state: attach.State, earlier: attach.State, method: Method, put: Cal
             for axis, before, after in zip(method.factor(key).axes, old, new, strict=True)
         )
         if same_model:
+            # the ranks may differ
             common = leading(tuple(map(min, new, old)))
             put(state[key][common], earlier[key][common])
 

@@ -65,6 +65,7 @@ class Limit:
         peak = self._lap()
         if peak <= NEAR * self._budget_bytes:
             return None
+        # predictions may be off by a constant: the plan has to save what the step took too much
         target = self._plan.predicted_peak_bytes - (peak - NEAR * self._budget_bytes)
         enough = [plan for plan in self._lower if plan.predicted_peak_bytes <= target]
         if peak > self._budget_bytes and not enough:

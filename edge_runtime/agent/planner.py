@@ -101,8 +101,7 @@ def find_plan(request: Request, options: DeviceOptions) -> Planned | Unplanned:
     """Fetch the catalog's models, measure the device the first time, and choose the best plan."""
     cause: Cause = "model"  # of a failure in the stage that runs
     try:
-        sources = {model.source for model in request.fleet.catalog}
-        facts = {source: processes.prepared(source, options.models) for source in sources}
+        facts = processes.catalog_facts(request.fleet, options.models)
         cause = "machine"
         rates = processes.rates(options.device, options.threads)
         runtime_bytes = processes.runtime_bytes()

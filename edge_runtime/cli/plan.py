@@ -41,9 +41,7 @@ def command(
         )
     profile = probe()
     budget_bytes = options.budget_bytes(budget, board, profile)
-    facts = {
-        source: processes.prepared(source, models) for source in {model.source for model in settings_.catalog}
-    }
+    facts = processes.catalog_facts(settings_, models)
     rates = processes.rates(options.trainer_device(device, profile))
     choice = choose(settings_, facts, budget_bytes, processes.runtime_bytes(), rates)
     if json:

@@ -78,10 +78,7 @@ def run(method: str, broker: Address | None, keep: Path | None) -> outcome.DemoO
 
 def _budgets(fleet: Fleet) -> dict[str, int]:
     """The devices' budgets. The agents find this function's measurements in the cache."""
-    facts = {
-        source: processes.prepared(source, model.path().parent)
-        for source in {m.source for m in fleet.catalog}
-    }
+    facts = processes.catalog_facts(fleet, model.path().parent)
     return budgets_bytes(fleet, facts, processes.runtime_bytes(), processes.rates("cpu", _threads()))
 
 

@@ -18,6 +18,7 @@ from edge_broker import credentials, files
 from edge_runtime.errors import EdgeError, InputError
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning.time import Rates
+from edge_runtime.settings import Fleet
 
 PREPARE_TIMEOUT_S = 3600.0  # a hub download may be gigabytes
 MEASURE_TIMEOUT_S = 120.0
@@ -56,6 +57,11 @@ def prepared(source: str, models: Path, *, random_weights: bool = False) -> Fact
     command = ["edge_runtime.models.prepare", "--models", str(models), "--cache", str(cache)]
     command += ["--random-weights"] if random_weights else []
     return msgspec.json.decode(output([*command, "--", source], PREPARE_TIMEOUT_S, InputError), type=Facts)
+
+
+def catalog_facts(fleet: Fleet, models: Path) -> dict[str, Facts]:
+    """Facts of each source in the fleet's catalog; raises as `prepared` does."""
+    return {source: prepared(source, models) for source in {model.source for model in fleet.catalog}}
 
 
 def runtime_bytes() -> int:

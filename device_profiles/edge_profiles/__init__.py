@@ -1,7 +1,6 @@
 """What a machine offers a trainer, and the boards this project knows. Needs psutil and msgspec; imports no torch."""
 
-from edge_profiles.budget import default_budget_bytes
-from edge_profiles.cap import gpu_cap_bytes
+from edge_profiles.budget import default_budget_bytes, gpu_cap_bytes
 from edge_profiles.errors import ProfileError
 from edge_profiles.known import Board, board, boards, profile_of
 from edge_profiles.machine import probe

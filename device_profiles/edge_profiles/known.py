@@ -23,13 +23,10 @@ ASSUMED_DISK_FREE_BYTES = 32 * GIB  # a board says nothing of its disk
 class BoardGpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The GPU of a board."""
 
-    name: str
-    """As NVML reports it, so that a card can be recognised."""
+    name: str  # as NVML reports it, so that a card can be recognised
     compute_capability: str
-    memory_bytes: int | None = None
-    """Its own memory; None when it works in RAM."""
-    reserved_bytes: int = 0
-    """Of its own memory, what driver and desktop hold before a trainer starts."""
+    memory_bytes: int | None = None  # its own memory; None: it works in RAM
+    reserved_bytes: int = 0  # of its own memory, held by driver and desktop before a trainer starts
 
 
 class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,24 +35,18 @@ class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     title: str
     machine: str
-    memory_bytes: int
-    """RAM in total. For a graphics card that of an assumed host: see `sources`."""
-    reserved_bytes: int
-    """Of the RAM, what firmware, system and desktop hold before a trainer starts; `sources` has the reason."""
+    memory_bytes: int  # RAM in total; for a graphics card that of an assumed host (see `sources`)
+    reserved_bytes: int  # of the RAM, held by firmware, system and desktop before a trainer starts
     cpu_cores: int
-    unified_memory: bool
-    """The GPU works in RAM."""
-    sources: dict[str, str]
-    """The origin of each figure, by field; a field of the GPU as gpu_<field>."""
-    checked: datetime.date
-    """When the figures were last compared with the source named, or with a published copy of it."""
+    unified_memory: bool  # the GPU works in RAM
+    sources: dict[str, str]  # the origin of each figure, by field; a field of the GPU: gpu_<field>
+    checked: datetime.date  # when the figures were last compared with their sources, or with copies
     gpu: BoardGpu | None = None
+    # peak in 10**9 bytes a second of the memory that training uses: a card's own, else RAM
     memory_bandwidth_gb_s: float | None = None
-    """Peak, in 10**9 bytes a second, of the memory that training uses: a card's own, else RAM."""
+    # published peak of bf16 matrix products with fp32 sums, without sparsity
     bf16_dense_tflops: float | None = None
-    """Published peak of bf16 matrix products with fp32 sums, without sparsity."""
-    device_tree: tuple[str, ...] = ()
-    """Words in the device tree's model that tell this family."""
+    device_tree: tuple[str, ...] = ()  # words in the device tree's model that tell this family
 
 
 def boards() -> dict[str, Board]:
@@ -111,10 +102,10 @@ def profile_of(board: Board) -> Profile:
 
 def recognise_model(model: str, ram_bytes: int) -> Board | None:
     """Return the board whose family the device tree's model names and whose RAM fits the kernel's total."""
-    family = [
-        b for b in _load(FOLDER).values() if any(word.lower() in model.lower() for word in b.device_tree)
-    ]
-    return _fitting({b.memory_bytes: b for b in family}, ram_bytes, least=0.6)  # firmware takes up to a fifth
+    model = model.lower()
+    family = [b for b in _load(FOLDER).values() if any(word.lower() in model for word in b.device_tree)]
+    # firmware takes up to a fifth of the RAM before the kernel counts
+    return _fitting({b.memory_bytes: b for b in family}, ram_bytes, least=0.6)
 
 
 def recognise_gpu(name: str, memory_bytes: int) -> Board | None:

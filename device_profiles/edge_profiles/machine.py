@@ -16,27 +16,22 @@ from edge_profiles.profile import Gpu, Profile
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}  # how Windows and macOS call the two
 
 
-def probe(path_for_disk: str = ".") -> Profile:
+def probe(root: Path = Path("/")) -> Profile:
     """Return the profile of this machine as it is now.
 
-    A source that is missing leaves its part out; a GPU driver that does not answer is given up after 20 s.
+    A source that is missing leaves its part out. A GPU driver that does not answer is given up after
+    20 s.
 
     Args:
-        path_for_disk: where a trainer would write; it need not exist yet.
+        root: where /proc and /sys are found.
 
     Raises:
         ProfileError: a board file of this package is broken.
     """
-    return _probe(Path(path_for_disk), Path("/"))
-
-
-def _probe(path_for_disk: Path, root: Path) -> Profile:
     ram = psutil.virtual_memory()
     total, available = cgroups.limit_memory(ram.total, ram.available, root)
-    model, dmi = (
-        _line(root / "proc/device-tree/model"),
-        _line(root / "sys/devices/virtual/dmi/id/product_name"),
-    )
+    model = _line(root / "proc/device-tree/model")
+    dmi = _line(root / "sys/devices/virtual/dmi/id/product_name")
     # ram.total, not the cgroup's limit, tells an 8 GB board from a 16 GB one
     board = next((b for name in (model, dmi) if name and (b := known.recognise_model(name, ram.total))), None)
     description = board.title if board else model or _cpu_model(root)
@@ -54,7 +49,7 @@ def _probe(path_for_disk: Path, root: Path) -> Profile:
         ram_total_bytes=total,
         ram_available_bytes=available,
         swap_total_bytes=psutil.swap_memory().total,
-        disk_free_bytes=_disk_free(path_for_disk),
+        disk_free_bytes=psutil.disk_usage(".").free,
         unified_memory=unified,
         gpu=gpu,
     )
@@ -70,12 +65,10 @@ def _gpu(
         capability = sighting.compute_capability or (on_board.compute_capability if on_board else None)
         if unified or sighting.memory_total_bytes is None:
             return Gpu(sighting.name, capability, ram_total, ram_available), True
-        return Gpu(
-            sighting.name, capability, sighting.memory_total_bytes, sighting.memory_available_bytes
-        ), False
-    if (
-        unified and on_board is not None and not gpus.hidden()
-    ):  # JetPack 5 and older have neither NVML nor nvidia-smi
+        total, available = sighting.memory_total_bytes, sighting.memory_available_bytes
+        return Gpu(sighting.name, capability, total, available), False
+    # JetPack 5 and older have neither NVML nor nvidia-smi
+    if unified and on_board is not None and not gpus.hidden():
         return Gpu(on_board.name, on_board.compute_capability, ram_total, ram_available), True
     return None, unified
 
@@ -84,17 +77,6 @@ def _allowed_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _disk_free(path: Path) -> int:
-    """Bytes free to this user on the file system that holds the path or will hold it."""
-    path = path.absolute()
-    for place in (path, *path.parents):
-        try:
-            return psutil.disk_usage(str(place)).free
-        except OSError:
-            continue
-    return 0
 
 
 def _cpu_model(root: Path) -> str:

@@ -11,33 +11,24 @@ class Gpu(msgspec.Struct, frozen=True):
     """One GPU: the one a trainer would use."""
 
     name: str
-    compute_capability: str | None
-    """Of CUDA, such as "8.7"; None where nobody could be asked."""
-    memory_total_bytes: int
-    """The GPU's own memory; with unified memory the RAM, as limited by the cgroup."""
-    memory_available_bytes: int | None
-    """What is free at the time of asking; None where nobody could be asked."""
+    compute_capability: str | None  # of CUDA, such as "8.7"; None: the driver did not say
+    memory_total_bytes: int  # its own memory; with unified memory the RAM, as limited by the cgroup
+    memory_available_bytes: int | None  # free when the driver was asked; None: it did not say
 
 
 class Profile(msgspec.Struct, frozen=True):
     """A machine as a trainer process would find it."""
 
-    board: str | None
-    """Name of the known board, when it was recognised: a key of `boards()`."""
-    description: str
-    """For people: the board's title, else the CPU's model."""
+    board: str | None  # a key of `boards()`; None: the machine is no known board
+    description: str  # for people: the board's title, else the CPU's model
     os: str
-    machine: str
-    """x86_64 or aarch64."""
+    machine: str  # x86_64 or aarch64
+    # that this process may use, by its affinity and by its cgroup's CPU quota, rounded up
     cpu_cores: int
-    """Cores this process may use: by its affinity and by the CPU quota of its cgroup, rounded up."""
-    ram_total_bytes: int
-    """RAM, or the memory limit of the cgroup where that is lower."""
+    ram_total_bytes: int  # RAM, or the cgroup's memory limit where that is lower
+    # that can be taken without swapping, by the kernel's estimate and by the cgroup's limit
     ram_available_bytes: int
-    """What may still be taken without swapping, by the kernel's own estimate and by the cgroup's limit."""
     swap_total_bytes: int
-    disk_free_bytes: int
-    """Free to this user on the file system of the path that was asked about."""
-    unified_memory: bool
-    """The GPU works in RAM: its memory and `ram_*` are the same bytes."""
+    disk_free_bytes: int  # free to this user on the file system of the current folder
+    unified_memory: bool  # the GPU works in RAM: its memory and `ram_*` are the same bytes
     gpu: Gpu | None

@@ -28,9 +28,8 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if match:
         integer, fraction, unit = match[1], match[2] or "", match[3].lower()
-        if unit in _UNITS and not (
-            fraction and _UNITS[unit] == 1
-        ):  # a fraction of a byte is a forgotten unit
+        # a fraction of a byte is a forgotten unit
+        if unit in _UNITS and not (fraction and _UNITS[unit] == 1):
             return int(integer + fraction) * _UNITS[unit] // 10 ** len(fraction)
     raise SizeError(
         f"size {text!r} is not understood: write a number and a unit, such as '900MiB', '1.5GiB' or '900MB', "

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from edge_profiles import gpus, machine, probe
+from edge_profiles import gpus, probe
 
 GIB = 2**30
 
@@ -44,7 +44,7 @@ ORIN_NANO = {"proc/device-tree/model": b"NVIDIA Jetson Orin Nano Engineering Ref
 
 def test_a_jetson_without_nvidia_smi_has_its_gpu_from_the_board_file(tree, driver):
     driver(None)
-    profile = machine._probe(Path("."), tree(7.44, 5.5, ORIN_NANO))
+    profile = probe(tree(7.44, 5.5, ORIN_NANO))
     assert (profile.board, profile.description) == ("jetson-orin-nano-8gb", "Jetson Orin Nano 8GB")
     assert profile.unified_memory and profile.gpu.compute_capability == "8.7"
     assert profile.gpu.memory_total_bytes == profile.ram_total_bytes == int(7.44 * 2**20) * 1024
@@ -54,7 +54,7 @@ def test_a_jetson_without_nvidia_smi_has_its_gpu_from_the_board_file(tree, drive
 
 def test_a_jetson_whose_driver_says_little_is_filled_in(tree, driver):
     driver(gpus.Sighting("Orin (nvgpu)", None, None, None))
-    profile = machine._probe(Path("."), tree(7.44, 5.5, ORIN_NANO))
+    profile = probe(tree(7.44, 5.5, ORIN_NANO))
     assert profile.unified_memory
     assert (profile.gpu.name, profile.gpu.compute_capability) == ("Orin (nvgpu)", "8.7")
     assert profile.gpu.memory_available_bytes == int(5.5 * GIB)
@@ -64,7 +64,7 @@ def test_a_jetson_in_a_limited_container_is_still_the_8_gb_board(tree, driver):
     driver(None)
     limit = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": str(3 * GIB)}
     limit["sys/fs/cgroup/memory.current"] = str(GIB)
-    profile = machine._probe(Path("."), tree(7.44, 5.5, ORIN_NANO | limit))
+    profile = probe(tree(7.44, 5.5, ORIN_NANO | limit))
     assert profile.board == "jetson-orin-nano-8gb"
     assert (profile.ram_total_bytes, profile.ram_available_bytes) == (3 * GIB, 2 * GIB)
     assert (profile.gpu.memory_total_bytes, profile.gpu.memory_available_bytes) == (3 * GIB, 2 * GIB)
@@ -73,28 +73,26 @@ def test_a_jetson_in_a_limited_container_is_still_the_8_gb_board(tree, driver):
 def test_a_jetson_whose_device_tree_is_hidden_is_told_by_its_firmware(tree, driver):
     driver(None)
     dmi = {"sys/devices/virtual/dmi/id/product_name": "NVIDIA Jetson AGX Thor Developer Kit\n"}
-    assert machine._probe(Path("."), tree(122.8, 100, dmi)).board == "jetson-agx-thor-128gb"
+    assert probe(tree(122.8, 100, dmi)).board == "jetson-agx-thor-128gb"
 
 
 def test_a_hidden_gpu_of_a_jetson_stays_hidden(tree, driver, monkeypatch):
     driver(None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    profile = machine._probe(Path("."), tree(7.44, 5.5, ORIN_NANO))
+    profile = probe(tree(7.44, 5.5, ORIN_NANO))
     assert profile.board == "jetson-orin-nano-8gb" and profile.gpu is None
 
 
 def test_an_unknown_unified_gpu_works_in_ram(tree, driver):
     driver(gpus.Sighting("NVIDIA GB10", "12.1", None, None))
-    profile = machine._probe(Path("."), tree(119, 110, {"proc/cpuinfo": "model name\t: Some CPU\n"}))
+    profile = probe(tree(119, 110, {"proc/cpuinfo": "model name\t: Some CPU\n"}))
     assert profile.unified_memory and profile.board is None and profile.description == "Some CPU"
     assert profile.gpu.memory_available_bytes == profile.ram_available_bytes
 
 
 def test_a_card_has_its_own_memory_and_is_recognised(tree, driver):
     driver(gpus.Sighting("NVIDIA GeForce RTX 3060", None, 12 * GIB, 11 * GIB))
-    profile = machine._probe(
-        Path("."), tree(31, 20, {"proc/cpuinfo": "processor\t: 0\nmodel name\t: Some CPU\n"})
-    )
+    profile = probe(tree(31, 20, {"proc/cpuinfo": "processor\t: 0\nmodel name\t: Some CPU\n"}))
     assert (profile.board, profile.description) == ("rtx-3060-12gb", "Some CPU")
     assert not profile.unified_memory
     assert (profile.gpu.memory_total_bytes, profile.gpu.memory_available_bytes) == (12 * GIB, 11 * GIB)
@@ -103,15 +101,9 @@ def test_a_card_has_its_own_memory_and_is_recognised(tree, driver):
 
 def test_a_machine_without_a_gpu(tree, driver):
     driver(None)
-    profile = machine._probe(Path("."), tree(7.8, 6, {"proc/device-tree/model": b"Some Board\0"}))
+    profile = probe(tree(7.8, 6, {"proc/device-tree/model": b"Some Board\0"}))
     assert profile.gpu is None and not profile.unified_memory and profile.board is None
     assert profile.description == "Some Board"
-
-
-def test_the_disk_of_a_folder_that_is_not_there_yet_is_that_of_its_parent(tmp_path):
-    assert machine._disk_free(tmp_path / "a/b/c") == pytest.approx(
-        psutil.disk_usage(str(tmp_path)).free, rel=0.1
-    )
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs /proc")

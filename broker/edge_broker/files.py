@@ -1,13 +1,14 @@
-"""Files that survive a power cut, and a move of the folder they lie in."""
+"""Files that survive a power cut and a move of their folder."""
 
 import os
 from pathlib import Path
 
 
 def put(fresh: Path, path: Path) -> None:
-    """Give a written file or folder its name: its bytes are on the disk before the name is, and the name when this returns.
+    """Give a written file or folder its name; its bytes are on the disk before the name is.
 
-    A folder takes no other's place: OSError where there is one with files in it.
+    Raises:
+        OSError: a folder that is not empty has the name already.
     """
     for part in (*fresh.rglob("*"), fresh):
         sync(part)
@@ -15,8 +16,8 @@ def put(fresh: Path, path: Path) -> None:
     sync(path.parent)
 
 
-def told(path: Path, folder: Path) -> str:
-    """A path as a database in the folder keeps it, so that `folder / told` finds it wherever the folder is by then."""
+def movable(path: Path, folder: Path) -> str:
+    """The path for a database in the folder: `folder / path` finds it after the folder has moved."""
     path, folder = path.absolute(), folder.absolute()
     return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 

@@ -76,16 +76,11 @@ class Outbox:
             sequence = max(last, time.time_ns() // 1_000_000) + 1
             database.execute("UPDATE outbox_sequence SET last = ?", (sequence,))
             manifest = msgspec.structs.replace(manifest, sequence=sequence)
-            row = (
-                sequence,
-                manifest.transfer,
-                messages.encode(manifest).decode(),
-                files.told(path, self._home),
-            )
+            text, place = messages.encode(manifest).decode(), files.movable(path, self._home)
             try:
                 database.execute(
                     "INSERT INTO outbox_update (sequence, transfer, manifest, payload) VALUES (?, ?, ?, ?)",
-                    row,
+                    (sequence, manifest.transfer, text, place),
                 )
             except sqlite3.IntegrityError:
                 raise BrokerError(f"transfer {manifest.transfer} is already in the outbox") from None

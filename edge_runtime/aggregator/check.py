@@ -17,7 +17,6 @@ from edge_runtime.protocol.keys import kind_of, parse
 from edge_runtime.protocol.round import CODEC, FLEET
 from edge_runtime.settings import Fleet
 
-LARGEST_PAYLOAD_BYTES = 1 << 30
 WIDEST = 1 << 20  # rows or columns of a factor
 LARGEST_ADAPTER = 1 << 28  # values
 MOST_LABELS = 1 << 14
@@ -41,8 +40,6 @@ def refusal(manifest: Manifest, fleet: Fleet, round_: int) -> str | None:
         return f"round {manifest.round} is closed; round {round_} is open"
     if manifest.codec != CODEC:
         return f"the codec {manifest.codec} is not known; needed: {CODEC}"
-    if manifest.size > LARGEST_PAYLOAD_BYTES:
-        return f"{manifest.size} bytes are more than the {LARGEST_PAYLOAD_BYTES} a node takes"
     rows = fleet.training.steps * fleet.training.rows_a_step
     if not 1 <= manifest.samples <= rows:
         return (

@@ -10,11 +10,11 @@ fixed      settings of the fleet file that later rounds build on
 Paths are relative to the file's folder, so the folder may move.
 """
 
-import sqlite3
 from pathlib import Path
 
 import msgspec
 from edge_broker import files
+from edge_broker import store as sqlite
 
 from edge_runtime.protocol.report import Report
 
@@ -43,10 +43,7 @@ class NodeStore:
 
     def __init__(self, path: Path) -> None:
         self._folder = path.absolute().parent
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self.connection = sqlite3.connect(path, isolation_level=None)
-        self.connection.execute("PRAGMA journal_mode = WAL")
-        self.connection.execute("PRAGMA synchronous = FULL")
+        self.connection = sqlite.connect(path)
         self.connection.executescript(SCHEMA)
 
     def open_round(self) -> int:
@@ -77,10 +74,9 @@ class NodeStore:
 
     def merged(self, round_: int, versions: list[Version]) -> None:
         """Close a round with its global versions, all or nothing."""
-        self.connection.execute("BEGIN IMMEDIATE")
-        with self.connection:
+        with sqlite.transaction(self.connection):
             for version in versions:
-                paths = [files.told(path, self._folder) for path in (version.master, version.artifact)]
+                paths = [files.movable(path, self._folder) for path in (version.master, version.artifact)]
                 query = "INSERT OR REPLACE INTO versions VALUES (?, ?, ?, ?)"
                 self.connection.execute(query, (version.model_class, round_, *paths))
             self.connection.execute(
@@ -90,6 +86,7 @@ class NodeStore:
 
     def versions(self) -> dict[str, Version]:
         """The latest global version of each class."""
+        # beside max(), SQLite takes the other columns from the row that has the maximum
         rows = self.connection.execute(
             "SELECT model_class, master, artifact, max(round) FROM versions GROUP BY model_class"
         )

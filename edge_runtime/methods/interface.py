@@ -141,12 +141,10 @@ class Method(NamedTuple):
         factors.get("C"),
         factors["B"],
     )
-    sizes: Callable[[int], Mapping[str, int]] = (
-        lambda rank: {}
-    )  # the method's own axes, on a device of a rank
-    unequal: bool = (
-        False  # devices of lower ranks may take part; they hold leading rows of A and columns of B
-    )
+    # The lengths of the method's own axes, on a device of a rank.
+    sizes: Callable[[int], Mapping[str, int]] = lambda rank: {}
+    # Devices of lower ranks may take part; they hold leading rows of A and columns of B.
+    unequal: bool = False
     refactored: bool = False  # a version has its product in new factors, so residuals are worthless
     # The passes of each step, by round from 1.
     passes: Callable[[int], tuple[Pass, ...]] = lambda round_: (Pass(),)

@@ -6,13 +6,11 @@ scale = max |x| / 127 over the row,   quants = round(x / scale),   x ≈ quants 
 import torch
 
 from edge_kernels.backend import row_pieces
-
-# Values held in float32 at a time: they fit a core's cache, and the heap reuses them as one piece.
-PIECE_VALUES = 1 << 18
+from edge_kernels.quant import PIECE_VALUES
 
 
 def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round activations to int8 with one scale a row: x ≈ quants · scale.
+    """Round activations to int8.
 
     Args:
         x: (..., n) of any float dtype.

@@ -72,13 +72,13 @@ class Publisher:
                 log.warning("ignored a message on %s: %s", message.topic, error)
         self.tick()
 
-    def tick(self, now: float | None = None) -> float:
-        """Publish queued chunks, as far as the window has room (now: of time.monotonic).
+    def tick(self) -> float:
+        """Publish queued chunks, as far as the window has room.
 
         Returns:
             Seconds until the next tick is of use.
         """
-        now = time.monotonic() if now is None else now
+        now = time.monotonic()
         if not self._queue:
             return IDLE_S
         if now < self._begin_at:

@@ -97,13 +97,13 @@ class Receiver:
         self._send_answers()
         return result
 
-    def tick(self, now: float | None = None) -> float:
-        """Send answers and flush chunks that are due (now: of time.monotonic).
+    def tick(self) -> float:
+        """Send answers and flush chunks that are due.
 
         Returns:
             Seconds until the next tick is of use.
         """
-        now = time.monotonic() if now is None else now
+        now = time.monotonic()
         self._send_answers()
         if self._flush_at is not None and self._flush_at <= now:
             try:

@@ -111,13 +111,13 @@ class Uploader:
         if self._current and not self._current.queue:
             self._current.ask_again(0.0)
 
-    def tick(self, now: float | None = None) -> float:
-        """Send the offer and chunks that are due (now: of time.monotonic).
+    def tick(self) -> float:
+        """Send the offer and chunks that are due.
 
         Returns:
             Seconds until the next tick is of use.
         """
-        now = time.monotonic() if now is None else now
+        now = time.monotonic()
         if self._current is None:
             pending = self._outbox.pending(limit=1)
             if not pending:

@@ -57,7 +57,8 @@ def to_peft(
     for (layer, role), path in paths.items():
         keys = method.keys(layer, facts.layers, role)
         factors = {name: torch.from_numpy(state[key]) for name, key in keys.items()}
-        A, B = _lora(factors, method, relative_depth(layer, facts.layers))
+        A, core, B = method.product(factors, relative_depth(layer, facts.layers))
+        B = B if core is None else B @ core
         tensors[f"base_model.model.{path}.lora_A.weight"] = A.contiguous()
         tensors[f"base_model.model.{path}.lora_B.weight"] = B.contiguous()
         # a method may stack factors of earlier rounds on its own, so that the rank grows
@@ -82,11 +83,3 @@ def to_peft(
         weight = torch.cat(list(rows.values()))
         save_file({"weight": weight}, folder / HEAD, {"labels": json.dumps(list(rows))})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _lora(
-    factors: Mapping[str, torch.Tensor], method: Method, depth: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (r, in) and B (out, r) of a layer at this relative depth, its core multiplied into B."""
-    A, core, B = method.product(factors, depth)
-    return A, B if core is None else B @ core

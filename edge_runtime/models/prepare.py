@@ -165,6 +165,10 @@ def main() -> int:
     except EdgeError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
+    # a full disk, or a lock that another process has held for LOCK_TIMEOUT_S
+    except OSError as error:
+        sys.stderr.write(f"{options.source} cannot be prepared in {options.cache}: {error}\n")
+        return InputError.exit_code
     sys.stdout.write(msgspec.json.encode(facts).decode() + "\n")
     return 0
 

@@ -12,8 +12,8 @@ import pytest
 
 from edge_runtime.demo import model as demo
 from edge_runtime.errors import InputError
-from edge_runtime.models import gguf_file
-from edge_runtime.models.prepare import prepare
+from edge_runtime.models import gguf_file, sources
+from edge_runtime.models.prepare import main, prepare
 from edge_runtime.planning import processes
 
 
@@ -152,6 +152,21 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path):
         prepare("model.bin", tmp_path, tmp_path / "cache")
     with pytest.raises(InputError, match=r"model\.gguf cannot be read"):
         prepare("model.gguf", tmp_path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), TimeoutError("the lock")])
+def test_a_full_disk_or_a_held_lock_is_a_sentence_and_an_exit_code(error, tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(sources, "digest", fail)
+    cache = str(tmp_path / "cache")
+    monkeypatch.setattr(sys, "argv", ["prepare", str(tmp_path), "--models", ".", "--cache", cache])
+    assert main() == InputError.exit_code
+    assert capsys.readouterr().err == f"{tmp_path} cannot be prepared in {cache}: {error}\n"
 
 
 def test_two_processes_may_prepare_the_same_model_at_once(tiny_folder, tmp_path):

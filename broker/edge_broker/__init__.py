@@ -1,1 +1,1 @@
-"""The link between devices and nodes: MQTT sessions, presence, signatures, and transfers that survive any crash."""
+"""The link between devices and nodes: MQTT sessions, presence, signatures, crash-proof transfers."""

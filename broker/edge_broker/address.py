@@ -1,6 +1,8 @@
-"""The broker's address: mqtt://host:port or mqtts://user:password@host:port?ca=file&cert=file&key=file.
+"""The broker's address, which this file alone reads and prints.
 
-This file alone reads and prints an address. A password is never printed: messages show `***`.
+    mqtt://host:port    mqtts://user:password@host:port?ca=file&cert=file&key=file
+
+A password is never printed: messages show `***`.
 """
 
 import re
@@ -39,11 +41,12 @@ class Address(msgspec.Struct, frozen=True):
     def __repr__(self) -> str:
         return f"Address({str(self)!r})"
 
+    # rich prints a traceback's variables by this method, else by their fields
     def __rich_repr__(self) -> list[tuple[str, Any]]:
         return [("address", str(self))]
 
     def without_credentials(self) -> str:
-        """The URL with its certificate files, but without user and password: fit for a command line."""
+        """The URL with certificate files, without user and password: fit for a command line."""
         files = {name: str(path) for name in _FILES if (path := getattr(self, name))}
         return f"{self.scheme}://{self._host_and_port()}" + (f"?{urlencode(files)}" if files else "")
 
@@ -72,12 +75,13 @@ def parse(url: str) -> Address:
     """Read a broker's URL.
 
     Raises:
-        BrokerError: the URL has another form, or names files without TLS. The message holds no password.
+        BrokerError: the URL has another form, or names files without TLS; no password is quoted.
     """
     try:
         parts = urlsplit(url)
         port = parts.port
-    except ValueError:  # whose text may quote the password
+    # the cause is dropped, because its text may quote the password
+    except ValueError:
         raise _malformed(url) from None
     if parts.scheme not in _PORTS or not parts.hostname or parts.path not in ("", "/") or parts.fragment:
         raise _malformed(url)
@@ -102,9 +106,9 @@ def parse(url: str) -> Address:
 def redacted(url: str) -> str:
     """Any text that was given as a broker's URL, cut down to scheme, user, host and port.
 
-    A malformed URL may hold its password anywhere: unencoded with / ? # or @ in it, or without the host
-    that should follow it. So everything between the first ':' and the last '@' is left out, and so is a
-    port that is no number.
+    A malformed URL may hold its password anywhere: unencoded with / ? # or @ in it, or without a host
+    after it. So everything between the first ':' and the last '@' is left out, and a port that is no
+    number.
     """
     scheme = match[0] if (match := re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url)) else ""
     user_info, at, place = url[len(scheme) :].rpartition("@")

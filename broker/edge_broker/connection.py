@@ -1,8 +1,9 @@
 """The thread that keeps one MQTT connection alive by running paho's `loop`.
 
-paho's own thread is not used: its reconnect has no jitter, and the will's epoch must change before each connect.
-The callbacks only record what happened and wake waiting threads. Subscriptions are restored and presence is published
-between two calls of `loop`. No lock that a callback takes is held across a call into paho.
+paho's own thread is not used: its reconnect has no jitter, and the will's epoch must change before
+each connect. The callbacks only record what happened and wake waiting threads. Subscriptions are
+restored and presence is published between two calls of `loop`. No lock that a callback takes is held
+across a call into paho, because paho holds a lock of its own while it calls back.
 """
 
 import logging
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class Connection:
-    """One client of paho, its thread and its state; changed guards the state and is notified of every change."""
+    """A client of paho, its thread and its state; `changed` guards the state and tells of changes."""
 
     def __init__(
         self,
@@ -50,17 +51,19 @@ class Connection:
         self.changed = threading.Condition(threading.RLock())
         self.window = Window(self.changed, put, _PACKET_MAX)
         self.connected = False
-        self.generation = 0  # counts connections: an acknowledgement must not cross to the next one
+        # counts connections: an acknowledgement must not cross to the next one
+        self.generation = 0
         self.bytes_down = 0
         self._put, self._expiry_s = put, expiry_s
         self._opened_at = 0  # the generation before open()
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._failure: BrokerError | None = None
-        self._greet: bool | None = None  # session_present of a connection that is not greeted yet
+        self._greet: bool | None = None  # session_present of a connection not greeted yet
         self._announce = False  # "online" is still to be published on this connection
         self._leaving = False  # "offline" was published: nothing may follow
-        self._speaking = threading.Lock()  # held while presence is published; never taken in a callback
+        # held while presence is published; never taken in a callback
+        self._speaking = threading.Lock()
         self.client = self._make_client(client_id)
         self.subscriptions = Subscriptions(self.client, address, self.changed)
 
@@ -81,8 +84,9 @@ class Connection:
         properties.ReceiveMaximum = _RECEIVE_MAXIMUM
         properties.MaximumPacketSize = _PACKET_MAX
         host, port = self.address.host, self.address.port
-        # A new process starts clean even where the broker still has its session: rumqttd sends no retained messages to
-        # a session that it has. Later connects continue the session, unless it ends with its connection.
+        # A new process starts clean even where the broker still has its session: rumqttd sends no
+        # retained messages to a session that it has. Later connects continue the session, unless it
+        # ends with its connection.
         clean = paho.MQTT_CLEAN_START_FIRST_ONLY if self._expiry_s else True
         self.client.connect_async(host, port, _KEEPALIVE_S, clean_start=clean, properties=properties)
         before = self._opened_at = self.generation
@@ -112,10 +116,9 @@ class Connection:
         Raises:
             BrokerError: the connection was closed for good meanwhile.
         """
+        left_s = max(0.0, deadline - time.monotonic())
         with self.changed:
-            self.changed.wait_for(
-                lambda: condition() or self._stopping.is_set(), max(0.0, deadline - time.monotonic())
-            )
+            self.changed.wait_for(lambda: condition() or self._stopping.is_set(), left_s)
             if self._stopping.is_set():
                 raise BrokerError(f"the session with {self.address} is closed")
             return condition()
@@ -159,8 +162,7 @@ class Connection:
         """Subscribe at QoS 1 and wait for the broker's answer, across reconnects.
 
         Raises:
-            Refused: the broker refused a filter.
-            BrokerError: no answer in time.
+            Refused, BrokerError: see `Session.subscribe`.
         """
         purpose = f"subscribe to {', '.join(filters)}"
         while True:
@@ -197,18 +199,20 @@ class Connection:
                 self.client.reconnect()
                 while self.client.loop(timeout=1.0) == paho.MQTT_ERR_SUCCESS:
                     self._between_packets()
-            except (OSError, ValueError) as error:  # ValueError: a certificate for another host
+            # ValueError: a certificate for another host
+            except (OSError, ValueError) as error:
                 self._broken(errors.failed_connection(self.address, error))
             except Exception as error:  # paho's parser: ends the connection, not the session
                 log.exception("the connection to %s broke on an unexpected error", self.address)
                 self._broken(errors.unreachable(self.address, repr(error)))
-            if self.generation == self._opened_at:  # the first connect failed: open() raises the reason
+            # the first connect failed: open() raises the reason
+            if self.generation == self._opened_at:
                 with self.changed:
-                    self._failure = self._failure or errors.unreachable(
-                        self.address, "it closed the connection unanswered"
-                    )
+                    unanswered = errors.unreachable(self.address, "it closed the connection unanswered")
+                    self._failure = self._failure or unanswered
                     self.changed.notify_all()
                 return
+            # full jitter, so that a fleet does not come back in step after the broker's restart
             failures = 0 if time.monotonic() - began > _SETTLED_S else failures + 1
             first, largest = _BACKOFF_S
             self._stopping.wait(random.uniform(0, min(largest, first * 2 ** min(max(failures - 1, 0), 10))))
@@ -220,6 +224,7 @@ class Connection:
             self.client.will_set(topics.presence(self.spec.fleet, self.spec.id), will, qos=1, retain=True)
 
     def _between_packets(self) -> None:
+        # the owner hears of the connection only after its subscriptions were sent again
         if self._greet is not None:
             session_present, self._greet = self._greet, None
             if not session_present:
@@ -257,16 +262,15 @@ class Connection:
         client.on_disconnect = self._on_disconnect
         client.on_publish = self._on_publish
         client.on_message = self._on_message
-        # Tells paho that the loop's thread writes. Without it publish() would write to the socket at the same time.
+        # Tells paho that the loop's thread writes. Without it publish() would write at the same time.
         client.on_socket_register_write = lambda *_: None
         return client
 
-    def _on_socket_open(self, client: paho.Client, userdata: Any, sock: Any) -> None:
+    def _on_socket_open(self, _client: Any, _userdata: Any, sock: Any) -> None:
+        # chunks and acknowledgements must not wait for each other (Nagle's algorithm)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def _on_connect(
-        self, client: paho.Client, userdata: Any, flags: Any, code: ReasonCode, properties: Any
-    ) -> None:
+    def _on_connect(self, client: paho.Client, _: Any, flags: Any, code: ReasonCode, properties: Any) -> None:
         if code.is_failure:
             self._failure = errors.refused_connection(self.address, code.value, str(code))
             return
@@ -284,17 +288,13 @@ class Connection:
             self.window.reconnected(slots, packet_max)
             self.changed.notify_all()
 
-    def _on_disconnect(
-        self, client: paho.Client, userdata: Any, flags: Any, code: ReasonCode, properties: Any
-    ) -> None:
+    def _on_disconnect(self, _client: Any, _userdata: Any, _flags: Any, code: ReasonCode, _: Any) -> None:
         self._broken(errors.unreachable(self.address, f"the connection broke ({code})"))
 
-    def _on_publish(
-        self, client: paho.Client, userdata: Any, mid: int, code: ReasonCode, properties: Any
-    ) -> None:
+    def _on_publish(self, _client: Any, _userdata: Any, mid: int, code: ReasonCode, _: Any) -> None:
         self.window.settle(mid, f"{self.address} said {code}" if code.is_failure else "")
 
-    def _on_message(self, client: paho.Client, userdata: Any, message: paho.MQTTMessage) -> None:
+    def _on_message(self, _client: Any, _userdata: Any, message: paho.MQTTMessage) -> None:
         with self.changed:
             self.bytes_down += publish_size(message._topic, len(message.payload), message.properties)
         self._put((self.generation, message))

@@ -1,9 +1,9 @@
-"""User and password for a broker, from a file or from the environment: arguments are visible in the list of processes.
+"""User and password for a broker, from a file or the environment; other users see arguments.
 
     user = "device-7"
     password = "..."
 
-The file is TOML with these two keys. On systems with file modes nobody but its owner may have access to it.
+The file is TOML with these two keys. Where files have modes, only the owner may have access to it.
 """
 
 import os
@@ -15,7 +15,8 @@ import msgspec
 from edge_broker.address import Address
 from edge_broker.errors import BrokerError
 
-USER, PASSWORD = "EDGE_RUNTIME_BROKER_USER", "EDGE_RUNTIME_BROKER_PASSWORD"  # names of variables
+# names of variables
+USER, PASSWORD = "EDGE_RUNTIME_BROKER_USER", "EDGE_RUNTIME_BROKER_PASSWORD"
 
 
 class Credentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -31,8 +32,8 @@ class Credentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def complete(address: Address, file: Path | None, environment: Mapping[str, str]) -> Address:
     """The address with its user and password.
 
-    A file is asked first, then the URL itself, then the environment; a URL may name a user whose password
-    is in the environment.
+    A file is asked first, then the URL, then the environment. A URL may name a user whose password is
+    in the environment.
 
     Args:
         address: the broker's address as its URL has it.
@@ -40,7 +41,7 @@ def complete(address: Address, file: Path | None, environment: Mapping[str, str]
         environment: such as os.environ; USER and PASSWORD are read.
 
     Raises:
-        BrokerError: the file cannot be used, user or password are given twice, or a password has no user.
+        BrokerError: the file cannot be used, a user is given twice, or a password has no user.
     """
     if file is not None:
         if address.user is not None or address.password is not None:
@@ -59,7 +60,7 @@ def complete(address: Address, file: Path | None, environment: Mapping[str, str]
 
 
 def hand_over(address: Address, environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a child process that connects to this address with its user and password."""
+    """The environment of a child process that connects with the address's user and password."""
     pairs = ((USER, address.user), (PASSWORD, address.password))
     return withhold(environment) | {name: value for name, value in pairs if value is not None}
 
@@ -73,11 +74,12 @@ def read(path: Path) -> Credentials:
     """Read a credentials file.
 
     Raises:
-        BrokerError: the file cannot be read, is open to other users, or has another form. The message quotes
-            nothing of the file.
+        BrokerError: the file cannot be read, is open to other users, or has another form. The message
+            quotes nothing of the file.
     """
     try:
         with path.open("rb") as file:
+            # of the opened file: a path could lead to another file by now
             mode = os.fstat(file.fileno()).st_mode
             content = file.read()
     except OSError as error:

@@ -4,18 +4,18 @@ import msgspec
 
 
 class Message(msgspec.Struct, frozen=True):
-    """A message from the broker; retained: it was stored before we subscribed."""
+    """A message from the broker."""
 
     topic: str
     payload: bytes
-    retained: bool
+    retained: bool  # the broker stored it before we subscribed
 
 
 class Connected(msgspec.Struct, frozen=True):
-    """The connection stands. epoch is this connection's: keep it for the next process's PresenceSpec."""
+    """The connection stands."""
 
-    session_present: bool
-    epoch: int
+    session_present: bool  # the broker still had the subscriptions and messages
+    epoch: int  # of this connection; the next process's PresenceSpec needs it
 
 
 class Disconnected(msgspec.Struct, frozen=True):

@@ -2,9 +2,9 @@
 
     open -> committed | rejected           a unique index commits at most once a (device, round)
 
-A transfer's bytes go to one file, each chunk to its place. SQLite records which chunks are written, sixteen
-at a time and after the file was synced, so every recorded chunk survives a power cut. The bytes are no blobs,
-because blobs would be written twice: to the write-ahead log and to the database.
+A transfer's bytes go to one file, each chunk to its place. SQLite records which chunks are written,
+sixteen at a time and after the file was synced, so every recorded chunk survives a power cut. The
+bytes are no blobs, which would be written twice: to the write-ahead log and to the database.
 """
 
 import os
@@ -56,7 +56,7 @@ class Journal:
         """Open it.
 
         Args:
-            database: a file, or an open connection with tables of the caller (the journal's begin with `journal_`).
+            database: a file, or an open connection; the tables' names begin with `journal_`.
             folder: the payloads go to its subfolder `journal`, one file a transfer.
         """
         self._database, self._folder = store.connect(database), folder / "journal"
@@ -68,7 +68,7 @@ class Journal:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def transaction(self) -> AbstractContextManager[sqlite3.Connection]:
-        """One SQLite transaction for changes here and of the caller; joins a transaction that is open."""
+        """One transaction for changes here and of the caller; joins a transaction that is open."""
         return store.transaction(self._database)
 
     @property
@@ -103,7 +103,7 @@ class Journal:
         return [messages.decode(text, Manifest) for (text,) in self._database.execute(query, (limit,))]
 
     def committed(self, round: int) -> list[Update]:
-        """The committed updates of a round, in the order of the commits; files exist until `release`."""
+        """The committed updates of a round in the order of commits; files exist until `release`."""
         query = (
             "SELECT manifest FROM journal_transfer WHERE round = ? AND state = 'committed' ORDER BY settled"
         )
@@ -138,6 +138,7 @@ class Journal:
             return False
         file = os.open(self.payload(manifest.transfer), os.O_WRONLY | os.O_CREAT, 0o644)
         try:
+            # pwrite may write less than all
             offset = 0
             while offset < len(data):
                 offset += os.pwrite(file, data[offset:], index * manifest.chunk_bytes + offset)
@@ -167,7 +168,7 @@ class Journal:
                 del self._unflushed[name]
 
     def verify(self, manifest: Manifest) -> Path:
-        """Make a complete transfer durable and compare its bytes with the digest it was offered under.
+        """Make a complete transfer durable and compare its bytes with the manifest's digest.
 
         Raises:
             BadMessage: the bytes have another digest.
@@ -184,7 +185,7 @@ class Journal:
     # --- settling
 
     def commit(self, transfer: str) -> bool:
-        """Commit an open transfer; False if it is not open, or the device has a committed one in that round."""
+        """Commit an open transfer; False if it is not open, or the device counts in that round."""
         entry = self.find(transfer)
         if not entry or entry.state != "open" or self.counted(entry.manifest.device, entry.manifest.round):
             return False
@@ -202,7 +203,7 @@ class Journal:
         self.tidy(manifest.transfer)
 
     def tidy(self, transfer: str) -> None:
-        """Delete the file of a refused transfer; nothing inside a transaction, which may still be undone."""
+        """Delete a refused transfer's file, unless a transaction is open, which may be undone."""
         if not self.in_transaction and (entry := self.find(transfer)) and entry.state == "rejected":
             self.payload(transfer).unlink(missing_ok=True)
 
@@ -241,6 +242,7 @@ class Journal:
         if written is None:
             query = "SELECT written FROM journal_transfer WHERE transfer = ? AND state = 'open'"
             row = self._database.execute(query, (manifest.transfer,)).fetchone()
+            # without its file, nothing of the transfer is written, whatever the record says
             exists = row and self.payload(manifest.transfer).exists()
             written = self._written[manifest.transfer] = bytearray(row[0] if exists else manifest.chunks)
         return written

@@ -1,9 +1,9 @@
-"""A broker on this machine: Mosquitto where it is installed, else the embedded rumqttd of `iotcore`.
+"""A broker on this machine: Mosquitto where it is installed, else rumqttd of `iotcore`.
 
-It is for trials and tests; the README tells how to set up a fleet's broker. It listens on loopback only,
-because anyone who reaches it may connect without a password. A small watching process
-(`python -m edge_broker.local`) ends the broker when its stdin closes: when the owner stops the broker, exits,
-or is killed. The broker's state is in memory; transfers survive its loss.
+It is for trials and tests; the README tells how to set up a fleet's broker. It listens on loopback
+only, because anyone who reaches it may connect without a password. A small watching process
+(`python -m edge_broker.local`) ends the broker when its stdin closes: when the owner stops the
+broker, exits, or is killed. The broker's state is in memory; transfers survive its loss.
 """
 
 import atexit
@@ -31,7 +31,8 @@ _ATTEMPTS = 3  # to find a free port, which another process may take before the 
 _START_S = 60.0  # for an answer to CONNECT; a broker that ends is noticed at once
 _STOP_S = 5.0  # before a broker that does not end is killed
 
-# max_queued_messages: more chunks than a node grants at once. sys_interval: $SYS topics would wake the broker.
+# max_queued_messages: more chunks than a node grants at once. sys_interval: $SYS topics would wake
+# the broker.
 _MOSQUITTO = """\
 listener {port} {host}
 allow_anonymous true
@@ -47,8 +48,8 @@ log_type notice
 user {user}
 """
 
-# rumqttd keeps a log of messages for each filter. Segment size x count is the memory of a filter, and the
-# distance that a slow reader may lag behind.
+# rumqttd keeps a log of messages for each filter. Segment size x count is the memory of a filter, and
+# the distance that a slow reader may lag behind.
 _RUMQTTD = """\
 id = 0
 [router]
@@ -102,8 +103,8 @@ def start_broker(port: int = 0, *, state_dir: Path, kind: str = "auto") -> Broke
         kind: mosquitto, embedded, or auto: Mosquitto if it is installed.
 
     Raises:
-        BrokerError: no such broker is installed, the port is taken, or the broker did not start; the message
-            ends with the last lines of its log.
+        BrokerError: no such broker is installed, the port is taken, or the broker did not start; the
+            message ends with the last lines of its log.
     """
     program = None if kind == "embedded" else find_mosquitto()
     if kind not in ("auto", "mosquitto", "embedded"):
@@ -180,7 +181,8 @@ def _await_answer(process: subprocess.Popen[bytes], port: int, deadline: float) 
 
 def _shake_hands(port: int, timeout_s: float) -> None:
     """An MQTT 5 CONNECT with an empty client id, and DISCONNECT after the broker's CONNACK."""
-    body = b"\0\4MQTT\5\2\0\5\0\0\0"  # protocol, clean start, keep-alive 5 s, no properties, no client id
+    # protocol, clean start, keep-alive 5 s, no properties, no client id
+    body = b"\0\4MQTT\5\2\0\5\0\0\0"
     with socket.create_connection((_HOST, port), timeout=timeout_s) as link:
         link.sendall(bytes([0x10, len(body)]) + body)
         answer = link.recv(4)
@@ -207,8 +209,8 @@ def free_port(port: int = 0) -> int:
 
 
 def _user() -> str:
-    """This process's user. Started by root, Mosquitto would become a user who may not read the folder."""
-    import pwd
+    """This process's user; root's Mosquitto would become a user who may not read the folder."""
+    import pwd  # which Windows lacks
 
     return pwd.getpwuid(os.getuid()).pw_name
 
@@ -234,7 +236,8 @@ def _watch(job: dict[str, Any]) -> None:
         from iotcore.iotcore import IotCoreBroker
 
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        logging.getLogger("rumqttd").setLevel(logging.CRITICAL)  # it reports every packet as an error
+        # it reports every packet as an error
+        logging.getLogger("rumqttd").setLevel(logging.CRITICAL)
         IotCoreBroker(config_path=job["rumqttd"]).run_forever()
         sys.exit(1)  # it only returns when it cannot listen
     child = subprocess.Popen(job["command"], stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
@@ -243,7 +246,8 @@ def _watch(job: dict[str, Any]) -> None:
 
 
 def _until_stdin_closes(then: Any) -> None:
-    while os.read(0, 4096):  # not through sys.stdin, whose lock a blocked reader would hold at exit
+    # not through sys.stdin, whose lock a blocked reader would hold at exit
+    while os.read(0, 4096):
         pass
     then()
 

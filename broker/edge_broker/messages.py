@@ -1,7 +1,7 @@
 """The bodies of the link's messages, in JSON so that `mosquitto_sub -v` shows them.
 
-Unknown fields are ignored, so that a newer sender can talk to an older reader. A wrong type or a value out
-of range is a BadMessage. Chunk ranges are [first, last], both included.
+Unknown fields are ignored, so that a newer sender can talk to an older reader. A wrong type or a
+value out of range is a BadMessage. Chunk ranges are [first, last], both included.
 """
 
 import hashlib
@@ -24,7 +24,8 @@ Index = Annotated[int, msgspec.Meta(ge=0, lt=10**9)]
 Ranges = Annotated[list[tuple[Index, Index]], msgspec.Meta(max_length=10_000)]
 T = TypeVar("T")
 
-MAX_CHUNKS = 65_536  # 4 GiB of 64 KiB chunks; bounds what a manifest can make a reader allocate
+# 4 GiB of 64 KiB chunks; bounds what a manifest can make a reader allocate
+MAX_CHUNKS = 65_536
 _CHUNK_INDEX = struct.Struct(">I")
 
 
@@ -36,7 +37,7 @@ class Presence(msgspec.Struct, frozen=True):
 
 
 class Artifact(msgspec.Struct, frozen=True):
-    """A pointer to a global adapter and its cut into chunks; small enough for a retained message."""
+    """A global adapter's digest and its cut into chunks; small enough for a retained message."""
 
     digest: Digest  # SHA-256
     size: Positive  # bytes
@@ -57,7 +58,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """A device's offer: its origin and the digest of its bytes. Signed, so that chunks need no signature."""
+    """A device's offer of an update. The digest is signed, so that chunks need no signature."""
 
     transfer: Name  # random
     fleet: Name

@@ -2,9 +2,9 @@
 
     pending -> committed | rejected
 
-The outbox assigns the sequence numbers. They only grow and start no lower than the clock (ms), so that a
-device that lost its state is not taken for a replay. Payloads are files, because SQLite reads a blob from
-its beginning and a chunk is read alone.
+The outbox assigns the sequence numbers. They only grow and start no lower than the clock (ms), so
+that a device that lost its state is not taken for a replay. Payloads are files, because SQLite reads
+a blob from its beginning and a chunk is read alone.
 """
 
 import sqlite3
@@ -35,22 +35,23 @@ class Outbox:
         """Open it.
 
         Args:
-            database: a file, or an open connection with tables of the caller (the outbox's begin with `outbox_`).
-            folder: payloads given as bytes go to its subfolder `outbox`; files of no pending update are deleted
-                there. The folder may be moved with its content.
+            database: a file, or an open connection; the tables' names begin with `outbox_`.
+            folder: payloads given as bytes go to its subfolder `outbox`; files of no pending update are
+                deleted there. The folder may be moved with its content.
         """
         self._database, self._home, self._folder = store.connect(database), folder, folder / "outbox"
         with store.transaction(self._database):
             for statement in _TABLES:
                 self._database.execute(statement)
         self._folder.mkdir(parents=True, exist_ok=True)
+        # a kill may have left files between a settlement and their deletion
         pending = {manifest.transfer for manifest in self.pending()}
         for file in self._folder.iterdir():
             if file.name not in pending:
                 file.unlink()
 
     def transaction(self) -> AbstractContextManager[sqlite3.Connection]:
-        """One SQLite transaction for changes here and of the caller; joins a transaction that is open."""
+        """One transaction for changes here and of the caller; joins a transaction that is open."""
         return store.transaction(self._database)
 
     def add(self, manifest: Manifest, payload: bytes | Path) -> Manifest:
@@ -58,13 +59,13 @@ class Outbox:
 
         Args:
             manifest: from `messages.describe`; its sequence is replaced.
-            payload: the bytes, or a file that stays where it is and must stay unchanged until the update is settled.
+            payload: the bytes, or a file, which must stay unchanged until the update is settled.
 
         Returns:
             The manifest with its sequence number.
 
         Raises:
-            BrokerError: the payload's size is not the manifest's, or the outbox has the transfer already.
+            BrokerError: the size is not the manifest's, or the outbox has the transfer already.
         """
         path = payload if isinstance(payload, Path) else self._write(manifest.transfer, payload)
         if (size := path.stat().st_size) != manifest.size:
@@ -129,7 +130,7 @@ class Outbox:
         self.tidy(transfer)
 
     def tidy(self, transfer: str) -> None:
-        """Delete the copy of a settled payload; nothing inside a transaction, which may still be undone."""
+        """Delete a settled payload's copy, unless a transaction is open, which may be undone."""
         entry = self.find(transfer)
         if entry and entry[1] != "pending" and not self._database.in_transaction:
             (self._folder / transfer).unlink(missing_ok=True)

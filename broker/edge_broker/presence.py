@@ -27,7 +27,7 @@ class PresenceSpec(msgspec.Struct, frozen=True):
 
 
 def next_epoch(last: int) -> int:
-    """The epoch of a new connection: above the last, and above the clock (ms) in case the last was lost."""
+    """The epoch of a new connection: above the last, and the clock (ms) in case the last was lost."""
     return max(last, time.time_ns() // 1_000_000) + 1
 
 
@@ -52,7 +52,8 @@ class Tracker:
             return None
         if source.kind != "presence":
             return None
-        if not payload:  # an empty retained message is how an operator forgets a device
+        # an empty retained message is how an operator forgets a device
+        if not payload:
             return source.device if self.devices.pop(source.device, None) else None
         latest = messages.decode(payload, messages.Presence)
         before = self.devices.get(source.device)

@@ -2,9 +2,9 @@
 
     connect, subscribe, publish, receive, close
 
-Messages and events come out of one queue, in order. A message is acknowledged to the broker when it is taken from the
-queue, so a slow owner slows the broker down instead of filling the memory. Every publish is QoS 1 and ends with the
-broker's reason code.
+Messages and events come out of one queue, in order. A message is acknowledged to the broker when it
+is taken from the queue, so a slow owner slows the broker down instead of filling the memory. Every
+publish is QoS 1 and ends with the broker's reason code.
 """
 
 import logging
@@ -59,11 +59,12 @@ class Session:
         """Prepare; nothing is sent before `connect`.
 
         Args:
-            url: mqtt://host:port or mqtts://user:password@host:port?ca=file&cert=file&key=file, or that parsed.
+            url: as `address` describes, or parsed.
             client_id: fixed for a device; a second session with the same id takes over from the first.
             presence: whose presence to publish, if any.
-            session_expiry_s: how long the broker keeps subscriptions and messages while there is no connection, if it
-                can (rumqttd cannot). 0: the session ends with its connection, as shared subscriptions need it.
+            session_expiry_s: how long the broker keeps subscriptions and messages without a
+                connection, if it can (rumqttd cannot). 0: the session ends with its connection, as
+                shared subscriptions need it.
 
         Raises:
             BrokerError: the URL, the client id or a certificate file cannot be used.
@@ -78,7 +79,7 @@ class Session:
         )
 
     def connect(self, timeout_s: float) -> None:
-        """Connect, trying once; from then on the session reconnects by itself, with full-jitter back-off.
+        """Connect, trying once; from then on the session reconnects by itself.
 
         Raises:
             BrokerUnreachable: no broker answered in time, or the broker is too busy.
@@ -105,7 +106,7 @@ class Session:
         self.close()
 
     def subscribe(self, *filters: str, timeout_s: float = 10.0) -> None:
-        """Subscribe and wait for the broker's answer; repeated after a reconnect if the broker lost the session.
+        """Subscribe and wait for the broker's answer; a broker that lost the session is asked again.
 
         Raises:
             Refused: the broker refused a filter; then none of these filters is kept.
@@ -114,7 +115,7 @@ class Session:
         self._connection.subscribe(filters, time.monotonic() + timeout_s)
 
     def unsubscribe(self, *filters: str) -> None:
-        """Stop receiving these topics, without waiting; messages already on their way may still arrive."""
+        """Stop receiving these topics, without waiting; messages on their way may still arrive."""
         self._connection.subscriptions.forget(filters)
 
     def publish(
@@ -126,7 +127,7 @@ class Session:
         expiry_s: int | None = None,
         timeout_s: float = 30.0,
     ) -> None:
-        """Publish and wait for the broker's acknowledgement, after waiting for a connection and a slot of the window.
+        """Wait for a connection and a slot, publish, and wait for the broker's acknowledgement.
 
         An acknowledged message is neither on the broker's disk yet nor received by anyone.
 
@@ -152,12 +153,12 @@ class Session:
     ) -> bool:
         """Publish if the window has room, and return at once.
 
-        At most 8 publishes are unacknowledged at once, and never more than the broker's Receive Maximum or this call's
-        window.
+        At most 8 publishes are unacknowledged at once, and never more than the broker's Receive Maximum
+        or this call's window.
 
         Returns:
-            False without a free slot or a connection; a Room or Connected event follows when a new try makes sense. If
-            the broker refuses the message, an Unsent event follows.
+            False without a free slot or a connection; a Room or Connected event follows when a new try
+            makes sense. If the broker refuses the message, an Unsent event follows.
 
         Raises:
             Refused: the packet is larger than the broker takes.
@@ -165,7 +166,7 @@ class Session:
         return self._connection.post(topic, payload, retain, expiry_s, window, waited=False) is not None
 
     def receive(self, timeout_s: float) -> Message | Event | None:
-        """The next message or event, or None after timeout_s (0: only what is already in the queue)."""
+        """The next message or event, or None after timeout_s (0: do not wait)."""
         deadline = time.monotonic() + timeout_s
         while True:
             try:
@@ -174,6 +175,7 @@ class Session:
                 return None
             if not isinstance(item, tuple):
                 return item
+            # an acknowledgement belongs to the connection that the message came by
             generation, raw = item
             if generation == self._connection.generation:
                 self._connection.client.ack(raw.mid, raw.qos)
@@ -183,7 +185,7 @@ class Session:
                 log.warning("dropped a message whose topic is not UTF-8")
 
     def put(self, item: object) -> None:
-        """Put an item of the owner's into the queue, from any thread; `receive` returns it as Own."""
+        """Put an item into the queue, from any thread; `receive` returns it as Own."""
         self._queue.put(Own(item))
 
     @property
@@ -206,6 +208,7 @@ class Session:
     def _publish(self, post: Callable[[], Ticket | None], purpose: str, timeout_s: float) -> None:
         connection, window = self._connection, self._connection.window
         deadline = time.monotonic() + timeout_s
+        # other threads may take the slot between the wait and the post
         ticket = None
         while ticket is None:
             connection.wait_connected(deadline, purpose)

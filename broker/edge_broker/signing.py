@@ -2,8 +2,9 @@
 
     signature = Ed25519(domain + NUL + body)
 
-The envelope is JSON with the body as text and key and signature as hex, so `mosquitto_sub -v` shows what was said. The
-domain keeps a signature made for one purpose from being used for another. Keys travel as 64 characters of hex.
+The envelope is JSON with the body as text and key and signature as hex, so `mosquitto_sub -v` shows
+it. The domain keeps a signature made for one purpose from being used for another. Keys travel as 64
+characters of hex.
 Source: RFC 8032, by way of `cryptography`.
 """
 
@@ -67,7 +68,7 @@ def open(signed_bytes: bytes, domain: str, expected_key: str | None) -> tuple[by
     Args:
         signed_bytes: what `Signed.encode` made.
         domain: the one it must have been signed for.
-        expected_key: the only key accepted, as hex; None accepts any, and the caller decides by the one returned.
+        expected_key: the only key accepted, as hex; None: any, and the caller judges the returned key.
 
     Returns:
         The body, and the public key (hex) that signed it.
@@ -106,13 +107,15 @@ def _bound(domain: str, body: bytes) -> bytes:
 
 def _create(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # with mode 0600
+    # mkstemp makes files with mode 0600
+    descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w") as file:
             file.write(Ed25519PrivateKey.generate().private_bytes_raw().hex() + "\n")
             file.flush()
             os.fsync(file.fileno())
-        os.link(draft, path)  # unlike a rename, this never replaces a key that another process made first
+        # unlike a rename, a link never replaces a key that another process made first
+        os.link(draft, path)
     except FileExistsError:
         pass
     finally:

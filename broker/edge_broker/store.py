@@ -1,7 +1,7 @@
 """SQLite as the link uses it.
 
-Write-ahead log, synchronous=FULL: after COMMIT the data survives a power cut. That costs one fsync a commit, and the
-link commits a few times a transfer, not once a chunk.
+Write-ahead log, synchronous=FULL: after COMMIT the data survives a power cut. That costs one fsync a
+commit, and the link commits a few times a transfer, not once a chunk.
 """
 
 import sqlite3
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def connect(database: sqlite3.Connection | Path) -> sqlite3.Connection:
-    """Open a file the way described above; an open connection is returned as it is, its owner has set it up so."""
+    """Open a file as described above; an open connection is returned as its owner has set it up."""
     if isinstance(database, sqlite3.Connection):
         return database
     database.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,8 @@ def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     try:
         yield connection
     except BaseException:
-        with suppress(sqlite3.OperationalError):  # SQLite may have undone it itself, as on a full disk
+        # SQLite may have undone it itself, as on a full disk
+        with suppress(sqlite3.OperationalError):
             connection.execute("ROLLBACK")
         raise
     connection.execute("COMMIT")

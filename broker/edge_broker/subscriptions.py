@@ -1,6 +1,7 @@
-"""Topic filters of one session: sent at QoS 1, remembered, and sent again where the broker lost them.
+"""Topic filters of a session: sent at QoS 1, remembered, sent again where the broker lost them.
 
-SUBSCRIBE and SUBACK are paired by paho's packet number. The callbacks run on the connection's thread, the rest on any.
+SUBSCRIBE and SUBACK are paired by paho's packet number. The callback runs on the connection's thread,
+the rest on any.
 """
 
 import logging
@@ -24,8 +25,9 @@ class Subscriptions:
     def __init__(self, client: paho.Client, address: Address, changed: threading.Condition) -> None:
         self._client, self._address, self._changed = client, address, changed
         self._remembered: dict[str, None] = {}  # in the order of subscribing
-        self._answers: dict[int, list[ReasonCode]] = {}  # by packet number, until `remember` takes them
-        self._restoring: dict[int, tuple[str, ...]] = {}  # filters by packet number, sent by `restore`
+        # by packet number: answers that `remember` has not taken, and filters that `restore` sent
+        self._answers: dict[int, list[ReasonCode]] = {}
+        self._restoring: dict[int, tuple[str, ...]] = {}
         client.on_subscribe = self._on_subscribe
 
     def send(self, filters: Iterable[str]) -> int | None:
@@ -38,7 +40,7 @@ class Subscriptions:
         return number in self._answers
 
     def remember(self, filters: tuple[str, ...], number: int) -> bool:
-        """Take the broker's answer and keep the filters for the next connections; False without an answer.
+        """Take the broker's answer and keep the filters; False without an answer.
 
         Raises:
             Refused: the broker refused a filter; then none of them is kept.
@@ -57,7 +59,7 @@ class Subscriptions:
         self._client.unsubscribe(list(filters))
 
     def connected(self) -> None:
-        """Drop the answers of the connection before; their packet numbers mean nothing on a new one."""
+        """Drop answers of the last connection: their packet numbers mean nothing on a new one."""
         self._answers.clear()
 
     def restore(self) -> None:
@@ -74,7 +76,7 @@ class Subscriptions:
             )
 
     def _on_subscribe(
-        self, client: paho.Client, userdata: Any, number: int, codes: list[ReasonCode], properties: Any
+        self, _client: Any, _userdata: Any, number: int, codes: list[ReasonCode], _: Any
     ) -> None:
         if filters := self._restoring.pop(number, None):
             try:

@@ -35,9 +35,9 @@ _LAYOUT = {  # parts after the fleet; <…> names a field of Topic
 
 
 class Topic(msgspec.Struct, frozen=True):
-    """A parsed topic: kind is round, presence, inbox, report, offer, up, want or artifact; unused fields are empty."""
+    """A parsed topic; fields that its kind does not have are empty."""
 
-    kind: str
+    kind: str  # round, presence, inbox, report, offer, up, want or artifact
     fleet: str
     device: str = ""
     node: str = ""

@@ -1,8 +1,8 @@
 """Unacknowledged publishes: at most 8, within the broker's Receive Maximum and Maximum Packet Size.
 
-paho applies neither limit, and after a reconnect it resends everything it holds. So paho is never given
-more than this window. A slot is taken before paho gets the packet, and freed by the broker's PUBACK,
-whose reason becomes the ticket's answer.
+paho applies neither limit, and after a reconnect it resends everything it holds. So paho is never
+given more than this window. A slot is taken before paho gets the packet, and freed by the broker's
+PUBACK, whose reason becomes the ticket's answer.
 """
 
 import threading
@@ -32,12 +32,13 @@ class Window:
         self.used = 0
         self.bytes_up = 0
         self._changed, self._put = changed, put
-        self._hungry = False  # a publish_nowait found no slot: tell the owner when there is one
+        # a publish_nowait found no slot: tell the owner when there is one
+        self._hungry = False
         self._tickets: dict[int, Ticket] = {}
         self._early: dict[int, str] = {}  # answers that overtook `sent`
 
     def take(self, topic: str, size: int, limit: int | None, waited: bool) -> Ticket | None:
-        """Take a slot for a packet of size bytes, or return None if limit (or all) slots are in use.
+        """Take a slot for a packet of size bytes; None if limit (or all) slots are in use.
 
         Args:
             waited: a thread waits for the answer; otherwise a refusal becomes an Unsent event.
@@ -62,7 +63,7 @@ class Window:
             self._changed.notify_all()
 
     def sent(self, mid: int, ticket: Ticket, on_the_wire: bool) -> None:
-        """Record the number under which paho took the packet; off the wire: to be sent after a reconnect."""
+        """Record paho's number of the packet; off the wire: to be sent after a reconnect."""
         with self._changed:
             self.bytes_up += ticket.size if on_the_wire else 0
             self._tickets[mid] = ticket

@@ -1,4 +1,4 @@
-"""Moving bytes, in steps that survive any crash: an update up to the node, a global adapter down to the devices.
+"""Moves updates up to the node and global adapters down to devices, in steps that survive crashes.
 
     device: offer ──> node: grant ──> device: chunks ──> node: check, commit, receipt
     device: want  ──> node: chunks, once for all who listen
@@ -7,7 +7,7 @@ Each machine belongs to one thread and is driven by its owner's loop; nothing in
 
     message = session.receive(timeout_s)      # None after the timeout is a turn of the loop too
     result = machine.handle(message)
-    due_s = machine.tick()                    # seconds until the next tick is of use; bounds the next timeout
+    due_s = machine.tick()                    # seconds until the next tick is of use: the next timeout
 """
 
 from edge_broker.transfer.download import Failed, Fetched, Fetcher

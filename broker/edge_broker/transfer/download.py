@@ -2,7 +2,8 @@
 
     subscribe artifact/<digest>/+ -> want(missing) -> chunks -> digest -> file
 
-Chunks that other devices asked for are taken too. The file is named by its digest and appears when complete.
+Chunks that other devices asked for are taken too. The file is named by its digest and appears when
+complete.
 """
 
 import logging
@@ -35,10 +36,10 @@ class Fetched(msgspec.Struct, frozen=True):
 
 
 class Failed(msgspec.Struct, frozen=True):
-    """The artifact did not come; the reason is a sentence."""
+    """The artifact did not come."""
 
     artifact: Artifact
-    reason: str
+    reason: str  # a sentence for the device's own log; it may name a path
 
 
 class Fetcher:
@@ -58,7 +59,7 @@ class Fetcher:
             Fetched at once if the folder has it.
 
         Raises:
-            BrokerError: its numbers do not add up, the artifact is too large, or the subscription failed.
+            BrokerError: the artifact's numbers do not add up or are too large; no subscription.
         """
         if not messages.adds_up(artifact) or artifact.size > MAX_BYTES:
             raise BrokerError(
@@ -84,7 +85,7 @@ class Fetcher:
             self._current = None
 
     def handle(self, message: Message | Event | None) -> Fetched | Failed | None:
-        """Take a message of the session, or None after a wait, which a fetch can fail by. Others are ignored."""
+        """Take a message of the session; None after a wait, since a fetch can fail by waiting."""
         download = self._current
         if not download:
             return None
@@ -96,6 +97,7 @@ class Fetcher:
                     result = self._arrived(download, source.chunk, message.payload)
             except BadMessage as error:
                 log.warning("ignored a message on %s: %s", message.topic, error)
+        # chunks in the broker's queue were lost with its session: ask at once
         elif isinstance(message, Connected) and not message.session_present:
             download.due = time.monotonic()
         if not result and download.asks >= _MAX_ASKS and download.due <= time.monotonic():
@@ -184,6 +186,7 @@ class _Download:
         self.left -= 1
         self.asked.discard(index)
         self.asks = 0
+        # all that was asked for has come: ask for the next chunks at once
         self.due = time.monotonic() + (retry_s(0) if self.asked else 0.0)
 
     def finish(self) -> str:

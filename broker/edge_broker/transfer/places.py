@@ -25,7 +25,7 @@ class Places:
         self._active: dict[str, Active] = {}
 
     def has_room(self, manifest: Manifest) -> bool:
-        """Whether this transfer is active or may become so; silent transfers lose their places first."""
+        """Whether the transfer is active or may become so; silent transfers lose their places."""
         oldest = time.monotonic() - _SILENT_S
         for silent in [name for name, active in self._active.items() if active.last < oldest]:
             del self._active[silent]

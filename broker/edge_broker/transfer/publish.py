@@ -1,7 +1,8 @@
 """The node's side of a download: publishes each chunk once for all devices that listen.
 
-A want waits 50 ms, so that devices which ask at about the same time share a publication. A chunk that is
-asked for while it is queued is sent once. A chunk that was sent before joins the end of the queue.
+A want waits 50 ms, so that devices which ask at about the same time share a publication. A chunk
+that is asked for while it is queued is sent once. A chunk that was sent before joins the end of the
+queue.
 """
 
 import logging

@@ -4,10 +4,10 @@
     chunk      -> journal -> the next grant
     last chunk -> digest -> Update -> the owner checks the content -> commit -> receipt
 
-A grant names at most 64 chunks; the next grant follows when they have arrived. At most 768 granted chunks
-are under way to a node, because brokers silently drop messages over 1,000 in a queue; further offers are
-told to pause. An answer about a settled transfer is read from the journal when it is sent, so it can be
-repeated at any time and never says more than is committed.
+A grant names at most 64 chunks; the next grant follows when they have arrived. At most 768 granted
+chunks are under way to a node, because brokers silently drop messages over 1,000 in a queue; further
+offers are told to pause. An answer about a settled transfer is read from the journal when it is sent,
+so it can be repeated at any time and never says more than is committed.
 """
 
 import logging
@@ -54,9 +54,8 @@ class Receiver:
         Args:
             session: with expiry 0, because the offers are a shared subscription.
             journal: used from the caller's thread.
-            fleet: the fleet whose offers are taken.
-            node: the name that chunks are addressed to.
-            check: returns the reason to refuse a manifest for good, or None. Called before any chunk is accepted.
+            fleet, node: whose offers are taken, and the name that chunks are addressed to.
+            check: the reason to refuse a manifest for good, or None; called before any chunk is taken.
             known_key: returns a device's public key (hex), or None if the device is not enrolled.
         """
         self._session, self._journal = session, journal
@@ -74,7 +73,7 @@ class Receiver:
         """Take a message of the session. Other topics are ignored, malformed messages are logged.
 
         Returns:
-            An update with all its bytes: the owner checks the content, then calls `commit` or `reject`.
+            A complete update: the owner checks the content, then calls `commit` or `reject`.
         """
         result = None
         if isinstance(message, Message):
@@ -91,7 +90,8 @@ class Receiver:
                 if transfer := source.transfer or _claimed_transfer(message.payload):
                     self._queue(source.device, Pause(transfer=transfer, seconds=_DISK_FULL_S))
         elif isinstance(message, Connected) and not message.session_present:
-            for manifest in self._journal.open_transfers():  # chunks on their way were lost: grant them again
+            # chunks on their way were lost with the broker's session: grant them again
+            for manifest in self._journal.open_transfers():
                 if self._places.has_room(manifest) and self._journal.missing(manifest, 1):
                     self._grant(manifest)
         self._send_answers()
@@ -119,11 +119,11 @@ class Receiver:
 
         Args:
             transfer: of an update that `handle` returned.
-            within: changes of the caller in the same transaction; not called if the update does not count.
+            within: changes of the caller in the same transaction; called only if the update counts.
 
         Returns:
-            Whether the update counts now for the first time. Inside a transaction of the caller the receipt
-            waits for the next `tick`.
+            Whether the update counts now for the first time. Inside a transaction of the caller the
+            receipt waits for the next `tick`.
         """
         with self._journal.transaction() as database:
             counts = self._journal.commit(transfer)
@@ -149,13 +149,14 @@ class Receiver:
         try:
             manifest = self._read_offer(device, payload)
         except BadMessage as error:
-            # Not for good: the offer proves nothing, so it must not be able to end a transfer of the real device.
+            # Not for good: an unverified offer must not end a transfer of the real device.
             log.warning("refused an offer of %s: %s", device, error)
             if transfer := _claimed_transfer(payload):
                 reject = Reject(transfer=transfer, code="signature", reason=str(error), final=False)
                 self._queue(device, reject)
             return None
         entry = self._journal.find(manifest.transfer)
+        # the same offer again: repeat the answer, or go on where the journal stands
         if entry and entry.manifest == manifest:
             if entry.state != "open":
                 self._answer(manifest.transfer)
@@ -225,6 +226,7 @@ class Receiver:
         self._queue(manifest.device, grant)
 
     def _arrived(self, device: str, transfer: str, payload: bytes) -> Update | None:
+        # this process started after the grant, or the transfer was silent and lost its place
         active = self._places.find(transfer)
         if not active:
             entry = self._journal.find(transfer)

@@ -2,9 +2,9 @@
 
     offer (signed manifest) -> grant(window, missing) -> chunks -> receipt | reject
 
-Updates go one at a time, the oldest first, because a node takes a device's updates in the order of their
-sequence numbers. The outbox outlives the process. A new process offers again, and the node's answer says
-how to continue.
+Updates go one at a time, the oldest first, because a node takes a device's updates in the order of
+their sequence numbers. The outbox outlives the process. A new process offers again, and the node's
+answer says how to continue.
 """
 
 import logging
@@ -69,8 +69,8 @@ class Uploader:
             session, outbox: both used from the caller's thread.
             fleet, device_id: as in every manifest of the outbox.
             key: signs the manifests; the node knows its public half.
-            on_settled: called when an update is committed or finally rejected, in the transaction that settles it
-                in the outbox. If it raises, nothing has changed and the node is asked again.
+            on_settled: called when an update is committed or finally rejected, in the transaction that
+                settles it in the outbox. If it raises, nothing has changed and the node is asked again.
         """
         self._session, self._outbox, self._key = session, outbox, key
         self._fleet, self._device = fleet, device_id
@@ -86,7 +86,7 @@ class Uploader:
         """Take a message of the session. Other topics are ignored, malformed messages are logged.
 
         Returns:
-            The outcome of an update, if this message decides it. An unreadable payload is Rejected with code payload.
+            The outcome of an update, if there is one; an unreadable payload is Rejected as "payload".
         """
         result: Committed | Rejected | None = None
         if isinstance(message, Message):
@@ -191,7 +191,8 @@ class Uploader:
     def _post(self, topic: str, payload: bytes, window: int | None) -> bool:
         try:
             return self._session.publish_nowait(topic, payload, window=window)
-        except Refused as error:  # the broker's limit fell below this update's chunks: for its operator
+        # the broker's limit fell below this update's chunks: for its operator
+        except Refused as error:
             log.error("%s", error)
             if self._current:
                 self._current.ask_again(_REJECTED_S)
@@ -203,16 +204,19 @@ class _Upload:
 
     def __init__(self, manifest: Manifest, payload: Path, key: Ed25519PrivateKey) -> None:
         self.manifest = manifest
-        self.due, self.tries = time.monotonic(), 0  # when to offer again, and offers without an answer
+        self.due = time.monotonic()  # when to offer again
+        self.tries = 0  # offers without an answer
         self.offer_topic = topics.offer(manifest.fleet, manifest.device)
         self.offer = signing.sign(key, signing.OFFER, messages.encode(manifest)).encode()
-        self.queue: deque[int] = deque()
-        self.window, self.up_topic = 1, ""
-        self._payload, self._ready = payload, b""
+        self.queue: deque[int] = deque()  # granted chunks that are not published
+        self.window, self.up_topic = 1, ""  # of the grant
+        self._payload = payload
+        self._ready = b""  # the first chunk of the queue, packed; kept while the window is full
 
     def granted(self, grant: Grant, up_topic: str) -> None:
         """Queue the chunks of a grant."""
         indices = messages.from_ranges(grant.missing, self.manifest.chunks)
+        # ranges may repeat each other: each chunk is sent once
         self.queue = deque(dict.fromkeys(islice(indices, messages.MAX_CHUNKS)))
         self.window, self.up_topic, self._ready = grant.window, up_topic, b""
         self.tries, self.due = 0, time.monotonic() + retry_s(0)

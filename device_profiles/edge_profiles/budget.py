@@ -3,10 +3,10 @@
     GPU with its own memory     available GPU memory - max(256 MiB, 1/16 of its total)
     unified memory, or no GPU   0.85 · available RAM - 256 MiB
 
-The reserve on a GPU covers windows that may yet open and what an allocator loses to fragmentation. In RAM it covers the
-agent and its peaks while a delta is encoded and sent; the 0.85 leaves the kernel page cache to read weights and data
-through, and keeps the rest of the machine from the out-of-memory killer. These shares are this project's choice, not
-measured optima.
+The reserve on a GPU covers windows that may yet open and what an allocator loses to fragmentation.
+In RAM it covers the agent and its peaks while a delta is encoded and sent; the 0.85 leaves the kernel
+page cache to read weights and data through, and keeps the rest of the machine from the out-of-memory
+killer. These shares are this project's choice, not measured optima.
 """
 
 from edge_profiles.errors import ProfileError
@@ -20,9 +20,9 @@ GPU_RESERVE_DIVISOR = 16
 
 
 def default_budget_bytes(profile: Profile) -> int:
-    """Return the bytes a trainer process may take by default, its CUDA context and libraries included.
+    """Return the bytes a trainer may take by default, its CUDA context and libraries included.
 
-    On a GPU with its own memory the budget bounds that memory, not RAM. 0: nothing can be trained now.
+    On a GPU with its own memory the budget bounds that memory, not RAM. 0: nothing can be trained.
     """
     gpu = profile.gpu
     if gpu is not None and not profile.unified_memory:
@@ -41,7 +41,7 @@ def gpu_cap_bytes(board: Board, machine: Profile) -> int:
     This is the memory that the board's GPU works in, less the share of driver, system and desktop.
 
     Raises:
-        ProfileError: the board or this machine has no GPU, or this machine's GPU is smaller than that.
+        ProfileError: the board or this machine has no GPU, or this machine's GPU is smaller.
     """
     gpu = profile_of(board).gpu
     if gpu is None:

@@ -3,10 +3,11 @@
     v2   /proc/self/cgroup "0::/a/b"          memory.max,             memory.current,        cpu.max
     v1   /proc/self/cgroup "4:memory:/a/b"    memory.limit_in_bytes,  memory.usage_in_bytes, cpu.cfs_quota_us
 
-Every level from the process's own folder up to the mount counts, for a parent's limit binds its children. Inside a
-container the path is often the host's and not to be seen; then the mount itself holds the limit. A file that is missing
-or reads "max" sets no limit. Page cache that the kernel would drop (inactive_file) does not count as used. The most ever
-held is in memory.peak (v1: memory.max_usage_in_bytes).
+Every level from the process's own folder up to the mount counts, for a parent's limit binds its
+children. Inside a container the path is often the host's and not to be seen; then the mount itself
+holds the limit. A file that is missing or reads "max" sets no limit. Page cache that the kernel would
+drop (inactive_file) does not count as used. The most ever held is in memory.peak (v1:
+memory.max_usage_in_bytes).
 Source: Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
 """
 
@@ -38,7 +39,7 @@ def limit_memory(total_bytes: int, available_bytes: int, root: Path = Path("/"))
 
 
 def peak_memory(root: Path = Path("/")) -> int | None:
-    """Return the most bytes that the nearest cgroup with a count has held since it was made, or None where none has one.
+    """Return the most bytes that the nearest cgroup with a count has ever held; None without one.
 
     With page cache, and with all its processes; Linux has memory.peak since 5.19.
     """

@@ -1,7 +1,8 @@
 """Look at this machine: cores, memory, disk, GPU, and whether it is a board we know.
 
-A Jetson or a Raspberry Pi names itself in /proc/device-tree/model, which ends in a NUL byte. Containers hide the device
-tree; a Jetson's firmware then still has its name in DMI. Memory comes from psutil and is lowered to the cgroup's limit.
+A Jetson or a Raspberry Pi names itself in /proc/device-tree/model, which ends in a NUL byte.
+Containers hide the device tree; a Jetson's firmware then still has its name in DMI. Memory comes from
+psutil and is lowered to the cgroup's limit.
 """
 
 import os

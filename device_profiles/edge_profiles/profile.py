@@ -1,7 +1,8 @@
 """What the planner needs to know of a machine: cores, memory, GPU. Plain data; `probe` and `profile_of` make it.
 
-On a Jetson the GPU has no memory of its own: it works in RAM, and what the GPU takes the CPU no longer has. Then
-`unified_memory` is true and the two memory figures of the GPU are those of the RAM. Never add them up.
+On a Jetson the GPU has no memory of its own: it works in RAM, and what the GPU takes the CPU no
+longer has. Then `unified_memory` is true and the two memory figures of the GPU are those of the RAM.
+Never add them up.
 """
 
 import msgspec

@@ -81,6 +81,7 @@ def _merge_kind(kind: str, updates: list[Update], state: Tensors, fleet: Fleet, 
     """Take the step of one kind of tensors, in place."""
     before = dict(state)  # with the version 0 of keys that the state has not yet
     steps = method.merges[kind](partial(_contributions, kind, updates, before, fleet, method))
+    # predictions have no version 0: their first step is their value
     for key, step in steps.items():
         state[key] = before[key] + step if key in before else step
 

@@ -50,7 +50,7 @@ class NodeOptions(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """What a node does with its devices' payloads. Benchmarks of the link alone put another in place of DELTAS."""
+    """What a node does with payloads; benchmarks of the link alone put another in DELTAS' place."""
 
     check: Callable[[bytes, check.Shapes, Fleet, Method], Tensors]
     merge: Callable[[list[Update], Mapping[str, Version], Fleet, Method, int, Path], list[Version]]
@@ -117,6 +117,7 @@ class Node:
             self._open_round()
             self._clock.greet()
             while not self._ended:
+                # one wait for messages, deadlines, chunks that are due and outages
                 due_s = min(self._receiver.tick(), self._announcer.tick(), self._clock.due_s)
                 item = self._session.receive(max(due_s, 0.0))
                 self._announcer.publish_pending()

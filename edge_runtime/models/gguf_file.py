@@ -1,7 +1,8 @@
 """Reads base weights out of a GGUF file, tensor by tensor, a few rows at a time.
 
-An index of the tensors is made once. Names and block formats are the `gguf` package's. The family's row says which of llama.cpp's
-conversions are undone: interleaved rows of query and key heads, and an offset in the norms.
+An index of the tensors is made once. Names and block formats are the `gguf` package's. The family's
+row says which of llama.cpp's conversions are undone: interleaved rows of query and key heads, and an
+offset in the norms.
 """
 
 import functools

@@ -2,12 +2,12 @@
 
     norms        rms_norm, layer_norm
     MLP          gated_activation, where the activation has a gate; in tiles of tokens
-    attention    rotary, where there are rotary positions; attention, on a CPU where only later keys are
-                 masked
+    attention    rotary, where there are rotary positions; attention, on a CPU where only later keys
+                 are masked
 
-Each module gets an attribute `forward` that hides its class's method. No weight moves, and no class and
-no library is changed. The operators treat weights as frozen, so a norm whose own weight requires a
-gradient is refused. A norm or MLP whose class the caller did not name is refused, too.
+Each module gets an attribute `forward` that hides its class's method. No weight moves, and no class
+and no library is changed. The operators treat weights as frozen, so a norm whose own weight requires
+a gradient is refused. A norm or MLP whose class the caller did not name is refused, too.
 """
 
 import inspect
@@ -49,15 +49,15 @@ def apply(model: nn.Module, modules: Modules, mlp_tokens: int | None = None) -> 
     Args:
         model: loaded and frozen (adapters may train).
         modules: the norms and MLPs of its family.
-        mlp_tokens: tokens that go through a gated MLP at a time; None: all. In tiles, the weights must
-            stay in place from forward to backward.
+        mlp_tokens: tokens that go through a gated MLP at a time; None: all. In tiles, the weights
+            must stay in place from forward to backward.
 
     Returns:
         A function that takes the operators out again.
 
     Raises:
-        ValueError: the class of a module is unknown, or a norm's own weight requires a gradient. The
-            model is unchanged then.
+        ValueError: the class of a module is unknown, or a norm's own weight requires a gradient.
+            The model is unchanged then.
     """
     forwards = {name: _forward(name, module, modules, mlp_tokens) for name, module in model.named_modules()}
     swapped = [(model.get_submodule(name), forward) for name, forward in forwards.items() if forward]
@@ -112,7 +112,7 @@ def _fused(module: Any, kind: Kind, x: torch.Tensor) -> torch.Tensor:
 
 
 def _attention(module: nn.Module) -> Forward | None:
-    """The attention's own code, with other globals: the rotary function and the table of attentions are ours."""
+    """The attention's own code with our rotary function and table of attentions as its globals."""
     code = inspect.unwrap(type(module).forward)
     if not {ROTARY, INTERFACES} & code.__globals__.keys():
         return None
@@ -125,7 +125,7 @@ def _attention(module: nn.Module) -> Forward | None:
 
 
 class _Interfaces:
-    """transformers' table of attention functions, in which torch's gives way to ours where ours can stand in."""
+    """transformers' table of attentions; torch's gives way to ours where ours can stand in."""
 
     def __init__(self, table: Any) -> None:
         self._table = table

@@ -1,4 +1,4 @@
-"""What a machine offers a trainer, and the boards this project knows. Needs psutil and msgspec; imports no torch."""
+"""What a machine offers a trainer, and the boards this project knows; imports no torch."""
 
 from edge_profiles.budget import default_budget_bytes, gpu_cap_bytes
 from edge_profiles.errors import ProfileError

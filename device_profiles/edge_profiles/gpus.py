@@ -1,10 +1,12 @@
 """The NVIDIA GPU a trainer would use, found without torch: NVML by ctypes, else the nvidia-smi program.
 
-CUDA_VISIBLE_DEVICES is obeyed: its first entry (an index or a UUID) is the GPU asked about; empty or -1 hides all.
-An index counts as NVML does, by PCI bus; CUDA counts so too under CUDA_DEVICE_ORDER=PCI_BUS_ID, and otherwise puts the
-fastest card first. A driver that does not answer is left alone after a time: asking never hangs and never raises.
+CUDA_VISIBLE_DEVICES is obeyed: its first entry (an index or a UUID) is the GPU asked about; empty or
+-1 hides all. An index counts as NVML does, by PCI bus; CUDA counts so too under
+CUDA_DEVICE_ORDER=PCI_BUS_ID, and otherwise puts the fastest card first. A driver that does not answer
+is left alone after a time: asking never hangs and never raises.
 
-A GPU that works in RAM (Jetson, GB10) reports its memory as not supported; here that is `memory_total_bytes` None.
+A GPU that works in RAM (Jetson, GB10) reports its memory as not supported; here that is
+`memory_total_bytes` None.
 Sources: NVML API reference; the fields of `nvidia-smi --help-query-gpu`.
 """
 
@@ -66,7 +68,7 @@ class _Memory(ctypes.Structure):
 
 
 def ask_nvml(gpu: str, library: str = "libnvidia-ml.so.1") -> Sighting | None:
-    """Ask the driver's own library; None where it is missing, will not start or does not know the GPU."""
+    """Ask the driver's library; None where it is missing, does not start or lacks the GPU."""
     try:
         nvml = ctypes.CDLL(library)
         if nvml.nvmlInit_v2() != 0:
@@ -99,7 +101,7 @@ def _ask_device(nvml: ctypes.CDLL, gpu: str) -> Sighting | None:
 
 
 def ask_nvidia_smi(gpu: str, timeout_s: float = TIMEOUT_S) -> Sighting | None:
-    """Ask the program on PATH; None where it is missing, fails, is too slow or prints another form."""
+    """Ask the program on PATH; None where it is missing, fails, is slow or prints another form."""
     command = ["nvidia-smi", f"--id={gpu}", "--query-gpu=name,compute_cap,memory.total,memory.free"]
     command += ["--format=csv,noheader,nounits"]
     try:

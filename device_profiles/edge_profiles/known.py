@@ -1,7 +1,8 @@
 """The boards this project knows: their figures, where each is from, and how a machine is recognised as one.
 
-A file in boards/ holds a family. Its table [shared] is laid under every [[boards]] entry; the tables gpu and sources
-are joined key by key. Sizes are written as "8GiB". Each figure names its source or the file is refused.
+A file in boards/ holds a family. Its table [shared] is laid under every [[boards]] entry; the tables
+gpu and sources are joined key by key. Sizes are written as "8GiB". Each figure names its source or
+the file is refused.
 """
 
 import datetime
@@ -73,10 +74,10 @@ def board(name: str) -> Board:
 
 
 def profile_of(board: Board) -> Profile:
-    """Return the profile a process would find on this board when only the operating system and its desktop run.
+    """Return the profile a process would find on this board beside its system and desktop alone.
 
-    Swap is 0 and 32 GiB of disk are free, because neither belongs to the board. RAM is the board's full size;
-    `probe` on the board sees a little less, because firmware takes a part before the kernel counts.
+    Swap is 0 and 32 GiB of disk are free, because neither belongs to the board. RAM is the board's full
+    size; `probe` on the board sees a little less: firmware takes a part before the kernel counts.
     """
     available = board.memory_bytes - board.reserved_bytes
     gpu = None
@@ -101,7 +102,7 @@ def profile_of(board: Board) -> Profile:
 
 
 def recognise_model(model: str, ram_bytes: int) -> Board | None:
-    """Return the board whose family the device tree's model names and whose RAM fits the kernel's total."""
+    """Return the board that the device tree's model names and whose RAM fits the kernel's total."""
     model = model.lower()
     family = [b for b in _load(FOLDER).values() if any(word.lower() in model for word in b.device_tree)]
     # firmware takes up to a fifth of the RAM before the kernel counts
@@ -109,13 +110,13 @@ def recognise_model(model: str, ram_bytes: int) -> Board | None:
 
 
 def recognise_gpu(name: str, memory_bytes: int) -> Board | None:
-    """Return the card of exactly this name (a "Laptop GPU" is another) whose memory fits the driver's total."""
+    """Return the card of this name ("Laptop GPU" is another) whose memory fits the driver's total."""
     cards = [(b.gpu, b) for b in _load(FOLDER).values() if b.gpu is not None and b.gpu.name == name]
     return _fitting({gpu.memory_bytes: b for gpu, b in cards if gpu.memory_bytes}, memory_bytes, least=0.9)
 
 
 def _fitting(by_size: dict[int, Board], measured_bytes: int, least: float) -> Board | None:
-    """The smallest board of at least the measured size; None if the measured size is below that share of it."""
+    """The smallest board of at least the measured size; None if that is below `least` of it."""
     size = min((size for size in by_size if size >= measured_bytes), default=None)
     return by_size[size] if size is not None and measured_bytes >= least * size else None
 
@@ -163,7 +164,7 @@ def _read(file: Path) -> list[Board]:
 
 
 def _checked(board: Board) -> Board:
-    """Refuse what types cannot: figures without a source, sources without a figure, memory that does not add up."""
+    """Refuse figures without a source, sources without a figure, memory that does not add up."""
     figures = {"memory_bytes", "reserved_bytes", "cpu_cores"}
     figures |= {
         name for name in ("memory_bandwidth_gb_s", "bf16_dense_tflops") if getattr(board, name) is not None

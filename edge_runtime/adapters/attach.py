@@ -155,6 +155,7 @@ def with_head(attached: Attached, model: nn.Module, labels: tuple[str, ...]) -> 
 
 def detach(model: nn.Module) -> None:
     """Put the model's own linear layers back."""
+    # a list, because the loop replaces modules of the tree that it walks
     for name, module in list(model.named_modules()):
         if isinstance(module, AdapterLinear):
             model.set_submodule(name, module.base)

@@ -71,12 +71,14 @@ def merged(devices: Callable[[], Iterable[tuple[int, bytes]]]) -> bytes:
 
 def agreed(devices: Callable[[], Iterable[tuple[int, Sequence[Completion]]]]) -> list[Completion]:
     """The best completion of each prompt, from pairs of a device's rows and its completions."""
+    # the first pass: who may have the most votes
     candidates: dict[int, dict[str, float]] = defaultdict(dict)
     samples = 0
     for rows, answers in devices():
         samples += rows
         for answer in answers:
             _count(candidates[answer.prompt], answer.text, rows * answer.confidence)
+    # the second pass: the candidates' exact votes, as Misra-Gries counts too few
     votes = {prompt: dict.fromkeys(texts, 0.0) for prompt, texts in candidates.items()}
     for rows, answers in devices():
         for answer in answers:

@@ -70,8 +70,10 @@ def best_factors(terms: Terms, rank: Callable[[str], int]) -> Iterator[tuple[str
     """
     import numpy as np
 
+    # an orthonormal Q from random columns, improved by one power iteration
     ranges = _bases(_sketches(terms, rank))
     ranges = _bases(_times(terms, _bases(_times(terms, ranges, transposed=True))))
+    # the small (QᵀM)ᵀ, whose SVD gives the factors
     projected = _times(terms, ranges, transposed=True)
     while projected:
         layer, columns = projected.popitem()

@@ -76,6 +76,7 @@ def stacked(contributions: Contributions, rank: int) -> Tensors:
                 keys = join(term.layer, "keptA"), join(term.layer, "keptB")
                 old[term.layer] = before.get(keys[0], zeros[0]), before.get(keys[1], zeros[1])
             yield term
+        # the earlier sum counts whole, since the result is divided by the layer's rows
         for layer, rows in samples.items():
             yield Term(layer, rows, *old[layer])
 

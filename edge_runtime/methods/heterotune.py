@@ -132,6 +132,7 @@ def _step(holders: list[tuple[Array, Array]], alignment: Alignment) -> Array:
         return plain
     if alignment == "gate":
         return plain if _agree(deltas[:, (counts > 0).all(0)]) else np.zeros_like(plain)
+    # of the rows behind the entry that most devices of the class hold
     shares = counts.reshape(len(counts), -1).max(1)
     return combined(list(deltas), list(shares / shares.sum()), alignment)
 
@@ -168,6 +169,7 @@ def _projected(flat: Any, g: Any) -> Any:
 
 def _pairwise(flat: Any, norms: Any) -> Any:
     """Each step without its part against any other original step, one after another."""
+    # against the original steps, so that the order of classes matters little
     aligned = flat.copy()
     for row in range(len(flat)):
         for opponent in range(len(flat)):

@@ -95,6 +95,7 @@ def norm_weighted_mean(contributions: Contributions) -> Tensors:
             largest[key] = max(largest.get(key, value.shape), value.shape)
     steps: Tensors = {}
     for key, total in sums.items():
+        # a weight of 0: every device sent a product of 0, so the version stays
         if weights[key]:
             entries = leading(largest[key])
             steps[key] = 0 * total

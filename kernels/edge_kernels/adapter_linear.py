@@ -92,6 +92,7 @@ class _AdapterLinear(torch.autograd.Function):
         needs_x, _, needs_a, needs_c, needs_b, *_ = ctx.needs_input_grad
         dy = dy.reshape(-1, dy.shape[-1])
         a, b, c = A.to(dy.dtype), B.to(dy.dtype), None if C is None else C.to(dy.dtype)
+        # rank r wide: dzc is the gradient of z Cᵀ, dz of z = x Aᵀ
         dzc = (dy @ b).mul_(ctx.scale)
         dz = dzc if c is None else dzc @ c
         z = None if not (needs_c or needs_b) else source @ a.T if needs_a else source

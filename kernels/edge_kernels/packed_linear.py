@@ -137,6 +137,7 @@ def _product_triton(left, packed, low, factor, bias, forward):  # type: ignore[n
     tile = _tile(rows, left.dtype)
     programs = triton.cdiv(rows, tile["M"]) * triton.cdiv(columns, TILE)
     steps = triton.cdiv(contraction, TILE)
+    # two programs a processor keep the machine busy; a split needs enough work of its own
     splits = max(1, min(2 * _processors(left.device) // programs, steps // 4, SPLITS))
     depth = triton.cdiv(steps, splits) * TILE  # of the contraction in a split
     splits = triton.cdiv(contraction, depth)

@@ -169,7 +169,7 @@ def _projected(flat: Any, g: Any) -> Any:
 
 def _pairwise(flat: Any, norms: Any) -> Any:
     """Each step without its part against any other original step, one after another."""
-    # against the original steps, so that the order of classes matters little
+    # opponents are the original steps, so the order of the rows does not matter
     aligned = flat.copy()
     for row in range(len(flat)):
         for opponent in range(len(flat)):

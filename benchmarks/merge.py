@@ -45,7 +45,9 @@ def taken(facts: Facts, name: str, updates: int) -> Taken:
     """Merge one round in this process."""
     method = methods.by_name(name)
     adapter = settings.Adapter(rank=RANK)
-    fleet = settings.Fleet("bench", (settings.Model("m"),), method=settings.Method(name), adapter=adapter)
+    fleet = settings.Fleet(
+        "bench", (settings.Model("m"),), method=settings.MethodChoice(name), adapter=adapter
+    )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         files = [_draw(facts, name, seed, folder) for seed in range(DRAWN)]

@@ -46,7 +46,7 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights: tuple[Weights, ...] = ("float32", "bfloat16")
 
 
-class Method(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class MethodChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A federated method."""
 
     name: str = "fedit"  # as in edge_runtime.methods
@@ -121,7 +121,7 @@ class Fleet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deadline_s: float = 600.0  # seconds that a round waits for devices that are online
     extensions: int = 3  # further deadlines for a round below quorum, before the node gives up
     seed: int = 0
-    method: Method = Method()
+    method: MethodChoice = MethodChoice()
     adapter: Adapter = Adapter()
     training: Training = Training()
     head: Head | None = None
@@ -129,7 +129,7 @@ class Fleet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 TABLES: dict[str, Any] = {
-    "method": Method,
+    "method": MethodChoice,
     "adapter": Adapter,
     "training": Training,
     "head": Head,

@@ -51,7 +51,9 @@ def by_name(name: str) -> Method:
     return METHODS[name]
 
 
-def build(spec: settings.Method, head: settings.Head | None, distils: settings.Codistill | None) -> Method:
+def build(
+    spec: settings.MethodChoice, head: settings.Head | None, distils: settings.Codistill | None
+) -> Method:
     """A method with its settings, a head and distillation.
 
     Raises:
@@ -65,7 +67,7 @@ def build(spec: settings.Method, head: settings.Head | None, distils: settings.C
     return method
 
 
-def _with_settings(spec: settings.Method) -> Method:
+def _with_settings(spec: settings.MethodChoice) -> Method:
     defaults = by_name(spec.name).settings
     fields = defaults.__struct_fields__ if defaults is not None else ()
     settings.refuse_unknown(spec.settings, {"name", *fields}, f"[method] {spec.name} ")

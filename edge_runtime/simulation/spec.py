@@ -1,7 +1,7 @@
 """A study's file: its devices, the rows they hold, and the arms that are compared.
 
 [study]      about, seeds, weights
-[fleet] [adapter] [training] [head]   as in a fleet file; they hold for every arm
+[fleet], [adapter], [training], [head]   as in a fleet file; they hold for every arm
 [data.NAME]  a task: files of training and test rows, and how many rows of them
 [anchors]    public texts: rows of a file that every device may see, without their labels
 [[device]]   id, model, rank, task, and the domains that its rows are of

@@ -29,7 +29,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -
 
     Args:
         q: (batch, heads, tokens, width) of any float dtype.
-        k, v: (batch, key heads, tokens, width) of q's dtype; heads is a multiple of key heads.
+        k: (batch, key heads, tokens, width) of q's dtype; heads is a multiple of key heads.
+        v: shaped like k.
         scale: of the scores.
 
     Returns:

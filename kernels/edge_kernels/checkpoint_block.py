@@ -67,7 +67,8 @@ def checkpoint_block(
         block: a module or function of (hidden, *args, **kwargs). It returns a tensor, or a tuple of
             tensors and of values that hold none.
         hidden: (..., n) of any float dtype.
-        args, kwargs: masks, positions. They are kept as they are, and get no gradients.
+        *args: masks, positions. They are kept as they are, and get no gradients.
+        **kwargs: as args.
         keep: "input" keeps hidden, which costs nothing where something else holds it; "int8" keeps
             one byte a value.
         storage: memory to which the kept tensors are copied; None: they stay in place.

@@ -26,8 +26,9 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, kind: Kind) -> torch.
     """Multiply the activated gate with up.
 
     Args:
-        gate, up: (..., n) of the same shape, device and dtype: float32, float16 or bfloat16. Two
-            halves of one tensor need no copy: their rows are read in place.
+        gate: (..., n) float32, float16 or bfloat16.
+        up: of gate's shape, device and dtype. Two halves of one tensor need no copy: their rows
+            are read in place.
         kind: the activation, "silu", "gelu" or "gelu_tanh".
 
     Returns:

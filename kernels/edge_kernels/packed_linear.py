@@ -105,7 +105,8 @@ def product(
         left: (rows, in) forward, (rows, out) backward.
         weight: (out, in). A dense matrix is multiplied in torch: the library's product is the best
             there.
-        low, factor: (rows, r) and (columns of the result, r) of left's dtype, or None.
+        low: (rows, r) of left's dtype, or None.
+        factor: (columns of the result, r) of left's dtype, or None.
         bias: (out,) forward, or None.
         forward: whether W is transposed.
 

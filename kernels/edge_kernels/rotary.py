@@ -24,8 +24,9 @@ def rotary(
     Args:
         q: (batch, heads, tokens, width) float32, float16 or bfloat16.
         k: (batch, key heads, tokens, width) of q's dtype.
-        cos, sin: (batch or 1, tokens, n) without gradient; n is even and at most width. The first n
+        cos: (batch or 1, tokens, n) without gradient; n is even and at most width. The first n
             values of a head are rotated, the others pass unchanged.
+        sin: shaped like cos.
 
     Returns:
         The rotated q and k, with the shapes, memory layouts and dtypes of q and k.

@@ -103,7 +103,7 @@ def trained(tiny_facts, tmp_path):
             "plan": plan,
             "adapter": settings.Adapter(rank=2),
             "training": settings.Training(steps=12, rows_a_step=8, learning_rate=2e-2, max_tokens=32),
-            "method": settings.Method("fedit"),
+            "method": settings.MethodChoice("fedit"),
             "seed": 5,
             "round": 1,
             "rounds": 2,

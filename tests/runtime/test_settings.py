@@ -3,7 +3,7 @@
 import pytest
 
 from edge_runtime.errors import InputError
-from edge_runtime.settings import Adapter, Fleet, Method, Model, Training, load
+from edge_runtime.settings import Adapter, Fleet, MethodChoice, Model, Training, load
 
 GOOD = """
 [fleet]
@@ -66,7 +66,7 @@ def test_every_key_is_read(read):
         deadline_s=90.0,
         extensions=1,
         seed=7,
-        method=Method("local"),
+        method=MethodChoice("local"),
         adapter=Adapter(4, (3, 1), 8.0, ("q", "v")),
         training=Training(3, 2, 5e-4, 0, 0.01, 0.5, 64, (32, 8), "own", 100.0, 2.5),
     )

@@ -17,6 +17,7 @@ bits.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,16 +48,24 @@ class Step(NamedTuple):
 # --- torch: in pieces that stay in the cache
 
 
-def update_torch(values, grads, state, rows, clip, step):  # type: ignore[no-untyped-def]
+def update_torch(
+    values: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    state: Sequence[torch.Tensor],
+    rows: torch.Tensor,
+    clip: torch.Tensor,
+    step: Step,
+) -> None:
     """Step several factors as if they were one, in place.
 
     Args:
-        values, grads: flat tensors, one pair a factor.
+        values: flat tensors, one a factor.
+        grads: as values.
         state: codes of m int8 and of v uint8 (blocks, BLOCK), their scales (blocks,), of all
             factors.
         rows: (n,) the factors' blocks in the state.
         clip: () factor of the gradients.
-        step: a Step.
+        step: the numbers of the step.
     """
     flat, grad_flat = (
         torch.cat([_padded(part) for part in parts]).view(-1, BLOCK) for parts in (values, grads)

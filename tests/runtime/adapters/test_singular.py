@@ -16,7 +16,7 @@ from edge_runtime.planning.candidates import FrozenModel, Schedule, candidates
 from edge_runtime.planning.candidates import plan as plan_of
 from edge_runtime.planning.workload import Workload
 
-SINGULAR = settings.Method("fedsb", {"frames": "singular"})
+SINGULAR = settings.MethodChoice("fedsb", {"frames": "singular"})
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
@@ -72,7 +72,7 @@ def test_no_plan_streams_weights_that_frames_are_taken_of():
     model = settings.Model("m", weights=("q4_1",))
     fleet = settings.Fleet("f", (model,), method=SINGULAR)
     ways = [plan for some in candidates(fleet, {"m": SMOLLM2}, 0, RATES) for plan in some]
-    drawn = msgspec.structs.replace(fleet, method=settings.Method("fedsb"))
+    drawn = msgspec.structs.replace(fleet, method=settings.MethodChoice("fedsb"))
     others = [plan for some in candidates(drawn, {"m": SMOLLM2}, 0, RATES) for plan in some]
     assert ways == [plan for plan in others if not plan.streamed] and len(ways) == len(others) - 1
     streamed = next(plan for plan in others if plan.streamed)
@@ -94,7 +94,7 @@ def test_a_core_of_a_stage_is_the_mean_over_all_models_or_inside_each():
     keys = {}
     for across in (True, False):
         own = {"stages": 8, "across": across}
-        method = methods.build(settings.Method("fedsb", own), None, None)
+        method = methods.build(settings.MethodChoice("fedsb", own), None, None)
         assert method.scope("stages") == ("fleet" if across else "class") and not method.exchanges_layers
         keys[across] = [method.keys(layer, 8, "q")["C"] for layer in range(8)]
         assert keys[across] == [f"stages.{layer}.q.C" for layer in range(8)]
@@ -112,4 +112,4 @@ def test_a_core_of_a_stage_is_the_mean_over_all_models_or_inside_each():
 
 def test_cores_cross_models_by_depth_and_not_by_a_layers_number():
     with pytest.raises(InputError, match="`across` needs `stages`"):
-        methods.build(settings.Method("fedsb", {"across": True}), None, None)
+        methods.build(settings.MethodChoice("fedsb", {"across": True}), None, None)

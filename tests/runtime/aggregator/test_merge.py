@@ -16,7 +16,7 @@ HETLORA = methods.by_name("hetlora")
 FLEET = settings.Fleet(
     "f",
     (settings.Model("m"),),
-    method=settings.Method("hetlora"),
+    method=settings.MethodChoice("hetlora"),
     adapter=settings.Adapter(rank=4, lower=(2,), roles=("q",)),
     seed=3,
 )

@@ -168,7 +168,10 @@ def test_labels_that_a_device_has_no_rows_of_count_in_full_from_the_first_round(
 
 @pytest.mark.parametrize("name", list(methods.METHODS))
 def test_it_goes_with_every_method(name):
-    alone, with_it = (methods.by_name(name), methods.build(settings.Method(name), settings.Head(), SPEC))
+    alone, with_it = (
+        methods.by_name(name),
+        methods.build(settings.MethodChoice(name), settings.Head(), SPEC),
+    )
     assert with_it.merges["anchors"] is codistill.combined
     assert ("labels" in with_it.merges) is bool(alone.merges)
     assert alone.merges.keys() <= with_it.merges.keys()
@@ -255,7 +258,7 @@ def test_a_labels_row_is_as_wide_as_those_of_other_labels_that_the_class_sent():
 
 def test_a_stage_that_the_method_has_not_is_refused():
     fleet = settings.Fleet(
-        "f", FLEET.catalog, method=settings.Method("heterotune"), adapter=settings.Adapter(rank=16)
+        "f", FLEET.catalog, method=settings.MethodChoice("heterotune"), adapter=settings.Adapter(rank=16)
     )
     for stage, known in ((3, True), (4, False)):
         delta = codec.encode({f"stages.{stage}.q.U": np.ones((16, 16), np.float32)})

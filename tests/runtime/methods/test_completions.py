@@ -159,7 +159,7 @@ def right(row):
 
 def test_a_device_says_how_it_completes_public_prompts(trained, tmp_path):
     anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC))
-    fleet = {"method": settings.Method("local"), "codistill": CODISTILL, "round": 2, "rounds": 3}
+    fleet = {"method": settings.MethodChoice("local"), "codistill": CODISTILL, "round": 2, "rounds": 3}
     folder, result = trained("says", ROWS, HELD_OUT, anchors=anchors, training=TRAINING, **fleet)
     said = {one.prompt: one for one in completions_of((folder / "payload.bin").read_bytes())}
     known = [number for number, row in enumerate(PUBLIC) if "blue" not in row["text"]]
@@ -173,7 +173,7 @@ def test_a_device_that_ends_no_completion_takes_part_with_nothing(trained, tmp_p
     anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC))
     training = msgspec.structs.replace(TRAINING, steps=1, learning_rate=1e-6)
     common = {
-        "method": settings.Method("local"),
+        "method": settings.MethodChoice("local"),
         "codistill": CODISTILL,
         "anchors": anchors,
         "training": training,
@@ -187,7 +187,7 @@ def test_prompts_that_a_model_cannot_be_asked_are_left_out(trained, tmp_path):
     turns = [{"role": role, "content": "red 11:"} for role in ("tool", "nobody")]
     rows = [{"messages": turns}, *PUBLIC[1:]]
     anchors = str(data.write_rows(tmp_path / "anchors.jsonl", rows))
-    fleet = {"method": settings.Method("local"), "codistill": CODISTILL, "rounds": 3, "round": 2}
+    fleet = {"method": settings.MethodChoice("local"), "codistill": CODISTILL, "rounds": 3, "round": 2}
     folder, _ = trained("asked", ROWS, HELD_OUT, anchors=anchors, training=TRAINING, **fleet)
     assert completions_of((folder / "payload.bin").read_bytes())
 
@@ -197,7 +197,7 @@ def test_an_answer_is_learned_from_what_the_fleet_says_of_public_prompts(trained
     anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC))
     told = [Completion(number, right(row), 0.5) for number, row in enumerate(PUBLIC)]
     (tmp_path / "start").write_bytes(payload({}, told))
-    fleet = {"method": settings.Method("local"), "codistill": CODISTILL, "round": 2, "rounds": 2}
+    fleet = {"method": settings.MethodChoice("local"), "codistill": CODISTILL, "round": 2, "rounds": 2}
     common = {**fleet, "anchors": anchors, "training": TRAINING}
     accuracy = {}
     for name, start in (("taught", {"start": str(tmp_path / "start")}), ("alone", {})):
@@ -275,7 +275,7 @@ def update(path, model_class, tensors, said=(), samples=10):
 @pytest.mark.parametrize("across", [True, False])
 def test_completions_cross_models_or_stay_in_the_class(tmp_path, across, name):
     codistill = msgspec.structs.replace(SPEC, across=across)
-    fleet = msgspec.structs.replace(FLEET, codistill=codistill, method=settings.Method(name))
+    fleet = msgspec.structs.replace(FLEET, codistill=codistill, method=settings.MethodChoice(name))
     method = methods.of(fleet)
     assert method.exchanges
     tensors = {} if name == "local" else {"layers.0.q.B": np.ones((8, 2), np.float32)}

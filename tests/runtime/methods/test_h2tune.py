@@ -154,9 +154,9 @@ def test_the_penalties_are_their_equations():
 
 
 def test_its_controls_exchange_less():
-    control = methods.build(settings.Method("h2tune", {"across": False}), None, None)
+    control = methods.build(settings.MethodChoice("h2tune", {"across": False}), None, None)
     assert (METHOD.scope("stages"), control.scope("stages")) == ("fleet", "class")
-    frozen = methods.build(settings.Method("h2tune", {"core": "frozen"}), None, None)
+    frozen = methods.build(settings.MethodChoice("h2tune", {"core": "frozen"}), None, None)
     assert not frozen.merges and len(frozen.passes(2)) == 1
 
 

@@ -289,7 +289,7 @@ def test_peft_computes_what_we_compute(tiny, facts_of, family, tmp_path):
 
 
 def of(**values):
-    return methods.build(settings.Method("heterotune", values), None, None)
+    return methods.build(settings.MethodChoice("heterotune", values), None, None)
 
 
 def test_its_controls_exchange_less():
@@ -316,7 +316,7 @@ def test_settings_that_do_not_fit_are_named(values, reason):
 
 def test_a_method_without_settings_says_so():
     with pytest.raises(InputError, match=r"\[method\] fedit has no key `width`; known keys: name"):
-        methods.build(settings.Method("fedit", {"width": 2}), None, None)
+        methods.build(settings.MethodChoice("fedit", {"width": 2}), None, None)
     with pytest.raises(InputError, match=r"\[method\] fedit has no key `names`; did you mean `name`"):
         methods.build(
             settings.parse(

@@ -78,7 +78,7 @@ def test_without_a_head_labels_are_learned_as_text(trained):
 
 def test_what_a_device_says_adds_up_to_how_like_its_rows_a_text_is(trained, tmp_path):
     anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC))
-    folder, _ = trained("says", method=settings.Method("local"), codistill=CODISTILL, anchors=anchors)
+    folder, _ = trained("says", method=settings.MethodChoice("local"), codistill=CODISTILL, anchors=anchors)
     said = codec.decode((folder / "payload.bin").read_bytes())
     assert {key: value.shape for key, value in said.items()} == {
         f"anchors.{label}.P": (1, 12) for label in ("green", "red")
@@ -100,7 +100,7 @@ def test_a_label_is_learned_from_what_the_fleet_says_of_public_texts(trained, tm
     }
     (tmp_path / "start").write_bytes(codec.encode(told))
     training = settings.Training(steps=40, rows_a_step=8, learning_rate=2e-2, max_tokens=32)
-    fleet = {"method": settings.Method("local"), "codistill": CODISTILL, "round": 2, "rounds": 2}
+    fleet = {"method": settings.MethodChoice("local"), "codistill": CODISTILL, "round": 2, "rounds": 2}
     common = {**fleet, "anchors": anchors, "training": training}
     accuracy = {}
     for name, start in (("taught", {"start": str(tmp_path / "start")}), ("alone", {})):

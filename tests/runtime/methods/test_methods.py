@@ -299,7 +299,7 @@ def test_devices_that_changed_nothing_leave_the_version_as_it_is():
 
 
 def pruning(penalty=0.5, keep=0.5):
-    return methods.build(settings.Method("hetlora", {"penalty": penalty, "keep": keep}), None, None)
+    return methods.build(settings.MethodChoice("hetlora", {"penalty": penalty, "keep": keep}), None, None)
 
 
 def test_a_device_goes_on_with_fewer_ranks_where_what_lies_beyond_them_has_become_less():
@@ -411,7 +411,7 @@ def test_equal_devices_keep_their_product_and_turning_one_inside_its_rank_change
 
 
 def flora(made, kept):
-    return methods.build(settings.Method("flora", {"kept": kept}), None, None).merges["layers"](
+    return methods.build(settings.MethodChoice("flora", {"kept": kept}), None, None).merges["layers"](
         lambda: iter(made)
     )
 
@@ -454,7 +454,9 @@ def full(held, kept):
 
 def test_ranks_that_no_layer_can_multiply_are_refused():
     for rank, kept in ((16, 256), (200, 64)):
-        of = settings.Fleet("f", (settings.Model("m"),), method=settings.Method("flora", {"kept": kept}))
+        of = settings.Fleet(
+            "f", (settings.Model("m"),), method=settings.MethodChoice("flora", {"kept": kept})
+        )
         of = msgspec.structs.replace(of, adapter=settings.Adapter(rank=rank))
         with pytest.raises(
             InputError, match=f"rank is {rank} and \\[method\\] kept {kept}, but together .* 256 at most"
@@ -501,6 +503,6 @@ def test_unequal_ranks_are_for_methods_that_can_merge_them_or_exchange_nothing()
     with pytest.raises(InputError, match="devices of unequal ranks need `local` or `hetlora` or `flexlora`"):
         methods.of(unequal)
     for name in ("local", "hetlora", "flexlora"):
-        of = settings.Fleet("f", unequal.catalog, method=settings.Method(name), adapter=unequal.adapter)
+        of = settings.Fleet("f", unequal.catalog, method=settings.MethodChoice(name), adapter=unequal.adapter)
         assert methods.of(of).name == name
     assert methods.of(settings.Fleet("f", unequal.catalog)).name == "fedit"

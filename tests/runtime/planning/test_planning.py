@@ -18,7 +18,7 @@ from edge_runtime.planning.predict import predict
 from edge_runtime.planning.search import choose
 from edge_runtime.planning.time import Rates
 from edge_runtime.planning.workload import Workload
-from edge_runtime.settings import Adapter, Codistill, Fleet, Method, Model, Training
+from edge_runtime.settings import Adapter, Codistill, Fleet, MethodChoice, Model, Training
 from edge_runtime.trainer import data
 
 MIB = 1 << 20
@@ -490,7 +490,7 @@ def test_the_prediction_is_near_the_trainers_peak(
 def test_what_a_method_freezes_or_keeps_takes_less():
     def predicted(method):
         of = fleet(Model("large", weights=("bfloat16",)), rank=64)
-        return plans(msgspec.structs.replace(of, method=Method(method)))[-1].terms["adapter"]
+        return plans(msgspec.structs.replace(of, method=MethodChoice(method)))[-1].terms["adapter"]
 
     values = predicted("local") / 10  # both factors are trained, and summed over micro-batches
     assert predicted("fedit") == predicted("fedsa") == 10 * values

@@ -456,11 +456,11 @@ def test_classes_agree_by_the_cosine_of_their_mean_steps_of_what_crosses_them(tm
         (tmp_path / f"{number}").write_bytes(codec.encode(tensors))
         manifest = types.SimpleNamespace(model_class=of, samples=samples)
         updates.append(types.SimpleNamespace(manifest=manifest, payload=tmp_path / f"{number}"))
-    crossing = methods.build(settings.Method("fedsb", {"stages": 1, "across": True}), None, None)
+    crossing = methods.build(settings.MethodChoice("fedsb", {"stages": 1, "across": True}), None, None)
     mean, low = (10 * first + 30 * second) / 40, np.zeros((4, 4))
     low[:2, :2] = third[:2, :2]
     expected = (mean * low).sum() / np.linalg.norm(mean) / np.linalg.norm(low)
     assert versions.cosines(updates, crossing) == pytest.approx([expected], abs=0.01)
     assert versions.cosines(updates[::-1], crossing) == pytest.approx([expected], abs=0.01)
-    inside = methods.build(settings.Method("fedsb", {"stages": 1}), None, None)
+    inside = methods.build(settings.MethodChoice("fedsb", {"stages": 1}), None, None)
     assert versions.cosines(updates, inside) == versions.cosines(updates[:2], crossing) == []

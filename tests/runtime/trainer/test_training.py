@@ -399,7 +399,7 @@ def trainer(tmp_path):
                 "plan": plan,
                 "adapter": SPEC,
                 "training": settings.Training(steps=3, rows_a_step=6, max_tokens=32),
-                "method": settings.Method(method, own or {}),
+                "method": settings.MethodChoice(method, own or {}),
                 "seed": 5,
                 "round": 1,
                 "rounds": 2,
@@ -755,14 +755,16 @@ def test_a_device_that_prunes_sends_the_ranks_that_it_goes_on_with(trainer, tiny
     for ended, rank in ((pruned, SPEC.rank // 2), (first, SPEC.rank), (whole, SPEC.rank)):
         lower = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, rank, FEDIT)
         assert {key: value.shape for key, value in decoded(ended).items()} == lower
-    fleet = settings.Fleet("f", (settings.Model("m"),), adapter=SPEC, method=settings.Method("hetlora", own))
+    fleet = settings.Fleet(
+        "f", (settings.Model("m"),), adapter=SPEC, method=settings.MethodChoice("hetlora", own)
+    )
     payload = (pruned[0] / "payload.bin").read_bytes()
     assert check.check(payload, {}, fleet, methods.of(fleet))
     with pytest.raises(InputError, match="of rank 4"):
         check.check(
             payload,
             {},
-            msgspec.structs.replace(fleet, method=settings.Method("hetlora")),
+            msgspec.structs.replace(fleet, method=settings.MethodChoice("hetlora")),
             methods.by_name("hetlora"),
         )
 

@@ -64,8 +64,7 @@ def checkpoint_block(
     The block has to do the same in both runs: a block that changes a cache of keys does not.
 
     Args:
-        block: a module or function of (hidden, *args, **kwargs). It returns a tensor, or a tuple of
-            tensors and of values that hold none.
+        block: a module or function. It returns a tensor, or a tuple of tensors and tensor-free values.
         hidden: (..., n) of any float dtype.
         *args: masks, positions. They are kept as they are, and get no gradients.
         **kwargs: as args.

@@ -3,41 +3,14 @@
 from pathlib import Path
 
 import pytest
+from architectures import RATES, SMOLLM2
 
 from edge_runtime import settings
 from edge_runtime.demo import run
 from edge_runtime.demo.budgets import DEVICES, budgets_bytes
-from edge_runtime.models.facts import Facts
 from edge_runtime.planning.search import choose
-from edge_runtime.planning.time import Rates
 
 MIB = 1 << 20
-RATES = Rates(bfloat16_flops=3e10, float32_flops=9e9, copy_bytes=4e9)
-SMOLLM2 = Facts(
-    model_class="SmolLM2-135M-Instruct",
-    folder="",
-    weights="",
-    family="llama",
-    layers=30,
-    hidden=576,
-    heads=9,
-    kv_heads=3,
-    head_dim=64,
-    intermediate=1536,
-    vocabulary=49152,
-    positions=8192,
-    tied_head=True,
-    linears={
-        "q": (576, 576),
-        "k": (192, 576),
-        "v": (192, 576),
-        "o": (576, 576),
-        "gate": (1536, 576),
-        "up": (1536, 576),
-        "down": (576, 1536),
-    },
-    tokenizer_bytes=3522871,
-)
 
 
 def depths(runtime_mib: int, method: str = "fedit", difference_mib: int = 0) -> list[int]:

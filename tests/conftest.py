@@ -1,9 +1,10 @@
-"""Which tests are the long form of a promise that a shorter test checks too, and a worker's share of the cores.
+"""Which tests are the long form of a promise that a shorter test checks too, and what workers share.
 
 `make test` runs the short tests, `make test-long` the long ones.
 """
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +38,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             unused.difference_update(beginnings)
     if unused and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
         raise pytest.UsageError(f"tests/conftest.py names long tests that are not there: {sorted(unused)}")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of prepared models and measurements of all processes that the tests start."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the workers' folders lie in the run's
+        folder = folder.parent
+    (folder / "prepared").mkdir(exist_ok=True)
+    return folder / "prepared"

@@ -17,9 +17,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-import torch.distributed
-
 COMPILER = "torch._dynamo"
 # not needed for language models
 OPTIONAL = ("PIL", "accelerate", "scipy", "sklearn", "torchvision")
@@ -32,6 +29,10 @@ def lean_imports() -> Iterator[None]:
     Afterwards each of them can be imported as usual. Where the compiler is imported already,
     nothing changes.
     """
+    # only here: a process that finds what it needs in the cache does without torch
+    import torch
+    import torch.distributed
+
     if COMPILER in sys.modules:
         yield
         return

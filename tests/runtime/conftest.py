@@ -38,12 +38,11 @@ def facts_of():
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """The cache of every process that a test of this folder starts."""
-    folder = tmp_path_factory.mktemp("cache")
+def cache(cache):
+    """The tests' cache, which the processes of these tests use without being told."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EDGE_RUNTIME_CACHE", str(folder))
-        yield folder
+        patch.setenv("EDGE_RUNTIME_CACHE", str(cache))
+        yield cache
 
 
 @pytest.fixture(scope="session")

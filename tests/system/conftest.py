@@ -19,11 +19,6 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="session")
 def real_model(cache: Path) -> str:
     """The demo's GGUF file, prepared; at a depth of 2 a round of a few steps takes seconds."""
     with pytest.MonkeyPatch.context() as patch:

@@ -13,6 +13,7 @@ import pytest
 from edge_runtime.demo import model as demo
 from edge_runtime.errors import InputError
 from edge_runtime.models import gguf_file, sources
+from edge_runtime.models.facts import Facts
 from edge_runtime.models.prepare import main, prepare
 from edge_runtime.planning import processes
 
@@ -36,6 +37,22 @@ def test_a_prepared_folder_has_facts_tokenizer_and_weights(tiny_facts, tiny_fold
     assert tiny_facts.model_class.startswith("tiny@")
     assert tiny_facts.weights == str(tiny_folder)
     assert tiny_facts.tokenizer_bytes == (Path(tiny_facts.folder) / "tokenizer.json").stat().st_size
+
+
+def test_a_model_that_is_in_the_cache_is_found_without_torch(tiny_facts, tiny_folder, cache):
+    script = "import sys; from edge_runtime.models import prepare; prepare.main(); sys.exit('torch' in sys.modules)"
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        str(tiny_folder),
+        "--models",
+        ".",
+        "--cache",
+        str(cache / "models"),
+    ]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=1000, env=processes.environment())
+    assert found.returncode == 0 and msgspec.json.decode(found.stdout, type=Facts) == tiny_facts
 
 
 def test_preparing_takes_no_more_memory_than_training(tmp_path):

@@ -3,7 +3,7 @@
     pending -> committed | rejected
 
 The outbox assigns the sequence numbers. They only grow and start no lower than the clock (ms), so
-that a device that lost its state is not taken for a replay. Payloads are files, because SQLite reads
+that a device that lost its state is not taken for a replay. Payloads stay files, because SQLite reads
 a blob from its beginning and a chunk is read alone.
 """
 
@@ -11,6 +11,7 @@ import sqlite3
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -31,35 +32,28 @@ _TABLES = (
 class Outbox:
     """The updates of one device."""
 
-    def __init__(self, database: sqlite3.Connection | Path, folder: Path) -> None:
+    def __init__(self, database: sqlite3.Connection, folder: Path) -> None:
         """Open it.
 
         Args:
-            database: a file, or an open connection; the tables' names begin with `outbox_`.
-            folder: payloads given as bytes go to its subfolder `outbox`; files of no pending update are
-                deleted there. The folder may be moved with its content.
+            database: its owner's, from `store.connect`; the tables' names begin with `outbox_`.
+            folder: payloads inside it are found again after it has moved.
         """
-        self._database, self._home, self._folder = store.connect(database), folder, folder / "outbox"
-        with store.transaction(self._database):
+        self._database, self._folder = database, folder
+        with store.transaction(database):
             for statement in _TABLES:
-                self._database.execute(statement)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        # a kill may have left files between a settlement and their deletion
-        pending = {manifest.transfer for manifest in self.pending()}
-        for file in self._folder.iterdir():
-            if file.name not in pending:
-                file.unlink()
+                database.execute(statement)
 
     def transaction(self) -> AbstractContextManager[sqlite3.Connection]:
         """One transaction for changes here and of the caller; joins a transaction that is open."""
         return store.transaction(self._database)
 
-    def add(self, manifest: Manifest, payload: bytes | Path) -> Manifest:
+    def add(self, manifest: Manifest, payload: Path) -> Manifest:
         """Store an update until its receipt.
 
         Args:
             manifest: from `messages.describe`; its sequence is replaced.
-            payload: the bytes, or a file, which must stay unchanged until the update is settled.
+            payload: must stay unchanged until the update is settled.
 
         Returns:
             The manifest with its sequence number.
@@ -67,17 +61,16 @@ class Outbox:
         Raises:
             BrokerError: the size is not the manifest's, or the outbox has the transfer already.
         """
-        path = payload if isinstance(payload, Path) else self._write(manifest.transfer, payload)
-        if (size := path.stat().st_size) != manifest.size:
+        if (size := payload.stat().st_size) != manifest.size:
             raise BrokerError(
-                f"{path} has {size} bytes, its manifest says {manifest.size}; describe it again"
+                f"{payload} has {size} bytes, its manifest says {manifest.size}; describe it again"
             )
         with self.transaction() as database:
             (last,) = database.execute("SELECT last FROM outbox_sequence").fetchone()
             sequence = max(last, time.time_ns() // 1_000_000) + 1
             database.execute("UPDATE outbox_sequence SET last = ?", (sequence,))
             manifest = msgspec.structs.replace(manifest, sequence=sequence)
-            text, place = messages.encode(manifest).decode(), files.movable(path, self._home)
+            text, place = messages.encode(manifest).decode(), files.movable(payload, self._folder)
             try:
                 database.execute(
                     "INSERT INTO outbox_update (sequence, transfer, manifest, payload) VALUES (?, ?, ?, ?)",
@@ -111,35 +104,13 @@ class Outbox:
         ).fetchone()
         if not row:
             raise BrokerError(f"transfer {transfer} is not in the outbox")
-        return self._home.absolute() / str(row[0])
+        return self._folder.absolute() / str(row[0])
 
-    def commit(self, transfer: str) -> None:
-        """Settle a pending update by its receipt; any other update stays as it is."""
-        self._settle(transfer, "committed", None, None)
-
-    def reject(self, transfer: str, code: str, reason: str) -> None:
-        """Settle a pending update by its final rejection; any other update stays as it is."""
-        self._settle(transfer, "rejected", code, reason)
-
-    def _settle(self, transfer: str, state: str, code: str | None, reason: str | None) -> None:
-        with self.transaction() as database:
-            database.execute(
-                "UPDATE outbox_update SET state = ?, code = ?, reason = ? WHERE transfer = ? AND state = 'pending'",
-                (state, code, reason, transfer),
-            )
-        self.tidy(transfer)
-
-    def tidy(self, transfer: str) -> None:
-        """Delete a settled payload's copy, unless a transaction is open, which may be undone."""
-        entry = self.find(transfer)
-        if entry and entry[1] != "pending" and not self._database.in_transaction:
-            (self._folder / transfer).unlink(missing_ok=True)
-
-    def _write(self, transfer: str, payload: bytes) -> Path:
-        path = self._folder / transfer
-        if path.exists():
-            raise BrokerError(f"transfer {transfer} is already in the outbox")
-        draft = path.with_suffix(".draft")
-        draft.write_bytes(payload)
-        files.put(draft, path)
-        return path
+    def settle(
+        self, transfer: str, state: Literal["committed", "rejected"], code: str = "", reason: str = ""
+    ) -> None:
+        """Take the node's final word on a pending update; any other update stays as it is."""
+        self._database.execute(
+            "UPDATE outbox_update SET state = ?, code = ?, reason = ? WHERE transfer = ? AND state = 'pending'",
+            (state, code or None, reason or None, transfer),
+        )

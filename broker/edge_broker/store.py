@@ -10,12 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def connect(database: sqlite3.Connection | Path) -> sqlite3.Connection:
-    """Open a file as described above; an open connection is returned as its owner has set it up."""
-    if isinstance(database, sqlite3.Connection):
-        return database
-    database.parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(database, isolation_level=None, timeout=10.0)
+def connect(path: Path) -> sqlite3.Connection:
+    """Open a database as described above."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(path, isolation_level=None, timeout=10.0)
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")
     return connection

@@ -81,7 +81,7 @@ class Deliveries:
         self.reports.publish_owed()
         self._local.tidy(manifest.round for manifest in self._outbox.pending())
 
-    def _settle(self, settled: Committed | Rejected, _: object) -> None:
+    def _settle(self, settled: Committed | Rejected) -> None:
         """Called in the transaction in which the outbox settles an update."""
         spoilt = isinstance(settled, Rejected) and settled.code in SPOILT
         verdict: Verdict = "spoilt" if spoilt else "taken" if isinstance(settled, Committed) else "refused"

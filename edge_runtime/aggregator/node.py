@@ -255,7 +255,7 @@ class Node:
             return
         shapes = {key: value.shape for key, value in delta.items()}
         self._receiver.commit(
-            manifest.transfer, lambda _: self._store.learn_shapes(manifest.model_class, shapes)
+            manifest.transfer, lambda: self._store.learn_shapes(manifest.model_class, shapes)
         )
         self._say("received", text=f"{manifest.device}: {manifest.size} bytes")
 

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 import edge_broker
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from edge_broker import messages, signing
+from edge_broker import messages, signing, store
 from edge_broker.events import Message
 from edge_broker.journal import Journal, Update
 from edge_broker.local import Broker, find_mosquitto, start_broker
@@ -60,13 +61,18 @@ class Device:
 
     def __init__(self, session: Session, fleet: str, name: str, folder: Path, key: Ed25519PrivateKey) -> None:
         self.session, self.fleet, self.name, self.key = session, fleet, name, key
-        self.outbox = Outbox(folder / f"{name}.sqlite", folder / name)
+        self.folder = folder / name
+        self.outbox = Outbox(store.connect(folder / f"{name}.sqlite"), self.folder)
         self.uploader = Uploader(session, self.outbox, fleet, name, key)
         self.uploader.start()
         self.results: list = []
 
     def add(self, payload: bytes, round: int = 1, chunk_bytes: int = 65536) -> messages.Manifest:
-        return self.outbox.add(manifest(payload, self.fleet, self.name, round, chunk_bytes), payload)
+        described = manifest(payload, self.fleet, self.name, round, chunk_bytes)
+        self.folder.mkdir(exist_ok=True)
+        file = self.folder / described.transfer
+        file.write_bytes(payload)
+        return self.outbox.add(described, file)
 
     def turn(self) -> None:
         if result := self.uploader.handle(self.session.receive(0.0003)):
@@ -75,13 +81,24 @@ class Device:
 
 
 class Node:
-    """A node that commits what is complete, unless told to hold; chunks counts all that came, duplicates too."""
+    """A node that commits what is complete, unless told to hold.
+
+    chunks counts all that came, duplicates too; published the chunks of artifacts that went out.
+    """
 
     def __init__(
         self, session: Session, fleet: str, folder: Path, keys: dict, check: Callable = lambda _: None
     ) -> None:
         self.session = session
-        self.journal = Journal(folder / "node.sqlite", folder / "node")
+        self.published, publish = 0, session.publish_nowait
+
+        def counting(topic: str, payload: bytes, **options: object) -> bool:
+            taken = publish(topic, payload, **options)
+            self.published += taken and "/artifact/" in topic
+            return taken
+
+        session.publish_nowait = counting
+        self.journal = Journal(store.connect(folder / "node.sqlite"), folder / "node")
         self.receiver = Receiver(session, self.journal, fleet, "n", check, keys.get)
         self.receiver.start()
         self.publisher = Publisher(session, fleet)
@@ -130,12 +147,17 @@ def node(open_session: Callable[..., Session], fleet: str, tmp_path: Path, keys:
 
 
 def manifest(
-    payload: bytes, fleet: str, name: str = "d", round: int = 1, chunk_bytes: int = 65536
+    payload: bytes | Path, fleet: str, name: str = "d", round: int = 1, chunk_bytes: int = 65536
 ) -> messages.Manifest:
     origin = messages.Origin(
         fleet=fleet, device=name, round=round, model_class="m@1", codec="raw", samples=10
     )
-    return messages.describe(payload, origin, chunk_bytes)
+    if isinstance(payload, Path):
+        return messages.describe(payload, origin, chunk_bytes)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(payload)
+        file.flush()
+        return messages.describe(Path(file.name), origin, chunk_bytes)
 
 
 @pytest.fixture

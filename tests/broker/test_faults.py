@@ -20,7 +20,7 @@ CHUNKS = len(PAYLOAD) // CHUNK
 DEVICE = """
 import json, os, signal, sys, time
 from pathlib import Path
-from edge_broker import messages, signing
+from edge_broker import messages, signing, store
 from edge_broker.outbox import Outbox
 from edge_broker.session import Session
 from edge_broker.transfer import Uploader
@@ -37,7 +37,7 @@ def publish(topic, payload, publish=session.publish_nowait, **options):
         return done
     return publish(topic, payload, **options)
 session.publish_nowait = publish
-outbox = Outbox(folder / "d.sqlite", folder / "d")
+outbox = Outbox(store.connect(folder / "d.sqlite"), folder / "d")
 session.connect(60)
 uploader = Uploader(session, outbox, fleet, "d", signing.load_or_create_key(folder / "d.key"))
 uploader.start()
@@ -59,12 +59,12 @@ print(json.dumps({"kind": type(result).__name__, "sent": sent, "seconds": time.m
 NODE = """
 import os, signal, sys
 from pathlib import Path
-from edge_broker import signing
+from edge_broker import signing, store
 from edge_broker.journal import Journal
 from edge_broker.session import Session
 from edge_broker.transfer import Receiver
 url, fleet, folder, die_at = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
-journal = Journal(folder / "node.sqlite", folder / "node")
+journal = Journal(store.connect(folder / "node.sqlite"), folder / "node")
 written = 0
 def write(*arguments, write=journal.write):
     global written

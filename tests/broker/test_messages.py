@@ -1,28 +1,35 @@
+import hashlib
 import json
 
+import msgspec
 import pytest
-from edge_broker import messages
+from edge_broker import chunks, messages
 from edge_broker.errors import BadMessage, BrokerError
 
-GOOD = messages.describe(
-    b"x" * 100,
-    messages.Origin(fleet="f", device="d", round=1, model_class="m", codec="c", samples=3),
+ORIGIN = messages.Origin(fleet="f", device="d", round=1, model_class="m", codec="c", samples=3)
+PAYLOAD = b"x" * 100
+GOOD = messages.Manifest(
+    **{name: getattr(ORIGIN, name) for name in ORIGIN.__struct_fields__},
+    transfer="t",
+    sequence=0,
+    sha256=hashlib.sha256(PAYLOAD).hexdigest(),
+    size=100,
     chunk_bytes=30,
+    chunks=4,
 )
 
 
 def test_describe_measures_the_payload(tmp_path):
-    assert (GOOD.size, GOOD.chunks, GOOD.sequence, GOOD.attempt) == (100, 4, 0, 1)
-    (tmp_path / "payload").write_bytes(b"x" * 100)
-    assert messages.digest_and_size(tmp_path / "payload") == (GOOD.sha256, 100)
-    assert [messages.chunk_size(GOOD, index) for index in range(4)] == [30, 30, 30, 10]
+    (tmp_path / "payload").write_bytes(PAYLOAD)
+    described = messages.describe(tmp_path / "payload", ORIGIN, chunk_bytes=30)
+    assert msgspec.structs.replace(described, transfer="t") == GOOD
+    assert [chunks.size_of(GOOD, index) for index in range(4)] == [30, 30, 30, 10]
 
 
 def test_nothing_cannot_be_described(tmp_path):
     (tmp_path / "empty").touch()
-    for empty in (b"", tmp_path / "empty"):
-        with pytest.raises(BrokerError, match="is empty"):
-            messages.digest_and_size(empty)
+    with pytest.raises(BrokerError, match="is empty"):
+        messages.describe(tmp_path / "empty", ORIGIN, chunk_bytes=30)
 
 
 def test_unknown_fields_are_for_newer_readers():
@@ -72,12 +79,12 @@ def test_an_inbox_message_says_what_it_is():
 
 
 def test_chunks_and_ranges_go_there_and_back():
-    assert messages.unpack_chunk(messages.pack_chunk(70_000, b"abc")) == (70_000, b"abc")
-    assert messages.to_ranges([0, 1, 2, 5, 7, 8]) == [(0, 2), (5, 5), (7, 8)]
-    assert list(messages.from_ranges([(0, 2), (5, 5), (7, 8)], 9)) == [0, 1, 2, 5, 7, 8]
+    assert chunks.unpack(chunks.pack(70_000, b"abc")) == (70_000, b"abc")
+    assert chunks.to_ranges([0, 1, 2, 5, 7, 8]) == [(0, 2), (5, 5), (7, 8)]
+    assert list(chunks.from_ranges([(0, 2), (5, 5), (7, 8)], 9)) == [0, 1, 2, 5, 7, 8]
 
 
 @pytest.mark.parametrize("bad", [[(2, 1)], [(0, 9)], [(0, 0), (9, 9)]])
 def test_ranges_outside_are_bad_messages(bad):
     with pytest.raises(BadMessage, match="of 9"):
-        list(messages.from_ranges(bad, 9))
+        list(chunks.from_ranges(bad, 9))

@@ -4,8 +4,8 @@ import json
 import random
 
 import pytest
-from edge_broker import messages, signing, topics
-from edge_broker.transfer import Committed, Rejected, places, receive
+from edge_broker import chunks, messages, signing, topics
+from edge_broker.transfer import Committed, Rejected, receive
 
 CHUNK = 64 * 1024
 
@@ -35,7 +35,7 @@ def test_several_updates_go_one_after_the_other(device, node, drive):
 
 @pytest.mark.parametrize("under_way", [768, 8])  # 8 chunks are two updates: the third device has to wait
 def test_devices_share_one_node(under_way, device, node, drive, monkeypatch):
-    monkeypatch.setattr(places, "UNDER_WAY", under_way)
+    monkeypatch.setattr(receive, "UNDER_WAY", under_way)
     monkeypatch.setattr(receive, "_PAUSE_S", 0.2)
     n, parties = node(), [device(f"d{i}") for i in range(3)]
     for party in parties:
@@ -92,7 +92,7 @@ def test_duplicated_and_reordered_chunks_make_the_same_file(device, node, drive,
     order = [*range(manifest.chunks), *range(manifest.chunks)]
     random.Random(0).shuffle(order)
     for index in order:
-        chunk = messages.pack_chunk(index, payload[index * 1024 : (index + 1) * 1024])
+        chunk = chunks.pack(index, payload[index * 1024 : (index + 1) * 1024])
         d.session.publish(topics.up(d.fleet, "n", d.name, manifest.transfer), chunk)
     drive(lambda: n.chunks == len(order), n)
     assert [done.payload.read_bytes() for done in n.complete] == [payload]
@@ -104,7 +104,7 @@ def test_a_chunk_that_does_not_fit_changes_nothing(device, node, drive, await_me
     manifest = d.add(payload, chunk_bytes=1024)
     offer_by_hand(d, manifest, n, drive, await_message)
     topic = topics.up(d.fleet, "n", d.name, manifest.transfer)
-    for bad in [b"", b"\0\0\0\0", messages.pack_chunk(0, b"short"), messages.pack_chunk(9, bytes(1024))]:
+    for bad in [b"", b"\0\0\0\0", chunks.pack(0, b"short"), chunks.pack(9, bytes(1024))]:
         d.session.publish(topic, bad)
     drive(lambda: n.chunks == 4, n)
     assert n.journal.missing(manifest, 9) == [0, 1, 2]
@@ -138,21 +138,18 @@ def test_a_transfer_still_open_when_its_round_closes_is_ended_with_the_reason(de
 def test_what_the_owner_writes_is_committed_with_the_update_or_not_at_all(device, node, drive):
     d, n = device(), node()
     n.hold = True
-    d.uploader._on_settled = lambda result, database: database.execute("CREATE TABLE residual (x)")
+    d.uploader._on_settled = lambda result: d.outbox._database.execute("CREATE TABLE residual (x)")
     manifest = d.add(payload_of(1000))
     drive(lambda: n.complete, d, n)
 
-    def fails(database):
-        database.execute("CREATE TABLE merge (x)")
+    def fails():
+        n.journal._database.execute("CREATE TABLE merge (x)")
         raise RuntimeError("stopped in the middle")
 
     with pytest.raises(RuntimeError):
         n.receiver.commit(manifest.transfer, fails)
     assert n.journal.committed(1) == []
-    with n.journal.transaction() as database:
-        assert n.receiver.commit(manifest.transfer)
-        assert not n.session._connection.window.used  # the receipt waits for the caller's COMMIT
-        database.execute("CREATE TABLE merge (x)")
+    assert n.receiver.commit(manifest.transfer, lambda: n.journal._database.execute("CREATE TABLE merge (x)"))
     assert not n.receiver.commit(manifest.transfer)  # a second time it does not count
     drive(lambda: d.results, d, n)
     assert d.outbox._database.execute("SELECT count(*) FROM residual").fetchone() == (0,)
@@ -162,7 +159,7 @@ def test_a_failing_owner_of_the_outbox_leaves_the_update_pending(device, node, d
     d, n = device(), node()
     calls = []
 
-    def fails_once(result, database):
+    def fails_once(result):
         calls.append(result)
         if len(calls) == 1:
             raise RuntimeError("stopped in the middle")
@@ -204,7 +201,7 @@ def test_two_transfers_of_one_round_that_were_both_complete_count_once(device, n
         offer_by_hand(d, manifest, n, drive, await_message)
         d.session.publish(
             topics.up(d.fleet, "n", d.name, manifest.transfer),
-            messages.pack_chunk(0, payload_of(manifest.size)),
+            chunks.pack(0, payload_of(manifest.size)),
         )
     drive(lambda: len(n.complete) == 2, n)
     assert [n.receiver.commit(manifest.transfer) for manifest in both] == [True, False]

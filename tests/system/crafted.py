@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import msgspec
-from edge_broker import messages, presence, signing, topics
+from edge_broker import messages, presence, signing, store, topics
 from edge_broker.outbox import Outbox
 from edge_broker.session import Session
 from edge_broker.transfer import Committed, Rejected, Uploader
@@ -27,7 +27,8 @@ class Crafted:
         self._node_key = signing.public_key(node_key)
         spec = presence.PresenceSpec(fleet.name, id)
         self.session = Session(fleet.broker.url, f"{fleet.name}-{id}", presence=spec)
-        self._outbox = Outbox(folder / "outbox.db", folder)
+        self._folder = folder
+        self._outbox = Outbox(store.connect(folder / "outbox.db"), folder)
         self._uploader = Uploader(self.session, self._outbox, fleet.name, id, self._key)
         self.session.connect(10)
         self._uploader.start()
@@ -51,8 +52,9 @@ class Crafted:
             **fields,
         }
         origin = messages.Origin(fleet=self._fleet, device=self._id, **described)
-        manifest = messages.describe(payload, origin, self.session.chunk_bytes)
-        self._outbox.add(manifest, payload)
+        file = self._folder / "payload"
+        file.write_bytes(payload)
+        self._outbox.add(messages.describe(file, origin, self.session.chunk_bytes), file)
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             settled = self._uploader.handle(self.session.receive(min(self._uploader.tick(), 1.0)))

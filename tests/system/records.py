@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import zstandard
-from edge_broker import messages, presence, topics
+from edge_broker import presence, topics
+from edge_broker.chunks import unpack
 from edge_broker.session import Message, Session
 from fleet import Fleet
 from safetensors.numpy import load_file
@@ -132,7 +133,7 @@ class Recorder:
             parts += [message.topic, message.payload.decode(errors="replace")]
             kind = topics.parse(message.topic).kind
             if kind == "up":
-                index, content = messages.unpack_chunk(message.payload)
+                index, content = unpack(message.payload)
                 chunks[message.topic][index] = content
             elif kind == "artifact":
                 name, _, index_ = message.topic.rpartition("/")

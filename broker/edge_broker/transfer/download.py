@@ -8,12 +8,11 @@ complete.
 
 import logging
 import time
-from itertools import islice
 from pathlib import Path
 
 import msgspec
 
-from edge_broker import files, messages, topics
+from edge_broker import chunks, files, messages, topics
 from edge_broker.errors import BadMessage, BrokerError
 from edge_broker.events import Connected, Event, Message
 from edge_broker.messages import Artifact, Want
@@ -21,9 +20,8 @@ from edge_broker.session import Session
 from edge_broker.transfer.pace import IDLE_S, retry_s
 
 CREDIT = 256  # chunks asked for at once; brokers drop messages over 1,000 in a queue
-MAX_BYTES = 1 << 30  # of the largest artifact
+_MAX_BYTES = 1 << 30  # of the largest artifact
 _MAX_ASKS = 8  # without a chunk in between: about five minutes
-_MAX_BROKEN = 2  # complete downloads with a wrong digest
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +38,18 @@ class Failed(msgspec.Struct, frozen=True):
 
     artifact: Artifact
     reason: str  # a sentence for the device's own log; it may name a path
+
+
+class _Download:
+    """The artifact under way."""
+
+    def __init__(self, artifact: Artifact, part: Path, repeated: bool = False) -> None:
+        self.artifact, self.part = artifact, part
+        self.repeated = repeated  # the digest of a first download was wrong
+        self.file = chunks.PartialFile(part, artifact)
+        self.due = time.monotonic()  # when to ask again
+        self.asks = 0  # since the last chunk
+        self.asked: set[int] = set()  # chunks of the last ask that have not come
 
 
 class Fetcher:
@@ -61,20 +71,19 @@ class Fetcher:
         Raises:
             BrokerError: the artifact's numbers do not add up or are too large; no subscription.
         """
-        if not messages.adds_up(artifact) or artifact.size > MAX_BYTES:
+        if not chunks.adds_up(artifact) or artifact.size > _MAX_BYTES:
             raise BrokerError(
                 f"an artifact of {artifact.size} bytes in {artifact.chunks} chunks of {artifact.chunk_bytes}; "
-                f"this device takes {MAX_BYTES} bytes and {messages.MAX_CHUNKS} chunks that add up"
+                f"this device takes {_MAX_BYTES} bytes and {chunks.MAX_CHUNKS} chunks that add up"
             )
         path = self._folder / artifact.digest
         if path.exists():
             return Fetched(artifact=artifact, path=path)
-        if self._current and self._current.artifact == artifact:
-            return None
-        self.drop()
-        self._session.subscribe(topics.all_chunks(self._fleet, artifact.digest))
-        self._current = _Download(artifact, path)
-        self.tick()
+        if not self._current or self._current.artifact != artifact:
+            self.drop()
+            self._session.subscribe(topics.all_chunks(self._fleet, artifact.digest))
+            self._current = _Download(artifact, path.with_suffix(".part"))
+            self.tick()
         return None
 
     def drop(self) -> None:
@@ -97,6 +106,8 @@ class Fetcher:
                     result = self._arrived(download, source.chunk, message.payload)
             except BadMessage as error:
                 log.warning("ignored a message on %s: %s", message.topic, error)
+            except OSError as error:
+                result = self._fail(download, f"cannot write {download.part}: {error}")
         # chunks in the broker's queue were lost with its session: ask at once
         elif isinstance(message, Connected) and not message.session_present:
             download.due = time.monotonic()
@@ -104,95 +115,46 @@ class Fetcher:
             result = self._fail(download, f"no chunk came after asking {download.asks} times")
         return result
 
-    def tick(self, now: float | None = None) -> float:
-        """Ask for missing chunks when that is due (now: of time.monotonic).
+    def tick(self) -> float:
+        """Ask for missing chunks when that is due.
 
         Returns:
             Seconds until the next tick is of use.
         """
-        now = time.monotonic() if now is None else now
-        download = self._current
+        download, now = self._current, time.monotonic()
         if not download:
             return IDLE_S
         if download.due <= now and download.asks < _MAX_ASKS:
-            asked = download.missing(CREDIT)
-            body = messages.encode(Want(digest=download.artifact.digest, missing=messages.to_ranges(asked)))
-            if not self._session.publish_nowait(self._want_topic, body):
+            missing = download.file.missing(CREDIT)
+            want = Want(digest=download.artifact.digest, missing=chunks.to_ranges(missing))
+            if not self._session.publish_nowait(self._want_topic, messages.encode(want)):
                 return IDLE_S  # a Room or Connected event comes when it can be sent
-            download.asked = set(asked)
+            download.asked = set(missing)
             download.due = now + retry_s(download.asks)
             download.asks += 1
         return max(0.0, download.due - now)
 
-    def _arrived(self, download: "_Download", index: int, data: bytes) -> Fetched | Failed | None:
-        try:
-            download.write(index, data)
-            if download.left:
-                self.tick()
-                return None
-            wrong = download.finish()
-        except OSError as error:
-            return self._fail(download, f"cannot write {download.path}: {error}")
-        if not wrong:
+    def _arrived(self, download: _Download, index: int, data: bytes) -> Fetched | Failed | None:
+        if download.file.write(index, data):
+            download.asks = 0
+            download.asked.discard(index)
+            # all that was asked for has come: ask for the next chunks at once
+            download.due = time.monotonic() + (retry_s(0) if download.asked else 0.0)
+        if download.file.missing(1):
+            return None
+        digest, _ = messages.digest_and_size(download.part)
+        if digest == download.artifact.digest:
+            path = download.part.with_suffix("")
+            files.put(download.part, path)
             self.drop()
-            return Fetched(artifact=download.artifact, path=download.path)
-        if download.broken + 1 >= _MAX_BROKEN:
+            return Fetched(artifact=download.artifact, path=path)
+        wrong = f"the bytes have SHA-256 {digest[:16]}…, the artifact is {download.artifact.digest[:16]}…"
+        if download.repeated:
             return self._fail(download, wrong)
-        log.warning("fetching %s again: %s", download.path.name, wrong)
-        download.restart()
+        log.warning("fetching it again: %s", wrong)
+        self._current = _Download(download.artifact, download.part, repeated=True)
         return None
 
-    def _fail(self, download: "_Download", reason: str) -> Failed:
+    def _fail(self, download: _Download, reason: str) -> Failed:
         self.drop()
         return Failed(artifact=download.artifact, reason=reason)
-
-
-class _Download:
-    """The artifact under way."""
-
-    def __init__(self, artifact: Artifact, path: Path) -> None:
-        self.artifact, self.path, self.part = artifact, path, path.with_suffix(".part")
-        self.broken = -1
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget all chunks and begin anew."""
-        self.broken += 1  # complete downloads with a wrong digest
-        self.asks = 0  # since the last chunk
-        self.due = time.monotonic()  # when to ask again
-        self.asked: set[int] = set()
-        self.left = self.artifact.chunks  # chunks that are not written
-        self._written = bytearray(self.artifact.chunks)
-        with self.part.open("wb") as file:
-            file.truncate(self.artifact.size)
-
-    def missing(self, limit: int) -> list[int]:
-        """The first chunks that are not written."""
-        indices = (index for index, flag in enumerate(self._written) if not flag)
-        return list(islice(indices, limit))
-
-    def write(self, index: int, data: bytes) -> None:
-        """Write a chunk; a repeated one is ignored. Raises BadMessage for one that does not fit."""
-        if not (0 <= index < self.artifact.chunks and len(data) == messages.chunk_size(self.artifact, index)):
-            raise BadMessage(
-                f"chunk {index} of {len(data)} bytes does not fit artifact {self.artifact.digest[:16]}…"
-            )
-        if self._written[index]:
-            return
-        with self.part.open("r+b") as file:
-            file.seek(index * self.artifact.chunk_bytes)
-            file.write(data)
-        self._written[index] = 1
-        self.left -= 1
-        self.asked.discard(index)
-        self.asks = 0
-        # all that was asked for has come: ask for the next chunks at once
-        self.due = time.monotonic() + (retry_s(0) if self.asked else 0.0)
-
-    def finish(self) -> str:
-        """Give the complete file its name, or return why it has a wrong digest."""
-        digest, _ = messages.digest_and_size(self.part)
-        if digest != self.artifact.digest:
-            return f"the bytes have SHA-256 {digest[:16]}…, the artifact is {self.artifact.digest[:16]}…"
-        files.put(self.part, self.path)
-        return ""

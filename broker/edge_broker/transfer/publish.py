@@ -10,7 +10,7 @@ import time
 from itertools import islice
 from pathlib import Path
 
-from edge_broker import messages, topics
+from edge_broker import chunks, messages, topics
 from edge_broker.errors import BadMessage, Refused
 from edge_broker.events import Event, Message
 from edge_broker.messages import Artifact, Want
@@ -32,18 +32,13 @@ class Publisher:
         self._served: dict[str, tuple[Artifact, Path]] = {}
         self._queue: dict[tuple[str, int], None] = {}  # (digest, chunk), in the order to send
         self._begin_at = 0.0
-        self.published = 0  # chunks, since the beginning
 
     def start(self) -> None:
         """Subscribe to the fleet's wants."""
         self._session.subscribe(topics.all_wants(self._fleet))
 
-    def serve(self, path: Path, chunk_bytes: int | None = None) -> Artifact:
+    def serve(self, path: Path) -> Artifact:
         """Serve this file from now on; the file must stay unchanged until `withdraw`.
-
-        Args:
-            path: the global adapter.
-            chunk_bytes: bytes of a chunk; by default the largest that the broker takes.
 
         Returns:
             The pointer for the round's announcement.
@@ -52,7 +47,7 @@ class Publisher:
             BrokerError: the file is empty.
         """
         digest, size = messages.digest_and_size(path)
-        chunk_bytes = chunk_bytes or self._session.chunk_bytes
+        chunk_bytes = self._session.chunk_bytes
         artifact = Artifact(digest=digest, size=size, chunk_bytes=chunk_bytes, chunks=-(-size // chunk_bytes))
         self._served[digest] = (artifact, path)
         return artifact
@@ -80,37 +75,29 @@ class Publisher:
             Seconds until the next tick is of use.
         """
         now = time.monotonic()
-        if not self._queue:
-            return IDLE_S
-        if now < self._begin_at:
+        if self._queue and now < self._begin_at:
             return self._begin_at - now
         while self._queue:
             digest, index = next(iter(self._queue))
             artifact, path = self._served[digest]
+            topic = topics.artifact(self._fleet, digest, index)
             try:
-                with path.open("rb") as file:
-                    file.seek(index * artifact.chunk_bytes)
-                    data = file.read(messages.chunk_size(artifact, index))
-                if not self._session.publish_nowait(
-                    topics.artifact(self._fleet, digest, index), data, expiry_s=_EXPIRY_S
-                ):
+                data = chunks.read(path, artifact, index)
+                if not self._session.publish_nowait(topic, data, expiry_s=_EXPIRY_S):
                     break
+                del self._queue[digest, index]
             except (OSError, Refused) as error:
                 log.error("serves %s no longer: %s", path, error)
                 self.withdraw(digest)
-                continue
-            del self._queue[digest, index]
-            self.published += 1
         return IDLE_S
 
     def _enqueue(self, device: str, request: Want) -> None:
-        served = self._served.get(request.digest)
-        if not served:
+        if request.digest not in self._served:
             log.info("%s wants %s…, which is not served here", device, request.digest[:16])
             return
         if not self._queue:
             self._begin_at = time.monotonic() + _GATHER_S
-        chunks = served[0].chunks
-        # Ranges may repeat each other: no more indices than chunks are taken.
-        for index in islice(messages.from_ranges(request.missing, chunks), chunks):
+        count = self._served[request.digest][0].chunks
+        # ranges may repeat each other: no more indices than chunks are taken
+        for index in islice(chunks.from_ranges(request.missing, count), count):
             self._queue[request.digest, index] = None

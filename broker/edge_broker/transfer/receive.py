@@ -6,8 +6,8 @@
 
 A grant names at most 64 chunks; the next grant follows when they have arrived. At most 768 granted
 chunks are under way to a node, because brokers silently drop messages over 1,000 in a queue; further
-offers are told to pause. An answer about a settled transfer is read from the journal when it is sent,
-so it can be repeated at any time and never says more than is committed.
+offers are told to pause. An answer about a settled transfer is read from the journal, so it can be
+repeated at any time and never says more than is committed.
 """
 
 import logging
@@ -16,25 +16,34 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-import msgspec
-
-from edge_broker import messages, signing, topics
+from edge_broker import chunks, messages, signing, topics
 from edge_broker.errors import BadMessage, BrokerError
 from edge_broker.events import Connected, Event, Message
-from edge_broker.journal import Journal, Update
-from edge_broker.messages import Grant, Manifest, Pause, Receipt, Reject
+from edge_broker.journal import Entry, Journal, Update
+from edge_broker.messages import Grant, Inbox, Manifest, Pause, Receipt, Reject
 from edge_broker.session import Session
 from edge_broker.transfer.pace import IDLE_S
-from edge_broker.transfer.places import CREDIT, Places
 
-MAX_BYTES = 1 << 30  # of the largest update
+UNDER_WAY = 768  # granted chunks that have not arrived, over all transfers
+_CREDIT = 64  # chunks a grant
 _WINDOW = 8  # chunks of a device without an acknowledgement
+_MAX_BYTES = 1 << 30  # of the largest update
 _PAUSE_S = 2.0  # for a device that finds no place
+_SILENT_S = 30.0  # a transfer without a chunk for so long gives its place to another
 _DISK_FULL_S = 60.0  # before the disk is tried again
 _FLUSH_S = 1.0  # after a chunk, if no further one fills the journal's sixteen
 _MAX_ANSWERS = 4096  # unsent; the oldest are dropped, and devices offer again
 
 log = logging.getLogger(__name__)
+
+
+class _Active:
+    """A transfer with chunks under way, which takes a place."""
+
+    def __init__(self, manifest: Manifest, granted: list[int]) -> None:
+        self.manifest = manifest
+        self.granted = set(granted)  # chunks that have not arrived
+        self.last = time.monotonic()  # when its last chunk arrived
 
 
 class Receiver:
@@ -61,8 +70,8 @@ class Receiver:
         self._session, self._journal = session, journal
         self._fleet, self._node = topics.name("fleet", fleet), topics.name("node", node)
         self._check, self._known_key = check, known_key
-        self._places = Places()
-        self._answers: deque[tuple[str, str, msgspec.Struct | None]] = deque(maxlen=_MAX_ANSWERS)
+        self._active: dict[str, _Active] = {}
+        self._answers: deque[tuple[str, Inbox]] = deque(maxlen=_MAX_ANSWERS)  # device, answer
         self._flush_at: float | None = None
 
     def start(self) -> None:
@@ -88,13 +97,12 @@ class Receiver:
             except (OSError, sqlite3.OperationalError) as error:
                 log.error("cannot keep an update: %s", error)
                 if transfer := source.transfer or _claimed_transfer(message.payload):
-                    self._queue(source.device, Pause(transfer=transfer, seconds=_DISK_FULL_S))
+                    self._answer(source.device, Pause(transfer=transfer, seconds=_DISK_FULL_S))
         elif isinstance(message, Connected) and not message.session_present:
             # chunks on their way were lost with the broker's session: grant them again
             for manifest in self._journal.open_transfers():
-                if self._places.has_room(manifest) and self._journal.missing(manifest, 1):
+                if self._has_place(manifest) and self._journal.missing(manifest, 1):
                     self._grant(manifest)
-        self._send_answers()
         return result
 
     def tick(self) -> float:
@@ -114,7 +122,7 @@ class Receiver:
                 self._flush_at = now + _DISK_FULL_S
         return IDLE_S if self._flush_at is None else max(0.0, self._flush_at - now)
 
-    def commit(self, transfer: str, within: Callable[[sqlite3.Connection], None] | None = None) -> bool:
+    def commit(self, transfer: str, within: Callable[[], object] = lambda: None) -> bool:
         """Count a complete update in its round, and send its receipt.
 
         Args:
@@ -122,26 +130,20 @@ class Receiver:
             within: changes of the caller in the same transaction; called only if the update counts.
 
         Returns:
-            Whether the update counts now for the first time. Inside a transaction of the caller the
-            receipt waits for the next `tick`.
+            Whether the update counts now for the first time.
         """
-        with self._journal.transaction() as database:
-            counts = self._journal.commit(transfer)
-            entry = self._journal.find(transfer)
-            if counts and within:
-                within(database)
-            elif entry and entry.state == "open":
-                self._journal.reject(entry.manifest, "duplicate", _duplicate(entry.manifest))
-        self._journal.tidy(transfer)
-        self._answer(transfer)
+        counts = self._journal.commit(transfer, within)
+        entry = self._journal.find(transfer)
+        if entry and entry.state == "open":
+            self._refuse(entry.manifest, "duplicate", _duplicate(entry.manifest))
+        else:
+            self._answer_settled(entry)
         return counts
 
     def reject(self, transfer: str, reason: str, code: str = "content") -> None:
         """Refuse an update for good: a complete one, or an open one whose round has closed."""
-        self._places.free(transfer)
         if entry := self._journal.find(transfer):
-            self._journal.reject(entry.manifest, code, reason)
-            self._answer(transfer)
+            self._refuse(entry.manifest, code, reason)
 
     # --- offers
 
@@ -152,19 +154,18 @@ class Receiver:
             # Not for good: an unverified offer must not end a transfer of the real device.
             log.warning("refused an offer of %s: %s", device, error)
             if transfer := _claimed_transfer(payload):
-                reject = Reject(transfer=transfer, code="signature", reason=str(error), final=False)
-                self._queue(device, reject)
+                self._answer(device, Reject(transfer, "signature", str(error), final=False))
             return None
         entry = self._journal.find(manifest.transfer)
         # the same offer again: repeat the answer, or go on where the journal stands
         if entry and entry.manifest == manifest:
             if entry.state != "open":
-                self._answer(manifest.transfer)
+                self._answer_settled(entry)
                 return None
         elif not self._acceptable(manifest, offered_before=entry is not None):
             return None
-        if not self._places.has_room(manifest):
-            self._queue(device, Pause(transfer=manifest.transfer, seconds=_PAUSE_S))
+        if not self._has_place(manifest):
+            self._answer(device, Pause(transfer=manifest.transfer, seconds=_PAUSE_S))
             return None
         if not entry:
             self._journal.open(manifest)
@@ -172,25 +173,6 @@ class Receiver:
             return self._completed(manifest)
         self._grant(manifest)
         return None
-
-    def _acceptable(self, manifest: Manifest, offered_before: bool) -> bool:
-        """Whether a new manifest may be collected; otherwise the device is answered."""
-        device, last = manifest.device, self._journal.sequence(manifest.device)
-        code, reason = "", ""
-        if offered_before:
-            code, reason = "changed", "this transfer was offered before with another manifest"
-        elif manifest.sequence <= last:
-            code = "replay"
-            reason = f"sequence {manifest.sequence} is not above {last}, the last one of {device}"
-        if code:  # nothing to store: the journal has this transfer or a later one
-            self._queue(device, Reject(transfer=manifest.transfer, code=code, reason=reason, final=True))
-            return False
-        code, reason = self._refusal(manifest)
-        if code:
-            log.warning("refused update %s of %s: %s", manifest.transfer, device, reason)
-            self._journal.reject(manifest, code, reason)
-            self._answer(manifest.transfer)
-        return not code
 
     def _read_offer(self, device: str, payload: bytes) -> Manifest:
         key = self._known_key(device)
@@ -202,41 +184,63 @@ class Receiver:
             raise BadMessage(f"the manifest is of device {manifest.device}, offered by {device}")
         return manifest
 
-    def _refusal(self, manifest: Manifest) -> tuple[str, str]:
-        """The code and the reason to refuse a verified manifest; empty to take it."""
-        if manifest.fleet != self._fleet:
-            return "fleet", f"the update is for fleet {manifest.fleet}, this is {self._fleet}"
-        if manifest.size > MAX_BYTES:
-            return ("size", f"the update has {manifest.size} bytes, this node takes {MAX_BYTES}")
-        if not messages.adds_up(manifest):
+    def _acceptable(self, manifest: Manifest, offered_before: bool) -> bool:
+        """Whether a new, verified manifest may be collected; otherwise the device is answered."""
+        device, last = manifest.device, self._journal.sequence(manifest.device)
+        code, reason = "", ""
+        if offered_before:
+            code, reason = "changed", "this transfer was offered before with another manifest"
+        elif manifest.sequence <= last:
+            code = "replay"
+            reason = f"sequence {manifest.sequence} is not above {last}, the last one of {device}"
+        elif manifest.fleet != self._fleet:
+            code, reason = "fleet", f"the update is for fleet {manifest.fleet}, this is {self._fleet}"
+        elif manifest.size > _MAX_BYTES:
+            code, reason = "size", f"the update has {manifest.size} bytes, this node takes {_MAX_BYTES}"
+        elif not chunks.adds_up(manifest):
             cut = f"{manifest.size} bytes in {manifest.chunks} chunks of {manifest.chunk_bytes}"
-            return "size", f"{cut} do not add up, or are more than {messages.MAX_CHUNKS} chunks"
-        if self._journal.counted(manifest.device, manifest.round):
-            return "duplicate", _duplicate(manifest)
-        reason = self._check(manifest)
-        return ("check", reason) if reason else ("", "")
+            code, reason = "size", f"{cut} do not add up, or are more than {chunks.MAX_CHUNKS} chunks"
+        elif self._journal.counted(device, manifest.round):
+            code, reason = "duplicate", _duplicate(manifest)
+        elif objection := self._check(manifest):
+            code, reason = "check", objection
+        if not code:
+            return True
+        log.warning("refused update %s of %s: %s", manifest.transfer, device, reason)
+        if code in ("changed", "replay"):  # nothing to store: the journal has this transfer or a later one
+            self._answer(device, Reject(manifest.transfer, code, reason, final=True))
+        else:
+            self._refuse(manifest, code, reason)
+        return False
 
     # --- chunks
 
+    def _has_place(self, manifest: Manifest) -> bool:
+        """Whether the transfer has chunks under way or may have; silent ones lose their places."""
+        oldest = time.monotonic() - _SILENT_S
+        self._active = {name: active for name, active in self._active.items() if active.last >= oldest}
+        taken = sum(min(_CREDIT, active.manifest.chunks) for active in self._active.values())
+        return manifest.transfer in self._active or taken + min(_CREDIT, manifest.chunks) <= UNDER_WAY
+
     def _grant(self, manifest: Manifest) -> None:
-        granted = self._journal.missing(manifest, CREDIT)
-        self._places.take(manifest, granted)
-        ranges = messages.to_ranges(granted)
-        grant = Grant(transfer=manifest.transfer, node=self._node, window=_WINDOW, missing=ranges)
-        self._queue(manifest.device, grant)
+        granted = self._journal.missing(manifest, _CREDIT)
+        self._active[manifest.transfer] = _Active(manifest, granted)
+        grant = Grant(manifest.transfer, self._node, window=_WINDOW, missing=chunks.to_ranges(granted))
+        self._answer(manifest.device, grant)
 
     def _arrived(self, device: str, transfer: str, payload: bytes) -> Update | None:
+        active = self._active.get(transfer)
         # this process started after the grant, or the transfer was silent and lost its place
-        active = self._places.find(transfer)
         if not active:
             entry = self._journal.find(transfer)
             if not entry or entry.state != "open":
                 log.debug("a chunk of %s, which is not open", transfer)
                 return None
-            active = self._places.take(entry.manifest, self._journal.missing(entry.manifest, CREDIT))
+            active = _Active(entry.manifest, self._journal.missing(entry.manifest, _CREDIT))
+            self._active[transfer] = active
         if active.manifest.device != device:
             raise BadMessage(f"{device} sent a chunk of a transfer of {active.manifest.device}")
-        index, data = messages.unpack_chunk(payload)
+        index, data = chunks.unpack(payload)
         self._journal.write(active.manifest, index, data)
         active.last = time.monotonic()
         active.granted.discard(index)
@@ -249,43 +253,41 @@ class Receiver:
         return None
 
     def _completed(self, manifest: Manifest) -> Update | None:
-        self._places.free(manifest.transfer)
+        self._active.pop(manifest.transfer, None)
         try:
-            payload = self._journal.verify(manifest)
+            return Update(manifest=manifest, payload=self._journal.verify(manifest))
         except BrokerError as error:
             log.warning("refused update %s of %s: %s", manifest.transfer, manifest.device, error)
-            self._journal.reject(manifest, "digest", str(error))
-            self._answer(manifest.transfer)
+            self._refuse(manifest, "digest", str(error))
             return None
-        return Update(manifest=manifest, payload=payload)
 
     # --- answers
 
-    def _queue(self, device: str, answer: Grant | Pause | Reject) -> None:
-        self._answers.append((device, answer.transfer, answer))
+    def _refuse(self, manifest: Manifest, code: str, reason: str) -> None:
+        """Refuse a transfer for good, in the journal, then to the device."""
+        self._active.pop(manifest.transfer, None)
+        self._journal.reject(manifest, code, reason)
+        self._answer_settled(self._journal.find(manifest.transfer))
 
-    def _answer(self, transfer: str) -> None:
-        """Send the outcome of a settled transfer."""
-        if entry := self._journal.find(transfer):
-            self._answers.append((entry.manifest.device, transfer, None))
-            self._send_answers()
+    def _answer_settled(self, entry: Entry | None) -> None:
+        if entry and entry.state == "committed":
+            self._answer(entry.manifest.device, Receipt(entry.manifest.transfer, entry.manifest.round))
+        elif entry and entry.state == "rejected":
+            reject = Reject(entry.manifest.transfer, entry.code, entry.reason, final=True)
+            self._answer(entry.manifest.device, reject)
+
+    def _answer(self, device: str, answer: Inbox) -> None:
+        self._answers.append((device, answer))
+        self._send_answers()
 
     def _send_answers(self) -> None:
-        while self._answers and not self._journal.in_transaction:
-            device, transfer, prepared = self._answers[0]
-            answer = prepared or self._outcome(transfer)
-            topic = topics.inbox(self._fleet, device, transfer)
-            if answer and not self._session.publish_nowait(topic, messages.encode(answer)):
+        """Send what the session has room for; `tick` tries again."""
+        while self._answers:
+            device, answer = self._answers[0]
+            topic = topics.inbox(self._fleet, device, answer.transfer)
+            if not self._session.publish_nowait(topic, messages.encode(answer)):
                 return
             self._answers.popleft()
-
-    def _outcome(self, transfer: str) -> Receipt | Reject | None:
-        entry = self._journal.find(transfer)
-        if entry and entry.state == "committed":
-            return Receipt(transfer=transfer, round=entry.manifest.round)
-        if entry and entry.state == "rejected":
-            return Reject(transfer=transfer, code=entry.code or "", reason=entry.reason or "", final=True)
-        return None
 
 
 def _duplicate(manifest: Manifest) -> str:

@@ -9,7 +9,6 @@ answer says how to continue.
 
 import logging
 import random
-import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable
@@ -20,10 +19,10 @@ from typing import TypeVar
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from edge_broker import messages, signing, topics
+from edge_broker import chunks, messages, signing, topics
 from edge_broker.errors import BadMessage, Refused
 from edge_broker.events import Connected, Event, Message, Unsent
-from edge_broker.messages import Grant, Manifest, Pause, Receipt, Reject
+from edge_broker.messages import Grant, Inbox, Manifest, Pause, Receipt, Reject
 from edge_broker.outbox import Outbox
 from edge_broker.session import Session
 from edge_broker.transfer.pace import IDLE_S, retry_s
@@ -51,6 +50,22 @@ class Rejected(msgspec.Struct, frozen=True):
 _Settled = TypeVar("_Settled", Committed, Rejected)
 
 
+class _Upload:
+    """The update under way."""
+
+    def __init__(self, manifest: Manifest, payload: Path) -> None:
+        self.manifest, self.payload = manifest, payload
+        self.due = time.monotonic()  # when to offer again
+        self.tries = 0  # offers without an answer
+        self.queue: deque[int] = deque()  # granted chunks that are not published
+        self.window, self.topic = 1, ""  # of the grant
+
+    def ask_again(self, after_s: float) -> None:
+        """Drop the queue and offer again later."""
+        self.queue.clear()
+        self.due = time.monotonic() + after_s * random.uniform(1.0, 1.25)
+
+
 class Uploader:
     """Sends the pending updates of the outbox."""
 
@@ -61,7 +76,7 @@ class Uploader:
         fleet: str,
         device_id: str,
         key: Ed25519PrivateKey,
-        on_settled: Callable[[Committed | Rejected, sqlite3.Connection], None] | None = None,
+        on_settled: Callable[[Committed | Rejected], object] = lambda _: None,
     ) -> None:
         """Prepare; call `start` once connected.
 
@@ -74,9 +89,9 @@ class Uploader:
         """
         self._session, self._outbox, self._key = session, outbox, key
         self._fleet, self._device = fleet, device_id
+        self._offer_topic = topics.offer(fleet, device_id)
         self._on_settled = on_settled
         self._current: _Upload | None = None
-        self._unreadable: Rejected | None = None  # set by tick, returned by handle
 
     def start(self) -> None:
         """Subscribe to the device's inbox."""
@@ -88,23 +103,21 @@ class Uploader:
         Returns:
             The outcome of an update, if there is one; an unreadable payload is Rejected as "payload".
         """
+        upload = self._current
         result: Committed | Rejected | None = None
         if isinstance(message, Message):
             try:
                 source = topics.parse(message.topic)
                 if (source.kind, source.fleet, source.device) == ("inbox", self._fleet, self._device):
-                    result = self._handle_inbox(messages.decode_inbox(message.payload))
+                    result = self._answered(messages.decode_inbox(message.payload))
             except BadMessage as error:
                 log.warning("ignored a message on %s: %s", message.topic, error)
-        elif isinstance(message, Connected) and not message.session_present and self._current:
-            self._current.ask_again(0.0)
-        elif isinstance(message, Unsent) and self._current and message.topic in self._current.topics():
+        elif upload and isinstance(message, Connected) and not message.session_present:
+            upload.ask_again(0.0)
+        elif upload and isinstance(message, Unsent) and message.topic in (self._offer_topic, upload.topic):
             log.warning("%s: %s", message.topic, message.reason)
-            self._current.ask_again(_REJECTED_S)
-        self._send_chunks()
-        if not result and self._unreadable:
-            result, self._unreadable = self._unreadable, None
-        return result
+            upload.ask_again(_REJECTED_S)
+        return result or self._send_chunks()
 
     def offer_now(self) -> None:
         """Offer the oldest pending update at the next tick, because a node has appeared."""
@@ -112,7 +125,7 @@ class Uploader:
             self._current.ask_again(0.0)
 
     def tick(self) -> float:
-        """Send the offer and chunks that are due.
+        """Send the offer that is due.
 
         Returns:
             Seconds until the next tick is of use.
@@ -122,129 +135,78 @@ class Uploader:
             pending = self._outbox.pending(limit=1)
             if not pending:
                 return IDLE_S
-            self._current = _Upload(pending[0], self._outbox.payload(pending[0].transfer), self._key)
-        self._send_chunks()
-        return self._offer(now)
-
-    def _offer(self, now: float) -> float:
+            self._current = _Upload(pending[0], self._outbox.payload(pending[0].transfer))
         upload = self._current
-        if upload is None:
-            return 0.0
         if upload.queue:
             return IDLE_S  # a Room or Connected event comes when more can be sent
         if upload.due <= now:
-            if not self._post(upload.offer_topic, upload.offer, None):
+            offer = signing.sign(self._key, signing.OFFER, messages.encode(upload.manifest)).encode()
+            if not self._post(upload, self._offer_topic, offer, None):
                 return IDLE_S
             upload.due = now + retry_s(upload.tries)
             upload.tries += 1
         return upload.due - now
 
-    def _handle_inbox(self, answer: messages.Inbox) -> Committed | Rejected | None:
+    def _answered(self, answer: Inbox) -> Committed | Rejected | None:
         entry = self._outbox.find(answer.transfer)
         if not entry or entry[1] != "pending":
             return None
         manifest, upload = entry[0], self._current
+        if upload and upload.manifest.transfer != answer.transfer:
+            upload = None
         if isinstance(answer, Receipt):
             return self._settle(Committed(manifest=manifest))
         if isinstance(answer, Reject):
             rejected = Rejected(manifest=manifest, code=answer.code, reason=answer.reason, final=answer.final)
             if answer.final:
                 return self._settle(rejected)
-            if upload and upload.manifest.transfer == answer.transfer:
+            if upload:
                 upload.ask_again(_REJECTED_S)
             return rejected
-        if upload and upload.manifest.transfer == answer.transfer:
-            if isinstance(answer, Grant):
-                upload.granted(answer, topics.up(self._fleet, answer.node, self._device, answer.transfer))
-            elif isinstance(answer, Pause):
-                upload.ask_again(answer.seconds)
+        if upload and isinstance(answer, Pause):
+            upload.ask_again(answer.seconds)
+        elif upload and isinstance(answer, Grant):
+            indices = chunks.from_ranges(answer.missing, manifest.chunks)
+            # ranges may repeat each other: each chunk is sent once
+            upload.queue = deque(dict.fromkeys(islice(indices, chunks.MAX_CHUNKS)))
+            upload.window = answer.window
+            upload.topic = topics.up(self._fleet, answer.node, self._device, answer.transfer)
+            upload.tries, upload.due = 0, time.monotonic() + retry_s(0)
         return None
 
     def _settle(self, result: _Settled) -> _Settled:
         transfer = result.manifest.transfer
-        with self._outbox.transaction() as database:
+        with self._outbox.transaction():
             if isinstance(result, Committed):
-                self._outbox.commit(transfer)
+                self._outbox.settle(transfer, "committed")
             else:
-                self._outbox.reject(transfer, result.code, result.reason)
-            if self._on_settled:
-                self._on_settled(result, database)
-        self._outbox.tidy(transfer)
+                self._outbox.settle(transfer, "rejected", result.code, result.reason)
+            self._on_settled(result)
         if self._current and self._current.manifest.transfer == transfer:
             self._current = None
         return result
 
-    def _send_chunks(self) -> None:
+    def _send_chunks(self) -> Rejected | None:
+        """Publish granted chunks, as far as the window has room."""
         upload = self._current
-        if upload is None:
-            return
-        try:
-            while chunk := upload.next_chunk():
-                if not self._post(upload.up_topic, chunk, upload.window):
-                    return
-                upload.sent()
-        except OSError as error:
-            reason = f"cannot read its payload: {error}"
-            rejected = Rejected(manifest=upload.manifest, code="payload", reason=reason, final=True)
-            self._unreadable = self._settle(rejected)
+        while upload and upload.queue:
+            index = upload.queue[0]
+            try:
+                chunk = chunks.pack(index, chunks.read(upload.payload, upload.manifest, index))
+            except OSError as error:
+                reason = f"cannot read its payload: {error}"
+                return self._settle(Rejected(upload.manifest, "payload", reason, final=True))
+            if not self._post(upload, upload.topic, chunk, upload.window):
+                break
+            upload.queue.popleft()
+            upload.due = time.monotonic() + retry_s(0)
+        return None
 
-    def _post(self, topic: str, payload: bytes, window: int | None) -> bool:
+    def _post(self, upload: _Upload, topic: str, payload: bytes, window: int | None) -> bool:
         try:
             return self._session.publish_nowait(topic, payload, window=window)
         # the broker's limit fell below this update's chunks: for its operator
         except Refused as error:
             log.error("%s", error)
-            if self._current:
-                self._current.ask_again(_REJECTED_S)
+            upload.ask_again(_REJECTED_S)
             return False
-
-
-class _Upload:
-    """The update under way."""
-
-    def __init__(self, manifest: Manifest, payload: Path, key: Ed25519PrivateKey) -> None:
-        self.manifest = manifest
-        self.due = time.monotonic()  # when to offer again
-        self.tries = 0  # offers without an answer
-        self.offer_topic = topics.offer(manifest.fleet, manifest.device)
-        self.offer = signing.sign(key, signing.OFFER, messages.encode(manifest)).encode()
-        self.queue: deque[int] = deque()  # granted chunks that are not published
-        self.window, self.up_topic = 1, ""  # of the grant
-        self._payload = payload
-        self._ready = b""  # the first chunk of the queue, packed; kept while the window is full
-
-    def granted(self, grant: Grant, up_topic: str) -> None:
-        """Queue the chunks of a grant."""
-        indices = messages.from_ranges(grant.missing, self.manifest.chunks)
-        # ranges may repeat each other: each chunk is sent once
-        self.queue = deque(dict.fromkeys(islice(indices, messages.MAX_CHUNKS)))
-        self.window, self.up_topic, self._ready = grant.window, up_topic, b""
-        self.tries, self.due = 0, time.monotonic() + retry_s(0)
-
-    def ask_again(self, after_s: float) -> None:
-        """Drop the queue and offer again later."""
-        self.queue.clear()
-        self._ready = b""
-        self.due = time.monotonic() + after_s * random.uniform(1.0, 1.25)
-
-    def next_chunk(self) -> bytes:
-        """The next chunk to publish, packed; empty if none is granted. Raises OSError."""
-        if self.queue and not self._ready:
-            index, size = self.queue[0], self.manifest.chunk_bytes
-            with self._payload.open("rb") as file:
-                file.seek(index * size)
-                data = file.read(size)
-            if len(data) != messages.chunk_size(self.manifest, index):
-                raise OSError(f"{self._payload} is not as long as it was")
-            self._ready = messages.pack_chunk(index, data)
-        return self._ready
-
-    def sent(self) -> None:
-        """Go on to the chunk after this one."""
-        self.queue.popleft()
-        self._ready = b""
-        self.due = time.monotonic() + retry_s(0)
-
-    def topics(self) -> tuple[str, str]:
-        """The topics that this upload publishes to."""
-        return self.offer_topic, self.up_topic

@@ -129,15 +129,16 @@ def test_that_an_update_was_refused_is_kept_until_it_is_said(tmp_path: Path, fin
     fleet = Fleet("f", (Model("m"),), rounds=1)
     current = RoundInProgress(Round(node="n", fleet=fleet, round=1, state="open", versions={}), "key")
     described = {"fleet": "f", "device": "a", "round": 1, "model_class": "m", "codec": "c"}
-    manifest = messages.describe(b"delta", messages.Origin(samples=1, **described), 8)  # type: ignore[arg-type]
+    (tmp_path / "delta").write_bytes(b"delta")
+    manifest = messages.describe(tmp_path / "delta", messages.Origin(samples=1, **described), 8)  # type: ignore[arg-type]
     with outbox.transaction():
         reports.owe(reports.of(current, "trained", None))
-        outbox.add(manifest, b"delta")
+        outbox.add(manifest, tmp_path / "delta")
     reports.publish_owed()
     assert link.published == []  # the node has not taken the update yet
     with outbox.transaction():
         reports.refused(1, tell=not finished)
-        outbox.reject(manifest.transfer, "late", "round 1 is closed")
+        outbox.settle(manifest.transfer, "rejected", "late", "round 1 is closed")
     store.connection.close()
     again, link, _, store = reports_of(tmp_path)
     again.publish_owed()

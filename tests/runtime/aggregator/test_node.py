@@ -40,9 +40,14 @@ def node(tmp_path):
         one._store.connection.close()
 
 
+def described(origin, folder):
+    (folder / "delta").write_bytes(b"delta")
+    return messages.describe(folder / "delta", origin, 8)
+
+
 def update(node, device, round_=1, commit=True):
     origin = messages.Origin(fleet="f", device=device, round=round_, model_class="m", codec="c", samples=1)
-    manifest = messages.describe(b"delta", origin, 8)
+    manifest = described(origin, node.options.state)
     node._journal.open(manifest)
     node._journal.write(manifest, 0, b"delta")
     if commit:
@@ -85,10 +90,10 @@ def test_public_texts_that_are_others_than_those_that_were_asked_are_refused(nod
 @pytest.mark.parametrize(
     ("samples", "taken"), [(0, False), (1, True), (6, True), (7, False), (1 << 53, False)]
 )
-def test_an_update_weighs_no_more_than_the_rows_of_a_round(samples, taken):
+def test_an_update_weighs_no_more_than_the_rows_of_a_round(samples, taken, tmp_path):
     fleet = settings.parse({**FLEET, "training": {"steps": 3, "rows_a_step": 2}})
-    described = {"fleet": "f", "device": "a", "round": 1, "model_class": "m", "codec": CODEC}
-    reason = refusal(messages.describe(b"delta", messages.Origin(samples=samples, **described), 8), fleet, 1)
+    origin = messages.Origin(fleet="f", device="a", round=1, model_class="m", codec=CODEC, samples=samples)
+    reason = refusal(described(origin, tmp_path), fleet, 1)
     assert (reason is None) is taken
     if not taken:
         assert reason == f"the manifest has {samples} samples, which weigh its mean, but a round has 1 to 6"

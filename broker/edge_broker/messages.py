@@ -11,10 +11,11 @@ from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
+from edge_broker import topics
 from edge_broker.errors import BadMessage, BrokerError
 
-Name = Annotated[str, msgspec.Meta(pattern=r"^(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,64}\Z")]
-Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Name = Annotated[str, msgspec.Meta(pattern=rf"^{topics.NAME}\Z")]
+Digest = Annotated[str, msgspec.Meta(pattern=rf"^{topics.DIGEST}\Z")]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Text = Annotated[str, msgspec.Meta(max_length=512)]

@@ -9,7 +9,8 @@
     edge/1/<fleet>/want/<id>                       chunks a device still misses
     edge/1/<fleet>/artifact/<digest>/<n>           chunks of a global adapter
 
-The 1 is the version of this layout. No topic has more than 7 slashes, the limit of AWS IoT Core.
+The 1 is the version of this layout. No topic has more than 7 slashes, the limit of AWS IoT Core. With
+ANY in place of a name, a topic is a filter to subscribe to.
 """
 
 import hashlib
@@ -19,18 +20,23 @@ import msgspec
 
 from edge_broker.errors import BadMessage, BrokerError
 
+ANY = "+"
+NAME = r"(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,64}"  # also names a file: neither . nor ..
+DIGEST = r"[0-9a-f]{64}"
 _ROOT = "edge/1"
-_NAME = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,64}")  # also names a file: neither . nor ..
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_LAYOUT = {  # parts after the fleet; <…> names a field of Topic
-    "round": ("round",),
-    "presence": ("device", "<device>", "presence"),
-    "inbox": ("device", "<device>", "inbox", "<transfer>"),
-    "report": ("device", "<device>", "report"),
-    "offer": ("offer", "<device>"),
-    "up": ("node", "<node>", "up", "<device>", "<transfer>"),
-    "want": ("want", "<device>"),
-    "artifact": ("artifact", "<digest>", "<chunk>"),
+_LAYOUT = {
+    "round": "{fleet}/round",
+    "presence": "{fleet}/device/{device}/presence",
+    "inbox": "{fleet}/device/{device}/inbox/{transfer}",
+    "report": "{fleet}/device/{device}/report",
+    "offer": "{fleet}/offer/{device}",
+    "up": "{fleet}/node/{node}/up/{device}/{transfer}",
+    "want": "{fleet}/want/{device}",
+    "artifact": "{fleet}/artifact/{digest}/{chunk}",
+}
+_PATTERNS = {
+    kind: re.compile(f"{_ROOT}/" + re.sub(r"{(\w+)}", r"(?P<\1>[^/]*)", layout))
+    for kind, layout in _LAYOUT.items()
 }
 
 
@@ -48,65 +54,27 @@ class Topic(msgspec.Struct, frozen=True):
 
 def round(fleet: str) -> str:
     """The retained, signed announcement of the fleet's round."""
-    return _build("round", fleet)
+    return _build("round", fleet=fleet)
 
 
 def presence(fleet: str, device: str) -> str:
     """The retained presence of a device."""
-    return _build("presence", fleet, device=device)
+    return _build("presence", fleet=fleet, device=device)
 
 
 def inbox(fleet: str, device: str, transfer: str) -> str:
     """What the node tells a device about one transfer."""
-    return _build("inbox", fleet, device=device, transfer=transfer)
+    return _build("inbox", fleet=fleet, device=device, transfer=transfer)
 
 
 def report(fleet: str, device: str) -> str:
     """A device's measurements of a round."""
-    return _build("report", fleet, device=device)
+    return _build("report", fleet=fleet, device=device)
 
 
 def offer(fleet: str, device: str) -> str:
     """A device's signed manifests."""
-    return _build("offer", fleet, device=device)
-
-
-def up(fleet: str, node: str, device: str, transfer: str) -> str:
-    """The chunks of one transfer, to the node that granted it."""
-    return _build("up", fleet, node=node, device=device, transfer=transfer)
-
-
-def want(fleet: str, device: str) -> str:
-    """Which chunks of an artifact a device still misses."""
-    return _build("want", fleet, device=device)
-
-
-def artifact(fleet: str, digest: str, chunk: int) -> str:
-    """One chunk of an artifact."""
-    return _build("artifact", fleet, digest=digest, chunk=str(chunk))
-
-
-# --- filters to subscribe to
-
-
-def all_rounds() -> str:
-    """The round of every fleet on the broker."""
-    return f"{_ROOT}/+/round"
-
-
-def all_presence(fleet: str) -> str:
-    """The presence of every device."""
-    return presence(fleet, "+")
-
-
-def all_inbox(fleet: str, device: str) -> str:
-    """Everything nodes tell one device."""
-    return inbox(fleet, device, "+")
-
-
-def all_reports(fleet: str) -> str:
-    """The reports of every device."""
-    return report(fleet, "+")
+    return _build("offer", fleet=fleet, device=device)
 
 
 def all_offers(fleet: str) -> str:
@@ -114,25 +82,22 @@ def all_offers(fleet: str) -> str:
 
     Only for sessions with expiry 0: brokers hand shared messages to offline members too.
     """
-    return f"$share/nodes/{offer(fleet, '+')}"
+    return f"$share/nodes/{offer(fleet, ANY)}"
 
 
-def all_up(fleet: str, node: str) -> str:
-    """The chunks of every transfer that this node granted."""
-    return up(fleet, node, "+", "+")
+def up(fleet: str, node: str, device: str, transfer: str) -> str:
+    """The chunks of one transfer, to the node that granted it."""
+    return _build("up", fleet=fleet, node=node, device=device, transfer=transfer)
 
 
-def all_wants(fleet: str) -> str:
-    """The wants of every device."""
-    return want(fleet, "+")
+def want(fleet: str, device: str) -> str:
+    """Which chunks of an artifact a device still misses."""
+    return _build("want", fleet=fleet, device=device)
 
 
-def all_chunks(fleet: str, digest: str) -> str:
-    """Every chunk of one artifact."""
-    return _build("artifact", fleet, digest=digest, chunk="+")
-
-
-# --- reading
+def artifact(fleet: str, digest: str, chunk: int | str) -> str:
+    """One chunk of an artifact."""
+    return _build("artifact", fleet=fleet, digest=digest, chunk=str(chunk))
 
 
 def parse(topic: str) -> Topic:
@@ -141,19 +106,15 @@ def parse(topic: str) -> Topic:
     Raises:
         BadMessage: it is none of this layout.
     """
-    parts = topic.split("/")
-    if parts[:2] == _ROOT.split("/") and len(parts) > 3:
-        for kind, layout in _LAYOUT.items():
-            fields = _match(layout, parts[3:])
-            if fields is not None:
-                try:
-                    name("fleet", parts[2])
-                    for field, value in fields.items():
-                        _check(field, value)
-                except BrokerError as error:
-                    raise BadMessage(f"topic {topic!r}: {error}") from None
-                chunk = int(fields.pop("chunk", -1))
-                return Topic(kind=kind, fleet=parts[2], chunk=chunk, **fields)
+    for kind, pattern in _PATTERNS.items():
+        if match := pattern.fullmatch(topic):
+            fields = match.groupdict()
+            try:
+                for field, value in fields.items():
+                    _check(field, value)
+            except BrokerError as error:
+                raise BadMessage(f"topic {topic!r}: {error}") from None
+            return Topic(kind=kind, chunk=int(fields.pop("chunk", -1)), **fields)
     raise BadMessage(f"topic {topic!r} is none of {_ROOT}/<fleet>/{{{', '.join(_LAYOUT)}}}")
 
 
@@ -163,7 +124,7 @@ def name(kind: str, value: str) -> str:
     Raises:
         BrokerError: it is not 1-64 characters of [A-Za-z0-9._-], or is "." or "..".
     """
-    if not _NAME.fullmatch(value):
+    if not re.fullmatch(NAME, value):
         raise BrokerError(
             f"the {kind} is {value!r}; it needs 1-64 characters out of A-Z a-z 0-9 . _ -, and not . or .. alone"
         )
@@ -176,32 +137,19 @@ def client_id(role: str, fleet: str, name: str) -> str:
     return f"{role}-{unique}-{name}"[:64]
 
 
-def _build(kind: str, fleet: str, **fields: str) -> str:
+def _build(kind: str, **fields: str) -> str:
     for field, value in fields.items():
-        if value != "+":
+        if value != ANY:
             _check(field, value)
-    parts = [fields[part[1:-1]] if part.startswith("<") else part for part in _LAYOUT[kind]]
-    return "/".join([_ROOT, name("fleet", fleet), *parts])
-
-
-def _match(layout: tuple[str, ...], parts: list[str]) -> dict[str, str] | None:
-    if len(layout) != len(parts):
-        return None
-    fields = {}
-    for expected, part in zip(layout, parts, strict=True):
-        if expected.startswith("<"):
-            fields[expected[1:-1]] = part
-        elif expected != part:
-            return None
-    return fields
+    return f"{_ROOT}/{_LAYOUT[kind].format(**fields)}"
 
 
 def _check(field: str, value: str) -> None:
     if field == "chunk":
-        if not (value.isascii() and value.isdigit() and len(value) <= 9):
+        if not re.fullmatch("[0-9]{1,9}", value):
             raise BrokerError(f"the chunk is {value!r}; it needs to be a number of at most 9 digits")
     elif field == "digest":
-        if not _DIGEST.fullmatch(value):
+        if not re.fullmatch(DIGEST, value):
             raise BrokerError(f"the digest is {value!r}; it needs 64 characters out of 0-9 a-f")
     else:
         name(field, value)

@@ -129,7 +129,7 @@ def _ignored(error: BadMessage) -> str:
 
 def _no_round(session: Session, options: DeviceOptions) -> str:
     """No round of the fleet was announced: name the fleets that are."""
-    session.subscribe(topics.all_rounds())
+    session.subscribe(topics.round(topics.ANY))
     fleets: set[str] = set()
     until = time.monotonic() + LISTEN_S
     while time.monotonic() < until and isinstance(item := session.receive(1.0), Message):

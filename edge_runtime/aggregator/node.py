@@ -209,7 +209,7 @@ class Node:
         fleet = self.fleet.name
         try:
             self._session.connect(15.0)
-            self._session.subscribe(topics.all_presence(fleet), topics.all_reports(fleet))
+            self._session.subscribe(topics.presence(fleet, topics.ANY), topics.report(fleet, topics.ANY))
             self._receiver.start()
             self._announcer.start()
         except BrokerError as error:

@@ -46,7 +46,9 @@ def read(broker: Address, fleet: str) -> Status:
     try:
         with Session(broker, f"status-{uuid.uuid4().hex[:12]}", session_expiry_s=0) as session:
             session.connect(CONNECT_TIMEOUT_S)
-            session.subscribe(topics.all_rounds(), topics.all_presence(fleet), topics.all_reports(fleet))
+            session.subscribe(
+                topics.round(topics.ANY), topics.presence(fleet, topics.ANY), topics.report(fleet, topics.ANY)
+            )
             until = time.monotonic() + LONGEST_S
             while time.monotonic() < until and (item := session.receive(QUIET_S)) is not None:
                 if isinstance(item, Message):

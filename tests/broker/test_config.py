@@ -134,13 +134,15 @@ def test_a_device_and_a_node_can_do_their_part(fleet_broker, await_message):
     ):
         node.subscribe(
             topics.all_offers("f"),
-            topics.all_up("f", "node-1"),
-            topics.all_wants("f"),
-            topics.all_presence("f"),
+            topics.up("f", "node-1", topics.ANY, topics.ANY),
+            topics.want("f", topics.ANY),
+            topics.presence("f", topics.ANY),
         )
         assert b"online" in await_message(node, "/presence").payload
         device.subscribe(
-            topics.all_inbox("f", "device-1"), topics.all_chunks("f", "0" * 64), topics.round("f")
+            topics.inbox("f", "device-1", topics.ANY),
+            topics.artifact("f", "0" * 64, topics.ANY),
+            topics.round("f"),
         )
         for topic in (
             topics.offer("f", "device-1"),

@@ -24,7 +24,7 @@ while True:
 def watch(open_session, fleet, await_message):
     """The next state of device d that a tracker reports."""
     session, tracker = open_session("watcher"), Tracker()
-    session.subscribe(topics.all_presence(fleet))
+    session.subscribe(topics.presence(fleet, topics.ANY))
 
     def next_state():
         while not tracker.handle(*(lambda m: (m.topic, m.payload))(await_message(session))):

@@ -33,13 +33,13 @@ def test_every_topic_is_built_and_parsed(built, parsed, text):
 
 
 def test_filters_hold_the_wildcards():
-    assert topics.all_presence("f") == "edge/1/f/device/+/presence"
-    assert topics.all_inbox("f", "d") == "edge/1/f/device/d/inbox/+"
-    assert topics.all_reports("f") == "edge/1/f/device/+/report"
+    assert topics.presence("f", topics.ANY) == "edge/1/f/device/+/presence"
+    assert topics.inbox("f", "d", topics.ANY) == "edge/1/f/device/d/inbox/+"
+    assert topics.report("f", topics.ANY) == "edge/1/f/device/+/report"
     assert topics.all_offers("f") == "$share/nodes/edge/1/f/offer/+"
-    assert topics.all_up("f", "n") == "edge/1/f/node/n/up/+/+"
-    assert topics.all_wants("f") == "edge/1/f/want/+"
-    assert topics.all_chunks("f", DIGEST) == f"edge/1/f/artifact/{DIGEST}/+"
+    assert topics.up("f", "n", topics.ANY, topics.ANY) == "edge/1/f/node/n/up/+/+"
+    assert topics.want("f", topics.ANY) == "edge/1/f/want/+"
+    assert topics.artifact("f", DIGEST, topics.ANY) == f"edge/1/f/artifact/{DIGEST}/+"
 
 
 @pytest.mark.parametrize("bad", ["", "a/b", "a b", "a+", "#", "é", "x" * 65, "a\n", ".", ".."])

@@ -94,7 +94,7 @@ def presence_of(fleet: Fleet, device: str) -> str:
     tracker = presence.Tracker()
     with Session(fleet.broker.url, f"{fleet.name}-looks", session_expiry_s=0) as session:
         session.connect(10)
-        session.subscribe(topics.all_presence(fleet.name))
+        session.subscribe(topics.presence(fleet.name, topics.ANY))
         while tracker.state(device) == "unknown":
             item = session.receive(5)
             assert item is not None

@@ -81,7 +81,7 @@ class Fetcher:
             return Fetched(artifact=artifact, path=path)
         if not self._current or self._current.artifact != artifact:
             self.drop()
-            self._session.subscribe(topics.all_chunks(self._fleet, artifact.digest))
+            self._session.subscribe(topics.artifact(self._fleet, artifact.digest, topics.ANY))
             self._current = _Download(artifact, path.with_suffix(".part"))
             self.tick()
         return None
@@ -89,7 +89,7 @@ class Fetcher:
     def drop(self) -> None:
         """Give up the download under way, if there is one."""
         if self._current:
-            self._session.unsubscribe(topics.all_chunks(self._fleet, self._current.artifact.digest))
+            self._session.unsubscribe(topics.artifact(self._fleet, self._current.artifact.digest, topics.ANY))
             self._current.part.unlink(missing_ok=True)
             self._current = None
 

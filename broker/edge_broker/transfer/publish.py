@@ -35,7 +35,7 @@ class Publisher:
 
     def start(self) -> None:
         """Subscribe to the fleet's wants."""
-        self._session.subscribe(topics.all_wants(self._fleet))
+        self._session.subscribe(topics.want(self._fleet, topics.ANY))
 
     def serve(self, path: Path) -> Artifact:
         """Serve this file from now on; the file must stay unchanged until `withdraw`.

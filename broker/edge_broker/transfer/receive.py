@@ -33,6 +33,7 @@ _SILENT_S = 30.0  # a transfer without a chunk for so long gives its place to an
 _DISK_FULL_S = 60.0  # before the disk is tried again
 _FLUSH_S = 1.0  # after a chunk, if no further one fills the journal's sixteen
 _MAX_ANSWERS = 4096  # unsent; the oldest are dropped, and devices offer again
+_DUPLICATE = "device {0.device} already counts in round {0.round}"  # of a manifest
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,9 @@ class Receiver:
 
     def start(self) -> None:
         """Subscribe to offers and to this node's chunks."""
-        self._session.subscribe(topics.all_up(self._fleet, self._node), topics.all_offers(self._fleet))
+        self._session.subscribe(
+            topics.up(self._fleet, self._node, topics.ANY, topics.ANY), topics.all_offers(self._fleet)
+        )
 
     def handle(self, message: Message | Event | None) -> Update | None:
         """Take a message of the session. Other topics are ignored, malformed messages are logged.
@@ -135,7 +138,7 @@ class Receiver:
         counts = self._journal.commit(transfer, within)
         entry = self._journal.find(transfer)
         if entry and entry.state == "open":
-            self._refuse(entry.manifest, "duplicate", _duplicate(entry.manifest))
+            self._refuse(entry.manifest, "duplicate", _DUPLICATE.format(entry.manifest))
         else:
             self._answer_settled(entry)
         return counts
@@ -201,7 +204,7 @@ class Receiver:
             cut = f"{manifest.size} bytes in {manifest.chunks} chunks of {manifest.chunk_bytes}"
             code, reason = "size", f"{cut} do not add up, or are more than {chunks.MAX_CHUNKS} chunks"
         elif self._journal.counted(device, manifest.round):
-            code, reason = "duplicate", _duplicate(manifest)
+            code, reason = "duplicate", _DUPLICATE.format(manifest)
         elif objection := self._check(manifest):
             code, reason = "check", objection
         if not code:
@@ -288,10 +291,6 @@ class Receiver:
             if not self._session.publish_nowait(topic, messages.encode(answer)):
                 return
             self._answers.popleft()
-
-
-def _duplicate(manifest: Manifest) -> str:
-    return f"device {manifest.device} already counts in round {manifest.round}"
 
 
 def _claimed_transfer(payload: bytes) -> str | None:

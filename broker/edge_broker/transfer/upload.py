@@ -95,7 +95,7 @@ class Uploader:
 
     def start(self) -> None:
         """Subscribe to the device's inbox."""
-        self._session.subscribe(topics.all_inbox(self._fleet, self._device))
+        self._session.subscribe(topics.inbox(self._fleet, self._device, topics.ANY))
 
     def handle(self, message: Message | Event | None) -> Committed | Rejected | None:
         """Take a message of the session. Other topics are ignored, malformed messages are logged.

@@ -1,29 +1,32 @@
 """The thread that keeps one MQTT connection alive by running paho's `loop`.
 
+    closed -> opening -> connected <-> lost, and from each of them -> closing -> closed
+
 paho's own thread is not used: its reconnect has no jitter, and the will's epoch must change before
-each connect. The callbacks only record what happened and wake waiting threads. Subscriptions are
-restored and presence is published between two calls of `loop`. No lock that a callback takes is held
-across a call into paho, because paho holds a lock of its own while it calls back.
+each connect. The callbacks record what happened and wake waiting threads. No lock that a callback
+takes is held across a publish, because paho holds a lock of its own while it calls back.
 """
 
+import enum
 import logging
 import random
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from paho.mqtt import client as paho
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from edge_broker import errors, messages, presence, topics
+from edge_broker import messages, presence, topics
 from edge_broker.address import Address
-from edge_broker.errors import BrokerError, BrokerUnreachable
+from edge_broker.errors import BrokerError, BrokerUnreachable, Refused
 from edge_broker.events import Connected, Disconnected, Event
-from edge_broker.subscriptions import Subscriptions
 from edge_broker.window import SLOTS, Ticket, Window, publish_size
 
 _RECEIVE_MAXIMUM = 32  # messages from the broker without our acknowledgement: 2 MiB of chunks
@@ -32,7 +35,26 @@ _KEEPALIVE_S = 30
 _SETTLED_S = 10.0  # after a connection that lasted this long the back-off starts anew
 _BACKOFF_S = (1.0, 30.0)  # first and largest upper bound of the random wait before a reconnect
 
+# reason codes of CONNACK (MQTT 5, section 3.2.2.2): unavailable, busy, quota exceeded, rate exceeded
+_PERHAPS_LATER = (0x88, 0x89, 0x97, 0x9F)
+_HINTS = {
+    0x84: "it does not speak MQTT 5",
+    0x85: "it does not accept this client id",
+    0x86: "check the user name and password",
+    0x87: "check the certificate or user name, and the access rules",
+}
+
 log = logging.getLogger(__name__)
+
+
+class State(enum.Enum):
+    """Where a connection is."""
+
+    CLOSED = enum.auto()
+    OPENING = enum.auto()  # the first connect, whose failure `open` raises
+    CONNECTED = enum.auto()
+    LOST = enum.auto()  # the thread tries to connect again
+    CLOSING = enum.auto()  # the thread is to end
 
 
 class Connection:
@@ -47,25 +69,22 @@ class Connection:
         put: Callable[[Event | tuple[int, paho.MQTTMessage]], None],
     ) -> None:
         self.address, self.spec = address, spec
-        self.epoch = spec.epoch if spec else 0
         self.changed = threading.Condition(threading.RLock())
+        self.state = State.CLOSED
+        # names a connection: an acknowledgement must not cross to the next one
+        self.epoch = spec.epoch if spec else 0
         self.window = Window(self.changed, put, _PACKET_MAX)
-        self.connected = False
-        # counts connections: an acknowledgement must not cross to the next one
-        self.generation = 0
         self.bytes_down = 0
         self._put, self._expiry_s = put, expiry_s
-        self._opened_at = 0  # the generation before open()
-        self._thread: threading.Thread | None = None
-        self._stopping = threading.Event()
-        self._failure: BrokerError | None = None
-        self._greet: bool | None = None  # session_present of a connection not greeted yet
+        self._failure: BrokerError | None = None  # why the connection broke, or did not come about
+        self._speaking = threading.Lock()  # held while presence is published; never taken in a callback
         self._announce = False  # "online" is still to be published on this connection
         self._leaving = False  # "offline" was published: nothing may follow
-        # held while presence is published; never taken in a callback
-        self._speaking = threading.Lock()
+        self.filters: dict[str, None] = {}  # subscribed to, in that order
+        # by packet number: answers that a thread waits for, and filters that were sent again
+        self.answers: dict[int, list[ReasonCode]] = {}
+        self._restoring: dict[int, tuple[str, ...]] = {}
         self.client = self._make_client(client_id)
-        self.subscriptions = Subscriptions(self.client, address, self.changed)
 
     def open(self, timeout_s: float) -> None:
         """Connect, trying once.
@@ -73,11 +92,10 @@ class Connection:
         Raises:
             BrokerUnreachable, Refused: see `Session.connect`.
         """
-        if self._thread and self._thread.is_alive():
-            raise BrokerError(f"already connected to {self.address}, or still closing")
-        self._stopping.clear()
-        self._leaving = False
-        self._failure = None
+        with self.changed:
+            if self.state is not State.CLOSED:
+                raise BrokerError(f"already connected to {self.address}, or still closing")
+            self.state, self._leaving = State.OPENING, False
         self.client.connect_timeout = timeout_s
         properties = Properties(PacketTypes.CONNECT)
         properties.SessionExpiryInterval = self._expiry_s
@@ -89,51 +107,25 @@ class Connection:
         # ends with its connection.
         clean = paho.MQTT_CLEAN_START_FIRST_ONLY if self._expiry_s else True
         self.client.connect_async(host, port, _KEEPALIVE_S, clean_start=clean, properties=properties)
-        before = self._opened_at = self.generation
         self._thread = threading.Thread(target=self._run, name="edge-broker", daemon=True)
         self._thread.start()
         with self.changed:
-            self.changed.wait_for(lambda: self.generation > before or self._failure, timeout_s)
-            if self.generation > before:
-                return
-            failure = self._failure
-        self.stop()
-        raise failure or errors.unreachable(self.address, f"no answer within {timeout_s:g} s")
+            answered = self.changed.wait_for(lambda: self.state is not State.OPENING, timeout_s)
+            if self.state is State.CLOSED and self._failure:
+                raise self._failure
+        if not answered:
+            self.close()
+            raise self._unreachable(f"no answer within {timeout_s:g} s")
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Disconnect and end the thread; waiters get a BrokerError."""
-        self._stopping.set()
         with self.changed:
+            if self.state is State.CLOSED:
+                return
+            self.state = State.CLOSING
             self.changed.notify_all()
         self.client.disconnect()
-        if self._thread:
-            self._thread.join(5.0)
-        self.connected = False
-
-    def wait(self, condition: Callable[[], bool], deadline: float) -> bool:
-        """Wait until the condition holds; False when the deadline (monotonic) passed.
-
-        Raises:
-            BrokerError: the connection was closed for good meanwhile.
-        """
-        left_s = max(0.0, deadline - time.monotonic())
-        with self.changed:
-            self.changed.wait_for(lambda: condition() or self._stopping.is_set(), left_s)
-            if self._stopping.is_set():
-                raise BrokerError(f"the session with {self.address} is closed")
-            return condition()
-
-    def wait_connected(self, deadline: float, purpose: str) -> int:
-        """Wait for a connection and return its generation.
-
-        Raises:
-            BrokerUnreachable: there was no connection in time.
-        """
-        if not self._thread:
-            raise BrokerError(f"cannot {purpose}: call connect first")
-        if not self.wait(lambda: self.connected, deadline):
-            raise BrokerUnreachable(f"cannot {purpose}: no connection to {self.address}")
-        return self.generation
+        self._thread.join(5.0)
 
     def post(
         self, topic: str, payload: bytes, retain: bool, expiry_s: int | None, limit: int | None, waited: bool
@@ -142,43 +134,20 @@ class Connection:
 
         Raises:
             Refused: the packet is larger than the broker takes.
-            BrokerError: paho refused it.
         """
         properties = None
         if expiry_s is not None:
             properties = Properties(PacketTypes.PUBLISH)
             properties.MessageExpiryInterval = expiry_s
         size = publish_size(topic.encode(), len(payload), properties)
-        ticket = self.window.take(topic, size, limit, waited) if self.connected else None
+        connected = self.state is State.CONNECTED
+        ticket = self.window.take(topic, size, limit, waited) if connected else None
         if ticket:
             info = self.client.publish(topic, payload, qos=1, retain=retain, properties=properties)
-            if info.rc not in (paho.MQTT_ERR_SUCCESS, paho.MQTT_ERR_NO_CONN):
-                self.window.give_back()
-                raise BrokerError(f"cannot publish to {topic}: {paho.error_string(info.rc)}")
             self.window.sent(info.mid, ticket, on_the_wire=info.rc == paho.MQTT_ERR_SUCCESS)
         return ticket
 
-    def subscribe(self, filters: tuple[str, ...], deadline: float) -> None:
-        """Subscribe at QoS 1 and wait for the broker's answer, across reconnects.
-
-        Raises:
-            Refused, BrokerError: see `Session.subscribe`.
-        """
-        purpose = f"subscribe to {', '.join(filters)}"
-        while True:
-            generation = self.wait_connected(deadline, purpose)
-            if (number := self.subscriptions.send(filters)) is None:
-                continue  # the connection broke meanwhile
-
-            def settled(number: int = number, generation: int = generation) -> bool:
-                return self.subscriptions.answered(number) or self.generation != generation
-
-            if not self.wait(settled, deadline):
-                raise BrokerError(f"cannot {purpose}: {self.address} did not answer in time")
-            if self.subscriptions.remember(filters, number):
-                return
-
-    def publish_presence(self, state: Any, waited: bool) -> Ticket | None:
+    def publish_presence(self, state: Literal["online", "offline"], waited: bool) -> Ticket | None:
         """Publish the presence if there is room; after "offline" nothing else is published."""
         assert self.spec
         with self._speaking:
@@ -188,64 +157,71 @@ class Connection:
             body = messages.encode(messages.Presence(state=state, epoch=self.epoch))
             return self.post(topics.presence(self.spec.fleet, self.spec.id), body, True, None, None, waited)
 
+    def send_subscribe(self, filters: tuple[str, ...]) -> int:
+        """Send a SUBSCRIBE at QoS 1 and return its packet number; 0 without a connection."""
+        _, number = self.client.subscribe([(pattern, SubscribeOptions(qos=1)) for pattern in filters])
+        return number or 0
+
+    def check_subscribed(self, filters: tuple[str, ...], codes: list[ReasonCode]) -> None:
+        """Raise Refused if the broker's answer to a SUBSCRIBE refuses one of its filters."""
+        pairs = zip(filters, codes, strict=False)
+        if refused := [f"{pattern} ({code})" for pattern, code in pairs if code.is_failure]:
+            raise Refused(
+                f"{self.address} refused to subscribe us to {', '.join(refused)}; check its access rules"
+            )
+
     # --- the thread
 
     def _run(self) -> None:
         failures = 0
-        while not self._stopping.is_set():
+        while True:
             began = time.monotonic()
-            self._renew_will()
-            try:
-                self.client.reconnect()
-                while self.client.loop(timeout=1.0) == paho.MQTT_ERR_SUCCESS:
-                    self._between_packets()
-            # ValueError: a certificate for another host
-            except (OSError, ValueError) as error:
-                self._broken(errors.failed_connection(self.address, error))
-            except Exception as error:  # paho's parser: ends the connection, not the session
-                log.exception("the connection to %s broke on an unexpected error", self.address)
-                self._broken(errors.unreachable(self.address, repr(error)))
-            # the first connect failed: open() raises the reason
-            if self.generation == self._opened_at:
-                with self.changed:
-                    unanswered = errors.unreachable(self.address, "it closed the connection unanswered")
-                    self._failure = self._failure or unanswered
-                    self.changed.notify_all()
-                return
+            failure = self._stay_connected()
+            with self.changed:
+                if self.state not in (State.CONNECTED, State.LOST):
+                    break
+                self.state = State.LOST
+            self._put(Disconnected(reason=str(failure)))
             # full jitter, so that a fleet does not come back in step after the broker's restart
             failures = 0 if time.monotonic() - began > _SETTLED_S else failures + 1
             first, largest = _BACKOFF_S
-            self._stopping.wait(random.uniform(0, min(largest, first * 2 ** min(max(failures - 1, 0), 10))))
+            wait_s = random.uniform(0, min(largest, first * 2 ** min(max(failures - 1, 0), 10)))
+            with self.changed:
+                if self.changed.wait_for(lambda: self.state is State.CLOSING, wait_s):
+                    break
+        self.client.disconnect()  # after a refusal paho takes itself for connecting still
+        with self.changed:
+            self.state, self._failure = State.CLOSED, failure
+            self.changed.notify_all()
 
-    def _renew_will(self) -> None:
+    def _stay_connected(self) -> BrokerError:
+        """Connect once, and return why the connection ended or did not come about."""
+        self._failure = None
+        self.epoch = presence.next_epoch(self.epoch)
         if self.spec:
-            self.epoch = presence.next_epoch(self.epoch)
             will = messages.encode(messages.Presence(state="lost", epoch=self.epoch))
             self.client.will_set(topics.presence(self.spec.fleet, self.spec.id), will, qos=1, retain=True)
+        try:
+            self.client.reconnect()
+            while self.client.loop(timeout=1.0) == paho.MQTT_ERR_SUCCESS:
+                if self._announce and self.publish_presence("online", waited=False):
+                    self._announce = False
+                if self.state is State.CLOSING:  # close() may have come while paho was still connecting
+                    self.client.disconnect()
+        except ssl.SSLError as error:
+            advice = "check ca, cert, key and the host name"
+            return Refused(f"TLS with {self.address} failed: {error}; {advice}")
+        # ValueError: a host name that cannot be looked up
+        except (OSError, ValueError) as error:
+            return self._unreachable(str(error))
+        except Exception as error:  # paho's parser: ends the connection, not the session
+            log.exception("the connection to %s broke on an unexpected error", self.address)
+            return self._unreachable(repr(error))
+        return self._failure or self._unreachable("it closed the connection unanswered")
 
-    def _between_packets(self) -> None:
-        # the owner hears of the connection only after its subscriptions were sent again
-        if self._greet is not None:
-            session_present, self._greet = self._greet, None
-            if not session_present:
-                self.subscriptions.restore()
-            self._put(Connected(session_present=session_present, epoch=self.epoch))
-        if self._announce and self.publish_presence("online", waited=False):
-            self._announce = False
-        if self._stopping.is_set():  # stop() may have come while paho was still connecting
-            self.client.disconnect()
-
-    def _broken(self, error: BrokerError) -> None:
-        with self.changed:
-            self.connected = False
-            self._failure = self._failure or error
-            reason = str(self._failure)
-            opened = self.generation > self._opened_at
-            if opened:  # otherwise open() raises the failure
-                self._failure = None
-            self.changed.notify_all()
-        if opened and not self._stopping.is_set():
-            self._put(Disconnected(reason=reason))
+    def _unreachable(self, why: str) -> BrokerUnreachable:
+        hint = "start one with `edge-runtime broker` or check the address"
+        return BrokerUnreachable(f"no MQTT broker answered at {self.address}: {why}; {hint}")
 
     # --- paho's callbacks, all called on the thread
 
@@ -257,39 +233,54 @@ class Connection:
             client.tls_set_context(tls)
         if self.address.user is not None:
             client.username_pw_set(self.address.user, self.address.password)
-        client.on_socket_open = self._on_socket_open
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
+        client.on_subscribe = self._on_subscribe
         client.on_publish = self._on_publish
         client.on_message = self._on_message
         # Tells paho that the loop's thread writes. Without it publish() would write at the same time.
         client.on_socket_register_write = lambda *_: None
         return client
 
-    def _on_socket_open(self, _client: Any, _userdata: Any, sock: Any) -> None:
-        # chunks and acknowledgements must not wait for each other (Nagle's algorithm)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
     def _on_connect(self, client: paho.Client, _: Any, flags: Any, code: ReasonCode, properties: Any) -> None:
         if code.is_failure:
-            self._failure = errors.refused_connection(self.address, code.value, str(code))
+            hint = _HINTS.get(code.value, "its log may say why")
+            refused = Refused(f"{self.address} refused the connection: {code}; {hint}")
+            later = code.value in _PERHAPS_LATER
+            self._failure = self._unreachable(f"it said {code}") if later else refused
             return
+        # chunks and acknowledgements must not wait for each other (Nagle's algorithm)
+        line: Any = client.socket()
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         slots = min(SLOTS, getattr(properties, "ReceiveMaximum", SLOTS))
         packet_max = min(_PACKET_MAX, getattr(properties, "MaximumPacketSize", _PACKET_MAX))
-        if self.window.outgrows(slots, packet_max):  # resending would break this connection too
-            for message in client.drop_out_messages():
-                self.window.settle(message.mid, "the broker came back with smaller limits")
+        self.window.reconnected(slots, packet_max, client.drop_out_messages)
         with self.changed:
-            self.generation += 1
-            self.connected = True
-            self._greet = bool(flags.session_present)
+            if self.state is State.CLOSING:
+                return
+            self.state = State.CONNECTED
             self._announce = self.spec is not None
-            self.subscriptions.connected()
-            self.window.reconnected(slots, packet_max)
+            self.answers.clear()  # packet numbers of the last connection mean nothing on this one
             self.changed.notify_all()
+        # the owner hears of the connection only after its subscriptions were sent again
+        if self.filters and not flags.session_present:
+            filters = tuple(self.filters)
+            self._restoring = {self.send_subscribe(filters): filters}
+        self._put(Connected(session_present=bool(flags.session_present), epoch=self.epoch))
 
     def _on_disconnect(self, _client: Any, _userdata: Any, _flags: Any, code: ReasonCode, _: Any) -> None:
-        self._broken(errors.unreachable(self.address, f"the connection broke ({code})"))
+        self._failure = self._failure or self._unreachable(f"the connection broke ({code})")
+
+    def _on_subscribe(self, _client: Any, _userdata: Any, mid: int, codes: list[ReasonCode], _: Any) -> None:
+        if filters := self._restoring.pop(mid, None):
+            try:
+                self.check_subscribed(filters, codes)
+            except Refused as error:
+                log.error("after a reconnect: %s", error)
+            return
+        with self.changed:
+            self.answers[mid] = codes
+            self.changed.notify_all()
 
     def _on_publish(self, _client: Any, _userdata: Any, mid: int, code: ReasonCode, _: Any) -> None:
         self.window.settle(mid, f"{self.address} said {code}" if code.is_failure else "")
@@ -297,4 +288,4 @@ class Connection:
     def _on_message(self, _client: Any, _userdata: Any, message: paho.MQTTMessage) -> None:
         with self.changed:
             self.bytes_down += publish_size(message._topic, len(message.payload), message.properties)
-        self._put((self.generation, message))
+        self._put((self.epoch, message))

@@ -8,7 +8,6 @@ class Message(msgspec.Struct, frozen=True):
 
     topic: str
     payload: bytes
-    retained: bool  # the broker stored it before we subscribed
 
 
 class Connected(msgspec.Struct, frozen=True):

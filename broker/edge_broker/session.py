@@ -16,28 +16,18 @@ from paho.mqtt.client import MQTTMessage
 
 from edge_broker import address, topics
 from edge_broker.address import Address
-from edge_broker.connection import Connection
-from edge_broker.errors import BrokerError, Refused
+from edge_broker.connection import Connection, State
+from edge_broker.errors import BrokerError, BrokerUnreachable, Refused
 from edge_broker.events import Connected, Disconnected, Event, Message, Own, Room, Traffic, Unsent
 from edge_broker.presence import PresenceSpec
 from edge_broker.window import Ticket
 
-__all__ = [
-    "Connected",
-    "Disconnected",
-    "Event",
-    "Message",
-    "Own",
-    "PresenceSpec",
-    "Room",
-    "Session",
-    "Traffic",
-    "Unsent",
-]
+__all__ = ["Connected", "Disconnected", "Event", "Message", "Own", "PresenceSpec", "Room", "Session"]
+__all__ += ["Traffic", "Unsent"]
 
 _CHUNK_BYTES = 64 * 1024
 _HEADROOM = 512  # bytes of a PUBLISH beside its chunk: the longest topic, and the properties
-_OFFLINE_S = 2.0
+_SUBSCRIBE_S, _PUBLISH_S, _OFFLINE_S = 10.0, 30.0, 2.0  # until the broker's answer
 
 log = logging.getLogger(__name__)
 
@@ -90,14 +80,14 @@ class Session:
     def close(self) -> None:
         """Publish "offline", disconnect and end the thread; safe to call twice."""
         connection = self._connection
-        if connection.connected and connection.spec:
+        if self.connected and connection.spec:
             try:
                 self._publish(
                     lambda: connection.publish_presence("offline", waited=True), "say offline", _OFFLINE_S
                 )
             except BrokerError as error:
                 log.warning("%s", error)
-        connection.stop()
+        connection.close()
 
     def __enter__(self) -> "Session":
         return self
@@ -105,28 +95,38 @@ class Session:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def subscribe(self, *filters: str, timeout_s: float = 10.0) -> None:
+    def subscribe(self, *filters: str) -> None:
         """Subscribe and wait for the broker's answer; a broker that lost the session is asked again.
 
         Raises:
             Refused: the broker refused a filter; then none of these filters is kept.
+            BrokerUnreachable: there was no connection in time.
             BrokerError: no answer in time.
         """
-        self._connection.subscribe(filters, time.monotonic() + timeout_s)
+        connection, purpose = self._connection, f"subscribe to {', '.join(filters)}"
+        deadline = time.monotonic() + _SUBSCRIBE_S
+        codes = None
+        while codes is None:
+            epoch = self._wait_connected(deadline, purpose)
+            number = connection.send_subscribe(filters)
+
+            # a SUBSCRIBE goes down with its connection
+            def over(number: int = number, epoch: int = epoch) -> bool:
+                return number in connection.answers or connection.epoch != epoch
+
+            if not self._wait(over, deadline):
+                raise BrokerError(f"cannot {purpose}: {connection.address} did not answer in time")
+            codes = connection.answers.pop(number, None)
+        connection.check_subscribed(filters, codes)
+        connection.filters.update(dict.fromkeys(filters))
 
     def unsubscribe(self, *filters: str) -> None:
         """Stop receiving these topics, without waiting; messages on their way may still arrive."""
-        self._connection.subscriptions.forget(filters)
+        for pattern in filters:
+            self._connection.filters.pop(pattern, None)
+        self._connection.client.unsubscribe(list(filters))
 
-    def publish(
-        self,
-        topic: str,
-        payload: bytes,
-        *,
-        retain: bool = False,
-        expiry_s: int | None = None,
-        timeout_s: float = 30.0,
-    ) -> None:
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Wait for a connection and a slot, publish, and wait for the broker's acknowledgement.
 
         An acknowledged message is neither on the broker's disk yet nor received by anyone.
@@ -137,9 +137,9 @@ class Session:
             BrokerError: no slot or no answer in time; the message may still arrive.
         """
         self._publish(
-            lambda: self._connection.post(topic, payload, retain, expiry_s, None, waited=True),
+            lambda: self._connection.post(topic, payload, retain, None, None, waited=True),
             f"publish to {topic}",
-            timeout_s,
+            _PUBLISH_S,
         )
 
     def publish_nowait(
@@ -176,11 +176,11 @@ class Session:
             if not isinstance(item, tuple):
                 return item
             # an acknowledgement belongs to the connection that the message came by
-            generation, raw = item
-            if generation == self._connection.generation:
+            epoch, raw = item
+            if epoch == self._connection.epoch:
                 self._connection.client.ack(raw.mid, raw.qos)
             try:
-                return Message(topic=raw.topic, payload=bytes(raw.payload), retained=raw.retain)
+                return Message(topic=raw.topic, payload=bytes(raw.payload))
             except UnicodeDecodeError:
                 log.warning("dropped a message whose topic is not UTF-8")
 
@@ -191,7 +191,7 @@ class Session:
     @property
     def connected(self) -> bool:
         """Whether there is a connection right now."""
-        return self._connection.connected
+        return self._connection.state is State.CONNECTED
 
     @property
     def chunk_bytes(self) -> int:
@@ -206,18 +206,33 @@ class Session:
             return Traffic(bytes_up=connection.window.bytes_up, bytes_down=connection.bytes_down)
 
     def _publish(self, post: Callable[[], Ticket | None], purpose: str, timeout_s: float) -> None:
-        connection, window = self._connection, self._connection.window
-        deadline = time.monotonic() + timeout_s
+        window, deadline = self._connection.window, time.monotonic() + timeout_s
         # other threads may take the slot between the wait and the post
         ticket = None
         while ticket is None:
-            connection.wait_connected(deadline, purpose)
-            if not connection.wait(lambda: connection.connected and window.used < window.slots, deadline):
+            self._wait_connected(deadline, purpose)
+            if not self._wait(lambda: self.connected and window.used < window.slots, deadline):
                 raise BrokerError(
                     f"cannot {purpose}: no room within {timeout_s:g} s, {window.used} publishes unanswered"
                 )
             ticket = post()
-        if not connection.wait(lambda: ticket.answer is not None, deadline):
+        if not self._wait(lambda: ticket.answer is not None, deadline):
             raise BrokerError(f"cannot {purpose}: no answer within {timeout_s:g} s; it may still arrive")
         if ticket.answer:
             raise Refused(f"cannot {purpose}: {ticket.answer}")
+
+    def _wait_connected(self, deadline: float, purpose: str) -> int:
+        """Wait for a connection and return its epoch."""
+        if not self._wait(lambda: self.connected, deadline):
+            raise BrokerUnreachable(f"cannot {purpose}: no connection to {self._connection.address}")
+        return self._connection.epoch
+
+    def _wait(self, condition: Callable[[], bool], deadline: float) -> bool:
+        """Wait until the condition holds; False when the deadline (monotonic) passed."""
+        connection, closed = self._connection, (State.CLOSED, State.CLOSING)
+        left_s = max(0.0, deadline - time.monotonic())
+        with connection.changed:
+            connection.changed.wait_for(lambda: condition() or connection.state in closed, left_s)
+            if connection.state in closed:
+                raise BrokerError(f"the session with {connection.address} is closed; call connect first")
+            return condition()

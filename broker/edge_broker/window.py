@@ -6,8 +6,9 @@ PUBACK, whose reason becomes the ticket's answer.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from paho.mqtt import client as paho
 from paho.mqtt.properties import Properties
 
 from edge_broker.errors import Refused
@@ -56,12 +57,6 @@ class Window:
             self.used += 1
             return Ticket(topic, size, waited)
 
-    def give_back(self) -> None:
-        """Free a slot whose packet paho did not take."""
-        with self._changed:
-            self.used -= 1
-            self._changed.notify_all()
-
     def sent(self, mid: int, ticket: Ticket, on_the_wire: bool) -> None:
         """Record paho's number of the packet; off the wire: to be sent after a reconnect."""
         with self._changed:
@@ -81,27 +76,32 @@ class Window:
             self.used -= 1
             if answer and not ticket.waited:
                 self._put(Unsent(topic=ticket.topic, reason=answer))
-            self.feed()
+            self._feed()
             self._changed.notify_all()
 
-    def feed(self) -> None:
-        """Tell the owner of a refused publish_nowait to try again."""
-        with self._changed:
-            if self._hungry:
-                self._hungry = False
-                self._put(Room())
+    def reconnected(
+        self, slots: int, packet_max: int, drop: Callable[[], Iterable[paho.MQTTMessage]]
+    ) -> None:
+        """Take the limits of a new connection, on which paho resends what is unacknowledged.
 
-    def outgrows(self, slots: int, packet_max: int) -> bool:
-        """Whether the unacknowledged publishes exceed the limits of a new connection."""
-        with self._changed:
-            return self.used > slots or any(ticket.size > packet_max for ticket in self._tickets.values())
-
-    def reconnected(self, slots: int, packet_max: int) -> None:
-        """Take the limits of a new connection, on which paho resends what is unacknowledged."""
+        Args:
+            drop: makes paho forget these publishes, which under smaller limits would break it too.
+        """
         with self._changed:
             self.slots, self.packet_max = slots, packet_max
+            tickets = self._tickets.values()
+            outgrown = self.used > slots or any(ticket.size > packet_max for ticket in tickets)
+        for message in drop() if outgrown else ():
+            self.settle(message.mid, "the broker came back with smaller limits")
+        with self._changed:
             self.bytes_up += sum(ticket.size for ticket in self._tickets.values())
-            self.feed()
+            self._feed()
+
+    def _feed(self) -> None:
+        """Tell the owner of a refused publish_nowait to try again."""
+        if self._hungry:
+            self._hungry = False
+            self._put(Room())
 
 
 def publish_size(topic: bytes, payload_bytes: int, properties: Properties | None) -> int:

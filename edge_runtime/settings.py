@@ -13,11 +13,12 @@ broker's address alone.
 """
 
 import difflib
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import msgspec
 
@@ -31,9 +32,21 @@ else:
 Role = Literal["q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "fc1", "fc2"]
 Weights = Literal["float32", "bfloat16", "q8_0", "q4_1", "q4_0", "nf4"]
 Boundaries = Literal["input", "int8"]  # form in which each block's input is kept for backward
-MOST_TEXTS = 1 << 20
 MOST_TOKENS = 1 << 16  # of all completions together: as JSON they are smaller than a payload may be
 PACKED = ("q8_0", "q4_1", "q4_0", "nf4")  # block formats of edge_kernels.quant
+
+
+class Bound(NamedTuple):
+    """What a field's value has to be, beside its type; a value of None is not checked."""
+
+    holds: Callable[[Any], bool]
+    needed: str
+
+
+Count = Annotated[int, Bound(lambda value: value >= 0, "0 or more")]
+Positive = Annotated[int, Bound(lambda value: value >= 1, "1 or more")]
+Factor = Annotated[float, Bound(lambda value: 0 < value < math.inf, "a number above 0")]
+SECONDS = Bound(lambda value: 0 < value < math.inf, "a number of seconds above 0")
 
 
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,9 +54,10 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     # A folder, a GGUF file or a hub id; relative paths start from the device's models folder.
     source: str
-    depth: int | None = None  # layers to keep; None: all
+    # Layers to keep; None: all.
+    depth: Annotated[int | None, Bound(lambda depth: depth >= 1, "1 or more layers")] = None
     # Formats that a device may hold the frozen base in, most precise first.
-    weights: tuple[Weights, ...] = ("float32", "bfloat16")
+    weights: Annotated[tuple[Weights, ...], Bound(len, "at least one format")] = ("float32", "bfloat16")
 
 
 class MethodChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,10 +83,12 @@ class Codistill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     anchors: str  # path of the public texts on the node, a .jsonl file (aggregator/anchors.py)
-    texts: int = 300  # public texts in use: the file's first
-    rows: int = 16  # public texts in a step, beside the device's rows
-    weight: float = 2.0  # of the public texts' mean loss, beside the mean loss of the device's rows
-    temperature: float = 0.5  # of label targets; below 1 they are surer
+    # public texts in use: the file's first
+    texts: Annotated[int, Bound(lambda texts: 1 <= texts <= 1 << 20, f"1 to {1 << 20}")] = 300
+    rows: Positive = 16  # public texts in a step, beside the device's rows
+    weight: Factor = 2.0  # of the public texts' mean loss, beside the mean loss of the device's rows
+    # of label targets; below 1 they are surer
+    temperature: Annotated[float, Bound(lambda value: 0.05 <= value <= 20, "0.05 to 20")] = 0.5
     tokens: int = 32  # of a completion with its end; longer completions do not count
     across: bool = True  # between models; false: among devices of one model, for comparison
 
@@ -80,12 +96,12 @@ class Codistill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Adapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The adapter on each linear layer of the roles: y = W x + (alpha / rank) B C A x."""
 
-    rank: int = 16
+    rank: Annotated[int, Bound(lambda rank: 1 <= rank <= 256, "1 to 256")] = 16
     # Falling ranks for devices that `rank` does not fit; only for methods that merge unequal ranks
     # or exchange nothing.
     lower: tuple[int, ...] = ()
-    alpha: float = 32.0
-    roles: tuple[Role, ...] = get_args(Role)
+    alpha: Factor = 32.0
+    roles: Annotated[tuple[Role, ...], Bound(len, "at least one role")] = get_args(Role)
 
     def at(self, rank: int) -> "Adapter":
         """The adapter at another rank; alpha / rank stays the fleet's."""
@@ -95,20 +111,22 @@ class Adapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A round of local training."""
 
-    steps: int = 20  # optimiser steps a round
-    rows_a_step: int = 16  # rows whose gradients make a step
-    learning_rate: float = 1e-3  # the peak; it falls along a cosine to a tenth over all rounds
-    warmup_steps: int = 4  # steps in which the learning rate rises to the peak
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    max_tokens: int = 512  # longer rows are cut
+    steps: Positive = 20  # optimiser steps a round
+    rows_a_step: Positive = 16  # rows whose gradients make a step
+    # The peak; it falls along a cosine to a tenth over all rounds.
+    learning_rate: Annotated[float, Bound(lambda rate: 0 < rate < 1, "between 0 and 1")] = 1e-3
+    warmup_steps: Count = 4  # steps in which the learning rate rises to the peak
+    weight_decay: Annotated[float, Bound(lambda decay: 0 <= decay < 1, "0 or more, and below 1")] = 0.0
+    clip_norm: Factor = 1.0
+    max_tokens: Annotated[int, Bound(lambda value: value >= 8, "8 or more")] = 512  # longer rows are cut
     shorter: tuple[int, ...] = ()  # falling lengths for devices that max_tokens does not fit
     # Slices whose loss a step takes: the device's alone, or in turn also each smaller slice that
     # the catalog has of the checkpoint, so that the delta fits smaller devices too
     # (models/slices.py).
     slices: Literal["own", "nested"] = "nested"
-    timeout_s: float = 3600.0
-    step_deadline_s: float | None = None  # predicted seconds that a step may take; None: no limit
+    timeout_s: Annotated[float, SECONDS] = 3600.0
+    # Predicted seconds that a step may take; None: no limit.
+    step_deadline_s: Annotated[float | None, SECONDS] = None
 
 
 class Fleet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -116,10 +134,10 @@ class Fleet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     catalog: tuple[Model, ...]
-    rounds: int = 3
-    quorum: int = 1  # updates that a round needs before it may close
-    deadline_s: float = 600.0  # seconds that a round waits for devices that are online
-    extensions: int = 3  # further deadlines for a round below quorum, before the node gives up
+    rounds: Positive = 3
+    quorum: Positive = 1  # updates that a round needs before it may close
+    deadline_s: Annotated[float, SECONDS] = 600.0  # a round's wait for devices that are online
+    extensions: Count = 3  # further deadlines for a round below quorum, before the node gives up
     seed: int = 0
     method: MethodChoice = MethodChoice()
     adapter: Adapter = Adapter()
@@ -128,18 +146,7 @@ class Fleet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     codistill: Codistill | None = None
 
 
-TABLES: dict[str, Any] = {
-    "method": MethodChoice,
-    "adapter": Adapter,
-    "training": Training,
-    "head": Head,
-    "codistill": Codistill,
-}
-
-
-def rows_of_a_step(training: Training, codistill: Codistill | None) -> int:
-    """Rows of a step: the device's, and the public texts beside them."""
-    return training.rows_a_step + (codistill.rows if codistill is not None else 0)
+TABLES: dict[str, Any] = {"adapter": Adapter, "training": Training, "head": Head, "codistill": Codistill}
 
 
 def load(path: Path) -> Fleet:
@@ -171,27 +178,26 @@ def read_toml(path: Path, name: str, advice: str = "") -> dict[str, Any]:
 
 def parse(tables: dict[str, Any]) -> Fleet:
     """Make a Fleet of a fleet file's tables; raises InputError naming key, value and need."""
-    fields = dict(tables)
-    head = fields.pop("fleet", {})
-    for name in ("fleet", *TABLES):
+    allowed = {"fleet", "catalog", "method", *TABLES}
+    for name in ("fleet", "method", *TABLES):
         if not isinstance(tables.get(name, {}), dict):
             raise InputError(f"`{name}` is a table: write [{name}] on a line of its own and its keys below")
-    allowed = {"fleet", "catalog", *TABLES}
-    refuse_unknown(fields, allowed, "")
-    refuse_unknown(head, set(Fleet.__struct_fields__) - allowed, "[fleet] ")
-    method = fields.get("method", {})
-    fields["method"] = {"settings": {key: value for key, value in method.items() if key != "name"}}
-    fields["method"] |= {"name": method["name"]} if "name" in method else {}
-    for name in ("adapter", "training", "head", "codistill"):
-        refuse_unknown(fields.get(name, {}), set(TABLES[name].__struct_fields__), f"[{name}] ")
-    if not isinstance(fields.get("catalog", []), list):
+    refuse_unknown(tables, allowed, "")
+    top = tables.get("fleet", {})
+    refuse_unknown(top, set(Fleet.__struct_fields__) - allowed, "[fleet] ")
+    for name, table in TABLES.items():
+        refuse_unknown(tables.get(name, {}), set(table.__struct_fields__), f"[{name}] ")
+    if not isinstance(tables.get("catalog", []), list):
         raise InputError(
             "`catalog` is a list of models: write [[catalog]] on a line of its own and the model's keys below"
         )
-    for entry in fields.get("catalog", []):
+    for entry in tables.get("catalog", []):
         refuse_unknown(entry, set(Model.__struct_fields__), "[[catalog]] ")
+    chosen = dict(tables.get("method", {}))
+    method = {"name": chosen.pop("name", MethodChoice().name), "settings": chosen}
+    fields = {name: table for name, table in tables.items() if name != "fleet"}
     try:
-        fleet = msgspec.convert({**fields, **head}, Fleet)
+        fleet = msgspec.convert({**fields, **top, "method": method}, Fleet)
     except msgspec.ValidationError as error:
         raise InputError(f"{error}") from error
     _check(fleet)
@@ -207,78 +213,37 @@ def refuse_unknown(table: Any, allowed: set[str], where: str) -> None:
             raise InputError(f"{where}has no key `{key}`{hint}".lstrip())
 
 
-Rule = tuple[str, Any, bool, str]  # key, value seen, whether the value fits, value needed
-INFINITE = float("inf")
-
-
 def _check(fleet: Fleet) -> None:
     """Raise InputError for the first value that is out of bounds."""
-    rules = [*_fleet_rules(fleet), *_adapter_rules(fleet.adapter), *_training_rules(fleet.training)]
-    if fleet.codistill is not None:
-        rules += _codistill_rules(fleet.codistill, fleet)
+    adapter, training, codistill = fleet.adapter, fleet.training, fleet.codistill
+    ranks, lengths = (adapter.rank, *adapter.lower), (training.max_tokens, *training.shorter)
+    _require("[[catalog]]", len(fleet.catalog), bool(fleet.catalog), "at least one model")
+    _check_fields(fleet, "[fleet]")
+    for name in TABLES:
+        if (table := getattr(fleet, name)) is not None:
+            _check_fields(table, f"[{name}]")
     for model in fleet.catalog:
-        rules += _model_rules(model)
-    for key, value, fits, needed in rules:
-        if not fits:
-            raise InputError(f"{key} is {value}, but has to be {needed}")
+        _check_fields(model, "[[catalog]]", f" of {model.source}")
+    for key, needed, numbers, least in (
+        ("[adapter] lower", "ranks that fall, from below rank", ranks, 1),
+        ("[training] shorter", "lengths that fall, from below max_tokens", lengths, 8),
+    ):
+        falls = all(above > below >= least for above, below in pairwise(numbers))
+        _require(key, numbers[1:], falls, f"{needed} ({numbers[0]}) to {least} or more")
+    if codistill is not None and fleet.head is None:  # predictions are completions
+        total, longest = codistill.texts * codistill.tokens, min(lengths) - 8
+        _require("[codistill] texts x tokens", total, total <= MOST_TOKENS, f"{MOST_TOKENS} or less")
+        needed = f"2 to {longest}, as rows are cut to {min(lengths)}"
+        _require("[codistill] tokens", codistill.tokens, 2 <= codistill.tokens <= longest, needed)
 
 
-def _fleet_rules(fleet: Fleet) -> Iterator[Rule]:
-    models, deadline_s = len(fleet.catalog), fleet.deadline_s
-    yield "[[catalog]]", models, models >= 1, "at least one model"
-    yield "[fleet] rounds", fleet.rounds, fleet.rounds >= 1, "1 or more"
-    yield "[fleet] quorum", fleet.quorum, fleet.quorum >= 1, "1 or more"
-    yield "[fleet] deadline_s", deadline_s, 0 < deadline_s < INFINITE, "a number of seconds above 0"
-    yield "[fleet] extensions", fleet.extensions, fleet.extensions >= 0, "0 or more"
+def _check_fields(table: msgspec.Struct, where: str, of: str = "") -> None:
+    for field in msgspec.structs.fields(table):
+        value = getattr(table, field.name)
+        for bound in getattr(field.type, "__metadata__", ()):
+            _require(f"{where} {field.name}{of}", value, value is None or bound.holds(value), bound.needed)
 
 
-def _adapter_rules(adapter: Adapter) -> Iterator[Rule]:
-    rank, lower, alpha = adapter.rank, adapter.lower, adapter.alpha
-    falling = f"ranks that fall, from below rank ({rank}) to 1 or more"
-    yield "[adapter] rank", rank, 1 <= rank <= 256, "1 to 256"
-    yield "[adapter] lower", lower, _fall((rank, *lower), 1), falling
-    yield "[adapter] alpha", alpha, 0 < alpha < INFINITE, "a number above 0"
-    yield "[adapter] roles", adapter.roles, len(adapter.roles) >= 1, "at least one role"
-
-
-def _training_rules(training: Training) -> Iterator[Rule]:
-    rate, decay, clip = training.learning_rate, training.weight_decay, training.clip_norm
-    longest, shorter = training.max_tokens, training.shorter
-    timeout_s, deadline_s = training.timeout_s, training.step_deadline_s
-    falling = f"lengths that fall, from below max_tokens ({longest}) to 8 or more"
-    in_bounds = deadline_s is None or 0 < deadline_s < INFINITE
-    yield "[training] steps", training.steps, training.steps >= 1, "1 or more"
-    yield "[training] rows_a_step", training.rows_a_step, training.rows_a_step >= 1, "1 or more"
-    yield "[training] learning_rate", rate, 0 < rate < 1, "between 0 and 1"
-    yield "[training] warmup_steps", training.warmup_steps, training.warmup_steps >= 0, "0 or more"
-    yield "[training] weight_decay", decay, 0 <= decay < 1, "0 or more, and below 1"
-    yield "[training] clip_norm", clip, 0 < clip < INFINITE, "a number above 0"
-    yield "[training] max_tokens", longest, longest >= 8, "8 or more"
-    yield "[training] shorter", shorter, _fall((longest, *shorter), 8), falling
-    yield "[training] timeout_s", timeout_s, 0 < timeout_s < INFINITE, "seconds above 0"
-    yield "[training] step_deadline_s", deadline_s, in_bounds, "seconds above 0"
-
-
-def _codistill_rules(codistill: Codistill, fleet: Fleet) -> Iterator[Rule]:
-    texts, rows, weight, tokens = codistill.texts, codistill.rows, codistill.weight, codistill.tokens
-    temperature = codistill.temperature
-    yield "[codistill] texts", texts, 1 <= texts <= MOST_TEXTS, f"1 to {MOST_TEXTS}"
-    yield "[codistill] rows", rows, rows >= 1, "1 or more"
-    yield "[codistill] weight", weight, 0 < weight < INFINITE, "a number above 0"
-    if fleet.head is None:  # predictions are completions
-        total, length = texts * tokens, min((fleet.training.max_tokens, *fleet.training.shorter))
-        needed = f"2 to {length - 8}, as rows are cut to {length}"
-        yield "[codistill] texts x tokens", total, total <= MOST_TOKENS, f"{MOST_TOKENS} or less"
-        yield "[codistill] tokens", tokens, 2 <= tokens <= length - 8, needed
-    yield "[codistill] temperature", temperature, 0.05 <= temperature <= 20, "0.05 to 20"
-
-
-def _model_rules(model: Model) -> Iterator[Rule]:
-    depth = 1 if model.depth is None else model.depth
-    yield f"[[catalog]] depth of {model.source}", depth, depth >= 1, "1 or more layers"
-    yield f"[[catalog]] weights of {model.source}", model.weights, bool(model.weights), "at least one format"
-
-
-def _fall(numbers: tuple[int, ...], least: int) -> bool:
-    """Whether each number is below the one before it, and all after the first reach `least`."""
-    return all(above > below >= least for above, below in pairwise(numbers))
+def _require(key: str, value: Any, holds: bool, needed: str) -> None:
+    if not holds:
+        raise InputError(f"{key} is {value}, but has to be {needed}")

@@ -17,15 +17,12 @@ def alone(state: Path) -> Iterator[None]:
         InputError: another process has locked it.
     """
     state.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(state / "lock")
     # A lock of the system, not a file with a process id: nothing stale is left after a power cut.
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(state / "lock").acquire(timeout=0)
     except Timeout as error:
         raise InputError(
             f"another process works in {state}: end it first, or give another --state"
         ) from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()

@@ -10,7 +10,7 @@ from edge_runtime.models.facts import Facts
 from edge_runtime.models.slices import kept_layers
 from edge_runtime.protocol.keys import name_of
 from edge_runtime.protocol.plan import Plan
-from edge_runtime.settings import Fleet, Role, rows_of_a_step
+from edge_runtime.settings import Fleet, Role
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Workload:
             facts=facts,
             method=methods.build(fleet.method, fleet.head, fleet.codistill),
             roles=fleet.adapter.roles,
-            rows_a_step=rows_of_a_step(fleet.training, fleet.codistill),
+            rows_a_step=fleet.training.rows_a_step + (fleet.codistill.rows if fleet.codistill else 0),
             max_tokens=fleet.training.max_tokens,
             headed=fleet.head is not None,
             runtime_bytes=runtime_bytes,

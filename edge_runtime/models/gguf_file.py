@@ -6,24 +6,24 @@ offset in the norms.
 """
 
 import functools
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gguf
 import msgspec
 import numpy as np
 import torch
-from edge_kernels import Packed, pack
+from edge_kernels import Packed
 from edge_kernels.quant import from_gguf
 from numpy.typing import NDArray
 
 from edge_runtime.errors import InputError
 from edge_runtime.models import headers
 from edge_runtime.models.families import FAMILIES, family_of
-from edge_runtime.models.packed import join_pieces, join_rows, pack_pieces
-
-PIECE_BYTES = 4 << 20  # read at once, counted as float32
+from edge_runtime.models.readers import PIECE_VALUES, Shape, Tensors, join
 
 
 class Tensor(msgspec.Struct, frozen=True):
@@ -31,21 +31,9 @@ class Tensor(msgspec.Struct, frozen=True):
 
     offset: int  # its first byte in the file
     kind: int  # gguf.GGMLQuantizationType
-    shape: tuple[int, ...]  # as torch has it
+    shape: Shape  # as torch has it
     interleaved_heads: int = 0  # heads whose rows are interleaved; 0: none are
     added: float = 0.0  # to be subtracted from every value
-
-    @property
-    def rows(self) -> int:
-        """Rows of the tensor as a matrix."""
-        return int(np.prod(self.shape[:-1], dtype=np.int64))
-
-    @property
-    def order(self) -> torch.Tensor | None:
-        """For each row of the model's tensor its row in the file; None where they are the same."""
-        if not self.interleaved_heads:
-            return None
-        return torch.arange(self.shape[0]).view(self.interleaved_heads, -1, 2).transpose(1, 2).flatten()
 
 
 def index(path: Path, names: list[str], config: Any) -> dict[str, Tensor]:
@@ -97,49 +85,48 @@ def _expandable(kind: gguf.GGMLQuantizationType) -> bool:
     return True
 
 
-class GGUFTensors(NamedTuple):
+@dataclass(frozen=True)
+class GGUFTensors(Tensors):
     """Reads tensors of a GGUF file by the model's names."""
 
     path: Path
     tensors: dict[str, Tensor]
 
-    def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """One tensor in the given dtype; at most PIECE_BYTES are expanded at a time."""
+    def read(self, name: str) -> tuple[Shape, Iterator[torch.Tensor]]:
+        """The shape of a tensor, and its values in float32."""
         tensor = self.tensors[name]
-        values = join_rows(self._expanded(tensor), tensor.shape, dtype)
-        return values if tensor.order is None else values[tensor.order]
+        kind = gguf.GGMLQuantizationType(tensor.kind)
+        pieces = (gguf.quants.dequantize(blocks, kind) for blocks in self._blocks(tensor))
+        added = np.float32(tensor.added)
+        return tensor.shape, (
+            torch.from_numpy(piece.astype(np.float32, copy=False) - added) for piece in pieces
+        )
 
     def packed(self, name: str, format: str) -> Packed:
         """One matrix in a block format; the file's own blocks where they have this format."""
-        if format == "nf4":  # quantises the scales of all rows together
-            return pack(self.dense(name, torch.float32), "nf4")
         tensor = self.tensors[name]
-        if gguf.GGMLQuantizationType(tensor.kind).name.lower() == format:
-            pieces = (
-                from_gguf(torch.from_numpy(blocks), format, (len(blocks), tensor.shape[-1]))  # type: ignore[arg-type]
-                for blocks in self._blocks(tensor)
-            )
-            matrix = join_pieces(pieces, tensor.rows)
-        else:
-            matrix = pack_pieces(self._expanded(tensor), format, tensor.rows)
-        return matrix if tensor.order is None else matrix.rows(tensor.order)
-
-    def _expanded(self, tensor: Tensor) -> Iterator[torch.Tensor]:
-        """A few rows at a time, in float32."""
-        for blocks in self._blocks(tensor):
-            values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType(tensor.kind))
-            yield torch.from_numpy(values.astype(np.float32, copy=False) - np.float32(tensor.added))
+        if gguf.GGMLQuantizationType(tensor.kind).name.lower() != format:
+            return super().packed(name, format)
+        rows, width = tensor.shape
+        pieces = (
+            from_gguf(torch.from_numpy(blocks), format, (len(blocks), width))  # type: ignore[arg-type]
+            for blocks in self._blocks(tensor)
+        )
+        return join(pieces, rows)
 
     def _blocks(self, tensor: Tensor) -> Iterator[NDArray[np.uint8]]:
-        """A few rows at a time as they lie in the file, (rows, bytes of a row)."""
-        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.kind)]
-        step = max(PIECE_BYTES // (4 * tensor.shape[-1]), 1)
-        row_bytes = tensor.shape[-1] // block * block_bytes
+        """A few of the model's rows at a time, in the file's format, (rows, bytes of a row)."""
+        heads, block = tensor.interleaved_heads, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.kind)]
+        width = 1 if heads and len(tensor.shape) == 1 else tensor.shape[-1]  # a bias has a value a row
+        rows, row_bytes = math.prod(tensor.shape) // width, width // block[0] * block[1]
+        step = rows // heads if heads else max(PIECE_VALUES // width, 1)
         with self.path.open("rb") as stream:
             stream.seek(tensor.offset)
-            for first in range(0, tensor.rows, step):
-                size = min(step, tensor.rows - first) * row_bytes
+            for first in range(0, rows, step):
+                size = min(step, rows - first) * row_bytes
                 blocks = np.fromfile(stream, np.uint8, size)
                 if blocks.size != size:
                     raise InputError(f"{self.path} is cut short: {size - blocks.size} bytes are missing")
+                if heads:  # the file has the two halves of a head's rows in turn
+                    blocks = blocks.reshape(-1, 2, row_bytes).swapaxes(0, 1)
                 yield blocks.reshape(-1, row_bytes)

@@ -32,6 +32,29 @@ class Place(NamedTuple):
     kind: int = 0  # in a GGUF file: gguf.GGMLQuantizationType
 
 
+def files(weights: Path) -> dict[str, Path]:
+    """The file that each tensor is in, of a GGUF file or a folder of .safetensors files.
+
+    Of a folder, the files that its index names, else all.
+
+    Raises:
+        InputError: the index cannot be read; or as `tensors` does for each file.
+    """
+    listing = weights / "model.safetensors.index.json"
+    paths = [weights] if weights.is_file() else sorted(weights.glob("*.safetensors"))
+    if listing.exists():
+        try:
+            index = msgspec.json.decode(listing.read_bytes(), type=_Index)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{listing} cannot be read: {error}") from error
+        paths = sorted({weights / file for file in index.weight_map.values()})
+    return {name: path for path in paths for name in tensors(path)}
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
 def tensors(path: Path) -> dict[str, Place]:
     """The tensors in a .gguf or .safetensors file by name, after a check that all lie inside it.
 
@@ -42,7 +65,7 @@ def tensors(path: Path) -> dict[str, Place]:
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
-            header = _Header(path, stream, size)
+            header = _Header(path, size, stream)
             places = _gguf(header) if path.suffix == ".gguf" else _safetensors(header)
     except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors too
         raise InputError(f"{path} cannot be read: {error}") from error
@@ -56,57 +79,29 @@ def tensors(path: Path) -> dict[str, Place]:
     return places
 
 
-def files(folder: Path) -> list[Path]:
-    """The .safetensors files of a model folder: those its index names, else all.
+class _Header(NamedTuple):
+    """Reads the parts of a header in turn."""
 
-    Raises:
-        InputError: the index cannot be read.
-    """
-    listing = folder / "model.safetensors.index.json"
-    if not listing.exists():
-        return sorted(folder.glob("*.safetensors"))
-    try:
-        named = msgspec.json.decode(listing.read_bytes(), type=_Index).weight_map.values()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{listing} cannot be read: {error}") from error
-    return sorted({folder / file for file in named})
+    path: Path
+    size: int  # bytes of the file
+    stream: BinaryIO
 
-
-class _Index(msgspec.Struct):
-    weight_map: dict[str, str]
-
-
-class _Header:
-    """Reads the parts of a header; refuses a part that would lie beyond the file's end."""
-
-    def __init__(self, path: Path, stream: BinaryIO, size: int) -> None:
-        self._path, self._stream, self._size = path, stream, size
-
-    @property
-    def position(self) -> int:
-        """The byte of the file that is read next."""
-        return self._stream.tell()
-
-    def take(self, count: int) -> bytes:
-        """The next bytes."""
-        self._refuse_beyond_end(count)
-        return self._stream.read(count)
-
-    def skip(self, count: int) -> None:
-        """Leave bytes out."""
-        self._refuse_beyond_end(count)
-        self._stream.seek(count, 1)
+    def take(self, count: int, *, skip: bool = False) -> bytes:
+        """The next bytes, or none of them; refuses a part that would lie beyond the file's end."""
+        end = self.stream.tell() + count
+        if end > self.size:
+            raise InputError(
+                f"{self.path} is cut short or damaged: it has {self.size} bytes, and its header alone, which "
+                f"lists the tensors, needs {end} or more; copy the file again"
+            )
+        if skip:
+            self.stream.seek(end)
+            return b""
+        return self.stream.read(count)
 
     def number(self, form: str) -> Any:
         """The next number; form: of the struct module, least significant byte first."""
         return struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")))[0]
-
-    def _refuse_beyond_end(self, count: int) -> None:
-        if self.position + count > self._size:
-            raise InputError(
-                f"{self._path} is cut short or damaged: it has {self._size} bytes, and its header alone, which "
-                f"lists the tensors, needs {self.position + count} or more; copy the file again"
-            )
 
 
 # --- safetensors
@@ -119,7 +114,7 @@ class _Entry(msgspec.Struct):
 def _safetensors(header: _Header) -> dict[str, Place]:
     entries = msgspec.json.decode(header.take(header.number("Q")), type=dict[str, msgspec.Raw])
     entries.pop("__metadata__", None)
-    start = header.position
+    start = header.stream.tell()
     offsets = {name: msgspec.json.decode(entry, type=_Entry).data_offsets for name, entry in entries.items()}
     return {name: Place(start + first, start + end) for name, (first, end) in offsets.items()}
 
@@ -145,28 +140,23 @@ def _gguf(header: _Header) -> dict[str, Place]:
             _skip_value(header, kind)
     if not alignment:
         raise ValueError("its general.alignment is 0")
-    kinds = {int(kind): gguf.GGML_QUANT_SIZES[kind] for kind in gguf.GGMLQuantizationType}
+    blocks = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}  # values and bytes, by kind
     places = {}
     for _ in range(count):
-        name = header.take(header.number("Q")).decode()
-        places[name] = _gguf_place(header, name, kinds)
-    start = -(-header.position // alignment) * alignment
+        name, dimensions = header.take(header.number("Q")).decode(), header.number("I")
+        if dimensions > MOST_DIMENSIONS:
+            raise ValueError(f"{name} has {dimensions} dimensions, but GGUF allows {MOST_DIMENSIONS}")
+        shape = tuple(header.number("Q") for _ in range(dimensions))[::-1]
+        kind, first = header.number("I"), header.number("Q")
+        if kind not in blocks:
+            raise ValueError(f"{name} is of kind {kind}, which the installed gguf package does not know")
+        size = math.prod(shape) // blocks[kind][0] * blocks[kind][1]
+        places[name] = Place(first, first + size, shape, kind)
+    start = -(-header.stream.tell() // alignment) * alignment
     return {
         name: place._replace(first=start + place.first, end=start + place.end)
         for name, place in places.items()
     }
-
-
-def _gguf_place(header: _Header, name: str, kinds: dict[int, tuple[int, int]]) -> Place:
-    """A tensor's place from the first tensor on. kinds: values and bytes of a block, by kind."""
-    if (dimensions := header.number("I")) > MOST_DIMENSIONS:
-        raise ValueError(f"{name} has {dimensions} dimensions, but GGUF allows {MOST_DIMENSIONS}")
-    shape = tuple(header.number("Q") for _ in range(dimensions))[::-1]
-    if (kind := header.number("I")) not in kinds:
-        raise ValueError(f"{name} is of kind {kind}, which the installed gguf package does not know")
-    block, block_bytes = kinds[kind]
-    first = header.number("Q")
-    return Place(first, first + math.prod(shape) // block * block_bytes, shape, kind)
 
 
 def _skip_value(header: _Header, kind: int) -> None:
@@ -175,8 +165,8 @@ def _skip_value(header: _Header, kind: int) -> None:
         kind, count = header.number("I"), header.number("Q")
     if kind == STRING:
         for _ in range(count):  # a wrong count ends at the file's end
-            header.skip(header.number("Q"))
+            header.take(header.number("Q"), skip=True)
     elif width := VALUE_BYTES.get(kind):
-        header.skip(count * width)
+        header.take(count * width, skip=True)
     else:
         raise ValueError(f"a value in its header is of kind {kind}, which GGUF does not have")

@@ -1,18 +1,34 @@
-"""Modules and conversions of a base model whose matrices stay packed (formats: edge_kernels.quant).
+"""Modules of a base model whose matrices stay packed (formats: edge_kernels.quant), and their files.
 
 A linear layer expands its matrix a tile or a matrix at a time while it computes; the embedding
-expands only the rows of a batch.
+expands only the rows of a batch. The matrices of a block can also stay in a file, and are then in
+memory only while the block runs:
+
+    FOLDER/LAYER.safetensors    packed matrices of a block, by the layer's number in the checkpoint
+
+A file is written once and then mapped. The system's page cache keeps its bytes as long as nobody
+needs the memory.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
-from edge_kernels import Packed, expand, pack, packed_linear
+from edge_broker import files
+from edge_kernels import Packed, expand, packed_linear
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
+from edge_runtime.errors import InputError
+
+DTYPE = torch.bfloat16  # of activations and biases
 # of embedding and head: each row is a token, and 4 bits are too few for rare tokens
 EMBEDDING = "q8_0"
-PIECE_VALUES = 1 << 20  # packed at once
+LOCK_TIMEOUT_S = 600.0
+PARTS = Packed._fields[2:]  # its tensors; format and shape come before
 
 
 class PackedLinear(nn.Module):
@@ -30,50 +46,66 @@ class PackedLinear(nn.Module):
 class PackedEmbedding(nn.Module):
     """A frozen embedding, whose rows are multiplied by a factor."""
 
-    def __init__(self, weight: Packed, dtype: torch.dtype, factor: float) -> None:
+    def __init__(self, weight: Packed, factor: float) -> None:
         super().__init__()
-        self.weight, self.dtype, self.factor = weight, dtype, factor
+        self.weight, self.factor = weight, factor
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """(...) to (..., hidden)."""
-        rows = expand(self.weight.rows(ids.reshape(-1)), self.dtype).view(*ids.shape, -1)
-        return rows if self.factor == 1.0 else rows * torch.tensor(self.factor, dtype=self.dtype)
+        rows = expand(self.weight.rows(ids.reshape(-1)), DTYPE).view(*ids.shape, -1)
+        return rows if self.factor == 1.0 else rows * torch.tensor(self.factor, dtype=DTYPE)
 
 
-def pack_matrix(matrix: torch.Tensor, format: str) -> Packed:
-    """Pack a matrix of any float type."""
-    if format == "nf4":
-        return pack(matrix, "nf4")
-    return pack_pieces(matrix.split(max(PIECE_VALUES // matrix.shape[1], 1)), format, len(matrix))
+def stream(block: nn.Module, matrices: Mapping[str, Callable[[], Packed]], file: Path, device: str) -> None:
+    """Make a block read its matrices from a file each time it runs.
 
+    Args:
+        block: its linear layers at these paths are PackedLinear; their weights have a format and a
+            shape, and no values.
+        matrices: by the layer's path, a function that reads its matrix where the file is missing.
+        file: used as it is where an earlier run wrote it.
+        device: "cpu" or "cuda".
 
-def pack_pieces(pieces: Iterable[torch.Tensor], format: str, rows: int) -> Packed:
-    """Pack a matrix that comes a few rows at a time and is never whole in float32.
-
-    Not for nf4, which quantises the scales of all rows together.
+    Raises:
+        InputError: when the block runs, the file cannot be read.
     """
-    return join_pieces((pack(piece, format) for piece in pieces), rows)  # type: ignore[arg-type]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # several agents of one machine may share the cache
+    with FileLock(file.with_suffix(".lock"), timeout=LOCK_TIMEOUT_S):
+        if not file.exists():
+            _write({path: read() for path, read in matrices.items()}, file)
+    layers: dict[str, Any] = {path: block.get_submodule(path) for path in matrices}
+    empty = {path: layer.weight for path, layer in layers.items()}
+    forward = block.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with safe_open(file, framework="pt", device=device) as tensors:
+                names = set(tensors.keys())
+                for path, layer in layers.items():
+                    keys = [f"{path}.{part}" for part in PARTS]
+                    parts = (tensors.get_tensor(key) if key in names else None for key in keys)
+                    layer.weight = Packed(*empty[path][:2], *parts)
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"{file}, made of the model's weights, cannot be read: {error}; remove it"
+            ) from error
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            for path, layer in layers.items():
+                layer.weight = empty[path]
+
+    block.forward = run
 
 
-def join_pieces(pieces: Iterable[Packed], rows: int) -> Packed:
-    """One packed matrix of pieces with `rows` rows in all; one piece is held at a time."""
-    matrix, filled = None, 0
-    for piece in pieces:
-        if matrix is None:
-            empty = (None if part is None else part.new_empty(rows, *part.shape[1:]) for part in piece.parts)
-            matrix = Packed(piece.format, (rows, piece.shape[1]), *empty)
-        for target, source in zip(matrix.parts, piece.parts, strict=True):
-            if target is not None and source is not None:
-                target[filled : filled + len(source)] = source
-        filled += piece.shape[0]
-    assert matrix is not None and filled == rows, f"{filled} of {rows} rows"
-    return matrix
-
-
-def join_rows(pieces: Iterable[torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """One tensor of pieces that hold its values in order; only one piece is held at a time."""
-    tensor, filled = torch.empty(shape, dtype=dtype), 0
-    for piece in pieces:
-        tensor.view(-1)[filled : filled + piece.numel()] = piece.view(-1)
-        filled += piece.numel()
-    return tensor
+def _write(matrices: Mapping[str, Packed], file: Path) -> None:
+    tensors = {
+        f"{path}.{name}": part.contiguous()
+        for path, matrix in matrices.items()
+        for name, part in zip(PARTS, matrix.parts, strict=True)
+        if part is not None
+    }
+    fresh = file.with_suffix(".part")
+    save_file(tensors, fresh)
+    files.put(fresh, file)

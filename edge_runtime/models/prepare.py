@@ -79,9 +79,8 @@ def _write(path: Path, folder: Path, model_class: str, random_weights: bool) -> 
     from edge_runtime.compat.empty_model import empty_model
     from edge_runtime.models import gguf_file, headers, structure
 
-    weights = [path] if path.is_file() else [] if random_weights else headers.files(path)
-    for file in weights:
-        headers.tensors(file)  # refuses a file that is cut short
+    if not random_weights:
+        headers.files(path)  # refuses a file that is cut short
     config, tokenizer = _read(path, random_weights)
     folder.mkdir()
     config.save_pretrained(folder)

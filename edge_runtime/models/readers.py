@@ -1,85 +1,78 @@
-"""Where a model's tensors come from: safetensors files, a GGUF file, or random numbers.
+"""Where a model's tensors come from: safetensors files, a GGUF file (gguf_file.py), or random numbers."""
 
-A reader gives a tensor by its name in the model, dense in a dtype or packed in a block format.
-"""
-
-import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-import msgspec
 import torch
-from edge_kernels import Packed
+from edge_kernels import Packed, pack
 from safetensors import SafetensorError, safe_open
 
 from edge_runtime.errors import InputError
-from edge_runtime.models import headers
-from edge_runtime.models.facts import Facts
-from edge_runtime.models.packed import PIECE_VALUES, join_rows, pack_matrix, pack_pieces
 
-LAYER = re.compile(r"(?<=\.)\d+(?=\.)")  # a block's number is the first number in a state_dict key
+PIECE_VALUES = 1 << 20  # read or packed at once
+Shape = tuple[int, ...]
 
 
-class Tensors(Protocol):
-    """A model's tensors by their names in its state_dict."""
+class Tensors:
+    """A model's tensors by their names in its state_dict, dense in a dtype or packed in a block format."""
+
+    def read(self, name: str) -> tuple[Shape, Iterable[torch.Tensor]]:
+        """The shape of a tensor, and its values in order, a few rows at a time."""
+        raise NotImplementedError
 
     def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """One tensor."""
+        """One tensor; only one piece of it is held beside the result."""
+        shape, pieces = self.read(name)
+        tensor, filled = torch.empty(shape, dtype=dtype), 0
+        for piece in pieces:
+            tensor.view(-1)[filled : filled + piece.numel()] = piece.view(-1)
+            filled += piece.numel()
+        return tensor
 
     def packed(self, name: str, format: str) -> Packed:
-        """One matrix."""
+        """One matrix; but for nf4, it is never whole in float32."""
+        if format == "nf4":  # quantises the scales of all rows together
+            return pack(self.dense(name, torch.float32), "nf4")
+        (rows, _), pieces = self.read(name)
+        return join((pack(piece, format) for piece in pieces), rows)  # type: ignore[arg-type]
 
 
-def open_tensors(facts: Facts, layers: tuple[int, ...], shapes: dict[str, torch.Size]) -> Tensors:
-    """The tensors of a depth slice.
-
-    Args:
-        facts: of the checkpoint.
-        layers: the slice's layers by their numbers in the checkpoint.
-        shapes: of the slice's tensors, by name.
-
-    Raises:
-        InputError: a file is cut short or cannot be read.
-    """
-    if not facts.weights:
-        return RandomTensors(shapes)
-    path, names = Path(facts.weights), {name: _in_checkpoint(name, layers) for name in shapes}
-    if path.suffix == ".gguf":
-        from edge_runtime.models import gguf_file  # imports gguf
-
-        headers.tensors(path)  # refuses a file that was cut short after it was prepared
-        content = (Path(facts.folder) / "tensors.json").read_bytes()
-        entries = msgspec.json.decode(content, type=dict[str, gguf_file.Tensor])
-        # a tied head is not in the file
-        held = {name: entries[inner] for name, inner in names.items() if inner in entries}
-        return gguf_file.GGUFTensors(path, held)
-    files = {name: file for file in headers.files(path) for name in headers.tensors(file)}
-    return SafetensorsTensors(path, names, files)
+def join(pieces: Iterable[Packed], rows: int) -> Packed:
+    """One packed matrix of pieces with `rows` rows in all; one piece is held at a time."""
+    matrix, filled = None, 0
+    for piece in pieces:
+        if matrix is None:
+            empty = (None if part is None else part.new_empty(rows, *part.shape[1:]) for part in piece.parts)
+            matrix = Packed(piece.format, (rows, piece.shape[1]), *empty)
+        for target, source in zip(matrix.parts, piece.parts, strict=True):
+            if target is not None and source is not None:
+                target[filled : filled + len(source)] = source
+        filled += piece.shape[0]
+    assert matrix is not None and filled == rows, f"{filled} of {rows} rows"
+    return matrix
 
 
-def _in_checkpoint(name: str, layers: tuple[int, ...]) -> str:
-    """A tensor's name in the checkpoint, of which the slice keeps these layers."""
-    return LAYER.sub(lambda number: str(layers[int(number[0])]), name, count=1)
-
-
-class SafetensorsTensors(NamedTuple):
+@dataclass(frozen=True)
+class SafetensorsTensors(Tensors):
     """Tensors of a folder's safetensors files."""
 
     folder: Path
     names: dict[str, str]  # of the checkpoint's tensors, by their names in the slice
     files: dict[str, Path]  # by the checkpoint's names
 
+    def read(self, name: str) -> tuple[Shape, Iterable[torch.Tensor]]:
+        """Views of the tensor in the mapped file."""
+        tensor = self._mapped(name)
+        return tuple(tensor.shape), tensor.split(max(PIECE_VALUES // tensor.shape[-1], 1))
+
     def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """One tensor."""
-        return self._read(name).to(dtype)
+        """One tensor; where it has the dtype already, it stays in the mapped file."""
+        return self._mapped(name).to(dtype)
 
-    def packed(self, name: str, format: str) -> Packed:
-        """One matrix."""
-        return pack_matrix(self._read(name), format)
-
-    def _read(self, name: str) -> Any:
+    def _mapped(self, name: str) -> Any:
         inner = self.names[name]
         if inner not in self.files:
             raise InputError(f"{self.folder} lacks the tensor {inner}")
@@ -90,20 +83,15 @@ class SafetensorsTensors(NamedTuple):
             raise InputError(f"{self.files[inner]} cannot be read: {error}") from error
 
 
-class RandomTensors(NamedTuple):
+@dataclass(frozen=True)
+class RandomTensors(Tensors):
     """Normal values about as large as trained ones, equal in every run; a norm's weight is one."""
 
     shapes: dict[str, torch.Size]
 
-    def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """One tensor."""
-        return join_rows(self._pieces(name), self.shapes[name], dtype)
-
-    def packed(self, name: str, format: str) -> Packed:
-        """One matrix."""
-        if format == "nf4":
-            return pack_matrix(self.dense(name, torch.float32), format)
-        return pack_pieces(self._pieces(name), format, self.shapes[name][0])
+    def read(self, name: str) -> tuple[Shape, Iterator[torch.Tensor]]:
+        """Draw a tensor."""
+        return self.shapes[name], self._pieces(name)
 
     def _pieces(self, name: str) -> Iterator[torch.Tensor]:
         *rows, width = self.shapes[name]

@@ -1,13 +1,16 @@
 """Loads a base model, or a depth slice of it, tensor by tensor; dropped layers are never read.
 
-Peak while loading: the model in its final format and a piece of one tensor (gguf_file.PIECE_BYTES);
+Peak while loading: the model in its final format and a piece of one tensor (readers.PIECE_VALUES);
 in nf4 the model and one matrix in float32.
 """
 
+import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
+import msgspec
 import torch
 from edge_kernels import Packed
 from torch import nn
@@ -16,13 +19,14 @@ from transformers.utils import logging as transformers_logging
 
 from edge_runtime.compat.empty_model import empty_model
 from edge_runtime.errors import InputError
-from edge_runtime.models import structure
+from edge_runtime.models import headers, structure
 from edge_runtime.models.facts import Facts
-from edge_runtime.models.packed import EMBEDDING, PackedEmbedding, PackedLinear
-from edge_runtime.models.readers import Tensors, open_tensors
+from edge_runtime.models.packed import DTYPE, EMBEDDING, PackedEmbedding, PackedLinear, stream
+from edge_runtime.models.readers import RandomTensors, SafetensorsTensors, Tensors
 from edge_runtime.models.slices import kept_layers
-from edge_runtime.models.stream import placeholder, stream
 from edge_runtime.settings import PACKED, Weights
+
+LAYER = re.compile(r"(?<=\.)\d+(?=\.)")  # a block's number is the first number in a state_dict key
 
 
 def load(
@@ -50,24 +54,37 @@ def load(
     if getattr(text, "layer_types", None):
         text.layer_types = [text.layer_types[layer] for layer in layers]
     text.use_cache = False
-    dtype = torch.bfloat16 if weights in PACKED else getattr(torch, weights)
     # a model without memory, and the tensors that it lacks
     model = empty_model(config)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    tensors = open_tensors(facts, layers, shapes)
-    # packed matrices first: what they replace is not filled
-    if weights in PACKED:
-        target = _Target(model, {module: name for name, module in model.named_modules()}, dtype, device)
-        _refuse_unpackable(target)
-        _pack_ends(target, tensors)
-        for layer, block in zip(layers, structure.blocks(model), strict=True):
-            file = Path(facts.folder) / f"streamed-{weights}" / f"{layer}.safetensors"
-            _pack_block(target, tensors, block, weights, file if streamed else None)
-    _fill(model, facts, tensors, dtype, device)
-    if weights not in PACKED:
+    tensors = _open(facts, layers, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    if weights in PACKED:  # first: what packed matrices replace is not filled
+        folder = Path(facts.folder) / f"streamed-{weights}"
+        files = [folder / f"{layer}.safetensors" if streamed else None for layer in layers]
+        _pack(model, tensors, weights, device, files)
+        _fill(model, facts, tensors, DTYPE, device)
+    else:
+        _fill(model, facts, tensors, getattr(torch, weights), device)
         model.tie_weights()  # the head, which _fill left out
     model.to(device)  # rotary frequencies, which are in no file
     return model.eval().requires_grad_(False)
+
+
+def _open(facts: Facts, layers: tuple[int, ...], shapes: dict[str, torch.Size]) -> Tensors:
+    """The tensors of a slice that keeps these layers of the checkpoint. shapes: by the slice's names."""
+    if not facts.weights:
+        return RandomTensors(shapes)
+    path, files = Path(facts.weights), headers.files(Path(facts.weights))
+    names = {name: LAYER.sub(lambda number: str(layers[int(number[0])]), name, count=1) for name in shapes}
+    if path.suffix != ".gguf":
+        return SafetensorsTensors(path, names, files)
+    from edge_runtime.models import gguf_file  # imports gguf
+
+    content = (Path(facts.folder) / "tensors.json").read_bytes()
+    entries = msgspec.json.decode(content, type=dict[str, gguf_file.Tensor])
+    # a tied head is not in the file
+    return gguf_file.GGUFTensors(
+        path, {name: entries[inner] for name, inner in names.items() if inner in entries}
+    )
 
 
 def _fill(model: PreTrainedModel, facts: Facts, tensors: Tensors, dtype: torch.dtype, device: str) -> None:
@@ -86,59 +103,43 @@ def _fill(model: PreTrainedModel, facts: Facts, tensors: Tensors, dtype: torch.d
         setattr(model.get_submodule(module), attribute, filled)
 
 
-# --- packed
+def _pack(
+    model: PreTrainedModel, tensors: Tensors, format: Any, device: str, files: Sequence[Path | None]
+) -> None:
+    """Put packed matrices in place of embedding, head and the linear layers of the blocks.
 
-
-class _Target(NamedTuple):
-    """A model without memory, into which packed matrices are put."""
-
-    model: PreTrainedModel
-    names: dict[nn.Module, str]  # paths of its modules before any was replaced
-    dtype: torch.dtype  # of activations and biases
-    device: str
-
-
-def _refuse_unpackable(target: _Target) -> None:
-    row, blocks = structure.family(target.model), structure.blocks(target.model)
-    for layer in [*structure.linears(blocks[0], row).values(), target.model.get_output_embeddings()]:
+    files: for each block where its matrices stay; None: in memory.
+    """
+    row, blocks = structure.family(model), structure.blocks(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules()}  # before any module is replaced
+    for layer in [*structure.linears(blocks[0], row).values(), head]:
         if not isinstance(layer, nn.Linear):
             raise InputError(
-                f"{target.names[layer]} is a {type(layer).__name__}: models of this family cannot be packed"
+                f"{names[layer]} is a {type(layer).__name__}: models of this family cannot be packed"
             )
 
+    def replace(layer: Any, matrix: Packed) -> None:
+        bias = None if layer.bias is None else tensors.dense(f"{names[layer]}.bias", DTYPE).to(device)
+        model.set_submodule(names[layer], PackedLinear(matrix, bias))
 
-def _pack_ends(target: _Target, tensors: Tensors) -> None:
-    """The embedding and the head, which are one matrix where they are tied."""
-    model, names = target.model, target.names
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    table = tensors.packed(f"{names[embedding]}.weight", EMBEDDING).to(target.device)
+    # embedding and head, which are one matrix where they are tied
+    table = tensors.packed(f"{names[embedding]}.weight", EMBEDDING).to(device)
     factor = float(getattr(embedding, "scalar_embed_scale", 1.0))
-    model.set_submodule(names[embedding], PackedEmbedding(table, target.dtype, factor))
+    model.set_submodule(names[embedding], PackedEmbedding(table, factor))
     if not model.config.get_text_config().tie_word_embeddings:
-        table = tensors.packed(f"{names[head]}.weight", EMBEDDING).to(target.device)
-    _replace(target, tensors, head, table)
-
-
-def _pack_block(target: _Target, tensors: Tensors, block: nn.Module, format: str, file: Path | None) -> None:
-    """The linear layers of a block. file: where its matrices stay; None: in memory."""
-    row = structure.family(target.model)
-    layers = structure.linears(block, row)
-    reads = {
-        row.linears[role]: partial(tensors.packed, f"{target.names[layer]}.weight", format)
-        for role, layer in layers.items()
-    }
-    for role, layer in layers.items():
-        if file is None:
-            matrix = reads[row.linears[role]]().to(target.device)
-        else:
-            matrix = placeholder(format, tuple(layer.weight.shape), target.device)
-        _replace(target, tensors, layer, matrix)
-    if file is not None:
-        stream(block, reads, file, target.device)
-
-
-def _replace(target: _Target, tensors: Tensors, layer: nn.Module, matrix: Packed) -> None:
-    name, bias = target.names[layer], None
-    if layer.bias is not None:
-        bias = tensors.dense(f"{name}.bias", target.dtype).to(target.device)
-    target.model.set_submodule(name, PackedLinear(matrix, bias))
+        table = tensors.packed(f"{names[head]}.weight", EMBEDDING).to(device)
+    replace(head, table)
+    # the blocks
+    for block, file in zip(blocks, files, strict=True):
+        reads = {}
+        for role, layer in structure.linears(block, row).items():
+            read = partial(tensors.packed, f"{names[layer]}.weight", format)
+            reads[row.linears[role]] = read
+            if file is None:
+                replace(layer, read().to(device))
+            else:
+                empty = torch.empty(0, device=device)
+                replace(layer, Packed(format, tuple(layer.weight.shape), empty, empty))
+        if file is not None:
+            stream(block, reads, file, device)

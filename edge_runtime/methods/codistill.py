@@ -39,11 +39,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime.methods.interface import Array, Contributions, Factor, Method, Scope, Tensors, add_to
+from edge_runtime.methods.lazy import np
 from edge_runtime.protocol.keys import join, parse
 from edge_runtime.settings import Codistill
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 P = Factor(("one", "anchors"), trained=True, shared="fleet", start="zero", of="anchors")
@@ -69,8 +69,6 @@ def combined(contributions: Contributions) -> Tensors:
 
 def _certainty(predictions: Mapping[str, Array]) -> Array:
     """(1, texts): 1 for a prediction of one label, nearly 0 where all labels are equal."""
-    import numpy as np
-
     p = np.maximum(np.concatenate(list(predictions.values())), FLOOR)
     p /= p.sum(0)
     entropy = -(p * np.log(p)).sum(0) / np.log(max(len(p), 2))
@@ -79,8 +77,6 @@ def _certainty(predictions: Mapping[str, Array]) -> Array:
 
 def learned(targets: Array, temperature: float) -> tuple[Array, Array]:
     """e (texts,) and t (texts, labels) of the fleet's T (texts, labels)."""
-    import numpy as np
-
     targets = np.maximum(targets, 0)
     highest = np.maximum(targets.max(1, keepdims=True), FLOOR)
     sharp = (targets / highest) ** (1 / temperature)
@@ -90,8 +86,6 @@ def learned(targets: Array, temperature: float) -> tuple[Array, Array]:
 
 def news(targets: Array, unmet: "NDArray[np.bool_]") -> Array:
     """u (texts,) of the fleet's T (texts, labels). unmet (labels,): the device has no rows."""
-    import numpy as np
-
     targets = np.maximum(targets, 0)
     share: Array = targets[:, unmet].sum(1) / np.maximum(targets.sum(1), FLOOR)
     return share

@@ -16,6 +16,7 @@ from typing import Any
 from edge_runtime.methods.fedit import holders_mean
 from edge_runtime.methods.heterotune import HeteroTune
 from edge_runtime.methods.interface import AtLeastOne, Method, MethodSettings, with_core
+from edge_runtime.methods.lazy import torch
 
 
 class FedAdapter(MethodSettings, frozen=True):
@@ -40,8 +41,6 @@ class FedAdapter(MethodSettings, frozen=True):
 
 def core(factors: Mapping[str, Any], _: float) -> Any:
     """C (r, r) of U (tier · width, r) and V (r, tier · width), as torch tensors."""
-    import torch
-
     U, V = factors["U"], factors["V"]
     return torch.eye(len(V), device=U.device) + V @ U
 

@@ -9,7 +9,10 @@ Source: Zhang et al. 2023, arXiv 2305.05644 (FedIT); Diao et al. 2021, arXiv 201
 for unequal depths.
 """
 
+from collections import Counter, defaultdict
+
 from edge_runtime.methods.interface import A, Array, B, Contribution, Contributions, Method, Tensors
+from edge_runtime.methods.lazy import np
 from edge_runtime.protocol.keys import leading
 
 
@@ -21,24 +24,20 @@ class RunningMean:
 
     def __init__(self) -> None:
         self._sums: Tensors = {}
-        self._rows: dict[str, dict[tuple[int, ...], int]] = {}  # by the shape that devices sent
+        # by the shape that devices sent
+        self._rows: dict[str, Counter[tuple[int, ...]]] = defaultdict(Counter)
 
     def add(self, contribution: Contribution) -> None:
         """Count one device."""
-        import numpy as np
-
-        samples = contribution.samples
         for key, value in contribution.delta.items():
             if key not in self._sums:
-                shape = contribution.before.get(key, value).shape  # the fleet's full rank
-                self._sums[key], self._rows[key] = np.zeros(shape, np.float32), {}
-            self._sums[key][leading(value.shape)] += samples * value
-            self._rows[key][value.shape] = self._rows[key].get(value.shape, 0) + samples
+                full = contribution.before.get(key, value)  # in the fleet's rank
+                self._sums[key] = np.zeros(full.shape, np.float32)
+            self._sums[key][leading(value.shape)] += contribution.samples * value
+            self._rows[key][value.shape] += contribution.samples
 
     def counts(self, key: str) -> Array:
         """Rows behind each entry of a tensor."""
-        import numpy as np
-
         counts = np.zeros_like(self._sums[key])
         for shape, rows in self._rows[key].items():
             counts[leading(shape)] += rows
@@ -46,8 +45,6 @@ class RunningMean:
 
     def mean(self) -> Tensors:
         """The mean; 0 where no device holds an entry. Uses up this object."""
-        import numpy as np
-
         for key, total in self._sums.items():
             counts = self.counts(key)
             # in place: no second copy of the adapter

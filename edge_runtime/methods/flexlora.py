@@ -21,6 +21,7 @@ from zlib import crc32
 
 from edge_runtime.methods import fedit
 from edge_runtime.methods.interface import Array, Contribution, Contributions, Method, Tensors, add_to
+from edge_runtime.methods.lazy import np
 from edge_runtime.protocol.keys import join, parse
 
 OVER = 16  # columns of a sketch beyond the factors' rank
@@ -41,8 +42,6 @@ Terms: TypeAlias = Callable[[], Iterable[Term]]  # of all layers; each call goes
 
 def mean_product(contributions: Contributions) -> Tensors:
     """The step from the last version's factors to those of the mean product."""
-    import numpy as np
-
     before: Tensors = {}
     samples: dict[str, int] = {}
 
@@ -68,8 +67,6 @@ def best_factors(terms: Terms, rank: Callable[[str], int]) -> Iterator[tuple[str
     A's rows are orthonormal, and B's columns are as long as the singular values. A and B have this
     rank, or the sum's rank where that is lower. A layer's memory is freed before the next layer.
     """
-    import numpy as np
-
     # an orthonormal Q from random columns, improved by one power iteration
     ranges = _bases(_sketches(terms, rank))
     ranges = _bases(_times(terms, _bases(_times(terms, ranges, transposed=True))))
@@ -107,8 +104,6 @@ def _pair(layer: str) -> tuple[str, str]:
 
 def _sketches(terms: Terms, rank: Callable[[str], int]) -> Tensors:
     """Each layer's sum times random columns, which the layer's name decides."""
-    import numpy as np
-
     columns: Tensors = {}
     sketches: Tensors = {}
     for layer, weight, A, B in terms():
@@ -131,8 +126,6 @@ def _times(terms: Terms, columns: Tensors, *, transposed: bool = False) -> Tenso
 
 def _bases(sketches: Tensors) -> Tensors:
     """Orthonormal columns that span each sketch."""
-    import numpy as np
-
     return {layer: np.linalg.qr(sketch)[0] for layer, sketch in sketches.items()}
 
 

@@ -29,6 +29,7 @@ from edge_runtime.methods.interface import (
     Product,
     Tensors,
 )
+from edge_runtime.methods.lazy import np, torch
 from edge_runtime.protocol.keys import join
 
 KEPT_A = Factor(("kept", "in"), trained=False, shared="class", start="zero")
@@ -60,8 +61,6 @@ def stacked(contributions: Contributions, rank: int) -> Tensors:
 
     A and B have no step: the version never holds them, so every round starts them from version 0.
     """
-    import numpy as np
-
     old: dict[str, tuple[Array, Array]] = {}
     samples: dict[str, int] = {}
 
@@ -94,8 +93,6 @@ def stacked(contributions: Contributions, rank: int) -> Tensors:
 
 def joined(factors: Mapping[str, Any], depth: float) -> Product:
     """A' above A (kept + r x in), no core, and B' beside B (out x kept + r), as torch tensors."""
-    import torch
-
     return (
         torch.cat([factors["keptA"], factors["A"]]),
         None,

@@ -44,6 +44,7 @@ from edge_runtime.methods.interface import (
     Product,
     with_core,
 )
+from edge_runtime.methods.lazy import torch
 
 RELATION = frozenset("SD")
 TASK = frozenset("ABH")  # H: a head's rows
@@ -101,8 +102,6 @@ class H2Tune(MethodSettings, frozen=True):
 
 def relation(D: Any, depth: float) -> Any:
     """P of a layer (depths,) from its D (depths,) and relative depth, 0 to 1; adds up to 1."""
-    import torch
-
     points = torch.arange(len(D), device=D.device)
     interpolated = (1 - (points - depth * (len(D) - 1)).abs()).clamp_min(0)
     return interpolated + D - D.mean()
@@ -110,16 +109,12 @@ def relation(D: Any, depth: float) -> Any:
 
 def core(factors: Mapping[str, Any], depth: float) -> Any:
     """C (r, r) of a layer's D (depths,) and its role's S (depths, r, r), as torch tensors."""
-    import torch
-
     S = factors["S"]
     return torch.eye(S.shape[1], device=S.device) + torch.tensordot(relation(factors["D"], depth), S, 1)
 
 
 def _increment(C: Any) -> Any:
     """T = C - I."""
-    import torch
-
     return C - torch.eye(len(C), device=C.device)
 
 

@@ -56,6 +56,7 @@ from edge_runtime.methods.interface import (
     Tensors,
     with_core,
 )
+from edge_runtime.methods.lazy import np, torch
 
 Alignment = Literal["projection", "pairwise", "cagrad", "gate", "off"]
 CAGRAD_C, CAGRAD_STEPS = 0.5, 200
@@ -99,8 +100,6 @@ class HeteroTune(MethodSettings, frozen=True):
 
 def core(factors: Mapping[str, Any], _: float) -> Any:
     """C (r, r) of gates (branches,), U (branches · width, r), V (r, branches · width)."""
-    import torch
-
     U, V, gates = factors["U"], factors["V"], factors["g"].softmax(-1) * len(factors["g"])
     weights = gates.repeat_interleave(len(U) // len(gates))
     return torch.eye(len(V), device=U.device) + (V * weights) @ U
@@ -121,8 +120,6 @@ def across_classes(contributions: Contributions, alignment: Alignment) -> Tensor
 
 def _step(holders: list[tuple[Array, Array]], alignment: Alignment) -> Array:
     """One tensor's step, from its rows and mean delta in every class that holds it."""
-    import numpy as np
-
     counts = np.stack([rows for rows, _ in holders])
     deltas = np.stack([delta for _, delta in holders])
     plain: Array = (counts * deltas).sum(0) / np.maximum(counts.sum(0), 1)
@@ -139,8 +136,6 @@ def _step(holders: list[tuple[Array, Array]], alignment: Alignment) -> Array:
 
 def combined(steps: list[Array], shares: list[float], alignment: Alignment) -> Array:
     """One step from the classes' steps, by projection, pairwise or cagrad."""
-    import numpy as np
-
     flat = np.stack([step.ravel() for step in steps]).astype(np.float64)
     p = np.array(shares)
     plain = p @ flat
@@ -181,8 +176,6 @@ def _pairwise(flat: Any, norms: Any) -> Any:
 
 def _agree(steps: Any) -> bool:
     """Whether each step (classes, entries) that is not 0 agrees with the others beyond chance."""
-    import numpy as np
-
     norms = np.linalg.norm(steps, axis=1, keepdims=True)
     units = steps[norms[:, 0] > 0] / norms[norms[:, 0] > 0]
     remaining = units.sum(0) - units
@@ -192,8 +185,6 @@ def _agree(steps: Any) -> bool:
 
 def _cagrad(flat: Any, plain: Any) -> Any:
     """plain + c ‖plain‖ g_w / ‖g_w‖, g_w = Σ w d, at the w of least g_w · plain + c ‖plain‖ ‖g_w‖."""
-    import numpy as np
-
     gram, toward = flat @ flat.T, flat @ plain
     radius = CAGRAD_C * float(np.linalg.norm(plain))
     scale = max(float(np.abs(gram).max()), TINY)

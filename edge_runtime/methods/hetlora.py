@@ -33,6 +33,7 @@ from edge_runtime.methods.interface import (
     Product,
     Tensors,
 )
+from edge_runtime.methods.lazy import np
 from edge_runtime.protocol.keys import join, leading, parse
 
 
@@ -115,8 +116,6 @@ def _norm(state: Tensors) -> float:
 
 def _tails(layers: list[str], state: Callable[[str], Any], rank: int) -> float:
     """Σ over layers of ‖B[:, rank:]‖ ‖A[rank:]‖."""
-    import numpy as np
-
     tails = ((state(join(layer, "B"))[:, rank:], state(join(layer, "A"))[rank:]) for layer in layers)
     return sum(float(np.linalg.norm(B) * np.linalg.norm(A)) for B, A in tails)
 

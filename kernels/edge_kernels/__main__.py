@@ -25,7 +25,7 @@ def main() -> None:
 
 @main.command()
 @click.option("--arch", "architectures", multiple=True, type=ARCHITECTURE, help="87 for sm_87.")
-@click.option("--only", "names", multiple=True, help="An operator, as rms_norm; may be given again.")
+@click.option("--only", "names", multiple=True, help="An operator's file, as norms; may be given again.")
 @click.option("--json", "file", type=FILE, help="Write the figures of every configuration to this file.")
 def check(architectures: tuple[str, ...], names: tuple[str, ...], file: Path | None) -> None:
     """Compile every kernel in every configuration ahead of time; no GPU is needed.

@@ -3,7 +3,7 @@
 A configuration fails for one of three reasons: registers spill to memory; the kernel needs more
 shared memory than a program of that architecture may have, which the compiler does not check; or
 the kernel is declared as streamed and has no asynchronous copies, so it loads single values instead
-of vectors. An operator takes part if its module has `ahead_of_time`, which returns its launches.
+of vectors. An operator takes part if its module has `ahead_of_time`, which yields its launches.
 Source: `triton.compile` with a GPUTarget; the cubin's resources from Triton's own disassembler.
 """
 
@@ -81,8 +81,8 @@ def compile_all(modules: list[str], architectures: tuple[int, ...]) -> list[Comp
 
 
 def _compile_operator(module: str, architecture: int) -> list[Compiled]:
-    launches: list[Launch] = import_module(module).ahead_of_time()
-    return [_judge(module.rpartition(".")[2], launch, architecture) for launch in launches]
+    operator = module.rpartition(".")[2]
+    return [_judge(operator, launch, architecture) for launch in import_module(module).ahead_of_time()]
 
 
 def _judge(operator: str, launch: Launch, architecture: int) -> Compiled:

@@ -22,8 +22,7 @@ from torch import nn
 from edge_kernels.attention import attention
 from edge_kernels.gated_activation import Kind, gated_activation
 from edge_kernels.in_tiles import in_tiles
-from edge_kernels.layer_norm import layer_norm
-from edge_kernels.rms_norm import rms_norm
+from edge_kernels.norms import layer_norm, rms_norm
 from edge_kernels.rotary import rotary
 
 KINDS: dict[str, Kind] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}

@@ -38,7 +38,7 @@ def jit(kernel: Any) -> Any:
 
 def on_triton(x: torch.Tensor) -> bool:
     """Whether the Triton backend takes this tensor; in the interpreter also a tensor on a CPU."""
-    if triton is None:
+    if triton is None or not x.numel():
         return False
     return bool(triton.knobs.runtime.interpret) or (x.is_cuda and _supported(x.device.index or 0))
 

@@ -12,6 +12,7 @@ Source: Shazeer 2020, arXiv 2002.05202; Hendrycks & Gimpel 2016, arXiv 1606.0841
     GELU).
 """
 
+from collections.abc import Iterator
 from itertools import product
 from typing import Any, Literal, get_args
 
@@ -57,12 +58,12 @@ class _GatedActivation(torch.autograd.Function):
     def forward(ctx, gate, up, kind):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(gate, up)
         ctx.kind = kind
-        return (_forward_triton if on_triton(gate) and gate.numel() else _forward_torch)(gate, up, kind)
+        return (_forward_triton if on_triton(gate) else _forward_torch)(gate, up, kind)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         gate, up = ctx.saved_tensors
-        backend = _backward_triton if on_triton(gate) and gate.numel() else _backward_torch
+        backend = _backward_triton if on_triton(gate) else _backward_torch
         return *backend(dy, gate, up, ctx.kind), None
 
 
@@ -169,13 +170,9 @@ def _share(gate, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     return share
 
 
-def ahead_of_time() -> list[Launch]:
+def ahead_of_time() -> Iterator[Launch]:
     """Every kind of activation, forward and backward."""
-    launches = []
     for (name, dtype), kind in product(DTYPES.items(), get_args(Kind)):
         x, label = blank(dtype, 17, 1024), f"gated_activation {name} {kind}"
-        launches += [
-            Launch(f"{label} forward", _forward_triton, (x, x, kind)),
-            Launch(f"{label} backward", _backward_triton, (x, x, x, kind)),
-        ]
-    return launches
+        yield Launch(f"{label} forward", _forward_triton, (x, x, kind))
+        yield Launch(f"{label} backward", _backward_triton, (x, x, x, kind))

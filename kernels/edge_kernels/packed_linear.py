@@ -10,6 +10,7 @@ is expanded, used and freed. Source: Dettmers et al. 2023, arXiv 2305.14314, who
 expands the matrix first.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from itertools import product as combinations
 from typing import Any
@@ -113,7 +114,7 @@ def product(
     Returns:
         (rows, out) forward, (rows, in) backward, of left's dtype.
     """
-    if isinstance(weight, Packed) and on_triton(left) and len(left) and left.dtype != torch.float64:
+    if isinstance(weight, Packed) and on_triton(left) and left.dtype != torch.float64:
         return _product_triton(left, weight, low, factor, bias, forward)
     return _product_torch(left, weight, low, factor, bias, forward)
 
@@ -241,9 +242,8 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     tl.store(result_ptr + at, tile, mask=inside & within[None, :])
 
 
-def ahead_of_time() -> list[Launch]:
+def ahead_of_time() -> Iterator[Launch]:
     """Every tile, format and direction, with an adapter, splits and, forward, a bias."""
-    launches = []
     for (name, dtype), format, rows, forward in combinations(
         backend.DTYPES.items(), BLOCK, (5, 17), (True, False)
     ):
@@ -255,5 +255,4 @@ def ahead_of_time() -> list[Launch]:
         bias = blank(dtype, 1024) if forward else None
         label = f"packed_linear {name} {format} {'forward' if forward else 'backward'} M={tile['M']}"
         arguments = (left, weight, low, factor, bias, forward)
-        launches.append(Launch(label, _product_triton, arguments, streamed=True))
-    return launches
+        yield Launch(label, _product_triton, arguments, streamed=True)

@@ -9,6 +9,7 @@ Kept for backward: cos and sin, which all layers share.
 Source: Su et al. 2021, arXiv 2104.09864, in the form by halves that transformers uses.
 """
 
+from collections.abc import Iterator
 from itertools import product
 
 import torch
@@ -70,7 +71,7 @@ class _Rotary(torch.autograd.Function):
 
 
 def _rotate(x, cos, sin, back):  # type: ignore[no-untyped-def]
-    return (_rotate_triton if on_triton(x) and x.numel() else _rotate_torch)(x, cos, sin, back)
+    return (_rotate_triton if on_triton(x) else _rotate_torch)(x, cos, sin, back)
 
 
 # --- torch
@@ -156,14 +157,12 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
         tl.store(where, x * cos + paired * sin, mask=inside)
 
 
-def ahead_of_time() -> list[Launch]:
+def ahead_of_time() -> Iterator[Launch]:
     """Common widths of heads, and a width of which only a part is rotated."""
-    launches = []
     for (name, dtype), (heads, width, n) in product(
         DTYPES.items(), ((9, 64, 64), (32, 128, 128), (4, 256, 256), (32, 80, 32))
     ):
         x, cos = blank(dtype, 2, heads, 16, width), blank(dtype, 1, 16, n)
         label = f"rotary {name} {heads} heads of {width}"
         for direction, back in (("forward", False), ("backward", True)):
-            launches.append(Launch(f"{label} {direction}", _rotate_triton, (x, cos, cos, back)))
-    return launches
+            yield Launch(f"{label} {direction}", _rotate_triton, (x, cos, cos, back))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from edge_kernels.backend import on_triton
-from edge_kernels.layer_norm import layer_norm
+from edge_kernels.norms import layer_norm
 from numerics import DEVICE, ON_GPU, assert_as_good_as
 
 INTERPRETED = on_triton(torch.ones(1)) and not ON_GPU

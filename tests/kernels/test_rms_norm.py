@@ -5,7 +5,7 @@ from importlib import import_module
 import pytest
 import torch
 from edge_kernels.backend import on_triton
-from edge_kernels.rms_norm import rms_norm
+from edge_kernels.norms import rms_norm
 from numerics import DEVICE, ON_GPU, assert_as_good_as
 
 INTERPRETED = on_triton(torch.ones(1)) and not ON_GPU
@@ -41,7 +41,7 @@ def test_values_and_gradient_are_as_good_as_torchs(dtype, shape, offset):
 
 
 def test_many_rows_are_taken_in_pieces(monkeypatch):
-    monkeypatch.setattr(import_module("edge_kernels.rms_norm"), "PIECE", 16)
+    monkeypatch.setattr(import_module("edge_kernels.norms"), "PIECE", 16)
     check(rms_norm, shape=(13, 7))
 
 

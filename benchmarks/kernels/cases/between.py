@@ -5,8 +5,7 @@ from functools import partial
 import torch
 from edge_kernels.attention import attention
 from edge_kernels.gated_activation import gated_activation
-from edge_kernels.layer_norm import layer_norm
-from edge_kernels.rms_norm import rms_norm
+from edge_kernels.norms import layer_norm, rms_norm
 from edge_kernels.rotary import rotary
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention, silu

@@ -17,7 +17,7 @@ bits.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -190,16 +190,14 @@ def _update_kernel(  # type: ignore[no-untyped-def]
     tl.store(second_ptr + places, tl.where(x > 0, tl.maximum(code2, 1), 0).to(tl.uint8), mask=padded)
 
 
-def ahead_of_time() -> list[Launch]:
+def ahead_of_time() -> Iterator[Launch]:
     """Every pair of dtypes of a factor and its gradient, which is float32 after accumulating."""
     state = [
         *(blank(dtype, 16, BLOCK) for dtype in (torch.int8, torch.uint8)),
         *(blank(torch.float32, 16) for _ in range(2)),
     ]
     pairs = (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32"), ("fp16", "fp32"))
-    launches = []
     for p, g in pairs:
         factor, grad = (blank(DTYPES[name], 16 * BLOCK) for name in (p, g))
         arguments = (factor, grad, state, blank(torch.float32), Step(1.0, 0.1, 0.001, 1e-3, 1.0, 1e-8, 3))
-        launches.append(Launch(f"adamw8bit {p} factor, {g} gradient", update_triton, arguments))
-    return launches
+        yield Launch(f"adamw8bit {p} factor, {g} gradient", update_triton, arguments)

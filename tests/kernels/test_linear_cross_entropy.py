@@ -18,7 +18,7 @@ SUBJECT, CHUNKS, SWEEP = (
 )
 INTERPRETED = "TRITON_INTERPRET" in os.environ  # it gets bfloat16 wrong
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED and not ON_GPU else [torch.bfloat16])
-PATHS = ["Chunks", "Tiles"] if on_triton(torch.ones(1, device=DEVICE)) else ["Sweep"]
+PATHS = ["chunks", "tiles"] if on_triton(torch.ones(1, device=DEVICE)) else ["sweep"]
 VOCABULARY, WIDTH = 50, 24
 
 
@@ -132,7 +132,7 @@ def test_what_is_not_contiguous_does(path):
         labels,
     )
     wide = torch.stack((labels, labels), -1)[..., 0]
-    check(linear_cross_entropy, hidden, head if path == "Tiles" else head.T.contiguous().T, wide)
+    check(linear_cross_entropy, hidden, head if path == "tiles" else head.T.contiguous().T, wide)
 
 
 def test_what_else_reads_hidden_keeps_its_share_of_the_gradient(path):
@@ -178,9 +178,9 @@ def test_without_a_hidden_that_requires_a_gradient_there_is_none(path):
     assert not linear_cross_entropy(hidden, head, labels).requires_grad
 
 
-@pytest.mark.skipif("Chunks" not in PATHS, reason="chunks are Triton's")
+@pytest.mark.skipif("chunks" not in PATHS, reason="chunks are Triton's")
 def test_chunks_without_grad_mode_make_the_loss_alone(monkeypatch):
-    monkeypatch.setattr(SUBJECT, "_path", lambda *_: SUBJECT.Chunks)
+    monkeypatch.setattr(SUBJECT, "_path", lambda *_: SUBJECT.chunks)
     hidden, head, labels = case()
     loss = linear_cross_entropy(hidden.requires_grad_(), head, labels)
     monkeypatch.setattr(CHUNKS, "_product", None)
@@ -190,7 +190,7 @@ def test_chunks_without_grad_mode_make_the_loss_alone(monkeypatch):
 
 def test_a_sweep_without_grad_mode_makes_no_gradient(monkeypatch):
     sweep, gradients = SWEEP._sweep, []
-    monkeypatch.setattr(SUBJECT, "_path", lambda *_: SUBJECT.Sweep)
+    monkeypatch.setattr(SUBJECT, "_path", lambda *_: SUBJECT.sweep)
     monkeypatch.setattr(SWEEP, "_sweep", lambda *given: gradients.append(given[-1]) or sweep(*given))
     hidden, head, labels = case()
     loss = linear_cross_entropy(hidden.requires_grad_(), head, labels)
@@ -258,10 +258,10 @@ def test_the_gradient_is_that_of_finite_differences(path):
 @pytest.mark.parametrize(("rows", "tokens", "tiles"), [(64, 500, False), (63, 500, True), (63, 56, False)])
 def test_a_dense_head_goes_by_tiles_where_chunks_would_be_many_and_small(rows, tokens, tiles):
     hidden, head, _ = case((tokens,), torch.float16)
-    assert (SUBJECT._path(hidden, head, tokens, 2 * VOCABULARY * rows) is SUBJECT.Tiles) is tiles
-    assert SUBJECT._path(hidden, head.T.contiguous().T, tokens, 2 * VOCABULARY * rows) is SUBJECT.Chunks
-    assert SUBJECT._path(hidden, pack(head, "q8_0"), tokens, 2 * VOCABULARY * rows) is SUBJECT.Tiles
-    assert SUBJECT._path(hidden.float(), pack(head, "q8_0"), tokens, 2 * VOCABULARY * rows) is SUBJECT.Chunks
+    assert (SUBJECT._path(hidden, head, tokens, 2 * VOCABULARY * rows) is SUBJECT.tiles) is tiles
+    assert SUBJECT._path(hidden, head.T.contiguous().T, tokens, 2 * VOCABULARY * rows) is SUBJECT.chunks
+    assert SUBJECT._path(hidden, pack(head, "q8_0"), tokens, 2 * VOCABULARY * rows) is SUBJECT.tiles
+    assert SUBJECT._path(hidden.float(), pack(head, "q8_0"), tokens, 2 * VOCABULARY * rows) is SUBJECT.chunks
 
 
 @pytest.mark.skipif(INTERPRETED or ON_GPU, reason="kernels expand a packed head in their tiles")

@@ -19,23 +19,19 @@ Source: Milakov & Gimelshein 2018, arXiv 1805.02867 (running softmax); Wijmans e
 2411.09009 (tiles); Hsu et al. 2024, arXiv 2410.10989 (gradient in the forward pass).
 """
 
+from collections.abc import Iterator
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from edge_kernels.backend import Launch, on_triton
-from edge_kernels.linear_cross_entropy import chunks, tiles
-from edge_kernels.linear_cross_entropy.chunks import Chunks
-from edge_kernels.linear_cross_entropy.labelled import IGNORED, labelled_tokens
-from edge_kernels.linear_cross_entropy.sweep import Sweep
-from edge_kernels.linear_cross_entropy.tiles import Tiles
+from edge_kernels.linear_cross_entropy import chunks, sweep, tiles
 from edge_kernels.quant import Packed
 from edge_kernels.tiles import check_packed
 
-__all__ = ["IGNORED", "ahead_of_time", "linear_cross_entropy"]
-
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+IGNORED = -100  # label of a token that does not count
 FEWEST_TOKENS = 64  # in smaller chunks two readings of the head cost more than a third product
 
 
@@ -67,9 +63,9 @@ def linear_cross_entropy(
     rows = hidden.reshape(-1, hidden.shape[-1])
     if not torch.is_grad_enabled():  # the forward pass would otherwise make the gradient, too
         rows = rows.detach()
-    batch = labelled_tokens(labels, head.shape[0])
+    batch = _labelled(labels.reshape(-1), head.shape[0])
     path = _path(rows, head, batch.tokens, chunk_bytes)
-    loss: torch.Tensor = path.apply(rows, head, batch, softcap, chunk_bytes)
+    loss: torch.Tensor = _LinearCrossEntropy.apply(rows, head, batch, softcap, chunk_bytes, path)
     return loss
 
 
@@ -100,15 +96,74 @@ def _check(
         raise ValueError(f"hidden is {hidden.dtype} but head is {head.dtype}: they need one dtype")
 
 
+class Labelled(NamedTuple):
+    """Where the labelled tokens are among the rows of a batch, and their labels."""
+
+    places: torch.Tensor | None  # (tokens,) int64, their rows in order; None: every row has a label
+    targets: torch.Tensor  # (tokens,) int64
+
+    @property
+    def tokens(self) -> int:
+        """The number of labelled tokens."""
+        return len(self.targets)
+
+    def chunks(self, rows: torch.Tensor, step: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The labelled rows (step, n) at a time, each with its place among the labelled tokens."""
+        step = max(step, 1)
+        for first in range(0, self.tokens, step):
+            chunk = slice(first, min(first + step, self.tokens))
+            yield chunk, rows[chunk] if self.places is None else rows[self.places[chunk]]
+
+
+def _labelled(labels: torch.Tensor, vocabulary: int) -> Labelled:
+    counted = labels != IGNORED
+    wrong = counted & ((labels < 0) | (labels >= vocabulary))
+    tokens, faults = torch.stack((counted.sum(), wrong.sum())).tolist()  # the only wait for a GPU
+    if faults:
+        lowest, highest = torch.stack(labels[counted].aminmax()).tolist()
+        raise ValueError(f"labels go from {lowest} to {highest}, the head has {vocabulary} rows")
+    if tokens == len(labels):
+        return Labelled(None, labels)
+    places = torch.argsort(~counted, stable=True)[:tokens]
+    return Labelled(places, labels[places])
+
+
 def _path(rows: torch.Tensor, head: torch.Tensor | Packed, tokens: int, chunk_bytes: int) -> Any:
     if not on_triton(rows) or not tokens:
-        return Sweep
+        return sweep
     if rows.dtype == torch.float32:
-        return Chunks
+        return chunks
     small = chunks.tokens_a_chunk(rows, head.shape[0], chunk_bytes) < min(tokens, FEWEST_TOKENS)
-    return Tiles if isinstance(head, Packed) or (small and head.is_contiguous()) else Chunks
+    return tiles if isinstance(head, Packed) or (small and head.is_contiguous()) else chunks
 
 
-def ahead_of_time() -> list[Launch]:
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, head, batch, softcap, chunk_bytes, path):  # type: ignore[no-untyped-def]
+        losses, partial = path.losses(rows, head, batch, softcap, chunk_bytes, ctx.needs_input_grad[0])
+        # partial: of tiles the log-sum-exps, else dh
+        ctx.save_for_backward(*((rows, partial) if path is tiles else (partial,)))
+        ctx.path, ctx.options = path, (head, batch, softcap, chunk_bytes)
+        ctx.shape, ctx.tokens = rows.shape, max(batch.tokens, 1)
+        return losses.sum() / ctx.tokens
+
+    @staticmethod
+    def backward(ctx, dloss):  # type: ignore[no-untyped-def]
+        head, batch, softcap, chunk_bytes = ctx.options
+        share = dloss / ctx.tokens
+        if ctx.path is tiles:
+            rows, log_sum = ctx.saved_tensors
+            drows = tiles.gradient(rows, log_sum, head, batch, softcap, chunk_bytes, share)
+        else:
+            (dh,) = ctx.saved_tensors
+            # the product is made in float32: a share of 1 / tokens is not a normal number in float16
+            drows = torch.mul(dh, share.view(1), out=torch.empty_like(dh))
+            if batch.places is not None:
+                drows = dh.new_zeros(ctx.shape).index_copy_(0, batch.places, drows)
+        return drows, None, None, None, None, None
+
+
+def ahead_of_time() -> Iterator[Launch]:
     """The kernels of both Triton paths."""
-    return chunks.ahead_of_time() + tiles.ahead_of_time()
+    yield from chunks.ahead_of_time()
+    yield from tiles.ahead_of_time()

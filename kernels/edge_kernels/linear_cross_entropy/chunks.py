@@ -5,42 +5,32 @@ into their gradient. Two products a token, which read the head once for each chu
 Kept for backward: dh.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from edge_kernels.backend import DTYPES, Launch, blank, jit, tl
-from edge_kernels.linear_cross_entropy.labelled import spread
 from edge_kernels.quant import Packed, expanded_rows
 
 LAUNCH: dict[str, Any] = {"BLOCK": 4096, "num_warps": 8}
 
 
-class Chunks(torch.autograd.Function):
-    """The chunks as an autograd Function of the rows (n tokens, width)."""
-
-    @staticmethod
-    def forward(ctx, rows, head, batch, softcap, chunk_bytes):  # type: ignore[no-untyped-def]
-        tokens, vocabulary = batch.tokens, head.shape[0]
-        step = min(tokens_a_chunk(rows, vocabulary, chunk_bytes), tokens)
-        dh = rows.new_empty(tokens, rows.shape[1]) if ctx.needs_input_grad[0] else None
-        losses = torch.empty(tokens, device=rows.device)
-        buffer = rows.new_empty(step, vocabulary)
-        for chunk, x in batch.chunks(rows, step):
-            logits = buffer[: len(x)]
-            for columns, weight in expanded_rows(head, rows.dtype):
-                torch.mm(x, weight.T, out=logits[:, columns])
-            _gradient(logits, batch.targets[chunk], losses[chunk], softcap, dh is not None)
-            if dh is not None:
-                _product(logits, head, out=dh[chunk])
-        ctx.save_for_backward(batch.places, dh)
-        ctx.shape, ctx.tokens = rows.shape, tokens
-        return losses.sum() / tokens
-
-    @staticmethod
-    def backward(ctx, dloss):  # type: ignore[no-untyped-def]
-        places, dh = ctx.saved_tensors
-        return spread(dh, dloss / ctx.tokens, places, ctx.shape), None, None, None, None
+def losses(rows, head, batch, softcap, chunk_bytes, trains):  # type: ignore[no-untyped-def]
+    """The loss of each labelled token, and their gradient, or None where h does not train."""
+    tokens, vocabulary = batch.tokens, head.shape[0]
+    step = min(tokens_a_chunk(rows, vocabulary, chunk_bytes), tokens)
+    dh = rows.new_empty(tokens, rows.shape[1]) if trains else None
+    result = torch.empty(tokens, device=rows.device)
+    buffer = rows.new_empty(step, vocabulary)
+    for chunk, x in batch.chunks(rows, step):
+        logits = buffer[: len(x)]
+        for columns, weight in expanded_rows(head, rows.dtype):
+            torch.mm(x, weight.T, out=logits[:, columns])
+        _gradient(logits, batch.targets[chunk], result[chunk], softcap, trains)
+        if dh is not None:
+            _product(logits, head, out=dh[chunk])
+    return result, dh
 
 
 def tokens_a_chunk(rows: torch.Tensor, vocabulary: int, chunk_bytes: int) -> int:
@@ -118,10 +108,8 @@ def cap(logits, softcap):  # type: ignore[no-untyped-def]
     return softcap * (1 - 2 / (tl.exp(2 * logits / softcap) + 1))
 
 
-def ahead_of_time() -> list[Launch]:
+def ahead_of_time() -> Iterator[Launch]:
     """The kernel with a softcap, which only adds to it."""
-    launches = []
     for name, dtype in DTYPES.items():
         arguments = (blank(dtype, 17, 4096), blank(torch.int64, 17), blank(torch.float32, 17), 30.0, True)
-        launches.append(Launch(f"linear_cross_entropy {name} gradient", _gradient, arguments))
-    return launches
+        yield Launch(f"linear_cross_entropy {name} gradient", _gradient, arguments)

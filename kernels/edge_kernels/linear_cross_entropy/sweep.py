@@ -11,32 +11,21 @@ The gradient is made in the forward pass: two products a token. Kept for backwar
 
 import torch
 
-from edge_kernels.linear_cross_entropy.labelled import spread
 from edge_kernels.quant import expanded_rows
 
 NEVER = -1e30  # a logit whose exponential is 0 beside any other logit's
 
 
-class Sweep(torch.autograd.Function):
-    """The sweep as an autograd Function of the rows (n tokens, width)."""
-
-    @staticmethod
-    def forward(ctx, rows, head, batch, softcap, chunk_bytes):  # type: ignore[no-untyped-def]
-        tokens, width = batch.tokens, rows.shape[1]
-        dh = rows.new_empty(tokens, width) if ctx.needs_input_grad[0] else None
-        losses = torch.empty(tokens, device=rows.device)
-        step = chunk_bytes // (8 * width)  # tokens whose float32 gradient takes half of the budget
-        for chunk, x in batch.chunks(rows, step):
-            dx = None if dh is None else dh[chunk]
-            _sweep(x, head, batch.targets[chunk], softcap, chunk_bytes, losses[chunk], dx)
-        ctx.save_for_backward(batch.places, dh)
-        ctx.shape, ctx.tokens = rows.shape, max(tokens, 1)
-        return losses.sum() / ctx.tokens
-
-    @staticmethod
-    def backward(ctx, dloss):  # type: ignore[no-untyped-def]
-        places, dh = ctx.saved_tensors
-        return spread(dh, dloss / ctx.tokens, places, ctx.shape), None, None, None, None
+def losses(rows, head, batch, softcap, chunk_bytes, trains):  # type: ignore[no-untyped-def]
+    """The loss of each labelled token, and their gradient, or None where h does not train."""
+    tokens, width = batch.tokens, rows.shape[1]
+    dh = rows.new_empty(tokens, width) if trains else None
+    result = torch.empty(tokens, device=rows.device)
+    step = chunk_bytes // (8 * width)  # tokens whose float32 gradient takes half of the budget
+    for chunk, x in batch.chunks(rows, step):
+        dx = None if dh is None else dh[chunk]
+        _sweep(x, head, batch.targets[chunk], softcap, chunk_bytes, result[chunk], dx)
+    return result, dh
 
 
 def _sweep(x, head, targets, softcap, chunk_bytes, losses, dh):  # type: ignore[no-untyped-def]
@@ -71,35 +60,21 @@ def _softmax_in_place(logits, column, inside, label_logits, softcap, chunk_bytes
     Works in float32, on a strip of tokens at a time. Writes the label's logit to label_logits where
     the label is inside the piece. Returns the log-sum-exp of each token.
     """
-    step = _tokens_a_strip(logits, softcap, chunk_bytes)
+    # Half of the budget: strips that fit a core's cache are no faster. They are much slower where
+    # another process uses one of the cores, since each short operation then waits for it.
+    step = max(chunk_bytes // ((8 if softcap is None else 24) * logits.shape[1]), 1)
     sums = torch.empty(len(logits), device=logits.device)
     tensors = (logits, column[:, None], inside[:, None], label_logits, sums)
     for strip, place, among, label, log_sum in zip(*(x.split(step) for x in tensors), strict=True):
         wide = strip.float()
-        slope = _cap_in_place(wide, softcap)
+        if softcap is not None:
+            slope = wide.div_(softcap).tanh_().square().neg_().add_(1)
+            wide.mul_(softcap)
         at_place = wide.gather(-1, place)
         label.copy_(torch.where(among, at_place, label[:, None])[:, 0])
         wide.scatter_(-1, place, torch.where(among, NEVER, at_place))
         highest = wide.amax(-1)
         torch.softmax(wide, -1, out=wide)
         torch.sub(highest, wide.amax(-1).log_(), out=log_sum)
-        strip.copy_(wide if slope is None else wide.mul_(slope))
+        strip.copy_(wide if softcap is None else wide.mul_(slope))
     return sums
-
-
-def _tokens_a_strip(logits: torch.Tensor, softcap: float | None, chunk_bytes: int) -> int:
-    """Tokens whose float32 logits, with what is computed from them, take half of the budget.
-
-    Strips that fit a core's cache are no faster. They are much slower where another process uses
-    one of the cores, since each short operation then waits for it.
-    """
-    return max(chunk_bytes // ((8 if softcap is None else 24) * logits.shape[1]), 1)
-
-
-def _cap_in_place(logits: torch.Tensor, softcap: float | None) -> torch.Tensor | None:
-    """Overwrite u with cap(u); returns cap'(u), or None without a softcap."""
-    if softcap is None:
-        return None
-    slope = logits.div_(softcap).tanh_().square().neg_().add_(1)
-    logits.mul_(softcap)
-    return slope

@@ -6,6 +6,7 @@ skipped. dh is a sum of atomic additions, so its last bits differ from run to ru
 backward: h, and one float32 a token.
 """
 
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -13,39 +14,32 @@ import torch
 
 from edge_kernels.backend import Launch, blank, jit, tl, triton
 from edge_kernels.linear_cross_entropy.chunks import cap
-from edge_kernels.linear_cross_entropy.labelled import Labelled
 from edge_kernels.quant import BLOCK, Packed
 from edge_kernels.tiles import blank_packed, expand_tile, pointers
 
 
-class Tiles(torch.autograd.Function):
-    """The tiles as an autograd Function of the rows (n tokens, width)."""
-
-    @staticmethod
-    def forward(ctx, rows, head, batch, softcap, chunk_bytes):  # type: ignore[no-untyped-def]
-        log_sum, label_logits = (torch.empty(batch.tokens, device=rows.device) for _ in range(2))
-        ctx.step = _tokens_a_group(rows, head.shape[0], chunk_bytes)
-        for group, x in batch.chunks(rows, ctx.step):
-            log_sum[group], label_logits[group] = _log_sum(x, head, batch.targets[group], softcap)
-        ctx.save_for_backward(rows, *batch, log_sum)
-        ctx.head, ctx.softcap = head, softcap
-        return (log_sum - label_logits).sum() / batch.tokens
-
-    @staticmethod
-    def backward(ctx, dloss):  # type: ignore[no-untyped-def]
-        rows, places, targets, log_sum = ctx.saved_tensors
-        batch = Labelled(places, targets)
-        drows = torch.empty_like(rows) if places is None else torch.zeros_like(rows)
-        for group, x in batch.chunks(rows, ctx.step):
-            dh = torch.zeros(x.shape, device=x.device)
-            _dhidden(dh, x, ctx.head, targets[group], log_sum[group], ctx.softcap)
-            drows[group if places is None else places[group]] = dh.mul_(dloss / batch.tokens).to(rows.dtype)
-        return drows, None, None, None, None
+def losses(rows, head, batch, softcap, chunk_bytes, _trains):  # type: ignore[no-untyped-def]
+    """The loss and the log-sum-exp of each labelled token."""
+    log_sum, label_logits = (torch.empty(batch.tokens, device=rows.device) for _ in range(2))
+    for group, x in batch.chunks(rows, _tokens_a_group(rows, head, chunk_bytes)):
+        log_sum[group], label_logits[group] = _log_sum(x, head, batch.targets[group], softcap)
+    return log_sum - label_logits, log_sum
 
 
-def _tokens_a_group(rows: torch.Tensor, vocabulary: int, chunk_bytes: int) -> int:
+def gradient(rows, log_sum, head, batch, softcap, chunk_bytes, share):  # type: ignore[no-untyped-def]
+    """share times the gradient of the rows, zero where they have no label."""
+    drows = torch.empty_like(rows) if batch.places is None else torch.zeros_like(rows)
+    for group, x in batch.chunks(rows, _tokens_a_group(rows, head, chunk_bytes)):
+        dh = torch.zeros(x.shape, device=x.device)
+        _dhidden(dh, x, head, batch.targets[group], log_sum[group], softcap)
+        places = group if batch.places is None else batch.places[group]
+        drows[places] = dh.mul_(share).to(rows.dtype)
+    return drows
+
+
+def _tokens_a_group(rows: torch.Tensor, head: torch.Tensor | Packed, chunk_bytes: int) -> int:
     """Tokens whose float32 gradient, and the log-sum-exps of their tiles, fit the budget."""
-    return max(chunk_bytes // (4 * max(rows.shape[1], vocabulary // 32)), 16)
+    return max(chunk_bytes // (4 * max(rows.shape[1], head.shape[0] // 32)), 16)
 
 
 def _log_sum(x, head, targets, softcap):  # type: ignore[no-untyped-def]
@@ -112,11 +106,8 @@ def _log_sum_kernel(  # type: ignore[no-untyped-def]
 ):
     """The log-sum-exp of a tile, and the label's logit of the tokens whose label is in the tile."""
     parts = quants_ptr, scales_ptr, mins_ptr, groups_ptr, offset_ptr, tables_ptr
-    row, column, piece = _place(tokens, M, V)
-    head_row = tl.minimum(column, vocabulary - 1).to(tl.int64)
-    logits = _logits(x_ptr, row, tokens, width, parts, head_row, FORMAT, M, V, K)
-    if CAPPED:
-        logits = cap(logits, softcap)
+    sizes = tokens, vocabulary, width, softcap
+    row, column, piece, logits = _logits(x_ptr, parts, sizes, CAPPED, FORMAT, M, V, K)
     logits = tl.where(column[None, :] < vocabulary, logits, float("-inf"))
     peak = tl.max(logits, axis=1)
     log_sum = peak + tl.log(tl.sum(tl.exp(logits - peak[:, None]), axis=1))
@@ -153,11 +144,8 @@ def _dhidden_kernel(  # type: ignore[no-untyped-def]
 ):
     """Add dl W of a tile to dh, unless dl is below `resolution` for every token."""
     parts = quants_ptr, scales_ptr, mins_ptr, groups_ptr, offset_ptr, tables_ptr
-    row, column, _ = _place(tokens, M, V)
-    head_row = tl.minimum(column, vocabulary - 1).to(tl.int64)
-    logits = _logits(x_ptr, row, tokens, width, parts, head_row, FORMAT, M, V, K)
-    if CAPPED:
-        logits = cap(logits, softcap)
+    sizes = tokens, vocabulary, width, softcap
+    row, column, _, logits = _logits(x_ptr, parts, sizes, CAPPED, FORMAT, M, V, K)
     inside = row < tokens
     log_sum = tl.load(log_sum_ptr + row, mask=inside, other=float("inf"))
     target = tl.load(targets_ptr + row, mask=inside, other=-1)
@@ -166,6 +154,7 @@ def _dhidden_kernel(  # type: ignore[no-untyped-def]
     dl -= (column[None, :] == target[:, None]).to(tl.float32)
     if tl.max(tl.sum(tl.abs(dl), axis=1), axis=0) >= resolution:
         slope = 1 - (logits / softcap) * (logits / softcap) if CAPPED else 1.0
+        head_row = tl.minimum(column, vocabulary - 1).to(tl.int64)
         rounded = (dl * slope).to(x_ptr.dtype.element_ty)
         for first in range(0, width, K):
             k = first + tl.arange(0, K)
@@ -176,27 +165,26 @@ def _dhidden_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _place(tokens, M: tl.constexpr, V: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows, columns and piece of a program's tile; neighbours read the same part of the head."""
-    blocks = tl.cdiv(tokens, M)
-    piece = tl.program_id(0) // blocks
-    return (tl.program_id(0) % blocks) * M + tl.arange(0, M), piece * V + tl.arange(0, V), piece
-
-
-@jit
 def _logits(  # type: ignore[no-untyped-def]
     x_ptr,
-    row,
-    tokens,
-    width,
     parts,
-    head_row,
+    sizes,
+    CAPPED: tl.constexpr,
     FORMAT: tl.constexpr,
     M: tl.constexpr,
     V: tl.constexpr,
     K: tl.constexpr,
 ):
-    """x Wᵀ of a tile in float32; rows beyond the last token repeat it."""
+    """Rows, columns, number of the piece of the head, and logits in float32 of a program's tile.
+
+    Rows beyond the last token repeat it, and columns beyond the vocabulary its last one.
+    """
+    tokens, vocabulary, width, softcap = sizes
+    blocks = tl.cdiv(tokens, M)
+    piece = tl.program_id(0) // blocks  # neighbours read the same piece
+    row = (tl.program_id(0) % blocks) * M + tl.arange(0, M)
+    column = piece * V + tl.arange(0, V)
+    head_row = tl.minimum(column, vocabulary - 1).to(tl.int64)
     x_row = tl.minimum(row, tokens - 1).to(tl.int64) * width
     logits = tl.zeros((M, V), tl.float32)
     for first in range(0, width, K):
@@ -204,12 +192,13 @@ def _logits(  # type: ignore[no-untyped-def]
         x = tl.load(x_ptr + x_row[:, None] + k[None, :], mask=k[None, :] < width, other=0.0)
         weight = expand_tile(parts, head_row, first, width, FORMAT, V, K)
         logits = tl.dot(x, weight.to(x.dtype).T, logits, input_precision="ieee")
-    return logits
+    if CAPPED:
+        logits = cap(logits, softcap)
+    return row, column, piece, logits
 
 
-def ahead_of_time() -> list[Launch]:
+def ahead_of_time() -> Iterator[Launch]:
     """Every tile and format in 16 bits, with a softcap, which only adds to them."""
-    launches = []
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     for (name, dtype), format, tokens in product(dtypes.items(), ("dense", *BLOCK), (5, 17)):
         head: Any = blank(dtype, 1000, 1024) if format == "dense" else blank_packed(format, 1000, 1024)
@@ -217,8 +206,5 @@ def ahead_of_time() -> list[Launch]:
         log_sum, dh = blank(torch.float32, tokens), blank(torch.float32, tokens, 1024)
         end = f"{format} M={_tile(tokens, head, None)['M']}"
         forward, backward = (x, head, targets, 30.0), (dh, x, head, targets, log_sum, 30.0)
-        launches += [
-            Launch(f"linear_cross_entropy {name} log_sum {end}", _log_sum, forward, streamed=True),
-            Launch(f"linear_cross_entropy {name} dhidden {end}", _dhidden, backward, streamed=True),
-        ]
-    return launches
+        yield Launch(f"linear_cross_entropy {name} log_sum {end}", _log_sum, forward, streamed=True)
+        yield Launch(f"linear_cross_entropy {name} dhidden {end}", _dhidden, backward, streamed=True)

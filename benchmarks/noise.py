@@ -16,13 +16,12 @@ import msgspec
 from edge_broker import address
 from edge_profiles import parse_size
 
-from benchmarks.noise_node import NOISE
+from benchmarks.noise_node import NOISE, tell
 from edge_runtime.agent.agent import Agent
 from edge_runtime.agent.options import DeviceOptions
 from edge_runtime.agent.planner import Planned, Request
 from edge_runtime.agent.trainer import Ended
 from edge_runtime.agent.workers import Workers
-from edge_runtime.cli.output import say_json
 from edge_runtime.errors import EdgeError
 from edge_runtime.models.facts import Facts
 from edge_runtime.protocol.plan import Plan
@@ -114,7 +113,7 @@ def main() -> int:
         until_finished=arguments.until_finished,
     )
     try:
-        Agent(options, say_json, workers(arguments.id, parse_size(arguments.size))).run()
+        Agent(options, tell, workers(arguments.id, parse_size(arguments.size))).run()
     except EdgeError as error:
         sys.stderr.write(f"edge-runtime: {error}\n")
         return error.exit_code

@@ -11,19 +11,26 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import click
+import msgspec
 from edge_broker import address
 from edge_broker.journal import Update
 
 from edge_runtime import settings
+from edge_runtime.agent.options import DeviceEvent
 from edge_runtime.aggregator.check import Shapes
-from edge_runtime.aggregator.node import Exchange, Node, NodeOptions
+from edge_runtime.aggregator.node import Exchange, Node, NodeEvent, NodeOptions
 from edge_runtime.aggregator.store import Version
-from edge_runtime.cli.output import say_json
 from edge_runtime.errors import EdgeError
 from edge_runtime.methods.interface import Method, Tensors
 from edge_runtime.state import alone
 
 NOISE = "noise"  # the model class
+
+
+def tell(event: DeviceEvent | NodeEvent) -> None:
+    """Print an event as one line of JSON."""
+    click.echo(msgspec.json.encode(event))
 
 
 def check(payload: bytes, expected: Shapes, fleet: settings.Fleet, method: Method) -> Tensors:
@@ -59,7 +66,7 @@ def main() -> int:
     try:
         fleet = settings.load(Path(arguments.fleet))
         with alone(state):
-            Node(fleet, options, say_json, Exchange(check, merge)).run()
+            Node(fleet, options, tell, Exchange(check, merge)).run()
     except EdgeError as error:
         sys.stderr.write(f"edge-runtime: {error}\n")
         return error.exit_code

@@ -1,17 +1,16 @@
 """`edge-runtime agent`: a device of a fleet."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+import edge_profiles
+import msgspec
 
 from edge_runtime.cli import options
-from edge_runtime.cli.output import say, say_json
 from edge_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from edge_broker.address import Address
-
     from edge_runtime.agent.options import DeviceEvent
 
 
@@ -51,27 +50,19 @@ if TYPE_CHECKING:
 @click.option("--until-finished", is_flag=True, help="End when the fleet has finished.")
 @options.as_json
 def command(
-    broker: "Address",
-    fleet: str,
-    id: str,
-    data: Path,
     state: Path,
-    budget: str | None,
     evaluation: tuple[str, ...],
-    models: Path,
-    threads: int,
     device: str,
     board: str | None,
+    budget: str | None,
     wait: float,
-    until_finished: bool,
     json: bool,
+    **values: Any,
 ) -> None:
     """Take part in a fleet from this device.
 
     The device brings its data; everything else comes from the fleet's node.
     """
-    from edge_profiles import probe
-
     from edge_runtime.agent.agent import Agent
     from edge_runtime.agent.options import DeviceOptions
     from edge_runtime.state import alone
@@ -79,40 +70,32 @@ def command(
     # Also refuses nan, with which every comparison is false.
     if not 0 < wait < float("inf"):
         raise InputError(f"--wait is {wait:g}, but has to be seconds, more than 0")
-    profile = probe()
-    values = DeviceOptions(
-        broker=broker,
-        fleet=fleet,
-        id=id,
-        data=data,
+    held_out = {}
+    for pair in evaluation:
+        name, _, path = pair.partition("=")
+        if not name or not path:
+            raise InputError(f"--eval is {pair!r}, but has to be NAME=FILE.jsonl")
+        held_out[name] = Path(path)
+    profile = edge_profiles.probe()
+    device_options = DeviceOptions(
         state=state.resolve(),
         gpu_cap_bytes=options.gpu_cap_bytes(board, device, profile),
         budget_bytes=options.budget_bytes(budget, board, profile),
-        evaluation=_evaluation(evaluation),
-        models=models,
-        threads=threads,
+        evaluation=held_out,
         device=options.trainer_device(device, profile),
         wait_s=wait,
-        until_finished=until_finished,
+        **values,
     )
     with alone(state):
-        Agent(values, say_json if json else lambda event: say(line(event))).run()
+        Agent(
+            device_options, lambda event: click.echo(msgspec.json.encode(event) if json else _line(event))
+        ).run()
 
 
-def line(event: "DeviceEvent") -> str:
+def _line(event: "DeviceEvent") -> str:
     """An event of an agent for a person."""
     step = f" {event.step}/{event.steps}" if event.steps else ""
     loss = f", loss {event.loss:.3f}" if event.loss is not None else ""
     memory = f", {event.memory_bytes >> 20} of {event.budget_bytes >> 20} MiB" if event.memory_bytes else ""
     text = f": {event.text}" if event.text else ""
     return f"{event.device}, round {event.round}: {event.phase}{step}{loss}{memory}{text}"
-
-
-def _evaluation(pairs: tuple[str, ...]) -> dict[str, Path]:
-    files = {}
-    for pair in pairs:
-        name, equals, path = pair.partition("=")
-        if not equals or not name or not path:
-            raise InputError(f"--eval is {pair!r}, but has to be NAME=FILE.jsonl")
-        files[name] = Path(path)
-    return files

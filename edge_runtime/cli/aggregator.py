@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import msgspec
+from edge_broker.address import Address
 
 from edge_runtime.cli import options
-from edge_runtime.cli.output import say, say_json
 
 if TYPE_CHECKING:
-    from edge_broker.address import Address
-
     from edge_runtime.aggregator.node import NodeEvent
 
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 )
 @click.option("--until-finished", is_flag=True, help="End when the last round is merged and reported.")
 @options.as_json
-def command(fleet: Path, state: Path, broker: "Address", node: str, until_finished: bool, json: bool) -> None:
+def command(fleet: Path, state: Path, broker: Address, node: str, until_finished: bool, json: bool) -> None:
     """Run a fleet's node.
 
     The node announces rounds, receives the devices' deltas, merges them, and publishes the global versions.
@@ -37,15 +36,16 @@ def command(fleet: Path, state: Path, broker: "Address", node: str, until_finish
     from edge_runtime.aggregator.node import Node, NodeOptions
     from edge_runtime.state import alone
 
-    def tell(event: "NodeEvent") -> None:
-        say_json(event) if json else say(line(event))
-
     fleet_settings = settings.load(fleet)
     with alone(state):
-        Node(fleet_settings, NodeOptions(broker, state.resolve(), node, until_finished), tell).run()
+        Node(
+            fleet_settings,
+            NodeOptions(broker, state.resolve(), node, until_finished),
+            lambda event: click.echo(msgspec.json.encode(event) if json else _line(event)),
+        ).run()
 
 
-def line(event: "NodeEvent") -> str:
+def _line(event: "NodeEvent") -> str:
     """An event of the node for a person."""
     text = f": {event.text}" if event.text else ""
     missing = f"; missing: {', '.join(event.missing)}" if event.missing else ""

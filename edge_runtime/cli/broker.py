@@ -4,9 +4,9 @@ import signal
 from pathlib import Path
 
 import click
+import msgspec
 
 from edge_runtime.cli.options import PATH, as_json
-from edge_runtime.cli.output import say, say_json
 
 
 @click.command("broker")
@@ -36,10 +36,9 @@ def command(port: int, state: Path, kind: str, json: bool) -> None:
     from edge_broker.local import start_broker
 
     running = start_broker(port=port, state_dir=state, kind=kind)
-    if json:
-        say_json({"kind": running.kind, "url": running.url})
-    else:
-        say(f"{running.kind} listens at {running.url}; stop it with Ctrl-C")
+    listening = {"kind": running.kind, "url": running.url}
+    text = f"{running.kind} listens at {running.url}; stop it with Ctrl-C"
+    click.echo(msgspec.json.encode(listening) if json else text)
     # Both signals end the broker with exit code 0: it has nothing to lose.
     try:
         signal.sigwait({signal.SIGINT, signal.SIGTERM})

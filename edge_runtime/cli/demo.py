@@ -1,16 +1,13 @@
 """`edge-runtime demo`: a whole fleet on one machine."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 import msgspec
+from edge_broker.address import Address
 
 from edge_runtime.cli.options import PATH, at_broker
 from edge_runtime.errors import EdgeError
-
-if TYPE_CHECKING:
-    from edge_broker.address import Address
 
 
 @click.command("demo")
@@ -23,7 +20,7 @@ if TYPE_CHECKING:
 @at_broker(default=None)
 @click.option("--keep", type=PATH, help="Keep state, logs and adapters in this folder.")
 @click.option("--json", "json", type=PATH, help="Write the result to this file.")
-def command(method: str, broker: "Address | None", keep: Path | None, json: Path | None) -> None:
+def command(method: str, broker: Address | None, keep: Path | None, json: Path | None) -> None:
     """Run a whole fleet on this machine.
 
     A broker (without --broker), an aggregator and three agents, as processes of their own, on a real model.

@@ -1,16 +1,14 @@
 """`edge-runtime measure`: predicted beside measured memory and time of a few training steps."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
+import edge_profiles
+import msgspec
 
 from edge_runtime.cli import options
-from edge_runtime.cli.output import say_json
 from edge_runtime.errors import InputError
-
-if TYPE_CHECKING:
-    from edge_runtime.settings import Boundaries, Weights
 
 
 @click.command("measure")
@@ -42,7 +40,7 @@ if TYPE_CHECKING:
     help="Blocks that keep their activations and do not run again in backward.",
 )
 @click.option("--rank", default=16, show_default=True, help="Rank of the adapter on all linear layers.")
-@click.option("--batch", default=4, show_default=True, help="Rows of a step.")
+@click.option("--batch", "rows", default=4, show_default=True, help="Rows of a step.")
 @click.option("--tokens", default=256, show_default=True, help="Tokens of a row.")
 @click.option(
     "--steps",
@@ -62,41 +60,34 @@ if TYPE_CHECKING:
 def command(
     model: str,
     random_weights: bool,
-    weights: "Weights",
-    boundaries: "Boundaries",
-    streamed: bool,
-    kept_blocks: int,
-    rank: int,
-    batch: int,
-    tokens: int,
-    steps: int,
     device: str,
     board: str | None,
     against: str | None,
     models: Path,
     json: bool,
+    **values: Any,
 ) -> None:
     """Train a model for a few steps, and show memory and time.
 
     Predicted and measured peak of each phase, the time of a step, and PEFT's figures beside them.
     """
-    from edge_profiles import probe
-
     from edge_runtime.agent.measure import Trial, measure
     from edge_runtime.cli import views
     from edge_runtime.methods import MOST_RANK
     from edge_runtime.trainer.job import Machine
 
-    for name, value in {"rank": rank, "batch": batch, "tokens": tokens, "steps": steps}.items():
+    trial = Trial(**values)
+    counts = {"rank": trial.rank, "batch": trial.rows, "tokens": trial.tokens, "steps": trial.steps}
+    for name, value in counts.items():
         if value < 1:
             raise InputError(f"--{name} is {value}, but has to be 1 or more")
-    if rank > MOST_RANK:
-        raise InputError(f"--rank is {rank}, but can be {MOST_RANK} at most")
-    profile = probe()
+    if trial.rank > MOST_RANK:
+        raise InputError(f"--rank is {trial.rank}, but can be {MOST_RANK} at most")
+    profile = edge_profiles.probe()
     measurement = measure(
         model,
         models,
-        Trial(weights, rank, batch, tokens, steps, boundaries, streamed, kept_blocks),
+        trial,
         peft=against == "peft",
         random_weights=random_weights,
         machine=Machine(
@@ -104,4 +95,4 @@ def command(
             gpu_cap_bytes=options.gpu_cap_bytes(board, device, profile),
         ),
     )
-    say_json(measurement) if json else views.show_measurement(measurement)
+    click.echo(msgspec.json.encode(measurement)) if json else views.show_measurement(measurement)

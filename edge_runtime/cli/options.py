@@ -5,15 +5,14 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+import edge_profiles
+from edge_broker import address, credentials, topics
+from edge_broker.errors import BrokerError
 
 from edge_runtime.errors import InputError
-
-if TYPE_CHECKING:
-    from edge_broker.address import Address
-    from edge_profiles import Profile
 
 log = logging.getLogger(__name__)
 LOCAL_BROKER = "mqtt://127.0.0.1:1883"
@@ -48,9 +47,6 @@ device = click.option(
 
 def topic_name(_context: click.Context, option: click.Parameter, name: str) -> str:
     """A click callback that raises InputError where the name cannot be part of a topic."""
-    from edge_broker import topics
-    from edge_broker.errors import BrokerError
-
     try:
         return topics.name(option.opts[0], name)
     except BrokerError as error:
@@ -58,11 +54,12 @@ def topic_name(_context: click.Context, option: click.Parameter, name: str) -> s
 
 
 def at_broker(default: str | None = LOCAL_BROKER) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add --broker and --credentials; the command gets `broker`, None where no URL is given."""
+    """Add --broker and --credentials; the command gets `broker`, an Address, or None without a URL."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @click.option(
             "--broker",
+            "url",
             metavar="URL",
             default=default,
             show_default=True,
@@ -70,25 +67,23 @@ def at_broker(default: str | None = LOCAL_BROKER) -> Callable[[Callable[..., Non
         )
         @click.option(
             "--credentials",
+            "file",
             metavar="FILE",
             type=PATH,
             help="File with the broker's user and password, two lines of TOML, of mode 600; default: the "
             "variables EDGE_RUNTIME_BROKER_USER and EDGE_RUNTIME_BROKER_PASSWORD, if set.",
         )
         @functools.wraps(command)
-        def with_address(*, broker: str | None, credentials: Path | None, **values: Any) -> None:
-            command(broker=None if broker is None else _address(broker, credentials), **values)
+        def with_address(*, url: str | None, file: Path | None, **values: Any) -> None:
+            command(broker=None if url is None else _address(url, file), **values)
 
         return with_address
 
     return decorate
 
 
-def _address(url: str, credentials_file: Path | None) -> "Address":
+def _address(url: str, credentials_file: Path | None) -> address.Address:
     """The broker's address with its credentials, checked before a state folder is made."""
-    from edge_broker import address, credentials
-    from edge_broker.errors import BrokerError
-
     try:
         parsed = address.parse(url)
         if parsed.password is not None:
@@ -102,31 +97,27 @@ def _address(url: str, credentials_file: Path | None) -> "Address":
     return broker
 
 
-def budget_bytes(size: str | None, board: str | None, profile: "Profile") -> int:
+def budget_bytes(size: str | None, board: str | None, profile: edge_profiles.Profile) -> int:
     """The value of --budget, or the default budget of the board or of this machine."""
-    from edge_profiles import board as board_named
-    from edge_profiles import default_budget_bytes, parse_size, profile_of
-
     if size:
-        return parse_size(size)
-    return default_budget_bytes(profile_of(board_named(board)) if board else profile)
+        return edge_profiles.parse_size(size)
+    if board:
+        profile = edge_profiles.profile_of(edge_profiles.board(board))
+    return edge_profiles.default_budget_bytes(profile)
 
 
-def trainer_device(device: str, profile: "Profile") -> str:
+def trainer_device(device: str, profile: edge_profiles.Profile) -> str:
     """The value of --device as cpu or cuda; raises InputError for cuda without a GPU."""
     if device == "cuda" and profile.gpu is None:
         raise InputError("--device is cuda, but no GPU was found: `edge-runtime profile` shows what is there")
     return ("cuda" if profile.gpu else "cpu") if device == "auto" else device
 
 
-def gpu_cap_bytes(board: str | None, device: str, profile: "Profile") -> int | None:
+def gpu_cap_bytes(board: str | None, device: str, profile: edge_profiles.Profile) -> int | None:
     """GPU memory that --board leaves the trainer, or None; raises InputError with --device cpu."""
-    from edge_profiles import board as board_named
-    from edge_profiles import gpu_cap_bytes as cap_bytes_of
-
     if board is None:
         return None
-    cap_bytes = cap_bytes_of(board_named(board), profile)
+    cap_bytes = edge_profiles.gpu_cap_bytes(edge_profiles.board(board), profile)
     if device == "cpu":
         raise InputError("--board caps a GPU's memory, but --device is cpu: use --device cuda")
     return cap_bytes

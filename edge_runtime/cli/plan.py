@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import click
+import edge_profiles
+import msgspec
 
 from edge_runtime.cli import options
-from edge_runtime.cli.output import say_json
 from edge_runtime.errors import InputError
 
 
@@ -23,8 +24,6 @@ def command(
 
     For this device, or with --board for a board that is not at hand.
     """
-    from edge_profiles import probe
-
     from edge_runtime import methods, settings
     from edge_runtime.cli import views
     from edge_runtime.planning import processes
@@ -39,12 +38,12 @@ def command(
             "[training] step_deadline_s cannot be kept for a board one does not have: its speed was never measured; "
             "leave the key out to plan for the board's memory alone"
         )
-    profile = probe()
+    profile = edge_profiles.probe()
     budget_bytes = options.budget_bytes(budget, board, profile)
     facts = processes.catalog_facts(settings_, models)
     rates = processes.rates(options.trainer_device(device, profile))
     choice = choose(settings_, facts, budget_bytes, processes.runtime_bytes(), rates)
     if json:
-        say_json(views.plan_values(choice, budget_bytes, deadline_s))
+        click.echo(msgspec.json.encode(views.plan_values(choice, budget_bytes, deadline_s)))
     else:
         views.show_plan(choice, budget_bytes, deadline_s)

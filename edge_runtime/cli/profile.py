@@ -1,10 +1,10 @@
 """`edge-runtime profile`: this device as the planner sees it."""
 
 import click
+import edge_profiles
 import msgspec
 
 from edge_runtime.cli.options import as_json
-from edge_runtime.cli.output import say_json
 
 
 @click.command("profile")
@@ -14,11 +14,9 @@ def command(json: bool) -> None:
 
     Cores, memory, GPU, board, and the memory that the runtime itself takes.
     """
-    from edge_profiles import probe
-
     from edge_runtime.cli import views
     from edge_runtime.planning import processes
 
     baseline = processes.runtime_bytes() if processes.trainer_installed() else None
-    values = {**msgspec.to_builtins(probe()), "runtime_baseline_bytes": baseline}
-    say_json(values) if json else views.show_profile(values)
+    values = {**msgspec.to_builtins(edge_profiles.probe()), "runtime_baseline_bytes": baseline}
+    click.echo(msgspec.json.encode(values)) if json else views.show_profile(values)

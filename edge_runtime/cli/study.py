@@ -6,7 +6,6 @@ from pathlib import Path
 import click
 
 from edge_runtime.cli.options import PATH, models
-from edge_runtime.cli.output import say
 from edge_runtime.errors import EdgeError, InputError
 
 
@@ -44,7 +43,7 @@ def command(
     study = specs.load(spec)
     selected = specs.chosen(study, seeds, arms)
     folder = out or Path("docs/study") / spec.stem
-    failures = grid.run(selected, data, models, folder, workers or os.cpu_count() or 1, say)
+    failures = grid.run(selected, data, models, folder, workers or os.cpu_count() or 1, click.echo)
     # imported late: the pool's workers must not inherit matplotlib
     from edge_runtime.simulation import report
 
@@ -52,7 +51,7 @@ def command(
     runs = grid.finished(study, folder)
     report.write(study, runs, spec.stem, folder)
     report.show(study, runs, spec.stem)
-    say(f"written: {folder / 'README.md'}")
+    click.echo(f"written: {folder / 'README.md'}")
     if failures:
         raise EdgeError(
             f"some runs failed; give the command again to try them once more: {'; '.join(failures)}"

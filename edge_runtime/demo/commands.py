@@ -88,19 +88,16 @@ def rows(domain: str, train: int, held_out: int, seed: int) -> DomainRows:
         KeyError: the domain is not one of DOMAINS.
         ValueError: the generator does not know that many distinct commands.
     """
-    vocabulary = DOMAINS[domain]
-    foreign = [words for name, words in DOMAINS.items() if name != domain]
     draw = random.Random(f"{seed}/{domain}")
-    shares = [held_out // len(foreign) + (i < held_out % len(foreign)) for i in range(len(foreign))]
-    return DomainRows(
-        _draw(draw, vocabulary, COMMON_SHARE, train, held_out=False),
-        _draw(draw, vocabulary, COMMON_SHARE, held_out, held_out=True),
-        [
-            row
-            for words, n in zip(foreign, shares, strict=True)
-            for row in _draw(draw, words, 0.0, n, held_out=True)
-        ],
-    )
+    words = DOMAINS[domain]
+    trained = _draw(draw, words, COMMON_SHARE, train, held_out=False)
+    own = _draw(draw, words, COMMON_SHARE, held_out, held_out=True)
+    foreign = [others for name, others in DOMAINS.items() if name != domain]
+    others_rows = []
+    for number, words in enumerate(foreign):
+        share = held_out // len(foreign) + (number < held_out % len(foreign))
+        others_rows += _draw(draw, words, 0.0, share, held_out=True)
+    return DomainRows(trained, own, others_rows)
 
 
 def _draw(
@@ -110,20 +107,17 @@ def _draw(
     in_vain = 0
     while len(drawn) < n and in_vain < DRAWS_IN_VAIN:
         row = _row(draw, COMMON if draw.random() < common else vocabulary)
+        prompt = row["prompt"]
         in_vain += 1
-        if _is_held_out(row["prompt"]) == held_out and row["prompt"] not in drawn:
-            drawn[row["prompt"]] = row
+        # one command in five is held out, by its digest, so that all devices agree on which
+        if (hashlib.sha256(prompt.encode()).digest()[0] % 5 == 0) == held_out and prompt not in drawn:
+            drawn[prompt] = row
             in_vain = 0
     if len(drawn) == n:
         return list(drawn.values())
     raise ValueError(
         f"asked for {n} distinct commands, the generator ran out at {len(drawn)}: ask for fewer rows"
     )
-
-
-def _is_held_out(prompt: str) -> bool:
-    """One command in five, by its digest, so that all devices agree on which."""
-    return hashlib.sha256(prompt.encode()).digest()[0] % 5 == 0
 
 
 def _row(draw: random.Random, vocabulary: dict[str, tuple[str, ...]]) -> dict[str, str]:

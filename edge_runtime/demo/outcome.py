@@ -54,24 +54,22 @@ def read(method: str, rounds: int, budgets: dict[str, int], folder: Path, second
         EdgeError: a device has sent too few reports.
     """
     store = NodeStore(folder / "node" / "node.db")
-    reports = [
-        msgspec.json.decode(row[0], type=Report)
-        for row in store.connection.execute("SELECT body FROM reports ORDER BY device, round, state DESC")
-    ]
+    rows = store.connection.execute("SELECT body FROM reports ORDER BY device, round, state DESC")
+    reports = [msgspec.json.decode(body, type=Report) for (body,) in rows]
     closed = store.open_round() - 1
     store.connection.close()
-    devices = [
-        _device(name, budget, [report for report in reports if report.device == name])
-        for name, budget in budgets.items()
-    ]
+    devices = []
     faults = [f"{closed} of {rounds} rounds closed"] if closed != rounds else []
-    for device in devices:
-        if device.measured_peak_bytes > device.budget_bytes:
-            over = (device.measured_peak_bytes - device.budget_bytes) / MIB
-            faults.append(f"{device.id} went {over:.0f} MiB over its budget")
+    for name, budget_bytes in budgets.items():
+        device = _device(name, budget_bytes, [report for report in reports if report.device == name])
+        devices.append(device)
+        if device.measured_peak_bytes > budget_bytes:
+            faults.append(
+                f"{name} went {(device.measured_peak_bytes - budget_bytes) / MIB:.0f} MiB over its budget"
+            )
         before, after = device.loss_before, device.loss_after
         if before is None or after is None or not after < before:
-            faults.append(f"the held-out loss of {device.id} did not fall")
+            faults.append(f"the held-out loss of {name} did not fall")
     return DemoOutcome(method, rounds, closed, seconds, devices, faults)
 
 
@@ -83,7 +81,6 @@ def _device(name: str, budget_bytes: int, reports: list[Report]) -> DeviceOutcom
             f"{name} sent {len(results)} reports with results; at least the first round's and the last are needed"
         )
     plan, before, after = plans[-1], results[0].evaluation, results[-1].evaluation
-    phases = {phase for result in results for phase in result.seconds}
     # "joined" repeats a later report's bytes
     exchanged = [report for report in reports if report.state != "joined"]
     return DeviceOutcome(
@@ -106,6 +103,6 @@ def _device(name: str, budget_bytes: int, reports: list[Report]) -> DeviceOutcom
         others_accuracy_after=after[OTHERS_ROWS].accuracy,
         seconds={
             phase: round(sum(result.seconds.get(phase, 0.0) for result in results), 1)
-            for phase in sorted(phases)
+            for phase in sorted({phase for result in results for phase in result.seconds})
         },
     )

@@ -11,21 +11,23 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
+import edge_profiles
 import msgspec
 from edge_broker import address, credentials
 from edge_broker.address import Address
 from edge_broker.local import start_broker
 
 from edge_runtime.agent.options import DeviceEvent
-from edge_runtime.aggregator import node
+from edge_runtime.aggregator.node import NodeEvent
 from edge_runtime.demo import commands, model, outcome
-from edge_runtime.demo.budgets import budgets_bytes
 from edge_runtime.demo.live import Live
 from edge_runtime.errors import EdgeError
+from edge_runtime.models.facts import Facts
 from edge_runtime.planning import processes
+from edge_runtime.planning.candidates import candidates
+from edge_runtime.planning.time import Rates
 from edge_runtime.settings import Fleet, load
 from edge_runtime.trainer import data
 
@@ -34,9 +36,9 @@ TRAIN_ROWS, HELD_OUT_ROWS = 320, 40
 SILENCE_S = 900.0
 FLEET = Path(__file__).with_name("fleet.toml")
 
+Child = subprocess.Popen[bytes]
 # A process's name and its next line of JSON; None: the process has ended.
 Lines = queue.SimpleQueue[tuple[str, bytes | None]]
-Children = dict[str, "subprocess.Popen[bytes]"]
 
 
 def run(method: str, broker: Address | None, keep: Path | None) -> outcome.DemoOutcome:
@@ -61,37 +63,57 @@ def run(method: str, broker: Address | None, keep: Path | None) -> outcome.DemoO
         fleet_file = folder / "fleet.toml"
         fleet_file.write_text(FLEET.read_text().replace('name = "fedit"', f'name = "{method}"'))
         fleet = load(fleet_file)
-        budgets = _budgets(fleet)
+        threads = max(1, edge_profiles.probe().cpu_cores // len(commands.DOMAINS))
+        # The agents find what is measured here in the cache.
+        facts, rates = processes.catalog_facts(fleet, model.path().parent), processes.rates("cpu", threads)
+        budgets = budgets_bytes(fleet, facts, processes.runtime_bytes(), rates)
         # The processes, on a broker of the user's or of our own.
         if broker is None:
             local = start_broker(port=0, state_dir=folder / "broker")
             stack.callback(local.stop)
             broker = address.parse(local.url)
-        lines: Lines = queue.SimpleQueue()
         environment = credentials.hand_over(broker, os.environ)
-        by_name = arguments(folder, broker, budgets)
-        children = stack.enter_context(_processes(by_name, environment, folder, lines))
-        with Live(budgets, fleet.rounds) as live:
-            _follow(children, lines, live, folder)
+        children: dict[str, Child] = {}
+        lines: Lines = queue.SimpleQueue()
+        stack.callback(_end, children)
+        for name, words in arguments(folder, broker, budgets, threads).items():
+            children[name] = _start(name, words, folder, environment, lines)
+        live = Live(budgets, fleet.rounds)
+        with live.display:
+            follow(children, lines, live, folder, kept=keep is not None)
         return outcome.read(method, fleet.rounds, budgets, folder, time.monotonic() - started)
 
 
-def _budgets(fleet: Fleet) -> dict[str, int]:
-    """The devices' budgets. The agents find this function's measurements in the cache."""
-    facts = processes.catalog_facts(fleet, model.path().parent)
-    return budgets_bytes(fleet, facts, processes.runtime_bytes(), processes.rates("cpu", _threads()))
+def budgets_bytes(fleet: Fleet, facts: dict[str, Facts], runtime_bytes: int, rates: Rates) -> dict[str, int]:
+    """The budget of each device, so that each trains another size of the model.
+
+    A size fits a budget that is at least its smallest predicted peak, whatever weight format reaches
+    it. So a budget between the smallest peaks of two neighbouring sizes fits the smaller one of them
+    and no larger one. Budgets lie halfway.
+
+    Args:
+        fleet: its catalog has at least as many depths as there are devices, the largest first.
+        facts: by source of the catalog.
+        runtime_bytes: the runtime baseline of this machine, which every peak includes.
+        rates: of this machine; budgets do not depend on them.
+    """
+    smallest: dict[int, int] = {}  # predicted peak by depth
+    for plans in candidates(fleet, facts, runtime_bytes, rates):
+        peak_bytes = min(plan.predicted_peak_bytes for plan in plans)
+        smallest[plans[0].depth] = min(peak_bytes, smallest.get(plans[0].depth, peak_bytes))
+    peaks = sorted(smallest.values(), reverse=True)
+    # the largest size has as much room above it as the next one
+    above = [2 * peaks[0] - peaks[1], *peaks]
+    return {
+        name: (larger + peak_bytes) // 2
+        for name, larger, peak_bytes in zip(commands.DOMAINS, above, peaks, strict=False)
+    }
 
 
-def _threads() -> int:
-    """CPU threads of each trainer: the cores in equal parts."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // len(commands.DOMAINS))
-
-
-def arguments(folder: Path, broker: Address, budgets: dict[str, int]) -> dict[str, list[str]]:
+def arguments(folder: Path, broker: Address, budgets: dict[str, int], threads: int) -> dict[str, list[str]]:
     """Arguments of each process, by name. Also writes each device's rows to its folder.
 
-    The broker's user and password are not among them.
+    The broker's user and password are not among them. threads: of each trainer.
     """
     url = broker.without_credentials()
     by_name = {
@@ -111,68 +133,63 @@ def arguments(folder: Path, broker: Address, budgets: dict[str, int]) -> dict[st
             *("agent", "--broker", url, "--fleet", "demo", "--id", name, "--state", str(home / "state")),
             *("--data", str(train), "--eval", f"own={held_out}", "--eval", f"others={foreign}"),
             *("--models", str(model.path().parent), "--budget", str(budget_bytes)),
-            *("--threads", str(_threads()), "--until-finished", "--json"),
+            *("--threads", str(threads), "--until-finished", "--json"),
         ]
     return by_name
 
 
-@contextlib.contextmanager
-def _processes(
-    by_name: dict[str, list[str]], environment: dict[str, str], folder: Path, lines: Lines
-) -> Iterator[Children]:
-    """Start the processes and put what they print into the queue; ends them all at exit."""
-    children: Children = {}
-    try:
-        for name, words in by_name.items():
-            with (folder / f"{name}.log").open("wb") as errors:
-                children[name] = subprocess.Popen(
-                    [sys.executable, "-m", "edge_runtime.cli", *words],
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    env=environment,
-                )
-            reader = (name, children[name], folder / f"{name}.jsonl", lines)
-            threading.Thread(target=_read, args=reader, daemon=True).start()
-        yield children
-    finally:
-        # All are told first, so that they end side by side.
-        for child in children.values():
-            child.terminate()
-        for child in children.values():
-            try:
-                child.wait(10)
-            except subprocess.TimeoutExpired:
-                child.kill()
+def _start(name: str, words: list[str], folder: Path, environment: dict[str, str], lines: Lines) -> Child:
+    """Start a process. What it prints goes to the queue and to NAME.jsonl, its errors to NAME.log."""
+    command = [sys.executable, "-m", "edge_runtime.cli", *words]
+    with (folder / f"{name}.log").open("wb") as errors:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment)
+
+    def read() -> None:
+        assert child.stdout is not None
+        with (folder / f"{name}.jsonl").open("wb") as log:
+            for line in child.stdout:
+                log.write(line)
+                lines.put((name, line))
+        child.wait()
+        lines.put((name, None))
+
+    threading.Thread(target=read, daemon=True).start()
+    return child
 
 
-def _read(name: str, child: "subprocess.Popen[bytes]", copy: Path, lines: Lines) -> None:
-    assert child.stdout is not None
-    with copy.open("wb") as log:
-        for line in child.stdout:
-            log.write(line)
-            lines.put((name, line))
-    child.wait()
-    lines.put((name, None))
+def _end(children: dict[str, Child]) -> None:
+    # All are told first, so that they end side by side.
+    for child in children.values():
+        child.terminate()
+    for child in children.values():
+        try:
+            child.wait(10)
+        except subprocess.TimeoutExpired:
+            child.kill()
 
 
-def _follow(children: Children, lines: Lines, live: Live, folder: Path) -> None:
-    """Show events until every process has ended with exit code 0."""
+def follow(children: dict[str, Child], lines: Lines, live: Live, folder: Path, *, kept: bool) -> None:
+    """Show events until every process has ended with exit code 0.
+
+    kept: the folder stays; else nobody is sent to look for adapters and logs in it.
+    """
     running = set(children)
     while running:
         try:
             name, line = lines.get(timeout=SILENCE_S)
         except queue.Empty:
-            raise EdgeError(
-                f"no process of the demo said anything for {SILENCE_S:g} s; logs are in {folder}"
-            ) from None
-        if line is not None:
-            if name == "node":
-                live.show(msgspec.json.decode(line, type=node.NodeEvent))
-            else:
-                live.show(msgspec.json.decode(line, type=DeviceEvent))
-            continue
-        running.discard(name)
-        if children[name].returncode != 0:
-            log = (folder / f"{name}.log").read_text(errors="replace").strip().splitlines()
-            reason = log[-1] if log else "its log is empty"
-            raise EdgeError(f"{name} ended with exit code {children[name].returncode}: {reason}")
+            logs = f"logs are in {folder}" if kept else "give --keep FOLDER to keep the logs"
+            raise EdgeError(f"no process of the demo said anything for {SILENCE_S:g} s; {logs}") from None
+        if line is None:
+            running.discard(name)
+            if children[name].returncode != 0:
+                log = (folder / f"{name}.log").read_text(errors="replace").strip().splitlines()
+                reason = log[-1] if log else "its log is empty"
+                raise EdgeError(f"{name} ended with exit code {children[name].returncode}: {reason}")
+        elif name == "node":
+            live.show(msgspec.json.decode(line, type=NodeEvent))
+        else:
+            event = msgspec.json.decode(line, type=DeviceEvent)
+            if event.phase == "finished" and not kept:
+                event = msgspec.structs.replace(event, text="give --keep FOLDER to keep the adapter")
+            live.show(event)

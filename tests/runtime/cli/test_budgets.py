@@ -7,7 +7,7 @@ from architectures import RATES, SMOLLM2
 
 from edge_runtime import settings
 from edge_runtime.demo import run
-from edge_runtime.demo.budgets import DEVICES, budgets_bytes
+from edge_runtime.demo.commands import DOMAINS
 from edge_runtime.planning.search import choose
 
 MIB = 1 << 20
@@ -29,8 +29,8 @@ def depths(runtime_mib: int, method: str = "fedit", difference_mib: int = 0) -> 
         }
     )
     facts = {model.source: SMOLLM2 for model in fleet.catalog}
-    budgets = budgets_bytes(fleet, facts, runtime_mib * MIB, RATES)
-    assert tuple(budgets) == DEVICES
+    budgets = run.budgets_bytes(fleet, facts, runtime_mib * MIB, RATES)
+    assert tuple(budgets) == tuple(DOMAINS)
     return [
         choose(fleet, facts, budget + difference_mib * MIB, runtime_mib * MIB, RATES).fits.depth
         for budget in budgets.values()

@@ -88,8 +88,7 @@ def parse(url: str) -> Address:
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
     if set(query) - set(_FILES):
         raise BrokerError(f"the broker's address {redacted(url)} may have only ca, cert and key after '?'")
-    files = {name: Path(query[name]) if name in query else None for name in _FILES}
-    if parts.scheme == "mqtt" and any(files.values()):
+    if parts.scheme == "mqtt" and query:
         raise BrokerError(f"certificates are given for {redacted(url)}; they need mqtts://")
     return Address(
         scheme=parts.scheme,
@@ -97,9 +96,7 @@ def parse(url: str) -> Address:
         port=_PORTS[parts.scheme] if port is None else port,
         user=unquote(parts.username) if parts.username else None,
         password=unquote(parts.password) if parts.password else None,
-        ca=files["ca"],
-        cert=files["cert"],
-        key=files["key"],
+        **{name: Path(path) for name, path in query.items()},
     )
 
 

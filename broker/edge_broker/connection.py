@@ -23,10 +23,11 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from edge_broker import messages, presence, topics
+from edge_broker import messages, topics
 from edge_broker.address import Address
 from edge_broker.errors import BrokerError, BrokerUnreachable, Refused
 from edge_broker.events import Connected, Disconnected, Event
+from edge_broker.presence import PresenceSpec
 from edge_broker.window import SLOTS, Ticket, Window, publish_size
 
 _RECEIVE_MAXIMUM = 32  # messages from the broker without our acknowledgement: 2 MiB of chunks
@@ -64,7 +65,7 @@ class Connection:
         self,
         address: Address,
         client_id: str,
-        spec: presence.PresenceSpec | None,
+        spec: PresenceSpec | None,
         expiry_s: int,
         put: Callable[[Event | tuple[int, paho.MQTTMessage]], None],
     ) -> None:
@@ -197,7 +198,8 @@ class Connection:
     def _stay_connected(self) -> BrokerError:
         """Connect once, and return why the connection ended or did not come about."""
         self._failure = None
-        self.epoch = presence.next_epoch(self.epoch)
+        # above the last, and the clock (ms) in case the last was lost
+        self.epoch = max(self.epoch, time.time_ns() // 1_000_000) + 1
         if self.spec:
             will = messages.encode(messages.Presence(state="lost", epoch=self.epoch))
             self.client.will_set(topics.presence(self.spec.fleet, self.spec.id), will, qos=1, retain=True)

@@ -125,22 +125,12 @@ class Journal:
             return False
         self._unflushed[manifest.transfer] += 1
         if self._unflushed[manifest.transfer] >= _FLUSH_CHUNKS:
-            self.flush(manifest.transfer)
+            self._flush(manifest.transfer)
         return True
 
     def missing(self, manifest: Manifest, limit: int) -> list[int]:
         """The first chunks of an open transfer that are not written yet."""
         return self._file(manifest).missing(limit)
-
-    def flush(self, transfer: str | None = None) -> None:
-        """Make written chunks durable and record them, for one transfer or all."""
-        for name in [transfer] if transfer else list(self._unflushed):
-            if self._unflushed[name]:
-                files.sync(self.payload(name))
-                with store.transaction(self._database) as database:
-                    query = "UPDATE journal_transfer SET written = ? WHERE transfer = ?"
-                    database.execute(query, (self._files[name].written, name))
-            del self._unflushed[name]
 
     def verify(self, manifest: Manifest) -> Path:
         """Make a complete transfer durable and compare its bytes with the manifest's digest.
@@ -148,7 +138,8 @@ class Journal:
         Raises:
             BadMessage: the bytes have another digest.
         """
-        self.flush(manifest.transfer)
+        if self._unflushed[manifest.transfer]:
+            self._flush(manifest.transfer)
         path = self.payload(manifest.transfer)
         digest, size = messages.digest_and_size(path)
         if (digest, size) != (manifest.sha256, manifest.size):
@@ -213,6 +204,13 @@ class Journal:
         )
         self._files.pop(transfer, None)
         self._unflushed.pop(transfer, None)
+
+    def _flush(self, transfer: str) -> None:
+        """Make a transfer's written chunks durable, then record them."""
+        files.sync(self.payload(transfer))
+        query = "UPDATE journal_transfer SET written = ? WHERE transfer = ?"
+        self._database.execute(query, (self._files[transfer].written, transfer))
+        del self._unflushed[transfer]
 
     def _file(self, manifest: Manifest) -> PartialFile:
         """The file of an open transfer, which an earlier process may have begun."""

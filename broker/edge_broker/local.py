@@ -6,11 +6,9 @@ only, because anyone who reaches it may connect without a password. A small watc
 broker, exits, or is killed. The broker's state is in memory; transfers survive its loss.
 """
 
-import atexit
 import contextlib
 import ctypes
 import importlib.util
-import json
 import logging
 import os
 import shutil
@@ -20,24 +18,23 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from edge_broker.errors import BrokerError
+from edge_broker.errors import BrokerError, BrokerUnreachable
 
-MAX_PACKET_BYTES = 1 << 20
 _HOST = "127.0.0.1"
 _ATTEMPTS = 3  # to find a free port, which another process may take before the broker does
 _START_S = 60.0  # for an answer to CONNECT; a broker that ends is noticed at once
 _STOP_S = 5.0  # before a broker that does not end is killed
 
 # max_queued_messages: more chunks than a node grants at once. sys_interval: $SYS topics would wake
-# the broker.
+# the broker. user: that of a root who starts it, since another may not read the folder.
 _MOSQUITTO = """\
 listener {port} {host}
 allow_anonymous true
 persistence false
-max_packet_size {max_packet_bytes}
+max_packet_size 1048576
 max_queued_messages 4096
 set_tcp_nodelay true
 sys_interval 0
@@ -45,7 +42,7 @@ log_dest stderr
 log_type error
 log_type warning
 log_type notice
-user {user}
+user root
 """
 
 # rumqttd keeps a log of messages for each filter. Segment size x count is the memory of a filter, and
@@ -64,7 +61,7 @@ listen = "{host}:{port}"
 next_connection_delay_ms = 1
 [v5.1.connections]
 connection_timeout_ms = 60000
-max_payload_size = {max_packet_bytes}
+max_payload_size = 1048576
 max_inflight_count = 100
 dynamic_filters = true
 """
@@ -76,16 +73,20 @@ class Broker:
     """A running broker; stop it, or use it as a context manager."""
 
     def __init__(self, process: subprocess.Popen[bytes], port: int, kind: str, log_file: Path) -> None:
-        self.host, self.port, self.url = _HOST, port, f"mqtt://{_HOST}:{port}"
+        self.port, self.url = port, f"mqtt://{_HOST}:{port}"
         self.kind = kind  # mosquitto or embedded
         self.log = log_file
         self._process = process
-        atexit.register(self.stop)
 
     def stop(self) -> None:
         """End the broker and wait until it is gone; safe to call twice."""
-        atexit.unregister(self.stop)
-        _end(self._process)
+        assert self._process.stdin
+        self._process.stdin.close()
+        try:
+            self._process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(_STOP_S)
 
     def __enter__(self) -> "Broker":
         return self
@@ -137,58 +138,44 @@ def find_mosquitto() -> str | None:
 def _start(port: int, state_dir: Path, program: str | None) -> Broker:
     kind = "mosquitto" if program else "embedded"
     config = state_dir / ("mosquitto.conf" if program else "rumqttd.toml")
-    fields = {"port": port, "host": _HOST, "max_packet_bytes": MAX_PACKET_BYTES, "user": _user()}
-    config.write_text((_MOSQUITTO if program else _RUMQTTD).format(**fields))
-    job = {"command": [program, "-c", str(config)]} if program else {"rumqttd": str(config)}
+    config.write_text((_MOSQUITTO if program else _RUMQTTD).format(port=port, host=_HOST))
     log_file = state_dir / "broker.log"
     # The watching process must find this package however the owner found it.
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     with log_file.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "edge_broker.local", json.dumps(job)],
+            [sys.executable, "-m", "edge_broker.local", str(config), *filter(None, [program])],
             stdin=subprocess.PIPE,
             stdout=out,
             stderr=out,
             env=os.environ | {"PYTHONPATH": path},
         )
+    broker = Broker(process, port, kind, log_file)
     try:
-        _await_answer(process, port, time.monotonic() + _START_S)
-    except BrokerError as error:
-        _end(process)
+        _await_answer(process, broker.url)
+    except BaseException as error:
+        broker.stop()
+        if not isinstance(error, BrokerError):
+            raise
         tail = "\n".join(log_file.read_text(errors="replace").splitlines()[-10:])
         raise BrokerError(
             f"the {kind} broker on {_HOST}:{port} did not start: {error}; its log {log_file} ends:\n{tail}"
         ) from None
-    except BaseException:
-        _end(process)
-        raise
     log.info("%s broker on %s:%d, log in %s", kind, _HOST, port, log_file)
-    return Broker(process, port, kind, log_file)
+    return broker
 
 
-def _await_answer(process: subprocess.Popen[bytes], port: int, deadline: float) -> None:
-    error: object = "no time"
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            _shake_hands(port, left)
+def _await_answer(process: subprocess.Popen[bytes], url: str) -> None:
+    from edge_broker.session import Session  # here, because the watching process needs none
+
+    deadline = time.monotonic() + _START_S
+    while (left_s := deadline - time.monotonic()) > 0:
+        with contextlib.suppress(BrokerUnreachable), Session(url, "start", session_expiry_s=0) as session:
+            session.connect(left_s)
             return
-        except OSError as failure:
-            error = failure
         with contextlib.suppress(subprocess.TimeoutExpired):
             raise BrokerError(f"it ended with status {process.wait(timeout=0.02)}")
-    raise BrokerError(f"no answer to an MQTT CONNECT in time ({error})")
-
-
-def _shake_hands(port: int, timeout_s: float) -> None:
-    """An MQTT 5 CONNECT with an empty client id, and DISCONNECT after the broker's CONNACK."""
-    # protocol, clean start, keep-alive 5 s, no properties, no client id
-    body = b"\0\4MQTT\5\2\0\5\0\0\0"
-    with socket.create_connection((_HOST, port), timeout=timeout_s) as link:
-        link.sendall(bytes([0x10, len(body)]) + body)
-        answer = link.recv(4)
-        if len(answer) < 4 or answer[0] != 0x20 or answer[3] != 0:
-            raise ConnectionError(f"it answered CONNECT with {answer.hex() or 'nothing'}")
-        link.sendall(b"\xe0\0")
+    raise BrokerError(f"no answer to an MQTT CONNECT within {_START_S:g} s")
 
 
 def free_port(port: int = 0) -> int:
@@ -208,44 +195,29 @@ def free_port(port: int = 0) -> int:
         return int(probe.getsockname()[1])
 
 
-def _user() -> str:
-    """This process's user; root's Mosquitto would become a user who may not read the folder."""
-    import pwd  # which Windows lacks
-
-    return pwd.getpwuid(os.getuid()).pw_name
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.stdin:
-        process.stdin.close()
-    try:
-        process.wait(_STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait(_STOP_S)
-
-
 # --- the watching process
 
 
-def _watch(job: dict[str, Any]) -> None:
+def _watch(config: str, program: str | None = None) -> None:
     # Ctrl-C reaches the whole process group; the owner decides when the broker ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if "rumqttd" in job:
-        threading.Thread(target=_until_stdin_closes, args=(lambda: os._exit(0),), daemon=True).start()
-        from iotcore.iotcore import IotCoreBroker
+    if program:
+        child = subprocess.Popen(
+            [program, "-c", config], stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent
+        )
+        threading.Thread(target=_until_stdin_closes, args=(child.terminate,), daemon=True).start()
+        sys.exit(child.wait())
+    threading.Thread(target=_until_stdin_closes, args=(lambda: os._exit(0),), daemon=True).start()
+    from iotcore.iotcore import IotCoreBroker
 
-        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        # it reports every packet as an error
-        logging.getLogger("rumqttd").setLevel(logging.CRITICAL)
-        IotCoreBroker(config_path=job["rumqttd"]).run_forever()
-        sys.exit(1)  # it only returns when it cannot listen
-    child = subprocess.Popen(job["command"], stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
-    threading.Thread(target=_until_stdin_closes, args=(child.terminate,), daemon=True).start()
-    sys.exit(child.wait())
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # it reports every packet as an error
+    logging.getLogger("rumqttd").setLevel(logging.CRITICAL)
+    IotCoreBroker(config_path=config).run_forever()
+    sys.exit(1)  # it only returns when it cannot listen
 
 
-def _until_stdin_closes(then: Any) -> None:
+def _until_stdin_closes(then: Callable[[], object]) -> None:
     # not through sys.stdin, whose lock a blocked reader would hold at exit
     while os.read(0, 4096):
         pass
@@ -259,4 +231,4 @@ def _die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    _watch(json.loads(sys.argv[1]))
+    _watch(*sys.argv[1:])

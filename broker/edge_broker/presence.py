@@ -8,8 +8,6 @@ The will of an old connection can arrive after "online" of the new one. So a rea
 epoch, and within an epoch accepts only the order online, lost, offline.
 """
 
-import time
-
 import msgspec
 
 from edge_broker import messages, topics
@@ -24,11 +22,6 @@ class PresenceSpec(msgspec.Struct, frozen=True):
     fleet: str
     id: str
     epoch: int = 0  # the last epoch used, from the caller's state; 0: none
-
-
-def next_epoch(last: int) -> int:
-    """The epoch of a new connection: above the last, and the clock (ms) in case the last was lost."""
-    return max(last, time.time_ns() // 1_000_000) + 1
 
 
 class Tracker:

@@ -10,6 +10,7 @@ Source: RFC 8032, by way of `cryptography`.
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -107,16 +108,11 @@ def _bound(domain: str, body: bytes) -> bytes:
 
 def _create(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # mkstemp makes files with mode 0600
-    descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(Ed25519PrivateKey.generate().private_bytes_raw().hex() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+    # such a file has mode 0600
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.") as draft:
+        draft.write(Ed25519PrivateKey.generate().private_bytes_raw().hex() + "\n")
+        draft.flush()
+        os.fsync(draft.fileno())
         # unlike a rename, a link never replaces a key that another process made first
-        os.link(draft, path)
-    except FileExistsError:
-        pass
-    finally:
-        os.unlink(draft)
+        with suppress(FileExistsError):
+            os.link(draft.name, path)

@@ -256,7 +256,7 @@ class Relay:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            server = socket.create_connection((self._broker.host, self._broker.port))
+            server = socket.create_connection(("127.0.0.1", self._broker.port))
             for line in (client, server):
                 line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._lines += [client, server]

@@ -42,20 +42,16 @@ def test_a_transfer_is_collected_verified_counted_and_released(journal, manifest
 def test_a_restart_keeps_what_was_flushed_and_never_more(journal, manifest, tmp_path):
     journal.open(manifest)
     write(journal, manifest, range(20))
-    assert Journal(store.connect(tmp_path / "node.sqlite"), tmp_path).missing(manifest, 99) == list(
-        range(16, 41)
-    )
-    journal.flush()
     again = Journal(store.connect(tmp_path / "node.sqlite"), tmp_path)
-    assert again.missing(manifest, 3) == [20, 21, 22]
-    write(again, manifest, range(20, 41))
+    assert again.missing(manifest, 99) == list(range(16, 41))
+    write(again, manifest, range(16, 41))
     assert again.verify(manifest).read_bytes() == PAYLOAD
 
 
 def test_a_lost_file_is_collected_anew(journal, manifest, tmp_path):
     journal.open(manifest)
     write(journal, manifest, range(41))
-    journal.flush()
+    journal.verify(manifest)
     journal.payload(manifest.transfer).unlink()
     assert len(Journal(store.connect(tmp_path / "node.sqlite"), tmp_path).missing(manifest, 99)) == 41
 

@@ -31,7 +31,6 @@ _MAX_BYTES = 1 << 30  # of the largest update
 _PAUSE_S = 2.0  # for a device that finds no place
 _SILENT_S = 30.0  # a transfer without a chunk for so long gives its place to another
 _DISK_FULL_S = 60.0  # before the disk is tried again
-_FLUSH_S = 1.0  # after a chunk, if no further one fills the journal's sixteen
 _MAX_ANSWERS = 4096  # unsent; the oldest are dropped, and devices offer again
 _DUPLICATE = "device {0.device} already counts in round {0.round}"  # of a manifest
 
@@ -73,7 +72,6 @@ class Receiver:
         self._check, self._known_key = check, known_key
         self._active: dict[str, _Active] = {}
         self._answers: deque[tuple[str, Inbox]] = deque(maxlen=_MAX_ANSWERS)  # device, answer
-        self._flush_at: float | None = None
 
     def start(self) -> None:
         """Subscribe to offers and to this node's chunks."""
@@ -109,21 +107,18 @@ class Receiver:
         return result
 
     def tick(self) -> float:
-        """Send answers and flush chunks that are due.
+        """Send answers that found no room.
 
         Returns:
             Seconds until the next tick is of use.
         """
-        now = time.monotonic()
-        self._send_answers()
-        if self._flush_at is not None and self._flush_at <= now:
-            try:
-                self._journal.flush()
-                self._flush_at = None
-            except (OSError, sqlite3.OperationalError) as error:
-                log.error("cannot keep what came of updates: %s", error)
-                self._flush_at = now + _DISK_FULL_S
-        return IDLE_S if self._flush_at is None else max(0.0, self._flush_at - now)
+        while self._answers:
+            device, answer = self._answers[0]
+            topic = topics.inbox(self._fleet, device, answer.transfer)
+            if not self._session.publish_nowait(topic, messages.encode(answer)):
+                break  # a Room or Connected event comes when it can be sent
+            self._answers.popleft()
+        return IDLE_S
 
     def commit(self, transfer: str, within: Callable[[], object] = lambda: None) -> bool:
         """Count a complete update in its round, and send its receipt.
@@ -248,12 +243,11 @@ class Receiver:
         active.last = time.monotonic()
         active.granted.discard(index)
         if active.granted:
-            self._flush_at = self._flush_at or active.last + _FLUSH_S
-        elif self._journal.missing(active.manifest, 1):
+            return None
+        if self._journal.missing(active.manifest, 1):
             self._grant(active.manifest)
-        else:
-            return self._completed(active.manifest)
-        return None
+            return None
+        return self._completed(active.manifest)
 
     def _completed(self, manifest: Manifest) -> Update | None:
         self._active.pop(manifest.transfer, None)
@@ -281,16 +275,7 @@ class Receiver:
 
     def _answer(self, device: str, answer: Inbox) -> None:
         self._answers.append((device, answer))
-        self._send_answers()
-
-    def _send_answers(self) -> None:
-        """Send what the session has room for; `tick` tries again."""
-        while self._answers:
-            device, answer = self._answers[0]
-            topic = topics.inbox(self._fleet, device, answer.transfer)
-            if not self._session.publish_nowait(topic, messages.encode(answer)):
-                return
-            self._answers.popleft()
+        self.tick()
 
 
 def _claimed_transfer(payload: bytes) -> str | None:

@@ -110,8 +110,8 @@ def encode(message: msgspec.Struct) -> bytes:
     return msgspec.json.encode(message)
 
 
-def decode(body: bytes | str, kind: type[T]) -> T:
-    """Read a message of this kind.
+def decode(body: bytes | str, kind: type[T], name: str = "") -> T:
+    """Read a message of this kind, whose name is for the error.
 
     Raises:
         BadMessage: the body is not JSON, or a field is missing, of the wrong type, or out of range.
@@ -119,7 +119,7 @@ def decode(body: bytes | str, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadMessage(f"not a {kind.__name__}: {error}") from error
+        raise BadMessage(f"not a {name or kind.__name__}: {error}") from error
 
 
 def decode_inbox(body: bytes) -> Inbox:

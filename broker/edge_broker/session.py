@@ -212,9 +212,8 @@ class Session:
         while ticket is None:
             self._wait_connected(deadline, purpose)
             if not self._wait(lambda: self.connected and window.used < window.slots, deadline):
-                raise BrokerError(
-                    f"cannot {purpose}: no room within {timeout_s:g} s, {window.used} publishes unanswered"
-                )
+                unanswered = f"{window.used} publishes unanswered"
+                raise BrokerError(f"cannot {purpose}: no room within {timeout_s:g} s, {unanswered}")
             ticket = post()
         if not self._wait(lambda: ticket.answer is not None, deadline):
             raise BrokerError(f"cannot {purpose}: no answer within {timeout_s:g} s; it may still arrive")

@@ -17,6 +17,7 @@ import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from edge_broker import messages
 from edge_broker.errors import BadMessage, BrokerError, WrongKey
 
 OFFER = "edge/1/offer"  # the domain of manifests
@@ -28,10 +29,6 @@ class Signed(msgspec.Struct, frozen=True):
     body: str
     key: str
     signature: str
-
-    def encode(self) -> bytes:
-        """The envelope as JSON."""
-        return msgspec.json.encode(self)
 
 
 def load_or_create_key(path: Path) -> Ed25519PrivateKey:
@@ -58,16 +55,17 @@ def public_key(key: Ed25519PrivateKey) -> str:
     return key.public_key().public_bytes_raw().hex()
 
 
-def sign(key: Ed25519PrivateKey, domain: str, body: bytes) -> Signed:
-    """Sign a UTF-8 body for one domain."""
-    return Signed(body=body.decode(), key=public_key(key), signature=key.sign(_bound(domain, body)).hex())
+def sign(key: Ed25519PrivateKey, domain: str, body: bytes) -> bytes:
+    """The envelope of a UTF-8 body, signed for one domain."""
+    signature = key.sign(_bound(domain, body)).hex()
+    return messages.encode(Signed(body=body.decode(), key=public_key(key), signature=signature))
 
 
 def open(signed_bytes: bytes, domain: str, expected_key: str | None) -> tuple[bytes, str]:
     """Verify an encoded envelope.
 
     Args:
-        signed_bytes: what `Signed.encode` made.
+        signed_bytes: what `sign` made.
         domain: the one it must have been signed for.
         expected_key: the only key accepted, as hex; None: any, and the caller judges the returned key.
 
@@ -96,10 +94,7 @@ def peek(signed_bytes: bytes) -> Signed:
     Raises:
         BadMessage: it is malformed.
     """
-    try:
-        return msgspec.json.decode(signed_bytes, type=Signed)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadMessage(f"not a signed message: {error}") from error
+    return messages.decode(signed_bytes, Signed, "signed message")
 
 
 def _bound(domain: str, body: bytes) -> bytes:

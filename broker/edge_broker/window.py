@@ -33,8 +33,7 @@ class Window:
         self.used = 0
         self.bytes_up = 0
         self._changed, self._put = changed, put
-        # a publish_nowait found no slot: tell the owner when there is one
-        self._hungry = False
+        self._hungry = False  # a publish_nowait found no slot: tell the owner when there is one
         self._tickets: dict[int, Ticket] = {}
         self._early: dict[int, str] = {}  # answers that overtook `sent`
 
@@ -76,7 +75,9 @@ class Window:
             self.used -= 1
             if answer and not ticket.waited:
                 self._put(Unsent(topic=ticket.topic, reason=answer))
-            self._feed()
+            if self._hungry:
+                self._hungry = False
+                self._put(Room())
             self._changed.notify_all()
 
     def reconnected(
@@ -95,13 +96,6 @@ class Window:
             self.settle(message.mid, "the broker came back with smaller limits")
         with self._changed:
             self.bytes_up += sum(ticket.size for ticket in self._tickets.values())
-            self._feed()
-
-    def _feed(self) -> None:
-        """Tell the owner of a refused publish_nowait to try again."""
-        if self._hungry:
-            self._hungry = False
-            self._put(Room())
 
 
 def publish_size(topic: bytes, payload_bytes: int, properties: Properties | None) -> int:

@@ -91,7 +91,7 @@ class Reports:
             bytes_up=traffic.bytes_up - self._traffic.bytes_up,
             bytes_down=traffic.bytes_down - self._traffic.bytes_down,
         )
-        signed = signing.sign(self._key, REPORT_DOMAIN, msgspec.json.encode(counted)).encode()
+        signed = signing.sign(self._key, REPORT_DOMAIN, msgspec.json.encode(counted))
         try:
             self._session.publish(topics.report(self._options.fleet, report.device), signed, retain=True)
         except BrokerError as error:

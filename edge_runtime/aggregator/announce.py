@@ -55,7 +55,7 @@ class Announcer:
             versions=self._served,
             anchors=anchors,
         )
-        self._message = signing.sign(self._key, ROUND_DOMAIN, msgspec.json.encode(announced)).encode()
+        self._message = signing.sign(self._key, ROUND_DOMAIN, msgspec.json.encode(announced))
         self.publish()
 
     def publish(self) -> None:

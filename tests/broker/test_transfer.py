@@ -234,7 +234,7 @@ def test_a_changed_manifest_does_not_verify(device, node, drive, await_message):
 def test_a_signature_for_another_purpose_does_not_verify(device, node, drive, await_message):
     d, n = device(), node()
     body = messages.encode(d.add(payload_of(1000)))
-    reject = answer_to(signing.sign(d.key, "edge/1/report", body).encode(), d, n, drive, await_message)
+    reject = answer_to(signing.sign(d.key, "edge/1/report", body), d, n, drive, await_message)
     assert "does not verify for edge/1/offer" in reject.reason
 
 
@@ -288,7 +288,7 @@ def test_another_device_cannot_speak_for_this_one(device, node, drive, await_mes
 
 
 def signed(party, manifest) -> bytes:
-    return signing.sign(party.key, signing.OFFER, messages.encode(manifest)).encode()
+    return signing.sign(party.key, signing.OFFER, messages.encode(manifest))
 
 
 def rewritten(manifest, **changes):

@@ -39,7 +39,7 @@ class Crafted:
             device=self._id,
             **{"node_key": self._node_key, "round": 1, "state": "joined", "budget_bytes": 0, **fields},
         )
-        signed = signing.sign(self._key, REPORT_DOMAIN, msgspec.json.encode(report)).encode()
+        signed = signing.sign(self._key, REPORT_DOMAIN, msgspec.json.encode(report))
         self.session.publish(topics.report(self._fleet, self._id), signed, retain=True)
 
     def offer(self, payload: bytes, **fields: Any) -> Committed | Rejected:

@@ -15,13 +15,4 @@ from edge_broker.transfer.publish import Publisher
 from edge_broker.transfer.receive import Receiver
 from edge_broker.transfer.upload import Committed, Rejected, Uploader
 
-__all__ = [
-    "Committed",
-    "Failed",
-    "Fetched",
-    "Fetcher",
-    "Publisher",
-    "Receiver",
-    "Rejected",
-    "Uploader",
-]
+__all__ = ["Committed", "Failed", "Fetched", "Fetcher", "Publisher", "Receiver", "Rejected", "Uploader"]

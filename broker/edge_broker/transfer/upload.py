@@ -140,7 +140,7 @@ class Uploader:
         if upload.queue:
             return IDLE_S  # a Room or Connected event comes when more can be sent
         if upload.due <= now:
-            offer = signing.sign(self._key, signing.OFFER, messages.encode(upload.manifest)).encode()
+            offer = signing.sign(self._key, signing.OFFER, messages.encode(upload.manifest))
             if not self._post(upload, self._offer_topic, offer, None):
                 return IDLE_S
             upload.due = now + retry_s(upload.tries)

@@ -80,7 +80,7 @@ def announcement(folder, fleet, **fields):
         }
     )
     key = signing.load_or_create_key(folder / "node.key")
-    return signing.sign(key, ROUND_DOMAIN, msgspec.json.encode(announced)).encode()
+    return signing.sign(key, ROUND_DOMAIN, msgspec.json.encode(announced))
 
 
 def announce(broker, fleet, payload):

@@ -16,7 +16,6 @@ import msgspec
 from edge_broker.errors import BrokerError
 
 _PORTS = {"mqtt": 1883, "mqtts": 8883}
-_FILES = ("ca", "cert", "key")
 
 
 class Address(msgspec.Struct, frozen=True):
@@ -27,16 +26,13 @@ class Address(msgspec.Struct, frozen=True):
     port: int
     user: str | None = None  # decoded, as the broker compares it
     password: str | None = None  # decoded
-    ca: Path | None = None  # PEM file of the authority; this one and the next two need mqtts
-    cert: Path | None = None  # PEM file of the client's certificate
-    key: Path | None = None  # PEM file of its key
+    # PEM files for mqtts: ca of the authority, cert of the client's certificate, key of its key
+    files: dict[str, Path] = {}
 
     def __str__(self) -> str:
         """The address for messages: no files, and *** for a password."""
-        user = (
-            "" if self.user is None else quote(self.user, safe="") + (":***" if self.password else "") + "@"
-        )
-        return f"{self.scheme}://{user}{self._host_and_port()}"
+        user = f"{quote(self.user or '', safe='')}{':***' if self.password else ''}"
+        return f"{self.scheme}://{user}{'@' if user else ''}{self._host_and_port()}"
 
     def __repr__(self) -> str:
         return f"Address({str(self)!r})"
@@ -47,8 +43,8 @@ class Address(msgspec.Struct, frozen=True):
 
     def without_credentials(self) -> str:
         """The URL with certificate files, without user and password: fit for a command line."""
-        files = {name: str(path) for name in _FILES if (path := getattr(self, name))}
-        return f"{self.scheme}://{self._host_and_port()}" + (f"?{urlencode(files)}" if files else "")
+        query = f"?{urlencode(self.files)}" if self.files else ""
+        return f"{self.scheme}://{self._host_and_port()}{query}"
 
     def _host_and_port(self) -> str:
         return f"{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
@@ -62,11 +58,11 @@ class Address(msgspec.Struct, frozen=True):
         if self.scheme != "mqtts":
             return None
         try:
-            context = ssl.create_default_context(cafile=self.ca)
-            if self.cert:
-                context.load_cert_chain(self.cert, self.key)
+            context = ssl.create_default_context(cafile=self.files.get("ca"))
+            if "cert" in self.files:
+                context.load_cert_chain(self.files["cert"], self.files.get("key"))
         except OSError as error:  # ssl.SSLError is one
-            files = ", ".join(f"{name}={path}" for name in _FILES if (path := getattr(self, name)))
+            files = ", ".join(f"{name}={path}" for name, path in self.files.items())
             raise BrokerError(f"cannot set up TLS for {self} with {files}: {error}") from error
         return context
 
@@ -86,7 +82,7 @@ def parse(url: str) -> Address:
     if parts.scheme not in _PORTS or not parts.hostname or parts.path not in ("", "/") or parts.fragment:
         raise _malformed(url)
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
-    if set(query) - set(_FILES):
+    if query.keys() - {"ca", "cert", "key"}:
         raise BrokerError(f"the broker's address {redacted(url)} may have only ca, cert and key after '?'")
     if parts.scheme == "mqtt" and query:
         raise BrokerError(f"certificates are given for {redacted(url)}; they need mqtts://")
@@ -96,7 +92,7 @@ def parse(url: str) -> Address:
         port=_PORTS[parts.scheme] if port is None else port,
         user=unquote(parts.username) if parts.username else None,
         password=unquote(parts.password) if parts.password else None,
-        **{name: Path(path) for name, path in query.items()},
+        files={name: Path(path) for name, path in query.items()},
     )
 
 

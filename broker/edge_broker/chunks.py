@@ -90,6 +90,7 @@ class PartialFile:
         """
         self._path, self._cut = path, cut
         self.written = bytearray(written or cut.chunks)
+        self.unsynced = 0  # chunks written since the file was last synced, by its owner
         if not written:
             with path.open("wb") as file:
                 file.truncate(cut.size)
@@ -109,6 +110,7 @@ class PartialFile:
             file.seek(index * self._cut.chunk_bytes)
             file.write(data)
         self.written[index] = 1
+        self.unsynced += 1
         return True
 
     def missing(self, limit: int) -> list[int]:

@@ -8,7 +8,6 @@ bytes are no blobs, which would be written twice: to the write-ahead log and to 
 """
 
 import sqlite3
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,7 +60,6 @@ class Journal:
         """
         self._database, self._folder = database, folder / "journal"
         self._files: dict[str, PartialFile] = {}
-        self._unflushed: Counter[str] = Counter()  # written chunks that are not recorded
         with store.transaction(database):
             for statement in _TABLES:
                 database.execute(statement)
@@ -112,7 +110,7 @@ class Journal:
         self._files[manifest.transfer] = PartialFile(self.payload(manifest.transfer), manifest)
         files.sync(self._folder)
         with store.transaction(self._database):
-            self._insert(manifest, "open", bytes(manifest.chunks), None, None)
+            self._insert(manifest, bytes(manifest.chunks))
 
     def write(self, manifest: Manifest, index: int, data: bytes) -> bool:
         """Write a chunk of an open transfer to its place; False if it was written before.
@@ -121,12 +119,11 @@ class Journal:
             BadMessage: the transfer has no such chunk, or the chunk has another size.
             OSError: the disk is full or broken.
         """
-        if not self._file(manifest).write(index, data):
-            return False
-        self._unflushed[manifest.transfer] += 1
-        if self._unflushed[manifest.transfer] >= _FLUSH_CHUNKS:
-            self._flush(manifest.transfer)
-        return True
+        file = self._file(manifest)
+        fresh = file.write(index, data)
+        if file.unsynced >= _FLUSH_CHUNKS:
+            self._flush(manifest)
+        return fresh
 
     def missing(self, manifest: Manifest, limit: int) -> list[int]:
         """The first chunks of an open transfer that are not written yet."""
@@ -138,8 +135,7 @@ class Journal:
         Raises:
             BadMessage: the bytes have another digest.
         """
-        if self._unflushed[manifest.transfer]:
-            self._flush(manifest.transfer)
+        self._flush(manifest)
         path = self.payload(manifest.transfer)
         digest, size = messages.digest_and_size(path)
         if (digest, size) != (manifest.sha256, manifest.size):
@@ -160,7 +156,7 @@ class Journal:
         if not entry or entry.state != "open" or self.counted(entry.manifest.device, entry.manifest.round):
             return False
         with store.transaction(self._database):
-            self._settle(transfer, "committed", None, None)
+            self._settle(transfer, "committed")
             within()
         return True
 
@@ -168,10 +164,9 @@ class Journal:
         """Refuse a transfer for good, opened or not; a settled transfer stays as it is."""
         entry = self.find(manifest.transfer)
         with store.transaction(self._database):
-            if entry:
-                self._settle(manifest.transfer, "rejected", code, reason)
-            else:
-                self._insert(manifest, "rejected", None, code, reason)
+            if not entry:
+                self._insert(manifest, None)  # how many chunks it says may be absurd
+            self._settle(manifest.transfer, "rejected", code, reason)
         if not entry or entry.state != "committed":
             self.payload(manifest.transfer).unlink(missing_ok=True)
 
@@ -180,14 +175,12 @@ class Journal:
         for update in self.committed(round):
             update.payload.unlink(missing_ok=True)
 
-    def _insert(
-        self, manifest: Manifest, state: str, written: bytes | None, code: str | None, reason: str | None
-    ) -> None:
+    def _insert(self, manifest: Manifest, written: bytes | None) -> None:
         text = messages.encode(manifest).decode()
         self._database.execute(
-            "INSERT INTO journal_transfer (transfer, device, round, manifest, state, written, code, reason)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (manifest.transfer, manifest.device, manifest.round, text, state, written, code, reason),
+            "INSERT INTO journal_transfer (transfer, device, round, manifest, state, written)"
+            " VALUES (?, ?, ?, ?, 'open', ?)",
+            (manifest.transfer, manifest.device, manifest.round, text, written),
         )
         self._database.execute(
             "INSERT INTO journal_device VALUES (?, ?)"
@@ -195,7 +188,7 @@ class Journal:
             (manifest.device, manifest.sequence),
         )
 
-    def _settle(self, transfer: str, state: str, code: str | None, reason: str | None) -> None:
+    def _settle(self, transfer: str, state: str, code: str | None = None, reason: str | None = None) -> None:
         self._database.execute(
             "UPDATE journal_transfer SET state = ?, code = ?, reason = ?, written = NULL,"
             " settled = (SELECT coalesce(max(settled), 0) + 1 FROM journal_transfer)"
@@ -203,14 +196,15 @@ class Journal:
             (state, code, reason, transfer),
         )
         self._files.pop(transfer, None)
-        self._unflushed.pop(transfer, None)
 
-    def _flush(self, transfer: str) -> None:
-        """Make a transfer's written chunks durable, then record them."""
-        files.sync(self.payload(transfer))
-        query = "UPDATE journal_transfer SET written = ? WHERE transfer = ?"
-        self._database.execute(query, (self._files[transfer].written, transfer))
-        del self._unflushed[transfer]
+    def _flush(self, manifest: Manifest) -> None:
+        """Make written chunks of an open transfer durable, then record them."""
+        file = self._file(manifest)
+        if file.unsynced:
+            files.sync(self.payload(manifest.transfer))
+            query = "UPDATE journal_transfer SET written = ? WHERE transfer = ?"
+            self._database.execute(query, (file.written, manifest.transfer))
+            file.unsynced = 0
 
     def _file(self, manifest: Manifest) -> PartialFile:
         """The file of an open transfer, which an earlier process may have begun."""

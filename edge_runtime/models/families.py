@@ -14,7 +14,6 @@ import msgspec
 from edge_runtime.errors import InputError
 from edge_runtime.settings import Role
 
-Mlp = Literal["gated", "fused", "plain"]
 Paths = dict[Role, str]
 
 
@@ -31,13 +30,13 @@ class Family(msgspec.Struct, frozen=True):
     gguf_interleaved: bool = False  # rows of query and key heads are interleaved in GGUF files
 
     @property
-    def mlp(self) -> Mlp:
+    def mlp(self) -> Literal["gated", "fused", "plain"]:
         """The form of the MLP: gate and up apart, gate and up in one layer, or no gate."""
         return "gated" if "gate" in self.linears else "fused" if "gate_up" in self.linears else "plain"
 
 
 SEPARATE: Paths = {role: f"self_attn.{role}_proj" for role in ("q", "k", "v", "o")}
-GATED: Paths = {role: f"mlp.{role}_proj" for role in ("gate", "up", "down")}
+LLAMA: Paths = SEPARATE | {role: f"mlp.{role}_proj" for role in ("gate", "up", "down")}
 PHI: Paths = {**SEPARATE, "o": "self_attn.dense", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 PHI3: Paths = {
     "o": "self_attn.o_proj",
@@ -49,20 +48,13 @@ GPT2: Paths = {"qkv": "attn.c_attn", "o": "attn.c_proj", "fc1": "mlp.c_fc", "fc2
 
 # GGUF's side is llama.cpp's convert_hf_to_gguf.py: LlamaModel.permute, GemmaModel.modify_tensors
 FAMILIES = (
-    Family(("llama",), "Llama", SEPARATE | GATED, gguf="llama", gguf_interleaved=True),
-    Family(("mistral",), "Mistral", SEPARATE | GATED, gguf="llama", gguf_interleaved=True),
-    Family(("qwen2",), "Qwen2", SEPARATE | GATED, gguf="qwen2"),
-    Family(("qwen3",), "Qwen3", SEPARATE | GATED, gguf="qwen3"),
-    Family(("gemma",), "Gemma", SEPARATE | GATED, norm_offset=1.0, gguf="gemma"),
-    Family(("gemma2",), "Gemma2", SEPARATE | GATED, norm_offset=1.0, norms_after=True, gguf="gemma2"),
-    Family(
-        ("gemma3_text", "gemma3"),
-        "Gemma3",
-        SEPARATE | GATED,
-        norm_offset=1.0,
-        norms_after=True,
-        gguf="gemma3",
-    ),
+    Family(("llama",), "Llama", LLAMA, gguf="llama", gguf_interleaved=True),
+    Family(("mistral",), "Mistral", LLAMA, gguf="llama", gguf_interleaved=True),
+    Family(("qwen2",), "Qwen2", LLAMA, gguf="qwen2"),
+    Family(("qwen3",), "Qwen3", LLAMA, gguf="qwen3"),
+    Family(("gemma",), "Gemma", LLAMA, norm_offset=1.0, gguf="gemma"),
+    Family(("gemma2",), "Gemma2", LLAMA, norm_offset=1.0, norms_after=True, gguf="gemma2"),
+    Family(("gemma3_text", "gemma3"), "Gemma3", LLAMA, norm_offset=1.0, norms_after=True, gguf="gemma3"),
     Family(("phi",), "Phi", PHI),
     Family(("phi3",), "Phi3", PHI3, gguf="phi3"),
     Family(("gpt2",), "GPT2", GPT2, transposed=True),

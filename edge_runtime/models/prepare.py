@@ -45,11 +45,12 @@ def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = Fa
         InputError: there is no such source, it cannot be read, or its family is not supported.
     """
     path = sources.find(source, models)
-    weights, companions = sources.files_of(path)
+    weights = [path] if path.is_file() else sorted(path.glob(sources.WEIGHTS))
+    companions = sorted(file for pattern in sources.COMPANIONS for file in path.glob(pattern))
     if random_weights:
         if path.is_file():
             raise InputError(f"{path} has weights of its own: random ones need a folder with a config.json")
-        weights, companions = [path / "config.json"], []
+        weights = [path / "config.json"]
     if not weights:
         raise InputError(
             f"{path} has no .safetensors file: give a folder in Hugging Face's layout or a GGUF file"
@@ -107,12 +108,11 @@ def _read(path: Path, random_weights: bool) -> tuple[Any, Any]:
 
     from edge_runtime.compat.gguf_reader import plain_reader
 
-    folder = path
     source: dict[str, Any] = {"trust_remote_code": False}
     if path.is_file():
-        folder = path.parent
-        source["gguf_file"] = path.name
+        folder, source["gguf_file"] = path.parent, path.name
     else:
+        folder = path
         _refuse_remote_code(path)
     try:
         with plain_reader():

@@ -14,11 +14,7 @@ from collections.abc import Iterable
 
 
 def kept_layers(depth: int, layers: int) -> tuple[int, ...]:
-    """The layers that a slice keeps, by their numbers in the checkpoint.
-
-    Args:
-        depth: layers to keep.
-        layers: layers of the checkpoint.
+    """The layers that a slice of this depth keeps, by their numbers in a checkpoint of `layers` layers.
 
     Raises:
         ValueError: depth is not between 1 and layers.
@@ -31,12 +27,9 @@ def kept_layers(depth: int, layers: int) -> tuple[int, ...]:
 
 
 def nested_blocks(depths: Iterable[int], depth: int, layers: int) -> list[tuple[int, ...]]:
-    """For each of the depths, the blocks that make a slice of that depth inside a deeper one.
+    """For each of the depths, the blocks that make a slice of that depth inside a slice of `depth` layers.
 
-    Args:
-        depths: each at most depth.
-        depth: layers of the deeper slice, whose blocks are numbered from 0.
-        layers: layers of the checkpoint.
+    Blocks are numbered from 0 in the deeper slice; layers are the checkpoint's.
 
     Raises:
         ValueError: one of the depths is larger than depth.

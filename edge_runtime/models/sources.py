@@ -21,8 +21,7 @@ def find(source: str, models: Path) -> Path:
     """The folder or GGUF file that a source means; a hub id is downloaded into the hub's own cache.
 
     Raises:
-        InputError: there is no such model, or it is neither a GGUF file nor a folder with a
-            config.json.
+        InputError: there is no such model, or it is no GGUF file and no folder with a config.json.
     """
     for path in (Path(source).expanduser(), models / source):
         if path.is_file():
@@ -69,13 +68,6 @@ def name_of(source: str, models: Path) -> str:
     if path.parent.name == "snapshots":
         return path.parent.parent.name.rsplit("--", 1)[-1]
     return (path.stem if path.suffix == ".gguf" else path.name) or "model"
-
-
-def files_of(path: Path) -> tuple[list[Path], list[Path]]:
-    """The weight files of a model, and the other files that it is read from."""
-    if path.is_file():
-        return [path], []
-    return sorted(path.glob(WEIGHTS)), sorted(file for pattern in COMPANIONS for file in path.glob(pattern))
 
 
 def digest(files: list[Path], cache: Path) -> str:

@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from contextlib import suppress
 
 import msgspec
 from edge_broker import messages, presence, signing, topics
@@ -40,9 +41,7 @@ def read(broker: Address, fleet: str) -> Status:
     Raises:
         UnreachableError: no broker, or no such fleet on it; the message names the fleets on it.
     """
-    tracker = presence.Tracker()
-    rounds: dict[str, Round] = {}
-    reports: dict[str, Report] = {}
+    items = []
     try:
         with Session(broker, f"status-{uuid.uuid4().hex[:12]}", session_expiry_s=0) as session:
             session.connect(CONNECT_TIMEOUT_S)
@@ -51,10 +50,23 @@ def read(broker: Address, fleet: str) -> Status:
             )
             until = time.monotonic() + LONGEST_S
             while time.monotonic() < until and (item := session.receive(QUIET_S)) is not None:
-                if isinstance(item, Message):
-                    _take(item, tracker, rounds, reports)
+                items.append(item)
     except BrokerError as error:
         raise UnreachableError(str(error)) from error
+    tracker = presence.Tracker()
+    rounds: dict[str, Round] = {}
+    reports: dict[str, Report] = {}
+    for message in (item for item in items if isinstance(item, Message)):
+        with suppress(BadMessage):  # a stranger's message is not shown
+            topic = topics.parse(message.topic)
+            if topic.kind == "round":
+                body, _ = signing.open(message.payload, ROUND_DOMAIN, None)
+                rounds[topic.fleet] = messages.decode(body, Round)
+            elif topic.kind == "report":
+                body, _ = signing.open(message.payload, REPORT_DOMAIN, None)
+                reports[topic.device] = messages.decode(body, Report)
+            else:
+                tracker.handle(message.topic, message.payload)
     if fleet not in rounds:
         names = ", ".join(sorted(rounds))
         announced = f"fleets on this broker: {names}" if rounds else "no fleet is announced on this broker"
@@ -62,21 +74,3 @@ def read(broker: Address, fleet: str) -> Status:
     ids = sorted({*tracker.devices, *reports})
     devices = [DeviceStatus(id, tracker.state(id), reports.get(id)) for id in ids]
     return Status(fleet, rounds[fleet], devices)
-
-
-def _take(
-    item: Message, tracker: presence.Tracker, rounds: dict[str, Round], reports: dict[str, Report]
-) -> None:
-    try:
-        topic = topics.parse(item.topic)
-        if topic.kind == "round":
-            body, _ = signing.open(item.payload, ROUND_DOMAIN, None)
-            rounds[topic.fleet] = messages.decode(body, Round)
-        elif topic.kind == "report":
-            body, _ = signing.open(item.payload, REPORT_DOMAIN, None)
-            reports[topic.device] = messages.decode(body, Report)
-        else:
-            tracker.handle(item.topic, item.payload)
-    except BadMessage:
-        # a stranger's message is not shown
-        return

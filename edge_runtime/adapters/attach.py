@@ -20,7 +20,7 @@ from edge_runtime.adapters.singular import frames
 from edge_runtime.errors import InputError
 from edge_runtime.methods.interface import Method, Product, relative_depth
 from edge_runtime.models import structure
-from edge_runtime.protocol.keys import label_key, leading, name_of
+from edge_runtime.protocol.keys import join, leading, parse
 
 State: TypeAlias = "dict[str, NDArray[np.float32]]"
 
@@ -52,7 +52,7 @@ class Attached(NamedTuple):
     @contextmanager
     def without(self, names: Collection[str]) -> Iterator[None]:
         """While inside, the factors of these names do not train; H names the label head."""
-        frozen = [factor for key, factor in self.factors.items() if name_of(key) in names]
+        frozen = [factor for key, factor in self.factors.items() if parse(key).factor in names]
         frozen += [self.head.weight] if self.head and "H" in names else []
         frozen = [factor for factor in frozen if factor.requires_grad]
         for factor in frozen:
@@ -68,7 +68,7 @@ class Attached(NamedTuple):
         yield from self.factors.items()
         if self.head is not None:
             for number, label in enumerate(self.head.labels):
-                yield label_key("labels", label, "H"), self.head.weight[number : number + 1]
+                yield join("labels", label, "H"), self.head.weight[number : number + 1]
 
 
 class AdapterLinear(nn.Module):

@@ -13,7 +13,7 @@ from edge_broker.messages import Manifest
 from edge_runtime.errors import InputError
 from edge_runtime.methods.interface import WIDTHS, Method
 from edge_runtime.protocol import codec
-from edge_runtime.protocol.keys import kind_of, parse
+from edge_runtime.protocol.keys import parse
 from edge_runtime.protocol.round import CODEC, FLEET
 from edge_runtime.settings import Fleet
 
@@ -96,7 +96,7 @@ def _check_shapes(shapes: Shapes, expected: Shapes, fleet: Fleet, method: Method
     rows = _row_of_a_label(shapes) | _row_of_a_label(expected)
     ranks = set()
     for key, shape in shapes.items():
-        rank = _check_shape(key, shape, expected.get(key, rows.get(kind_of(key))), fleet, method)
+        rank = _check_shape(key, shape, expected.get(key, rows.get(parse(key).kind)), fleet, method)
         ranks |= {rank} if rank is not None else set()
     if len(ranks) > 1:
         raise InputError(f"the delta has factors of ranks {sorted(ranks)}, but one device has one")
@@ -136,7 +136,7 @@ def _words(ranks: tuple[int, ...], fleet: Fleet) -> str:
 
 def _row_of_a_label(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """The shape that every label's row has to have, by kind; the first label decides."""
-    rows = [shape for key, shape in shapes.items() if kind_of(key) == "labels"]
+    rows = [shape for key, shape in shapes.items() if parse(key).kind == "labels"]
     if len(rows) > MOST_LABELS:
         raise InputError(f"the delta has {len(rows)} labels, but a head has at most {MOST_LABELS}")
     return {"labels": rows[0]} if rows else {}
@@ -146,7 +146,7 @@ def _check_predictions(delta: codec.Tensors) -> None:
     """Refuse probabilities below 0, or whose sum over a text's labels exceeds 1."""
     total = np.zeros(1, np.float32)
     for key, value in delta.items():
-        if kind_of(key) != "anchors":
+        if parse(key).kind != "anchors":
             continue
         total = total + value
         if float(value.min()) < 0 or float(total.max()) > LARGEST_TOTAL:

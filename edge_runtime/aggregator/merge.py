@@ -20,7 +20,7 @@ from edge_runtime.adapters.initial import initial
 from edge_runtime.aggregator.store import Version
 from edge_runtime.methods.interface import Array, Contribution, Method, Tensors
 from edge_runtime.protocol import codec
-from edge_runtime.protocol.keys import STATE, kind_of
+from edge_runtime.protocol.keys import STATE, parse
 from edge_runtime.protocol.round import FLEET
 from edge_runtime.settings import Fleet
 
@@ -91,7 +91,7 @@ def _contributions(
 ) -> Iterator[Contribution]:
     """One kind of tensors, update by update. Puts missing starts into `before`."""
     for update in updates:
-        delta = codec.decode(update.payload.read_bytes(), lambda key: kind_of(key) == kind)
+        delta = codec.decode(update.payload.read_bytes(), lambda key: parse(key).kind == kind)
         for key, value in delta.items():
             if key not in before and kind in STATE:
                 before[key] = version_0(key, value.shape, fleet, method)

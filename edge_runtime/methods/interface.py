@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
-from edge_runtime.protocol.keys import Kind, leading, linear_key, name_of
+from edge_runtime.protocol.keys import Kind, join, leading, parse
 from edge_runtime.settings import Adapter
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class Method(NamedTuple):
         stage = min(int(stages * relative_depth(layer, layers)), stages - 1)
         numbers = {"layers": layer, "stages": stage}
         return {
-            name: linear_key(factor.of, numbers[factor.of], role, name)
+            name: join(factor.of, numbers[factor.of], role, name)
             for name, factor in self.factors.items()
             if factor.of in numbers
         }
@@ -184,7 +184,7 @@ class Method(NamedTuple):
 
     def factor(self, key: str) -> Factor:
         """The statement about the factor with this canonical key."""
-        return self.factors[name_of(key)]
+        return self.factors[parse(key).factor]
 
     @property
     def exchanges(self) -> bool:

@@ -8,7 +8,7 @@ from edge_runtime.adapters.shapes import adapter_shapes
 from edge_runtime.methods.interface import Method
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.slices import kept_layers
-from edge_runtime.protocol.keys import name_of
+from edge_runtime.protocol.keys import parse
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import Fleet, Role
 
@@ -48,6 +48,6 @@ class Workload:
         layers = kept_layers(plan.depth, self.facts.layers)
         shapes = adapter_shapes(self.facts, layers, self.roles, plan.rank, self.method)
         for key, shape in shapes.items():
-            values[name_of(key)] += math.prod(shape)
+            values[parse(key).factor] += math.prod(shape)
         self._values[plan.depth, plan.rank] = values
         return values

@@ -56,29 +56,9 @@ def parse(text: str) -> Key:
     return Key(cast(Kind, match["labelled"]), match["label"], "", match["letter"])
 
 
-def join(place: str, factor: str) -> str:
-    """The key of a factor at this place."""
-    return f"{place}.{factor}"
-
-
-def linear_key(kind: Kind, number: int, role: str, factor: str) -> str:
-    """The key of a linear layer's factor; kind is layers or stages."""
-    return join(f"{kind}.{number}.{role}", factor)
-
-
-def label_key(kind: Kind, label: str, factor: str) -> str:
-    """The key of a label's tensor; kind is labels or anchors."""
-    return join(f"{kind}.{label}", factor)
-
-
-def kind_of(key: str) -> Kind:
-    """The kind of place that a tensor belongs to."""
-    return parse(key).kind
-
-
-def name_of(key: str) -> str:
-    """The name of the factor that a tensor is."""
-    return parse(key).factor
+def join(*parts: str | int) -> str:
+    """The key of a place and a factor; or of a kind, a number or label, a layer's role, and a factor."""
+    return ".".join(map(str, parts))
 
 
 def label_of(key: str) -> str:

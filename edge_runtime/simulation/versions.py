@@ -13,7 +13,7 @@ from edge_runtime.aggregator.store import Version
 from edge_runtime.methods.fedit import RunningMean
 from edge_runtime.methods.interface import Contribution, Method
 from edge_runtime.protocol import codec
-from edge_runtime.protocol.keys import STATE, kind_of
+from edge_runtime.protocol.keys import STATE, parse
 from edge_runtime.protocol.round import FLEET
 from edge_runtime.settings import Fleet
 from edge_runtime.simulation.results import mean, short
@@ -51,7 +51,7 @@ class Versions:
         total, before = 0.0, self.by_class.get(version.model_class)
         old = load_file(before.master) if before is not None else {}
         for key, value in load_file(version.master).items():
-            if kind_of(key) in STATE:
+            if parse(key).kind in STATE:
                 start = old.get(key)
                 start = merge.version_0(key, value.shape, self.fleet, self.method) if start is None else start
                 total += float(((value - start) ** 2).sum(dtype="float64"))
@@ -68,7 +68,7 @@ def cosines(updates: list[Update], method: Method) -> list[float]:
     contributions = []
     largest: codec.Tensors = {}  # zeros, by key
     for update in updates:
-        delta = codec.decode(update.payload.read_bytes(), lambda key: kind_of(key) in kinds)
+        delta = codec.decode(update.payload.read_bytes(), lambda key: parse(key).kind in kinds)
         manifest = update.manifest
         contributions.append(Contribution(largest, delta, manifest.samples, manifest.model_class))
         for key, value in delta.items():

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from edge_runtime.adapters import attach
 from edge_runtime.methods.interface import Method
 from edge_runtime.protocol import codec
-from edge_runtime.protocol.keys import kind_of, label_of, leading
+from edge_runtime.protocol.keys import label_of, leading, parse
 from edge_runtime.trainer import disk
 from edge_runtime.trainer.job import Carried
 from edge_runtime.trainer.public import DeviceAnswers
@@ -55,7 +55,7 @@ def write(
     delta = {
         key: value
         for key, value in trained.items()
-        if method.factor(key).exchanged and (kind_of(key) != "labels" or label_of(key) in taught)
+        if method.factor(key).exchanged and (parse(key).kind != "labels" or label_of(key) in taught)
     }
     rank = _subtract_start(delta, method, folder / FILE) if delta else None
     _add_owed(delta, method, carried)
@@ -88,7 +88,7 @@ def _add_owed(delta: attach.State, method: Method, carried: Carried) -> None:
         valid = {
             key: value
             for key, value in earlier.items()
-            if not (method.refactored and kind_of(key) == "layers")
+            if not (method.refactored and parse(key).kind == "layers")
         }
         overlay(delta, valid, method, lambda into, value: np.add(into, value, out=into))
 

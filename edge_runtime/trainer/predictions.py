@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from edge_runtime.adapters.attach import Attached
 from edge_runtime.methods import codistill
-from edge_runtime.protocol.keys import label_key
+from edge_runtime.protocol.keys import join
 from edge_runtime.trainer import data, public
 from edge_runtime.trainer.job import Job
 from edge_runtime.trainer.meter import Reporter
@@ -33,7 +33,7 @@ class Predictions:
     def lesson(self, shared: public.Shared) -> public.Distillation | None:
         """The fleet's predictions in the global version; None if it has none of these texts."""
         job, count = self._job, len(self._texts)
-        targets = {label: shared.get(label_key("anchors", label, "T")) for label in self._labels}
+        targets = {label: shared.get(join("anchors", label, "T")) for label in self._labels}
         # an earlier set of public texts may have had another length
         columns = {label: T[0] for label, T in targets.items() if T is not None and T.shape[1] == count}
         if job.fleet.codistill is None or not columns:
@@ -62,7 +62,7 @@ class Predictions:
             probabilities = adapter.logits(text_states).softmax(-1) * alike[:, None]
             columns = zip(self._labels, probabilities.T.cpu().numpy(), strict=True)
             self._answers = public.DeviceAnswers(
-                {label_key("anchors", label, "P"): row[None] for label, row in columns}
+                {join("anchors", label, "P"): row[None] for label, row in columns}
             )
 
     def answers(self, tokenizer: Callable[[], Any]) -> public.DeviceAnswers:

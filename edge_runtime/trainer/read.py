@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from edge_runtime.errors import InputError
 from edge_runtime.protocol import codec
-from edge_runtime.protocol.keys import LABEL, kind_of, label_of
+from edge_runtime.protocol.keys import LABEL, label_of, parse
 from edge_runtime.trainer import data, public
 from edge_runtime.trainer.completions import Completions
 from edge_runtime.trainer.job import Job
@@ -63,4 +63,4 @@ def head_labels(job: Job, met: set[str]) -> list[str]:
                 "head over labels is exchanged by their names"
             )
     keys = codec.shapes(Path(job.start).read_bytes()) if job.start is not None else {}
-    return sorted(met | {label_of(key) for key in keys if kind_of(key) in ("labels", "anchors")})
+    return sorted(met | {label_of(key) for key in keys if parse(key).kind in ("labels", "anchors")})

@@ -23,7 +23,7 @@ from edge_runtime.adapters.shapes import adapter_shapes
 from edge_runtime.methods.interface import Method, relative_depth
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.families import family_of
-from edge_runtime.protocol.keys import kind_of, label_of
+from edge_runtime.protocol.keys import label_of, parse
 from edge_runtime.settings import Adapter
 
 HEAD = "label_head.safetensors"
@@ -51,7 +51,7 @@ def to_peft(
         InputError: a factor is missing, unexpected or of another shape; it is named.
     """
     layers = sorted({layer for layer, _ in paths})
-    labels = {key: (1, facts.hidden) for key in state if kind_of(key) == "labels"}
+    labels = {key: (1, facts.hidden) for key in state if parse(key).kind == "labels"}
     check_keys(state, adapter_shapes(facts, tuple(layers), spec.roles, spec.rank, method) | labels)
     tensors, rank = {}, spec.rank
     for (layer, role), path in paths.items():

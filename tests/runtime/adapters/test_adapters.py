@@ -21,7 +21,7 @@ from edge_runtime.errors import InputError
 from edge_runtime.methods import fedit, fedsb, flora
 from edge_runtime.methods.interface import A, B
 from edge_runtime.models.slices import kept_layers
-from edge_runtime.protocol.keys import name_of
+from edge_runtime.protocol.keys import parse
 
 FEDIT = fedit.METHOD
 LAYERS = (0, 1, 2, 3)
@@ -224,7 +224,7 @@ def test_a_core_goes_into_b_and_what_is_kept_beside_it(tiny, facts_of, family, m
     theirs = peft.PeftModel.from_pretrained(model, tmp_path)
     assert difference(logits(theirs), logits(ours)) < 1e-5
     assert difference(plain, logits(ours)) > 1e-2
-    key = next(key for key in state if name_of(key) == factor)
+    key = next(key for key in state if parse(key).factor == factor)
     without = {name: value for name, value in state.items() if name != key}
     with pytest.raises(InputError, match=f"lacks {key}"):
         export.to_peft(without, facts, SPEC, method, adapter.paths, tmp_path)

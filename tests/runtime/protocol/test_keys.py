@@ -7,7 +7,7 @@ import pytest
 
 import edge_runtime
 from edge_runtime.errors import InputError
-from edge_runtime.protocol.keys import Key, join, label_key, linear_key, parse
+from edge_runtime.protocol.keys import Key, join, parse
 
 PACKAGE = Path(edge_runtime.__file__).parent
 
@@ -27,9 +27,9 @@ def test_a_key_is_read_and_built_again(text, key):
     assert parse(text) == key
     assert join(key.place, key.factor) == text
     if key.role:
-        assert linear_key(key.kind, key.owner, key.role, key.factor) == text
+        assert join(key.kind, key.owner, key.role, key.factor) == text
     else:
-        assert label_key(key.kind, key.owner, key.factor) == text
+        assert join(key.kind, key.owner, key.factor) == text
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ shapes are read from the payload's header and checked before any value is decomp
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from edge_broker.messages import Manifest
@@ -86,7 +86,7 @@ def _exchanged(text: str, fleet: Fleet, method: Method) -> bool:
     factor = method.factors.get(key.factor)
     if factor is None or not factor.exchanged or factor.of != key.kind:
         return False
-    if key.kind == "stages" and int(key.owner) >= method.sizes(fleet.adapter.rank).get("stages", 1):
+    if key.kind == "stages" and int(key.owner) >= method.stages:
         return False
     return not key.role or key.role in fleet.adapter.roles
 
@@ -101,7 +101,7 @@ def _check_shapes(shapes: Shapes, expected: Shapes, fleet: Fleet, method: Method
     if len(ranks) > 1:
         raise InputError(f"the delta has factors of ranks {sorted(ranks)}, but one device has one")
     # a merge pads every factor to the fleet's rank
-    highest = max(fleet.adapter.rank, method.sizes(fleet.adapter.rank).get("kept", 0))
+    highest = max(fleet.adapter.rank, method.kept)
     padding = -(-highest // min(ranks, default=highest))
     if padding * sum(map(math.prod, shapes.values())) > LARGEST_ADAPTER:
         raise InputError(f"the delta has more than {LARGEST_ADAPTER} values")
@@ -115,23 +115,21 @@ def _check_shape(
     Args:
         model: the shape that other devices have sent; None: nobody has.
     """
-    axes, ranks = method.factor(key).axes, method.ranks(fleet.adapter)
+    axes, highest = method.factor(key).axes, fleet.adapter.rank
+    ranks: Sequence[int] = (highest, *fleet.adapter.lower)
+    words = " or ".join(map(str, ranks))
+    if method.next_rank is not None:
+        ranks, words = range(1, highest + 1), f"{highest} or lower"
     sizes = dict(zip(axes, shape, strict=False))
     widths = dict(zip(axes, model or shape, strict=False))
-    rank = sizes.get("rank", ranks[0])
+    rank = sizes.get("rank", highest)
     needed = {**method.sizes(rank), "one": 1, "rank": rank, **{axis: widths.get(axis, 0) for axis in WIDTHS}}
     fits = len(shape) == len(axes) and rank in ranks and shape == method.factor(key).shape(needed)
     if not fits or any(not 1 <= sizes[axis] <= WIDEST for axis in axes):
-        words = [f"of rank {_words(ranks, fleet)}" if "rank" in axes else "as the fleet has it"]
-        words += [f"for a layer {widths[axis]} wide" for axis in axes if axis in WIDTHS and model is not None]
-        raise InputError(f"{key} is {shape} in the delta, but has to be {', '.join(words)}")
+        parts = [f"of rank {words}" if "rank" in axes else "as the fleet has it"]
+        parts += [f"for a layer {widths[axis]} wide" for axis in axes if axis in WIDTHS and model is not None]
+        raise InputError(f"{key} is {shape} in the delta, but has to be {', '.join(parts)}")
     return rank if "rank" in axes else None
-
-
-def _words(ranks: tuple[int, ...], fleet: Fleet) -> str:
-    if ranks == (fleet.adapter.rank, *fleet.adapter.lower):
-        return " or ".join(map(str, ranks))
-    return f"{ranks[0]} or lower"
 
 
 def _row_of_a_label(shapes: Shapes) -> dict[str, tuple[int, ...]]:

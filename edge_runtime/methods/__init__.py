@@ -26,22 +26,8 @@ from edge_runtime.methods import (
 from edge_runtime.methods.interface import Method
 
 MOST_RANK = 256  # of the A and B that a layer multiplies; the limit of edge_kernels.adapter_linear
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        local.METHOD,
-        fedit.METHOD,
-        ffa.METHOD,
-        fedsa.METHOD,
-        fedsb.METHOD,
-        hetlora.METHOD,
-        flexlora.METHOD,
-        flora.METHOD,
-        fedadapter.METHOD,
-        heterotune.METHOD,
-        h2tune.METHOD,
-    )
-}
+_FILES = (local, fedit, ffa, fedsa, fedsb, hetlora, flexlora, flora, fedadapter, heterotune, h2tune)
+METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in _FILES}
 
 
 def by_name(name: str) -> Method:
@@ -86,10 +72,10 @@ def of(fleet: settings.Fleet) -> Method:
         InputError: as for `build`; or the method cannot merge the ranks that the fleet allows.
     """
     method, adapter = build(fleet.method, fleet.head, fleet.codistill), fleet.adapter
-    frozen = method.sizes(adapter.rank).get("kept", 0)
-    if adapter.rank + frozen > MOST_RANK:
+    if adapter.rank + method.kept > MOST_RANK:
         raise InputError(
-            f"[adapter] rank is {adapter.rank} and [method] kept {frozen}, but together they can be {MOST_RANK} at most"
+            f"[adapter] rank is {adapter.rank} and [method] kept {method.kept}, but together they can be {MOST_RANK} "
+            "at most"
         )
     if adapter.lower and not method.unequal:
         candidates = " or ".join(f"`{candidate.name}`" for candidate in METHODS.values() if candidate.unequal)

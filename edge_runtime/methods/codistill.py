@@ -36,15 +36,12 @@ Wang 2019, arXiv 1910.03581 (FedMD); the ramp that of Laine & Aila 2017, arXiv 1
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from edge_runtime.methods.interface import Array, Contributions, Factor, Method, Scope, Tensors, add_to
+from edge_runtime.methods.interface import Array, Contributions, Factor, Method, Scope, Tensors
 from edge_runtime.methods.lazy import np
 from edge_runtime.protocol.keys import join, parse
 from edge_runtime.settings import Codistill
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 P = Factor(("one", "anchors"), trained=True, shared="fleet", start="zero", of="anchors")
 T = P._replace(trained=False)
@@ -63,7 +60,7 @@ def combined(contributions: Contributions) -> Tensors:
             key = join(parse(predicted).place, "T")
             if key in contribution.before:
                 before[key] = contribution.before[key]
-            add_to(sums, key, weight * value)
+            sums[key] = sums.get(key, 0) + weight * value
     return {key: value / samples - before.get(key, 0) for key, value in sums.items()}
 
 
@@ -84,8 +81,8 @@ def learned(targets: Array, temperature: float) -> tuple[Array, Array]:
     return np.minimum(targets.sum(1), 1), (sharp / total).astype(np.float32)
 
 
-def news(targets: Array, unmet: "NDArray[np.bool_]") -> Array:
-    """u (texts,) of the fleet's T (texts, labels). unmet (labels,): the device has no rows."""
+def news(targets: Array, unmet: list[bool]) -> Array:
+    """u (texts,) of the fleet's T (texts, labels). unmet: by label, whether the device has no rows."""
     targets = np.maximum(targets, 0)
     share: Array = targets[:, unmet].sum(1) / np.maximum(targets.sum(1), FLOOR)
     return share
@@ -99,9 +96,8 @@ def ramp(round_: int, rounds: int) -> float:
 def added(method: Method, spec: Codistill) -> Method:
     """The method with predictions beside its own exchange."""
     scope: Scope = "fleet" if spec.across else "class"
-    factors = {**method.factors, "P": P._replace(shared=scope), "T": T._replace(shared=scope)}
     return method._replace(
-        factors=factors,
+        factors={**method.factors, "P": P._replace(shared=scope), "T": T._replace(shared=scope)},
         merges={**method.merges, "anchors": combined},
         sizes=lambda rank: {**method.sizes(rank), "anchors": spec.texts},
     )

@@ -16,9 +16,8 @@ those of Misra & Gries 1982.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Literal
 
 from edge_runtime.errors import InputError
 from edge_runtime.methods.interface import Method, PublicAnswers
@@ -32,8 +31,8 @@ CHARACTERS_A_TOKEN = 32  # at most
 
 def added(method: Method, spec: Codistill) -> Method:
     """The method with completions beside its own exchange."""
-    scope: Literal["class", "fleet"] = "fleet" if spec.across else "class"
-    return method._replace(answers=PublicAnswers(scope, partial(check, spec), merged))
+    answers = PublicAnswers("fleet" if spec.across else "class", partial(check, spec), merged)
+    return method._replace(answers=answers)
 
 
 def check(spec: Codistill, payload: bytes) -> None:
@@ -63,33 +62,26 @@ def check(spec: Codistill, payload: bytes) -> None:
 
 
 def merged(devices: Callable[[], Iterable[tuple[int, bytes]]]) -> bytes:
-    """The fleet's completions, encoded, of pairs of a device's rows and its encoded completions."""
-    return completion.encode(
-        agreed(lambda: ((rows, completion.decode(payload)) for rows, payload in devices()))
-    )
-
-
-def agreed(devices: Callable[[], Iterable[tuple[int, Sequence[Completion]]]]) -> list[Completion]:
-    """The best completion of each prompt, from pairs of a device's rows and its completions."""
+    """The best completion of each prompt, of pairs of a device's rows and its completions, all encoded."""
     # the first pass: who may have the most votes
     candidates: dict[int, dict[str, float]] = defaultdict(dict)
     samples = 0
-    for rows, answers in devices():
+    for rows, payload in devices():
         samples += rows
-        for answer in answers:
+        for answer in completion.decode(payload):
             _count(candidates[answer.prompt], answer.text, rows * answer.confidence)
     # the second pass: the candidates' exact votes, as Misra-Gries counts too few
     votes = {prompt: dict.fromkeys(texts, 0.0) for prompt, texts in candidates.items()}
-    for rows, answers in devices():
-        for answer in answers:
+    for rows, payload in devices():
+        for answer in completion.decode(payload):
             if answer.text in votes[answer.prompt]:
                 votes[answer.prompt][answer.text] += rows * answer.confidence
-    best = {
-        prompt: max(texts.items(), key=lambda item: (item[1], item[0]))
-        for prompt, texts in votes.items()
-        if texts
-    }
-    return [Completion(prompt, text, weight / samples) for prompt, (text, weight) in sorted(best.items())]
+    best = []
+    for prompt, texts in sorted(votes.items()):
+        if texts:
+            text, weight = max(texts.items(), key=lambda item: (item[1], item[0]))
+            best.append(Completion(prompt, text, weight / samples))
+    return completion.encode(best)
 
 
 def _count(candidates: dict[str, float], text: str, weight: float) -> None:

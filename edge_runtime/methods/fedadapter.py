@@ -10,13 +10,9 @@ Source: HeteroTune's first version, arXiv 2411.16796v1, describes a multi-branch
 models; the equations are ours.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from edge_runtime.methods.fedit import holders_mean
 from edge_runtime.methods.heterotune import HeteroTune
-from edge_runtime.methods.interface import AtLeastOne, Method, MethodSettings, with_core
-from edge_runtime.methods.lazy import torch
+from edge_runtime.methods.interface import AtLeastOne, Method, MethodSettings
 
 
 class FedAdapter(MethodSettings, frozen=True):
@@ -34,15 +30,8 @@ class FedAdapter(MethodSettings, frozen=True):
             name="fedadapter",
             factors={name: factor for name, factor in gated.factors.items() if name != "g"},
             merges={"layers": holders_mean, "stages": holders_mean},
-            product=with_core(core),
             settings=self,
         )
-
-
-def core(factors: Mapping[str, Any], _: float) -> Any:
-    """C (r, r) of U (tier · width, r) and V (r, tier · width), as torch tensors."""
-    U, V = factors["U"], factors["V"]
-    return torch.eye(len(V), device=U.device) + V @ U
 
 
 METHOD = FedAdapter().method()

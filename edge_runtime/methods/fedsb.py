@@ -43,8 +43,7 @@ class FedSB(MethodSettings, frozen=True):
             "C": C._replace(of=of, shared=scope),
             "B": B._replace(trained=False, start=self.frames),
         }
-        axes = {"stages": self.stages} if self.stages else {}
-        return Method("fedsb", factors, {of: holders_mean}, sizes=lambda rank: axes, settings=self)
+        return Method("fedsb", factors, {of: holders_mean}, stages=max(self.stages, 1), settings=self)
 
 
 METHOD = FedSB().method()

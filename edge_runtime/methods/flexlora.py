@@ -15,112 +15,101 @@ Source: Bai et al. 2024, arXiv 2402.11505 (FlexLoRA); Halko et al. 2011, arXiv 0
 SVD).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeAlias
 from zlib import crc32
 
 from edge_runtime.methods import fedit
-from edge_runtime.methods.interface import Array, Contribution, Contributions, Method, Tensors, add_to
+from edge_runtime.methods.interface import Array, Contributions, Method, Tensors, layer_factors
 from edge_runtime.methods.lazy import np
-from edge_runtime.protocol.keys import join, parse
+from edge_runtime.protocol.keys import join
 
 OVER = 16  # columns of a sketch beyond the factors' rank
 SMALLEST = 1e-6  # singular value, as a share of the largest; a smaller one is rounding
 
 
-class Term(NamedTuple):
-    """One term of a layer's sum of products: weight · B · A."""
+class Factors(NamedTuple):
+    """A and B of a layer."""
 
-    layer: str  # the place of its keys
-    weight: int
     A: Array
     B: Array
 
 
-Terms: TypeAlias = Callable[[], Iterable[Term]]  # of all layers; each call goes through them again
+# A layer's factors in the last version, from the version, the layer's place and a device's factors.
+Last: TypeAlias = Callable[[Mapping[str, Array], str, Factors], Factors]
+# Terms of the layers' sums: place, weight and factors. Each call goes through all of them again.
+Terms: TypeAlias = Callable[[], Iterable[tuple[str, int, Factors]]]
 
 
 def mean_product(contributions: Contributions) -> Tensors:
     """The step from the last version's factors to those of the mean product."""
-    before: Tensors = {}
-    samples: dict[str, int] = {}
 
-    def terms() -> Iterator[Term]:
-        for contribution, term in device_terms(contributions, samples):
-            before.update({key: contribution.before[key] for key in _pair(term.layer)})
-            yield term
+    def last(version: Mapping[str, Array], layer: str, _: Factors) -> Factors:
+        return Factors(version[join(layer, "A")], version[join(layer, "B")])
 
     steps: Tensors = {}
-    for layer, A, B in best_factors(terms, lambda layer: len(before[join(layer, "A")])):
-        key_A, key_B = _pair(layer)
-        old_A, old_B = before[key_A], before[key_B]
-        steps[key_A], steps[key_B] = np.zeros_like(old_A), -old_B
+    for layer, old, new in best_factors(contributions, last):
+        step_A, step_B = np.zeros_like(old.A), -old.B
         # a layer narrower than its rank has fewer directions than A has rows
-        steps[key_A][: len(A)] = A - old_A[: len(A)]
-        steps[key_B][:, : len(A)] += B / samples[layer]
+        rank = len(new.A)
+        step_A[:rank] = new.A - old.A[:rank]
+        step_B[:, :rank] += new.B
+        steps |= {join(layer, "A"): step_A, join(layer, "B"): step_B}
     return steps
 
 
-def best_factors(terms: Terms, rank: Callable[[str], int]) -> Iterator[tuple[str, Array, Array]]:
-    """Each layer with the A and B whose product is nearest to the layer's sum of terms.
+def best_factors(
+    contributions: Contributions, last: Last, *, adds: bool = False
+) -> Iterator[tuple[str, Factors, Factors]]:
+    """Each layer's last factors, and new ones whose product is nearest to the devices' mean product.
 
-    A's rows are orthonormal, and B's columns are as long as the singular values. A and B have this
-    rank, or the sum's rank where that is lower. A layer's memory is freed before the next layer.
+    The new A's rows are orthonormal, and B's columns are as long as the singular values. They have
+    the rank of the last factors, or the product's where that is lower. A layer's memory is freed
+    before the next layer.
+
+    Args:
+        adds: whether the product of the last factors joins the mean.
     """
+    old: dict[str, Factors] = {}
+    samples: dict[str, int] = {}  # rows behind each layer
+    columns: Tensors = {}  # random; the layer's name decides
+
+    def terms() -> Iterator[tuple[str, int, Factors]]:
+        samples.clear()
+        for contribution in contributions():
+            for layer, A, B in layer_factors(contribution.after()):
+                if layer not in old:
+                    old[layer] = last(contribution.before, layer, Factors(A, B))
+                    count = min(len(old[layer].A) + OVER, A.shape[1], len(B))
+                    draw = np.random.default_rng(crc32(layer.encode()))
+                    columns[layer] = draw.standard_normal((A.shape[1], count), dtype=np.float32)
+                samples[layer] = samples.get(layer, 0) + contribution.samples
+                yield layer, contribution.samples, Factors(A, B)
+        if adds:
+            # the last product counts whole, since the result is divided by the layer's rows
+            yield from ((layer, rows, old[layer]) for layer, rows in samples.items())
+
     # an orthonormal Q from random columns, improved by one power iteration
-    ranges = _bases(_sketches(terms, rank))
+    ranges = _bases(_times(terms, columns))
+    columns.clear()
     ranges = _bases(_times(terms, _bases(_times(terms, ranges, transposed=True))))
     # the small (QᵀM)ᵀ, whose SVD gives the factors
     projected = _times(terms, ranges, transposed=True)
     while projected:
-        layer, columns = projected.popitem()
-        u, s, vt = np.linalg.svd(columns.T, full_matrices=False)
-        count = min(rank(layer), max(1, int((s > SMALLEST * s[0]).sum())))
-        yield layer, vt[:count], ranges.pop(layer) @ (u[:, :count] * s[:count])
-
-
-def device_terms(
-    contributions: Contributions, samples: dict[str, int]
-) -> Iterator[tuple[Contribution, Term]]:
-    """Each device's layers of which it sent A and B, as the device held them after the round.
-
-    Args:
-        samples: filled with the rows behind each layer, counted anew by each call.
-    """
-    samples.clear()
-    for contribution in contributions():
-        after = contribution.after()
-        for key, A in after.items():
-            layer, factor = parse(key).place, parse(key).factor
-            B = after.get(join(layer, "B"))
-            if factor == "A" and B is not None:
-                samples[layer] = samples.get(layer, 0) + contribution.samples
-                yield contribution, Term(layer, contribution.samples, A, B)
-
-
-def _pair(layer: str) -> tuple[str, str]:
-    return join(layer, "A"), join(layer, "B")
-
-
-def _sketches(terms: Terms, rank: Callable[[str], int]) -> Tensors:
-    """Each layer's sum times random columns, which the layer's name decides."""
-    columns: Tensors = {}
-    sketches: Tensors = {}
-    for layer, weight, A, B in terms():
-        if layer not in columns:
-            count = min(rank(layer) + OVER, A.shape[1], len(B))
-            draw = np.random.default_rng(crc32(layer.encode()))
-            columns[layer] = draw.standard_normal((A.shape[1], count), dtype=np.float32)
-        add_to(sketches, layer, B @ (weight * (A @ columns[layer])))
-    return sketches
+        layer, product = projected.popitem()
+        u, s, vt = np.linalg.svd(product.T, full_matrices=False)
+        count = min(len(old[layer].A), max(1, int((s > SMALLEST * s[0]).sum())))
+        B = ranges.pop(layer) @ (u[:, :count] * s[:count])
+        yield layer, old.pop(layer), Factors(vt[:count], B / samples[layer])
 
 
 def _times(terms: Terms, columns: Tensors, *, transposed: bool = False) -> Tensors:
     """Each layer's sum, or its transpose, times these columns."""
     sums: Tensors = {}
-    for layer, weight, A, B in terms():
+    for layer, weight, (A, B) in terms():
         first, second = (B.T, A.T) if transposed else (A, B)
-        add_to(sums, layer, second @ (weight * (first @ columns[layer])))
+        product = second @ (weight * (first @ columns[layer]))
+        sums[layer] = sums[layer] + product if layer in sums else product
     return sums
 
 

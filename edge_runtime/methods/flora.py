@@ -12,11 +12,10 @@ higher, and the nearest product of that rank afterwards. That is ours.
 Source: Wang et al. 2024, arXiv 2409.05976 (FLoRA).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
-from edge_runtime.methods.flexlora import Term, best_factors, device_terms
+from edge_runtime.methods.flexlora import Factors, best_factors
 from edge_runtime.methods.interface import (
     A,
     Array,
@@ -26,10 +25,9 @@ from edge_runtime.methods.interface import (
     Factor,
     Method,
     MethodSettings,
-    Product,
     Tensors,
 )
-from edge_runtime.methods.lazy import np, torch
+from edge_runtime.methods.lazy import np
 from edge_runtime.protocol.keys import join
 
 KEPT_A = Factor(("kept", "in"), trained=False, shared="class", start="zero")
@@ -48,8 +46,7 @@ class FLoRA(MethodSettings, frozen=True):
             "flora",
             {"A": A, "B": B, "keptA": KEPT_A, "keptB": KEPT_B},
             {"layers": partial(stacked, rank=self.kept)},
-            product=joined,
-            sizes=lambda rank: {"kept": self.kept},
+            kept=self.kept,
             unequal=True,
             refactored=True,
             settings=self,
@@ -61,43 +58,22 @@ def stacked(contributions: Contributions, rank: int) -> Tensors:
 
     A and B have no step: the version never holds them, so every round starts them from version 0.
     """
-    old: dict[str, tuple[Array, Array]] = {}
-    samples: dict[str, int] = {}
 
-    def terms() -> Iterator[Term]:
-        for contribution, term in device_terms(contributions, samples):
-            if term.layer not in old:
-                zeros = (
-                    np.zeros((rank, term.A.shape[1]), np.float32),
-                    np.zeros((len(term.B), rank), np.float32),
-                )
-                before = contribution.before
-                keys = join(term.layer, "keptA"), join(term.layer, "keptB")
-                old[term.layer] = before.get(keys[0], zeros[0]), before.get(keys[1], zeros[1])
-            yield term
-        # the earlier sum counts whole, since the result is divided by the layer's rows
-        for layer, rows in samples.items():
-            yield Term(layer, rows, *old[layer])
+    def last(version: Mapping[str, Array], layer: str, device: Factors) -> Factors:
+        if join(layer, "keptA") in version:
+            return Factors(version[join(layer, "keptA")], version[join(layer, "keptB")])
+        into, out = device.A.shape[1], len(device.B)
+        return Factors(np.zeros((rank, into), np.float32), np.zeros((out, rank), np.float32))
 
     steps: Tensors = {}
-    for layer, new_A, new_B in best_factors(terms, lambda _: rank):
-        step_A, step_B = (-factor for factor in old.pop(layer))
-        mean_B = new_B / samples[layer]
+    for layer, old, new in best_factors(contributions, last, adds=True):
+        step_A, step_B = -old.A, -old.B
         # each side takes the root of the singular values, so that 8 bits lose as little as possible
-        half = np.sqrt(np.linalg.norm(mean_B, axis=0)).clip(min=TINY)
-        step_A[: len(new_A)] += half[:, None] * new_A
-        step_B[:, : len(new_A)] += mean_B / half
+        half = np.sqrt(np.linalg.norm(new.B, axis=0)).clip(min=TINY)
+        step_A[: len(new.A)] += half[:, None] * new.A
+        step_B[:, : len(new.A)] += new.B / half
         steps |= {join(layer, "keptA"): step_A, join(layer, "keptB"): step_B}
     return steps
-
-
-def joined(factors: Mapping[str, Any], depth: float) -> Product:
-    """A' above A (kept + r x in), no core, and B' beside B (out x kept + r), as torch tensors."""
-    return (
-        torch.cat([factors["keptA"], factors["A"]]),
-        None,
-        torch.cat([factors["keptB"], factors["B"]], 1),
-    )
 
 
 METHOD = FLoRA().method()

@@ -42,12 +42,10 @@ from edge_runtime.methods.interface import (
     NotNegative,
     Pass,
     Product,
-    with_core,
+    Scope,
+    Start,
 )
 from edge_runtime.methods.lazy import torch
-
-RELATION = frozenset("SD")
-TASK = frozenset("ABH")  # H: a head's rows
 
 
 class H2Tune(MethodSettings, frozen=True):
@@ -64,39 +62,40 @@ class H2Tune(MethodSettings, frozen=True):
     def method(self) -> Method:
         """The method with these settings."""
         trained = self.core == "trained"
-        scope: Literal["fleet", "class"] = "fleet" if self.across else "class"
-        start: Literal["zero", "drawn"] = "zero" if trained else "drawn"
+        scope: Scope = "fleet" if self.across else "class"
+        start: Start = "zero" if trained else "drawn"
         factors = {
             "A": A._replace(shared="private"),
             "B": B._replace(shared="private"),
             "S": Factor(("depths", "rank", "rank"), trained, scope, start, of="stages"),
             "D": Factor(("depths",), trained=True, shared="private", start="zero"),
         }
+        first = (Pass(penalty=self._norms),)
+        later = (
+            Pass(frozen=frozenset("ABH"), penalty=self._shared),  # H: a head's rows
+            Pass(frozen=frozenset("SD"), apart=self.apart),
+        )
         return Method(
             "h2tune",
             factors,
             {"stages": holders_mean} if trained else {},
-            product=with_core(core),
+            core=core,
             sizes=lambda rank: {"depths": self.depths},
             unequal=True,
-            passes=self._passes,
+            passes=lambda round_: later if trained and round_ > 1 else first,
             settings=self,
         )
-
-    def _passes(self, round_: int) -> tuple[Pass, ...]:
-        if round_ == 1 or self.core == "frozen":
-            return (Pass(penalty=self._norms),)
-        return Pass(frozen=TASK, penalty=self._shared), Pass(frozen=RELATION, apart=self.apart)
 
     def _norms(self, products: list[Product], _: list[Any]) -> Any:
         weight = 1.0 if self.preset == "as-released" else self.norm
         return weight * sum(_increment(C).norm() for _, C, _ in products) / len(products)
 
     def _shared(self, products: list[Product], cores: list[Any]) -> Any:
-        moved = sum(
-            _divergence(_increment(before), _increment(C))
-            for before, (_, C, _) in zip(cores, products, strict=True)
-        )
+        moved = 0.0
+        for core_before, (_, C, _) in zip(cores, products, strict=True):
+            # KL between the softmax of all entries
+            before, after = (_increment(each).flatten().log_softmax(0) for each in (core_before, C))
+            moved += (before.exp() * (before - after)).sum()
         return self._norms(products, cores) + self.keep * moved / len(products)
 
 
@@ -116,12 +115,6 @@ def core(factors: Mapping[str, Any], depth: float) -> Any:
 def _increment(C: Any) -> Any:
     """T = C - I."""
     return C - torch.eye(len(C), device=C.device)
-
-
-def _divergence(before: Any, after: Any) -> Any:
-    """KL(softmax of all entries before ‖ softmax of all entries after)."""
-    before, after = before.flatten().log_softmax(0), after.flatten().log_softmax(0)
-    return (before.exp() * (before - after)).sum()
 
 
 METHOD = H2Tune().method()

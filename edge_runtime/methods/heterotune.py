@@ -54,7 +54,6 @@ from edge_runtime.methods.interface import (
     MethodSettings,
     Scope,
     Tensors,
-    with_core,
 )
 from edge_runtime.methods.lazy import np, torch
 
@@ -76,6 +75,11 @@ class HeteroTune(MethodSettings, frozen=True):
     def method(self) -> Method:
         """The method with these settings."""
         trained = self.core == "trained"
+
+        def sizes(rank: int) -> dict[str, int]:
+            branches = max(1, min(self.branches, rank // self.width))
+            return {"branches": branches, "widths": branches * self.width}
+
         scope: Scope = "fleet" if self.across else "class"
         U = Factor(("widths", "rank"), trained, scope, "drawn", of="stages")
         V = U._replace(axes=("rank", "widths"), start="zero" if trained else "drawn")
@@ -87,22 +91,21 @@ class HeteroTune(MethodSettings, frozen=True):
             "heterotune",
             {"A": A, "B": B, "U": U, "V": V, "g": gates},
             merges,
-            product=with_core(core),
-            sizes=self._sizes,
+            core=core,
+            stages=self.stages,
+            sizes=sizes,
             unequal=True,
             settings=self,
         )
 
-    def _sizes(self, rank: int) -> dict[str, int]:
-        branches = max(1, min(self.branches, rank // self.width))
-        return {"stages": self.stages, "branches": branches, "widths": branches * self.width}
-
 
 def core(factors: Mapping[str, Any], _: float) -> Any:
-    """C (r, r) of gates (branches,), U (branches · width, r), V (r, branches · width)."""
-    U, V, gates = factors["U"], factors["V"], factors["g"].softmax(-1) * len(factors["g"])
-    weights = gates.repeat_interleave(len(U) // len(gates))
-    return torch.eye(len(V), device=U.device) + (V * weights) @ U
+    """C (r, r) of U (branches · width, r), V (r, branches · width) and gates (branches,), if any."""
+    U, V = factors["U"], factors["V"]
+    if "g" in factors:
+        gates = factors["g"].softmax(-1) * len(factors["g"])
+        V = V * gates.repeat_interleave(len(U) // len(gates))
+    return torch.eye(len(V), device=U.device) + V @ U
 
 
 def across_classes(contributions: Contributions, alignment: Alignment) -> Tensors:
@@ -113,15 +116,14 @@ def across_classes(contributions: Contributions, alignment: Alignment) -> Tensor
     means = [(mean, mean.mean()) for _, mean in sorted(running.items())]
     steps: Tensors = {}
     for key in sorted({key for _, deltas in means for key in deltas}):
-        holders = [(mean.counts(key), deltas[key]) for mean, deltas in means if key in deltas]
-        steps[key] = _step(holders, alignment)
+        counts = np.stack([mean.counts(key) for mean, deltas in means if key in deltas])
+        deltas = np.stack([deltas[key] for _, deltas in means if key in deltas])
+        steps[key] = _step(counts, deltas, alignment)
     return steps
 
 
-def _step(holders: list[tuple[Array, Array]], alignment: Alignment) -> Array:
-    """One tensor's step, from its rows and mean delta in every class that holds it."""
-    counts = np.stack([rows for rows, _ in holders])
-    deltas = np.stack([delta for _, delta in holders])
+def _step(counts: Array, deltas: Array, alignment: Alignment) -> Array:
+    """One tensor's step, from the rows and the mean delta of each class that holds it."""
     plain: Array = (counts * deltas).sum(0) / np.maximum(counts.sum(0), 1)
     # a class is neither for nor against entries that it does not hold
     deltas = np.where(counts > 0, deltas, plain)
@@ -129,37 +131,32 @@ def _step(holders: list[tuple[Array, Array]], alignment: Alignment) -> Array:
         return plain
     if alignment == "gate":
         return plain if _agree(deltas[:, (counts > 0).all(0)]) else np.zeros_like(plain)
+    flat = deltas.reshape(len(deltas), -1)
     # of the rows behind the entry that most devices of the class hold
     shares = counts.reshape(len(counts), -1).max(1)
-    return combined(list(deltas), list(shares / shares.sum()), alignment)
+    return combined(flat, shares / shares.sum(), alignment).reshape(plain.shape)
 
 
-def combined(steps: list[Array], shares: list[float], alignment: Alignment) -> Array:
-    """One step from the classes' steps, by projection, pairwise or cagrad."""
-    flat = np.stack([step.ravel() for step in steps]).astype(np.float64)
-    p = np.array(shares)
-    plain = p @ flat
+def combined(steps: Array, shares: Array, alignment: Alignment) -> Array:
+    """One step (entries,) of classes' steps (classes, entries): by projection, pairwise or cagrad."""
+    flat = steps.astype(np.float64)
+    mean = plain = shares @ flat
     norms = np.linalg.norm(flat, axis=1)
     if alignment == "cagrad":
         mean = _cagrad(flat, plain)
-    elif len(flat) == 1 or not norms.all():
-        mean = plain
-    else:
-        aligned = (
-            _projected(flat, (p / norms) @ flat) if alignment == "projection" else _pairwise(flat, norms)
-        )
-        mean = p @ aligned
+    elif len(flat) > 1 and norms.all():
+        if alignment == "projection":
+            # without the parts against the common direction g
+            g = (shares / norms) @ flat
+            against = (flat @ g).clip(max=0)
+            aligned = flat - against[:, None] * g / max(float(g @ g), TINY)
+        else:
+            aligned = _pairwise(flat, norms)
+        mean = shares @ aligned
         length = float(np.linalg.norm(mean))
         opposed = length < SMALL * norms.max()  # nothing in common but rounding
         mean *= 0.0 if opposed else np.linalg.norm(plain) / length
-    step: Array = mean.reshape(steps[0].shape).astype(np.float32)
-    return step
-
-
-def _projected(flat: Any, g: Any) -> Any:
-    """The steps (classes, entries) without their parts against the common direction g."""
-    against = (flat @ g).clip(max=0)
-    return flat - against[:, None] * g / max(float(g @ g), TINY)
+    return mean.astype(np.float32)
 
 
 def _pairwise(flat: Any, norms: Any) -> Any:

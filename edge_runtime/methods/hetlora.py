@@ -18,6 +18,7 @@ ranks.
 Source: Cho et al. 2024, arXiv 2401.06432 (HetLoRA).
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
@@ -32,9 +33,10 @@ from edge_runtime.methods.interface import (
     Pass,
     Product,
     Tensors,
+    layer_factors,
 )
 from edge_runtime.methods.lazy import np
-from edge_runtime.protocol.keys import join, leading, parse
+from edge_runtime.protocol.keys import join, leading
 
 
 class HetLoRA(MethodSettings, frozen=True):
@@ -45,19 +47,15 @@ class HetLoRA(MethodSettings, frozen=True):
 
     def method(self) -> Method:
         """The method with these settings."""
-        plain = Method(
+        falls = self.penalty > 0
+        return Method(
             "hetlora",
             fedit.METHOD.factors,
             {"layers": norm_weighted_mean},
             unequal=True,
+            passes=lambda _: (Pass(penalty=self._penalty if falls else None),),
+            next_rank=self._next_rank if falls else None,
             settings=self,
-        )
-        if not self.penalty:
-            return plain
-        return plain._replace(
-            passes=lambda _: (Pass(penalty=self._penalty),),
-            ranks=lambda adapter: tuple(range(adapter.rank, 0, -1)),
-            next_rank=self._next_rank,
         )
 
     def _leading(self, rank: int) -> int:
@@ -71,25 +69,32 @@ class HetLoRA(MethodSettings, frozen=True):
 
     def _next_rank(self, after: Mapping[str, Any], before: Callable[[str], Any]) -> int:
         """The leading ranks where the tail shrank in the round, else all of the device's."""
-        layers = [parse(key).place for key in after if parse(key).factor == "A"]
+        layers = [layer for layer, _, _ in layer_factors(after)]
         rank = len(after[join(layers[0], "A")])
         fewer = self._leading(rank)
-        return fewer if _tails(layers, after.__getitem__, fewer) < _tails(layers, before, fewer) else rank
+
+        def tails(factor: Callable[[str], Any]) -> float:
+            pairs = ((factor(join(layer, "A")), factor(join(layer, "B"))) for layer in layers)
+            return sum(float(np.linalg.norm(B[:, fewer:]) * np.linalg.norm(A[fewer:])) for A, B in pairs)
+
+        return fewer if tails(after.__getitem__) < tails(before) else rank
 
 
 def norm_weighted_mean(contributions: Contributions) -> Tensors:
     """The step to the weighted mean; keeps one sum of full rank a tensor."""
     before: Tensors = {}
     sums: Tensors = {}
-    weights: dict[str, float] = {}
+    weights: dict[str, float] = defaultdict(float)
     largest: dict[str, tuple[int, ...]] = {}  # the shape in the highest rank of any device
     for contribution in contributions():
         after = contribution.after()
-        weight = _norm(after)
+        # ‖B A‖² is the sum of A Aᵀ times Bᵀ B, entry by entry
+        squares = (((A @ A.T) * (B.T @ B)).sum(dtype="float64") for _, A, B in layer_factors(after))
+        weight = max(float(sum(squares)), 0.0) ** 0.5
         for key, value in after.items():
             if key not in sums:
-                before[key], weights[key] = contribution.before[key], 0.0
-                sums[key] = 0 * contribution.before[key]
+                before[key] = contribution.before[key]
+                sums[key] = 0 * before[key]
             value *= weight
             sums[key][leading(value.shape)] += value
             weights[key] += weight
@@ -102,22 +107,6 @@ def norm_weighted_mean(contributions: Contributions) -> Tensors:
             steps[key] = 0 * total
             steps[key][entries] = total[entries] / weights[key] - before[key][entries]
     return steps
-
-
-def _norm(state: Tensors) -> float:
-    """‖B A‖ of an adapter: ‖B A‖² is the sum of A Aᵀ times Bᵀ B, entry by entry."""
-    squared = 0.0
-    for key, A in state.items():
-        B = state.get(join(parse(key).place, "B"))
-        if parse(key).factor == "A" and B is not None:
-            squared += float(((A @ A.T) * (B.T @ B)).sum(dtype="float64"))
-    return max(squared, 0.0) ** 0.5
-
-
-def _tails(layers: list[str], state: Callable[[str], Any], rank: int) -> float:
-    """Σ over layers of ‖B[:, rank:]‖ ‖A[rank:]‖."""
-    tails = ((state(join(layer, "B"))[:, rank:], state(join(layer, "A"))[rank:]) for layer in layers)
-    return sum(float(np.linalg.norm(B) * np.linalg.norm(A)) for B, A in tails)
 
 
 METHOD = HetLoRA().method()

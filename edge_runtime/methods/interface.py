@@ -2,20 +2,18 @@
 
     y = W x + (alpha / rank) · B · C · A · x      A: rank x in    C: rank x rank    B: out x rank
 
-Devices plan with the statements and never merge, so nothing in this package imports numpy before a
-merge needs it.
+Devices plan with the statements and never merge, so NumPy loads when a merge needs it (lazy.py).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
+from edge_runtime.methods.lazy import np, torch
 from edge_runtime.protocol.keys import Kind, join, leading, parse
-from edge_runtime.settings import Adapter
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=256)]  # types of a method's settings
@@ -31,14 +29,6 @@ WIDTHS = ("in", "out")  # axes whose length the model decides; the fleet decides
 def relative_depth(layer: int, layers: int) -> float:
     """Position of a layer in a checkpoint of this many: 0 for the first, 1 for the last."""
     return layer / max(layers - 1, 1)
-
-
-def add_to(sums: "Tensors", key: str, value: "Array") -> None:
-    """Add to a running sum. The first value becomes the sum itself, without a copy."""
-    if key in sums:
-        sums[key] += value
-    else:
-        sums[key] = value
 
 
 class Factor(NamedTuple):
@@ -90,6 +80,15 @@ class Contribution(NamedTuple):
         return {key: self.before[key][leading(delta.shape)] + delta for key, delta in self.delta.items()}
 
 
+def layer_factors(state: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """The place, A and B of each layer that has both."""
+    for key, A in state.items():
+        place, name = parse(key).place, name_of(key)
+        B = state.get(join(place, "B"))
+        if name == "A" and B is not None:
+            yield place, A, B
+
+
 # The contributions of a round or a class, one in memory at a time; each call starts again.
 Contributions: TypeAlias = Callable[[], Iterable[Contribution]]
 # The change of the global version, for every key that some device sent.
@@ -108,7 +107,7 @@ class Pass(NamedTuple):
 class PublicAnswers(NamedTuple):
     """Answers to the fleet's public prompts, which devices send beside their tensors, as bytes."""
 
-    shared: Literal["class", "fleet"]
+    shared: Scope
     check: Callable[[bytes], None]  # raises InputError where a device's bytes are not acceptable
     # The fleet's bytes, from pairs of a device's rows and its bytes, which it may read twice.
     merge: Callable[[Callable[[], Iterable[tuple[int, bytes]]]], bytes]
@@ -122,25 +121,16 @@ class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         raise NotImplementedError
 
 
-def with_core(
-    core: Callable[[Mapping[str, Any], float], Any],
-) -> Callable[[Mapping[str, Any], float], Product]:
-    """The product of a method that computes C from a layer's factors and relative depth."""
-    return lambda factors, depth: (factors["A"], core(factors, depth), factors["B"])
-
-
 class Method(NamedTuple):
     """A federated method: data, and a few functions that have a default."""
 
     name: str
     factors: dict[str, Factor]  # by name; A and B always
     merges: dict[str, Merge]  # for each kind of tensor that devices exchange
-    # A, C and B of a layer, from its factors (torch tensors) and its relative depth.
-    product: Callable[[Mapping[str, Any], float], Product] = lambda factors, depth: (
-        factors["A"],
-        factors.get("C"),
-        factors["B"],
-    )
+    # C of a layer, from its factors (torch tensors) and its relative depth; None: the identity.
+    core: Callable[[Mapping[str, Any], float], Any] = lambda factors, depth: factors.get("C")
+    kept: int = 0  # rank of the frozen factors keptA and keptB, which lie beside A and B
+    stages: int = 1  # bins of relative depth, whose layers share the factors of kind `stages`
     # The lengths of the method's own axes, on a device of a rank.
     sizes: Callable[[int], Mapping[str, int]] = lambda rank: {}
     # Devices of lower ranks may take part; they hold leading rows of A and columns of B.
@@ -148,11 +138,9 @@ class Method(NamedTuple):
     refactored: bool = False  # a version has its product in new factors, so residuals are worthless
     # The passes of each step, by round from 1.
     passes: Callable[[int], tuple[Pass, ...]] = lambda round_: (Pass(),)
-    # Ranks that a device may hold, highest first.
-    ranks: Callable[[Adapter], tuple[int, ...]] = lambda adapter: (adapter.rank, *adapter.lower)
     # The rank in which a device goes on, from its exchanged factors and a function that gives a
-    # factor as the round started. None: the device's plan decides.
-    next_rank: Callable[[Mapping[str, Any], Callable[[str], Any]], int | None] = lambda after, before: None
+    # factor as the round started. None: the device's plan decides, with the ranks of the fleet.
+    next_rank: Callable[[Mapping[str, Any], Callable[[str], Any]], int] | None = None
     answers: PublicAnswers | None = None
     settings: MethodSettings | None = None
 
@@ -163,8 +151,7 @@ class Method(NamedTuple):
             layer: the layer's number in the checkpoint.
             layers: how many layers the checkpoint has.
         """
-        stages = self.sizes(1).get("stages", 1)
-        stage = min(int(stages * relative_depth(layer, layers)), stages - 1)
+        stage = min(int(self.stages * relative_depth(layer, layers)), self.stages - 1)
         numbers = {"layers": layer, "stages": stage}
         return {
             name: join(factor.of, numbers[factor.of], role, name)
@@ -174,7 +161,14 @@ class Method(NamedTuple):
 
     def lengths(self, rank: int, into: int, out: int) -> dict[str, int]:
         """The length of every axis of a layer's factors, on a device of this rank."""
-        return {**self.sizes(rank), "rank": rank, "in": into, "out": out}
+        return {**self.sizes(rank), "rank": rank, "kept": self.kept, "in": into, "out": out}
+
+    def product(self, factors: Mapping[str, Any], depth: float) -> Product:
+        """A, C and B of a layer, from its factors (torch tensors) and its relative depth."""
+        A, B = factors["A"], factors["B"]
+        if self.kept:
+            A, B = torch.cat([factors["keptA"], A]), torch.cat([factors["keptB"], B], 1)
+        return A, self.core(factors, depth), B
 
     def scope(self, kind: str) -> Scope:
         """With whom devices share tensors of this kind, which the method exchanges."""
@@ -192,16 +186,6 @@ class Method(NamedTuple):
         return bool(self.merges) or self.answers is not None
 
     @property
-    def exchanges_layers(self) -> bool:
-        """Whether linear layers' factors travel, so that they have to fit other devices' models."""
-        return "layers" in self.merges
-
-    @property
     def reads_weights(self) -> bool:
         """Whether some factor starts from the layers' own weights, which must be in memory."""
         return any(factor.start == "singular" for factor in self.factors.values())
-
-    @property
-    def joins_factors(self) -> bool:
-        """Whether A and B are joined of several factors, so that a block holds them twice."""
-        return sum("in" in factor.axes and factor.of == "layers" for factor in self.factors.values()) > 1

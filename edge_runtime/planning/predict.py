@@ -123,7 +123,7 @@ def predict(workload: Workload, plan: Plan, lengths: int) -> Prediction:
     sent = sum(value for name, value in values.items() if method.factors[name].exchanged)
     frozen = sum(values.values()) - trained
     # These methods join the factors of a block, beside the factors themselves.
-    joined = FROZEN_BYTES * (trained + frozen) // plan.depth if method.joins_factors else 0
+    joined = FROZEN_BYTES * (trained + frozen) // plan.depth if method.kept else 0
     activations = _activations(facts, plan, batch, width) + joined
     block = _block(facts, plan, batch, width) + 2 * joined  # and their gradients
     kernels = KERNEL_BYTES + _kernels(plan, lengths)

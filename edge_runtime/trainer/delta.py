@@ -71,7 +71,7 @@ def write(
 def _subtract_start(delta: attach.State, method: Method, path: Path) -> int | None:
     """Subtract the file's factors in place; returns the rank that the method prunes them to."""
     with safe_open(path, framework="np") as start:
-        rank = method.next_rank(delta, start.get_tensor)
+        rank = method.next_rank(delta, start.get_tensor) if method.next_rank is not None else None
         for key, value in delta.items():
             value -= start.get_tensor(key)
             if rank is not None:

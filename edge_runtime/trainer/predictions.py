@@ -41,7 +41,7 @@ class Predictions:
         absent = np.zeros(count, np.float32)
         votes = np.stack([columns.get(label, absent) for label in self._labels], 1)
         evidence, probabilities = codistill.learned(votes, job.fleet.codistill.temperature)
-        news = codistill.news(votes, np.array([label not in self._met for label in self._labels]))
+        news = codistill.news(votes, [label not in self._met for label in self._labels])
         on_device = torch.from_numpy(probabilities).to(job.machine.device)
         return public.weighed(job, self._texts, evidence, news, targets=on_device)
 

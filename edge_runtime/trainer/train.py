@@ -123,7 +123,7 @@ def train(
     """Make the steps of the job's round; raises as step.train and Limit.ease do."""
     plan = job.plan
     steps = _Steps(job, _limit(job, reporter.meter), base, reporter)
-    depths = job.depths if method.exchanges_layers else (plan.depth,)
+    depths = job.depths if "layers" in method.merges else (plan.depth,)
     round_settings = step.RoundSettings(
         training=job.fleet.training,
         slices=nested_blocks(depths, plan.depth, job.facts.layers),

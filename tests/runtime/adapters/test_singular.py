@@ -95,7 +95,7 @@ def test_a_core_of_a_stage_is_the_mean_over_all_models_or_inside_each():
     for across in (True, False):
         own = {"stages": 8, "across": across}
         method = methods.build(settings.MethodChoice("fedsb", own), None, None)
-        assert method.scope("stages") == ("fleet" if across else "class") and not method.exchanges_layers
+        assert method.scope("stages") == ("fleet" if across else "class") and "layers" not in method.merges
         keys[across] = [method.keys(layer, 8, "q")["C"] for layer in range(8)]
         assert keys[across] == [f"stages.{layer}.q.C" for layer in range(8)]
         assert [method.keys(layer, 5, "q")["C"] for layer in range(5)] == [

@@ -224,13 +224,20 @@ def test_messages_are_asked_and_answered_in_the_models_own_template(demo_tokeniz
 # --- the node
 
 
+def agreed(devices):
+    """What the node makes of pairs of a device's rows and its completions."""
+    return completion.decode(
+        completions.merged(lambda: [(rows, completion.encode(said)) for rows, said in devices])
+    )
+
+
 def test_votes_are_rows_times_confidence_and_the_best_counts_by_its_share_of_all_rows():
     devices = [
         (100, [Completion(0, "red", 0.5), Completion(3, "x", 0.1)]),
         (60, [Completion(0, "blue", 0.9)]),
         (40, [Completion(0, "red", 0.2)]),
     ]
-    found = completions.agreed(lambda: devices)
+    found = agreed(devices)
     assert found == [
         Completion(0, "red", pytest.approx(58 / 200)),
         Completion(3, "x", pytest.approx(10 / 200)),
@@ -240,9 +247,9 @@ def test_votes_are_rows_times_confidence_and_the_best_counts_by_its_share_of_all
 def test_equal_devices_agree_on_what_each_of_them_says_and_order_does_not_matter():
     said = [Completion(n, f"answer {n}", 0.25 + n / 10) for n in range(4)]
     alike = [msgspec.structs.replace(one, confidence=pytest.approx(one.confidence)) for one in said]
-    assert completions.agreed(lambda: [(7, said)] * 3) == alike
+    assert agreed([(7, said)] * 3) == alike
     tied = [(1, [Completion(0, "b", 0.5)]), (1, [Completion(0, "a", 0.5)])]
-    assert completions.agreed(lambda: tied) == completions.agreed(lambda: tied[::-1])
+    assert agreed(tied) == agreed(tied[::-1])
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -256,12 +263,12 @@ def test_the_node_holds_a_few_candidates_and_finds_what_many_say_whatever_the_or
     held, count = [], completions._count
     monkeypatch.setattr(completions, "_count", lambda *each: (count(*each), held.append(len(each[0]))))
     devices = [*sure, *many, *noise][::order]
-    assert completions.agreed(lambda: devices) == [Completion(0, "x", pytest.approx(30 / 204))]
+    assert agreed(devices) == [Completion(0, "x", pytest.approx(30 / 204))]
     assert len(held) == 204 and max(held) == completions.CANDIDATES
 
 
 def test_nothing_said_is_nothing_agreed():
-    assert completions.agreed(lambda: []) == completions.agreed(lambda: [(10, [])]) == []
+    assert agreed([]) == agreed([(10, [])]) == []
 
 
 def update(path, model_class, tensors, said=(), samples=10):

@@ -107,7 +107,7 @@ def test_cagrad_raises_the_least_progress_of_any_class():
     """Its step keeps to the radius around the mean, and is better for the worst class than the mean."""
     p, d = class_means([DEVICES[0], DEVICES[1], DEVICES[3], made("n", 0, 25, sign=-0.3)])
     flat, plain = np.stack(d), p @ np.stack(d)
-    step = heterotune.combined([one.astype(np.float32) for one in d], list(p), "cagrad")
+    step = heterotune.combined(np.float32(d), p, "cagrad")
     radius = heterotune.CAGRAD_C * np.linalg.norm(plain)
     assert np.linalg.norm(step - plain) <= radius * 1.001
     assert (flat @ step).min() > (flat @ plain).min()
@@ -116,7 +116,7 @@ def test_cagrad_raises_the_least_progress_of_any_class():
 def test_cagrad_takes_a_class_that_is_alone_further():
     """The control of what crosses has to go as far."""
     _, (d,) = class_means([DEVICES[0]])
-    np.testing.assert_allclose(heterotune.combined([d], [1.0], "cagrad"), 1.5 * d, rtol=1e-5)
+    np.testing.assert_allclose(heterotune.combined(d[None], np.ones(1), "cagrad"), 1.5 * d, rtol=1e-5)
 
 
 def test_no_step_in_cagrads_radius_is_better_for_its_worst_class():
@@ -127,7 +127,7 @@ def test_no_step_in_cagrads_radius_is_better_for_its_worst_class():
     grid = np.array([(a, b, 200 - a - b) for a in range(201) for b in range(201 - a)]) / 200
     mixed = grid @ flat
     bound = (mixed @ plain + radius * np.linalg.norm(mixed, axis=1)).min()
-    step = heterotune.combined([one.astype(np.float32) for one in d], list(p), "cagrad")
+    step = heterotune.combined(np.float32(d), p, "cagrad")
     assert (flat @ step).min() == pytest.approx(bound, rel=2e-3)
 
 
@@ -268,7 +268,7 @@ def test_fedadapters_core_is_the_plain_sum_and_its_branches_the_mean_over_holder
     draw = torch.Generator().manual_seed(0)
     U, V = (torch.randn(*shape, generator=draw) for shape in ((6, 4), (4, 6)))
     truth = torch.eye(4) + sum(V[:, 2 * j : 2 * j + 2] @ U[2 * j : 2 * j + 2] for j in range(3))
-    assert torch.allclose(fedadapter.core({"U": U, "V": V}, 0.5), truth, atol=1e-6)
+    assert torch.allclose(fedadapter.METHOD.core({"U": U, "V": V}, 0.5), truth, atol=1e-6)
     low, high = made("m", 0, 10, rank=2), made("n", 1, 30)
     step = fedadapter.METHOD.merges["stages"](lambda: iter([low, high]))["stages.0.q.V"]
     truth = high.delta["stages.0.q.V"].astype(np.float64)

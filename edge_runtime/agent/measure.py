@@ -19,7 +19,7 @@ from edge_runtime.agent.local_round import read_result, write_job
 from edge_runtime.errors import InputError, TrainerError
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning import processes
-from edge_runtime.planning.candidates import FrozenModel, Schedule, plan
+from edge_runtime.planning.candidates import predicted
 from edge_runtime.planning.predict import MLP_TOKENS
 from edge_runtime.planning.workload import Workload
 from edge_runtime.protocol.plan import Plan
@@ -125,23 +125,30 @@ def typical(seconds: list[float]) -> float:
 
 def planned(facts: Facts, depth: int, trial: Trial, device: str = "cpu") -> tuple[Fleet, Plan]:
     """A fleet of one model, and the plan in which a step goes through it at once."""
-    weights, rank, rows, tokens, steps, boundaries, streamed, kept_blocks = trial
     fleet = Fleet(
         name="measure",
-        catalog=(Model(source="model", depth=depth, weights=(weights,)),),
-        adapter=Adapter(rank=rank),
-        training=Training(steps=steps, rows_a_step=rows, max_tokens=tokens),
+        catalog=(Model(source="model", depth=depth, weights=(trial.weights,)),),
+        adapter=Adapter(rank=trial.rank),
+        training=Training(steps=trial.steps, rows_a_step=trial.rows, max_tokens=trial.tokens),
     )
-    prediction = plan(
-        Workload.of(fleet, facts, processes.runtime_bytes()),
-        processes.rates(device),
-        FrozenModel("model", depth, weights),
-        tokens=tokens,
-        rank=rank,
-        schedule=Schedule(rows, boundaries, None if streamed else MLP_TOKENS, streamed, kept_blocks),
-        lengths=1,
+    plan = Plan(
+        source="model",
+        model_class=facts.model_class,
+        depth=depth,
+        layers=facts.layers,
+        weights=trial.weights,
+        rank=trial.rank,
+        rows=trial.rows,
+        tokens=trial.tokens,
+        terms={},
+        step_seconds=0.0,
+        boundaries=trial.boundaries,
+        mlp_tokens=None if trial.streamed else MLP_TOKENS,
+        streamed=trial.streamed,
+        kept_blocks=trial.kept_blocks,
     )
-    return fleet, prediction
+    workload = Workload.of(fleet, facts, processes.runtime_bytes())
+    return fleet, predicted(workload, processes.rates(device), plan, lengths=1)
 
 
 def texts(count: int, tokens: int) -> list[dict[str, str]]:

@@ -83,10 +83,10 @@ class Contribution(NamedTuple):
 def layer_factors(state: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """The place, A and B of each layer that has both."""
     for key, A in state.items():
-        place, name = parse(key).place, name_of(key)
-        B = state.get(join(place, "B"))
-        if name == "A" and B is not None:
-            yield place, A, B
+        parsed = parse(key)
+        B = state.get(join(parsed.place, "B"))
+        if parsed.factor == "A" and B is not None:
+            yield parsed.place, A, B
 
 
 # The contributions of a round or a class, one in memory at a time; each call starts again.

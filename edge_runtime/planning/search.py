@@ -73,7 +73,8 @@ def choose(
             if plan.predicted_peak_bytes <= budget_bytes:
                 filled = _filled(workloads[plan.source], rates, plan, budget_bytes) if fill else plan
                 if over_deadline_s(filled, deadline_s) == 0:
-                    return Choice(filled, rejected, previous if _same_model(previous, plan) else None)
+                    same = previous and (previous.source, previous.depth) == (plan.source, plan.depth)
+                    return Choice(filled, rejected, previous if same else None)
                 too_slow.append(filled)
             previous = plan
         rejected.append(min(too_slow, key=_seconds) if too_slow else min(plans, key=_bytes))
@@ -94,10 +95,6 @@ def _filled(workload: Workload, rates: Rates, plan: Plan, budget_bytes: int) -> 
         if faster.predicted_peak_bytes <= FULL * budget_bytes:
             return faster
     return plan
-
-
-def _same_model(previous: Plan | None, plan: Plan) -> bool:
-    return previous is not None and (previous.source, previous.depth) == (plan.source, plan.depth)
 
 
 def _why_none(enumerated: list[Plan], small: list[Plan], budget_bytes: int, deadline_s: float | None) -> str:

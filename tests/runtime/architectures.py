@@ -4,6 +4,7 @@ import msgspec
 
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning.time import Rates
+from edge_runtime.protocol.plan import Plan
 
 RATES = Rates(
     bfloat16_flops=389e9, float32_flops=167e9, copy_bytes=41e9
@@ -39,3 +40,18 @@ GEMMA = msgspec.structs.replace(
     linears={"q": (1024, 640), "k": (256, 640), "v": (256, 640), "o": (640, 1024)}
     | {"gate": (2048, 640), "up": (2048, 640), "down": (640, 2048)},
 )
+
+
+def bare_plan(facts, depth, weights, **fields):
+    """A plan of a model without its predictions."""
+    needed = {
+        "source": "m",
+        "rank": 4,
+        "rows": 1,
+        "tokens": 64,
+        "terms": {},
+        "step_seconds": 0.0,
+        "mlp_tokens": 1024,
+    }
+    needed |= {"layers": facts.layers, "model_class": facts.model_class}
+    return Plan(depth=depth, weights=weights, **needed | fields)

@@ -12,8 +12,7 @@ from edge_runtime.adapters import attach
 from edge_runtime.adapters.singular import frames
 from edge_runtime.errors import InputError
 from edge_runtime.methods.interface import Contribution
-from edge_runtime.planning.candidates import FrozenModel, Schedule, candidates
-from edge_runtime.planning.candidates import plan as plan_of
+from edge_runtime.planning.candidates import candidates, predicted
 from edge_runtime.planning.workload import Workload
 
 SINGULAR = settings.MethodChoice("fedsb", {"frames": "singular"})
@@ -76,18 +75,10 @@ def test_no_plan_streams_weights_that_frames_are_taken_of():
     others = [plan for some in candidates(drawn, {"m": SMOLLM2}, 0, RATES) for plan in some]
     assert ways == [plan for plan in others if not plan.streamed] and len(ways) == len(others) - 1
     streamed = next(plan for plan in others if plan.streamed)
-    way = Schedule(streamed.rows, streamed.boundaries, streamed.mlp_tokens, True)
     with pytest.raises(
         InputError, match="fedsb takes frames from the model's weights, which cannot be streamed"
     ):
-        plan_of(
-            Workload.of(fleet, SMOLLM2, 0),
-            RATES,
-            FrozenModel("m", 30, "q4_1"),
-            tokens=512,
-            rank=16,
-            schedule=way,
-        )
+        predicted(Workload.of(fleet, SMOLLM2, 0), RATES, streamed)
 
 
 def test_a_core_of_a_stage_is_the_mean_over_all_models_or_inside_each():

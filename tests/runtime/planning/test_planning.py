@@ -5,7 +5,7 @@ import os
 
 import msgspec
 import pytest
-from architectures import GEMMA, RATES, SMOLLM2
+from architectures import GEMMA, RATES, SMOLLM2, bare_plan
 from edge_profiles import format_size
 
 from edge_runtime.agent import measure
@@ -13,7 +13,7 @@ from edge_runtime.cli import views
 from edge_runtime.demo import commands
 from edge_runtime.errors import BudgetError, InputError
 from edge_runtime.planning import search
-from edge_runtime.planning.candidates import FrozenModel, Schedule, candidates, lower, plan
+from edge_runtime.planning.candidates import candidates, lower, predicted
 from edge_runtime.planning.predict import predict
 from edge_runtime.planning.search import choose
 from edge_runtime.planning.time import Rates
@@ -312,20 +312,20 @@ def test_memory_that_is_left_over_keeps_as_many_blocks_as_fit(monkeypatch):
 
 
 def terms_of(of, plan):
-    return predict(Workload.of(of, LARGE, RUNTIME), plan, lengths=plan.tokens // 8).terms()
+    return predict(Workload.of(of, LARGE, RUNTIME), plan, lengths=plan.tokens // 8)
 
 
 @pytest.mark.parametrize(
-    ("schedule", "message"),
+    ("fields", "message"),
     [
-        (Schedule(1, kept_blocks=31), "31 blocks are to run once, but large has 30"),
-        (Schedule(1, streamed=True, kept_blocks=1), "weights are streamed cannot run once"),
+        ({"kept_blocks": 31}, "31 blocks are to run once, but large has 30"),
+        ({"streamed": True, "kept_blocks": 1}, "weights are streamed cannot run once"),
     ],
 )
-def test_blocks_that_cannot_be_kept_are_refused(schedule, message):
+def test_blocks_that_cannot_be_kept_are_refused(fields, message):
     with pytest.raises(InputError, match=message):
-        base = FrozenModel("large", 30, "q4_1")
-        plan(Workload.of(fleet(), LARGE, RUNTIME), RATES, base, tokens=64, rank=4, schedule=schedule)
+        bare = bare_plan(LARGE, 30, "q4_1", source="large", **fields)
+        predicted(Workload.of(fleet(), LARGE, RUNTIME), RATES, bare)
 
 
 def test_a_plan_that_is_in_time_only_with_kept_blocks_is_chosen(monkeypatch):
@@ -343,8 +343,8 @@ def test_a_plan_that_is_in_time_only_with_kept_blocks_is_chosen(monkeypatch):
 
 def test_a_running_plan_with_kept_blocks_first_runs_them_again_and_never_takes_more_rows():
     of = fleet(Model("large", weights=("bfloat16",)), rows_a_step=4, max_tokens=128)
-    workload, base = Workload.of(of, LARGE, RUNTIME), FrozenModel("large", 30, "bfloat16")
-    kept = plan(workload, RATES, base, tokens=128, rank=4, schedule=Schedule(4, kept_blocks=20))
+    bare = bare_plan(LARGE, 30, "bfloat16", tokens=128, rows=4, kept_blocks=20)
+    kept = predicted(Workload.of(of, LARGE, RUNTIME), RATES, bare)
     _, *ways = lowered(of, kept, rows_a_step=20)  # with public texts
     assert [(way.rows, way.kept_blocks) for way in ways][:2] == [(4, 0), (3, 0)]
 
@@ -501,8 +501,9 @@ def test_what_a_method_freezes_or_keeps_takes_less():
 def test_a_large_tokenizer_takes_more_than_a_small_packed_model():
     def planned(megabytes, tokens=16):
         known = msgspec.structs.replace(GEMMA, tokenizer_bytes=megabytes * MIB)
-        workload, base = Workload.of(fleet(), known, RUNTIME), FrozenModel("m", 2, "q4_1")
-        return plan(workload, RATES, base, tokens=tokens, rank=4, schedule=Schedule(1))
+        return predicted(
+            Workload.of(fleet(), known, RUNTIME), RATES, bare_plan(known, 2, "q4_1", tokens=tokens)
+        )
 
     assert planned(3) == planned(0)
     read = planned(32)

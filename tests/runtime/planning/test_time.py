@@ -2,13 +2,15 @@
 
 import msgspec
 import pytest
-from architectures import GEMMA, RATES, SMOLLM2
+from architectures import GEMMA, RATES, SMOLLM2, bare_plan
 
 from edge_runtime.planning import processes
-from edge_runtime.planning.candidates import FrozenModel, Schedule, plan
+from edge_runtime.planning.candidates import predicted
 from edge_runtime.planning.time import Rates
 from edge_runtime.planning.workload import Workload
 from edge_runtime.settings import Adapter, Fleet, Head, Model, Training
+
+STREAMED = {"boundaries": "int8", "mlp_tokens": None, "streamed": True}
 
 
 def seconds(
@@ -27,14 +29,9 @@ def seconds(
     """Predicted, of a step of so many rows in micro-batches of `rows`."""
     training = Training(rows_a_step=step, max_tokens=tokens)
     fleet = Fleet("f", (Model("m"),), adapter=Adapter(rank=rank), training=training, head=head)
-    return plan(
-        Workload.of(fleet, facts, 0),
-        rates,
-        FrozenModel("m", depth or facts.layers, weights),
-        tokens=tokens,
-        rank=rank,
-        schedule=schedule or Schedule(rows),
-    ).step_seconds
+    fields = {"rows": rows, "tokens": tokens, "rank": rank, **(schedule or {})}
+    bare = bare_plan(facts, depth or facts.layers, weights, **fields)
+    return predicted(Workload.of(fleet, facts, 0), rates, bare).step_seconds
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "q4_1"])
@@ -57,7 +54,7 @@ def test_a_machine_that_is_faster_in_what_a_plan_needs_makes_a_shorter_step(weig
         ({"rows": 4, "weights": "q4_1"}, {"rows": 1, "weights": "q4_1"}),  # the weights are expanded for each
         ({"weights": "bfloat16"}, {"weights": "q4_1"}),
         ({"weights": "q8_0"}, {"weights": "nf4"}),
-        ({"weights": "q4_1"}, {"weights": "q4_1", "schedule": Schedule(4, "int8", None, True)}),
+        ({"weights": "q4_1"}, {"weights": "q4_1", "schedule": STREAMED}),
         ({"head": Head()}, {}),  # over labels, in the place of the vocabulary's
         ({"facts": SMOLLM2}, {"facts": msgspec.structs.replace(SMOLLM2, vocabulary=262144)}),
     ],
@@ -82,7 +79,7 @@ HEADED = {
 MEASURED = [  # seconds: medians of real trainer processes on two cores of an AMD EPYC, rank 16 on all linear layers
     (3.5, {}),
     (3.9, {"weights": "q4_1"}),
-    (1.6, {"weights": "q4_1", "step": 1, "schedule": Schedule(1, "int8", None, True)}),
+    (1.6, {"weights": "q4_1", "step": 1, "schedule": {"rows": 1, **STREAMED}}),
     (3.3, {"facts": GEMMA, "step": 1, "rows": 1, "tokens": 512}),
     (3.6, {"facts": GEMMA, "step": 1, "rows": 1, "tokens": 512, "weights": "q4_1"}),
     (2.7, HEADED),

@@ -53,8 +53,10 @@ def peak_memory(root: Path = Path("/")) -> int | None:
 def limit_cores(cores: int, root: Path = Path("/")) -> int:
     """Lower a number of CPU cores to the quota of the cgroup of this process, rounded up, at least 1."""
     for folder in _folders(root, "cpu"):
-        quota, period = _quota(folder)
-        if quota > 0 and period > 0:
+        v1 = f"{text(folder / 'cpu.cfs_quota_us')} {text(folder / 'cpu.cfs_period_us')}"
+        fields = (text(folder / "cpu.max") or v1).split()  # microseconds of CPU time, and of a period
+        if len(fields) == 2 and all(field.isdecimal() and int(field) for field in fields):
+            quota, period = map(int, fields)
             cores = min(cores, -(-quota // period))
     return max(cores, 1)
 
@@ -62,7 +64,7 @@ def limit_cores(cores: int, root: Path = Path("/")) -> int:
 def _folders(root: Path, controller: str) -> Iterator[Path]:
     """Folders that may hold this controller's files, in every hierarchy from the process's folder to the mount."""
     mounts = root / "sys/fs/cgroup"
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in text(root / "proc/self/cgroup").splitlines():
         _, _, after_number = line.partition(":")
         controllers, _, path = after_number.partition(":")
         if not controllers:
@@ -77,16 +79,8 @@ def _folders(root: Path, controller: str) -> Iterator[Path]:
         yield mount
 
 
-def _quota(folder: Path) -> tuple[int, int]:
-    """CPU time and the period it is for, both in microseconds; (0, 0) for none."""
-    fields = _text(folder / "cpu.max").split()
-    if len(fields) == 2 and all(field.isdecimal() for field in fields):
-        return int(fields[0]), int(fields[1])
-    return _number(folder / "cpu.cfs_quota_us") or 0, _number(folder / "cpu.cfs_period_us") or 0
-
-
 def _statistic(file: Path, name: str) -> int:
-    for line in _text(file).splitlines():
+    for line in text(file).splitlines():
         key, _, value = line.partition(" ")
         if key == name and value.strip().isdecimal():
             return int(value)
@@ -94,11 +88,12 @@ def _statistic(file: Path, name: str) -> int:
 
 
 def _number(file: Path) -> int | None:
-    text = _text(file).strip()
-    return int(text) if text.isdecimal() else None  # "max" and v1's -1 both mean no limit
+    number = text(file).strip()
+    return int(number) if number.isdecimal() else None  # "max" and v1's -1 both mean no limit
 
 
-def _text(file: Path) -> str:
+def text(file: Path) -> str:
+    """Read a small file of the kernel; empty where there is none."""
     try:
         return file.read_text("utf-8", "replace")
     except OSError:

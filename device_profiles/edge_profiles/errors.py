@@ -1,9 +1,5 @@
-"""The exceptions of edge_profiles: one root, and one for sizes that also is a ValueError."""
+"""The exception of edge_profiles."""
 
 
-class ProfileError(Exception):
-    """Root of what this package raises: an unknown board, a board file that is not as it should be, a bad size."""
-
-
-class SizeError(ProfileError, ValueError):
-    """A text is not a size in bytes."""
+class ProfileError(ValueError):
+    """An unknown board, a board file that is not as it should be, or a text that is not a size in bytes."""

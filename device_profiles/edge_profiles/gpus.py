@@ -37,9 +37,17 @@ class Sighting(msgspec.Struct, frozen=True):
 
 def find(timeout_s: float = TIMEOUT_S) -> Sighting | None:
     """Return the GPU a trainer would use, or None; after 2 · timeout_s at the latest."""
+    gpu = selected()
     if hidden():
         return None
-    return _bounded_nvml(selected(), timeout_s) or ask_nvidia_smi(selected(), timeout_s)
+    answers: list[Sighting | None] = []
+    # on a thread of its own, which a stuck driver may keep
+    thread = threading.Thread(target=lambda: answers.append(ask_nvml(gpu)), name="nvml", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        _log.warning("NVML did not answer within %g s; going on without it", timeout_s)
+    return (answers[0] if answers else None) or ask_nvidia_smi(gpu, timeout_s)
 
 
 def hidden() -> bool:
@@ -50,17 +58,6 @@ def hidden() -> bool:
 def selected() -> str:
     """Return the index or UUID of the GPU that CUDA would show first."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-
-
-def _bounded_nvml(gpu: str, timeout_s: float) -> Sighting | None:
-    """Ask NVML on a thread of its own, which a stuck driver may keep."""
-    answers: list[Sighting | None] = []
-    thread = threading.Thread(target=lambda: answers.append(ask_nvml(gpu)), name="nvml", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if thread.is_alive():
-        _log.warning("NVML did not answer within %g s; going on without it", timeout_s)
-    return answers[0] if answers else None
 
 
 class _Memory(ctypes.Structure):
@@ -100,6 +97,12 @@ def _ask_device(nvml: ctypes.CDLL, gpu: str) -> Sighting | None:
     )
 
 
+# "NVIDIA GeForce RTX 3060, 8.6, 12288, 11900" (MiB); unknown fields print as "[N/A]"
+_ROW = re.compile(
+    r"(?P<name>\S.*?), (?P<capability>\d+\.\d+|\[.+?\]), (?P<total>\d+|\[.+?\]), (?P<free>\d+|\[.+?\])"
+)
+
+
 def ask_nvidia_smi(gpu: str, timeout_s: float = TIMEOUT_S) -> Sighting | None:
     """Ask the program on PATH; None where it is missing, fails, is slow or prints another form."""
     command = ["nvidia-smi", f"--id={gpu}", "--query-gpu=name,compute_cap,memory.total,memory.free"]
@@ -113,22 +116,12 @@ def ask_nvidia_smi(gpu: str, timeout_s: float = TIMEOUT_S) -> Sighting | None:
         return None
     except (OSError, subprocess.SubprocessError):
         return None
-    return _read_row(finished.stdout.decode("utf-8", "replace"))
-
-
-_ROW = re.compile(
-    r"(?P<name>\S.*?), (?P<capability>\d+\.\d+|\[.+?\]), (?P<total>\d+|\[.+?\]), (?P<free>\d+|\[.+?\])"
-)
-
-
-def _read_row(output: str) -> Sighting | None:
-    """Read "NVIDIA GeForce RTX 3060, 8.6, 12288, 11900" (MiB); unknown fields print as "[N/A]"."""
-    match = _ROW.fullmatch(output.strip())
-    if match is None:
+    row = _ROW.fullmatch(finished.stdout.decode("utf-8", "replace").strip())
+    if row is None:
         return None
-    capability, total, free = match["capability"], match["total"], match["free"]
+    capability, total, free = row["capability"], row["total"], row["free"]
     return Sighting(
-        name=match["name"],
+        name=row["name"],
         compute_capability=None if capability.startswith("[") else capability,
         memory_total_bytes=int(total) * MIB if total.isdecimal() else None,
         memory_available_bytes=int(free) * MIB if free.isdecimal() else None,

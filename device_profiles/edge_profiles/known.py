@@ -157,7 +157,7 @@ def _read(file: Path) -> list[Board]:
                         table[key] = parse_size(table[key])
             result.append(_checked(msgspec.convert(entry, Board)))
         return result
-    except (OSError, ValueError, TypeError, ProfileError) as error:  # msgspec's errors are ValueErrors
+    except (OSError, ValueError, TypeError) as error:  # msgspec's errors and ours are ValueErrors
         raise ProfileError(
             f"{file.name}: board {name!r}: {error}; device_profiles/README.md has the fields"
         ) from error

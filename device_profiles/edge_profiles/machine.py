@@ -31,8 +31,8 @@ def probe(root: Path = Path("/")) -> Profile:
     """
     ram = psutil.virtual_memory()
     total, available = cgroups.limit_memory(ram.total, ram.available, root)
-    model = _line(root / "proc/device-tree/model")
-    dmi = _line(root / "sys/devices/virtual/dmi/id/product_name")
+    model = cgroups.text(root / "proc/device-tree/model").rstrip("\0").strip()
+    dmi = cgroups.text(root / "sys/devices/virtual/dmi/id/product_name").strip()
     # ram.total, not the cgroup's limit, tells an 8 GB board from a 16 GB one
     board = next((b for name in (model, dmi) if name and (b := known.recognise_model(name, ram.total))), None)
     description = board.title if board else model or _cpu_model(root)
@@ -41,12 +41,14 @@ def probe(root: Path = Path("/")) -> Profile:
         board = known.recognise_gpu(sighting.name, sighting.memory_total_bytes)
     gpu, unified = _gpu(sighting, board, total, available)
     machine = platform.machine().lower()
+    # those that the process may run on, where the system says so
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Profile(
         board=board.name if board else None,
         description=description,
         os=f"{platform.system()} {platform.release()}".strip(),
         machine=_MACHINES.get(machine, machine),
-        cpu_cores=cgroups.limit_cores(_allowed_cores(), root),
+        cpu_cores=cgroups.limit_cores(cores, root),
         ram_total_bytes=total,
         ram_available_bytes=available,
         swap_total_bytes=psutil.swap_memory().total,
@@ -74,26 +76,9 @@ def _gpu(
     return None, unified
 
 
-def _allowed_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _cpu_model(root: Path) -> str:
-    try:
-        with (root / "proc/cpuinfo").open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                key, _, value = line.partition(":")
-                if key.strip() == "model name":
-                    return value.strip()
-    except OSError:
-        pass
+    for line in cgroups.text(root / "proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
     return platform.machine() or "unknown CPU"
-
-
-def _line(file: Path) -> str:
-    try:
-        return file.read_text("utf-8", "replace").rstrip("\0").strip()
-    except OSError:
-        return ""

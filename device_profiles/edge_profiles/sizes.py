@@ -7,7 +7,7 @@ Source of the binary prefixes: IEC 80000-13.
 
 import re
 
-from edge_profiles.errors import SizeError
+from edge_profiles.errors import ProfileError
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 
@@ -23,7 +23,7 @@ def parse_size(text: str) -> int:
         Whole bytes, rounded down.
 
     Raises:
-        SizeError: any other text. "1G" and "900M" are refused, because they mean 10**9 to some and 2**30 to others.
+        ProfileError: any other text. "1G" and "900M" are refused, because they mean 10**9 to some and 2**30 to others.
     """
     match = _SIZE.fullmatch(text)
     if match:
@@ -31,7 +31,7 @@ def parse_size(text: str) -> int:
         # a fraction of a byte is a forgotten unit
         if unit in _UNITS and not (fraction and _UNITS[unit] == 1):
             return int(integer + fraction) * _UNITS[unit] // 10 ** len(fraction)
-    raise SizeError(
+    raise ProfileError(
         f"size {text!r} is not understood: write a number and a unit, such as '900MiB', '1.5GiB' or '900MB', "
         "or whole bytes, such as '800000000'"
     )

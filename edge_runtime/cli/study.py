@@ -33,7 +33,7 @@ def command(
     as those in studies/.
     """
     from edge_runtime.planning import processes
-    from edge_runtime.simulation import grid
+    from edge_runtime.simulation import grid, report
     from edge_runtime.simulation import spec as specs
 
     if not processes.study_installed():
@@ -44,11 +44,8 @@ def command(
     selected = specs.chosen(study, seeds, arms)
     folder = out or Path("docs/study") / spec.stem
     failures = grid.run(selected, data, models, folder, workers or os.cpu_count() or 1, click.echo)
-    # imported late: the pool's workers must not inherit matplotlib
-    from edge_runtime.simulation import report
-
-    study = specs.with_seeds(study, selected.study.seeds)
-    runs = grid.finished(study, folder)
+    # the table has the file's seeds, and those that were asked for now
+    runs = grid.finished(study, dict.fromkeys((*study.study.seeds, *selected.study.seeds)), folder)
     report.write(study, runs, spec.stem, folder)
     report.show(study, runs, spec.stem)
     click.echo(f"written: {folder / 'README.md'}")

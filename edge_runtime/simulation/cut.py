@@ -4,14 +4,14 @@ A depth slice (models/slices.py) is something else: it keeps the layers next to 
 beside the whole model.
 """
 
-import argparse
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 import msgspec
 from edge_broker import files
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from edge_runtime.errors import InputError
 from edge_runtime.models.facts import Facts
@@ -27,7 +27,8 @@ def cut(source: str, layers: int, models: Path) -> str:
     source is as in a catalog; relative paths start from the folder `models`.
 
     Raises:
-        InputError: the model has fewer layers, or cannot be cut.
+        InputError: the model has fewer layers, cannot be cut, or is being cut by another process that
+            does not end.
     """
     facts = processes.prepared(source, models)
     if not 1 <= layers <= facts.layers:
@@ -35,18 +36,25 @@ def cut(source: str, layers: int, models: Path) -> str:
     folder = processes.cache_folder() / "cut" / f"{facts.model_class.replace('@', '-')}-first-{layers}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     # runs in other workers may need the same model
-    with FileLock(f"{folder}.lock", timeout=TIMEOUT_S):
-        if not folder.exists():
-            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                fresh = Path(scratch) / folder.name
-                # In a process of its own: the memory of this one is for training.
-                command = ["edge_runtime.simulation.cut", str(layers), str(fresh)]
-                processes.output([*command, msgspec.json.encode(facts).decode()], TIMEOUT_S, InputError)
-                files.put(fresh, folder)
+    try:
+        with FileLock(f"{folder}.lock", timeout=TIMEOUT_S):
+            if not folder.exists():
+                with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                    fresh = Path(scratch) / folder.name
+                    # In a process of its own: the memory of this one is for training.
+                    command = ["edge_runtime.simulation.cut", str(layers), str(fresh)]
+                    processes.output([*command, msgspec.json.encode(facts).decode()], TIMEOUT_S, InputError)
+                    files.put(fresh, folder)
+    except Timeout as error:
+        raise InputError(
+            f"{source} cannot be cut: for {TIMEOUT_S:g} s another process has held {error.lock_file}; wait for "
+            "the study that runs there, or end it"
+        ) from error
     return str(folder)
 
 
-def _write(facts: Facts, layers: int, folder: Path) -> None:
+def main(layers: int, folder: Path, facts: Facts) -> None:
+    """Write the model that is cut to its first layers."""
     from edge_runtime.models import structure, weights
 
     model = weights.load(facts, facts.layers, "bfloat16")
@@ -61,16 +69,5 @@ def _write(facts: Facts, layers: int, folder: Path) -> None:
             shutil.copy(file, folder)
 
 
-def main() -> None:
-    """Write a cut model."""
-    parser = argparse.ArgumentParser(prog="python -m edge_runtime.simulation.cut")
-    parser.add_argument("layers", type=int)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("facts", help="of the whole model, as JSON")
-    arguments = parser.parse_args()
-    facts = msgspec.json.decode(arguments.facts, type=Facts)
-    _write(facts, arguments.layers, arguments.folder)
-
-
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]), Path(sys.argv[2]), msgspec.json.decode(sys.argv[3], type=Facts))

@@ -66,15 +66,6 @@ def test_rows(task: Data, folder: Path) -> list[Row]:
     return _bare(drawn)
 
 
-def check_files(spec: Spec, folder: Path) -> None:
-    """Raise InputError for data files that the study's runs could not use."""
-    for seed in spec.study.seeds:
-        shares(spec, folder, seed)
-    for task in spec.data.values():
-        test_rows(task, folder)
-    anchors(spec, folder)
-
-
 def _by_label(rows: list[Row]) -> dict[str, list[Row]]:
     by_label: dict[str, list[Row]] = defaultdict(list)
     for row in rows:

@@ -7,12 +7,11 @@ OUT/work/          files of the runs in progress
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from edge_runtime.errors import EdgeError
 from edge_runtime.planning import processes
@@ -20,19 +19,15 @@ from edge_runtime.simulation import draw, results
 from edge_runtime.simulation.results import Outcome, Outcomes
 from edge_runtime.simulation.spec import Arm, Spec, slug
 
-if TYPE_CHECKING:
-    from edge_runtime.simulation.run import CachedBases
 
-_bases: list["CachedBases"] = []  # base models of this worker process, made with its first run
-
-
-def finished(spec: Spec, out: Path) -> Outcomes:
-    """The folder's runs that this code would make again alike from the study's file."""
-    arms = {arm.name: arm for arm in spec.arm}
+def finished(spec: Spec, seeds: Iterable[int], out: Path) -> Outcomes:
+    """The folder's runs that this code would make again alike, by arm and seed in the order given."""
+    present = results.read(out)
+    runs = [(arm, seed) for arm in spec.arm for seed in seeds if (arm.name, seed) in present]
     return {
-        (name, seed): outcome
-        for (name, seed), outcome in results.read(out).items()
-        if name in arms and seed in spec.study.seeds and outcome.digest == spec.digest(arms[name], seed)
+        (arm.name, seed): present[arm.name, seed]
+        for arm, seed in runs
+        if present[arm.name, seed].digest == spec.digest(arm, seed)
     }
 
 
@@ -55,12 +50,17 @@ def run(
     Raises:
         InputError: a run could not use the data.
     """
-    present = finished(spec, out)
-    runs = [(arm, seed) for seed in spec.study.seeds for arm in spec.arm]
-    missing = [(arm, seed) for arm, seed in runs if (arm.name, seed) not in present]
+    seeds = spec.study.seeds
+    present = finished(spec, seeds, out)
+    missing = [(arm, seed) for seed in seeds for arm in spec.arm if (arm.name, seed) not in present]
     if not missing:
         return []
-    draw.check_files(spec, files)
+    # all that the runs will draw, so that nothing starts with data that cannot be used
+    for seed in seeds:
+        draw.shares(spec, files, seed)
+    for task in spec.data.values():
+        draw.test_rows(task, files)
+    draw.anchors(spec, files)
     (out / "work").mkdir(parents=True, exist_ok=True)
     folders = files.resolve(), models.resolve(), out.resolve()
     with _pool(workers) as pool:
@@ -133,8 +133,6 @@ def _run(spec: Spec, arm: Arm, seed: int, files: Path, models: Path, out: Path) 
     from edge_runtime.compat.lean_imports import lean_imports
 
     with lean_imports():
-        from edge_runtime.simulation.run import CachedBases, run_arm
-    if not _bases:
-        _bases.append(CachedBases())
+        from edge_runtime.simulation.run import run_arm
     folder = out / "work" / f"{slug(arm.name)}-{seed}"
-    return run_arm(spec, arm, seed, files=files, models=models, folder=folder, bases=_bases[0])
+    return run_arm(spec, arm, seed, files=files, models=models, folder=folder)

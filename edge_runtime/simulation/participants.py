@@ -5,17 +5,32 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import msgspec
+
 from edge_runtime.adapters.shapes import adapter_shapes
+from edge_runtime.agent.local_round import DeviceRows, LocalRounds
 from edge_runtime.methods.interface import Method
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.slices import kept_layers
 from edge_runtime.planning import processes
+from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import Fleet
 from edge_runtime.simulation import draw
 from edge_runtime.simulation.cut import cut
 from edge_runtime.simulation.results import Answers, Member
-from edge_runtime.simulation.spec import ANCHORS, Arm, Device, Spec
+from edge_runtime.simulation.spec import Arm, Device, Spec
 from edge_runtime.trainer import data
+from edge_runtime.trainer.job import Machine
+
+ROWS_AT_ONCE = 8  # a micro-batch; its rows are alike in length, so little is padded
+
+
+class _Notes(dict[str, str | None]):
+    """What a device remembers of its rounds, for as long as the run lasts."""
+
+    def set(self, name: str, value: str | None) -> None:
+        """Keep a value; None forgets it."""
+        self[name] = value
 
 
 @dataclass
@@ -24,80 +39,94 @@ class Participant:
 
     device: Device
     facts: Facts
-    rows: list[data.Row]  # training rows
-    labels: set[str]  # of its rows in the file; held-out rows of further labels are unseen
-    stands_for: int  # devices of the study's file; more than itself in a pooled arm
-    rank: int  # of its adapter; a method may lower it
+    fleet: Fleet  # as this device trains in it: a pooled one makes the steps of all
+    plan: Plan  # the rank is lowered by methods that prune
+    rounds: LocalRounds
+    rows: int  # that it trains on
     answers: list[dict[str, Answers]] = field(default_factory=list)
     bytes_up: list[int] = field(default_factory=list)
     bytes_down: list[int] = field(default_factory=list)
 
-    @property
-    def depth(self) -> int:
-        """Layers of the device's model."""
-        return self.device.depth or self.facts.layers
 
-
-def participants(spec: Spec, arm: Arm, fleet: Fleet, files: Path, models: Path) -> list[Participant]:
-    """The devices of the file.
+def participants(
+    spec: Spec, arm: Arm, fleet: Fleet, files: Path, models: Path, folder: Path
+) -> list[Participant]:
+    """The devices of the file, each with its rows in a folder of its own.
 
     In a pooled arm: the first device of each model, depth and task, with all rows of the task.
     """
-
-    @cache
-    def facts_of(source: str, first: int | None) -> Facts:
-        return processes.prepared(source if first is None else cut(source, first, models), models)
-
     shares = draw.shares(spec, files, fleet.seed)
+    pools = [(device, [device.id]) for device in spec.device]
+    training = fleet.training
     if arm.pooled:
-        groups = {(device.model, device.depth, device.data): device for device in reversed(spec.device)}
-        trains_on = {
-            device.id: [member.id for member in spec.device if member.data == device.data]
-            for device in groups.values()
-        }
-    else:
-        trains_on = {device.id: [device.id] for device in spec.device}
-    one_rank = arm.pooled or "rank" in arm.adapter
-    devices = {device.id: device for device in spec.device}
-    return [
-        Participant(
-            device=devices[name],
-            facts=facts_of(devices[name].source, devices[name].first),
-            rows=[row for member in members for row in shares[member]],
-            labels=set(data.labels_of(shares[name])),
-            stands_for=len(members),
-            rank=fleet.adapter.rank if one_rank else devices[name].rank or fleet.adapter.rank,
+        first = {(device.model, device.depth, device.data): device for device in reversed(spec.device)}
+        pools = [
+            (device, [each.id for each in spec.device if each.data == device.data])
+            for device in first.values()
+        ]
+        training = msgspec.structs.replace(training, slices="own")
+    members = []
+    for device, holders in pools:
+        facts = _facts(device.source, device.first, models)
+        depth = device.depth or facts.layers
+        steps = training.steps * len(holders)
+        rows = [row for holder in holders for row in shares[holder]]
+        held_out = draw.test_rows(spec.data[device.data], files)
+        home = folder / device.id
+        files_of_rows = _write(home, rows, held_out, data.labels_of(shares[device.id]))
+        rank = None if arm.pooled or "rank" in arm.adapter else device.rank
+        members.append(
+            Participant(
+                device=device,
+                facts=facts,
+                fleet=msgspec.structs.replace(fleet, training=msgspec.structs.replace(training, steps=steps)),
+                plan=Plan(
+                    source=device.model,
+                    model_class=facts.model_class,
+                    depth=depth,
+                    layers=facts.layers,
+                    weights=spec.study.weights,
+                    rows=ROWS_AT_ONCE,
+                    tokens=training.max_tokens,
+                    rank=rank or fleet.adapter.rank,
+                    kept_blocks=depth,  # all: memory is not studied here
+                    terms={},
+                    step_seconds=0.0,
+                ),
+                rounds=LocalRounds(home, _Notes(), files_of_rows, Machine(threads=1)),
+                rows=len(rows),
+            )
         )
-        for name, members in trains_on.items()
-    ]
+    return members
 
 
-def write_files(spec: Spec, fleet: Fleet, participants: list[Participant], files: Path, folder: Path) -> None:
-    """Training rows and held-out rows of each device, and the public texts."""
-    for participant in participants:
-        place = folder / participant.device.id
-        place.mkdir(parents=True)
-        data.write_rows(place / "train.jsonl", participant.rows)
-        held_out = draw.test_rows(spec.data[participant.device.data], files)
-        for name, held in (("seen", True), ("unseen", False)):
-            part = [row for row in held_out if (row["label"] in participant.labels) is held]
-            if part:
-                data.write_rows(place / f"{name}.jsonl", part)
-    if fleet.codistill is not None:
-        data.write_rows(folder / ANCHORS, draw.anchors(spec, files))
+@cache
+def _facts(source: str, first: int | None, models: Path) -> Facts:
+    return processes.prepared(source if first is None else cut(source, first, models), models)
 
 
-def member(participant: Participant, fleet: Fleet, method: Method) -> Member:
+def _write(folder: Path, rows: list[data.Row], held_out: list[data.Row], labels: set[str]) -> DeviceRows:
+    """Write a device's rows; held-out rows are seen if their label is among `labels`, else unseen."""
+    folder.mkdir()
+    evaluation = {}
+    for name, seen in (("seen", True), ("unseen", False)):
+        if part := [row for row in held_out if (row["label"] in labels) is seen]:
+            evaluation[name] = data.write_rows(folder / f"{name}.jsonl", part)
+    return DeviceRows(data.write_rows(folder / "train.jsonl", rows), evaluation)
+
+
+def member(participant: Participant, method: Method) -> Member:
     """A device in the results."""
-    layers = kept_layers(participant.depth, participant.facts.layers)
-    shapes = adapter_shapes(participant.facts, layers, fleet.adapter.roles, participant.rank, method)
+    device, facts, fleet, plan = participant.device, participant.facts, participant.fleet, participant.plan
+    layers = kept_layers(plan.depth, facts.layers)
+    shapes = adapter_shapes(facts, layers, fleet.adapter.roles, plan.rank, method)
     return Member(
-        id=participant.device.id,
-        model_class=participant.facts.model_class,
-        depth=participant.depth,
-        data=participant.device.data,
-        rows=len(participant.rows),
-        steps=fleet.training.steps * participant.stands_for,
+        id=device.id,
+        model_class=facts.model_class,
+        depth=plan.depth,
+        data=device.data,
+        rows=participant.rows,
+        steps=fleet.training.steps,
         trained_values=sum(math.prod(shape) for key, shape in shapes.items() if method.factor(key).trained),
         answers=participant.answers,
         bytes_up=participant.bytes_up,

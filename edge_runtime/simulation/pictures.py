@@ -2,11 +2,10 @@
 
 import math
 import statistics
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.simulation.results import Outcome, accuracy, mean
+from edge_runtime.simulation.results import Outcome, Outcomes, accuracy, mean
 from edge_runtime.simulation.spec import Arm, Spec
 
 TITLES = {
@@ -17,16 +16,11 @@ TITLES = {
 MARKERS = "osv^Dx"
 
 
-def draw(spec: Spec, runs: Mapping[str, list[Outcome]], out: Path) -> list[str]:
-    """Write the pictures as NAME.svg, a curve or a point for each arm.
+def draw(spec: Spec, outcomes: Outcomes, out: Path) -> bool:
+    """Write the pictures as NAME.svg in the folder, a curve or a point for each arm that has a run.
 
-    Args:
-        runs: of each arm by name, at least one.
-        out: folder of the pictures.
-
-    Returns:
-        The names of those that have something to show; a method that merges nothing has no
-        convergence.
+    A picture with nothing to show is deleted. Returns whether there is one of the convergence,
+    which a method that merges nothing does not have.
     """
     import matplotlib
 
@@ -40,39 +34,36 @@ def draw(spec: Spec, runs: Mapping[str, list[Outcome]], out: Path) -> list[str]:
     figures = {name: pyplot.subplots(figsize=(7, 5)) for name in TITLES}
     axes = {name: axis for name, (_, axis) in figures.items()}
     for number, arm in enumerate(spec.arm):
-        if arm.name in runs:
-            _add(axes, arm, runs[arm.name], number)
-    drawn = []
+        if runs := [run for run in outcomes.values() if run.arm == arm.name]:
+            style = {"color": f"C{number % 10}", "marker": MARKERS[number // 10 % len(MARKERS)]}
+            _add(axes, arm, runs, style)
     for name, (figure, axis) in figures.items():
+        path = out / f"{name}.svg"
+        path.unlink(missing_ok=True)
         if axis.has_data():
             title, x, y = TITLES[name]
             axis.set(title=title, xlabel=x, ylabel=y)
             axis.legend(fontsize=7)
             axis.grid(alpha=0.3)
-            figure.savefig(out / f"{name}.svg", metadata={"Date": None})
-            drawn.append(name)
-        else:
-            (out / f"{name}.svg").unlink(missing_ok=True)
+            figure.savefig(path, metadata={"Date": None})
         pyplot.close(figure)
-    return drawn
+    return bool(axes["convergence"].has_data())
 
 
-def _add(axes: dict[str, Any], arm: Arm, runs: list[Outcome], number: int) -> None:
+def _add(axes: dict[str, Any], arm: Arm, runs: list[Outcome], style: dict[str, Any]) -> None:
     """Draw one arm into each picture."""
-    style: dict[str, Any] = {"color": f"C{number % 10}", "marker": MARKERS[number // 10 % len(MARKERS)]}
-    label = arm.name
-    rounds = len(runs[0].members[0].answers)
+    rounds = range(len(runs[0].members[0].answers))
     accuracies = [
         100 * mean([mean([accuracy(member, round_) for member in run.members]) for run in runs])
-        for round_ in range(rounds)
+        for round_ in rounds
     ]
-    axes["rounds"].plot(range(rounds), accuracies, label=label, **style)
+    axes["rounds"].plot(rounds, accuracies, label=arm.name, **style)
     megabytes = mean([sum(m.bytes_up) + sum(m.bytes_down) for m in runs[0].members]) / 1e6
-    axes["bytes"].scatter([megabytes], accuracies[-1:], label=label, **style)
+    axes["bytes"].scatter([megabytes], accuracies[-1:], label=arm.name, **style)
     norms = [mean(norms) for norms in zip(*(run.moved for run in runs if run.moved), strict=True)]
     if len(norms) > 1 and all(norms):
         label = f"{arm.name}: {slope(norms):+.2f}"
-        axes["convergence"].loglog(range(1, rounds), norms, label=label, **style)
+        axes["convergence"].loglog(rounds[1:], norms, label=label, **style)
 
 
 def slope(norms: list[float]) -> float:

@@ -4,7 +4,6 @@ import datetime
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,17 +27,18 @@ LEGEND = """\
   texts and the last version.
 - trained: values of a device's adapter, without its head.
 """
+PICTURES = """\
+![Accuracy over rounds](rounds.svg)
+![Accuracy against bytes](bytes.svg)
+"""
 CONVERGENCE = """\
 Convergence: the squared norm of a round's change of adapters and heads, over all versions, and the
 slope of a line fitted to it over rounds, both in logarithms. The learning rate falls to a tenth
 over the rounds, which is part of the slope. Methods whose versions have the same product in other
 factors each round are left out.
+
+![Squared norm of the averaged update over rounds](convergence.svg)
 """
-CAPTIONS = {
-    "rounds": "Accuracy over rounds",
-    "bytes": "Accuracy against bytes",
-    "convergence": "Squared norm of the averaged update over rounds",
-}
 
 
 class Difference(NamedTuple):
@@ -48,18 +48,18 @@ class Difference(NamedTuple):
     half: float  # half of the 95 % interval; NaN with a single pair
 
 
-def difference(arm: Arm, outcomes: Outcomes, seeds: tuple[int, ...]) -> Difference | None:
+def difference(arm: Arm, outcomes: Outcomes) -> Difference | None:
     """The difference of an arm to its control; None where no seed has runs of both."""
     from scipy.stats import t
 
-    pairs = [
-        (outcomes[arm.name, seed].accuracy, outcomes[arm.control, seed].accuracy)
-        for seed in seeds
-        if arm.control and (arm.name, seed) in outcomes and (arm.control, seed) in outcomes
+    control = arm.control or ""
+    gains = [
+        outcome.accuracy - outcomes[control, seed].accuracy
+        for (name, seed), outcome in outcomes.items()
+        if name == arm.name and (control, seed) in outcomes
     ]
-    if not pairs:
+    if not gains:
         return None
-    gains = [arm_accuracy - control for arm_accuracy, control in pairs]
     if len(gains) < 2:
         return Difference(gains[0], math.nan)
     half = float(t.ppf(0.975, len(gains) - 1)) * statistics.stdev(gains) / math.sqrt(len(gains))
@@ -68,12 +68,8 @@ def difference(arm: Arm, outcomes: Outcomes, seeds: tuple[int, ...]) -> Differen
 
 def table(spec: Spec, outcomes: Outcomes) -> list[dict[str, str]]:
     """The cells by column, a line for each arm that has a run."""
-    runs = _by_arm(spec, outcomes)
-    return [
-        _line(arm, runs[arm.name], difference(arm, outcomes, spec.study.seeds))
-        for arm in spec.arm
-        if arm.name in runs
-    ]
+    runs = {arm.name: [run for run in outcomes.values() if run.arm == arm.name] for arm in spec.arm}
+    return [_line(arm, runs[arm.name], difference(arm, outcomes)) for arm in spec.arm if runs[arm.name]]
 
 
 def show(spec: Spec, outcomes: Outcomes, name: str) -> None:
@@ -87,14 +83,17 @@ def show(spec: Spec, outcomes: Outcomes, name: str) -> None:
 
 def write(spec: Spec, outcomes: Outcomes, name: str, out: Path) -> None:
     """Write the table to README.md in the folder, and the pictures beside it."""
-    drawn = pictures.draw(spec, _by_arm(spec, outcomes), out)
-    links = {picture: f"![{CAPTIONS[picture]}]({picture}.svg)\n" for picture in drawn}
-    convergence = links.pop("convergence", None)
-    sections = [f"# {name}\n", spec.study.about.strip() + "\n", _markdown(table(spec, outcomes))]
+    lines = table(spec, outcomes)
+    header = next(iter(lines), {})
+    rows = [header, ["---"] * len(header), *(line.values() for line in lines)]
+    markdown = "".join("| " + " | ".join(row) + " |\n" for row in rows if row)
+    sections = [f"# {name}\n", spec.study.about.strip() + "\n", markdown]
     if outcomes:
-        sections += [LEGEND.format(kinds=_kinds(outcomes)), _origin(outcomes), "".join(links.values())]
-    if convergence:
-        sections += [CONVERGENCE, convergence]
+        kinds = sorted({kind(member) for run in outcomes.values() for member in run.members})
+        names = [f"{layers} layers of {model_class} on {data}" for model_class, layers, data in kinds]
+        sections += [LEGEND.format(kinds=", ".join(names)), _origin(outcomes), PICTURES]
+    if pictures.draw(spec, outcomes, out):
+        sections.append(CONVERGENCE)
     command = f"`edge-runtime study studies/{name}.toml`"
     sections.append(f"Written on {datetime.date.today().isoformat()} by {command}.\n")
     (out / "README.md").write_text("\n".join(sections), encoding="utf-8")
@@ -105,59 +104,33 @@ def kind(member: Member) -> tuple[str, int, str]:
     return member.model_class, member.depth, member.data
 
 
-def _by_arm(spec: Spec, outcomes: Outcomes) -> dict[str, list[Outcome]]:
-    """Each arm's runs in the order of the seeds; arms without a run are left out."""
-    runs = {
-        arm.name: [outcomes[arm.name, seed] for seed in spec.study.seeds if (arm.name, seed) in outcomes]
-        for arm in spec.arm
-    }
-    return {name: of_arm for name, of_arm in runs.items() if of_arm}
-
-
 def _line(arm: Arm, runs: list[Outcome], to_control: Difference | None) -> dict[str, str]:
     members = runs[0].members
+    by_model = [
+        mean([mean([accuracy(m, -1) for m in run.members if kind(m) == alike]) for run in runs])
+        for alike in sorted({kind(member) for member in members})
+    ]
     unseen = [mean([accuracy(member, -1, "unseen") for member in run.members]) for run in runs]
+    gain = cosine = ""
+    if to_control is not None:
+        half = "" if math.isnan(to_control.half) else f" ± {100 * to_control.half:.1f}"
+        gain = f"{100 * to_control.mean:+.1f}{half}"
+    if agreements := [pair for run in runs for pair in run.cosines]:
+        average, below_0 = map(mean, zip(*agreements, strict=True))
+        cosine = f"{average:+.2f}, {100 * below_0:.0f} % < 0"
     return {
         "arm": arm.name,
         "accuracy": _percent([run.accuracy for run in runs]),
-        "by model": " / ".join(_by_model(runs)),
+        "by model": " / ".join(f"{100 * share:.1f}" for share in by_model),
         "unseen labels": "" if any(map(math.isnan, unseen)) else _percent(unseen),
         "against": arm.control or "",
-        "difference": "" if to_control is None else _points(to_control),
-        "cosine": _agreement([pair for run in runs for pair in run.cosines]),
-        "KB up": _kilobytes([mean(member.bytes_up) for member in members]),
-        "KB down": _kilobytes([mean(member.bytes_down) for member in members]),
+        "difference": gain,
+        "cosine": cosine,
+        "KB up": f"{mean([mean(member.bytes_up) for member in members]) / 1e3:.0f}",
+        "KB down": f"{mean([mean(member.bytes_down) for member in members]) / 1e3:.0f}",
         "trained": f"{mean([member.trained_values for member in members]) / 1e6:.2f} M",
         "seeds": ", ".join(str(run.seed) for run in runs),
     }
-
-
-def _by_model(runs: list[Outcome]) -> list[str]:
-    """Accuracy after the last round, of each kind of device."""
-    return [
-        f"{100 * mean([mean([accuracy(m, -1) for m in run.members if kind(m) == alike]) for run in runs]):.1f}"
-        for alike in sorted({kind(member) for member in runs[0].members})
-    ]
-
-
-def _markdown(lines: list[dict[str, str]]) -> str:
-    header = next(iter(lines), {})
-    rows = [list(header), ["---"] * len(header), *(list(line.values()) for line in lines)]
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows if row)
-
-
-def _kinds(outcomes: Mapping[tuple[str, int], Outcome]) -> str:
-    kinds = sorted({kind(member) for outcome in outcomes.values() for member in outcome.members})
-    return ", ".join(f"{layers} layers of {model_class} on {data}" for model_class, layers, data in kinds)
-
-
-def _origin(outcomes: Outcomes) -> str:
-    """How long runs took, where, and by which versions of the code."""
-    seconds = statistics.median([outcome.seconds for outcome in outcomes.values()])
-    machines = ", ".join(sorted({outcome.machine for outcome in outcomes.values()} - {""}))
-    versions = Counter(outcome.code or "versions that were not recorded" for outcome in outcomes.values())
-    counts = "; ".join(f"{count} by {version}" for version, count in sorted(versions.items()))
-    return f"A run took {seconds:.0f} s (median) on one core of {machines or 'an unnamed processor'}. Runs: {counts}.\n"
 
 
 def _percent(values: list[float]) -> str:
@@ -165,17 +138,11 @@ def _percent(values: list[float]) -> str:
     return f"{100 * mean(values):.1f}{spread}"
 
 
-def _points(to_control: Difference) -> str:
-    half = "" if math.isnan(to_control.half) else f" ± {100 * to_control.half:.1f}"
-    return f"{100 * to_control.mean:+.1f}{half}"
-
-
-def _agreement(rounds: list[tuple[float, float]]) -> str:
-    if not rounds:
-        return ""
-    cosine, below_0 = (mean(numbers) for numbers in zip(*rounds, strict=True))
-    return f"{cosine:+.2f}, {100 * below_0:.0f} % < 0"
-
-
-def _kilobytes(values: list[float]) -> str:
-    return f"{mean(values) / 1e3:.0f}"
+def _origin(outcomes: Outcomes) -> str:
+    """How long runs took, where, and by which versions of the code."""
+    runs = outcomes.values()
+    seconds = statistics.median([run.seconds for run in runs])
+    machines = ", ".join(sorted({run.machine for run in runs} - {""})) or "an unnamed processor"
+    versions = Counter(run.code or "versions that were not recorded" for run in runs)
+    counts = "; ".join(f"{count} by {version}" for version, count in sorted(versions.items()))
+    return f"A run took {seconds:.0f} s (median) on one core of {machines}. Runs: {counts}.\n"

@@ -102,11 +102,16 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def fleet_of(self, arm: Arm, seed: int) -> settings.Fleet:
         """The fleet that an arm trains as; raises InputError for tables that do not fit."""
+        adapter = {**self.adapter}
+        if "rank" not in arm.adapter:
+            default = adapter.get("rank", settings.Adapter().rank)
+            rank, *lower = sorted({device.rank or default for device in self.device}, reverse=True)
+            adapter |= {"rank": rank, **({"lower": lower} if lower else {})}
         tables: dict[str, Any] = {
             "fleet": {"name": "study", "seed": seed, **self.fleet},
-            "catalog": [_entry(device) for device in self.device],
+            "catalog": [{"source": device.model, "depth": device.depth} for device in self.device],
             "method": arm.method,
-            "adapter": {**self.adapter, **({} if "rank" in arm.adapter else self._ranks()), **arm.adapter},
+            "adapter": {**adapter, **arm.adapter},
             "training": {**self.training, **arm.training},
         }
         if self.head is not None:
@@ -115,12 +120,6 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             texts = self.anchors.rows if self.anchors else 0
             tables["codistill"] = {"anchors": ANCHORS, "texts": texts, **arm.codistill}
         return settings.parse(tables)
-
-    def _ranks(self) -> dict[str, Any]:
-        """The devices' ranks, as keys of [adapter]."""
-        default = self.adapter.get("rank", settings.Adapter().rank)
-        rank, *lower = sorted({device.rank or default for device in self.device}, reverse=True)
-        return {"rank": rank, **({"lower": lower} if lower else {})}
 
     def digest(self, arm: Arm, seed: int) -> str:
         """COMPUTATION, a dash, and a hash of all in this file that the arm's result depends on."""
@@ -172,11 +171,6 @@ def _faults(spec: Spec) -> Iterator[str]:
             yield f"the device {device.id} has data `{device.data}`, but there is no [data.{device.data}]"
 
 
-def _entry(device: Device) -> dict[str, Any]:
-    """The device's model as an entry of the fleet's catalog."""
-    return {"source": device.model, **({"depth": device.depth} if device.depth else {})}
-
-
 def slug(name: str) -> str:
     """An arm's name as part of a file's name."""
     return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -205,9 +199,3 @@ def chosen(spec: Spec, seeds: str | None, arms: str | None) -> Spec:
     study = msgspec.structs.replace(spec.study, seeds=numbers)
     selected = tuple(arm for name, arm in by_slug.items() if name in slugs)
     return msgspec.structs.replace(spec, study=study, arm=selected)
-
-
-def with_seeds(spec: Spec, seeds: tuple[int, ...]) -> Spec:
-    """The study with these seeds after its file's."""
-    seeds = tuple(dict.fromkeys((*spec.study.seeds, *seeds)))
-    return msgspec.structs.replace(spec, study=msgspec.structs.replace(spec.study, seeds=seeds))

@@ -5,16 +5,18 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+from edge_broker import messages
 from edge_broker.journal import Update
 from safetensors.numpy import load_file
 
-from edge_runtime.aggregator import merge
+from edge_runtime.agent.local_round import Task
+from edge_runtime.aggregator import check, merge
 from edge_runtime.aggregator.store import Version
 from edge_runtime.methods.fedit import RunningMean
 from edge_runtime.methods.interface import Contribution, Method
 from edge_runtime.protocol import codec
 from edge_runtime.protocol.keys import STATE, parse
-from edge_runtime.protocol.round import FLEET
+from edge_runtime.protocol.round import CODEC, FLEET
 from edge_runtime.settings import Fleet
 from edge_runtime.simulation.results import mean, short
 
@@ -27,13 +29,32 @@ class Versions:
         self.by_class: dict[str, Version] = {}
         self.moved: list[float] = []  # as an Outcome has it
         self.cosines: list[tuple[float, float]] = []  # as an Outcome has it
+        self._updates: list[Update] = []  # of the round
+        # Shapes of the tensors that devices have sent, by model class.
+        self._shapes: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
 
     def latest(self, model_class: str) -> Version | None:
         """The version that devices of a class start from; None before the first merge."""
         return self.by_class.get(model_class, self.by_class.get(FLEET))
 
-    def merge(self, updates: list[Update], round_: int) -> None:
-        """Make the next versions of a round's updates."""
+    def take(self, payload: Path, device: str, task: Task, samples: int) -> None:
+        """Check an update as a node does, and keep it for the merge."""
+        model_class = task.facts.model_class
+        delta = check.check(payload.read_bytes(), self._shapes[model_class], self.fleet, self.method)
+        self._shapes[model_class] |= {key: value.shape for key, value in delta.items()}
+        origin = messages.Origin(
+            fleet=self.fleet.name,
+            device=device,
+            round=task.number,
+            model_class=model_class,
+            codec=CODEC,
+            samples=samples,
+        )
+        self._updates.append(Update(messages.describe(payload, origin, payload.stat().st_size), payload))
+
+    def merge(self, round_: int) -> None:
+        """Make the next versions of the round's updates, if there are any."""
+        updates, self._updates = self._updates, []
         if not updates:
             return
         pairs = cosines(updates, self.method)

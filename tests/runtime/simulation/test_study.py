@@ -12,11 +12,13 @@ import numpy as np
 import psutil
 import pytest
 from click.testing import CliRunner
+from filelock import FileLock
 
 from edge_runtime import cli, methods, settings
 from edge_runtime.errors import EdgeError, InputError
+from edge_runtime.planning import processes
 from edge_runtime.protocol import codec
-from edge_runtime.simulation import draw, grid, pictures, report, results, spec, versions
+from edge_runtime.simulation import cut, draw, grid, pictures, report, results, spec, versions
 from edge_runtime.simulation.results import Answers, Member, Outcome, accuracy
 
 STUDY = """
@@ -177,7 +179,7 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
         "fedit + codistill",
     ]
     study = spec.load(files / "study.toml")
-    outcomes = grid.finished(study, out)
+    outcomes = grid.finished(study, study.study.seeds, out)
     assert outcomes.keys() == {("local", 0), ("all in one", 0), ("fedit + codistill", 0)}
     assert not any((out / "work").iterdir())
     members = {one.id: one for one in outcomes["fedit + codistill", 0].members}
@@ -215,7 +217,7 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
         cli.app, [*command, "--seeds", "0,1", "--arms", "local,all in one", "--workers", "1"]
     )
     assert again.exit_code == 0, again.output
-    runs = grid.finished(study, out)
+    runs = grid.finished(study, study.study.seeds, out)
     made = {key for key, outcome in runs.items() if outcome != outcomes.get(key)}
     assert made == {("all in one", 0), ("local", 1), ("all in one", 1)}  # what was done stays done
     assert runs["all in one", 0].digest == outcomes["all in one", 0].digest != older.digest
@@ -247,9 +249,9 @@ def test_a_run_of_code_that_computes_otherwise_is_not_paired_and_not_tabled(stud
         digest = study.digest(run, seed)
         results.add(tmp_path, msgspec.structs.replace(outcome(run.name, seed, 5), digest=digest))
     monkeypatch.setattr(spec, "COMPUTATION", 3)
-    runs = grid.finished(study, tmp_path)
+    runs = grid.finished(study, study.study.seeds, tmp_path)
     assert runs.keys() == {(arm.name, 0), ("local", 1)}
-    assert report.difference(arm, runs, (0, 1)) is None
+    assert report.difference(arm, runs) is None
     table = [(line["arm"], line["difference"], line["seeds"]) for line in report.table(study, runs)]
     assert table == [("local", "", "1"), (arm.name, "", "0")]
 
@@ -370,12 +372,12 @@ def test_a_difference_is_paired_by_seed_and_has_students_interval(study):
     arm = study.arm[2]
     runs = {(arm.name, seed): outcome(arm.name, seed, right) for seed, right in treated.items()}
     runs |= {("local", seed): outcome("local", seed, right) for seed, right in control.items()}
-    gain = report.difference(arm, runs, (0, 1, 2))
+    gain = report.difference(arm, runs)
     per_row = (1 + 3 / 2) / 40  # of all rows
     assert gain.mean == pytest.approx(2 * per_row)
     assert gain.half == pytest.approx(4.302653 * 2 * per_row / 3**0.5, rel=1e-5)
-    assert report.difference(arm, runs, (7,)) is None
-    assert report.difference(study.arm[0], runs, (0,)) is None
+    assert report.difference(arm, {key: run for key, run in runs.items() if key[0] == arm.name}) is None
+    assert report.difference(study.arm[0], runs) is None
     assert accuracy(runs["local", 0].members[0], -1, "unseen") == pytest.approx(0.3)
 
 
@@ -430,6 +432,18 @@ def test_an_arm_may_have_a_head_of_its_own(files):
     path.write_text(path.read_text().replace("[head]\n", ""))
     with pytest.raises(InputError, match=r"`fedit \+ codistill` has a head, but the file has no \[head\]"):
         spec.load(path)
+
+
+def test_a_model_that_another_process_never_stops_cutting_is_named(tiny_folder, tiny_facts, monkeypatch):
+    monkeypatch.setattr(cut, "TIMEOUT_S", 0.01)
+    folder = processes.cache_folder() / "cut"
+    folder.mkdir(exist_ok=True)
+    lock = folder / f"{tiny_facts.model_class.replace('@', '-')}-first-3.lock"
+    with (
+        FileLock(lock),
+        pytest.raises(InputError, match=r"^tiny cannot be cut: .* has held .*-first-3\.lock"),
+    ):
+        cut.cut("tiny", 3, tiny_folder.parent)
 
 
 def test_arms_and_seeds_are_chosen_by_name(study):

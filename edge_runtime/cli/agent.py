@@ -86,10 +86,12 @@ def command(
         wait_s=wait,
         **values,
     )
+
+    def tell(event: "DeviceEvent") -> None:
+        click.echo(msgspec.json.encode(event) if json else _line(event))
+
     with alone(state):
-        Agent(
-            device_options, lambda event: click.echo(msgspec.json.encode(event) if json else _line(event))
-        ).run()
+        Agent(device_options, tell).run()
 
 
 def _line(event: "DeviceEvent") -> str:

@@ -36,13 +36,12 @@ def command(fleet: Path, state: Path, broker: Address, node: str, until_finished
     from edge_runtime.aggregator.node import Node, NodeOptions
     from edge_runtime.state import alone
 
+    def tell(event: "NodeEvent") -> None:
+        click.echo(msgspec.json.encode(event) if json else _line(event))
+
     fleet_settings = settings.load(fleet)
     with alone(state):
-        Node(
-            fleet_settings,
-            NodeOptions(broker, state.resolve(), node, until_finished),
-            lambda event: click.echo(msgspec.json.encode(event) if json else _line(event)),
-        ).run()
+        Node(fleet_settings, NodeOptions(broker, state.resolve(), node, until_finished), tell).run()
 
 
 def _line(event: "NodeEvent") -> str:

@@ -11,58 +11,18 @@ JSON form, and the things in COMMON (lights, heating, music, cameras).
 import hashlib
 import json
 import random
+from pathlib import Path
 from typing import NamedTuple
 
-DOMAINS: dict[str, dict[str, tuple[str, ...]]] = {
-    "kitchen": {
-        "oven": ("oven", "baking oven"),
-        "hob": ("hob", "cooktop", "stove"),
-        "kettle": ("kettle", "water boiler"),
-        "fridge": ("fridge", "refrigerator"),
-        "dishwasher": ("dishwasher", "dish washer"),
-        "coffee": ("coffee machine", "espresso maker"),
-        "hood": ("extractor hood", "cooker fan"),
-        "toaster": ("toaster", "toast maker"),
-    },
-    "garage": {
-        "door": ("garage door", "roller door"),
-        "charger": ("car charger", "wall box"),
-        "compressor": ("air compressor", "tyre pump"),
-        "bench": ("work bench", "saw table"),
-        "freezer": ("chest freezer", "deep freezer"),
-        "vacuum": ("shop vacuum", "dust collector"),
-        "lift": ("car lift", "hoist"),
-        "dryer": ("tumble dryer", "clothes dryer"),
-    },
-    "garden": {
-        "sprinkler": ("sprinkler", "lawn sprinkler"),
-        "mower": ("mower", "robot mower"),
-        "pond": ("pond pump", "fountain"),
-        "gate": ("garden gate", "side gate"),
-        "greenhouse": ("greenhouse vent", "glass house"),
-        "pool": ("pool heater", "swimming pool"),
-        "grill": ("grill", "barbecue"),
-        "drip": ("drip line", "flower bed hose"),
-    },
-}
-COMMON: dict[str, tuple[str, ...]] = {
-    "light": ("light", "lamp"),
-    "heating": ("heating", "radiator"),
-    "music": ("music", "speaker"),
-    "camera": ("camera", "security camera"),
-}
+from edge_runtime.settings import read_toml
+
+Words = dict[str, list[str]]
+
+_VOCABULARY = read_toml(Path(__file__).with_name("commands.toml"), "the demo's vocabulary")
+DOMAINS: dict[str, Words] = _VOCABULARY["domains"]  # of the device with the largest budget first
+COMMON: Words = _VOCABULARY["common"]
+PATTERNS: Words = _VOCABULARY["patterns"]  # spoken forms by action
 OPENINGS = ("", "please ", "could you ", "hey, ", "would you ", "I want you to ", "can you ", "now ")
-PATTERNS: dict[str, tuple[str, ...]] = {  # spoken forms by action
-    "on": ("turn on the {thing}", "switch the {thing} on", "start the {thing}", "power up the {thing}"),
-    "off": ("turn off the {thing}", "switch the {thing} off", "stop the {thing}", "shut down the {thing}"),
-    "set {value}": (
-        "set the {thing} to {value}",
-        "put the {thing} at {value}",
-        "change the {thing} to {value}",
-    ),
-    "on in {value}": ("start the {thing} in {value} minutes", "turn on the {thing} after {value} minutes"),
-    "status": ("is the {thing} on", "check the {thing}", "how is the {thing} doing"),
-}
 COMMON_SHARE = 0.2  # of a device's rows
 DRAWS_IN_VAIN = 2000  # draws without a new command after which the generator counts as exhausted
 
@@ -101,7 +61,7 @@ def rows(domain: str, train: int, held_out: int, seed: int) -> DomainRows:
 
 
 def _draw(
-    draw: random.Random, vocabulary: dict[str, tuple[str, ...]], common: float, n: int, *, held_out: bool
+    draw: random.Random, vocabulary: Words, common: float, n: int, *, held_out: bool
 ) -> list[dict[str, str]]:
     drawn: dict[str, dict[str, str]] = {}  # by prompt
     in_vain = 0
@@ -120,7 +80,7 @@ def _draw(
     )
 
 
-def _row(draw: random.Random, vocabulary: dict[str, tuple[str, ...]]) -> dict[str, str]:
+def _row(draw: random.Random, vocabulary: Words) -> dict[str, str]:
     name = draw.choice(sorted(vocabulary))
     action = draw.choice(sorted(PATTERNS))
     value = draw.randrange(5, 100, 5)

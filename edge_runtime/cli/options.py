@@ -1,6 +1,5 @@
 """Options that several commands share, and how their values are read."""
 
-import functools
 import logging
 import os
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from edge_runtime.errors import InputError
 log = logging.getLogger(__name__)
 LOCAL_BROKER = "mqtt://127.0.0.1:1883"
 PATH = click.Path(path_type=Path)
+Command = Callable[..., Any]
 
 as_json = click.option("--json", "json", is_flag=True, help="Print JSON instead of text.")
 fleet_file = click.option(
@@ -53,37 +53,32 @@ def topic_name(_context: click.Context, option: click.Parameter, name: str) -> s
         raise InputError(str(error)) from None
 
 
-def at_broker(default: str | None = LOCAL_BROKER) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def at_broker(default: str | None = LOCAL_BROKER) -> Callable[[Command], Command]:
     """Add --broker and --credentials; the command gets `broker`, an Address, or None without a URL."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @click.option(
-            "--broker",
-            "url",
-            metavar="URL",
-            default=default,
-            show_default=True,
-            help="The MQTT broker: mqtt://host:port, or mqtts://host:port?ca=FILE.",
-        )
-        @click.option(
-            "--credentials",
-            "file",
-            metavar="FILE",
-            type=PATH,
-            help="File with the broker's user and password, two lines of TOML, of mode 600; default: the "
-            "variables EDGE_RUNTIME_BROKER_USER and EDGE_RUNTIME_BROKER_PASSWORD, if set.",
-        )
-        @functools.wraps(command)
-        def with_address(*, url: str | None, file: Path | None, **values: Any) -> None:
-            command(broker=None if url is None else _address(url, file), **values)
-
-        return with_address
-
-    return decorate
+    url = click.option(
+        "--broker",
+        metavar="URL",
+        default=default,
+        show_default=True,
+        callback=_address,
+        help="The MQTT broker: mqtt://host:port, or mqtts://host:port?ca=FILE.",
+    )
+    file = click.option(
+        "--credentials",
+        metavar="FILE",
+        type=PATH,
+        is_eager=True,  # read before the URL, which it completes
+        help="File with the broker's user and password, two lines of TOML, of mode 600; default: the "
+        "variables EDGE_RUNTIME_BROKER_USER and EDGE_RUNTIME_BROKER_PASSWORD, if set.",
+    )
+    return lambda command: url(file(command))
 
 
-def _address(url: str, credentials_file: Path | None) -> address.Address:
+def _address(context: click.Context, _option: click.Parameter, url: str | None) -> address.Address | None:
     """The broker's address with its credentials, checked before a state folder is made."""
+    credentials_file = context.params.pop("credentials")
+    if url is None:
+        return None
     try:
         parsed = address.parse(url)
         if parsed.password is not None:

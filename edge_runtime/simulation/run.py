@@ -36,31 +36,6 @@ from edge_runtime.trainer.base import Bases
 from edge_runtime.trainer.run import run
 
 
-class CachedBases(Bases):
-    """Base models and tokenizers that stay in memory once they were read."""
-
-    def __init__(self) -> None:
-        self._models: dict[Any, PreTrainedModel] = {}
-        self._tokenizers: dict[str, Any] = {}
-
-    def tokenizer(self, facts: Facts) -> Any:
-        """The tokenizer of a checkpoint."""
-        if facts.folder not in self._tokenizers:
-            self._tokenizers[facts.folder] = super().tokenizer(facts)
-        return self._tokenizers[facts.folder]
-
-    def model(self, facts: Facts, plan: Plan, device: str) -> PreTrainedModel:
-        """The base model of a plan, without an adapter."""
-        key = facts.model_class, plan.depth, plan.weights, device
-        if key not in self._models:
-            self._models[key] = super().model(facts, plan, device)
-        attach.detach(self._models[key])  # a job that failed leaves its adapter attached
-        return self._models[key]
-
-
-BASES = CachedBases()  # of this process, for all its runs
-
-
 def run_arm(spec: Spec, arm: Arm, seed: int, *, files: Path, models: Path, folder: Path) -> Outcome:
     """Train one arm with one seed.
 
@@ -162,3 +137,28 @@ def code() -> str:
             digest.update(path.read_bytes())
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     return f"Python {platform.python_version()}, {libraries}, source {digest.hexdigest()[:8]}"
+
+
+class CachedBases(Bases):
+    """Base models and tokenizers that stay in memory once they were read."""
+
+    def __init__(self) -> None:
+        self._models: dict[Any, PreTrainedModel] = {}
+        self._tokenizers: dict[str, Any] = {}
+
+    def tokenizer(self, facts: Facts) -> Any:
+        """The tokenizer of a checkpoint."""
+        if facts.folder not in self._tokenizers:
+            self._tokenizers[facts.folder] = super().tokenizer(facts)
+        return self._tokenizers[facts.folder]
+
+    def model(self, facts: Facts, plan: Plan, device: str) -> PreTrainedModel:
+        """The base model of a plan, without an adapter."""
+        key = facts.model_class, plan.depth, plan.weights, device
+        if key not in self._models:
+            self._models[key] = super().model(facts, plan, device)
+        attach.detach(self._models[key])  # a job that failed leaves its adapter attached
+        return self._models[key]
+
+
+BASES = CachedBases()  # of this process, for all its runs

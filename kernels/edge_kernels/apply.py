@@ -81,10 +81,7 @@ def _forward(name: str, module: nn.Module, modules: Modules, mlp_tokens: int | N
         _check_frozen(name, module)
         return lambda x: layer_norm(x, module.weight, module.bias, module.eps)
     if kind == modules.mlp:
-        if modules.form == "plain":
-            return None
-        forward = _gated if modules.form == "gated" else _fused
-        return _tiled(module, partial(forward, module, _activation(name, module)), mlp_tokens)
+        return None if modules.form == "plain" else _mlp(name, module, modules.form, mlp_tokens)
     if kind.endswith("Attention"):
         return _attention(module)
     if kind.endswith(("Norm", "MLP")):
@@ -93,21 +90,26 @@ def _forward(name: str, module: nn.Module, modules: Modules, mlp_tokens: int | N
     return None
 
 
-def _tiled(module: nn.Module, forward: Forward, tokens: int | None) -> Forward:
+def _mlp(name: str, module: Any, form: str, tokens: int | None) -> Forward:
+    activation = getattr(module.config, "hidden_activation", None) or module.config.hidden_act
+    if activation not in KINDS:
+        raise ValueError(
+            f"{name} has the activation {activation}, which is not known; known: {', '.join(KINDS)}"
+        )
+
+    def gate_and_up(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if form == "gated":
+            return module.gate_proj(x), module.up_proj(x)
+        gate, up = module.gate_up_proj(x).chunk(2, -1)
+        return gate, up
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        down: torch.Tensor = module.down_proj(gated_activation(*gate_and_up(x), KINDS[activation]))
+        return down
+
     if tokens is None:
         return forward
     return lambda x: in_tiles(forward, x, tokens, [p for p in module.parameters() if p.requires_grad])
-
-
-def _gated(module: Any, kind: Kind, x: torch.Tensor) -> torch.Tensor:
-    down: torch.Tensor = module.down_proj(gated_activation(module.gate_proj(x), module.up_proj(x), kind))
-    return down
-
-
-def _fused(module: Any, kind: Kind, x: torch.Tensor) -> torch.Tensor:
-    gate, up = module.gate_up_proj(x).chunk(2, -1)
-    down: torch.Tensor = module.down_proj(gated_activation(gate, up, kind))
-    return down
 
 
 def _attention(module: nn.Module) -> Forward | None:
@@ -116,23 +118,16 @@ def _attention(module: nn.Module) -> Forward | None:
     if not {ROTARY, INTERFACES} & code.__globals__.keys():
         return None
     names = {**code.__globals__, ROTARY: lambda q, k, cos, sin, unsqueeze_dim=1: rotary(q, k, cos, sin)}
-    if INTERFACES in names:
-        names[INTERFACES] = _Interfaces(names[INTERFACES])
+    table: Any = names.get(INTERFACES)
+
+    def get_interface(name: str, default: Forward) -> Forward:
+        function: Forward = table.get_interface(name, default)
+        return partial(_attend, function) if name == "sdpa" else function
+
+    names[INTERFACES] = types.SimpleNamespace(get_interface=get_interface)
     forward = types.FunctionType(code.__code__, names, code.__name__, code.__defaults__, code.__closure__)
     forward.__kwdefaults__ = code.__kwdefaults__
     return types.MethodType(forward, module)
-
-
-class _Interfaces:
-    """transformers' table of attentions; torch's gives way to ours where ours can stand in."""
-
-    def __init__(self, table: Any) -> None:
-        self._table = table
-
-    def get_interface(self, name: str, default: Forward) -> Forward:
-        """The attention function of that name."""
-        function: Forward = self._table.get_interface(name, default)
-        return partial(_attend, function) if name == "sdpa" else function
 
 
 def _attend(theirs, module, q, k, v, mask, **options):  # type: ignore[no-untyped-def]
@@ -143,15 +138,6 @@ def _attend(theirs, module, q, k, v, mask, **options):  # type: ignore[no-untype
         return theirs(module, q, k, v, mask, **options)
     scale = options.get("scaling") or q.shape[-1] ** -0.5
     return attention(q, k, v, scale).transpose(1, 2).contiguous(), None
-
-
-def _activation(name: str, module: Any) -> Kind:
-    activation = getattr(module.config, "hidden_activation", None) or module.config.hidden_act
-    if activation not in KINDS:
-        raise ValueError(
-            f"{name} has the activation {activation}, which is not known; known: {', '.join(KINDS)}"
-        )
-    return KINDS[activation]
 
 
 def _check_frozen(name: str, module: nn.Module) -> None:

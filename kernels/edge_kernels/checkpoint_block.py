@@ -3,8 +3,8 @@
     forward    y = block(x); its graph is freed at once, and the tensors it would keep are counted
     backward   block(x̃) again, then the gradients of its input and of the parameters in its graph
 
-Kept for backward: x, or x in 8 bits a value with one scale a row. x̃ is what was kept: x itself, or
-x rounded, with an error of at most 1/254 of the row's largest value. The forward values are exact
+Kept for backward: x, or x in 8 bits a value with one float32 scale a row, max |x| / 127. x̃ is what
+was kept: x itself, or x rounded, with an error of at most 1/254 of the row's largest value. The forward values are exact
 in either case; with "int8" the gradient is that at x̃. The second run has the random numbers and
 the autocast of the first; a random state is kept only if the first run drew from it. In the second
 run an operation whose result nothing reads need not compute it: it asks `nothing_reads`.
@@ -17,12 +17,13 @@ next. Source: Chen et al. 2016, arXiv 1604.06174.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from edge_kernels.int8_rows import expand_rows, quantise_rows
+from edge_kernels.backend import row_pieces
+from edge_kernels.quant import PIECE_VALUES
 
 Output: TypeAlias = torch.Tensor | tuple[Any, ...]
 _runs = threading.local()  # attribute `innermost`: the run of a block in this thread
@@ -106,10 +107,8 @@ def checkpoint_block(
     if any(map(_requires_grad, results)):
         constant = [part for part, result in zip(parts, results, strict=True) if not _requires_grad(result)]
         drew = not all(map(torch.equal, random, _random_states(hidden.device)))
-        leaves = _leaves(results, leaf)
-        autocast = _autocast(hidden.device.type)
-        again = _Again(call, hidden.dtype, hidden.requires_grad, autocast, run.counted, leaves)
-        parts = _Block.apply(again, boundary, random if drew else [], parts, constant, hidden, *leaves)
+        again = call, _autocast(hidden.device.type), run.counted, _leaves(results, leaf)
+        parts = _Block.apply(again, boundary, random if drew else [], parts, constant, hidden, *again[-1])
     return parts if isinstance(output, tuple) else parts[0]
 
 
@@ -189,17 +188,6 @@ def _run(expected: int | None) -> Iterator[_Run]:
         yield run
 
 
-class _Again(NamedTuple):
-    """What the second run needs beside the kept tensors."""
-
-    call: Callable[[torch.Tensor], Output]  # the block, as a function of its input
-    dtype: torch.dtype  # of the input
-    requires_grad: bool  # whether the input does
-    autocast: dict[str, Any]  # state during the first run
-    counted: int  # tensors that the first run kept
-    leaves: list[torch.Tensor]  # of the block's graph, without the input
-
-
 def _leaves(parts: tuple[Any, ...], hidden: torch.Tensor) -> list[torch.Tensor]:
     """The leaves of the graph of parts, without the input."""
     nodes = [part.grad_fn for part in parts if isinstance(part, torch.Tensor) and part.grad_fn is not None]
@@ -232,7 +220,9 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, again, boundary, random, parts, constant, hidden, *leaves):  # type: ignore[no-untyped-def]
-        ctx.again, ctx.count = again, len(boundary)
+        # the block as a function of its input; during the first run: the autocast, and how many tensors it kept
+        ctx.call, ctx.autocast, ctx.counted, ctx.leaves = again
+        ctx.dtype, ctx.count = hidden.dtype, len(boundary)
         ctx.save_for_backward(*boundary, *random)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(part for part in constant if isinstance(part, torch.Tensor)))
@@ -240,30 +230,31 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        again, count = ctx.again, ctx.count
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        (x, *scale), random = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        hidden = expand_rows(x, scale[0], again.dtype) if scale else x.detach()
-        hidden.requires_grad_(again.requires_grad)
+        (x, *scale), random = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        hidden = expand_rows(x, scale[0], ctx.dtype) if scale else x.detach()
+        hidden.requires_grad_(ctx.needs_input_grad[5])
         with ExitStack() as stack:
-            stack.enter_context(torch.autocast(**again.autocast))
+            stack.enter_context(torch.autocast(**ctx.autocast))
             if random:
                 stack.enter_context(torch.random.fork_rng([hidden.device] if hidden.is_cuda else []))
-                _set_random_states(hidden.device, random)
-            run = stack.enter_context(_run(again.counted))
-            output = again.call(hidden)
-        if run.counted != again.counted:
+                torch.set_rng_state(random[0])
+                if hidden.is_cuda:
+                    torch.cuda.set_rng_state(random[1], hidden.device)
+            run = stack.enter_context(_run(ctx.counted))
+            output = ctx.call(hidden)
+        if run.counted != ctx.counted:
             raise RuntimeError(
-                f"a checkpointed block kept {again.counted} tensors when it first ran but {run.counted} when it "
+                f"a checkpointed block kept {ctx.counted} tensors when it first ran but {run.counted} when it "
                 "ran again: it has to do the same in both runs"
             )
         pairs = [(part, grad) for part, grad in zip(_parts(output), grads, strict=True) if grad is not None]
-        inputs = [hidden, *again.leaves] if again.requires_grad else again.leaves
+        inputs = [hidden, *ctx.leaves] if hidden.requires_grad else ctx.leaves
         number = start(*zip(*pairs, strict=True))
         del output, pairs, grads  # the graph alone holds what it still needs
         gradients = torch.autograd.grad(number, inputs, allow_unused=True)
-        return (None,) * 5 + (gradients if again.requires_grad else (None, *gradients))
+        return (None,) * 5 + (gradients if hidden.requires_grad else (None, *gradients))
 
 
 def _autocast(device: str) -> dict[str, Any]:
@@ -284,7 +275,21 @@ def _random_states(device: torch.device) -> list[torch.Tensor]:
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
-def _set_random_states(device: torch.device, states: Sequence[torch.Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
+def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round activations (..., n) of any float dtype to int8 (..., n) and a float32 scale (..., 1)."""
+    rows = x.reshape(-1, x.shape[-1])
+    quants = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(len(rows), 1, device=x.device)
+    for piece in row_pieces(rows.shape, PIECE_VALUES):
+        scale[piece] = rows[piece].abs().amax(-1, keepdim=True).float() / 127
+        quants[piece] = (rows[piece] / scale[piece].clamp_min(torch.finfo(torch.float32).tiny)).round_()
+    return quants.view(x.shape), scale.view(*x.shape[:-1], 1)
+
+
+def expand_rows(quants: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """quants · scale in a float dtype: the inverse of quantise_rows, up to the rounding."""
+    x = torch.empty(quants.shape, dtype=dtype, device=quants.device)
+    rows, scales = quants.reshape(-1, quants.shape[-1]), scale.reshape(-1, 1)
+    for piece in row_pieces(rows.shape, PIECE_VALUES):
+        x.view(rows.shape)[piece] = rows[piece] * scales[piece]
+    return x

@@ -17,10 +17,12 @@ from itertools import product
 from typing import Any, Literal, get_args
 
 import torch
+from torch.nn import functional
 
 from edge_kernels.backend import DTYPES, Launch, blank, jit, on_triton, tl, triton
 
 Kind = Literal["silu", "gelu", "gelu_tanh"]
+GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # torch's names for the two forms
 
 
 def gated_activation(gate: torch.Tensor, up: torch.Tensor, kind: Kind) -> torch.Tensor:
@@ -84,12 +86,7 @@ def _backward_torch(dy, gate, up, kind):  # type: ignore[no-untyped-def]
 
 
 def _activated(gate, kind):  # type: ignore[no-untyped-def]
-    if kind == "silu":
-        return torch.nn.functional.silu(gate)
-    return torch.nn.functional.gelu(gate, approximate=GELU[kind])
-
-
-GELU = {"gelu": "none", "gelu_tanh": "tanh"}
+    return functional.silu(gate) if kind == "silu" else functional.gelu(gate, approximate=GELU[kind])
 
 
 # --- triton: each program has a piece of a row

@@ -115,21 +115,12 @@ def product(
         (rows, out) forward, (rows, in) backward, of left's dtype.
     """
     if isinstance(weight, Packed) and on_triton(left) and left.dtype != torch.float64:
-        return _product_triton(left, weight, low, factor, bias, forward)
-    return _product_torch(left, weight, low, factor, bias, forward)
-
-
-# --- torch
-
-
-def _product_torch(left, weight, low, factor, bias, forward):  # type: ignore[no-untyped-def]
+        result: torch.Tensor = _product_triton(left, weight, low, factor, bias, forward)
+        return result
     matrix = expand(weight, left.dtype) if isinstance(weight, Packed) else weight
     matrix = matrix.T if forward else matrix
     result = left @ matrix if bias is None else torch.addmm(bias.to(left.dtype), left, matrix)
-    return result if low is None else result.addmm_(low, factor.T)
-
-
-# --- triton
+    return result if factor is None else result.addmm_(low, factor.T)
 
 
 def _product_triton(left, packed, low, factor, bias, forward):  # type: ignore[no-untyped-def]

@@ -51,11 +51,6 @@ class Packed(NamedTuple):
     offset: torch.Tensor | None = None  # nf4: () float32, added to every scale
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(part.nbytes for part in self.parts if part is not None)
-
-    @property
     def device(self) -> torch.device:
         """The device of the tensors."""
         return self.quants.device
@@ -67,17 +62,14 @@ class Packed(NamedTuple):
 
     def rows(self, index: slice | torch.Tensor) -> "Packed":
         """A part of the rows; of nf4 a slice from a multiple of GROUP, so that groups stay whole."""
-        mins = None if self.mins is None else self.mins[index]
-        groups = self.groups
+        groups, mins = self.groups, None if self.mins is None else self.mins[index]
         if groups is not None:
             assert isinstance(index, slice) and index.start % GROUP == 0, (
                 f"nf4 rows {index} do not start at a group"
             )
             groups = groups[index.start * self.scales.shape[1] // GROUP :]
-        quants = self.quants[index]
-        return Packed(
-            self.format, (len(quants), self.shape[1]), quants, self.scales[index], mins, groups, self.offset
-        )
+        quants, scales = self.quants[index], self.scales[index]
+        return Packed(self.format, (len(quants), self.shape[1]), quants, scales, mins, groups, self.offset)
 
     def to(self, device: torch.device | str) -> "Packed":
         """The same matrix on another device."""
@@ -153,15 +145,15 @@ def expanded_rows(
     """
     out, into = matrix.shape
     step = out if rows is None else max(rows, GROUP)
-    if isinstance(matrix, torch.Tensor):
-        for first in range(0, out, step):
-            yield slice(first, min(first + step, out)), matrix[first : first + step]
-        return
-    step = max(min(step, EXPANDED_BYTES // (dtype.itemsize * into)) // GROUP, 1) * GROUP
-    buffer = torch.empty(min(step, out), into, dtype=dtype, device=matrix.device)
+    if isinstance(matrix, Packed):
+        step = max(min(step, EXPANDED_BYTES // (dtype.itemsize * into)) // GROUP, 1) * GROUP
+        buffer = torch.empty(min(step, out), into, dtype=dtype, device=matrix.device)
     for first in range(0, out, step):
         piece = slice(first, min(first + step, out))
-        yield piece, expand(matrix.rows(piece), out=buffer[: piece.stop - first])
+        if isinstance(matrix, Packed):
+            yield piece, expand(matrix.rows(piece), out=buffer[: piece.stop - first])
+        else:
+            yield piece, matrix[piece]
 
 
 def from_gguf(data: torch.Tensor, format: Literal["q8_0", "q4_0", "q4_1"], shape: tuple[int, int]) -> Packed:
@@ -198,8 +190,13 @@ def _values(packed: Packed, rows: slice) -> torch.Tensor:
     """A part of the rows in float32, padding included."""
     quants, size = packed.quants[rows], BLOCK[packed.format]
     if packed.format != "q8_0":
-        quants = _halves(quants, size)
-    values = _table(quants.device)[quants.int()] if packed.format == "nf4" else quants.float()
+        # the inverse of _nibbles; sixteen bytes move as one complex number, eight times as fast as by byte
+        shape = len(quants), -1, size // 2
+        halves = (half.view(shape).view(torch.complex128) for half in (quants & 15, quants >> 4))
+        quants = torch.stack(tuple(halves), -2).view(torch.uint8).view(len(quants), -1)
+    values = (
+        torch.tensor(NF4, device=quants.device)[quants.int()] if packed.format == "nf4" else quants.float()
+    )
     values = values.view(len(quants), -1, size)
     if packed.format == "q4_0":
         values.sub_(8)
@@ -207,17 +204,6 @@ def _values(packed: Packed, rows: slice) -> torch.Tensor:
     if packed.mins is not None:
         values.add_(packed.mins[rows][..., None])
     return values.flatten(1)
-
-
-def _halves(quants: torch.Tensor, size: int) -> torch.Tensor:
-    """(out, blocks · size / 2) bytes to (out, blocks · size) in 0..15; the inverse of _nibbles.
-
-    Sixteen bytes move at once, as one complex number: eight times as fast as byte by byte.
-    """
-    low, high = (
-        half.view(len(quants), -1, size // 2).view(torch.complex128) for half in (quants & 15, quants >> 4)
-    )
-    return torch.stack((low, high), -2).view(torch.uint8).view(len(quants), -1)
 
 
 def _pack_q8_0(blocks: torch.Tensor, shape: tuple[int, int]) -> Packed:
@@ -244,21 +230,19 @@ def _pack_q4_1(blocks: torch.Tensor, shape: tuple[int, int]) -> Packed:
 def _pack_nf4(blocks: torch.Tensor, shape: tuple[int, int]) -> Packed:
     largest = blocks.abs().amax(-1)
     offset = largest.mean()
-    codes, groups = _pack_scales((largest - offset).flatten())
-    packed = Packed("nf4", shape, blocks, codes.view_as(largest), None, groups, offset)
-    scales = _scales(packed, slice(None))[..., None]  # as rounded: the quants make up for the rounding
-    table = _table(blocks.device)
-    bounds = (table[1:] + table[:-1]) / 2
-    quants = torch.bucketize(blocks * _inverse(scales), bounds).to(torch.uint8)
+    scales = (largest - offset).flatten()
+    grouped = torch.nn.functional.pad(scales, (0, -len(scales) % GROUP)).view(-1, GROUP)
+    groups = grouped.abs().amax(-1)
+    codes = _nearest(grouped * _inverse(groups[:, None]), dynamic_map(blocks.device)).flatten()
+    packed = Packed("nf4", shape, blocks, codes[: len(scales)].view_as(largest), None, groups, offset)
+    rounded = _scales(packed, slice(None))[..., None]  # the quants make up for the rounding
+    quants = _nearest(blocks * _inverse(rounded), torch.tensor(NF4, device=blocks.device))
     return packed._replace(quants=_nibbles(quants))
 
 
-def _pack_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    grouped = torch.nn.functional.pad(scales, (0, -len(scales) % GROUP)).view(-1, GROUP)
-    groups = grouped.abs().amax(-1)
-    levels = dynamic_map(scales.device)
-    codes = torch.bucketize(grouped * _inverse(groups[:, None]), (levels[1:] + levels[:-1]) / 2)
-    return codes.to(torch.uint8).flatten()[: len(scales)], groups
+def _nearest(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """The number of the nearest of ascending levels, uint8."""
+    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
 
 
 def _scales(packed: Packed, rows: slice) -> torch.Tensor:
@@ -283,10 +267,6 @@ def dynamic_map(device: torch.device | str = "cpu") -> torch.Tensor:
         means = (10.0 ** (decade - 6) * (edges[1:] + edges[:-1]) / 2).tolist()
         values += [*means, *(-mean for mean in means)]
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
-
-
-def _table(device: torch.device) -> torch.Tensor:
-    return torch.tensor(NF4, device=device)
 
 
 def _inverse(scale: torch.Tensor) -> torch.Tensor:

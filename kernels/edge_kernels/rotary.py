@@ -62,16 +62,12 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, False)
+        return (_rotate_triton if on_triton(x) else _rotate_torch)(x, cos, sin, False)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         cos, sin = ctx.saved_tensors
-        return _rotate(dy, cos, sin, True), None, None
-
-
-def _rotate(x, cos, sin, back):  # type: ignore[no-untyped-def]
-    return (_rotate_triton if on_triton(x) else _rotate_torch)(x, cos, sin, back)
+        return (_rotate_triton if on_triton(dy) else _rotate_torch)(dy, cos, sin, True), None, None
 
 
 # --- torch
@@ -97,23 +93,15 @@ def _rotate_triton(x, cos, sin, back):  # type: ignore[no-untyped-def]
     x = x if x.stride(-1) == 1 else x.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
     y = torch.empty_like(x)
-    batch, heads, tokens, width = x.shape
-    n = cos.shape[-1]
+    (batch, heads, tokens, width), n = x.shape, cos.shape[-1]
     strides = (*x.stride()[:3], *y.stride()[:3], 0 if len(cos) == 1 else tokens * n)
+    columns = triton.next_power_of_2(width)
+    heads_at_once = min(triton.next_power_of_2(heads), max(4096 // columns, 1))
+    tile = {"HEADS": heads_at_once, "COLUMNS": columns, "num_warps": 4}
     _rotate_kernel[(batch, tokens)](
-        x, cos, sin, y, heads, *strides, WIDTH=width, HALF=n // 2, BACK=back, **_tile(heads, width)
+        x, cos, sin, y, heads, *strides, WIDTH=width, HALF=n // 2, BACK=back, **tile
     )
     return y
-
-
-def _tile(heads: int, width: int) -> dict[str, int]:
-    """Launch options: HEADS at a time; COLUMNS is width padded to a power of two."""
-    columns = triton.next_power_of_2(width)
-    return {
-        "HEADS": min(triton.next_power_of_2(heads), max(4096 // columns, 1)),
-        "COLUMNS": columns,
-        "num_warps": 4,
-    }
 
 
 @jit
@@ -164,5 +152,5 @@ def ahead_of_time() -> Iterator[Launch]:
     ):
         x, cos = blank(dtype, 2, heads, 16, width), blank(dtype, 1, 16, n)
         label = f"rotary {name} {heads} heads of {width}"
-        for direction, back in (("forward", False), ("backward", True)):
-            yield Launch(f"{label} {direction}", _rotate_triton, (x, cos, cos, back))
+        yield Launch(f"{label} forward", _rotate_triton, (x, cos, cos, False))
+        yield Launch(f"{label} backward", _rotate_triton, (x, cos, cos, True))

@@ -93,10 +93,8 @@ class Connection:
         Raises:
             BrokerUnreachable, Refused: see `Session.connect`.
         """
-        with self.changed:
-            if self.state is not State.CLOSED:
-                raise BrokerError(f"already connected to {self.address}, or still closing")
-            self.state, self._leaving = State.OPENING, False
+        if self.state is not State.CLOSED:
+            raise BrokerError(f"already connected to {self.address}, or still closing")
         self.client.connect_timeout = timeout_s
         properties = Properties(PacketTypes.CONNECT)
         properties.SessionExpiryInterval = self._expiry_s
@@ -109,6 +107,7 @@ class Connection:
         clean = paho.MQTT_CLEAN_START_FIRST_ONLY if self._expiry_s else True
         self.client.connect_async(host, port, _KEEPALIVE_S, clean_start=clean, properties=properties)
         self._thread = threading.Thread(target=self._run, name="edge-broker", daemon=True)
+        self.state, self._leaving = State.OPENING, False
         self._thread.start()
         with self.changed:
             answered = self.changed.wait_for(lambda: self.state is not State.OPENING, timeout_s)
@@ -152,8 +151,9 @@ class Connection:
         """Publish the presence if there is room; after "offline" nothing else is published."""
         assert self.spec
         with self._speaking:
-            self._leaving |= state == "offline"
-            if self._leaving and state != "offline":
+            if state == "offline":
+                self._leaving = True
+            elif self._leaving:
                 return None
             body = messages.encode(messages.Presence(state=state, epoch=self.epoch))
             return self.post(topics.presence(self.spec.fleet, self.spec.id), body, True, None, None, waited)

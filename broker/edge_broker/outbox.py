@@ -87,21 +87,14 @@ class Outbox:
         )
         return [messages.decode(text, Manifest) for (text,) in rows]
 
-    def find(self, transfer: str) -> tuple[Manifest, str] | None:
-        """An update's manifest and state (pending, committed, rejected)."""
-        query = "SELECT manifest, state FROM outbox_update WHERE transfer = ?"
-        row = self._database.execute(query, (transfer,)).fetchone()
-        return (messages.decode(row[0], Manifest), row[1]) if row else None
-
     def payload(self, transfer: str) -> Path:
         """The file with an update's bytes.
 
         Raises:
             BrokerError: there is no such update.
         """
-        row = self._database.execute(
-            "SELECT payload FROM outbox_update WHERE transfer = ?", (transfer,)
-        ).fetchone()
+        query = "SELECT payload FROM outbox_update WHERE transfer = ?"
+        row = self._database.execute(query, (transfer,)).fetchone()
         if not row:
             raise BrokerError(f"transfer {transfer} is not in the outbox")
         return self._folder.absolute() / str(row[0])

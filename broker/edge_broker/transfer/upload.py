@@ -148,11 +148,11 @@ class Uploader:
         return upload.due - now
 
     def _answered(self, answer: Inbox) -> Committed | Rejected | None:
-        entry = self._outbox.find(answer.transfer)
-        if not entry or entry[1] != "pending":
+        pending = {manifest.transfer: manifest for manifest in self._outbox.pending()}
+        manifest, upload = pending.get(answer.transfer), self._current
+        if not manifest:
             return None
-        manifest, upload = entry[0], self._current
-        if upload and upload.manifest.transfer != answer.transfer:
+        if upload and upload.manifest != manifest:
             upload = None
         if isinstance(answer, Receipt):
             return self._settle(Committed(manifest=manifest))

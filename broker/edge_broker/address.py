@@ -50,11 +50,7 @@ class Address(msgspec.Struct, frozen=True):
         return f"{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
     def tls(self) -> ssl.SSLContext | None:
-        """The TLS context, or None for mqtt://.
-
-        Raises:
-            BrokerError: a file is missing or holds no certificate or key.
-        """
+        """The TLS context, or None for mqtt://; BrokerError if a file is missing or holds no key."""
         if self.scheme != "mqtts":
             return None
         try:

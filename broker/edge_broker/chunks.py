@@ -27,11 +27,7 @@ def size_of(cut: Manifest | Artifact, index: int) -> int:
 
 
 def read(path: Path, cut: Manifest | Artifact, index: int) -> bytes:
-    """One chunk of a whole file.
-
-    Raises:
-        OSError: the file cannot be read, or is shorter than it was.
-    """
+    """One chunk of a whole file; OSError if it cannot be read, or is shorter than it was."""
     with path.open("rb") as file:
         file.seek(index * cut.chunk_bytes)
         data = file.read(size_of(cut, index))
@@ -46,11 +42,7 @@ def pack(index: int, data: bytes) -> bytes:
 
 
 def unpack(payload: bytes) -> tuple[int, bytes]:
-    """The index and the data of such a payload.
-
-    Raises:
-        BadMessage: the payload has no data.
-    """
+    """The index and the data of such a payload; BadMessage if it has no data."""
     if len(payload) <= _INDEX.size:
         raise BadMessage(f"a chunk of {len(payload)} bytes; it needs 4 of index and at least 1 of data")
     return _INDEX.unpack_from(payload)[0], payload[_INDEX.size :]
@@ -83,11 +75,7 @@ class PartialFile:
     """A file whose chunks are written in any order."""
 
     def __init__(self, path: Path, cut: Manifest | Artifact, written: bytes | None = None) -> None:
-        """Go on with a file, or begin it anew at its full size.
-
-        Args:
-            written: a byte a chunk, 1 where the chunk is in the file; None: no chunk is.
-        """
+        """Go on with a file whose written chunks are 1 in `written`, or begin it at its full size."""
         self._path, self._cut = path, cut
         self.written = bytearray(written or cut.chunks)
         self.unsynced = 0  # chunks written since the file was last synced, by its owner

@@ -88,11 +88,7 @@ class Connection:
         self.client = self._make_client(client_id)
 
     def open(self, timeout_s: float) -> None:
-        """Connect, trying once.
-
-        Raises:
-            BrokerUnreachable, Refused: see `Session.connect`.
-        """
+        """Connect, trying once. Raises as `Session.connect` does."""
         if self.state is not State.CLOSED:
             raise BrokerError(f"already connected to {self.address}, or still closing")
         self.client.connect_timeout = timeout_s
@@ -130,11 +126,7 @@ class Connection:
     def post(
         self, topic: str, payload: bytes, retain: bool, expiry_s: int | None, limit: int | None, waited: bool
     ) -> Ticket | None:
-        """Give a publish to paho if there is a connection and a slot, else return None.
-
-        Raises:
-            Refused: the packet is larger than the broker takes.
-        """
+        """Give a publish to paho if there is a connection and a slot, else return None."""
         properties = None
         if expiry_s is not None:
             properties = Properties(PacketTypes.PUBLISH)

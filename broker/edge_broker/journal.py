@@ -113,12 +113,7 @@ class Journal:
             self._insert(manifest, bytes(manifest.chunks))
 
     def write(self, manifest: Manifest, index: int, data: bytes) -> bool:
-        """Write a chunk of an open transfer to its place; False if it was written before.
-
-        Raises:
-            BadMessage: the transfer has no such chunk, or the chunk has another size.
-            OSError: the disk is full or broken.
-        """
+        """Write a chunk of an open transfer, as `PartialFile.write` does, and record every sixteen."""
         file = self._file(manifest)
         fresh = file.write(index, data)
         if file.unsynced >= _FLUSH_CHUNKS:
@@ -130,11 +125,7 @@ class Journal:
         return self._file(manifest).missing(limit)
 
     def verify(self, manifest: Manifest) -> Path:
-        """Make a complete transfer durable and compare its bytes with the manifest's digest.
-
-        Raises:
-            BadMessage: the bytes have another digest.
-        """
+        """Make a complete transfer durable; BadMessage if its bytes have another digest than offered."""
         self._flush(manifest)
         path = self.payload(manifest.transfer)
         digest, size = messages.digest_and_size(path)
@@ -149,8 +140,7 @@ class Journal:
     def commit(self, transfer: str, within: Callable[[], object] = lambda: None) -> bool:
         """Commit an open transfer; False if it is not open, or the device counts in that round.
 
-        Args:
-            within: changes of the caller in the same transaction; called only if the update counts.
+        within makes changes of the caller in the same transaction, if the update counts.
         """
         entry = self.find(transfer)
         if not entry or entry.state != "open" or self.counted(entry.manifest.device, entry.manifest.round):

@@ -179,11 +179,7 @@ def _await_answer(process: subprocess.Popen[bytes], url: str) -> None:
 
 
 def free_port(port: int = 0) -> int:
-    """A port of loopback that is free right now: the given one, or any for 0.
-
-    Raises:
-        BrokerError: the port is taken.
-    """
+    """A port of loopback that is free right now: the given one, else BrokerError; or any for 0."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         # As brokers do: a port in TIME_WAIT is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

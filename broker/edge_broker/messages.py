@@ -123,11 +123,7 @@ def decode(body: bytes | str, kind: type[T], name: str = "") -> T:
 
 
 def decode_inbox(body: bytes) -> Inbox:
-    """Read a message of a device's inbox.
-
-    Raises:
-        BadMessage: as for `decode`.
-    """
+    """Read a message of a device's inbox. Raises as `decode` does."""
     try:
         return msgspec.json.decode(body, type=Inbox)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -135,11 +131,7 @@ def decode_inbox(body: bytes) -> Inbox:
 
 
 def describe(payload: Path, origin: Origin, chunk_bytes: int) -> Manifest:
-    """The manifest of a file, with a random transfer name and no sequence number yet.
-
-    Raises:
-        BrokerError: the file is empty.
-    """
+    """The manifest of a file, with a random transfer name and no sequence number yet."""
     sha256, size = digest_and_size(payload)
     return Manifest(
         **msgspec.structs.asdict(origin),

@@ -49,17 +49,10 @@ class Outbox:
         return store.transaction(self._database)
 
     def add(self, manifest: Manifest, payload: Path) -> Manifest:
-        """Store an update until its receipt.
+        """Store an update until its receipt; its file must stay unchanged so long.
 
-        Args:
-            manifest: from `messages.describe`; its sequence is replaced.
-            payload: must stay unchanged until the update is settled.
-
-        Returns:
-            The manifest with its sequence number.
-
-        Raises:
-            BrokerError: the size is not the manifest's, or the outbox has the transfer already.
+        Returns the manifest, which is from `messages.describe`, with its sequence number. Raises
+        BrokerError where the file's size is not the manifest's, or the transfer is stored already.
         """
         if (size := payload.stat().st_size) != manifest.size:
             raise BrokerError(
@@ -88,11 +81,7 @@ class Outbox:
         return [messages.decode(text, Manifest) for (text,) in rows]
 
     def payload(self, transfer: str) -> Path:
-        """The file with an update's bytes.
-
-        Raises:
-            BrokerError: there is no such update.
-        """
+        """The file with an update's bytes; BrokerError if there is no such update."""
         query = "SELECT payload FROM outbox_update WHERE transfer = ?"
         row = self._database.execute(query, (transfer,)).fetchone()
         if not row:

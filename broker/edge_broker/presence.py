@@ -31,13 +31,9 @@ class Tracker:
         self.devices: dict[str, messages.Presence] = {}
 
     def handle(self, topic: str, payload: bytes) -> str | None:
-        """Take in a message from a presence topic.
+        """Take in a message; BadMessage if it is on a presence topic and malformed.
 
-        Returns:
-            The device whose state changed. None for another topic, or a stale or repeated message.
-
-        Raises:
-            BadMessage: a malformed message on a presence topic.
+        Returns the device whose state changed. None for another topic, a stale or a repeated message.
         """
         try:
             source = topics.parse(topic)

@@ -89,11 +89,7 @@ def open(signed_bytes: bytes, domain: str, expected_key: str | None) -> tuple[by
 
 
 def peek(signed_bytes: bytes) -> Signed:
-    """The envelope without any verification: only to find out which key to expect.
-
-    Raises:
-        BadMessage: it is malformed.
-    """
+    """The envelope without any verification: only to find out which key to expect."""
     return messages.decode(signed_bytes, Signed, "signed message")
 
 

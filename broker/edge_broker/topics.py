@@ -23,6 +23,11 @@ from edge_broker.errors import BadMessage, BrokerError
 ANY = "+"
 NAME = r"(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,64}"  # also names a file: neither . nor ..
 DIGEST = r"[0-9a-f]{64}"
+_NAME_RULE = (NAME, "1-64 characters out of A-Z a-z 0-9 . _ -, and not . or .. alone")
+_RULES = {
+    "digest": (DIGEST, "64 characters out of 0-9 a-f"),
+    "chunk": ("[0-9]{1,9}", "to be a number of at most 9 digits"),
+}
 _ROOT = "edge/1"
 _LAYOUT = {
     "round": "{fleet}/round",
@@ -101,33 +106,27 @@ def artifact(fleet: str, digest: str, chunk: int | str) -> str:
 
 
 def parse(topic: str) -> Topic:
-    """Take a topic apart.
-
-    Raises:
-        BadMessage: it is none of this layout.
-    """
+    """Take a topic apart; BadMessage if it is none of this layout."""
     for kind, pattern in _PATTERNS.items():
         if match := pattern.fullmatch(topic):
             fields = match.groupdict()
             try:
                 for field, value in fields.items():
-                    _check(field, value)
+                    name(field, value)
             except BrokerError as error:
                 raise BadMessage(f"topic {topic!r}: {error}") from None
             return Topic(kind=kind, chunk=int(fields.pop("chunk", -1)), **fields)
     raise BadMessage(f"topic {topic!r} is none of {_ROOT}/<fleet>/{{{', '.join(_LAYOUT)}}}")
 
 
-def name(kind: str, value: str) -> str:
-    """Return the value if it can be a fleet, device, node or transfer name.
+def name(field: str, value: str) -> str:
+    """Return the value if a topic can have it in this field; else raise BrokerError.
 
-    Raises:
-        BrokerError: it is not 1-64 characters of [A-Za-z0-9._-], or is "." or "..".
+    A field without a rule of its own needs a name: a fleet, a device, a node, a transfer.
     """
-    if not re.fullmatch(NAME, value):
-        raise BrokerError(
-            f"the {kind} is {value!r}; it needs 1-64 characters out of A-Z a-z 0-9 . _ -, and not . or .. alone"
-        )
+    pattern, needs = _RULES.get(field, _NAME_RULE)
+    if not re.fullmatch(pattern, value):
+        raise BrokerError(f"the {field} is {value!r}; it needs {needs}")
     return value
 
 
@@ -140,16 +139,5 @@ def client_id(role: str, fleet: str, name: str) -> str:
 def _build(kind: str, **fields: str) -> str:
     for field, value in fields.items():
         if value != ANY:
-            _check(field, value)
+            name(field, value)
     return f"{_ROOT}/{_LAYOUT[kind].format(**fields)}"
-
-
-def _check(field: str, value: str) -> None:
-    if field == "chunk":
-        if not re.fullmatch("[0-9]{1,9}", value):
-            raise BrokerError(f"the chunk is {value!r}; it needs to be a number of at most 9 digits")
-    elif field == "digest":
-        if not re.fullmatch(DIGEST, value):
-            raise BrokerError(f"the digest is {value!r}; it needs 64 characters out of 0-9 a-f")
-    else:
-        name(field, value)

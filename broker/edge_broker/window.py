@@ -21,7 +21,8 @@ class Ticket:
     """A publish without its PUBACK yet."""
 
     def __init__(self, topic: str, size: int, waited: bool) -> None:
-        self.topic, self.size, self.waited = topic, size, waited
+        self.topic, self.size = topic, size
+        self.waited = waited  # a thread waits for the answer; else a refusal becomes an Unsent event
         self.answer: str | None = None  # "": the broker took it; other text: its refusal
 
 
@@ -40,11 +41,7 @@ class Window:
     def take(self, topic: str, size: int, limit: int | None, waited: bool) -> Ticket | None:
         """Take a slot for a packet of size bytes; None if limit (or all) slots are in use.
 
-        Args:
-            waited: a thread waits for the answer; otherwise a refusal becomes an Unsent event.
-
-        Raises:
-            Refused: the packet is larger than the broker takes.
+        Raises Refused where the packet is larger than the broker takes.
         """
         with self._changed:
             if size > self.packet_max:
@@ -85,8 +82,7 @@ class Window:
     ) -> None:
         """Take the limits of a new connection, on which paho resends what is unacknowledged.
 
-        Args:
-            drop: makes paho forget these publishes, which under smaller limits would break it too.
+        Under smaller limits that would break it too: then `drop` makes paho forget it all.
         """
         with self._changed:
             self.slots, self.packet_max = slots, packet_max

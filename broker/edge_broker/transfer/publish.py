@@ -38,13 +38,9 @@ class Publisher:
         self._session.subscribe(topics.want(self._fleet, topics.ANY))
 
     def serve(self, path: Path) -> Artifact:
-        """Serve this file from now on; the file must stay unchanged until `withdraw`.
+        """Serve this file from now on; it must stay unchanged until `withdraw`, and not be empty.
 
-        Returns:
-            The pointer for the round's announcement.
-
-        Raises:
-            BrokerError: the file is empty.
+        Returns the pointer for the round's announcement.
         """
         digest, size = messages.digest_and_size(path)
         chunk_bytes = self._session.chunk_bytes
@@ -69,11 +65,7 @@ class Publisher:
         self.tick()
 
     def tick(self) -> float:
-        """Publish queued chunks, as far as the window has room.
-
-        Returns:
-            Seconds until the next tick is of use.
-        """
+        """Publish queued chunks while there is room. Returns seconds until the next tick is of use."""
         now = time.monotonic()
         if self._queue and now < self._begin_at:
             return self._begin_at - now

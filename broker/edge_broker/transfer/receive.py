@@ -82,8 +82,7 @@ class Receiver:
     def handle(self, message: Message | Event | None) -> Update | None:
         """Take a message of the session. Other topics are ignored, malformed messages are logged.
 
-        Returns:
-            A complete update: the owner checks the content, then calls `commit` or `reject`.
+        Returns an update that is complete: the owner checks its content, then commits or rejects it.
         """
         result = None
         if isinstance(message, Message):
@@ -107,11 +106,7 @@ class Receiver:
         return result
 
     def tick(self) -> float:
-        """Send answers that found no room.
-
-        Returns:
-            Seconds until the next tick is of use.
-        """
+        """Send answers that found no room. Returns seconds until the next tick is of use."""
         while self._answers:
             device, answer = self._answers[0]
             topic = topics.inbox(self._fleet, device, answer.transfer)
@@ -121,14 +116,9 @@ class Receiver:
         return IDLE_S
 
     def commit(self, transfer: str, within: Callable[[], object] = lambda: None) -> bool:
-        """Count a complete update in its round, and send its receipt.
+        """Count a complete update in its round, and send its receipt; False if it does not count now.
 
-        Args:
-            transfer: of an update that `handle` returned.
-            within: changes of the caller in the same transaction; called only if the update counts.
-
-        Returns:
-            Whether the update counts now for the first time.
+        within makes changes of the caller in the same transaction, if the update counts.
         """
         counts = self._journal.commit(transfer, within)
         entry = self._journal.find(transfer)

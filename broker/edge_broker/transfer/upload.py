@@ -100,8 +100,7 @@ class Uploader:
     def handle(self, message: Message | Event | None) -> Committed | Rejected | None:
         """Take a message of the session. Other topics are ignored, malformed messages are logged.
 
-        Returns:
-            The outcome of an update, if there is one; an unreadable payload is Rejected as "payload".
+        Returns the outcome of an update, if there is one; an unreadable payload is Rejected as "payload".
         """
         upload = self._current
         result: Committed | Rejected | None = None
@@ -125,11 +124,7 @@ class Uploader:
             self._current.ask_again(0.0)
 
     def tick(self) -> float:
-        """Send the offer that is due.
-
-        Returns:
-            Seconds until the next tick is of use.
-        """
+        """Send the offer that is due. Returns seconds until the next tick is of use."""
         now = time.monotonic()
         if self._current is None:
             pending = self._outbox.pending(limit=1)

@@ -3,8 +3,9 @@
     closed -> opening -> connected <-> lost, and from each of them -> closing -> closed
 
 paho's own thread is not used: its reconnect has no jitter, and the will's epoch must change before
-each connect. The callbacks record what happened and wake waiting threads. No lock that a callback
-takes is held across a publish, because paho holds a lock of its own while it calls back.
+each connect. The callbacks record what happened and wake waiting threads; the one of a connect sends
+the subscriptions again where the broker has lost them. No lock that a callback takes is held across
+a publish, because paho holds a lock of its own while it calls back.
 """
 
 import enum

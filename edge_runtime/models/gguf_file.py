@@ -37,12 +37,7 @@ class Tensor(msgspec.Struct, frozen=True):
 
 
 def index(path: Path, names: list[str], config: Any) -> dict[str, Tensor]:
-    """Find the tensors of a model in a GGUF file.
-
-    Args:
-        path: the GGUF file.
-        names: the model's state_dict keys.
-        config: its transformers configuration.
+    """Find the tensors of a model with these state_dict keys in a GGUF file.
 
     Raises:
         InputError: the family is not read from GGUF files, a tensor is missing, or a tensor is in a
@@ -56,6 +51,9 @@ def index(path: Path, names: list[str], config: Any) -> dict[str, Tensor]:
         )
     architecture = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[family.gguf]
     gguf_names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    interleaved = {}  # heads, by the name of the linear layer
+    if family.gguf_interleaved:
+        interleaved = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     places, tensors = headers.tensors(path), {}
     for name in names:
         inner = gguf_names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -65,12 +63,8 @@ def index(path: Path, names: list[str], config: Any) -> dict[str, Tensor]:
         kind = gguf.GGMLQuantizationType(place.kind)
         if not _expandable(kind):
             raise InputError(f"{path}: {inner} is held in {kind.name}, which cannot be expanded to numbers")
-        heads = 0
-        if family.gguf_interleaved and ".attn_q." in inner:
-            heads = config.num_attention_heads
-        elif family.gguf_interleaved and ".attn_k." in inner:
-            heads = config.num_key_value_heads
         added = family.norm_offset if inner.endswith("norm.weight") else 0.0
+        heads = interleaved.get(inner.split(".")[-2], 0)
         tensors[name] = Tensor(place.first, place.kind, place.shape, heads, added)
     return tensors
 

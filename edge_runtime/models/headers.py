@@ -20,7 +20,6 @@ from edge_runtime.errors import InputError
 
 VALUE_BYTES = dict(enumerate((1, 1, 2, 2, 4, 4, 4, 1, None, None, 8, 8, 8)))  # by GGUF's value kind
 STRING, ARRAY = 8, 9
-VERSIONS, MOST_DIMENSIONS = (2, 3), 4
 
 
 class Place(NamedTuple):
@@ -127,9 +126,9 @@ def _gguf(header: _Header) -> dict[str, Place]:
 
     if header.take(4) != b"GGUF":
         raise ValueError("it does not begin with GGUF")
-    if (version := header.number("I")) not in VERSIONS:
+    if (version := header.number("I")) not in (2, 3):
         raise ValueError(
-            f"its version is {version}, but has to be one of {VERSIONS}, least significant byte first"
+            f"its version is {version}, but has to be one of (2, 3), least significant byte first"
         )
     count, pairs, alignment = header.number("Q"), header.number("Q"), gguf.GGUF_DEFAULT_ALIGNMENT
     for _ in range(pairs):
@@ -144,8 +143,8 @@ def _gguf(header: _Header) -> dict[str, Place]:
     places = {}
     for _ in range(count):
         name, dimensions = header.take(header.number("Q")).decode(), header.number("I")
-        if dimensions > MOST_DIMENSIONS:
-            raise ValueError(f"{name} has {dimensions} dimensions, but GGUF allows {MOST_DIMENSIONS}")
+        if dimensions > 4:
+            raise ValueError(f"{name} has {dimensions} dimensions, but GGUF allows 4")
         shape = tuple(header.number("Q") for _ in range(dimensions))[::-1]
         kind, first = header.number("I"), header.number("Q")
         if kind not in blocks:

@@ -28,8 +28,6 @@ from edge_runtime.models import facts as facts_
 from edge_runtime.models import sources
 from edge_runtime.models.facts import Facts
 
-LOCK_TIMEOUT_S = 600.0
-
 
 def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = False) -> Facts:
     """Find the source, and write its facts to the cache unless they are there.
@@ -59,7 +57,7 @@ def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = Fa
     suffix = ["random"] if random_weights else [sources.digest(companions, cache)[:12]] if companions else []
     ready = cache / "-".join([name, revision, *suffix])
     # several agents of one machine may share the cache
-    with FileLock(ready.with_suffix(".lock"), timeout=LOCK_TIMEOUT_S):
+    with FileLock(ready.with_suffix(".lock"), timeout=600.0):
         if not ready.exists():
             with tempfile.TemporaryDirectory(dir=cache) as scratch, lean_imports():
                 written = Path(scratch) / ready.name
@@ -88,7 +86,7 @@ def _write(path: Path, folder: Path, model_class: str, random_weights: bool) -> 
     tokenizer.save_pretrained(folder)
     del tokenizer  # a large vocabulary takes more memory than all that follows
     model = empty_model(config)
-    row, blocks = structure.family(model), structure.blocks(model)
+    blocks = structure.blocks(model)
     if not blocks:
         raise InputError(
             f"the model at {path} has 0 layers, but needs 1 or more: its config.json may be damaged"
@@ -97,7 +95,7 @@ def _write(path: Path, folder: Path, model_class: str, random_weights: bool) -> 
         tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
         index = gguf_file.index(path, [name for name in model.state_dict() if name not in tied], config)
         (folder / "tensors.json").write_bytes(msgspec.json.encode(index))
-    linears = structure.widths(blocks[0], row)
+    linears = structure.widths(blocks[0], structure.family(model))
     facts = facts_.read(config, linears, model_class=model_class, folder="", weights="")
     (folder / "facts.json").write_bytes(msgspec.json.encode(facts))
 
@@ -164,7 +162,7 @@ def main() -> int:
     except EdgeError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
-    # a full disk, or a lock that another process has held for LOCK_TIMEOUT_S
+    # a full disk, or a lock that another process holds for too long
     except OSError as error:
         sys.stderr.write(f"{options.source} cannot be prepared in {options.cache}: {error}\n")
         return InputError.exit_code

@@ -1,8 +1,6 @@
 """Models for the tests: tiny random ones of every family, and the demo's real one, prepared once."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -78,14 +76,23 @@ def tiny_facts(tiny_folder, cache):
     return prepare(str(tiny_folder), tiny_folder.parent, cache / "models")
 
 
+@pytest.fixture(scope="session")
+def template():
+    """Where trainer processes of tests are forked from, when their memory does not matter."""
+    from template import Template
+
+    started = Template()
+    yield started
+    started.close()
+
+
 @pytest.fixture
-def trained(tiny_facts, tmp_path):
+def trained(tiny_facts, tmp_path, template):
     """trained(name, rows, held_out, **changes): one job in a trainer process of its own; its folder and result."""
     import msgspec
     from jobs import job_of
 
     from edge_runtime import settings
-    from edge_runtime.planning import processes
     from edge_runtime.protocol.plan import Plan
     from edge_runtime.protocol.report import Result
     from edge_runtime.trainer import data
@@ -112,8 +119,7 @@ def trained(tiny_facts, tmp_path):
             "threads": 1,
         }
         (folder / "job.json").write_bytes(msgspec.json.encode(job_of(**{**values, **changes})))
-        command = [sys.executable, "-m", "edge_runtime.trainer", str(folder)]
-        ended = subprocess.run(command, env=processes.environment(), capture_output=True, timeout=1000)
+        ended = template.run(folder)
         assert ended.returncode == 0, ended.stderr.decode()
         return folder, msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
 

@@ -31,7 +31,7 @@ def shares(spec: Spec, folder: Path, seed: int) -> dict[str, list[Row]]:
             count = task.per_label or -(-task.rows // len(by_label))
             count = min(count, len(mixed) // max(len(holders), 1))
             for number, holder in enumerate(holders):
-                held[holder] += _bare(mixed[number * count : (number + 1) * count])
+                held[holder] += mixed[number * count : (number + 1) * count]
     for device, rows in held.items():
         if not rows:
             raise InputError(f"the device {device} has no rows: its domains are not in its data")
@@ -56,14 +56,14 @@ def test_rows(task: Data, folder: Path) -> list[Row]:
     """A task's held-out rows, the same for every arm and seed."""
     rows = _labelled(folder / task.test)
     if not task.test_per_label:
-        return _bare(random.Random(0).sample(rows, min(task.test_rows or len(rows), len(rows))))
+        return random.Random(0).sample(rows, min(task.test_rows or len(rows), len(rows)))
     drawn = _evenly(_by_label(rows), task.test_per_label)
     label, count = Counter(row["label"] for row in drawn).most_common()[-1]
     if count < task.test_per_label:
         raise InputError(
             f"test_per_label is {task.test_per_label}, but {task.test} has {count} rows of `{label}`"
         )
-    return _bare(drawn)
+    return drawn
 
 
 def _by_label(rows: list[Row]) -> dict[str, list[Row]]:
@@ -88,8 +88,3 @@ def _labelled(path: Path) -> list[Row]:
         if "label" not in row:
             raise InputError(f"row {number} of {path} has no label, which a study needs")
     return rows
-
-
-def _bare(rows: list[Row]) -> list[Row]:
-    """Text and label alone."""
-    return [{"text": row["text"], "label": row["label"]} for row in rows]

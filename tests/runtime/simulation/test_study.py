@@ -18,7 +18,7 @@ from edge_runtime import cli, methods, settings
 from edge_runtime.errors import EdgeError, InputError
 from edge_runtime.planning import processes
 from edge_runtime.protocol import codec
-from edge_runtime.simulation import cut, draw, grid, pictures, report, results, spec, versions
+from edge_runtime.simulation import cut, draw, grid, report, results, spec, versions
 from edge_runtime.simulation.results import Answers, Member, Outcome, accuracy
 
 STUDY = """
@@ -382,8 +382,8 @@ def test_a_difference_is_paired_by_seed_and_has_students_interval(study):
 
 
 def test_the_slope_is_that_of_the_power_of_the_rounds():
-    assert pictures.slope([3 * round_**-0.5 for round_ in range(1, 7)]) == pytest.approx(-0.5)
-    assert pictures.slope([2.0, 2.0, 2.0]) == pytest.approx(0)
+    assert report.slope([3 * round_**-0.5 for round_ in range(1, 7)]) == pytest.approx(-0.5)
+    assert report.slope([2.0, 2.0, 2.0]) == pytest.approx(0)
 
 
 @pytest.mark.parametrize(

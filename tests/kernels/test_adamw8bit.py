@@ -416,6 +416,12 @@ def test_after_close_a_backward_steps_nothing():
 # --- state
 
 
+def state_bytes(optimiser):
+    """Bytes of all tensors that the optimiser and its clipping hold, but for the number one."""
+    values = [*vars(optimiser).values(), *vars(optimiser._clipping).values()]
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor) and value.dim())
+
+
 def test_state_is_two_bytes_a_value_and_the_scales():
     parameters = [
         nn.Parameter(torch.zeros(64, 256, device=DEVICE)),
@@ -423,12 +429,12 @@ def test_state_is_two_bytes_a_value_and_the_scales():
     ]
     optimiser = AdamW8bit(parameters)
     values = 64 * 256 + 16 * 16
-    assert optimiser.nbytes == 2 * values + 8 * values // BLOCK + 8 + 8 * len(parameters)
+    assert state_bytes(optimiser) == 2 * values + 8 * values // BLOCK + 8 + 8 * len(parameters)
     feed(parameters, [torch.ones_like(p) for p in parameters])
-    assert optimiser.nbytes < 2.04 * values
+    assert state_bytes(optimiser) < 2.04 * values
     with optimiser.accumulating():
         feed(parameters, [torch.ones_like(p) for p in parameters])
-    assert optimiser.nbytes < 6.04 * values
+    assert state_bytes(optimiser) < 6.04 * values
 
 
 # --- bad input

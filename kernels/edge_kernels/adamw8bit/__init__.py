@@ -60,8 +60,7 @@ class AdamW8bit:
         clip_norm: float | None = None,
     ) -> None:
         self.parameters = list(parameters)
-        _check_parameters(self.parameters)
-        _check_numbers(lr, weight_decay, clip_norm)
+        _check(self.parameters, lr, weight_decay, clip_norm)
         self.lr, self.weight_decay = lr, weight_decay
         device = self.parameters[0].device
         blocks = [math.ceil(p.numel() / BLOCK) for p in self.parameters]
@@ -81,12 +80,6 @@ class AdamW8bit:
             p.register_post_accumulate_grad_hook(partial(self._take, index))
             for index, p in enumerate(self.parameters)
         ]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the state: moments, scales, what clipping keeps, and sums of micro-batches."""
-        sums = 0 if self._sums is None else self._sums.nbytes
-        return self._first.nbytes + self._second.nbytes + self._scales.nbytes + self._clipping.nbytes + sums
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -200,8 +193,11 @@ class AdamW8bit:
     def _step_numbers(self, index: int, count: int) -> Step:
         beta1, beta2 = BETAS
         rate, root = self.lr / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)
-        decay, seed = 1 - self.lr * self.weight_decay, _seed(index, count)
-        return Step(decay, 1 - beta1, 1 - beta2, rate, root, EPS, seed)
+        decay = 1 - self.lr * self.weight_decay
+        # 31 bits for a factor and step; odd and not 1, so that Triton compiles one kernel for all
+        mixed = (index * 0x7FEB352D + count) * 0x9E3779B1 & 0xFFFFFFFF
+        mixed = (mixed ^ mixed >> 15) * 0x846CA68B & 0xFFFFFFFF
+        return Step(decay, 1 - beta1, 1 - beta2, rate, root, EPS, seed=mixed >> 1 | 3)
 
     def _clip(self, grads: dict[int, torch.Tensor]) -> torch.Tensor:
         return self._clipping.factor(grads, len(self._stepped) / len(self.parameters))
@@ -218,14 +214,9 @@ class AdamW8bit:
         return self._sums[self._starts[index] :].view(-1)[: self.parameters[index].numel()]
 
 
-def _seed(index: int, count: int) -> int:
-    """31 bits for a factor and step; odd and not 1, so that Triton compiles one kernel for all."""
-    mixed = (index * 0x7FEB352D + count) * 0x9E3779B1 & 0xFFFFFFFF
-    mixed = (mixed ^ mixed >> 15) * 0x846CA68B & 0xFFFFFFFF
-    return mixed >> 1 | 3
-
-
-def _check_parameters(parameters: list[torch.nn.Parameter]) -> None:
+def _check(
+    parameters: list[torch.nn.Parameter], lr: float, weight_decay: float, clip_norm: float | None
+) -> None:
     if not parameters:
         raise ValueError("parameters has none, but at least one is needed")
     if len({id(p) for p in parameters}) < len(parameters):
@@ -241,14 +232,8 @@ def _check_parameters(parameters: list[torch.nn.Parameter]) -> None:
     if len({p.device for p in parameters}) > 1:
         devices = sorted({str(p.device) for p in parameters})
         raise ValueError(f"parameters are on {devices}, but need to share one device")
-
-
-def _check_numbers(lr: float, weight_decay: float, clip_norm: float | None) -> None:
-    clip = 1.0 if clip_norm is None else clip_norm
-    for name, value, usable, needed in (
-        ("lr", lr, 0 <= lr < math.inf, "finite and not negative"),
-        ("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "finite and not negative"),
-        ("clip_norm", clip, 0 < clip < math.inf, "finite and positive, or None"),
-    ):
-        if not usable:
-            raise ValueError(f"{name} is {value}, but has to be {needed}")
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}, but has to be finite and not negative")
+    if clip_norm is not None and not 0 < clip_norm < math.inf:
+        raise ValueError(f"clip_norm is {clip_norm}, but has to be finite and positive, or None")

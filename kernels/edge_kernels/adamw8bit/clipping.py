@@ -24,11 +24,6 @@ class Clipping:
         self._passed = torch.zeros(factors, device=device)  # the latter, at each factor's turn
         self._shares = torch.zeros(factors, device=device)  # of the whole, at each factor's last turn
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the norms and shares."""
-        return self._squares.nbytes + self._passed.nbytes + self._shares.nbytes
-
     def factor(self, grads: dict[int, torch.Tensor], turns: float) -> torch.Tensor:
         """The number () to multiply with the gradients that have their turn together.
 

@@ -125,7 +125,7 @@ class Connection:
         self._thread.join(5.0)
 
     def post(
-        self, topic: str, payload: bytes, retain: bool, expiry_s: int | None, limit: int | None, waited: bool
+        self, topic: str, payload: bytes, retain: bool, waited: bool, expiry_s: int | None, limit: int | None
     ) -> Ticket | None:
         """Give a publish to paho if there is a connection and a slot, else return None."""
         properties = None
@@ -140,7 +140,7 @@ class Connection:
             self.window.sent(info.mid, ticket, on_the_wire=info.rc == paho.MQTT_ERR_SUCCESS)
         return ticket
 
-    def publish_presence(self, state: Literal["online", "offline"], waited: bool) -> Ticket | None:
+    def publish_presence(self, state: Literal["online", "offline"]) -> Ticket | None:
         """Publish the presence if there is room; after "offline" nothing else is published."""
         assert self.spec
         with self._speaking:
@@ -149,7 +149,8 @@ class Connection:
             elif self._leaving:
                 return None
             body = messages.encode(messages.Presence(state=state, epoch=self.epoch))
-            return self.post(topics.presence(self.spec.fleet, self.spec.id), body, True, None, None, waited)
+            topic, waited = topics.presence(self.spec.fleet, self.spec.id), state == "offline"
+            return self.post(topic, body, retain=True, waited=waited, expiry_s=None, limit=None)
 
     def send_subscribe(self, filters: tuple[str, ...]) -> int:
         """Send a SUBSCRIBE at QoS 1 and return its packet number; 0 without a connection."""
@@ -199,7 +200,7 @@ class Connection:
         try:
             self.client.reconnect()
             while self.client.loop(timeout=1.0) == paho.MQTT_ERR_SUCCESS:
-                if self._announce and self.publish_presence("online", waited=False):
+                if self._announce and self.publish_presence("online"):
                     self._announce = False
                 if self.state is State.CLOSING:  # close() may have come while paho was still connecting
                     self.client.disconnect()

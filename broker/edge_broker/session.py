@@ -82,9 +82,7 @@ class Session:
         connection = self._connection
         if self.connected and connection.spec:
             try:
-                self._publish(
-                    lambda: connection.publish_presence("offline", waited=True), "say offline", _OFFLINE_S
-                )
+                self._publish(lambda: connection.publish_presence("offline"), "say offline", _OFFLINE_S)
             except BrokerError as error:
                 log.warning("%s", error)
         connection.close()
@@ -137,7 +135,7 @@ class Session:
             BrokerError: no slot or no answer in time; the message may still arrive.
         """
         self._publish(
-            lambda: self._connection.post(topic, payload, retain, None, None, waited=True),
+            lambda: self._connection.post(topic, payload, retain, waited=True, expiry_s=None, limit=None),
             f"publish to {topic}",
             _PUBLISH_S,
         )
@@ -163,7 +161,7 @@ class Session:
         Raises:
             Refused: the packet is larger than the broker takes.
         """
-        return self._connection.post(topic, payload, retain, expiry_s, window, waited=False) is not None
+        return self._connection.post(topic, payload, retain, False, expiry_s, limit=window) is not None
 
     def receive(self, timeout_s: float) -> Message | Event | None:
         """The next message or event, or None after timeout_s (0: do not wait)."""

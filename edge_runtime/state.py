@@ -1,9 +1,11 @@
-"""A state folder belongs to one process at a time."""
+"""Files and folders that several processes may want at once."""
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from edge_broker.files import put
 from filelock import FileLock, Timeout
 
 from edge_runtime.errors import InputError
@@ -11,7 +13,7 @@ from edge_runtime.errors import InputError
 
 @contextmanager
 def alone(state: Path) -> Iterator[None]:
-    """Lock the folder; the system unlocks it when the process ends, also when it is killed.
+    """Lock a state folder for this process; the system unlocks it when the process ends, also when it is killed.
 
     Raises:
         InputError: another process has locked it.
@@ -26,3 +28,20 @@ def alone(state: Path) -> Iterator[None]:
         ) from error
     with lock:
         yield
+
+
+def once(path: Path, make: Callable[[Path], object], timeout_s: float = 600.0) -> None:
+    """Make a file or folder unless it is there; other processes wait until it is made.
+
+    make: writes it under the path that it is given, in a scratch folder.
+
+    Raises:
+        Timeout: another process has been making it for so long.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock", timeout=timeout_s):
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+                fresh = Path(scratch) / path.name
+                make(fresh)
+                put(fresh, path)

@@ -15,19 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from edge_broker import files
 from edge_kernels import Packed, expand, packed_linear
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from edge_runtime.errors import InputError
+from edge_runtime.state import once
 
 DTYPE = torch.bfloat16  # of activations and biases
 # of embedding and head: each row is a token, and 4 bits are too few for rare tokens
 EMBEDDING = "q8_0"
-LOCK_TIMEOUT_S = 600.0
 PARTS = Packed._fields[2:]  # its tensors; format and shape come before
 
 
@@ -69,11 +67,8 @@ def stream(block: nn.Module, matrices: Mapping[str, Callable[[], Packed]], file:
     Raises:
         InputError: when the block runs, the file cannot be read.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
     # several agents of one machine may share the cache
-    with FileLock(file.with_suffix(".lock"), timeout=LOCK_TIMEOUT_S):
-        if not file.exists():
-            _write({path: read() for path, read in matrices.items()}, file)
+    once(file, lambda fresh: _write({path: read() for path, read in matrices.items()}, fresh))
     layers: dict[str, Any] = {path: block.get_submodule(path) for path in matrices}
     empty = {path: layer.weight for path, layer in layers.items()}
     forward = block.forward
@@ -99,13 +94,11 @@ def stream(block: nn.Module, matrices: Mapping[str, Callable[[], Packed]], file:
     block.forward = run
 
 
-def _write(matrices: Mapping[str, Packed], file: Path) -> None:
+def _write(matrices: Mapping[str, Packed], fresh: Path) -> None:
     tensors = {
         f"{path}.{name}": part.contiguous()
         for path, matrix in matrices.items()
         for name, part in zip(PARTS, matrix.parts, strict=True)
         if part is not None
     }
-    fresh = file.with_suffix(".part")
     save_file(tensors, fresh)
-    files.put(fresh, file)

@@ -14,19 +14,17 @@ The weights stay where they are. Their digest alone makes the model class.
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from edge_broker.files import put
-from filelock import FileLock
 
 from edge_runtime.compat.lean_imports import lean_imports
 from edge_runtime.errors import EdgeError, InputError
 from edge_runtime.models import facts as facts_
 from edge_runtime.models import sources
 from edge_runtime.models.facts import Facts
+from edge_runtime.state import once
 
 
 def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = False) -> Facts:
@@ -57,12 +55,7 @@ def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = Fa
     suffix = ["random"] if random_weights else [sources.digest(companions, cache)[:12]] if companions else []
     ready = cache / "-".join([name, revision, *suffix])
     # several agents of one machine may share the cache
-    with FileLock(ready.with_suffix(".lock"), timeout=600.0):
-        if not ready.exists():
-            with tempfile.TemporaryDirectory(dir=cache) as scratch, lean_imports():
-                written = Path(scratch) / ready.name
-                _write(path, written, f"{name}@{revision}", random_weights)
-                put(written, ready)
+    once(ready, lambda fresh: _write(path, fresh, f"{name}@{revision}", random_weights))
     facts = msgspec.json.decode((ready / "facts.json").read_bytes(), type=Facts)
     tokenizer = ready / "tokenizer.json"
     return msgspec.structs.replace(
@@ -73,6 +66,7 @@ def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = Fa
     )
 
 
+@lean_imports()
 def _write(path: Path, folder: Path, model_class: str, random_weights: bool) -> None:
     """Write configuration, tokenizer, facts and the index of a GGUF file to a new folder."""
     from edge_runtime.compat.empty_model import empty_model
@@ -162,7 +156,7 @@ def main() -> int:
     except EdgeError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
-    # a full disk, or a lock that another process holds for too long
+    # a full disk, or another process that does not end
     except OSError as error:
         sys.stderr.write(f"{options.source} cannot be prepared in {options.cache}: {error}\n")
         return InputError.exit_code

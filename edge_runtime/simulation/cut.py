@@ -6,16 +6,15 @@ beside the whole model.
 
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import msgspec
-from edge_broker import files
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from edge_runtime.errors import InputError
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning import processes
+from edge_runtime.state import once
 
 TIMEOUT_S = 600.0
 TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "chat_template.jinja")
@@ -34,17 +33,14 @@ def cut(source: str, layers: int, models: Path) -> str:
     if not 1 <= layers <= facts.layers:
         raise InputError(f"{source} has {facts.layers} layers, so it cannot be cut to its first {layers}")
     folder = processes.cache_folder() / "cut" / f"{facts.model_class.replace('@', '-')}-first-{layers}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # runs in other workers may need the same model
+
+    def write(fresh: Path) -> None:
+        # In a process of its own: the memory of this one is for training.
+        command = ["edge_runtime.simulation.cut", str(layers), str(fresh)]
+        processes.output([*command, msgspec.json.encode(facts).decode()], TIMEOUT_S, InputError)
+
     try:
-        with FileLock(f"{folder}.lock", timeout=TIMEOUT_S):
-            if not folder.exists():
-                with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                    fresh = Path(scratch) / folder.name
-                    # In a process of its own: the memory of this one is for training.
-                    command = ["edge_runtime.simulation.cut", str(layers), str(fresh)]
-                    processes.output([*command, msgspec.json.encode(facts).decode()], TIMEOUT_S, InputError)
-                    files.put(fresh, folder)
+        once(folder, write, TIMEOUT_S)  # runs in other workers may need the same model
     except Timeout as error:
         raise InputError(
             f"{source} cannot be cut: for {TIMEOUT_S:g} s another process has held {error.lock_file}; wait for "

@@ -16,7 +16,7 @@ SVD).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from zlib import crc32
 
 from edge_runtime.methods import fedit
@@ -105,11 +105,10 @@ def best_factors(
 
 def _times(terms: Terms, columns: Tensors, *, transposed: bool = False) -> Tensors:
     """Each layer's sum, or its transpose, times these columns."""
-    sums: Tensors = {}
+    sums: dict[str, Any] = {}
     for layer, weight, (A, B) in terms():
         first, second = (B.T, A.T) if transposed else (A, B)
-        product = second @ (weight * (first @ columns[layer]))
-        sums[layer] = sums[layer] + product if layer in sums else product
+        sums[layer] = sums.get(layer, 0) + second @ (weight * (first @ columns[layer]))
     return sums
 
 

@@ -43,7 +43,7 @@ class Taken(msgspec.Struct):
 
 def taken(facts: Facts, name: str, updates: int) -> Taken:
     """Merge one round in this process."""
-    method = methods.by_name(name)
+    method = methods.METHODS[name]
     adapter = settings.Adapter(rank=RANK)
     fleet = settings.Fleet(
         "bench", (settings.Model("m"),), method=settings.MethodChoice(name), adapter=adapter
@@ -79,7 +79,7 @@ def _draw(facts: Facts, name: str, seed: int, folder: Path) -> Path:
 
 def drawn(facts: Facts, name: str, seed: int) -> bytes:
     """An encoded update of this method: what it sends of a model, in random values."""
-    method, draw = methods.by_name(name), np.random.default_rng(seed)
+    method, draw = methods.METHODS[name], np.random.default_rng(seed)
     shapes = adapter_shapes(facts, tuple(range(facts.layers)), tuple(facts.linears), RANK, method)
     sent = {key: shape for key, shape in shapes.items() if method.factor(key).exchanged}
     return codec.encode({key: draw.normal(0, 1e-3, shape).astype(np.float32) for key, shape in sent.items()})

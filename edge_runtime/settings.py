@@ -82,7 +82,7 @@ class Codistill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     (methods/codistill.py).
     """
 
-    anchors: str  # path of the public texts on the node, a .jsonl file (aggregator/anchors.py)
+    anchors: str  # path of the public texts on the node, a .jsonl file (aggregator/opening.py)
     # public texts in use: the file's first
     texts: Annotated[int, Bound(lambda texts: 1 <= texts <= 1 << 20, f"1 to {1 << 20}")] = 300
     rows: Positive = 16  # public texts in a step, beside the device's rows

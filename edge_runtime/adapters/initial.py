@@ -10,7 +10,7 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.methods.interface import Factor
+from edge_runtime.methods.interface import WIDTHS, Factor
 
 
 def initial(key: str, shape: tuple[int, ...], seed: int, factor: Factor) -> NDArray[np.float32]:
@@ -27,4 +27,6 @@ def initial(key: str, shape: tuple[int, ...], seed: int, factor: Factor) -> NDAr
     # Philox by key: every factor has a stream of its own, whatever is drawn before
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     draw = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-    return ((2 * draw.random(shape, dtype=np.float32) - 1) / np.sqrt(shape[factor.width])).astype(np.float32)
+    # of a factor that is no layer's own, the last axis
+    width = next((size for axis, size in zip(factor.axes, shape, strict=True) if axis in WIDTHS), shape[-1])
+    return ((2 * draw.random(shape, dtype=np.float32) - 1) / np.sqrt(width)).astype(np.float32)

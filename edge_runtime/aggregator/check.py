@@ -67,7 +67,11 @@ def check(payload: bytes, expected: Shapes, fleet: Fleet, method: Method) -> cod
     _check_shapes(shapes, expected, fleet, method)
     delta = codec.decode(payload)
     _check_predictions(delta)
-    _check_answers(codec.answers(payload), method)
+    answers = codec.answers(payload)
+    if method.answers is not None:
+        method.answers.check(answers)
+    elif answers:
+        raise InputError("the delta holds completions, which this fleet does not exchange")
     for key, value in delta.items():
         norm = float(np.linalg.norm(value))
         if norm > LARGEST_NORM:
@@ -93,11 +97,21 @@ def _exchanged(text: str, fleet: Fleet, method: Method) -> bool:
 
 def _check_shapes(shapes: Shapes, expected: Shapes, fleet: Fleet, method: Method) -> None:
     """Refuse shapes that do not fit the first update of the class; the node holds no model."""
-    rows = _row_of_a_label(shapes) | _row_of_a_label(expected)
-    ranks = set()
+    before, rows = (
+        [shape for key, shape in known.items() if parse(key).kind == "labels"] for known in (expected, shapes)
+    )
+    if max(len(before), len(rows)) > MOST_LABELS:
+        raise InputError(f"the delta has {len(rows)} labels, but a head has at most {MOST_LABELS}")
     for key, shape in shapes.items():
-        rank = _check_shape(key, shape, expected.get(key, rows.get(parse(key).kind)), fleet, method)
-        ranks |= {rank} if rank is not None else set()
+        # the first label's row decides how wide every label's is
+        row = next(iter(before + rows)) if parse(key).kind == "labels" else None
+        _check_shape(key, shape, expected.get(key, row), fleet, method)
+    ranks = {
+        size
+        for key, shape in shapes.items()
+        for axis, size in zip(method.factor(key).axes, shape, strict=True)
+        if axis == "rank"
+    }
     if len(ranks) > 1:
         raise InputError(f"the delta has factors of ranks {sorted(ranks)}, but one device has one")
     # a merge pads every factor to the fleet's rank
@@ -109,35 +123,26 @@ def _check_shapes(shapes: Shapes, expected: Shapes, fleet: Fleet, method: Method
 
 def _check_shape(
     key: str, shape: tuple[int, ...], model: tuple[int, ...] | None, fleet: Fleet, method: Method
-) -> int | None:
-    """The rank of a factor, None where it has none; raises InputError where its shape does not fit.
+) -> None:
+    """Refuse a factor's shape that does not fit the fleet's ranks or the layer.
 
     Args:
         model: the shape that other devices have sent; None: nobody has.
     """
-    axes, highest = method.factor(key).axes, fleet.adapter.rank
+    factor, highest = method.factor(key), fleet.adapter.rank
     ranks: Sequence[int] = (highest, *fleet.adapter.lower)
     words = " or ".join(map(str, ranks))
     if method.next_rank is not None:
         ranks, words = range(1, highest + 1), f"{highest} or lower"
-    sizes = dict(zip(axes, shape, strict=False))
-    widths = dict(zip(axes, model or shape, strict=False))
+    sizes = dict(zip(factor.axes, shape, strict=False))
+    widths = dict(zip(factor.axes, model or shape, strict=False))
     rank = sizes.get("rank", highest)
-    needed = {**method.sizes(rank), "one": 1, "rank": rank, **{axis: widths.get(axis, 0) for axis in WIDTHS}}
-    fits = len(shape) == len(axes) and rank in ranks and shape == method.factor(key).shape(needed)
-    if not fits or any(not 1 <= sizes[axis] <= WIDEST for axis in axes):
-        parts = [f"of rank {words}" if "rank" in axes else "as the fleet has it"]
-        parts += [f"for a layer {widths[axis]} wide" for axis in axes if axis in WIDTHS and model is not None]
+    needed = {**widths, **method.sizes(rank), "one": 1, "rank": rank}
+    fits = len(shape) == len(factor.axes) and rank in ranks and shape == factor.shape(needed)
+    if not fits or any(not 1 <= size <= WIDEST for size in shape):
+        parts = [f"of rank {words}" if "rank" in factor.axes else "as the fleet has it"]
+        parts += [f"for a layer {widths[axis]} wide" for axis in WIDTHS if axis in factor.axes and model]
         raise InputError(f"{key} is {shape} in the delta, but has to be {', '.join(parts)}")
-    return rank if "rank" in axes else None
-
-
-def _row_of_a_label(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """The shape that every label's row has to have, by kind; the first label decides."""
-    rows = [shape for key, shape in shapes.items() if parse(key).kind == "labels"]
-    if len(rows) > MOST_LABELS:
-        raise InputError(f"the delta has {len(rows)} labels, but a head has at most {MOST_LABELS}")
-    return {"labels": rows[0]} if rows else {}
 
 
 def _check_predictions(delta: codec.Tensors) -> None:
@@ -151,10 +156,3 @@ def _check_predictions(delta: codec.Tensors) -> None:
             raise InputError(
                 f"{key} is no probabilities: they have to be 0 or more, and to add up to 1 at most"
             )
-
-
-def _check_answers(answers: bytes, method: Method) -> None:
-    if method.answers is not None:
-        method.answers.check(answers)
-    elif answers:
-        raise InputError("the delta holds completions, which this fleet does not exchange")

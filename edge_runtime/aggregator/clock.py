@@ -21,10 +21,6 @@ class RoundClock:
         """Set the deadline of a new or an extended round."""
         self._deadline = time.monotonic() + deadline_s
 
-    def greet(self) -> None:
-        """Wait for presence messages from now on."""
-        self._greeted = time.monotonic() + GREETING_S
-
     def disconnected(self) -> None:
         """Stop the clock; repeated calls are harmless."""
         self._offline_since = self._offline_since or time.monotonic()
@@ -33,8 +29,7 @@ class RoundClock:
         """Move the deadline by the length of the outage, and wait for presence messages."""
         now = time.monotonic()
         self._deadline += now - (self._offline_since or now)
-        self._offline_since = None
-        self.greet()
+        self._offline_since, self._greeted = None, now + GREETING_S
 
     @property
     def may_close(self) -> bool:

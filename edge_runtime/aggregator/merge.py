@@ -41,40 +41,40 @@ def merge(
         folder: the new versions' files are written here.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    crossing = {kind for kind in method.merges if method.scope(kind) == "fleet"}
-    answers_cross = method.answers is not None and method.answers.shared == "fleet"
-    by_class: dict[str, list[Update]] = {}
-    for update in updates:
-        by_class.setdefault(update.manifest.model_class, []).append(update)
-    # what all classes share
-    shared = load_file(versions[FLEET].master) if FLEET in versions else {}
-    for kind in crossing:
-        _merge_kind(kind, updates, shared, fleet, method)
-    answers = _answers(updates, method) if answers_cross else b""
+    members: dict[str, list[Update]] = {FLEET: updates}
+    scopes = {method.scope(kind) for kind in method.merges}
+    scopes |= {method.answers.shared} if method.answers is not None else set()
+    # a class without updates gets what is shared, too
+    absent = versions.keys() - {FLEET} if "fleet" in scopes else set()
+    for model_class in sorted({update.manifest.model_class for update in updates} | absent):
+        members[model_class] = [update for update in updates if update.manifest.model_class == model_class]
+    shared: Tensors = {}
+    shared_answers = b""
     written = []
-    if shared or answers or FLEET in versions:
-        written.append(_write(FLEET, shared, {}, answers, round_, folder))
-    # each class; a class without updates gets what is shared, too
-    absent = versions.keys() - {FLEET} if crossing or answers_cross else set()
-    for model_class in sorted(by_class.keys() | absent):
+    # first what all classes share, and then each class
+    for model_class, sent in members.items():
+        scope = "fleet" if model_class == FLEET else "class"
         state = load_file(versions[model_class].master) if model_class in versions else {}
-        members = by_class.get(model_class, [])
-        for kind in method.merges.keys() - crossing:
-            _merge_kind(kind, members, state, fleet, method)
-        if not answers_cross and method.answers is not None:
-            answers = _answers(members, method)
-            if not members:
+        for kind in method.merges:
+            if method.scope(kind) == scope:
+                _merge_kind(kind, sent, state, fleet, method)
+        answers = shared_answers
+        if method.answers is not None and method.answers.shared == scope:
+            if sent:
+                answers = method.answers.merge(partial(_answers, sent))
+            else:
                 answers = codec.answers(versions[model_class].artifact.read_bytes())
-        written.append(_write(model_class, state, shared, answers, round_, folder))
+        if scope == "fleet":
+            shared, shared_answers = state, answers
+        if scope == "class" or state or answers or FLEET in versions:
+            written.append(_write(model_class, state, shared, answers, round_, folder))
     return written
 
 
-def _answers(updates: list[Update], method: Method) -> bytes:
-    """The answers of these devices, merged."""
-    assert method.answers is not None
-    return method.answers.merge(
-        lambda: ((update.manifest.samples, codec.answers(update.payload.read_bytes())) for update in updates)
-    )
+def _answers(updates: list[Update]) -> Iterator[tuple[int, bytes]]:
+    """The rows and answers of each device."""
+    for update in updates:
+        yield update.manifest.samples, codec.answers(update.payload.read_bytes())
 
 
 def _merge_kind(kind: str, updates: list[Update], state: Tensors, fleet: Fleet, method: Method) -> None:

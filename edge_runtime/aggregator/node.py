@@ -17,23 +17,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
-from edge_broker import presence, signing, topics
+from edge_broker import messages, presence, signing, topics
 from edge_broker.address import Address
 from edge_broker.errors import BadMessage, BrokerError
 from edge_broker.journal import Journal, Update
-from edge_broker.messages import Manifest
 from edge_broker.session import Connected, Disconnected, Event, Message, Session
-from edge_broker.transfer import Receiver
+from edge_broker.transfer import Publisher, Receiver
 
 from edge_runtime import methods
-from edge_runtime.aggregator import anchors, check, merge, reports
+from edge_runtime.aggregator import check, merge, opening
 from edge_runtime.aggregator.announce import Announcer
 from edge_runtime.aggregator.clock import RoundClock
-from edge_runtime.aggregator.restart import check_settings, end_earlier_rounds
 from edge_runtime.aggregator.store import NodeStore, Version
 from edge_runtime.errors import EdgeError, InputError, UnreachableError
 from edge_runtime.methods.interface import Method, Tensors
-from edge_runtime.protocol.report import failure
+from edge_runtime.protocol.report import REPORT_DOMAIN, Report, failure
 from edge_runtime.settings import Fleet
 from edge_runtime.trainer import data
 
@@ -90,16 +88,22 @@ class Node:
         self._method = methods.of(fleet)
         self._store = NodeStore(options.state / "node.db")
         self._journal = Journal(self._store.connection, options.state)
-        texts = anchors.read(fleet)
-        check_settings(fleet, texts, self._store, self._journal, options.state)
+        texts = opening.public_texts(fleet)
+        opening.check_settings(fleet, texts, self._store, self._journal, options.state)
         self._texts = data.write_rows(options.state / "anchors.jsonl", texts) if texts else None
         self._key = signing.load_or_create_key(options.state / "node.key")
         name = topics.client_id("node", fleet.name, options.node)
         self._session = Session(options.broker, name, session_expiry_s=0)
         self._receiver = Receiver(
-            self._session, self._journal, fleet.name, options.node, self._refusal, self._store.key
+            self._session,
+            self._journal,
+            fleet.name,
+            options.node,
+            lambda manifest: check.refusal(manifest, fleet, self._round),
+            self._store.key,
         )
-        self._announcer = Announcer(self._session, fleet, options.node, self._key)
+        self._publisher = Publisher(self._session, fleet.name)
+        self._announcer = Announcer(self._session, self._publisher, fleet, options.node, self._key)
         self._presence = presence.Tracker()
         self._clock = RoundClock()
         self._round = self._store.open_round()  # one past the fleet's rounds: finishing
@@ -115,13 +119,10 @@ class Node:
         try:
             self._connect()
             self._open_round()
-            self._clock.greet()
             while not self._ended:
                 # one wait for messages, deadlines, chunks that are due and outages
-                due_s = min(self._receiver.tick(), self._announcer.tick(), self._clock.due_s)
-                item = self._session.receive(max(due_s, 0.0))
-                self._announcer.publish_pending()
-                self._handle(item)
+                due_s = min(self._receiver.tick(), self._publisher.tick(), self._clock.due_s)
+                self._handle(self._session.receive(max(due_s, 0.0)))
                 if self._clock.may_close:
                     self._advance()
         finally:
@@ -137,7 +138,7 @@ class Node:
 
     def _open_round(self) -> None:
         """Published -> collecting, or finishing after the last round."""
-        end_earlier_rounds(self._round, self._store, self._journal, self._receiver)
+        opening.end_earlier_rounds(self._round, self._store, self._journal, self._receiver)
         self._announcer.announce(self._round, self._store.versions(), self._texts)
         self._clock.start(self.fleet.deadline_s)
         self._say("finishing" if self._finishing else "collecting")
@@ -162,11 +163,7 @@ class Node:
         self._say("merging")
         updates, before = self._journal.committed(self._round), self._store.versions()
         folder = self.options.state / "versions"
-        versions = (
-            self._exchange.merge(updates, before, self.fleet, self._method, self._round, folder)
-            if updates
-            else []
-        )
+        versions = self._exchange.merge(updates, before, self.fleet, self._method, self._round, folder)
         self._store.merged(self._round, versions)
         self._say("merged", seconds=time.monotonic() - started)
         self._round += 1
@@ -211,37 +208,47 @@ class Node:
             self._session.connect(15.0)
             self._session.subscribe(topics.presence(fleet, topics.ANY), topics.report(fleet, topics.ANY))
             self._receiver.start()
-            self._announcer.start()
+            self._publisher.start()
         except BrokerError as error:
             raise UnreachableError(str(error)) from error
 
     def _handle(self, item: Message | Event | None) -> None:
+        self._announcer.handle(item)
         complete = self._receiver.handle(item)
         if complete is not None:
             self._take_update(complete)
-        self._announcer.handle(item)
+        self._publisher.handle(item)
         if isinstance(item, Disconnected):
             self._clock.disconnected()
         elif isinstance(item, Connected):
             self._clock.connected()
-            self._announcer.publish()  # the broker may have lost its memory
         elif isinstance(item, Message):
             try:
-                self._take_message(item)
+                device = self._presence.handle(item.topic, item.payload)
+                if device is not None:
+                    self._say("presence", text=f"{device} is {self._presence.state(device)}")
+                elif topics.parse(item.topic).kind == "report":
+                    self._take_report(item)
             except BadMessage as error:
                 log.warning("ignored a message: %s", error)
 
-    def _take_message(self, message: Message) -> None:
-        device = self._presence.handle(message.topic, message.payload)
-        if device is not None:
-            self._say("presence", text=f"{device} is {self._presence.state(device)}")
-        elif topics.parse(message.topic).kind == "report":
-            report = reports.read(message, self.fleet, self._store, signing.public_key(self._key))
-            if report is not None and report.state == "failed":
-                self._say("failed", text=f"{report.device}: {failure(report)}")
-
-    def _refusal(self, manifest: Manifest) -> str | None:
-        return check.refusal(manifest, self.fleet, self._round)
+    def _take_report(self, message: Message) -> None:
+        """Store a device's report; raises BadMessage if it is not the device's, or of no round."""
+        device = topics.parse(message.topic).device
+        body, key = signing.open(message.payload, REPORT_DOMAIN, self._store.key(device))
+        report = messages.decode(body, Report)
+        if report.node_key != signing.public_key(self._key):
+            log.info("%s reports to an earlier node of this name", device)
+            return
+        if report.device != device:
+            raise BadMessage(f"{device} sent a report of {report.device}")
+        if not 1 <= report.round <= self.fleet.rounds:
+            raise BadMessage(
+                f"{device} reports round {report.round}, this fleet has 1 to {self.fleet.rounds}"
+            )
+        self._store.add_report(report, key)
+        if report.state == "failed":
+            self._say("failed", text=f"{device}: {failure(report)}")
 
     def _take_update(self, complete: Update) -> None:
         """Check an update that has arrived, commit or refuse it, and answer the device."""

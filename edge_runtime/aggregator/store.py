@@ -120,12 +120,12 @@ class NodeStore:
         row = self.connection.execute("SELECT key FROM devices WHERE id = ?", (device,)).fetchone()
         return row[0] if row else None
 
-    def pin(self, device: str, key: str) -> None:
-        """Store a device's key, unless the device has one."""
-        self.connection.execute("INSERT OR IGNORE INTO devices VALUES (?, ?)", (device, key))
+    def add_report(self, report: Report, key: str) -> None:
+        """Store a report in place of an equal one, and its key if this is the device's first.
 
-    def add_report(self, report: Report) -> None:
-        """Store a report in place of an equal one. Joining again takes back a failure."""
+        Joining again takes back a failure.
+        """
+        self.connection.execute("INSERT OR IGNORE INTO devices VALUES (?, ?)", (report.device, key))
         if report.state == "joined":
             query = "DELETE FROM reports WHERE device = ? AND round = ? AND state = 'failed'"
             self.connection.execute(query, (report.device, report.round))

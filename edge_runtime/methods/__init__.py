@@ -30,13 +30,6 @@ _FILES = (local, fedit, ffa, fedsa, fedsb, hetlora, flexlora, flora, fedadapter,
 METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in _FILES}
 
 
-def by_name(name: str) -> Method:
-    """A method with its default settings; raises InputError with the known names."""
-    if name not in METHODS:
-        raise InputError(f"there is no method `{name}`; known: {', '.join(METHODS)}")
-    return METHODS[name]
-
-
 def build(
     spec: settings.MethodChoice, head: settings.Head | None, distils: settings.Codistill | None
 ) -> Method:
@@ -45,24 +38,21 @@ def build(
     Raises:
         InputError: the method is unknown, or a setting is unknown or out of range.
     """
-    method = _with_settings(spec)
+    if spec.name not in METHODS:
+        raise InputError(f"there is no method `{spec.name}`; known: {', '.join(METHODS)}")
+    method = METHODS[spec.name]
+    fields = method.settings.__struct_fields__ if method.settings is not None else ()
+    settings.refuse_unknown(spec.settings, {"name", *fields}, f"[method] {spec.name} ")
+    if method.settings is not None:
+        try:
+            method = msgspec.convert(spec.settings, type(method.settings)).method()
+        except msgspec.ValidationError as error:
+            raise InputError(f"[method] {spec.name}: {error}") from error
     if head is not None:
         method = label_head.added(method, head)
     if distils is not None:
         method = codistill.added(method, distils) if head is not None else completions.added(method, distils)
     return method
-
-
-def _with_settings(spec: settings.MethodChoice) -> Method:
-    defaults = by_name(spec.name).settings
-    fields = defaults.__struct_fields__ if defaults is not None else ()
-    settings.refuse_unknown(spec.settings, {"name", *fields}, f"[method] {spec.name} ")
-    if defaults is None:
-        return METHODS[spec.name]
-    try:
-        return msgspec.convert(spec.settings, type(defaults)).method()
-    except msgspec.ValidationError as error:
-        raise InputError(f"[method] {spec.name}: {error}") from error
 
 
 def of(fleet: settings.Fleet) -> Method:

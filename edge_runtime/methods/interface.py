@@ -45,11 +45,6 @@ class Factor(NamedTuple):
         return tuple(sizes[axis] for axis in self.axes)
 
     @property
-    def width(self) -> int:
-        """The axis whose size n scales drawn values: the layer's own width, else the last axis."""
-        return next((place for place, axis in enumerate(self.axes) if axis in WIDTHS), len(self.axes) - 1)
-
-    @property
     def exchanged(self) -> bool:
         """Whether devices send it."""
         return self.trained and self.shared != "private"

@@ -12,7 +12,7 @@ from edge_runtime.aggregator import check, merge
 from edge_runtime.errors import InputError
 from edge_runtime.protocol import codec
 
-HETLORA = methods.by_name("hetlora")
+HETLORA = methods.METHODS["hetlora"]
 FLEET = settings.Fleet(
     "f",
     (settings.Model("m"),),

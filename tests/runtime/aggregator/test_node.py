@@ -6,7 +6,7 @@ from edge_broker import address, messages
 from edge_runtime import settings
 from edge_runtime.aggregator.check import refusal
 from edge_runtime.aggregator.node import Node, NodeOptions
-from edge_runtime.aggregator.restart import KEPT_ROUNDS, end_earlier_rounds
+from edge_runtime.aggregator.opening import KEPT_ROUNDS, end_earlier_rounds
 from edge_runtime.aggregator.store import NodeStore, Version
 from edge_runtime.errors import InputError
 from edge_runtime.protocol.round import CODEC

@@ -9,7 +9,7 @@ import pytest
 from jobs import job_of
 
 from edge_runtime import methods, settings
-from edge_runtime.aggregator import anchors, check, merge
+from edge_runtime.aggregator import check, merge, opening
 from edge_runtime.errors import InputError
 from edge_runtime.methods import codistill
 from edge_runtime.methods.interface import Contribution
@@ -169,7 +169,7 @@ def test_labels_that_a_device_has_no_rows_of_count_in_full_from_the_first_round(
 @pytest.mark.parametrize("name", list(methods.METHODS))
 def test_it_goes_with_every_method(name):
     alone, with_it = (
-        methods.by_name(name),
+        methods.METHODS[name],
         methods.build(settings.MethodChoice(name), settings.Head(), SPEC),
     )
     assert with_it.merges["anchors"] is codistill.combined
@@ -276,9 +276,9 @@ def test_the_nodes_texts_are_checked_before_anything_is_announced(tmp_path):
     def of(texts):
         return msgspec.structs.replace(FLEET, codistill=settings.Codistill(str(file), texts=texts))
 
-    assert anchors.read(of(5)) == [{"text": f"t{n}"} for n in range(5)]
+    assert opening.public_texts(of(5)) == [{"text": f"t{n}"} for n in range(5)]
     with pytest.raises(InputError, match=r"texts is 8, but .* has 7 rows"):
-        anchors.read(of(8))
+        opening.public_texts(of(8))
 
 
 def test_what_is_asked_is_served_without_its_answer_and_messages_only_where_no_head_reads_them(tmp_path):
@@ -290,7 +290,7 @@ def test_what_is_asked_is_served_without_its_answer_and_messages_only_where_no_h
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     fleet = msgspec.structs.replace(FLEET, head=None, codistill=settings.Codistill(str(file), texts=3))
     asked = [{"text": "p"}, {"messages": turns[:4]}, {"text": "t"}]
-    assert anchors.read(fleet) == asked
+    assert opening.public_texts(fleet) == asked
     with pytest.raises(InputError, match=r"texts is 3, but .* has 2 rows with a text or a prompt"):
-        anchors.read(msgspec.structs.replace(fleet, head=settings.Head()))
-    assert anchors.read(msgspec.structs.replace(fleet, codistill=None)) == []
+        opening.public_texts(msgspec.structs.replace(fleet, head=settings.Head()))
+    assert opening.public_texts(msgspec.structs.replace(fleet, codistill=None)) == []

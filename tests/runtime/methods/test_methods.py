@@ -127,7 +127,7 @@ def peak_bytes(merge, updates, shapes=LARGE):
     "name", [name for name, method in methods.METHODS.items() if "layers" in method.merges]
 )
 def test_memory_does_not_grow_with_the_number_of_updates(name):
-    merge = methods.by_name(name).merges["layers"]
+    merge = methods.METHODS[name].merges["layers"]
     peak_bytes(merge, 1)  # what is imported for it stays
     assert peak_bytes(merge, 40) - peak_bytes(merge, 2) < ONE_UPDATE / 2
 
@@ -135,8 +135,8 @@ def test_memory_does_not_grow_with_the_number_of_updates(name):
 @pytest.mark.parametrize(
     ("merge", "shapes"),
     [
-        (methods.by_name("heterotune").merges["stages"], {f"stages.0.q.{name}": (256, 256) for name in "UV"}),
-        (methods.by_name("h2tune").merges["stages"], {f"stages.{stage}.q.S": (256, 256) for stage in (0, 1)}),
+        (methods.METHODS["heterotune"].merges["stages"], {f"stages.0.q.{name}": (256, 256) for name in "UV"}),
+        (methods.METHODS["h2tune"].merges["stages"], {f"stages.{stage}.q.S": (256, 256) for stage in (0, 1)}),
         (codistill.combined, {f"anchors.{label}.P": (1, 256 * 256) for label in "ab"}),
     ],
     ids=["heterotune", "h2tune", "codistill"],
@@ -168,7 +168,7 @@ FACTORS = {  # what each method sends, keeps and freezes
 def test_each_factor_is_sent_kept_or_frozen():
     assert FACTORS.keys() == methods.METHODS.keys()
     for name, (sent, kept, frozen) in FACTORS.items():
-        method = methods.by_name(name)
+        method = methods.METHODS[name]
         assert sorted(method.factors) == sorted([*sent, *kept, *frozen])
         for factor in method.factors:
             key = f"layers.0.q.{factor}"
@@ -188,7 +188,7 @@ def products(factors):
 
 @pytest.mark.parametrize(("name", "exact"), [("ffa", True), ("fedsb", True), ("fedit", False)])
 def test_the_product_of_what_is_merged_is_the_mean_product_where_one_factor_alone_moves(name, exact):
-    method = methods.by_name(name)
+    method = methods.METHODS[name]
     shapes = {"A": (4, 32), "B": (48, 4), "C": (4, 4)}
     draw = np.random.default_rng(0)
     start = {factor: draw.normal(0, 1, shapes[factor]).astype(np.float32) for factor in method.factors}
@@ -222,7 +222,7 @@ def device(seed, rank, before, keys=tuple(SHAPES)):
 
 
 def hetlora(made):
-    return methods.by_name("hetlora").merges["layers"](lambda: iter(made))
+    return methods.METHODS["hetlora"].merges["layers"](lambda: iter(made))
 
 
 def filled_up(made):
@@ -332,7 +332,7 @@ def test_the_penalty_is_of_what_lies_beyond_and_its_gradient_is_finite_at_versio
 
 
 def flexlora(made):
-    return methods.by_name("flexlora").merges["layers"](lambda: iter(made))
+    return methods.METHODS["flexlora"].merges["layers"](lambda: iter(made))
 
 
 def mean_products(made):
@@ -479,7 +479,7 @@ def test_flora_is_the_same_for_equal_devices_and_for_one_that_turns_inside_its_r
 
 def test_an_unknown_method_is_answered_with_the_known_ones():
     with pytest.raises(InputError, match="there is no method `fedavg`; known: local, fedit"):
-        methods.by_name("fedavg")
+        methods.build(settings.MethodChoice("fedavg"), None, None)
 
 
 @pytest.mark.parametrize("command", [("plan",), ("aggregator", "--state", "node")])

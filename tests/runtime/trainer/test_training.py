@@ -665,7 +665,7 @@ KEPT = {"fedsa": "B"}
 def test_a_round_sends_what_the_method_shares_and_keeps_what_is_private(trainer, tiny_facts, method):
     folder, _ = first = trainer("first", tiny_facts, method=method)
     result(first)
-    shapes = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, SPEC.rank, methods.by_name(method))
+    shapes = adapter_shapes(tiny_facts, LAYERS, SPEC.roles, SPEC.rank, methods.METHODS[method])
     assert {key: value.shape for key, value in decoded(first).items()} == {
         key: shape for key, shape in shapes.items() if key[-1] in SENT[method]
     }
@@ -765,7 +765,7 @@ def test_a_device_that_prunes_sends_the_ranks_that_it_goes_on_with(trainer, tiny
             payload,
             {},
             msgspec.structs.replace(fleet, method=settings.MethodChoice("hetlora")),
-            methods.by_name("hetlora"),
+            methods.METHODS["hetlora"],
         )
 
 

@@ -30,7 +30,7 @@ def adapter_linear(
     scale: float,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Apply the layer.
+    """Apply the layer; the result is (..., out) of x's dtype.
 
     Args:
         x: (..., in) float32, float16 or bfloat16.
@@ -40,9 +40,6 @@ def adapter_linear(
         B: (out, r) of any float dtype.
         scale: alpha / r.
         bias: (out,) frozen, or None.
-
-    Returns:
-        (..., out) of x's dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, a part of a packed weight does

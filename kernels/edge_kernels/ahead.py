@@ -81,15 +81,13 @@ def compile_all(modules: list[str], architectures: tuple[int, ...]) -> list[Comp
 
 
 def _compile_operator(module: str, architecture: int) -> list[Compiled]:
-    operator = module.rpartition(".")[2]
-    return [_judge(operator, launch, architecture) for launch in import_module(module).ahead_of_time()]
+    return [_judge(module, launch, architecture) for launch in import_module(module).ahead_of_time()]
 
 
-def _judge(operator: str, launch: Launch, architecture: int) -> Compiled:
+def _judge(module: str, launch: Launch, architecture: int) -> Compiled:
     binary = _compile(launch, architecture)
-    registers, stack = _usage(binary.asm["cubin"])
-    copies = binary.asm["ptx"].count("cp.async.c")  # .ca, .cg: copies of whole vectors
-    instructions = _code_bytes(binary.asm["cubin"]) // 16
+    cubin, copies = binary.asm["cubin"], binary.asm["ptx"].count("cp.async.c")  # .ca, .cg: whole vectors
+    registers, stack = _usage(cubin)
     shared, limit = int(binary.metadata.shared), SHARED_KIB[architecture] << 10
     faults = []
     if stack:
@@ -100,8 +98,8 @@ def _judge(operator: str, launch: Launch, architecture: int) -> Compiled:
         )
     if launch.streamed and not copies:
         faults.append("has no asynchronous copies: its loads are not vectors")
-    numbers = (registers, stack, shared, instructions, copies)
-    return Compiled(operator, launch.name, architecture, *numbers, tuple(faults))
+    numbers = (registers, stack, shared, _instructions(cubin), copies)
+    return Compiled(module.rpartition(".")[2], launch.name, architecture, *numbers, tuple(faults))
 
 
 def _compile(launch: Launch, architecture: int) -> Any:
@@ -138,7 +136,7 @@ def _recorded(launch: Launch) -> tuple[Any, dict[str, Any]]:
     return calls[0]
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
+def _usage(cubin: bytes) -> tuple[int, ...]:
     """Registers, and bytes of stack, of a thread."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -146,12 +144,11 @@ def _usage(cubin: bytes) -> tuple[int, int]:
         file.flush()
         command = [str(tool), "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    registers, stack = (int(re.findall(rf"{field}:(\d+)", text)[-1]) for field in ("REG", "STACK"))
-    return registers, stack
+    return tuple(int(re.findall(rf"{field}:(\d+)", text)[-1]) for field in ("REG", "STACK"))
 
 
-def _code_bytes(cubin: bytes) -> int:
-    """Bytes of the sections of a 64-bit ELF file that hold instructions (flag 4)."""
+def _instructions(cubin: bytes) -> int:
+    """Of 16 bytes, in the sections of a 64-bit ELF file that hold instructions (flag 4)."""
     start, (count,) = struct.unpack_from("<Q", cubin, 40)[0], struct.unpack_from("<H", cubin, 60)
     sections = [struct.unpack_from("<IIQQQQ", cubin, start + 64 * index) for index in range(count)]
-    return sum(size for _, _, flags, _, _, size in sections if flags & 4)
+    return int(sum(size for _, _, flags, _, _, size in sections if flags & 4)) // 16

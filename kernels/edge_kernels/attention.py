@@ -25,16 +25,13 @@ VALUES = 1 << 20  # float32 scores at a time; with fewer, threads wait for each 
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """Attend from each query to the keys up to its own position.
+    """Attend from each query to the keys up to its position; the result is shaped and typed like q.
 
     Args:
         q: (batch, heads, tokens, width) of any float dtype.
         k: (batch, key heads, tokens, width) of q's dtype; heads is a multiple of key heads.
         v: shaped like k.
         scale: of the scores.
-
-    Returns:
-        A tensor shaped and typed like q.
 
     Raises:
         ValueError: shapes do not fit together.

@@ -79,10 +79,3 @@ def row_pieces(shape: Sequence[int], values: int) -> Iterator[slice]:
     """
     step = max(values // shape[1], 1)
     return (slice(first, first + step) for first in range(0, shape[0], step))
-
-
-def row_tile(n: int) -> dict[str, int]:
-    """Launch options of a program that needs rows of n whole: a tile of 2048 values, or one row."""
-    columns = 1 << max(n - 1, 1).bit_length()
-    rows = max(2048 // columns, 1)
-    return {"ROWS": rows, "COLUMNS": columns, "num_warps": min(max(rows * columns // 512, 4), 16)}

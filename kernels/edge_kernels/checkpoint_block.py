@@ -4,10 +4,11 @@
     backward   block(x̃) again, then the gradients of its input and of the parameters in its graph
 
 Kept for backward: x, or x in 8 bits a value with one float32 scale a row, max |x| / 127. x̃ is what
-was kept: x itself, or x rounded, with an error of at most 1/254 of the row's largest value. The forward values are exact
-in either case; with "int8" the gradient is that at x̃. The second run has the random numbers and
-the autocast of the first; a random state is kept only if the first run drew from it. In the second
-run an operation whose result nothing reads need not compute it: it asks `nothing_reads`.
+was kept: x itself, or x rounded, with an error of at most 1/254 of the row's largest value. The
+forward values are exact in either case; with "int8" the gradient is that at x̃. The second run has
+the random numbers and the autocast of the first; a random state is kept only if the first run drew
+from it. In the second run an operation whose result nothing reads need not compute it: it asks
+`nothing_reads`.
 
 The graph of the first run must not stay, even without its tensors: its hundreds of small objects
 would lie in the heap among the block's large tensors, and the memory of one block would not fit the
@@ -60,8 +61,9 @@ def checkpoint_block(
     storage: Kept | None = None,
     **kwargs: Any,
 ) -> Output:
-    """Run a block; its inner activations exist only while it runs, forward and again in backward.
+    """Run a block and return its result; its inner activations exist only while it runs.
 
+    It runs once more in backward.
     The block has to do the same in both runs: a block that changes a cache of keys does not.
 
     Args:
@@ -72,9 +74,6 @@ def checkpoint_block(
         keep: "input" keeps hidden, which costs nothing where something else holds it; "int8" keeps
             one byte a value.
         storage: memory to which the kept tensors are copied; None: they stay in place.
-
-    Returns:
-        The block's result.
 
     Raises:
         ValueError: keep is neither, hidden has no float dtype, or another argument requires a
@@ -276,7 +275,7 @@ def _random_states(device: torch.device) -> list[torch.Tensor]:
 
 
 def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round activations (..., n) of any float dtype to int8 (..., n) and a float32 scale (..., 1)."""
+    """Round (..., n) of any float dtype to quants (..., n) int8 and scale (..., 1) float32."""
     rows = x.reshape(-1, x.shape[-1])
     quants = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(len(rows), 1, device=x.device)

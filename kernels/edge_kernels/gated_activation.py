@@ -26,16 +26,13 @@ GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # torch's names for the two forms
 
 
 def gated_activation(gate: torch.Tensor, up: torch.Tensor, kind: Kind) -> torch.Tensor:
-    """Multiply the activated gate with up.
+    """Multiply the activated gate with up; the result is shaped and typed like gate.
 
     Args:
         gate: (..., n) float32, float16 or bfloat16.
         up: of gate's shape, device and dtype. Two halves of one tensor need no copy: their rows
             are read in place.
         kind: the activation, "silu", "gelu" or "gelu_tanh".
-
-    Returns:
-        (..., n) of the same dtype.
 
     Raises:
         ValueError: gate and up differ in shape, dtype or device, or kind is unknown.

@@ -19,7 +19,7 @@ Rows = Callable[[torch.Tensor], torch.Tensor]
 def in_tiles(
     function: Rows, x: torch.Tensor, tokens: int, trained: Sequence[torch.nn.Parameter]
 ) -> torch.Tensor:
-    """Run the function over x.
+    """Run the function over x; the result is shaped and typed like x.
 
     Args:
         function: (rows, n) to the same shape; deterministic, and each row by itself.
@@ -27,9 +27,6 @@ def in_tiles(
         tokens: rows at a time; no tiles where x has no more.
         trained: the function's parameters that require gradients. Each gets its whole gradient
             after the last tile.
-
-    Returns:
-        A tensor shaped and typed like x.
 
     Raises:
         ValueError: tokens is not positive.

@@ -1,7 +1,7 @@
 """Normalisation of rows with a frozen weight: the root-mean-square norm and the layer norm.
 
-    y = x̂ · (weight + offset) + bias,   x̂ = (x - μ) · rstd,   rstd = 1 / sqrt(mean((x - μ)²) + eps)
-    dx = (g - γ - x̂ · mean(g · x̂)) · rstd,   g = dy · (weight + offset)
+    y = x̂ · (weight + offset) + bias,  x̂ = (x - μ) · rstd,  rstd = 1 / sqrt(mean((x - μ)²) + eps)
+    dx = (g - γ - x̂ · mean(g · x̂)) · rstd,  g = dy · (weight + offset)
 
     layer_norm    μ = mean(x) and γ = mean(g), over the last axis; no offset
     rms_norm      μ = γ = 0; no bias
@@ -16,7 +16,7 @@ from itertools import product
 
 import torch
 
-from edge_kernels.backend import DTYPES, Launch, blank, jit, on_triton, row_pieces, row_tile, tl, triton
+from edge_kernels.backend import DTYPES, Launch, blank, jit, on_triton, row_pieces, tl, triton
 
 # Values that the torch backend holds in float32 at a time: they fit a core's cache, and the heap
 # serves and reuses them as one small piece.
@@ -24,16 +24,13 @@ PIECE = 1 << 17
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: float = 0.0) -> torch.Tensor:
-    """Normalise the rows of x by the root of their mean square.
+    """Normalise the rows of x by their root mean square; the result is shaped and typed like x.
 
     Args:
         x: (..., n) float32, float16 or bfloat16.
         weight: (n,) frozen scale, any of those dtypes.
         eps: added to the mean square.
         offset: added to the weight.
-
-    Returns:
-        A tensor shaped and typed like x.
 
     Raises:
         ValueError: the last axis of x and weight differ in length, or eps is not above 0.
@@ -46,16 +43,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: f
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float = 1e-5
 ) -> torch.Tensor:
-    """Normalise the rows of x to mean 0 and variance 1.
+    """Normalise the rows of x to mean 0 and variance 1; the result is shaped and typed like x.
 
     Args:
         x: (..., n) float32, float16 or bfloat16.
         weight: (n,) frozen scale, of x's dtype.
         bias: (n,) frozen, of x's dtype, or None.
         eps: added to the variance.
-
-    Returns:
-        A tensor shaped and typed like x.
 
     Raises:
         ValueError: the last axis of x, weight and bias differ in length or type, or eps is not
@@ -138,7 +132,7 @@ def _backward_torch(dy, x, weight, mean, rstd, offset):  # type: ignore[no-untyp
 
 
 def _forward_triton(x, weight, bias, eps, offset, centred):  # type: ignore[no-untyped-def]
-    x, tile = x.contiguous(), row_tile(x.shape[1])
+    x, tile = x.contiguous(), _tile(x.shape[1])
     y, rstd = torch.empty_like(x), torch.empty(len(x), device=x.device)
     mean = torch.empty_like(rstd) if centred else None
     # any tensor stands for an absent one
@@ -150,12 +144,19 @@ def _forward_triton(x, weight, bias, eps, offset, centred):  # type: ignore[no-u
 
 
 def _backward_triton(dy, x, weight, mean, rstd, offset):  # type: ignore[no-untyped-def]
-    x, tile, centred = x.contiguous(), row_tile(x.shape[1]), mean is not None
+    x, tile, centred = x.contiguous(), _tile(x.shape[1]), mean is not None
     dx = torch.empty_like(x)
     tensors = dy.contiguous(), x, weight, mean if centred else rstd, rstd, dx
     grid = (triton.cdiv(len(x), tile["ROWS"]),)
     _backward_kernel[grid](*tensors, *x.shape, offset, CENTRED=centred, **tile)
     return dx
+
+
+def _tile(n: int) -> dict[str, int]:
+    """Launch options: a tile of 2048 values, or one row of n."""
+    columns = 1 << max(n - 1, 1).bit_length()
+    rows = max(2048 // columns, 1)
+    return {"ROWS": rows, "COLUMNS": columns, "num_warps": min(max(rows * columns // 512, 4), 16)}
 
 
 @jit

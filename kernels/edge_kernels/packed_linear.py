@@ -30,15 +30,12 @@ SPLITS = 16  # at most; each split has at least four tiles of the contraction
 
 
 def packed_linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Apply the layer.
+    """Apply the layer; the result is (..., out) of x's dtype.
 
     Args:
         x: (..., in) float32, float16 or bfloat16.
         packed: (out, in), made by quant.pack or quant.from_gguf.
         bias: (out,) frozen, or None.
-
-    Returns:
-        (..., out) of x's dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or a part of packed does not fit
@@ -103,16 +100,13 @@ def product(
     """left Wᵀ + low factorᵀ + bias forward; left W + low factorᵀ backward.
 
     Args:
-        left: (rows, in) forward, (rows, out) backward.
+        left: (rows, in) forward, (rows, out) backward; the result is the other, of left's dtype.
         weight: (out, in). A dense matrix is multiplied in torch: the library's product is the best
             there.
         low: (rows, r) of left's dtype, or None.
         factor: (columns of the result, r) of left's dtype, or None.
         bias: (out,) forward, or None.
         forward: whether W is transposed.
-
-    Returns:
-        (rows, out) forward, (rows, in) backward, of left's dtype.
     """
     if isinstance(weight, Packed) and on_triton(left) and left.dtype != torch.float64:
         result: torch.Tensor = _product_triton(left, weight, low, factor, bias, forward)

@@ -21,12 +21,11 @@ import torch
 from edge_kernels.adamw8bit import update
 from edge_kernels.adamw8bit.clipping import Clipping
 from edge_kernels.adamw8bit.update import BLOCK, Step, ahead_of_time, update_torch, update_triton
-from edge_kernels.backend import on_triton
+from edge_kernels.backend import DTYPES, on_triton
 
 __all__ = ["AdamW8bit", "ahead_of_time"]
 
 BETAS, EPS = (0.9, 0.999), 1e-8
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class AdamW8bit:
@@ -223,7 +222,7 @@ def _check(
         raise ValueError("parameters has one twice, but each has to be there once")
     for number, p in enumerate(parameters):
         usable = p.numel() and p.requires_grad and p.is_contiguous() and p.is_leaf
-        if p.dtype not in DTYPES or not usable:
+        if p.dtype not in DTYPES.values() or not usable:
             raise ValueError(
                 f"parameters[{number}] is {p.dtype} {tuple(p.shape)}, strides {p.stride()}, "
                 f"requires_grad={p.requires_grad}, but has to be a contiguous leaf in float32, float16 or "

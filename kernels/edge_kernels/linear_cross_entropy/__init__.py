@@ -25,12 +25,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from edge_kernels.backend import Launch, on_triton
+from edge_kernels.backend import DTYPES, Launch, on_triton
 from edge_kernels.linear_cross_entropy import chunks, sweep, tiles
 from edge_kernels.quant import Packed
 from edge_kernels.tiles import check_packed
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 IGNORED = -100  # label of a token that does not count
 FEWEST_TOKENS = 64  # in smaller chunks two readings of the head cost more than a third product
 
@@ -69,20 +68,14 @@ def linear_cross_entropy(
     return loss
 
 
-def _check(
-    hidden: torch.Tensor,
-    head: torch.Tensor | Packed,
-    labels: torch.Tensor,
-    softcap: float | None,
-    chunk_bytes: int,
-) -> None:
+def _check(hidden, head, labels, softcap, chunk_bytes):  # type: ignore[no-untyped-def]
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(
             f"hidden has tokens {tuple(hidden.shape[:-1])} but labels have {tuple(labels.shape)}"
         )
     if hidden.shape[-1] != head.shape[1]:
         raise ValueError(f"hidden has rows of {hidden.shape[-1]} but head reads {head.shape[1]}")
-    if hidden.dtype not in DTYPES:
+    if hidden.dtype not in DTYPES.values():
         raise ValueError(f"hidden is {hidden.dtype} but has to be float32, float16 or bfloat16")
     if softcap is not None and not (isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap is {softcap} but has to be above 0, or None")

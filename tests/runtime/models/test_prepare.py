@@ -12,7 +12,7 @@ import pytest
 
 from edge_runtime.demo import model as demo
 from edge_runtime.errors import InputError
-from edge_runtime.models import gguf_file, sources
+from edge_runtime.models import gguf_file
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.prepare import main, prepare
 from edge_runtime.planning import processes
@@ -179,7 +179,7 @@ def test_a_full_disk_or_a_held_lock_is_a_sentence_and_an_exit_code(error, tmp_pa
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(sources, "digest", fail)
+    monkeypatch.setattr(import_module("edge_runtime.models.prepare"), "digest", fail)
     cache = str(tmp_path / "cache")
     monkeypatch.setattr(sys, "argv", ["prepare", str(tmp_path), "--models", ".", "--cache", cache])
     assert main() == InputError.exit_code

@@ -13,6 +13,7 @@ repeated from the journal.
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,7 +117,7 @@ class Node:
             UnreachableError: there is no broker.
             EdgeError: a round stayed below its quorum through all its extensions.
         """
-        try:
+        with closing(self._store.connection), self._session:
             self._connect()
             self._open_round()
             while not self._ended:
@@ -125,9 +126,6 @@ class Node:
                 self._handle(self._session.receive(max(due_s, 0.0)))
                 if self._clock.may_close:
                     self._advance()
-        finally:
-            self._session.close()
-            self._store.connection.close()
 
     # --- the states
 

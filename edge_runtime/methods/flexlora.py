@@ -35,20 +35,14 @@ class Factors(NamedTuple):
     B: Array
 
 
-# A layer's factors in the last version, from the version, the layer's place and a device's factors.
-Last: TypeAlias = Callable[[Mapping[str, Array], str, Factors], Factors]
 # Terms of the layers' sums: place, weight and factors. Each call goes through all of them again.
 Terms: TypeAlias = Callable[[], Iterable[tuple[str, int, Factors]]]
 
 
 def mean_product(contributions: Contributions) -> Tensors:
     """The step from the last version's factors to those of the mean product."""
-
-    def last(version: Mapping[str, Array], layer: str, _: Factors) -> Factors:
-        return Factors(version[join(layer, "A")], version[join(layer, "B")])
-
     steps: Tensors = {}
-    for layer, old, new in best_factors(contributions, last):
+    for layer, old, new in best_factors(contributions):
         step_A, step_B = np.zeros_like(old.A), -old.B
         # a layer narrower than its rank has fewer directions than A has rows
         rank = len(new.A)
@@ -58,9 +52,7 @@ def mean_product(contributions: Contributions) -> Tensors:
     return steps
 
 
-def best_factors(
-    contributions: Contributions, last: Last, *, adds: bool = False
-) -> Iterator[tuple[str, Factors, Factors]]:
+def best_factors(contributions: Contributions, kept: int = 0) -> Iterator[tuple[str, Factors, Factors]]:
     """Each layer's last factors, and new ones whose product is nearest to the devices' mean product.
 
     The new A's rows are orthonormal, and B's columns are as long as the singular values. They have
@@ -68,7 +60,8 @@ def best_factors(
     before the next layer.
 
     Args:
-        adds: whether the product of the last factors joins the mean.
+        kept: rank of keptA and keptB, which are then the last factors, and whose product joins the
+            mean; 0: the last factors are A and B.
     """
     old: dict[str, Factors] = {}
     samples: dict[str, int] = {}  # rows behind each layer
@@ -79,13 +72,13 @@ def best_factors(
         for contribution in contributions():
             for layer, A, B in layer_factors(contribution.after()):
                 if layer not in old:
-                    old[layer] = last(contribution.before, layer, Factors(A, B))
+                    old[layer] = _last(contribution.before, layer, Factors(A, B), kept)
                     count = min(len(old[layer].A) + OVER, A.shape[1], len(B))
                     draw = np.random.default_rng(crc32(layer.encode()))
                     columns[layer] = draw.standard_normal((A.shape[1], count), dtype=np.float32)
                 samples[layer] = samples.get(layer, 0) + contribution.samples
                 yield layer, contribution.samples, Factors(A, B)
-        if adds:
+        if kept:
             # the last product counts whole, since the result is divided by the layer's rows
             yield from ((layer, rows, old[layer]) for layer, rows in samples.items())
 
@@ -101,6 +94,15 @@ def best_factors(
         count = min(len(old[layer].A), max(1, int((s > SMALLEST * s[0]).sum())))
         B = ranges.pop(layer) @ (u[:, :count] * s[:count])
         yield layer, old.pop(layer), Factors(vt[:count], B / samples[layer])
+
+
+def _last(version: Mapping[str, Array], layer: str, device: Factors, kept: int) -> Factors:
+    """The last version's factors of a layer; zeros where it has none yet."""
+    A, B = (join(layer, f"kept{name}" if kept else name) for name in "AB")
+    if A in version:
+        return Factors(version[A], version[B])
+    into, out = device.A.shape[1], len(device.B)
+    return Factors(np.zeros((kept, into), np.float32), np.zeros((out, kept), np.float32))
 
 
 def _times(terms: Terms, columns: Tensors, *, transposed: bool = False) -> Tensors:

@@ -12,13 +12,11 @@ higher, and the nearest product of that rank afterwards. That is ours.
 Source: Wang et al. 2024, arXiv 2409.05976 (FLoRA).
 """
 
-from collections.abc import Mapping
 from functools import partial
 
-from edge_runtime.methods.flexlora import Factors, best_factors
+from edge_runtime.methods.flexlora import best_factors
 from edge_runtime.methods.interface import (
     A,
-    Array,
     AtLeastOne,
     B,
     Contributions,
@@ -45,7 +43,7 @@ class FLoRA(MethodSettings, frozen=True):
         return Method(
             "flora",
             {"A": A, "B": B, "keptA": KEPT_A, "keptB": KEPT_B},
-            {"layers": partial(stacked, rank=self.kept)},
+            {"layers": partial(stacked, kept=self.kept)},
             kept=self.kept,
             unequal=True,
             refactored=True,
@@ -53,20 +51,13 @@ class FLoRA(MethodSettings, frozen=True):
         )
 
 
-def stacked(contributions: Contributions, rank: int) -> Tensors:
+def stacked(contributions: Contributions, kept: int) -> Tensors:
     """The step from A' B' of this rank to their product plus the round's mean product.
 
     A and B have no step: the version never holds them, so every round starts them from version 0.
     """
-
-    def last(version: Mapping[str, Array], layer: str, device: Factors) -> Factors:
-        if join(layer, "keptA") in version:
-            return Factors(version[join(layer, "keptA")], version[join(layer, "keptB")])
-        into, out = device.A.shape[1], len(device.B)
-        return Factors(np.zeros((rank, into), np.float32), np.zeros((out, rank), np.float32))
-
     steps: Tensors = {}
-    for layer, old, new in best_factors(contributions, last, adds=True):
+    for layer, old, new in best_factors(contributions, kept):
         step_A, step_B = -old.A, -old.B
         # each side takes the root of the singular values, so that 8 bits lose as little as possible
         half = np.sqrt(np.linalg.norm(new.B, axis=0)).clip(min=TINY)

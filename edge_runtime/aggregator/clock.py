@@ -6,6 +6,8 @@ messages of that second say who is online. An outage does not count against the 
 
 import time
 
+from edge_broker.session import Connected, Disconnected, Event, Message
+
 OFFLINE_S = 60.0  # wait between two steps of the loop during an outage
 GREETING_S = 1.0  # after connecting
 
@@ -21,15 +23,14 @@ class RoundClock:
         """Set the deadline of a new or an extended round."""
         self._deadline = time.monotonic() + deadline_s
 
-    def disconnected(self) -> None:
-        """Stop the clock; repeated calls are harmless."""
-        self._offline_since = self._offline_since or time.monotonic()
-
-    def connected(self) -> None:
-        """Move the deadline by the length of the outage, and wait for presence messages."""
+    def handle(self, item: Message | Event | None) -> None:
+        """Stop in an outage; after it, move the deadline by its length and await presence messages."""
         now = time.monotonic()
-        self._deadline += now - (self._offline_since or now)
-        self._offline_since, self._greeted = None, now + GREETING_S
+        if isinstance(item, Disconnected):
+            self._offline_since = self._offline_since or now
+        elif isinstance(item, Connected):
+            self._deadline += now - (self._offline_since or now)
+            self._offline_since, self._greeted = None, now + GREETING_S
 
     @property
     def may_close(self) -> bool:

@@ -22,7 +22,7 @@ from edge_broker import messages, presence, signing, topics
 from edge_broker.address import Address
 from edge_broker.errors import BadMessage, BrokerError
 from edge_broker.journal import Journal, Update
-from edge_broker.session import Connected, Disconnected, Event, Message, Session
+from edge_broker.session import Event, Message, Session
 from edge_broker.transfer import Publisher, Receiver
 
 from edge_runtime import methods
@@ -216,11 +216,8 @@ class Node:
         if complete is not None:
             self._take_update(complete)
         self._publisher.handle(item)
-        if isinstance(item, Disconnected):
-            self._clock.disconnected()
-        elif isinstance(item, Connected):
-            self._clock.connected()
-        elif isinstance(item, Message):
+        self._clock.handle(item)
+        if isinstance(item, Message):
             try:
                 device = self._presence.handle(item.topic, item.payload)
                 if device is not None:

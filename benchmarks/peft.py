@@ -21,11 +21,10 @@ from edge_runtime.models import weights
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning import processes
 from edge_runtime.trainer import data
-from edge_runtime.trainer.cap import cap_gpu
 from edge_runtime.trainer.data import Example
 from edge_runtime.trainer.job import Job
-from edge_runtime.trainer.meter import Meter
-from edge_runtime.trainer.micro_batch import pad
+from edge_runtime.trainer.meter import Meter, prepare
+from edge_runtime.trainer.objectives import pad
 
 
 def trainer(
@@ -70,8 +69,7 @@ def trainer(
 def main() -> None:
     """Do the job of the folder named on the command line."""
     job = msgspec.json.decode((Path(sys.argv[1]) / "job.json").read_bytes(), type=Job)
-    if job.machine.gpu_cap_bytes is not None:
-        cap_gpu(job.machine.gpu_cap_bytes)
+    prepare(job.machine)
     meter = Meter(job.machine.device)
     with meter.phase("load"):
         tokenizer = AutoTokenizer.from_pretrained(job.facts.folder)

@@ -48,19 +48,16 @@ def measured(facts: Facts, examples: list[Example], format: settings.Weights) ->
     adapter = attach.attach(model, tuple(range(facts.layers)), SPEC, fedit.METHOD, seed=0)
     apply(model, structure.modules(model))
     seconds: dict[str, list[float]] = {"PEFT": [], "Edge Runtime": []}
-    began = time.perf_counter()
-
-    def turn(number: int, _: float | None) -> None:
-        nonlocal began
+    round_settings = step.RoundSettings(TRAINING, [tuple(range(facts.layers))])
+    learner = step.Learner(model, adapter, examples, round_settings)
+    for number in range(TRAINING.steps):
+        began = time.perf_counter()
+        learner.step(ROWS)
         ended = time.perf_counter()
         peft(examples)
-        if number > WARM_UP:  # the first steps build kernels that later ones reuse
+        if number >= WARM_UP:  # the first steps build kernels that later ones reuse
             seconds["Edge Runtime"].append(ended - began)
             seconds["PEFT"].append(time.perf_counter() - ended)
-        began = time.perf_counter()
-
-    round_settings = step.RoundSettings(TRAINING, [tuple(range(facts.layers))], micro_rows=ROWS)
-    step.train(model, adapter, examples, round_settings, progress=turn)
     return seconds
 
 

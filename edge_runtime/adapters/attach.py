@@ -25,35 +25,30 @@ from edge_runtime.protocol.keys import join, leading, parse
 State: TypeAlias = "dict[str, NDArray[np.float32]]"
 
 
-class LabelHead(NamedTuple):
-    """A linear head over labels, beside the model's head over its vocabulary."""
-
-    labels: tuple[str, ...]
-    weight: nn.Parameter  # (labels, hidden)
-
-
 class Attached(NamedTuple):
     """An adapter on a model; the factors that train require a gradient."""
 
     factors: dict[str, nn.Parameter]  # by canonical key
     paths: dict[tuple[int, str], str]  # path of the adapted module in the model, by layer and role
-    head: LabelHead | None = None
+    # of a linear head over labels, beside the model's head over its vocabulary
+    labels: tuple[str, ...] = ()
+    head: nn.Parameter | None = None  # (labels, hidden)
 
     def trained(self) -> list[nn.Parameter]:
         """Every parameter that requires a gradient."""
-        parameters = [*self.factors.values(), *([self.head.weight] if self.head else [])]
+        parameters = [*self.factors.values(), *([] if self.head is None else [self.head])]
         return [parameter for parameter in parameters if parameter.requires_grad]
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """The label head's logits, (rows, hidden) to (rows, labels)."""
         assert self.head is not None
-        return states @ self.head.weight.T
+        return states @ self.head.T
 
     @contextmanager
     def without(self, names: Collection[str]) -> Iterator[None]:
         """While inside, the factors of these names do not train; H names the label head."""
         frozen = [factor for key, factor in self.factors.items() if parse(key).factor in names]
-        frozen += [self.head.weight] if self.head and "H" in names else []
+        frozen += [self.head] if self.head is not None and "H" in names else []
         frozen = [factor for factor in frozen if factor.requires_grad]
         for factor in frozen:
             factor.requires_grad_(False)
@@ -67,8 +62,8 @@ class Attached(NamedTuple):
         """Each tensor of the state by its key; a label's row of the head is (1, hidden)."""
         yield from self.factors.items()
         if self.head is not None:
-            for number, label in enumerate(self.head.labels):
-                yield join("labels", label, "H"), self.head.weight[number : number + 1]
+            for number, label in enumerate(self.labels):
+                yield join("labels", label, "H"), self.head[number : number + 1]
 
 
 class AdapterLinear(nn.Module):
@@ -96,20 +91,14 @@ class AdapterLinear(nn.Module):
         return adapter_linear(x, structure.matrix(self.base), *self.product(), self.scale, self.base.bias)
 
 
-class Extent(NamedTuple):
-    """How far the fleet's adapter of a checkpoint reaches, of which a device may hold a part."""
-
-    layers: int  # of the checkpoint
-    rank: int  # the fleet's; a lower rank holds the leading part of each factor, drawn ones too
-
-
 def attach(
     model: nn.Module,
     layers: tuple[int, ...],
     spec: settings.Adapter,
     method: Method,
     seed: int,
-    extent: Extent | None = None,
+    checkpoint_layers: int | None = None,
+    fleet_rank: int | None = None,
 ) -> Attached:
     """Replace the model's linear layers of the adapter's roles by adapted ones, in place.
 
@@ -119,24 +108,26 @@ def attach(
         spec: rank on this device, alpha and roles.
         method: what it says of each factor.
         seed: the fleet's, from which factors are drawn.
-        extent: of the fleet's adapter; None: these layers, in this rank.
+        checkpoint_layers: that the checkpoint has; None: these are all.
+        fleet_rank: of the fleet's adapter, of which a device of lower rank holds the leading part;
+            None: the device's.
 
     Raises:
         InputError: the model's family is not known, or it has none of the roles.
     """
-    extent = extent or Extent(len(layers), spec.rank)
+    total, fleet_rank = checkpoint_layers or len(layers), fleet_rank or spec.rank
     attached = Attached({}, {})
     names = {module: name for name, module in model.named_modules()}
     row = structure.family(model)
     for layer, block in zip(layers, structure.blocks(model), strict=True):
-        depth = relative_depth(layer, extent.layers)
+        depth = relative_depth(layer, total)
         for role, base in structure.linears(block, row).items():
             if role not in spec.roles:
                 continue
             # layers of one stage share factors, which the first layer made
-            keys = method.keys(layer, extent.layers, role)
+            keys = method.keys(layer, total, role)
             missing = {name: key for name, key in keys.items() if key not in attached.factors}
-            attached.factors.update(_version_0(base, missing, spec.rank, method, seed, extent.rank))
+            attached.factors.update(_version_0(base, missing, spec.rank, method, seed, fleet_rank))
             attached.paths[layer, role] = names[base]
             factors = {name: attached.factors[key] for name, key in keys.items()}
             adapted = AdapterLinear(base, spec.alpha / spec.rank, factors, method, depth)
@@ -144,13 +135,6 @@ def attach(
     if not attached.factors:
         raise InputError(f"the model has no linear layer of the roles {', '.join(spec.roles)}")
     return attached
-
-
-def with_head(attached: Attached, model: nn.Module, labels: tuple[str, ...]) -> Attached:
-    """The adapter with a head over these labels, which starts from zero."""
-    weight = model.get_input_embeddings().weight
-    zeros = torch.zeros(len(labels), weight.shape[1], device=weight.device)
-    return attached._replace(head=LabelHead(labels, nn.Parameter(zeros)))
 
 
 def detach(model: nn.Module) -> None:
@@ -188,21 +172,23 @@ def state(attached: Attached) -> State:
     return {key: factor.detach().float().cpu().numpy().copy() for key, factor in attached.rows()}
 
 
+@torch.no_grad()
 def load_state(attached: Attached, values: Mapping[str, NDArray[np.float32]]) -> None:
-    """Set every factor; raises InputError as `check_keys` does."""
-    check_keys(values, {key: tuple(factor.shape) for key, factor in attached.rows()})
-    # in place, because modules and optimiser hold the same parameters
-    with torch.no_grad():
-        for key, factor in attached.rows():
-            factor.copy_(torch.from_numpy(values[key]))
+    """Set every factor.
 
-
-def check_keys(values: Mapping[str, NDArray[np.float32]], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise InputError naming a key that is missing, unexpected or of another shape."""
-    for key in shapes.keys() - values.keys():
+    Raises:
+        InputError: a key is missing, unexpected or of another shape; it is named.
+    """
+    factors = dict(attached.rows())
+    for key in factors.keys() - values.keys():
         raise InputError(f"the adapter state lacks {key}")
     for key, value in values.items():
-        if key not in shapes:
+        if key not in factors:
             raise InputError(f"the adapter state has {key}, which this adapter has not")
-        if value.shape != shapes[key]:
-            raise InputError(f"{key} is {value.shape} in the adapter state, but has to be {shapes[key]}")
+        if value.shape != factors[key].shape:
+            raise InputError(
+                f"{key} is {value.shape} in the adapter state, but has to be {tuple(factors[key].shape)}"
+            )
+    # in place, because modules and optimiser hold the same parameters
+    for key, factor in factors.items():
+        factor.copy_(torch.from_numpy(values[key]))

@@ -1,10 +1,12 @@
-"""Stage "load base": the frozen base model of a job, with the kernels' operators in place."""
+"""Stage "load base": the frozen base model of a job, with its adapter and the kernels' operators."""
 
 import gc
 from pathlib import Path
 from typing import Any
 
+import torch
 from edge_kernels import apply
+from torch import nn
 from transformers import PreTrainedModel
 
 from edge_runtime.adapters import attach
@@ -32,17 +34,16 @@ class Bases:
 
 
 class Base:
-    """A base model that carries an adapter and runs on our operators."""
+    """A base model that carries an adapter and runs on our operators, as a plan has it."""
 
-    def __init__(self, model: PreTrainedModel, mlp_tokens: int | None) -> None:
-        """mlp_tokens: tokens that go through an MLP at once; None: all."""
-        self.model = model
-        self._undo = apply(model, structure.modules(model), mlp_tokens)
+    def __init__(self, model: PreTrainedModel, adapter: attach.Attached, plan: Plan) -> None:
+        self.model, self.adapter, self.plan = model, adapter, plan
+        self._undo = apply(model, structure.modules(model), plan.mlp_tokens)
 
-    def retile(self, mlp_tokens: int | None) -> None:
-        """Change the number of tokens that go through an MLP at once."""
+    def follow(self, plan: Plan) -> None:
+        """Go on with a plan of other micro-batches, or of other tiles of the MLPs."""
         self._undo()
-        self._undo = apply(self.model, structure.modules(self.model), mlp_tokens)
+        self.plan, self._undo = plan, apply(self.model, structure.modules(self.model), plan.mlp_tokens)
 
     def drop(self) -> None:
         """Take the adapter off, and free the model."""
@@ -53,7 +54,7 @@ class Base:
         release()
 
 
-def load_base(job: Job, method: Method, bases: Bases, labels: list[str]) -> tuple[Base, attach.Attached]:
+def load_base(job: Job, method: Method, bases: Bases, labels: list[str]) -> Base:
     """The base model with the adapter attached, at version 0."""
     plan, fleet = job.plan, job.fleet
     with lean_imports():  # loading imports the code of the model's family
@@ -64,8 +65,11 @@ def load_base(job: Job, method: Method, bases: Bases, labels: list[str]) -> tupl
         fleet.adapter.at(plan.rank),
         method,
         fleet.seed,
-        attach.Extent(job.facts.layers, fleet.adapter.rank),
+        job.facts.layers,
+        fleet.adapter.rank,
     )
     if labels:
-        adapter = attach.with_head(adapter, model, tuple(labels))
-    return Base(model, plan.mlp_tokens), adapter
+        embedding = model.get_input_embeddings().weight
+        zeros = torch.zeros(len(labels), embedding.shape[1], device=embedding.device)
+        adapter = adapter._replace(labels=tuple(labels), head=nn.Parameter(zeros))
+    return Base(model, adapter, plan)

@@ -1,4 +1,4 @@
-"""Public texts of a fleet without a head: a device completes each text.
+"""Public texts of a fleet without a head: a device completes each text, greedily and in batches.
 
 The method is methods/completions.py. Completions travel as text: devices have different tokenizers.
 """
@@ -7,114 +7,110 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedModel
+import torch
+from transformers import DynamicCache, PreTrainedModel
 
-from edge_runtime.adapters.attach import Attached
+from edge_runtime.adapters.attach import State
 from edge_runtime.errors import InputError
 from edge_runtime.protocol import codec, completion
 from edge_runtime.protocol.completion import Completion
 from edge_runtime.settings import Codistill
-from edge_runtime.trainer import data, greedy, public
+from edge_runtime.trainer import data
+from edge_runtime.trainer.base import Base
 from edge_runtime.trainer.data import IGNORED, Example
 from edge_runtime.trainer.job import Job
-from edge_runtime.trainer.meter import Reporter
+from edge_runtime.trainer.meter import Meter, release
+from edge_runtime.trainer.objectives import padded_length
+from edge_runtime.trainer.public import DeviceAnswers, Distillation, Read, compared, sample, weighed
+from edge_runtime.trainer.vocabulary import language_head, sweep
+
+
+class Written(NamedTuple):
+    """A completion that the model ended by itself."""
+
+    prompt: int  # its number
+    ids: list[int]  # token ids, without the end
+    confidence: float  # geometric mean of the probabilities of the tokens and the end
 
 
 class Completions:
     """The texts of one job that this model can be asked, and its completions of them."""
 
-    def __init__(
-        self, job: Job, spec: Codistill, texts: list[data.Row], tokenizer: Any, read: public.Read
-    ) -> None:
-        self._most_tokens, self._ends = spec.tokens, ends(tokenizer)
-        self._prompts = prompts(texts, tokenizer, job.plan.tokens - spec.tokens)
+    def __init__(self, job: Job, spec: Codistill, texts: list[data.Row], tokenizer: Any, read: Read) -> None:
+        self._most_tokens = spec.tokens
+        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        # tokens that end a text, or a turn in the model's chat template
+        self._ends = sorted(special | {number for number in tokenizer.all_special_ids if number is not None})
+        self._prompts: dict[int, list[int]] = {}  # token ids by the text's number
+        for number, row in enumerate(texts):
+            # a model without a chat template, or whose template refuses the text, is not asked
+            with suppress(InputError):
+                if ids := prompt_ids(row, tokenizer)[-(job.plan.tokens - spec.tokens) :]:
+                    self._prompts[number] = ids
         # tokenized here, as the tokenizer is gone when the global version is loaded
         self._lesson = agreed(job, texts, set(self._prompts), read) if self._prompts else None
-        self._written: list[greedy.Written] = []
+        self._written: list[Written] = []
 
-    def lesson(self, shared: public.Shared) -> public.Distillation | None:
+    def lesson(self, shared: State) -> Distillation | None:
         """The completions that the fleet agreed on; None if there are none yet."""
         return self._lesson
 
-    def answer(
-        self,
-        model: PreTrainedModel,
-        adapter: Attached,
-        examples: list[Example],
-        micro_rows: int,
-        reporter: Reporter,
-    ) -> None:
+    def answer(self, base: Base, examples: list[Example], meter: Meter) -> None:
         """Complete the texts; a text unlike the device's own examples has less confidence."""
         if not self._prompts or not self._ends:
             return
-        numbers, texts = list(self._prompts), list(self._prompts.values())
-        with reporter.meter.phase("complete"):
-            text_states = public.states(model, [Example(ids, [], 0) for ids in texts], micro_rows)
-            own_states = public.states(model, [prompt_of(row) for row in public.sample(examples)], micro_rows)
-            alike = public.likeness(own_states, text_states).tolist()
-            progress = partial(reporter.tell, "complete prompts", of=len(numbers))
-            written = greedy.write(model, texts, self._ends, self._most_tokens, micro_rows, progress)
+        with meter.phase("complete"):
+            asked = [Example(ids, [], 0) for ids in self._prompts.values()]
+            _, likeness = compared(base, list(map(prompt_of, sample(examples))), asked)
+            alike = dict(zip(self._prompts, likeness.tolist(), strict=True))
+            progress = partial(meter.tell, "complete prompts", of=len(alike))
+            written = write(
+                base.model, self._prompts, self._ends, self._most_tokens, base.plan.rows, progress
+            )
         self._written = [
-            greedy.Written(numbers[prompt], ids, alike[prompt] * confidence)
-            for prompt, ids, confidence in written
+            Written(prompt, ids, alike[prompt] * confidence) for prompt, ids, confidence in written
         ]
 
-    def answers(self, tokenizer: Callable[[], Any]) -> public.DeviceAnswers:
+    def answers(self, tokenizer: Callable[[], Any]) -> DeviceAnswers:
         """The completions as text; tokenizer loads the model's."""
-        written = self._written
-        texts = as_text(written, self._prompts, tokenizer()) if written else []
-        return public.DeviceAnswers(completions=completion.encode(texts))
+        texts = as_text(self._written, self._prompts, tokenizer()) if self._written else []
+        return DeviceAnswers(completions=completion.encode(texts))
 
 
-def prompts(texts: list[data.Row], tokenizer: Any, room: int) -> dict[int, list[int]]:
-    """Token ids of the texts by number, cut at their beginning to `room` tokens.
-
-    Texts are left out if the model has no chat template for them, or its template refuses them.
-    """
-    token_ids = {}
-    for number, row in enumerate(texts):
-        with suppress(InputError):
-            token_ids[number] = data.prompt_ids(row, tokenizer)[-room:]
-    return {number: ids for number, ids in token_ids.items() if ids}
-
-
-def agreed(
-    job: Job, texts: list[data.Row], numbers: set[int], read: public.Read
-) -> public.Distillation | None:
+def agreed(job: Job, texts: list[data.Row], numbers: set[int], read: Read) -> Distillation | None:
     """The global version's completions of the texts with these numbers; None if there are none."""
     if job.start is None:
         return None
     every = completion.decode(codec.answers(Path(job.start).read_bytes()))
     known = [answer for answer in every if answer.prompt in numbers]
-    rows = [data.completed(texts[answer.prompt], answer.text) for answer in known]
-    pairs = zip([last_turn(example) for example in read(rows)], known, strict=True)
+    rows = [completed(texts[answer.prompt], answer.text) for answer in known]
+    pairs = zip(map(last_turn, read(rows)), known, strict=True)
     # tokens differ between devices: where a completion is too long here, the cut removed its prompt
     fitting = [(example, answer) for example, answer in pairs if example.labels[0] == IGNORED]
     evidence = np.array([answer.confidence for _, answer in fitting])
     covered = len(fitting) / max(len(texts), 1)
-    return public.weighed(job, [example for example, _ in fitting], evidence, covered=covered)
+    return weighed(job, [example for example, _ in fitting], evidence, covered=covered)
 
 
-def as_text(written: list[greedy.Written], prompts: dict[int, list[int]], tokenizer: Any) -> list[Completion]:
-    """Decode completions; empty ones are left out."""
-    completions = []
-    for prompt, ids, confidence in written:
-        # decoded behind the prompt's last token, as some tokenizers drop a text's leading space
-        last = prompts[prompt][-1:]
-        lead, joined = tokenizer.decode(last), tokenizer.decode([*last, *ids])
-        text = joined.removeprefix(lead) if joined.startswith(lead) else tokenizer.decode(ids)
-        if text.strip():
-            completions.append(Completion(prompt, text, confidence))
-    return completions
+# --- rows and their prompts
 
 
-def ends(tokenizer: Any) -> list[int]:
-    """The tokens that end a text, or a turn in the model's chat template."""
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return sorted(special | {number for number in tokenizer.all_special_ids if number is not None})
+def prompt_ids(row: data.Row, tokenizer: Any) -> list[int]:
+    """Token ids of a public row, up to its completion; raises InputError as data.tokenize does."""
+    if "messages" in row:
+        return data.templated(row["messages"], tokenizer, add_generation_prompt=True)
+    ids: list[int] = tokenizer(row["text"]).input_ids
+    return ids
+
+
+def completed(row: data.Row, answer: str) -> data.Row:
+    """A public row with its completion, as a row to learn."""
+    if "messages" in row:
+        return {"messages": [*row["messages"], {"role": "assistant", "content": answer}]}
+    return {"prompt": row["text"], "completion": answer}
 
 
 def prompt_of(example: Example) -> Example:
@@ -127,3 +123,83 @@ def last_turn(example: Example) -> Example:
     """The example with its last completion learned alone: earlier turns belong to the prompt."""
     before = max((number for number, label in enumerate(example.labels) if label == IGNORED), default=-1)
     return example._replace(labels=[IGNORED] * (before + 1) + example.labels[before + 1 :])
+
+
+def as_text(written: list[Written], prompts: dict[int, list[int]], tokenizer: Any) -> list[Completion]:
+    """Decode completions; empty ones are left out."""
+    completions = []
+    for prompt, ids, confidence in written:
+        # decoded behind the prompt's last token, as some tokenizers drop a text's leading space
+        last = prompts[prompt][-1:]
+        lead, joined = tokenizer.decode(last), tokenizer.decode([*last, *ids])
+        text = joined.removeprefix(lead) if joined.startswith(lead) else tokenizer.decode(ids)
+        if text.strip():
+            completions.append(Completion(prompt, text, confidence))
+    return completions
+
+
+# --- greedy decoding
+
+
+@torch.no_grad()
+def write(
+    model: PreTrainedModel,
+    prompts: dict[int, list[int]],
+    ends: list[int],
+    most_tokens: int,
+    micro_rows: int,
+    progress: Callable[[int], None],
+) -> list[Written]:
+    """Complete prompts greedily; returns the completions in the order of their prompts' numbers.
+
+    Args:
+        prompts: token ids by the prompt's number, at least one id each.
+        ends: tokens that end a completion.
+        most_tokens: longest completion with its end; a longer one is left out.
+        micro_rows: prompts at once.
+        progress: called after each batch with the prompts completed so far.
+    """
+    order = sorted(prompts, key=lambda number: len(prompts[number]))
+    completions = []
+    for first in range(0, len(order), micro_rows):
+        numbers = order[first : first + micro_rows]
+        tokens, log_p = _batch(model, [prompts[number] for number in numbers], ends, most_tokens)
+        for number, ids, logs in zip(numbers, tokens.tolist(), log_p, strict=True):
+            length = next((at for at, token in enumerate(ids) if token in ends), 0)
+            if length:
+                completions.append(Written(number, ids[:length], float(logs[: length + 1].mean().exp())))
+        progress(first + len(numbers))
+    return sorted(completions)
+
+
+def _batch(
+    model: PreTrainedModel, prompts: list[list[int]], ends: list[int], most_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens after each prompt and their log-probabilities (rows, tokens), until all have ended."""
+    head = language_head(model)
+    device = head.weight.device
+    longest = padded_length(max(map(len, prompts)))
+    # padded on the left, so that the next token follows every prompt at one position
+    ids = torch.tensor([[ends[0]] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor(
+        [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
+    )
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    # the keys and values of earlier tokens
+    cache = DynamicCache(config=model.config)
+    tokens: list[torch.Tensor] = []
+    log_p: list[torch.Tensor] = []
+    end_tokens = torch.tensor(ends, device=device)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    while len(tokens) < most_tokens and not ended.all():
+        hidden = model.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state[:, -1]
+        scores = sweep(hidden, head)
+        tokens.append(scores.likely)
+        log_p.append(scores.best - scores.log_sum)
+        ended |= torch.isin(scores.likely, end_tokens)
+        ids, positions = scores.likely[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(ids)], 1)
+    release()
+    return torch.stack(tokens, 1), torch.stack(log_p, 1)

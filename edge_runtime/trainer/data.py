@@ -17,12 +17,7 @@ from typing import Any, NamedTuple
 from edge_runtime.errors import InputError
 
 IGNORED = -100  # label of a token that is not learned, as torch's cross-entropy has it
-FORMS: tuple[frozenset[str], ...] = (
-    frozenset({"prompt", "completion"}),
-    frozenset({"messages"}),
-    frozenset({"text"}),
-    frozenset({"text", "label"}),
-)
+FORMS: list[set[str]] = [{"prompt", "completion"}, {"messages"}, {"text"}, {"text", "label"}]
 
 Row = dict[str, Any]
 
@@ -78,7 +73,7 @@ def _row(line: str, where: str) -> Row:
         raise InputError(f"{where}: not a JSON object ({error})") from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: {type(row).__name__} seen, a JSON object is needed")
-    keys = frozenset(row) & frozenset().union(*FORMS)
+    keys = row.keys() & set().union(*FORMS)
     if keys not in FORMS:
         seen = ", ".join(_words(row)) or "nothing"
         raise InputError(
@@ -124,26 +119,6 @@ def _check_messages(messages: Any, where: str) -> None:
         raise InputError(f"{where}: no message has the role assistant, so there is nothing to learn")
     if messages[0]["role"] == "assistant":
         raise InputError(f"{where}: the first message is the assistant's, but it has to answer something")
-
-
-def read_prompts(path: Path) -> list[Row]:
-    """The fleet's public rows, as its node wrote them: a text, or messages without the last answer."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-def prompt_ids(row: Row, tokenizer: Any) -> list[int]:
-    """Token ids of a public row, up to its completion; raises InputError as tokenize does."""
-    if "messages" in row:
-        return _templated(row["messages"], tokenizer, add_generation_prompt=True)
-    ids: list[int] = tokenizer(row["text"]).input_ids
-    return ids
-
-
-def completed(row: Row, completion: str) -> Row:
-    """A public row with its completion, as a row to learn."""
-    if "messages" in row:
-        return {"messages": [*row["messages"], {"role": "assistant", "content": completion}]}
-    return {"prompt": row["text"], "completion": completion}
 
 
 def write_rows(path: Path, rows: list[Row]) -> Path:
@@ -207,14 +182,15 @@ def _chat(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], li
     for end, turn in enumerate(messages, 1):
         if turn["role"] != "assistant":
             continue
-        before = _templated(messages[: end - 1], tokenizer, add_generation_prompt=True)
-        after = _templated(messages[:end], tokenizer, add_generation_prompt=False)
+        before = templated(messages[: end - 1], tokenizer, add_generation_prompt=True)
+        after = templated(messages[:end], tokenizer, add_generation_prompt=False)
         labels += [IGNORED] * (len(before) - len(ids)) + after[len(before) :]
         ids = after
     return ids, labels
 
 
-def _templated(messages: list[dict[str, str]], tokenizer: Any, *, add_generation_prompt: bool) -> list[int]:
+def templated(messages: list[dict[str, str]], tokenizer: Any, *, add_generation_prompt: bool) -> list[int]:
+    """Token ids of messages in the model's chat template; raises InputError as `tokenize` does."""
     if not tokenizer.chat_template:
         raise InputError(
             "the model has no chat template, so it cannot learn from messages: use prompt and completion rows"

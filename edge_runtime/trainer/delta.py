@@ -1,13 +1,16 @@
-"""Stage "write": what a trained round leaves behind.
+"""The adapter's factors as a round begins, and what the trained round leaves behind.
 
+    start                version 0, overlaid by the global version, and by earlier private factors
     private factors      state.bin
     exchanged factors    delta = trained - start + owed
                          payload.bin = encode(delta)        residual.bin = delta - decode(payload)
 
-Owed are the residual of the last settled round and a payload that the node refused. The trained
-factors become delta and then residual in place: only one copy of the adapter's size exists.
+Owed are the residual of the last settled round and a payload that the node refused. The exchanged
+factors of the start lie in a file while they train. The trained factors become delta and then
+residual in place: only one copy of the adapter's size exists.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +18,14 @@ import numpy as np
 from safetensors import safe_open
 
 from edge_runtime.adapters import attach
-from edge_runtime.methods.interface import Method
+from edge_runtime.methods.interface import WIDTHS, Method
 from edge_runtime.protocol import codec
 from edge_runtime.protocol.keys import label_of, leading, parse
 from edge_runtime.trainer import disk
 from edge_runtime.trainer.job import Carried
 from edge_runtime.trainer.public import DeviceAnswers
-from edge_runtime.trainer.start import FILE, overlay
+
+START = "start.bin"
 
 
 class Sent(NamedTuple):
@@ -29,6 +33,36 @@ class Sent(NamedTuple):
 
     payload_bytes: int  # 0: the method exchanges nothing
     rank: int | None  # in which the device goes on; None: the method does not prune
+
+
+def start(
+    adapter: attach.Attached, shared: attach.State, private: str | None, method: Method
+) -> attach.State:
+    """Set the adapter, which is at version 0, to the round's start; returns that state.
+
+    Args:
+        shared: the global version; it may have factors that this device has not.
+        private: path of an earlier round's state.bin.
+
+    Raises:
+        InputError: the files do not fit the adapter.
+    """
+    state = attach.state(adapter)
+    for key, value in shared.items():
+        if key in state:
+            state[key] = value[leading(state[key].shape)] if method.unequal else value
+    if private is not None:
+        _overlay(state, disk.load(private), method, np.copyto)
+    attach.load_state(adapter, state)
+    return state
+
+
+def put_aside(state: attach.State, method: Method, folder: Path, tell: disk.Tell) -> None:
+    """Move the exchanged factors to a file and empty the state; the private ones are not needed again."""
+    exchanged = {key: value for key, value in state.items() if method.factor(key).exchanged}
+    if exchanged:
+        disk.save(folder / START, exchanged, tell)
+    state.clear()
 
 
 def write(
@@ -57,14 +91,17 @@ def write(
         for key, value in trained.items()
         if method.factor(key).exchanged and (parse(key).kind != "labels" or label_of(key) in taught)
     }
-    rank = _subtract_start(delta, method, folder / FILE) if delta else None
-    _add_owed(delta, method, carried)
+    rank = _subtract_start(delta, method, folder / START) if delta else None
+    if carried.residual is not None:
+        _add_owed(delta, disk.load(carried.residual), method)
+    if carried.unsent is not None:
+        _add_owed(delta, codec.decode(Path(carried.unsent).read_bytes()), method)
     payload = codec.encode({**delta, **answers.predictions}, answers.completions)
     sent = codec.decode(payload)
     for key, value in delta.items():
         value -= sent.pop(key)
     disk.save(folder / "residual.bin", delta, tell)
-    disk.replace(folder / "payload.bin", payload, tell)
+    disk.save(folder / "payload.bin", payload, tell)
     return Sent(len(payload), rank)
 
 
@@ -82,17 +119,27 @@ def _subtract_start(delta: attach.State, method: Method, path: Path) -> int | No
     return rank
 
 
-def _add_owed(delta: attach.State, method: Method, carried: Carried) -> None:
-    def add(earlier: attach.State) -> None:
-        # after refactoring, a version has its product in other factors: old remainders mean nothing
-        valid = {
-            key: value
-            for key, value in earlier.items()
-            if not (method.refactored and parse(key).kind == "layers")
-        }
-        overlay(delta, valid, method, lambda into, value: np.add(into, value, out=into))
+def _add_owed(delta: attach.State, owed: attach.State, method: Method) -> None:
+    # after refactoring, a version has its product in other factors: old remainders mean nothing
+    valid = {
+        key: value for key, value in owed.items() if not (method.refactored and parse(key).kind == "layers")
+    }
+    _overlay(delta, valid, method, lambda into, value: np.add(into, value, out=into))
 
-    if carried.residual is not None:
-        add(disk.load(carried.residual))
-    if carried.unsent is not None:
-        add(codec.decode(Path(carried.unsent).read_bytes()))
+
+def _overlay(state: attach.State, earlier: attach.State, method: Method, put: Callable[..., object]) -> None:
+    """Put factors of an earlier round into the state, in place, with put(into, values).
+
+    The plan may have changed since then. Factors of absent layers are left out, another rank gives
+    its leading part, and factors of another width are left out: they belong to another model.
+    """
+    for key in earlier.keys() & state.keys():
+        old, new = earlier[key].shape, state[key].shape
+        same_model = all(
+            axis not in WIDTHS or before == after
+            for axis, before, after in zip(method.factor(key).axes, old, new, strict=True)
+        )
+        if same_model:
+            # the ranks may differ
+            common = leading(tuple(map(min, new, old)))
+            put(state[key][common], earlier[key][common])

@@ -3,8 +3,9 @@
 import errno
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from edge_broker import files
@@ -16,45 +17,30 @@ from edge_runtime.errors import DiskError, InputError
 
 WAIT_S, POLL_S = 600.0, 5.0
 
+Tensors: TypeAlias = dict[str, NDArray[np.float32]]
 Tell = Callable[[str], object]  # receives the phase "wait for disk space" at each failed attempt
 
 
-def save(path: Path, tensors: Mapping[str, NDArray[np.float32]], tell: Tell) -> None:
-    """Write tensors as safetensors; raises as replace does."""
-    contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-    _write(lambda partial: save_file(contiguous, partial), path, tell)
-
-
-def replace(path: Path, content: bytes, tell: Tell) -> None:
-    """Write bytes.
+def save(path: Path, content: Tensors | bytes, tell: Tell) -> None:
+    """Write bytes, or tensors as safetensors.
 
     Raises:
         DiskError: the disk stayed full for WAIT_S.
         OSError: any other failure to write.
     """
-    _write(lambda partial: partial.write_bytes(content), path, tell)
-
-
-def load(path: str) -> dict[str, NDArray[np.float32]]:
-    """Read tensors that an earlier round left; raises InputError if the file cannot be read."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path}, which an earlier round left, cannot be read: {error}; start with a new --state"
-        ) from error
-
-
-def _write(write: Callable[[Path], object], path: Path, tell: Tell) -> None:
     partial, deadline = path.with_suffix(".part"), time.monotonic() + WAIT_S
     while True:
         try:
-            write(partial)
+            if isinstance(content, bytes):
+                partial.write_bytes(content)
+            else:
+                save_file({key: np.ascontiguousarray(value) for key, value in content.items()}, partial)
             files.put(partial, path)
             return
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
-            if not _disk_full(error):
+            # safetensors reports a system error only as text
+            if getattr(error, "errno", None) != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
                 raise
             if time.monotonic() > deadline:
                 raise DiskError(
@@ -64,6 +50,11 @@ def _write(write: Callable[[Path], object], path: Path, tell: Tell) -> None:
             time.sleep(POLL_S)
 
 
-def _disk_full(error: Exception) -> bool:
-    # safetensors reports a system error only as text
-    return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+def load(path: str) -> Tensors:
+    """Read tensors that an earlier round left; raises InputError if the file cannot be read."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}, which an earlier round left, cannot be read: {error}; start with a new --state"
+        ) from error

@@ -1,4 +1,4 @@
-"""Measures the peak memory of each phase of the trainer process.
+"""Holds the trainer process to its share of the machine, and measures the peak memory of each phase.
 
     CPU              peak resident size as Linux counts it (VmHWM in /proc/self/status), reset at the
                      start of each phase through /proc/self/clear_refs
@@ -16,19 +16,42 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
-from typing import NamedTuple
 
 import msgspec
 import psutil
 import torch
-from edge_profiles import cgroups
+from edge_profiles import cgroups, format_size
 
+from edge_runtime.errors import InputError
 from edge_runtime.protocol.report import PhaseMemory
-from edge_runtime.trainer.job import Progress
+from edge_runtime.trainer.job import Machine, Progress
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def prepare(machine: Machine) -> None:
+    """Hold this process to its share of the machine, before anything is allocated.
+
+    Beyond gpu_cap_bytes torch's allocator fails, so that a large GPU stands for a small board's.
+    CUDA's own memory (its context, some hundred MiB) is not the allocator's and comes on top.
+
+    Raises:
+        InputError: torch cannot use the GPU, or the GPU has less memory than the cap.
+    """
+    if machine.device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "this device has a GPU, but the installed torch cannot use it: install its CUDA build, "
+            "or use --device cpu"
+        )
+    if machine.gpu_cap_bytes is not None:
+        total, cap = int(torch.cuda.get_device_properties(0).total_memory), machine.gpu_cap_bytes
+        if cap > total:
+            raise InputError(f"the GPU has {format_size(total)} and cannot be capped to {format_size(cap)}")
+        torch.cuda.set_per_process_memory_fraction(cap / total)
+    if machine.threads:
+        torch.set_num_threads(machine.threads)
 
 
 def release() -> None:
@@ -38,14 +61,22 @@ def release() -> None:
 
 
 class Meter:
-    """Memory and seconds by phase."""
+    """Memory and seconds of a job by phase, and its lines of progress."""
 
-    def __init__(self, device: str) -> None:
-        self.cuda = device.startswith("cuda")
-        self.unified = self.cuda and bool(torch.cuda.get_device_properties(0).is_integrated)
+    def __init__(self, device: str, say: Callable[[Progress], None] = lambda _: None) -> None:
+        """say: receives each line of progress."""
+        self.cuda, self._say = device.startswith("cuda"), say
+        unified = self.cuda and bool(torch.cuda.get_device_properties(0).is_integrated)
+        self._in_ram = unified or not self.cuda
         self.phases: dict[str, PhaseMemory] = {}
         self.seconds: dict[str, float] = {}
         self._phase = ""
+
+    def tell(self, phase: str, step: int = 0, of: int = 0, loss: float | None = None) -> None:
+        """Report progress: a phase, at a step of so many, and the bytes that the process holds now."""
+        reserved = int(torch.cuda.memory_reserved()) if self.cuda else 0
+        held = reserved + (_resident("VmRSS") if self._in_ram else 0)
+        self._say(Progress(phase, step, of, loss, held))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -62,7 +93,9 @@ class Meter:
     def lap(self) -> int:
         """Peak bytes since the phase or its last lap began; the phase's is the highest of its laps."""
         memory = self._memory()
-        self.phases[self._phase] = _higher(self.phases.get(self._phase), memory)
+        earlier = self.phases.get(self._phase, memory)
+        sizes = zip(msgspec.structs.astuple(earlier), msgspec.structs.astuple(memory), strict=True)
+        self.phases[self._phase] = PhaseMemory(*(max(pair, key=lambda size: size or 0) for pair in sizes))
         self._reset()
         return memory.peak_bytes
 
@@ -70,15 +103,6 @@ class Meter:
     def peak_bytes(self) -> int:
         """The highest peak of all phases."""
         return max(phase.peak_bytes for phase in self.phases.values())
-
-    def current_bytes(self) -> int:
-        """Bytes that the process holds now, counted as the peak is."""
-        reserved = int(torch.cuda.memory_reserved()) if self.cuda else 0
-        return reserved + (_resident("VmRSS") if self._in_ram else 0)
-
-    @property
-    def _in_ram(self) -> bool:
-        return self.unified or not self.cuda
 
     def _reset(self) -> None:
         if self.cuda:
@@ -106,31 +130,13 @@ class Meter:
         )
 
 
-class Reporter(NamedTuple):
-    """Where the stages of a job report their progress."""
-
-    meter: Meter
-    say: Callable[[Progress], None]
-
-    def tell(self, phase: str, step: int = 0, of: int = 0, loss: float | None = None) -> None:
-        """Report a phase, at a step of so many, with the memory that the process holds."""
-        self.say(Progress(phase, step, of, loss, self.meter.current_bytes()))
-
-
-def _higher(earlier: PhaseMemory | None, memory: PhaseMemory) -> PhaseMemory:
-    if earlier is None:
-        return memory
-    sizes = zip(msgspec.structs.astuple(earlier), msgspec.structs.astuple(memory), strict=True)
-    return PhaseMemory(*(max(pair, key=lambda size: size or 0) for pair in sizes))
-
-
 def _resident(field: str) -> int:
     return _status(field) or int(psutil.Process().memory_info().rss)
 
 
 def _status(field: str) -> int:
-    if STATUS.exists():
-        for line in STATUS.read_text().splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
+    """Bytes of a field of /proc/self/status; 0 where there is none."""
+    for line in STATUS.read_text().splitlines() if STATUS.exists() else ():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
     return 0

@@ -1,12 +1,13 @@
-"""What a micro-batch learns and how it is scored: one objective for each kind of row.
+"""What rows teach and how they are scored: one objective for each kind of row.
 
     Text      cross-entropy of the labelled tokens
     Labels    cross-entropy of a head over labels, with a row's label or the fleet's probabilities
 
-Each reads the model's last hidden states (rows, tokens, hidden).
+Each reads the model's last hidden states (rows, tokens, hidden) of a micro-batch.
 """
 
-from typing import NamedTuple
+import math
+from typing import NamedTuple, TypeAlias
 
 import torch
 from edge_kernels import linear_cross_entropy
@@ -14,10 +15,15 @@ from torch.nn.functional import cross_entropy, kl_div, rms_norm
 from transformers import PreTrainedModel
 
 from edge_runtime.adapters.attach import Attached
-from edge_runtime.planning.predict import LOSS_CHUNK_BYTES
-from edge_runtime.trainer.data import IGNORED, Example
-from edge_runtime.trainer.divergence import divergence
-from edge_runtime.trainer.vocabulary import LanguageHead, language_head, sweep
+from edge_runtime.planning.predict import LENGTH_STEP, LOSS_CHUNK_BYTES
+from edge_runtime.protocol.report import Score
+from edge_runtime.trainer.data import IGNORED, Example, batches
+from edge_runtime.trainer.meter import release
+from edge_runtime.trainer.vocabulary import Divergence, LanguageHead, language_head, sweep
+
+# A micro-batch's part of a score: the loss summed over what counts, the labelled tokens or rows of a
+# known label that count, and the rows answered exactly.
+Tally: TypeAlias = tuple[float, int, int]
 
 
 class Output(NamedTuple):
@@ -28,19 +34,11 @@ class Output(NamedTuple):
     counted: torch.Tensor  # mask over the tokens or rows that count
 
 
-class Tally(NamedTuple):
-    """A micro-batch's part of a score."""
-
-    loss: float  # sum over what counts
-    counted: int  # labelled tokens, or rows with a known label
-    exact: int  # rows answered exactly
-
-
 class Text(NamedTuple):
     """Labelled tokens, each predicted from the tokens before it."""
 
     head: LanguageHead
-    chunk_bytes: int  # float32 logits that exist at once
+    chunk_bytes: int = LOSS_CHUNK_BYTES  # float32 logits that exist at once
 
     def output(self, rows: list[Example], hidden: torch.Tensor, labels: torch.Tensor) -> Output:
         """The loss over labels (rows, tokens)."""
@@ -50,17 +48,22 @@ class Text(NamedTuple):
 
     def divergence(self, before: torch.Tensor, output: Output) -> torch.Tensor:
         """The mean KL of the output from the counted values before (tokens, hidden)."""
-        return divergence(before, output.values[output.counted], self.head, self.chunk_bytes)
+        now = output.values[output.counted]
+        mean: torch.Tensor = Divergence.apply(before, now, self.head, self.chunk_bytes)
+        return mean
 
     def tally(self, rows: list[Example], hidden: torch.Tensor, labels: torch.Tensor) -> Tally:
-        """A row is exact if each labelled token is the likeliest after the true tokens before it."""
+        """A row is exact if each labelled token is the likeliest after the true tokens before it.
+
+        Greedy decoding would write the same completion then, so one forward pass replaces it.
+        """
         hidden, labels = hidden[:, :-1], labels[:, 1:]
         counted = labels != IGNORED
         scores = sweep(hidden[counted], self.head, labels[counted])
         hits = torch.ones_like(counted)
         hits[counted] = scores.likely == labels[counted]
         loss = float((scores.log_sum - scores.target).sum())
-        return Tally(loss, int(counted.sum()), int(hits.all(1).sum()))
+        return loss, int(counted.sum()), int(hits.all(1).sum())
 
 
 class Labels(NamedTuple):
@@ -85,7 +88,7 @@ class Labels(NamedTuple):
         logits, answers = self._logits(rows, hidden)
         known = answers != IGNORED
         loss = float(cross_entropy(logits[known], answers[known], reduction="sum"))
-        return Tally(loss, int(known.sum()), int((logits.argmax(-1) == answers).sum()))
+        return loss, int(known.sum()), int((logits.argmax(-1) == answers).sum())
 
     def _logits(self, rows: list[Example], hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, labels), and the rows' answers (rows,)."""
@@ -93,34 +96,21 @@ class Labels(NamedTuple):
         return logits, torch.tensor([row.answer for row in rows], device=logits.device)
 
 
-class Objectives(NamedTuple):
-    """The objectives of one model with its adapter."""
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, adapter: Attached, examples: list[Example], micro_rows: int) -> Score:
+    """Score the rows, micro_rows at a time; the model is in evaluation mode.
 
-    text: Text
-    labels: Labels
-    distilled: Labels
-
-    def of(self, rows: list[Example], public: bool = False) -> Text | Labels:
-        """The objective of rows of one kind; public: of public texts, which the fleet answered."""
-        if not rows[0].headed:
-            return self.text  # a completion by the fleet is text like any other
-        return self.distilled if public else self.labels
-
-
-def objectives(
-    model: PreTrainedModel,
-    adapter: Attached,
-    chunk_bytes: int = LOSS_CHUNK_BYTES,
-    targets: torch.Tensor | None = None,
-) -> Objectives:
-    """The objectives of a model.
-
-    Args:
-        chunk_bytes: float32 logits that exist at once.
-        targets: (texts, labels), the fleet's probabilities, if it has any.
+    The loss is the mean over labelled tokens and over rows of a head whose label it has.
     """
-    text = Text(language_head(model), chunk_bytes)
-    return Objectives(text, Labels(adapter), Labels(adapter, targets))
+    text, labels = Text(language_head(model)), Labels(adapter)
+    tallies = []
+    for rows in batches(examples, micro_rows):
+        objective = labels if rows[0].headed else text
+        tallies.append(objective.tally(rows, *hidden_states(model, rows)))
+        release()
+    loss, counted, exact = map(sum, zip(*tallies, strict=True))
+    mean = loss / max(counted, 1)
+    return Score(mean if math.isfinite(mean) else None, exact / len(examples), len(examples))
 
 
 def label_states(rows: list[Example], hidden: torch.Tensor) -> torch.Tensor:
@@ -134,7 +124,23 @@ def label_states(rows: list[Example], hidden: torch.Tensor) -> torch.Tensor:
     return rms_norm(state, (state.shape[-1],))
 
 
-def hidden_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """(rows, tokens) to the last hidden states (rows, tokens, hidden), before the head."""
-    hidden: torch.Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return hidden
+def hidden_states(model: PreTrainedModel, rows: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last hidden states (rows, tokens, hidden), before the head, and labels (rows, tokens)."""
+    ids, labels = pad(rows, language_head(model).weight.device)
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state, labels
+
+
+def pad(rows: list[Example], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels (rows, tokens), padded on the right, where causal attention never looks."""
+    longest = padded_length(max(len(row.ids) for row in rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    labels = torch.full((len(rows), longest), IGNORED)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)] = torch.tensor(row.ids)
+        labels[i, : len(row.labels)] = torch.tensor(row.labels)
+    return ids.to(device), labels.to(device)
+
+
+def padded_length(tokens: int) -> int:
+    """The next multiple of LENGTH_STEP: a CPU's matrix library builds and keeps kernels for each shape."""
+    return -(-tokens // LENGTH_STEP) * LENGTH_STEP

@@ -1,36 +1,33 @@
-"""The fleet's public texts: what both forms of answers to them share.
+"""The fleet's public texts: what a device learns from them, and its own answers to them.
 
-    a head over labels    predictions.py: each device predicts every text's label
+    a head over labels    Predictions: each device predicts every text's label
     no head               completions.py: each device completes every text
 
 A device learns the fleet's answers beside its own rows (Distillation), and sends its own answers.
 The equations are those of methods/codistill.py: evidence e, news u, the ramp, and likeness s.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
 from edge_runtime.adapters.attach import State
-from edge_runtime.errors import InputError
 from edge_runtime.methods import codistill
+from edge_runtime.protocol.keys import join
 from edge_runtime.trainer import data
+from edge_runtime.trainer.base import Base
 from edge_runtime.trainer.data import Example
 from edge_runtime.trainer.job import Job
-from edge_runtime.trainer.meter import release
-from edge_runtime.trainer.micro_batch import pad
+from edge_runtime.trainer.meter import Meter, release
 from edge_runtime.trainer.objectives import hidden_states, label_states
 from edge_runtime.trainer.vocabulary import language_head
 
 MOST_ROWS = 512  # of the device's own that texts are compared with, evenly spaced
 
 Read = Callable[[list[data.Row]], list[Example]]  # tokenizes rows as the job's are
-Shared = Mapping[str, NDArray[np.float32]]  # the global version
 
 
 class Distillation(NamedTuple):
@@ -50,15 +47,44 @@ class DeviceAnswers(NamedTuple):
     completions: bytes = b""  # encoded by protocol/completion.py
 
 
-def rows(job: Job) -> list[data.Row]:
-    """The public texts; raises InputError if the file has fewer than the fleet's settings say."""
-    if job.anchors is None:
-        return []
-    assert job.fleet.codistill is not None
-    texts, count = data.read_prompts(Path(job.anchors)), job.fleet.codistill.texts
-    if len(texts) < count:
-        raise InputError(f"the fleet has {count} public texts, but its file has {len(texts)} rows")
-    return texts[:count]
+class Predictions:
+    """The texts of one job, and this device's predictions of their labels."""
+
+    def __init__(self, job: Job, texts: list[data.Row], labels: list[str], met: set[str], read: Read) -> None:
+        """labels: of the head, in its order. met: the labels of this device's own rows."""
+        examples = read([{"text": row["text"], "label": ""} for row in texts])
+        self._texts = [text._replace(answer=number) for number, text in enumerate(examples)]
+        self._job, self._labels, self._met = job, labels, met
+        self._answers = DeviceAnswers()
+
+    def lesson(self, shared: State) -> Distillation | None:
+        """The fleet's predictions in the global version; None if it has none of these texts."""
+        job, count = self._job, len(self._texts)
+        targets = {label: shared.get(join("anchors", label, "T")) for label in self._labels}
+        # an earlier set of public texts may have had another length
+        columns = {label: T[0] for label, T in targets.items() if T is not None and T.shape[1] == count}
+        if job.fleet.codistill is None or not columns:
+            return None
+        absent = np.zeros(count, np.float32)
+        votes = np.stack([columns.get(label, absent) for label in self._labels], 1)
+        evidence, probabilities = codistill.learned(votes, job.fleet.codistill.temperature)
+        news = codistill.news(votes, [label not in self._met for label in self._labels])
+        on_device = torch.from_numpy(probabilities).to(job.machine.device)
+        return weighed(job, self._texts, evidence, news, targets=on_device)
+
+    @torch.no_grad()
+    def answer(self, base: Base, examples: list[Example], meter: Meter) -> None:
+        """Predict the texts; a text unlike the device's own examples counts less."""
+        meter.tell("predict")
+        with meter.phase("predict"):
+            states, alike = compared(base, sample(examples), self._texts)
+            probabilities = base.adapter.logits(states).softmax(-1) * alike[:, None]
+            columns = zip(self._labels, probabilities.T.cpu().numpy(), strict=True)
+            self._answers = DeviceAnswers({join("anchors", label, "P"): row[None] for label, row in columns})
+
+    def answers(self, tokenizer: Callable[[], Any]) -> DeviceAnswers:
+        """The predictions, by canonical key."""
+        return self._answers
 
 
 def weighed(
@@ -97,15 +123,25 @@ def drawn(distillation: Distillation | None, seed: str) -> tuple[Iterator[Exampl
     return data.in_shares(texts, shares, seed), count, weight * sum(shares) / len(shares)
 
 
+def sample(examples: list[Example]) -> list[Example]:
+    """At most MOST_ROWS of the examples."""
+    return examples[:: -(-len(examples) // MOST_ROWS)]
+
+
+def compared(base: Base, rows: list[Example], texts: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The texts' last hidden states (texts, hidden), and their likeness to the device's rows (texts,)."""
+    text_states = _states(base, texts)
+    return text_states, likeness(_states(base, rows), text_states)
+
+
 @torch.no_grad()
-def states(model: PreTrainedModel, examples: list[Example], micro_rows: int) -> torch.Tensor:
+def _states(base: Base, examples: list[Example]) -> torch.Tensor:
     """The last token's hidden state of each: (examples, hidden) in float32, of equal length."""
-    device = language_head(model).weight.device
+    model, device = base.model, language_head(base.model).weight.device
     last = torch.empty(len(examples), model.config.get_text_config().hidden_size, device=device)
     numbered = [example._replace(answer=number) for number, example in enumerate(examples)]
-    for batch in data.batches(numbered, micro_rows):
-        ids, _ = pad(batch, device)
-        last[[row.answer or 0 for row in batch]] = label_states(batch, hidden_states(model, ids))
+    for batch in data.batches(numbered, base.plan.rows):
+        last[[row.answer or 0 for row in batch]] = label_states(batch, hidden_states(model, batch)[0])
         release()
     return last
 
@@ -122,8 +158,3 @@ def likeness(own_states: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
     among = (own_states @ own_states.T).fill_diagonal_(-torch.inf).amax(1)
     nearest = (texts @ own_states.T).amax(1)
     return (((among[None] <= nearest[:, None]).sum(1) + 1) / (len(own_states) + 1)).sqrt()
-
-
-def sample(examples: list[Example]) -> list[Example]:
-    """At most MOST_ROWS of the examples."""
-    return examples[:: -(-len(examples) // MOST_ROWS)]

@@ -5,41 +5,34 @@ start of the round lies on disk while factors train, and the base model is gone 
 encoded.
 """
 
+import json
 import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import msgspec
-import torch
 
 from edge_runtime import methods
-from edge_runtime.adapters import attach
 from edge_runtime.adapters.export import peft
 from edge_runtime.errors import InputError
-from edge_runtime.methods.interface import Method
 from edge_runtime.protocol import codec
+from edge_runtime.protocol.keys import LABEL, label_of, parse
 from edge_runtime.protocol.report import Result, Score
-from edge_runtime.trainer import delta, disk
-from edge_runtime.trainer.base import Base, Bases, load_base
-from edge_runtime.trainer.cap import cap_gpu
+from edge_runtime.trainer import data, delta, disk
+from edge_runtime.trainer.base import Bases, load_base
+from edge_runtime.trainer.completions import Completions
 from edge_runtime.trainer.delta import Sent
-from edge_runtime.trainer.evaluate import evaluate
-from edge_runtime.trainer.job import Job, Machine, Progress
-from edge_runtime.trainer.meter import Meter, Reporter, release
-from edge_runtime.trainer.public import DeviceAnswers, Distillation
-from edge_runtime.trainer.read import Material, read
-from edge_runtime.trainer.start import put_aside, start_state
+from edge_runtime.trainer.job import Job, Progress
+from edge_runtime.trainer.meter import Meter, prepare, release
+from edge_runtime.trainer.objectives import evaluate
+from edge_runtime.trainer.public import DeviceAnswers, Predictions, Read
 from edge_runtime.trainer.train import Trained, train
 
 
 def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
-    """Do the job in a folder.
-
-    Args:
-        folder: holds job.json; receives the files that trainer/job.py names.
-        bases: gives the tokenizer and the base model.
-        say: receives each line of progress.
+    """Do the job of a folder's job.json; the folder receives the files that trainer/job.py names.
 
     Raises:
         InputError: the data, the model or the starting state does not fit the job.
@@ -48,85 +41,108 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
     job = msgspec.json.decode((folder / "job.json").read_bytes(), type=Job)
     method = methods.build(job.fleet.method, job.fleet.head, job.fleet.codistill)
     prepare(job.machine)
-    meter = Meter(job.machine.device)
-    reporter = Reporter(meter, say)
-    reporter.tell("load")
+    meter = Meter(job.machine.device, say)
+    meter.tell("load")
     with meter.phase("load"):
         material = read(job, bases.tokenizer(job.facts))
         release()  # the tokenizer's memory, before the model needs it
-        base, adapter = load_base(job, method, bases, material.labels)
+        base = load_base(job, method, bases, material.labels)
         public = material.public
-        start, distillation = begin(job, method, adapter, material)
-        # to disk: in memory, the start would cost one adapter more
+        shared = codec.decode(Path(job.start).read_bytes()) if job.start is not None else {}
+        start = delta.start(base.adapter, shared, job.carried.private, method)
+        distillation = public.lesson(shared) if public is not None else None
+        # in memory, the global version and the start would cost an adapter each
+        del shared
         if job.train:
-            put_aside(start, method, folder, reporter.tell)
+            delta.put_aside(start, method, folder, meter.tell)
         release()
     # before training: the scores are those of the version that the round starts from
+    scores = {}
     with meter.phase("evaluate"):
-        scores = score(job, base, adapter, material, reporter)
-    trained, sent = Trained([], [], [], job.plan.rows), Sent(0, None)
+        for name, examples in material.held_out.items():
+            meter.tell(f"evaluate {name}")
+            scores[name] = evaluate(base.model, base.adapter, examples, job.plan.rows)
+    trained, sent = Trained([], [], []), Sent(0, None)
     if job.train:
-        trained = train(job, method, base, adapter, material.examples, distillation, reporter)
+        trained = train(job, method, base, material.examples, distillation, meter)
         # nobody learns the answers of the last round
         if public is not None and job.round < job.fleet.rounds:
-            public.answer(base.model, adapter, material.examples, trained.micro_rows, reporter)
-        # the delta is encoded without the model in memory
-        base.drop()
-        reporter.tell("encode")
+            public.answer(base, material.examples, meter)
+    # the delta is encoded without the model in memory
+    base.drop()
+    if job.train:
+        meter.tell("encode")
         with meter.phase("encode"):
             tokenizer = partial(bases.tokenizer, job.facts)
             answers = public.answers(tokenizer) if public is not None else DeviceAnswers()
             taught = material.met if distillation is None else set(material.labels)
-            sent = delta.write(folder, adapter, method, taught, answers, job.carried, reporter.tell)
-    else:
-        base.drop()
-        if job.export is not None:
-            spec = job.fleet.adapter.at(job.plan.rank)
-            peft.to_peft(start, job.facts, spec, method, adapter.paths, Path(job.export))
-    result = summary(job, len(material.examples), scores, trained, sent, meter)
+            sent = delta.write(folder, base.adapter, method, taught, answers, job.carried, meter.tell)
+    elif job.export is not None:
+        spec = job.fleet.adapter.at(job.plan.rank)
+        peft.to_peft(base.adapter, job.facts, spec, method, Path(job.export))
+    result = _result(job, len(material.examples), scores, trained, sent, meter)
     # last: a result says that every other file is complete
-    disk.replace(folder / "result.json", msgspec.json.encode(result), reporter.tell)
-    reporter.tell("done")
+    disk.save(folder / "result.json", msgspec.json.encode(result), meter.tell)
+    meter.tell("done")
 
 
-def prepare(machine: Machine) -> None:
-    """Hold this process to its share of the machine, before anything is allocated."""
-    if machine.device == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "this device has a GPU, but the installed torch cannot use it: install its CUDA build, "
-            "or use --device cpu"
-        )
-    if machine.gpu_cap_bytes is not None:
-        cap_gpu(machine.gpu_cap_bytes)
-    if machine.threads:
-        torch.set_num_threads(machine.threads)
+class Material(NamedTuple):
+    """Everything that a job reads before it loads the model."""
+
+    examples: list[data.Example]  # the device's own rows; none for an evaluation alone
+    held_out: dict[str, list[data.Example]]  # by name
+    labels: list[str]  # that the head tells apart; none: no head
+    met: set[str]  # labels of the device's own rows
+    public: Completions | Predictions | None
 
 
-def begin(
-    job: Job, method: Method, adapter: attach.Attached, material: Material
-) -> tuple[attach.State, Distillation | None]:
-    """Set the adapter to the round's start; returns that state, and the fleet's public answers."""
-    shared = codec.decode(Path(job.start).read_bytes()) if job.start is not None else {}
-    start = start_state(attach.state(adapter), shared, job.carried.private, method)
-    attach.load_state(adapter, start)
-    return start, material.public.lesson(shared) if material.public is not None else None
+def read(job: Job, tokenizer: Any) -> Material:
+    """Read and tokenize; raises InputError naming the file, line or setting that does not fit."""
+    rows = data.read_rows(Path(job.data))
+    met = data.labels_of(rows)
+    labels = _head_labels(job, met)
+    tokenize = partial(data.tokenize, tokenizer=tokenizer, max_tokens=job.plan.tokens, labels=labels or None)
+    return Material(
+        examples=tokenize(rows) if job.train else [],
+        held_out={name: tokenize(data.read_rows(Path(path))) for name, path in job.evaluation.items()},
+        labels=labels,
+        met=met,
+        public=_public(job, labels, met, tokenizer, tokenize),
+    )
 
 
-def score(
-    job: Job, base: Base, adapter: attach.Attached, material: Material, reporter: Reporter
-) -> dict[str, Score]:
-    """Scores of the version that the round starts from, by the name of the held-out rows."""
-    scores = {}
-    for name, examples in material.held_out.items():
-        reporter.tell(f"evaluate {name}")
-        scores[name] = evaluate(base.model, adapter, examples, job.plan.rows)
-    return scores
+def _head_labels(job: Job, met: set[str]) -> list[str]:
+    """The head's labels, sorted: of this device's rows, and of the global version."""
+    if job.fleet.head is None:
+        return []
+    for label in met:
+        if not LABEL.fullmatch(label):
+            raise InputError(
+                f"a label of {len(label)} characters has to be 1 to 80 characters without line breaks or tabs, as a "
+                "head over labels is exchanged by their names"
+            )
+    keys = codec.shapes(Path(job.start).read_bytes()) if job.start is not None else {}
+    return sorted(met | {label_of(key) for key in keys if parse(key).kind in ("labels", "anchors")})
 
 
-def summary(
+def _public(
+    job: Job, labels: list[str], met: set[str], tokenizer: Any, tokenize: Read
+) -> Completions | Predictions | None:
+    spec = job.fleet.codistill
+    if job.anchors is None or spec is None:
+        return None
+    lines = Path(job.anchors).read_text(encoding="utf-8").split("\n")
+    texts: list[data.Row] = [json.loads(line) for line in lines if line]
+    if len(texts) < spec.texts:
+        raise InputError(f"the fleet has {spec.texts} public texts, but its file has {len(texts)} rows")
+    if job.fleet.head is None:
+        return Completions(job, spec, texts[: spec.texts], tokenizer, tokenize)
+    return Predictions(job, texts[: spec.texts], labels, met, tokenize) if labels else None
+
+
+def _result(
     job: Job, rows: int, scores: dict[str, Score], trained: Trained, sent: Sent, meter: Meter
 ) -> Result:
-    """The result of a job on so many rows."""
     training = job.fleet.training
     return Result(
         samples=min(rows, training.steps * training.rows_a_step),

@@ -8,13 +8,14 @@ Steps may take turns between depth slices, so that one adapter fits them all (mo
 """
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
 import torch
-from edge_kernels import AdamW8bit
+from edge_kernels import AdamW8bit, Kept, checkpoint_block
 from transformers import PreTrainedModel
 
 from edge_runtime.adapters.attach import AdapterLinear, Attached
@@ -22,14 +23,12 @@ from edge_runtime.errors import TrainerError
 from edge_runtime.methods.interface import Pass
 from edge_runtime.models.structure import blocks
 from edge_runtime.planning.predict import LOSS_CHUNK_BYTES
-from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import Boundaries, Training
-from edge_runtime.trainer.data import Example, epochs
+from edge_runtime.trainer.data import Example, batches, epochs
 from edge_runtime.trainer.meter import release
-from edge_runtime.trainer.micro_batch import MicroBatch, cut, pad
-from edge_runtime.trainer.objectives import Output, hidden_states, objectives
+from edge_runtime.trainer.objectives import Labels, Output, Text, hidden_states
 from edge_runtime.trainer.public import Distillation, drawn
-from edge_runtime.trainer.recompute import only_blocks, recomputed_blocks
+from edge_runtime.trainer.vocabulary import language_head
 
 SKIPPED_IN_A_ROW = 5  # steps without a finite loss, before the round is given up
 
@@ -39,113 +38,98 @@ class RoundSettings(NamedTuple):
 
     training: Training
     slices: Sequence[tuple[int, ...]]  # blocks of each depth slice; steps take the slices in turn
-    micro_rows: int  # rows that go through the model at once
     round: int = 1  # counted from 1; with rounds it places the round on the learning-rate schedule
     rounds: int = 1
     seed: int = 0  # of the order of the rows
     passes: Sequence[Pass] = (Pass(),)  # of each step, one after another over the same rows
-    boundaries: Boundaries = "input"  # how each block's input is kept for backward
-    kept_blocks: int = 0  # last blocks that keep their activations instead of running again
     loss_chunk_bytes: int = LOSS_CHUNK_BYTES  # float32 logits that exist at once
 
 
-def train(
-    model: PreTrainedModel,
-    adapter: Attached,
-    examples: list[Example],
-    settings: RoundSettings,
-    *,
-    distillation: Distillation | None = None,
-    progress: Callable[[int, float | None], None] = lambda step, loss: None,
-    ease: Callable[[], Plan | None] = lambda: None,
-) -> list[float]:
-    """Train the adapter for one round, in place.
+class MicroBatch(NamedTuple):
+    """Rows of one kind that go through the model at once."""
 
-    Args:
-        distillation: public texts that join each step's rows.
-        progress: called after every step with its number, counted from 1, and its loss; None if
-            the step was skipped.
-        ease: called after every step. Returns a cheaper plan when memory is short, or None to
-            continue unchanged.
-
-    Returns:
-        The loss of each step on the device's own rows in the first pass, without penalties; nan if
-        it was not finite and the step was skipped.
-
-    Raises:
-        TrainerError: the loss was not finite several times in a row. What ease raises passes through.
-    """
-    training, order = settings.training, f"{settings.seed}/{settings.round}"
-    rows = epochs(examples, order)
-    texts, count, weight = drawn(distillation, f"{order}/anchors")
-    learner = _Learner(model, adapter, settings, distillation)
-    losses: list[float] = []
-    for step in range(training.steps):
-        learner.optimiser.lr = learning_rate(training, step, settings.round, settings.rounds)
-        step_rows, step_texts = list(islice(rows, training.rows_a_step)), list(islice(texts, count))
-        micro_batches = cut(step_rows, step_texts, weight, settings.micro_rows)
-        chosen = settings.slices[step % len(settings.slices)]
-        kept = settings.boundaries, settings.kept_blocks
-        with only_blocks(model, chosen), recomputed_blocks(model, *kept):
-            losses.append(learner.step(micro_batches, settings.passes, chosen, first=step == 0))
-        _refuse_divergence(losses, settings.round)
-        progress(step + 1, losses[-1] if math.isfinite(losses[-1]) else None)
-        plan = ease()
-        if plan is not None:
-            settings = settings._replace(
-                micro_rows=plan.rows, boundaries=plan.boundaries, kept_blocks=plan.kept_blocks
-            )
-    learner.optimiser.close()
-    return losses
+    rows: list[Example]
+    share: float  # of its mean loss in the step's loss
+    public: bool  # public texts that the fleet answered, instead of the device's own rows
 
 
-class _Learner:
-    """A model in training: its objectives, its optimiser, and its cores as the round began."""
+class Learner:
+    """A model whose adapter trains for one round, a step a call."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         adapter: Attached,
+        examples: list[Example],
         settings: RoundSettings,
-        distillation: Distillation | None,
+        distillation: Distillation | None = None,
     ) -> None:
-        training = settings.training
-        self._model, self._adapter = model, adapter
-        self.optimiser = AdamW8bit(
+        """distillation: public texts that join each step's rows."""
+        training, order = settings.training, f"{settings.seed}/{settings.round}"
+        self._model, self._adapter, self._settings = model, adapter, settings
+        self._rows = epochs(examples, order)
+        self._texts, self._text_count, self._text_weight = drawn(distillation, f"{order}/anchors")
+        self._optimiser = AdamW8bit(
             adapter.trained(), weight_decay=training.weight_decay, clip_norm=training.clip_norm
         )
-        targets = None if distillation is None else distillation.targets
-        self._objectives = objectives(model, adapter, settings.loss_chunk_bytes, targets)
+        self._text = Text(language_head(model), settings.loss_chunk_bytes)
+        self._labels = Labels(adapter)
+        self._distilled = Labels(adapter, None if distillation is None else distillation.targets)
         self._linears = [
             [module for module in block.modules() if isinstance(module, AdapterLinear)]
             for block in blocks(model)
         ]
         penalised = any(pass_.penalty is not None for pass_ in settings.passes)
-        self._cores = [[_core(linear) for linear in linears] for linears in self._linears if penalised]
+        # as the round begins
+        cores = ([linear.product()[1] for linear in linears] for linears in self._linears if penalised)
+        self._cores = [[None if core is None else core.detach() for core in block] for block in cores]
+        self.losses: list[float] = []
 
-    def step(
-        self,
-        micro_batches: list[MicroBatch],
-        passes: Sequence[Pass],
-        chosen: tuple[int, ...],
-        *,
-        first: bool,
-    ) -> float:
-        """Make one optimiser step a pass.
+    def step(self, micro_rows: int, boundaries: Boundaries = "input", kept_blocks: int = 0) -> float:
+        """Train the adapter, in place, on the next rows.
 
         Args:
-            chosen: blocks that the step runs through.
-            first: whether this is the round's first step, where the optimiser measures gradients.
+            micro_rows: rows that go through the model at once.
+            boundaries: how each block's input is kept for backward.
+            kept_blocks: last blocks that keep their activations instead of running again.
 
         Returns:
-            The loss on own rows in the first pass; nan if any loss was not finite.
+            The loss on the device's own rows in the first pass, without penalties; nan if a loss
+            was not finite, and the step was skipped.
+
+        Raises:
+            TrainerError: the loss was not finite several times in a row.
         """
+        settings, training, number = self._settings, self._settings.training, len(self.losses)
+        self._optimiser.lr = learning_rate(training, number, settings.round, settings.rounds)
+        rows, texts = islice(self._rows, training.rows_a_step), islice(self._texts, self._text_count)
+        micro_batches = cut(list(rows), list(texts), self._text_weight, micro_rows)
+        chosen = settings.slices[number % len(settings.slices)]
+        recomputed = recomputed_blocks(self._model, boundaries, kept_blocks)
+        with only_blocks(self._model, chosen), recomputed:
+            self.losses.append(self._passes(micro_batches, chosen))
+        last_losses = self.losses[-SKIPPED_IN_A_ROW:]
+        if len(last_losses) == SKIPPED_IN_A_ROW and all(map(math.isnan, last_losses)):
+            raise TrainerError(
+                f"the loss was not finite {SKIPPED_IN_A_ROW} times in a row, up to step {len(self.losses)} of "
+                f"round {settings.round}; lower the learning rate, or look for broken weights"
+            )
+        return self.losses[-1]
+
+    def close(self) -> None:
+        """Take the optimiser off the adapter, so that its state is freed."""
+        self._optimiser.close()
+
+    def _passes(self, micro_batches: list[MicroBatch], chosen: tuple[int, ...]) -> float:
+        """Make one optimiser step a pass through the chosen blocks; returns what `step` does."""
+        passes = self._settings.passes
         total = own_loss = 0.0
         references: list[torch.Tensor] = []  # counted values of the first pass, by micro-batch
         for turn, pass_ in enumerate(passes):
             with self._adapter.without(pass_.frozen):
-                if first:
-                    with self.optimiser.measuring():
+                if not self.losses:
+                    # the round's first step: clipping needs the norm of a gradient
+                    with self._optimiser.measuring():
                         self._output(micro_batches[0]).loss.backward()
                 for number, micro_batch in enumerate(micro_batches):
                     last = number == len(micro_batches) - 1
@@ -156,50 +140,58 @@ class _Learner:
                         if any(pass_.apart for pass_ in passes):
                             references.append(output.values.detach()[output.counted])
                     elif pass_.apart and not micro_batch.public:
-                        objective = self._objectives.of(micro_batch.rows)
-                        drift = objective.divergence(references[number], output)
+                        drift = self._objective(micro_batch).divergence(references[number], output)
                         loss = loss + micro_batch.share * pass_.apart * drift
                     if last and pass_.penalty is not None:
-                        loss = loss + self._penalty(pass_, chosen)
+                        products = [linear.product() for block in chosen for linear in self._linears[block]]
+                        cores = [core for block in chosen for core in self._cores[block]]
+                        loss = loss + pass_.penalty(products, cores)
                     # the hidden states are not needed in backward, where memory peaks
                     del output
                     total += loss.item()
                     if not math.isfinite(total):
-                        self.optimiser.forget()
+                        self._optimiser.forget()
                         return math.nan
-                    with nullcontext() if last else self.optimiser.accumulating():
+                    with nullcontext() if last else self._optimiser.accumulating():
                         loss.backward()
-            self.optimiser.step()
+            self._optimiser.step()
         return own_loss
 
+    def _objective(self, micro_batch: MicroBatch) -> Text | Labels:
+        # a completion by the fleet is text like any other
+        if not micro_batch.rows[0].headed:
+            return self._text
+        return self._distilled if micro_batch.public else self._labels
+
     def _output(self, micro_batch: MicroBatch) -> Output:
-        rows = micro_batch.rows
-        ids, labels = pad(rows, self._objectives.text.head.weight.device)
-        hidden = hidden_states(self._model, ids)
+        hidden, labels = hidden_states(self._model, micro_batch.rows)
         # the peak comes next, and its blocks do not fit the holes that the forward pass left
         release()
-        return self._objectives.of(rows, micro_batch.public).output(rows, hidden, labels)
-
-    def _penalty(self, pass_: Pass, chosen: tuple[int, ...]) -> torch.Tensor:
-        assert pass_.penalty is not None
-        products = [linear.product() for block in chosen for linear in self._linears[block]]
-        penalty: torch.Tensor = pass_.penalty(
-            products, [core for block in chosen for core in self._cores[block]]
-        )
-        return penalty
+        return self._objective(micro_batch).output(micro_batch.rows, hidden, labels)
 
 
-def _core(linear: AdapterLinear) -> torch.Tensor | None:
-    core = linear.product()[1]
-    return core if core is None else core.detach()
+def cut(rows: list[Example], texts: list[Example], weight: float, micro_rows: int) -> list[MicroBatch]:
+    """The micro-batches of a step.
 
+    A kind of row, text or labels, counts by its share of the rows. Within a kind, text counts by
+    labelled tokens and labels by rows, so that the loss does not depend on how the step is cut.
 
-def _refuse_divergence(losses: list[float], round_: int) -> None:
-    if len(losses) >= SKIPPED_IN_A_ROW and all(map(math.isnan, losses[-SKIPPED_IN_A_ROW:])):
-        raise TrainerError(
-            f"the loss was not finite {SKIPPED_IN_A_ROW} times in a row, up to step {len(losses)} of "
-            f"round {round_}; lower the learning rate, or look for broken weights"
-        )
+    Args:
+        rows: the device's own.
+        texts: public texts beside them.
+        weight: of the texts' mean loss beside the rows' mean loss of 1.
+        micro_rows: rows of a micro-batch at most.
+    """
+    micro_batches = []
+    for batch in batches(rows, micro_rows):
+        alike = [row for row in rows if row.headed is batch[0].headed]
+        total = sum(row.counted for row in alike)
+        portion = len(alike) / len(rows)
+        share = portion * sum(row.counted for row in batch) / max(total, 1)
+        micro_batches.append(MicroBatch(batch, share, False))
+    for batch in batches(texts, micro_rows):
+        micro_batches.append(MicroBatch(batch, weight * len(batch) / len(texts), True))
+    return micro_batches
 
 
 def learning_rate(training: Training, step: int, round_: int, rounds: int) -> float:
@@ -207,3 +199,50 @@ def learning_rate(training: Training, step: int, round_: int, rounds: int) -> fl
     progress = ((round_ - 1) * training.steps + step) / (rounds * training.steps)
     warm_up = min(1.0, (step + 1) / max(training.warmup_steps, 1))
     return training.learning_rate * warm_up * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+@contextmanager
+def only_blocks(model: PreTrainedModel, chosen: tuple[int, ...]) -> Iterator[None]:
+    """Inside, the model consists of the chosen blocks alone."""
+    layers, config = blocks(model), model.config.get_text_config()
+    every, types = list(layers), getattr(config, "layer_types", None)
+
+    def put(numbers: Sequence[int]) -> None:
+        del layers[:]
+        layers.extend(every[number] for number in numbers)
+        config.num_hidden_layers = len(numbers)
+        if types:
+            config.layer_types = [types[number] for number in numbers]
+
+    put(chosen)
+    try:
+        yield
+    finally:
+        put(range(len(every)))
+
+
+@contextmanager
+def recomputed_blocks(
+    model: PreTrainedModel, boundaries: Boundaries = "input", kept_blocks: int = 0
+) -> Iterator[None]:
+    """Inside, blocks keep only their input and run again in backward; dropout is in training mode.
+
+    Args:
+        boundaries: how a block's input is kept.
+        kept_blocks: last blocks that keep their activations and do not run again.
+    """
+    model.train()
+    every = list(blocks(model))
+    recomputed = every[: max(len(every) - kept_blocks, 0)]
+    before = [vars(block).get("forward") for block in recomputed]
+    storage = Kept(len(recomputed))
+    for block in recomputed:
+        block.forward = partial(checkpoint_block, block.forward, keep=boundaries, storage=storage)
+    try:
+        yield
+    finally:
+        for block, forward in zip(recomputed, before, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+        model.eval()

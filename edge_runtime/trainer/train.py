@@ -3,15 +3,14 @@
 The peak of each step decides the plan of the next.
 """
 
+import math
 import time
-from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from edge_profiles import format_size
 
-from edge_runtime.adapters.attach import Attached
 from edge_runtime.errors import MemoryShortError
 from edge_runtime.methods.interface import Method
 from edge_runtime.models.slices import nested_blocks
@@ -20,12 +19,12 @@ from edge_runtime.planning.predict import loss_chunk_bytes
 from edge_runtime.planning.workload import Workload
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Easing
-from edge_runtime.trainer import step
 from edge_runtime.trainer.base import Base
 from edge_runtime.trainer.data import Example
 from edge_runtime.trainer.job import Job
-from edge_runtime.trainer.meter import Meter, Reporter, release
+from edge_runtime.trainer.meter import Meter, release
 from edge_runtime.trainer.public import Distillation
+from edge_runtime.trainer.step import Learner, RoundSettings
 
 NEAR = 0.98  # share of the budget; rows differ in length, and a later step may take more
 
@@ -36,123 +35,85 @@ class Trained(NamedTuple):
     losses: list[float]  # by step, nan where it was skipped
     step_seconds: list[float]
     easings: list[Easing]
-    micro_rows: int  # rows that went through the model at once in the last step
-
-
-class Limit:
-    """The budget of a round, and the plans that it may still fall back on."""
-
-    def __init__(self, budget_bytes: int, plan: Plan, lower: Sequence[Plan], lap: Callable[[], int]) -> None:
-        """Start with a plan.
-
-        Args:
-            plan: the plan of the running steps.
-            lower: plans to fall back on, each in less memory than the one before.
-            lap: returns the peak in bytes since its last call.
-        """
-        self._budget_bytes, self._lap = budget_bytes, lap
-        self._plan, self._lower = plan, list(lower)
-
-    def ease(self) -> Plan | None:
-        """The plan of the next step, cheaper when memory is short; None: continue unchanged.
-
-        Call it after each step. It takes the first plan that is predicted to save enough. If none
-        does, and the step was still within the budget, it takes the cheapest.
-
-        Raises:
-            MemoryShortError: the step took more than the budget, and no plan saves enough.
-        """
-        peak = self._lap()
-        if peak <= NEAR * self._budget_bytes:
-            return None
-        # predictions may be off by a constant: the plan has to save what the step took too much
-        target = self._plan.predicted_peak_bytes - (peak - NEAR * self._budget_bytes)
-        enough = [plan for plan in self._lower if plan.predicted_peak_bytes <= target]
-        if peak > self._budget_bytes and not enough:
-            raise MemoryShortError(
-                f"a step took {format_size(peak)} of a budget of {format_size(self._budget_bytes)}, and was to take "
-                f"{format_size(self._plan.predicted_peak_bytes)}; a smaller model, rank or length is needed"
-            )
-        if not self._lower:
-            return None
-        self._plan = (enough or self._lower[-1:])[0]
-        self._lower = self._lower[self._lower.index(self._plan) + 1 :]
-        return self._plan
-
-
-class _Steps:
-    """The running steps: their clock, and the plan that they follow."""
-
-    def __init__(self, job: Job, limit: Limit | None, base: Base, reporter: Reporter) -> None:
-        self._count, self._limit = job.fleet.training.steps, limit
-        self._base, self._reporter = base, reporter
-        self.micro_rows, self.easings = job.plan.rows, list[Easing]()
-        self.ends = [time.monotonic()]
-
-    def report(self, number: int, loss: float | None) -> None:
-        """Note the end of a step."""
-        self.ends.append(time.monotonic())
-        self._reporter.tell("train", number, self._count, loss)
-
-    def ease(self) -> Plan | None:
-        """Move to a cheaper plan when memory is short; None: continue unchanged."""
-        plan = self._limit.ease() if self._limit is not None else None
-        if plan is None:
-            return None
-        self._base.retile(plan.mlp_tokens)
-        self.easings.append(Easing(plan.rows, plan.boundaries, plan.mlp_tokens, plan.kept_blocks))
-        self.micro_rows = plan.rows
-        release()
-        if self._reporter.meter.cuda:
-            # else reserved memory would count towards the next step's peak
-            torch.cuda.empty_cache()
-        # reset the peak, so that the next step is measured on its own
-        self._reporter.meter.lap()
-        return plan
 
 
 def train(
     job: Job,
     method: Method,
     base: Base,
-    adapter: Attached,
     examples: list[Example],
     distillation: Distillation | None,
-    reporter: Reporter,
+    meter: Meter,
 ) -> Trained:
-    """Make the steps of the job's round; raises as step.train and Limit.ease do."""
-    plan = job.plan
-    steps = _Steps(job, _limit(job, reporter.meter), base, reporter)
+    """Make the steps of the job's round; raises as Learner.step and eased do."""
+    steps, budget_bytes = job.fleet.training.steps, job.machine.budget_bytes
+    plans = [job.plan]
+    if budget_bytes is not None:
+        plans = lower(Workload.of(job.fleet, job.facts, job.plan.terms["runtime"]), job.plan)
+    easings: list[Easing] = []
+    with meter.phase("train"):
+        ends = [time.monotonic()]
+        learner = Learner(base.model, base.adapter, examples, _round_settings(job, method), distillation)
+        for number in range(1, steps + 1):
+            loss = learner.step(base.plan.rows, base.plan.boundaries, base.plan.kept_blocks)
+            ends.append(time.monotonic())
+            meter.tell("train", number, steps, loss if math.isfinite(loss) else None)
+            if budget_bytes is None:
+                continue
+            present, plans = plans[0], eased(plans, meter.lap(), budget_bytes)
+            plan = plans[0]
+            if plan is present:
+                continue
+            base.follow(plan)
+            easings.append(Easing(plan.rows, plan.boundaries, plan.mlp_tokens, plan.kept_blocks))
+            release()
+            if meter.cuda:
+                # else reserved memory would count towards the next step's peak
+                torch.cuda.empty_cache()
+            # reset the peak, so that the next step is measured on its own
+            meter.lap()
+        learner.close()
+    seconds = [end - begin for begin, end in pairwise(ends)]
+    return Trained(learner.losses, seconds, easings)
+
+
+def _round_settings(job: Job, method: Method) -> RoundSettings:
+    plan, fleet = job.plan, job.fleet
     depths = job.depths if "layers" in method.merges else (plan.depth,)
-    round_settings = step.RoundSettings(
-        training=job.fleet.training,
+    return RoundSettings(
+        training=fleet.training,
         slices=nested_blocks(depths, plan.depth, job.facts.layers),
-        micro_rows=plan.rows,
         round=job.round,
-        rounds=job.fleet.rounds,
-        seed=job.fleet.seed,
+        rounds=fleet.rounds,
+        seed=fleet.seed,
         passes=method.passes(job.round),
-        boundaries=plan.boundaries,
-        kept_blocks=plan.kept_blocks,
         loss_chunk_bytes=loss_chunk_bytes(plan),
     )
-    with reporter.meter.phase("train"):
-        losses = step.train(
-            base.model,
-            adapter,
-            examples,
-            round_settings,
-            distillation=distillation,
-            progress=steps.report,
-            ease=steps.ease,
+
+
+def eased(plans: list[Plan], peak_bytes: int, budget_bytes: int) -> list[Plan]:
+    """The plans from the next step's on, after a step with this peak.
+
+    Where memory is short, the next plan is the first that is predicted to save enough. If none
+    does, and the step was still within the budget, it is the cheapest.
+
+    Args:
+        plans: the present plan, and those to fall back on, each in less memory than the one before.
+
+    Raises:
+        MemoryShortError: the step took more than the budget, and no plan saves enough.
+    """
+    if peak_bytes <= NEAR * budget_bytes:
+        return plans
+    # predictions may be off by a constant: the plan has to save what the step took too much
+    predicted_bytes = plans[0].predicted_peak_bytes
+    target = predicted_bytes - (peak_bytes - NEAR * budget_bytes)
+    for number, plan in enumerate(plans):
+        if plan.predicted_peak_bytes <= target:
+            return plans[number:]
+    if peak_bytes > budget_bytes:
+        raise MemoryShortError(
+            f"a step took {format_size(peak_bytes)} of a budget of {format_size(budget_bytes)}, and was to take "
+            f"{format_size(predicted_bytes)}; a smaller model, rank or length is needed"
         )
-    seconds = [end - begin for begin, end in pairwise(steps.ends)]
-    return Trained(losses, seconds, steps.easings, steps.micro_rows)
-
-
-def _limit(job: Job, meter: Meter) -> Limit | None:
-    budget = job.machine.budget_bytes
-    if budget is None:
-        return None
-    present, *cheaper = lower(Workload.of(job.fleet, job.facts, job.plan.terms["runtime"]), job.plan)
-    return Limit(budget, present, cheaper, meter.lap)
+    return plans[-1:]

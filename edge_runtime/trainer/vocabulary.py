@@ -1,4 +1,10 @@
-"""Logits over the whole vocabulary, computed a piece at a time so that they never exist at once."""
+"""Figures of a language model's logits, computed over a piece of the vocabulary at a time.
+
+The logits never exist at once. `sweep` scores tokens. `Divergence` is how far predictions moved:
+
+    KL(softmax(b Wᵀ) ‖ softmax(h Wᵀ)), mean over rows
+    gradient to h: (softmax(h Wᵀ) - softmax(b Wᵀ)) W / rows
+"""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -33,34 +39,6 @@ def language_head(model: PreTrainedModel) -> LanguageHead:
     return LanguageHead(model.get_output_embeddings().weight, softcap)
 
 
-def pieces(head: LanguageHead, rows: int, *states: torch.Tensor) -> Iterator[tuple[Any, ...]]:
-    """Go once through the vocabulary.
-
-    Args:
-        rows: tokens of the vocabulary in a piece.
-        states: hidden states, (tokens, hidden) each.
-
-    Yields:
-        The piece's first token, its weight (rows, hidden), and the float32 logits (tokens, rows)
-        of each of the states.
-    """
-    weight, softcap = head
-    for first in range(0, weight.shape[0], rows):
-        piece = slice(first, min(first + rows, weight.shape[0]))
-        matrix = expand(weight.rows(piece), states[0].dtype) if isinstance(weight, Packed) else weight[piece]
-        yield first, matrix, *(_logits(state, matrix, softcap) for state in states)
-
-
-def _logits(state: torch.Tensor, matrix: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    logits = (state @ matrix.T).float()
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
-
-
-def rows_within(chunk_bytes: int, values_a_row: int) -> int:
-    """Rows of the vocabulary whose float32 values fit chunk_bytes, in groups of a packed weight."""
-    return max(chunk_bytes // (4 * max(values_a_row, 1)) // GROUP, 1) * GROUP
-
-
 @torch.no_grad()
 def sweep(hidden: torch.Tensor, head: LanguageHead, targets: torch.Tensor | None = None) -> TokenScores:
     """Score (tokens, hidden) against the vocabulary.
@@ -71,7 +49,7 @@ def sweep(hidden: torch.Tensor, head: LanguageHead, targets: torch.Tensor | None
     log_sum, target, best = (torch.full((len(hidden),), -torch.inf, device=hidden.device) for _ in range(3))
     likely = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
     targets = likely if targets is None else targets
-    for first, _, logits in pieces(head, rows_within(CHUNK_BYTES, max(hidden.shape)), hidden):
+    for first, _, logits in _pieces(head, CHUNK_BYTES // (4 * max(hidden.shape)), hidden):
         torch.logaddexp(log_sum, logits.logsumexp(-1), out=log_sum)
         highest, place = logits.max(-1)
         likely = torch.where(highest > best, place + first, likely)
@@ -80,3 +58,58 @@ def sweep(hidden: torch.Tensor, head: LanguageHead, targets: torch.Tensor | None
         column = (targets - first).clamp(0, logits.shape[1] - 1)[:, None]
         target = torch.where(inside, logits.gather(1, column)[:, 0], target)
     return TokenScores(log_sum, best, likely, target)
+
+
+class Divergence(torch.autograd.Function):
+    """The mean KL of predictions from earlier ones, a scalar; 0 for no rows.
+
+    apply takes the earlier states (rows, hidden) without a gradient, the present states of the same
+    shape and type, the LanguageHead, and the bytes of float32 logits of both that may exist at
+    once. Both sweeps run in forward, so that only one tensor of h's shape is kept for backward.
+    """
+
+    @staticmethod
+    def forward(ctx, before, hidden, head, chunk_bytes):  # type: ignore[no-untyped-def]
+        rows = len(hidden)
+        piece = chunk_bytes // (8 * max(rows, 1))
+        old_sum, new_sum = (torch.full((rows,), -torch.inf, device=hidden.device) for _ in range(2))
+        # Σ exp(old) (old - new), in units of exp(old_sum)
+        moved = torch.zeros(rows, device=hidden.device)
+        for _, _, old, new in _pieces(head, piece, before, hidden):
+            total = torch.logaddexp(old_sum, old.logsumexp(1))
+            moved = moved * (old_sum - total).exp() + ((old - total[:, None]).exp() * (old - new)).sum(1)
+            old_sum, new_sum = total, torch.logaddexp(new_sum, new.logsumexp(1))
+        dh = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        if dh is not None:
+            for _, matrix, old, new in _pieces(head, piece, before, hidden):
+                change = (new - new_sum[:, None]).exp() - (old - old_sum[:, None]).exp()
+                if head.softcap is not None:
+                    change *= 1 - (new / head.softcap) ** 2  # slope of the bounded logits
+                dh += change.to(matrix.dtype) @ matrix
+            dh = (dh / max(rows, 1)).to(hidden.dtype)
+        ctx.save_for_backward(dh)
+        return (moved - old_sum + new_sum).sum() / max(rows, 1)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        (dh,) = ctx.saved_tensors
+        return None, dh * dy, None, None
+
+
+def _pieces(head: LanguageHead, rows: int, *states: torch.Tensor) -> Iterator[tuple[Any, ...]]:
+    """Go once through the vocabulary, about this many rows of the weight at a time.
+
+    Yields:
+        The piece's first token, its weight (rows, hidden), and the float32 logits (tokens, rows)
+        of each of the states (tokens, hidden).
+    """
+    weight, softcap = head
+    # packed weights come in groups of rows
+    rows = max(rows // GROUP, 1) * GROUP
+    for first in range(0, weight.shape[0], rows):
+        piece = slice(first, min(first + rows, weight.shape[0]))
+        matrix = expand(weight.rows(piece), states[0].dtype) if isinstance(weight, Packed) else weight[piece]
+        logits = [(state @ matrix.T).float() for state in states]
+        for values in logits if softcap is not None else ():
+            values.div_(softcap).tanh_().mul_(softcap)
+        yield first, matrix, *logits

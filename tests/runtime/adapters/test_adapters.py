@@ -170,7 +170,7 @@ def exported(model, facts, spec, folder, layers=LAYERS):
     ours = copy.deepcopy(model)
     adapter = attach.attach(ours, layers, spec, FEDIT, seed=0)
     attach.load_state(adapter, random_state(adapter))
-    export.to_peft(attach.state(adapter), facts, spec, FEDIT, adapter.paths, folder)
+    export.to_peft(adapter, facts, spec, FEDIT, folder)
     return ours
 
 
@@ -219,15 +219,11 @@ def test_a_core_goes_into_b_and_what_is_kept_beside_it(tiny, facts_of, family, m
     facts = facts_of(model)
     ours = copy.deepcopy(model)
     adapter = with_method(ours, method)
-    state = attach.state(adapter)
-    export.to_peft(state, facts, SPEC, method, adapter.paths, tmp_path)
+    assert factor in {parse(key).factor for key in adapter.factors}
+    export.to_peft(adapter, facts, SPEC, method, tmp_path)
     theirs = peft.PeftModel.from_pretrained(model, tmp_path)
     assert difference(logits(theirs), logits(ours)) < 1e-5
     assert difference(plain, logits(ours)) > 1e-2
-    key = next(key for key in state if parse(key).factor == factor)
-    without = {name: value for name, value in state.items() if name != key}
-    with pytest.raises(InputError, match=f"lacks {key}"):
-        export.to_peft(without, facts, SPEC, method, adapter.paths, tmp_path)
 
 
 def test_frozen_factors_have_no_gradient_and_version_0_changes_nothing(tiny):
@@ -260,14 +256,3 @@ def test_the_comparison_sees_a_wrong_export(tiny, facts_of, fault, tmp_path):
         save_file(tensors, path)
     theirs = peft.PeftModel.from_pretrained(model, tmp_path)
     assert difference(logits(theirs), logits(ours)) > 1e-5
-
-
-def test_an_incomplete_state_is_not_exported(tiny, facts_of, tmp_path):
-    model = tiny("llama")
-    facts = facts_of(model)
-    adapter = attach.attach(model, LAYERS, SPEC, FEDIT, seed=0)
-    state = attach.state(adapter)
-    state.pop("layers.1.up.B")
-    with pytest.raises(InputError, match=r"lacks layers.1.up.B"):
-        export.to_peft(state, facts, SPEC, FEDIT, adapter.paths, tmp_path / "out")
-    assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ from edge_runtime.methods import codistill
 from edge_runtime.methods.interface import Contribution
 from edge_runtime.protocol import codec
 from edge_runtime.trainer import data
-from edge_runtime.trainer.predictions import Predictions
+from edge_runtime.trainer.public import Predictions
 
 SPEC = settings.Codistill("anchors.jsonl", texts=5)
 RNG = np.random.default_rng(0)

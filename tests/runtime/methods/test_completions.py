@@ -18,7 +18,7 @@ from edge_runtime.models import structure
 from edge_runtime.protocol import codec, completion
 from edge_runtime.protocol.completion import Completion
 from edge_runtime.trainer import completions as public_texts
-from edge_runtime.trainer import data, greedy
+from edge_runtime.trainer import data
 from edge_runtime.trainer.data import IGNORED, Example
 from edge_runtime.trainer.vocabulary import LanguageHead, sweep
 
@@ -66,7 +66,7 @@ def test_a_batch_is_completed_as_each_prompt_alone(tiny, family, changes):
             length = ids.index(end)
             wanted[number] = ids[:length], float(np.exp(np.mean(logs[: length + 1])))
     apply(model, structure.modules(model))
-    found = greedy.write(model, prompts, [end], 6, 3)
+    found = public_texts.write(model, dict(enumerate(prompts)), [end], 6, 3, lambda _: None)
     assert wanted and {one.prompt: one.ids for one in found} == {
         number: ids for number, (ids, _) in wanted.items()
     }
@@ -139,7 +139,7 @@ class Words:
 
 
 def test_a_completion_keeps_the_space_before_it():
-    written = [greedy.Written(0, [7, 8], 0.5)]
+    written = [public_texts.Written(0, [7, 8], 0.5)]
     assert public_texts.as_text(written, [[3, 4]], Words()) == [Completion(0, " w7 w8", 0.5)]
 
 
@@ -210,15 +210,15 @@ def test_an_answer_is_learned_from_what_the_fleet_says_of_public_prompts(trained
 
 def test_messages_are_asked_and_answered_in_the_models_own_template(demo_tokenizer):
     turns = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = data.prompt_ids({"messages": turns}, demo_tokenizer)
-    row = data.completed({"messages": turns}, "Paris")
+    ids = public_texts.prompt_ids({"messages": turns}, demo_tokenizer)
+    row = public_texts.completed({"messages": turns}, "Paris")
     learned = data.tokenize([row], demo_tokenizer, 512)[0]
     assert learned.ids[: len(ids)] == ids and set(learned.labels[: len(ids)]) == {IGNORED}
     answer = demo_tokenizer("Paris", add_special_tokens=False).input_ids
     assert learned.ids[len(ids) :][: len(answer)] == answer
     assert learned.ids[len(ids) + len(answer)] in demo_tokenizer.all_special_ids  # where greedy decoding ends
-    assert data.prompt_ids({"text": "hi"}, demo_tokenizer) == demo_tokenizer("hi").input_ids
-    assert data.completed({"text": "hi"}, " there") == {"prompt": "hi", "completion": " there"}
+    assert public_texts.prompt_ids({"text": "hi"}, demo_tokenizer) == demo_tokenizer("hi").input_ids
+    assert public_texts.completed({"text": "hi"}, " there") == {"prompt": "hi", "completion": " there"}
 
 
 # --- the node

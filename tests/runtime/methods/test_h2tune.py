@@ -16,8 +16,7 @@ from edge_runtime.adapters.export import peft as export
 from edge_runtime.methods import h2tune
 from edge_runtime.methods.interface import Contribution
 from edge_runtime.trainer import step
-from edge_runtime.trainer.divergence import divergence
-from edge_runtime.trainer.vocabulary import LanguageHead
+from edge_runtime.trainer.vocabulary import Divergence, LanguageHead
 
 SPEC = settings.Adapter(rank=4, alpha=12.0)
 METHOD = h2tune.H2Tune(depths=3).method()
@@ -75,7 +74,7 @@ def test_peft_computes_what_we_compute(tiny, facts_of, family, tmp_path):
     facts, ours = facts_of(model), copy.deepcopy(model)
     adapter = attach.attach(ours, LAYERS, SPEC, METHOD, seed=0)
     attach.load_state(adapter, random_state(adapter))
-    export.to_peft(attach.state(adapter), facts, SPEC, METHOD, adapter.paths, tmp_path)
+    export.to_peft(adapter, facts, SPEC, METHOD, tmp_path)
     theirs = peft.PeftModel.from_pretrained(model, tmp_path)
     assert difference(logits(theirs), logits(ours)) < 1e-4
     assert difference(plain, logits(ours)) > 1e-2
@@ -89,8 +88,9 @@ def trained(tiny, passes, steps=3, chosen=(0, 1, 2, 3)):
     attach.load_state(adapter, {key: 0.1 * value for key, value in values.items()})
     before = attach.state(adapter)
     training = settings.Training(steps=steps, rows_a_step=8, learning_rate=1e-2)
-    round_settings = step.RoundSettings(training, [chosen], micro_rows=3, passes=passes)
-    losses = step.train(model, adapter, draw_examples(8), round_settings)
+    round_settings = step.RoundSettings(training, [chosen], passes=passes)
+    learner = step.Learner(model, adapter, draw_examples(8), round_settings)
+    losses = [learner.step(3) for _ in range(steps)]
     return before, attach.state(adapter), losses
 
 
@@ -172,7 +172,7 @@ def test_the_divergence_is_torchs_with_its_gradient(softcap, chunk_bytes, packed
     held = pack(head, "q8_0") if packed else head
     dense = (expand(held, torch.float32) if packed else head).double()
     hidden.requires_grad_(True)
-    found = divergence(before, hidden, LanguageHead(held, softcap), chunk_bytes)
+    found = Divergence.apply(before, hidden, LanguageHead(held, softcap), chunk_bytes)
     (3 * found).backward()
     truth_of = hidden.detach().double().requires_grad_(True)
 
@@ -190,8 +190,8 @@ def test_the_divergence_is_torchs_with_its_gradient(softcap, chunk_bytes, packed
 
 def test_nothing_has_moved_where_nothing_changed():
     rows, head = torch.randn(4, 16), LanguageHead(torch.randn(50, 16), None)
-    assert divergence(rows, rows.clone().requires_grad_(True), head, 1 << 20).item() == pytest.approx(
+    assert Divergence.apply(rows, rows.clone().requires_grad_(True), head, 1 << 20).item() == pytest.approx(
         0, abs=1e-6
     )
-    empty = divergence(rows[:0], rows[:0].clone().requires_grad_(True), head, 1 << 20)
+    empty = Divergence.apply(rows[:0], rows[:0].clone().requires_grad_(True), head, 1 << 20)
     assert float(empty) == 0

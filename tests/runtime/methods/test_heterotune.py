@@ -206,7 +206,7 @@ def test_what_one_class_alone_holds_is_not_thinned_by_the_others(alignment):
 def test_a_device_of_lower_rank_starts_from_the_leading_part_of_what_is_drawn(tiny):
     full = attach.state(attach.attach(tiny("llama"), LAYERS, settings.Adapter(rank=4), METHOD, seed=0))
     low = settings.Adapter(rank=4).at(2)
-    held = attach.state(attach.attach(tiny("llama"), LAYERS, low, METHOD, 0, attach.Extent(len(LAYERS), 4)))
+    held = attach.state(attach.attach(tiny("llama"), LAYERS, low, METHOD, 0, fleet_rank=4))
     for key, value in held.items():
         assert np.array_equal(value, full[key][tuple(map(slice, value.shape))]), key
     assert {held[f"stages.0.q.{name}"].shape for name in "UV"} == {(2, 2)}
@@ -282,7 +282,7 @@ def test_peft_computes_what_we_compute(tiny, facts_of, family, tmp_path):
     facts, ours = facts_of(model), copy.deepcopy(model)
     adapter = attached(ours)
     attach.load_state(adapter, random_state(adapter))
-    export.to_peft(attach.state(adapter), facts, SPEC, METHOD, adapter.paths, tmp_path)
+    export.to_peft(adapter, facts, SPEC, METHOD, tmp_path)
     theirs = peft.PeftModel.from_pretrained(model, tmp_path)
     assert difference(logits(theirs), logits(ours)) < 1e-4
     assert difference(plain, logits(ours)) > 1e-2

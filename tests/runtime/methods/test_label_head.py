@@ -9,8 +9,8 @@ from edge_runtime import settings
 from edge_runtime.protocol import codec
 from edge_runtime.trainer import data
 from edge_runtime.trainer.data import IGNORED, Example
-from edge_runtime.trainer.micro_batch import cut
 from edge_runtime.trainer.public import likeness
+from edge_runtime.trainer.step import cut
 
 ROWS = [{"text": f"{word} {n}", "label": word} for n in range(6) for word in ("red", "green")]
 HELD_OUT = [{"text": f"{word} {n}", "label": word} for n in range(6, 9) for word in ("red", "green", "blue")]

@@ -16,7 +16,7 @@ from edge_runtime.demo import commands
 from edge_runtime.methods import fedit
 from edge_runtime.models import structure, weights
 from edge_runtime.trainer import data, step
-from edge_runtime.trainer.micro_batch import pad
+from edge_runtime.trainer.objectives import pad
 
 FEDIT = fedit.METHOD
 SPEC = settings.Adapter(rank=4)
@@ -114,8 +114,9 @@ def losses_of(facts, depth, examples, *, operators, steps, learning_rate=1e-3, f
     if operators:
         apply(model, structure.modules(model))
         training = settings.Training(steps=steps, rows_a_step=4, learning_rate=learning_rate)
-        round_settings = step.RoundSettings(training, [tuple(range(depth))], micro_rows=4)
-        return step.train(model, adapter, examples, round_settings)
+        round_settings = step.RoundSettings(training, [tuple(range(depth))])
+        learner = step.Learner(model, adapter, examples, round_settings)
+        return [learner.step(4) for _ in range(training.steps)]
     for name, module in list(model.named_modules()):
         if isinstance(module, attach.AdapterLinear):
             model.set_submodule(name, PlainLora(module))
@@ -175,7 +176,7 @@ def test_steps_on_packed_weights_follow_pefts_on_the_same_weights_expanded(
     adapter = attach.attach(
         weights.load(demo_facts, depth, "q4_1"), tuple(range(depth)), REAL_SPEC, FEDIT, seed=0
     )
-    export.to_peft(attach.state(adapter), demo_facts, REAL_SPEC, FEDIT, adapter.paths, tmp_path)
+    export.to_peft(adapter, demo_facts, REAL_SPEC, FEDIT, tmp_path)
     peft = PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
     theirs = plain_losses(peft, [p for p in peft.parameters() if p.requires_grad], examples, steps)
     assert theirs[-1] < theirs[0] / 2

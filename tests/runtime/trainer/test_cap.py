@@ -11,7 +11,8 @@ from edge_runtime.cli.options import gpu_cap_bytes
 from edge_runtime.errors import InputError
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.trainer import run
-from edge_runtime.trainer.cap import cap_gpu
+from edge_runtime.trainer.job import Machine
+from edge_runtime.trainer.meter import prepare
 
 GIB = 2**30
 
@@ -20,9 +21,14 @@ GIB = 2**30
 def told(monkeypatch):
     """What was asked of a GPU of 16 GiB."""
     asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=16 * GIB))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", asked.append)
     return asked
+
+
+def cap_gpu(cap_bytes):
+    prepare(Machine(device="cuda", gpu_cap_bytes=cap_bytes))
 
 
 def test_the_cap_is_a_share_of_what_the_gpu_has(told):
@@ -51,9 +57,8 @@ def test_a_job_is_capped_before_anything_else_is_done(told, tiny_facts, tmp_path
         gpu_cap_bytes=4 * GIB,
     )
     (tmp_path / "job.json").write_bytes(msgspec.json.encode(job))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
-    def meter(device):
+    def meter(device, say):
         raise InterruptedError(device)
 
     monkeypatch.setattr(run, "Meter", meter)

@@ -20,8 +20,8 @@ from benchmarks.noise_node import NOISE, tell
 from edge_runtime.agent.agent import Agent
 from edge_runtime.agent.options import DeviceOptions
 from edge_runtime.agent.planner import Planned, Request
+from edge_runtime.agent.rounds import Workers
 from edge_runtime.agent.trainer import Ended
-from edge_runtime.agent.workers import Workers
 from edge_runtime.errors import EdgeError
 from edge_runtime.models.facts import Facts
 from edge_runtime.protocol.plan import Plan

@@ -9,21 +9,24 @@ result was not complete.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from edge_broker import messages, signing, topics
 from edge_broker.errors import BadMessage, BrokerError, WrongKey
 from edge_broker.presence import PresenceSpec
 from edge_broker.session import Message, Session
 
-from edge_runtime.agent import rows
+from edge_runtime.agent import local_round
 from edge_runtime.agent.options import DeviceEvent, DeviceOptions
-from edge_runtime.agent.rounds import Rounds
-from edge_runtime.agent.stages import Finished, Waiting, deadline
+from edge_runtime.agent.planner import find_plan
+from edge_runtime.agent.rounds import Rounds, Workers
+from edge_runtime.agent.stages import Owing, Waiting
 from edge_runtime.agent.store import DeviceStore
-from edge_runtime.agent.workers import Workers, workers_of
+from edge_runtime.agent.trainer import Trainer
 from edge_runtime.errors import UnreachableError
 from edge_runtime.protocol.round import ROUND_DOMAIN, Round
 
@@ -51,14 +54,14 @@ class Agent:
             device's.
         """
         self._options = options
-        device_rows = rows.check(options.data, options.evaluation, options.state.resolve() / "work")
+        rows = local_round.checked(options.data, options.evaluation, options.state.resolve() / "work")
         self._store = DeviceStore(options.state / "agent.db")
         self._store.claim(options)
         presence = PresenceSpec(options.fleet, options.id, int(self._store.get("epoch") or 0))
         client = topics.client_id("device", options.fleet, options.id)
         self._session = Session(options.broker, client, presence=presence)
-        workers = workers or workers_of(options)
-        self._rounds = Rounds(self._session, self._store, options, device_rows, workers, tell)
+        workers = workers or Workers(partial(find_plan, options=options), Trainer)
+        self._rounds = Rounds(self._session, self._store, options, rows, workers, tell)
 
     def run(self) -> None:
         """Take part in the fleet; the agent is closed at the end.
@@ -67,15 +70,20 @@ class Agent:
             UnreachableError: no broker, or no round was announced in time.
             EdgeError: this device cannot take part: the data, every model, or every plan failed.
         """
-        rounds = self._rounds
+        rounds, topic = self._rounds, topics.round(self._options.fleet)
         try:
             self._connect()
             rounds.stage = Waiting(time.monotonic() + self._options.wait_s)
-            while not isinstance(rounds.stage, Finished):
-                patience_s = deadline(rounds.stage) - time.monotonic()
-                self._handle(max(min(rounds.tick(), IDLE_S, patience_s), 0.0))
-                if time.monotonic() >= deadline(rounds.stage):
+            while (stage := rounds.stage) != "finished":
+                # the node has to be heard of until then
+                until = stage.until if isinstance(stage, Waiting | Owing) else math.inf
+                patience_s = until - time.monotonic()
+                if patience_s <= 0:
                     raise UnreachableError(self._silence())
+                item = self._session.receive(max(min(rounds.tick(), IDLE_S, patience_s), 0.0))
+                rounds.handle(item)
+                if isinstance(item, Message) and item.topic == topic:
+                    self._hear(item.payload)
         finally:
             self.close()
 
@@ -94,13 +102,6 @@ class Agent:
             raise UnreachableError(str(error)) from error
         self._rounds.say("connected", text=str(self._options.broker))
 
-    def _handle(self, timeout_s: float) -> None:
-        """Wait for an event, and take it in."""
-        item = self._session.receive(timeout_s)
-        self._rounds.handle(item)
-        if isinstance(item, Message) and item.topic == topics.round(self._options.fleet):
-            self._hear(item.payload)
-
     def _hear(self, payload: bytes) -> None:
         """Check who announced a round: a device that has trained for a node follows no other."""
         try:
@@ -109,22 +110,22 @@ class Agent:
         except BadMessage as error:
             log.warning("ignored a round: %s", error)
             if isinstance(self._rounds.stage, Waiting):
-                self._rounds.stage = self._rounds.stage._replace(ignored=_ignored(error))
+                ignored = f"a round was announced, but {error}"
+                if isinstance(error, WrongKey):
+                    ignored += "; to trust that node, start with a new --state"
+                self._rounds.stage = self._rounds.stage._replace(ignored=ignored)
             return
         self._rounds.announce(announced, key)
 
     def _silence(self) -> str:
         """Why the agent ends without word of its node."""
-        stage = self._rounds.stage
-        if not isinstance(stage, Waiting):
-            return _no_word(self._options)
-        return stage.ignored or _no_round(self._session, self._options)
-
-
-def _ignored(error: BadMessage) -> str:
-    """Why an announced round does not count."""
-    advice = "; to trust that node, start with a new --state" if isinstance(error, WrongKey) else ""
-    return f"a round was announced, but {error}{advice}"
+        stage, options = self._rounds.stage, self._options
+        if isinstance(stage, Waiting):
+            return stage.ignored or _no_round(self._session, options)
+        return (
+            f"fleet `{options.fleet}` has finished, but its node has not answered the last update within "
+            f"{options.wait_s:g} s; the update is kept: start the agent again while `edge-runtime aggregator` runs"
+        )
 
 
 def _no_round(session: Session, options: DeviceOptions) -> str:
@@ -140,12 +141,4 @@ def _no_round(session: Session, options: DeviceOptions) -> str:
     return (
         f"no round of fleet `{options.fleet}` was announced at {options.broker} within "
         f"{options.wait_s:g} s; {announced}; check --fleet, or start `edge-runtime aggregator` there"
-    )
-
-
-def _no_word(options: DeviceOptions) -> str:
-    """The fleet has finished, and an update was never answered."""
-    return (
-        f"fleet `{options.fleet}` has finished, but its node has not answered the last update within "
-        f"{options.wait_s:g} s; the update is kept: start the agent again while `edge-runtime aggregator` runs"
     )

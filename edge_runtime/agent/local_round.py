@@ -10,31 +10,24 @@ at fault. Files are remembered by the number of their round, so the folder may m
 """
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import msgspec
 
+from edge_runtime.agent.store import DeviceStore
+from edge_runtime.errors import InputError
 from edge_runtime.models.facts import Facts
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Result
 from edge_runtime.settings import Fleet
+from edge_runtime.trainer import data
 from edge_runtime.trainer.job import Carried, Job, Machine
 
 FILES = {"private": "state.bin", "residual": "residual.bin", "unsent": "payload.bin"}
 # The node's word on an update; spoilt: its content is at fault.
 Verdict = Literal["taken", "refused", "spoilt"]
-
-
-class Memory(Protocol):
-    """Values that outlive a process: the rounds of private, residual and unsent; the rank."""
-
-    def get(self, name: str) -> str | None:
-        """The value; None: there is none."""
-
-    def set(self, name: str, value: str | None) -> None:
-        """Keep the value; None forgets it."""
 
 
 class DeviceRows(NamedTuple):
@@ -43,95 +36,131 @@ class DeviceRows(NamedTuple):
     data: Path
     evaluation: dict[str, Path]  # held-out rows, by name
 
+    @property
+    def readable(self) -> bool:
+        """Whether every row can be read: a file may have changed since `checked`."""
+        try:
+            for path in (self.data, *self.evaluation.values()):
+                data.read_rows(path)
+        except InputError:
+            return False
+        return True
 
-class Task(NamedTuple):
-    """A round as one device is to do it."""
 
-    number: int  # counted from 1
-    train: bool  # False: the fleet has finished, its last version is evaluated alone
-    fleet: Fleet
-    facts: Facts
-    plan: Plan
-    start: Path | None  # encoded global version; None: version 0
-    anchors: Path | None  # the fleet's public texts, if it has any
+def checked(path: Path, evaluation: dict[str, Path], folder: Path) -> DeviceRows:
+    """Read every row once. Where no held-out file is given, a tenth of the rows is kept apart.
+
+    Args:
+        path: the rows to train on.
+        evaluation: held-out files, by name.
+        folder: takes the two parts, if the rows are split.
+
+    Raises:
+        InputError: a file or a row cannot be used.
+    """
+    rows = data.read_rows(path)
+    for held_out_file in evaluation.values():
+        data.read_rows(held_out_file)
+    train, held_out = data.split(rows, seed=0)
+    if evaluation or not held_out:
+        return DeviceRows(path, evaluation)
+    folder.mkdir(parents=True, exist_ok=True)
+    held_out_file = data.write_rows(folder / "own.jsonl", held_out)
+    return DeviceRows(data.write_rows(folder / "train.jsonl", train), {"own": held_out_file})
 
 
 class LocalRounds:
     """One device's folder of rounds, and what it remembers of them."""
 
     def __init__(
-        self, folder: Path, memory: Memory, rows: DeviceRows, machine: Machine, export: Path | None = None
+        self, folder: Path, store: DeviceStore, rows: DeviceRows, machine: Machine, export: Path | None = None
     ) -> None:
         """Nothing is read or written yet.
 
         Args:
             folder: holds a folder for each round.
-            memory: what the rounds have left; `keep` and `settle` write to it.
+            store: remembers what the rounds have left; `keep` and `settle` write to it.
             machine: what a trainer may use.
             export: folder for the adapter in PEFT's form, once the fleet has finished.
         """
         self.rows = rows
-        self._folder, self._memory, self._machine, self._export = folder, memory, machine, export
+        self._folder, self._store, self._machine, self._export = folder, store, machine, export
 
-    def folder(self, task: Task) -> Path:
-        """Where the task's trainer works."""
-        return self._of_round(task.number) if task.train else self._folder / "finished"
+    def folder(self, job: Job) -> Path:
+        """Where the job's trainer works."""
+        return self._of_round(job.round) if job.train else self._folder / "finished"
 
-    def job(self, task: Task) -> Job:
-        """What the trainer is given."""
+    def job(
+        self,
+        number: int,
+        fleet: Fleet,
+        facts: Facts,
+        plan: Plan,
+        files: Mapping[str, Path],
+        *,
+        train: bool = True,
+    ) -> Job:
+        """What the trainer is given.
+
+        Args:
+            number: of the round, counted from 1.
+            files: start, the encoded global version, and anchors, the fleet's public texts; each
+                may be missing.
+            train: False: the fleet has finished, its last version is evaluated alone.
+        """
+        paths = {name: str(path) for name, path in files.items()}
+        left = {name: round_ for name in FILES if (round_ := self._store.get(name))}
         return Job(
-            train=task.train,
-            round=task.number,
-            fleet=task.fleet,
-            facts=task.facts,
-            plan=task.plan,
-            depths=depths(task.fleet, task.plan),
+            train=train,
+            round=number,
+            fleet=fleet,
+            facts=facts,
+            plan=plan,
+            depths=depths(fleet, plan),
             data=str(self.rows.data),
             evaluation={name: str(path) for name, path in self.rows.evaluation.items()},
-            start=str(task.start) if task.start else None,
-            anchors=str(task.anchors) if task.anchors else None,
-            carried=Carried(**{name: self._carried(name) for name in FILES}),
+            start=paths.get("start"),
+            anchors=paths.get("anchors"),
+            carried=Carried(
+                **{name: str(self._of_round(round_) / FILES[name]) for name, round_ in left.items()}
+            ),
             machine=self._machine,
-            export=str(self._export) if self._export and not task.train else None,
+            export=str(self._export) if self._export and not train else None,
         )
 
     def rank_limit(self, number: int) -> int | None:
         """Highest rank of the device in a round, if the method has pruned it; None: the fleet's."""
-        rank = self._memory.get("rank")
+        rank = self._store.get("rank")
         return int(rank) if rank is not None and number > 1 else None
 
-    def keep(self, task: Task, result: Result) -> None:
+    def keep(self, job: Job, result: Result) -> None:
         """Remember a trained round: its private factors, and the rank if the method pruned it."""
-        if (self.folder(task) / FILES["private"]).exists():
-            self._memory.set("private", str(task.number))
-        if task.number == 1:
-            self._memory.set("rank", None)
-        if result.rank is not None and result.rank < task.plan.rank:
-            self._memory.set("rank", str(result.rank))
+        if (self.folder(job) / FILES["private"]).exists():
+            self._store.set("private", str(job.round))
+        if job.round == 1:
+            self._store.set("rank", None)
+        if result.rank is not None and result.rank < job.plan.rank:
+            self._store.set("rank", str(result.rank))
 
     def settle(self, number: int, verdict: Verdict) -> None:
         """Remember what error feedback goes on from, after the node's word on an update."""
         if verdict == "spoilt":
             # the update is their sum: any part of it would spoil the next update too
-            self._memory.set("residual", None)
-            self._memory.set("unsent", None)
+            self._store.set("residual", None)
+            self._store.set("unsent", None)
         elif (self._of_round(number) / FILES["residual"]).exists():
-            self._memory.set("residual", str(number))
-            self._memory.set("unsent", None if verdict == "taken" else str(number))
+            self._store.set("residual", str(number))
+            self._store.set("unsent", None if verdict == "taken" else str(number))
 
     def tidy(self, pending: Iterable[int]) -> None:
         """Delete every round but those pending at the node and those the next round needs."""
-        needed = {int(number) for name in FILES if (number := self._memory.get(name))} | {*pending}
+        needed = {number for name in FILES if (number := self._store.get(name))} | {*map(str, pending)}
         for folder in self._folder.glob("round-*"):
             if folder not in map(self._of_round, needed):
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _of_round(self, number: int) -> Path:
+    def _of_round(self, number: int | str) -> Path:
         return self._folder / f"round-{number}"
-
-    def _carried(self, name: str) -> str | None:
-        number = self._memory.get(name)
-        return str(self._of_round(int(number)) / FILES[name]) if number else None
 
 
 def depths(fleet: Fleet, plan: Plan) -> tuple[int, ...]:

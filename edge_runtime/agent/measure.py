@@ -19,9 +19,8 @@ from edge_runtime.agent.local_round import read_result, write_job
 from edge_runtime.errors import InputError, TrainerError
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning import processes
-from edge_runtime.planning.candidates import predicted
-from edge_runtime.planning.predict import MLP_TOKENS
-from edge_runtime.planning.workload import Workload
+from edge_runtime.planning.candidates import MLP_TOKENS, predicted
+from edge_runtime.planning.predict import Workload
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import PhaseMemory, Result
 from edge_runtime.settings import Adapter, Boundaries, Fleet, Model, Training, Weights
@@ -34,7 +33,7 @@ WORDS = "the a of home light door garden water set turn on off seven please"
 
 
 class Trial(NamedTuple):
-    """The steps that are measured; all rows of a step go through the model at once."""
+    """The steps that are measured, by a plan's names; all rows of a step go through the model at once."""
 
     weights: Weights
     rank: int  # of the adapter, on all linear layers
@@ -131,24 +130,20 @@ def planned(facts: Facts, depth: int, trial: Trial, device: str = "cpu") -> tupl
         adapter=Adapter(rank=trial.rank),
         training=Training(steps=trial.steps, rows_a_step=trial.rows, max_tokens=trial.tokens),
     )
-    plan = Plan(
+    fields = trial._asdict()
+    del fields["steps"]
+    bare = Plan(
         source="model",
         model_class=facts.model_class,
         depth=depth,
         layers=facts.layers,
-        weights=trial.weights,
-        rank=trial.rank,
-        rows=trial.rows,
-        tokens=trial.tokens,
         terms={},
         step_seconds=0.0,
-        boundaries=trial.boundaries,
         mlp_tokens=None if trial.streamed else MLP_TOKENS,
-        streamed=trial.streamed,
-        kept_blocks=trial.kept_blocks,
+        **fields,
     )
     workload = Workload.of(fleet, facts, processes.runtime_bytes())
-    return fleet, predicted(workload, processes.rates(device), plan, lengths=1)
+    return fleet, predicted(workload, processes.rates(device), bare, lengths=1)
 
 
 def texts(count: int, tokens: int) -> list[dict[str, str]]:

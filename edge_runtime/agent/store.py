@@ -13,8 +13,9 @@
 Files are named by their round, so the folder may move.
 """
 
-import sqlite3
 from pathlib import Path
+
+from edge_broker.store import connect
 
 from edge_runtime.agent.options import DeviceOptions
 from edge_runtime.errors import InputError
@@ -24,10 +25,8 @@ class DeviceStore:
     """Named values; get and set take part in the transaction that is open on the connection."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.connection = sqlite3.connect(path, isolation_level=None)
-        self.connection.execute("PRAGMA journal_mode = WAL")
-        self.connection.execute("PRAGMA synchronous = FULL")
+        """Open a file; Path(":memory:") holds values for as long as the object lives."""
+        self.connection = connect(path)
         self.connection.execute(
             "CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value TEXT NOT NULL)"
         )

@@ -8,11 +8,13 @@ from msgspec.structs import replace
 from edge_runtime.errors import InputError
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.families import family_of
-from edge_runtime.planning.predict import FEWER_MLP_TOKENS, KERNEL_BYTES, LENGTH_STEP, MLP_TOKENS, predict
+from edge_runtime.planning.predict import KERNEL_BYTES, Workload, predict
 from edge_runtime.planning.time import Rates, step_seconds
-from edge_runtime.planning.workload import Workload
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import PACKED, Fleet
+
+# Tokens that go through an MLP at once: at no cost in time, and where memory is short.
+MLP_TOKENS, FEWER_MLP_TOKENS = 1024, 256
 
 
 def candidates(
@@ -65,18 +67,15 @@ def predicted(workload: Workload, rates: Rates, plan: Plan, lengths: int | None 
     """The plan with its predictions, in place of those it has.
 
     Args:
-        lengths: different lengths of rows, after padding; None: all up to the plan's.
+        lengths: as `predict` has it.
 
     Raises:
         InputError: the model or the method cannot be trained so.
     """
     for fault in _faults(workload, plan):
         raise InputError(fault)
-    return replace(
-        plan,
-        terms=predict(workload, plan, lengths or -(-plan.tokens // LENGTH_STEP)),
-        step_seconds=step_seconds(workload, plan, rates),
-    )
+    terms, seconds = predict(workload, plan, lengths), step_seconds(workload, plan, rates)
+    return replace(plan, terms=terms, step_seconds=seconds)
 
 
 def _faults(workload: Workload, plan: Plan) -> Iterator[str]:

@@ -10,11 +10,18 @@
 The factors were fitted to measured peaks; `make bench-peak` prints prediction beside measurement.
 """
 
+import math
+from dataclasses import dataclass, field
+
+from edge_runtime import methods
+from edge_runtime.adapters.shapes import adapter_shapes
+from edge_runtime.methods.interface import Method
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.families import family_of
-from edge_runtime.planning.workload import Workload
+from edge_runtime.models.slices import kept_layers
+from edge_runtime.protocol.keys import parse
 from edge_runtime.protocol.plan import Plan
-from edge_runtime.settings import PACKED
+from edge_runtime.settings import PACKED, Fleet, Role
 
 MIB = 1 << 20
 # Bytes of a number in each format.
@@ -29,8 +36,6 @@ VALUE_BYTES = {
 
 # Rows are padded to multiples of LENGTH_STEP tokens.
 LENGTH_STEP = 8
-# Tokens that go through an MLP at once: at no cost in time, and where memory is short.
-MLP_TOKENS, FEWER_MLP_TOKENS = 1024, 256
 
 # The adapter: bytes of a trained parameter (float32 and two moments of 8 bits), of its gradient's
 # sum, of a frozen one, and of one that is encoded.
@@ -65,11 +70,51 @@ KEPT_COPIES = 1.2
 NORM_ROWS = 8  # a token, where norms follow attention and MLP too
 
 
-def predict(workload: Workload, plan: Plan, lengths: int) -> dict[str, int]:
+@dataclass(frozen=True)
+class Workload:
+    """What all plans of a model share: its facts, and how a fleet trains it on this device."""
+
+    facts: Facts
+    method: Method
+    roles: tuple[Role, ...]  # linear layers that have an adapter
+    rows_a_step: int  # public texts included
+    max_tokens: int  # longest length that the fleet asks for
+    headed: bool  # a head over labels learns the rows, in place of the vocabulary's
+    runtime_bytes: int  # measured baseline of the device
+    _values: dict[tuple[int, int], dict[str, int]] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of(cls, fleet: Fleet, facts: Facts, runtime_bytes: int) -> "Workload":
+        """The workload of a model in a fleet."""
+        return cls(
+            facts=facts,
+            method=methods.build(fleet.method, fleet.head, fleet.codistill),
+            roles=fleet.adapter.roles,
+            rows_a_step=fleet.training.rows_a_step + (fleet.codistill.rows if fleet.codistill else 0),
+            max_tokens=fleet.training.max_tokens,
+            headed=fleet.head is not None,
+            runtime_bytes=runtime_bytes,
+        )
+
+    def factor_values(self, plan: Plan) -> dict[str, int]:
+        """Numbers in each of the adapter's factors, over all layers."""
+        cached = self._values.get((plan.depth, plan.rank))  # many plans share both
+        if cached is not None:
+            return cached
+        values = dict.fromkeys(self.method.factors, 0)
+        layers = kept_layers(plan.depth, self.facts.layers)
+        shapes = adapter_shapes(self.facts, layers, self.roles, plan.rank, self.method)
+        for key, shape in shapes.items():
+            values[parse(key).factor] += math.prod(shape)
+        self._values[plan.depth, plan.rank] = values
+        return values
+
+
+def predict(workload: Workload, plan: Plan, lengths: int | None = None) -> dict[str, int]:
     """Predict the memory of a plan, whose terms are not read.
 
     Args:
-        lengths: different lengths of rows in a run, after padding.
+        lengths: different lengths of rows in a run, after padding; None: all up to the plan's.
 
     Returns:
         Bytes of the terms of the largest phase that are above 0; their sum is the peak.
@@ -85,6 +130,7 @@ def predict(workload: Workload, plan: Plan, lengths: int) -> dict[str, int]:
     joined = FROZEN_BYTES * (trained + frozen) // plan.depth if method.kept else 0
     kept = _kept_block(facts, plan, batch, width) + joined
     block = _block(facts, plan, batch, width) + 2 * joined  # and their gradients
+    lengths = lengths or -(-plan.tokens // LENGTH_STEP)
     of_a_length = KERNEL_BYTES + (LONG_BYTES if plan.tokens > LONG_TOKENS else 0)
     kernels = KERNEL_BYTES + of_a_length * min(lengths, CACHED_LENGTHS) + VARIED_BYTES * (lengths > 1)
     # Micro-batches that share a step add up their gradients.

@@ -19,16 +19,24 @@ COPIED_BYTES = 64 << 20  # well above the caches
 EACH_S, AT_LEAST = 0.6, 5
 
 
-def rates(device: str) -> Rates:
-    """Measure on "cpu" or "cuda"."""
+def main() -> None:
+    """Print the rates of the device that the command line names."""
+    device, threads = sys.argv[1], int(sys.argv[2])
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit(
+            "the installed torch cannot use this device's GPU: install its CUDA build, or use --device cpu"
+        )
+    if threads:
+        torch.set_num_threads(threads)
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copied = _seconds(lambda: target.copy_(source), device)
-    return Rates(
+    rates = Rates(
         bfloat16_flops=_products(torch.bfloat16, device),
         float32_flops=_products(torch.float32, device),
         copy_bytes=2 * COPIED_BYTES / copied,
     )
+    sys.stdout.write(msgspec.json.encode(rates).decode())
 
 
 def _products(dtype: torch.dtype, device: str) -> float:
@@ -54,18 +62,6 @@ def _seconds(work: Callable[[], object], device: str) -> float:
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - began)
     return min(taken)
-
-
-def main() -> None:
-    """Print the rates of the device that the command line names."""
-    device, threads = sys.argv[1], int(sys.argv[2])
-    if device == "cuda" and not torch.cuda.is_available():
-        sys.exit(
-            "the installed torch cannot use this device's GPU: install its CUDA build, or use --device cpu"
-        )
-    if threads:
-        torch.set_num_threads(threads)
-    sys.stdout.write(msgspec.json.encode(rates(device)).decode())
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from edge_profiles import format_size
 from edge_runtime.errors import BudgetError
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning.candidates import candidates, predicted
+from edge_runtime.planning.predict import Workload
 from edge_runtime.planning.time import Rates
-from edge_runtime.planning.workload import Workload
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import Fleet
 

@@ -25,8 +25,7 @@ float32. `edge-runtime measure` shows prediction and measurement side by side.
 
 import msgspec
 
-from edge_runtime.planning.predict import HIDDEN_ROWS, INTERMEDIATE_ROWS, VALUE_BYTES
-from edge_runtime.planning.workload import Workload
+from edge_runtime.planning.predict import HIDDEN_ROWS, INTERMEDIATE_ROWS, VALUE_BYTES, Workload
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import PACKED, Role
 

@@ -9,6 +9,7 @@ import msgspec
 
 from edge_runtime.adapters.shapes import adapter_shapes
 from edge_runtime.agent.local_round import DeviceRows, LocalRounds
+from edge_runtime.agent.store import DeviceStore
 from edge_runtime.methods.interface import Method
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.slices import kept_layers
@@ -23,14 +24,6 @@ from edge_runtime.trainer import data
 from edge_runtime.trainer.job import Machine
 
 ROWS_AT_ONCE = 8  # a micro-batch; its rows are alike in length, so little is padded
-
-
-class _Notes(dict[str, str | None]):
-    """What a device remembers of its rounds, for as long as the run lasts."""
-
-    def set(self, name: str, value: str | None) -> None:
-        """Keep a value; None forgets it."""
-        self[name] = value
 
 
 @dataclass
@@ -93,7 +86,7 @@ def participants(
                     terms={},
                     step_seconds=0.0,
                 ),
-                rounds=LocalRounds(home, _Notes(), files_of_rows, Machine(threads=1)),
+                rounds=LocalRounds(home, DeviceStore(Path(":memory:")), files_of_rows, Machine(threads=1)),
                 rows=len(rows),
             )
         )

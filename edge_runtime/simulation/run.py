@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 from edge_runtime import methods
 from edge_runtime.adapters import attach
 from edge_runtime.agent import local_round
-from edge_runtime.agent.local_round import Task
 from edge_runtime.models.facts import Facts
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Result
@@ -33,6 +32,7 @@ from edge_runtime.simulation.spec import ANCHORS, Arm, Spec
 from edge_runtime.simulation.versions import Versions
 from edge_runtime.trainer import data
 from edge_runtime.trainer.base import Bases
+from edge_runtime.trainer.job import Job
 from edge_runtime.trainer.run import run
 
 
@@ -82,16 +82,11 @@ def _work(members: list[Participant], round_: int, versions: Versions, anchors: 
     for participant in members:
         device, plan = participant.device, participant.plan
         latest = versions.latest(plan.model_class)
-        task = Task(
-            number=min(round_, rounds),
-            train=round_ <= rounds,
-            fleet=participant.fleet,
-            facts=participant.facts,
-            plan=plan,
-            start=latest.artifact if latest else None,
-            anchors=anchors,
-        )
-        job, folder = participant.rounds.job(task), participant.rounds.folder(task)
+        named = {"start": latest.artifact if latest else None, "anchors": anchors}
+        files = {name: path for name, path in named.items() if path is not None}
+        number, train = min(round_, rounds), round_ <= rounds
+        job = participant.rounds.job(number, participant.fleet, participant.facts, plan, files, train=train)
+        folder = participant.rounds.folder(job)
         # Before the first version, heads have the labels of each device's own rows and differ.
         shared = all_shared and latest is not None
         model = plan.model_class, plan.depth, plan.rank
@@ -111,21 +106,21 @@ def _work(members: list[Participant], round_: int, versions: Versions, anchors: 
             for name, score in result.evaluation.items()
         }
         participant.answers.append(evaluated.setdefault(alike, answers))
-        if task.train:
-            _hand_in(participant, task, result, versions)
+        if job.train:
+            _hand_in(participant, job, result, versions)
 
 
-def _hand_in(participant: Participant, task: Task, result: Result, versions: Versions) -> None:
+def _hand_in(participant: Participant, job: Job, result: Result, versions: Versions) -> None:
     """Give the device's update to the node, which takes every one, and note what its round moved."""
     participant.bytes_up.append(result.payload_bytes)
-    participant.bytes_down.append(task.start.stat().st_size if task.start else 0)
+    participant.bytes_down.append(Path(job.start).stat().st_size if job.start else 0)
     rounds = participant.rounds
-    rounds.keep(task, result)
-    rounds.settle(task.number, "taken")
-    rank = rounds.rank_limit(task.number + 1) or task.plan.rank
-    participant.plan = msgspec.structs.replace(task.plan, rank=rank)
-    if payload := local_round.payload_of(rounds.folder(task), result):
-        versions.take(payload, participant.device.id, task, result.samples)
+    rounds.keep(job, result)
+    rounds.settle(job.round, "taken")
+    rank = rounds.rank_limit(job.round + 1) or job.plan.rank
+    participant.plan = msgspec.structs.replace(job.plan, rank=rank)
+    if payload := local_round.payload_of(rounds.folder(job), result):
+        versions.take(payload, participant.device.id, job, result.samples)
 
 
 @cache

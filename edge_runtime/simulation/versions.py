@@ -9,7 +9,6 @@ from edge_broker import messages
 from edge_broker.journal import Update
 from safetensors.numpy import load_file
 
-from edge_runtime.agent.local_round import Task
 from edge_runtime.aggregator import check, merge
 from edge_runtime.aggregator.store import Version
 from edge_runtime.methods.fedit import RunningMean
@@ -19,6 +18,7 @@ from edge_runtime.protocol.keys import STATE, parse
 from edge_runtime.protocol.round import CODEC, FLEET
 from edge_runtime.settings import Fleet
 from edge_runtime.simulation.results import mean, short
+from edge_runtime.trainer.job import Job
 
 
 class Versions:
@@ -37,15 +37,15 @@ class Versions:
         """The version that devices of a class start from; None before the first merge."""
         return self.by_class.get(model_class, self.by_class.get(FLEET))
 
-    def take(self, payload: Path, device: str, task: Task, samples: int) -> None:
+    def take(self, payload: Path, device: str, job: Job, samples: int) -> None:
         """Check an update as a node does, and keep it for the merge."""
-        model_class = task.facts.model_class
+        model_class = job.facts.model_class
         delta = check.check(payload.read_bytes(), self._shapes[model_class], self.fleet, self.method)
         self._shapes[model_class] |= {key: value.shape for key, value in delta.items()}
         origin = messages.Origin(
             fleet=self.fleet.name,
             device=device,
-            round=task.number,
+            round=job.round,
             model_class=model_class,
             codec=CODEC,
             samples=samples,

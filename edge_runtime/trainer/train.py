@@ -15,8 +15,7 @@ from edge_runtime.errors import MemoryShortError
 from edge_runtime.methods.interface import Method
 from edge_runtime.models.slices import nested_blocks
 from edge_runtime.planning.candidates import lower
-from edge_runtime.planning.predict import loss_chunk_bytes
-from edge_runtime.planning.workload import Workload
+from edge_runtime.planning.predict import Workload, loss_chunk_bytes
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Easing
 from edge_runtime.trainer.base import Base

@@ -13,7 +13,7 @@ from edge_runtime.adapters.singular import frames
 from edge_runtime.errors import InputError
 from edge_runtime.methods.interface import Contribution
 from edge_runtime.planning.candidates import candidates, predicted
-from edge_runtime.planning.workload import Workload
+from edge_runtime.planning.predict import Workload
 
 SINGULAR = settings.MethodChoice("fedsb", {"frames": "singular"})
 

@@ -6,12 +6,12 @@ import msgspec
 import pytest
 
 from benchmarks.noise import FACTS, PLAN
-from edge_runtime.agent.local_round import DeviceRows, LocalRounds, Task, depths, read_result, write_job
+from edge_runtime.agent.local_round import DeviceRows, LocalRounds, depths, read_result, write_job
 from edge_runtime.agent.store import DeviceStore
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Result
 from edge_runtime.settings import Fleet, Model, Training
-from edge_runtime.trainer.job import Machine
+from edge_runtime.trainer.job import Job, Machine
 
 CATALOG = (Model("a"), Model("a", depth=20), Model("b", depth=15), Model("a", depth=10))
 
@@ -41,13 +41,13 @@ class Device:
         self.rounds = LocalRounds(folder / "work", self.store, rows, Machine(threads=1), folder / "adapter")
         self.fleet = Fleet("f", CATALOG)
 
-    def task(self, number: int, *, train: bool = True, rank: int = 8) -> Task:
+    def job(self, number: int, *, train: bool = True, rank: int = 8) -> Job:
         plan = msgspec.structs.replace(PLAN, rank=rank)
-        return Task(number, train, self.fleet, FACTS, plan, start=None, anchors=None)
+        return self.rounds.job(number, self.fleet, FACTS, plan, {}, train=train)
 
     def leave(self, number: int, *names: str) -> Path:
         """Write the files that a trainer leaves."""
-        folder = self.rounds.folder(self.task(number))
+        folder = self.rounds.folder(self.job(number))
         folder.mkdir(parents=True)
         for name in names:
             (folder / name).touch()
@@ -81,11 +81,11 @@ def test_a_job_carries_what_earlier_rounds_have_left_though_the_folder_has_moved
     (tmp_path / "before").mkdir()
     before = Device(tmp_path / "before")
     before.leave(1, "state.bin", "residual.bin", "payload.bin")
-    before.rounds.keep(before.task(1), result())
+    before.rounds.keep(before.job(1), result())
     before.rounds.settle(1, "refused")
     before.store.connection.close()
     after = Device((tmp_path / "before").rename(tmp_path / "after"))
-    job = after.rounds.job(after.task(2))
+    job = after.job(2)
     folder = tmp_path / "after" / "work" / "round-1"
     assert msgspec.structs.astuple(job.carried) == tuple(
         str(folder / name) for name in ("state.bin", "residual.bin", "payload.bin")
@@ -94,28 +94,28 @@ def test_a_job_carries_what_earlier_rounds_have_left_though_the_folder_has_moved
 
 
 def test_the_adapter_is_exported_after_the_last_round_alone(device, tmp_path):
-    task = device.task(3, train=False)
-    assert device.rounds.job(task).export == str(tmp_path / "adapter")
-    assert device.rounds.folder(task).name == "finished"
+    job = device.job(3, train=False)
+    assert job.export == str(tmp_path / "adapter")
+    assert device.rounds.folder(job).name == "finished"
 
 
 def test_a_rank_that_the_method_has_lowered_holds_until_a_fleet_begins_anew(device):
-    device.rounds.keep(device.task(1), result(rank=4))
+    device.rounds.keep(device.job(1), result(rank=4))
     assert [device.rounds.rank_limit(number) for number in (1, 2)] == [None, 4]
-    device.rounds.keep(device.task(2, rank=4), result(rank=4))
+    device.rounds.keep(device.job(2, rank=4), result(rank=4))
     assert device.rounds.rank_limit(3) == 4
-    device.rounds.keep(device.task(1), result(rank=8))
+    device.rounds.keep(device.job(1), result(rank=8))
     assert device.rounds.rank_limit(2) is None
 
 
 def test_rounds_that_nobody_needs_are_deleted(device):
     for number in (1, 2, 3, 4):
         device.leave(number, "state.bin", "residual.bin")
-    device.rounds.keep(device.task(2), result())
+    device.rounds.keep(device.job(2), result())
     device.rounds.settle(3, "taken")
     device.rounds.tidy([4])
-    remaining = {device.rounds.folder(device.task(number)) for number in (2, 3, 4)}
-    assert {*device.rounds.folder(device.task(1)).parent.iterdir()} == remaining
+    remaining = {device.rounds.folder(device.job(number)) for number in (2, 3, 4)}
+    assert {*device.rounds.folder(device.job(1)).parent.iterdir()} == remaining
 
 
 def test_the_result_of_an_earlier_attempt_is_not_taken_for_this_ones(device):
@@ -123,5 +123,5 @@ def test_the_result_of_an_earlier_attempt_is_not_taken_for_this_ones(device):
     assert read_result(folder) is None
     (folder / "result.json").write_bytes(msgspec.json.encode(result(samples=3)))
     assert read_result(folder) == result(samples=3)
-    write_job(folder, device.rounds.job(device.task(1)))
+    write_job(folder, device.job(1))
     assert read_result(folder) is None

@@ -1,22 +1,27 @@
 """What may stand in a report: numbers, fixed words, and the texts listed here with their reason."""
 
+import contextlib
 import json
+import sqlite3
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import msgspec.inspect as inspect
 import pytest
-from edge_broker import address, messages, signing
-from edge_broker.outbox import Outbox
+from edge_broker import address, messages, signing, topics
+from edge_broker.session import Message
 
+from benchmarks import noise
+from edge_runtime.agent.deliveries import Deliveries
+from edge_runtime.agent.local_round import DeviceRows, LocalRounds, read_result
 from edge_runtime.agent.options import DeviceOptions
-from edge_runtime.agent.reports import Reports
 from edge_runtime.agent.stages import RoundInProgress
 from edge_runtime.agent.store import DeviceStore
 from edge_runtime.protocol.report import REPORT_DOMAIN, Report, Result, Score, without_names
 from edge_runtime.protocol.round import Round
 from edge_runtime.settings import Fleet, Model
+from edge_runtime.trainer.job import Machine
 
 TEXTS = {
     "Report.device": "the id the device joined with, which is part of each topic",
@@ -100,9 +105,8 @@ class Link:
         self.published.append(msgspec.json.decode(body, type=Report))
 
 
-def reports_of(folder: Path) -> tuple[Reports, Link, Outbox, DeviceStore]:
+def deliveries_of(folder: Path) -> tuple[Deliveries, Link, LocalRounds, DeviceStore]:
     store, link = DeviceStore(folder / "agent.db"), Link()
-    outbox = Outbox(store.connection, folder)
     options = DeviceOptions(
         broker=address.parse("mqtt://127.0.0.1:1"),
         fleet="f",
@@ -119,28 +123,32 @@ def reports_of(folder: Path) -> tuple[Reports, Link, Outbox, DeviceStore]:
         until_finished=False,
     )
     key = signing.load_or_create_key(folder / "device.key")
-    return Reports(link, store, outbox, options, key), link, outbox, store  # type: ignore[arg-type]
+    local = LocalRounds(folder / "work", store, DeviceRows(folder, {}), Machine())
+    return Deliveries(link, store, options, key, local), link, local, store  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_that_an_update_was_refused_is_kept_until_it_is_said(tmp_path: Path, finished: bool) -> None:
     """A kill may come right after the refusal. After the last round no node waits for it."""
-    reports, link, outbox, store = reports_of(tmp_path)
+    deliveries, link, local, store = deliveries_of(tmp_path)
     fleet = Fleet("f", (Model("m"),), rounds=1)
-    current = RoundInProgress(Round(node="n", fleet=fleet, round=1, state="open", versions={}), "key")
-    described = {"fleet": "f", "device": "a", "round": 1, "model_class": "m", "codec": "c"}
-    (tmp_path / "delta").write_bytes(b"delta")
-    manifest = messages.describe(tmp_path / "delta", messages.Origin(samples=1, **described), 8)  # type: ignore[arg-type]
-    with outbox.transaction():
-        reports.owe(reports.of(current, "trained", None))
-        outbox.add(manifest, tmp_path / "delta")
-    reports.publish_owed()
+    announced = Round(node="n", fleet=fleet, round=1, state="open", versions={})
+    deliveries.begin(RoundInProgress(announced, "key", attempt=1))
+    job = local.job(1, fleet, noise.FACTS, noise.PLAN, {})
+    noise.workers("a", 5).train(job, local.folder(job), lambda event: None)
+    result = read_result(local.folder(job))
+    assert result is not None and deliveries.keep(job, local.folder(job), result)
+    deliveries.publish_owed()
     assert link.published == []  # the node has not taken the update yet
-    with outbox.transaction():
-        reports.refused(1, tell=not finished)
-        outbox.settle(manifest.transfer, "rejected", "late", "round 1 is closed")
+    if finished:
+        deliveries.begin(RoundInProgress(msgspec.structs.replace(announced, state="finished"), "key"))
+    with contextlib.closing(sqlite3.connect(tmp_path / "agent.db")) as database:
+        ((transfer,),) = database.execute("SELECT transfer FROM outbox_update")
+    refusal = messages.Reject(transfer=transfer, code="late", reason="round 1 is closed", final=True)
+    inbox = topics.inbox("f", "a", transfer)
+    deliveries.uploader.handle(Message(inbox, messages.encode(refusal)))
     store.connection.close()
-    again, link, _, store = reports_of(tmp_path)
+    again, link, *_ = deliveries_of(tmp_path)
     again.publish_owed()
     again.publish_owed()
     told = [(report.state, report.cause) for report in link.published]
@@ -150,13 +158,13 @@ def test_that_an_update_was_refused_is_kept_until_it_is_said(tmp_path: Path, fin
 def test_a_report_that_the_version_before_has_kept_is_read_and_leaves_without_its_texts(
     tmp_path: Path,
 ) -> None:
-    reports, link, _, store = reports_of(tmp_path)
+    deliveries, link, _, store = deliveries_of(tmp_path)
     result = {"samples": 1, "losses": [], "step_seconds": [], "phases": {}, "seconds": {}}
     result |= {"measured_peak_bytes": 0, "payload_bytes": 0, "eased": ["in words"]}
     result |= {"evaluation": {"clinic": {"loss": 1.0, "accuracy": 0.0, "rows": 1}}}
     old = {"device": "a", "node_key": "", "round": 1, "state": "trained", "budget_bytes": 0}
     store.set("report", json.dumps({**old, "result": result, "reason": "line 3: a row"}))
-    reports.publish_owed()
+    deliveries.publish_owed()
     (report,) = link.published
     assert report.result is not None and list(report.result.evaluation) == ["held_out_1"]
     sent = msgspec.json.encode(report)

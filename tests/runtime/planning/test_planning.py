@@ -14,10 +14,9 @@ from edge_runtime.demo import commands
 from edge_runtime.errors import BudgetError, InputError
 from edge_runtime.planning import search
 from edge_runtime.planning.candidates import candidates, lower, predicted
-from edge_runtime.planning.predict import predict
+from edge_runtime.planning.predict import Workload, predict
 from edge_runtime.planning.search import choose
 from edge_runtime.planning.time import Rates
-from edge_runtime.planning.workload import Workload
 from edge_runtime.settings import Adapter, Codistill, Fleet, MethodChoice, Model, Training
 from edge_runtime.trainer import data
 

@@ -6,8 +6,8 @@ from architectures import GEMMA, RATES, SMOLLM2, bare_plan
 
 from edge_runtime.planning import processes
 from edge_runtime.planning.candidates import predicted
+from edge_runtime.planning.predict import Workload
 from edge_runtime.planning.time import Rates
-from edge_runtime.planning.workload import Workload
 from edge_runtime.settings import Adapter, Fleet, Head, Model, Training
 
 STREAMED = {"boundaries": "int8", "mlp_tokens": None, "streamed": True}

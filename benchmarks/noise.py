@@ -17,7 +17,7 @@ from edge_broker import address
 from edge_profiles import parse_size
 
 from benchmarks.noise_node import NOISE, tell
-from edge_runtime.agent.agent import Agent
+from edge_runtime.agent import agent
 from edge_runtime.agent.options import DeviceOptions
 from edge_runtime.agent.planner import Planned, Request
 from edge_runtime.agent.rounds import Workers
@@ -113,7 +113,7 @@ def main() -> int:
         until_finished=arguments.until_finished,
     )
     try:
-        Agent(options, tell, workers(arguments.id, parse_size(arguments.size))).run()
+        agent.run(options, tell, workers(arguments.id, parse_size(arguments.size)))
     except EdgeError as error:
         sys.stderr.write(f"edge-runtime: {error}\n")
         return error.exit_code

@@ -24,7 +24,7 @@ from edge_runtime.agent import local_round
 from edge_runtime.agent.options import DeviceEvent, DeviceOptions
 from edge_runtime.agent.planner import find_plan
 from edge_runtime.agent.rounds import Rounds, Workers
-from edge_runtime.agent.stages import Owing, Waiting
+from edge_runtime.agent.stages import Owing, Stage, Waiting
 from edge_runtime.agent.store import DeviceStore
 from edge_runtime.agent.trainer import Trainer
 from edge_runtime.errors import UnreachableError
@@ -36,96 +36,80 @@ IDLE_S = 5.0  # between two looks at the time
 LISTEN_S = 15.0  # at most, for the names of fleets
 
 
-class Agent:
-    """One device. `run` returns when the fleet has finished, or never."""
+def run(options: DeviceOptions, tell: Callable[[DeviceEvent], None], workers: Workers | None = None) -> None:
+    """Take part in a fleet as one device, until the fleet has finished, or for ever.
 
-    def __init__(
-        self, options: DeviceOptions, tell: Callable[[DeviceEvent], None], workers: Workers | None = None
-    ) -> None:
-        """Check the data and open the state; nothing is sent yet.
+    Args:
+        options: the command line.
+        tell: gets every event, for the screen.
+        workers: planner and trainer; None: this package's own.
 
-        Args:
-            options: the command line.
-            tell: gets every event, for the screen.
-            workers: planner and trainer; None: this package's own.
+    Raises:
+        InputError: the data or a held-out file cannot be used, or the state is another device's.
+        UnreachableError: no broker, or no round was announced in time.
+        EdgeError: this device cannot take part: every model, or every plan failed.
+    """
+    rows = local_round.checked(options.data, options.evaluation, options.state.resolve() / "work")
+    store = DeviceStore(options.state / "agent.db")
+    store.claim(options)
+    presence = PresenceSpec(options.fleet, options.id, int(store.get("epoch") or 0))
+    client = topics.client_id("device", options.fleet, options.id)
+    session = Session(options.broker, client, presence=presence)
+    workers = workers or Workers(partial(find_plan, options=options), Trainer)
+    rounds = Rounds(session, store, options, rows, workers, tell)
+    try:
+        _connect(session, rounds, options)
+        while (stage := rounds.stage) != "finished":
+            # the node has to be heard of until then
+            until = stage.until if isinstance(stage, Waiting | Owing) else math.inf
+            patience_s = until - time.monotonic()
+            if patience_s <= 0:
+                raise UnreachableError(_silence(stage, session, options))
+            item = session.receive(max(min(rounds.tick(), IDLE_S, patience_s), 0.0))
+            rounds.handle(item)
+            if isinstance(item, Message) and item.topic == topics.round(options.fleet):
+                _hear(item.payload, store, rounds)
+    finally:
+        rounds.end_trainer()
+        session.close()
+        store.connection.close()
 
-        Raises:
-            InputError: the data or a held-out file cannot be used, or the state is another
-            device's.
-        """
-        self._options = options
-        rows = local_round.checked(options.data, options.evaluation, options.state.resolve() / "work")
-        self._store = DeviceStore(options.state / "agent.db")
-        self._store.claim(options)
-        presence = PresenceSpec(options.fleet, options.id, int(self._store.get("epoch") or 0))
-        client = topics.client_id("device", options.fleet, options.id)
-        self._session = Session(options.broker, client, presence=presence)
-        workers = workers or Workers(partial(find_plan, options=options), Trainer)
-        self._rounds = Rounds(self._session, self._store, options, rows, workers, tell)
 
-    def run(self) -> None:
-        """Take part in the fleet; the agent is closed at the end.
+def _connect(session: Session, rounds: Rounds, options: DeviceOptions) -> None:
+    try:
+        session.connect(CONNECT_TIMEOUT_S)
+        session.subscribe(topics.round(options.fleet))
+        rounds.start()
+    except BrokerError as error:
+        raise UnreachableError(str(error)) from error
+    rounds.say("connected", text=str(options.broker))
+    rounds.stage = Waiting(time.monotonic() + options.wait_s)
 
-        Raises:
-            UnreachableError: no broker, or no round was announced in time.
-            EdgeError: this device cannot take part: the data, every model, or every plan failed.
-        """
-        rounds, topic = self._rounds, topics.round(self._options.fleet)
-        try:
-            self._connect()
-            rounds.stage = Waiting(time.monotonic() + self._options.wait_s)
-            while (stage := rounds.stage) != "finished":
-                # the node has to be heard of until then
-                until = stage.until if isinstance(stage, Waiting | Owing) else math.inf
-                patience_s = until - time.monotonic()
-                if patience_s <= 0:
-                    raise UnreachableError(self._silence())
-                item = self._session.receive(max(min(rounds.tick(), IDLE_S, patience_s), 0.0))
-                rounds.handle(item)
-                if isinstance(item, Message) and item.topic == topic:
-                    self._hear(item.payload)
-        finally:
-            self.close()
 
-    def close(self) -> None:
-        """End the trainer, the connection and the database; may be called again."""
-        self._rounds.end_trainer()
-        self._session.close()
-        self._store.connection.close()
+def _hear(payload: bytes, store: DeviceStore, rounds: Rounds) -> None:
+    """Check who announced a round: a device that has trained for a node follows no other."""
+    try:
+        body, key = signing.open(payload, ROUND_DOMAIN, store.get("node_key"))
+        announced = messages.decode(body, Round)
+    except BadMessage as error:
+        log.warning("ignored a round: %s", error)
+        if isinstance(rounds.stage, Waiting):
+            ignored = f"a round was announced, but {error}"
+            if isinstance(error, WrongKey):
+                ignored += "; to trust that node, start with a new --state"
+            rounds.stage = rounds.stage._replace(ignored=ignored)
+        return
+    rounds.announce(announced, key)
 
-    def _connect(self) -> None:
-        try:
-            self._session.connect(CONNECT_TIMEOUT_S)
-            self._session.subscribe(topics.round(self._options.fleet))
-            self._rounds.start()
-        except BrokerError as error:
-            raise UnreachableError(str(error)) from error
-        self._rounds.say("connected", text=str(self._options.broker))
 
-    def _hear(self, payload: bytes) -> None:
-        """Check who announced a round: a device that has trained for a node follows no other."""
-        try:
-            body, key = signing.open(payload, ROUND_DOMAIN, self._store.get("node_key"))
-            announced = messages.decode(body, Round)
-        except BadMessage as error:
-            log.warning("ignored a round: %s", error)
-            if isinstance(self._rounds.stage, Waiting):
-                ignored = f"a round was announced, but {error}"
-                if isinstance(error, WrongKey):
-                    ignored += "; to trust that node, start with a new --state"
-                self._rounds.stage = self._rounds.stage._replace(ignored=ignored)
-            return
-        self._rounds.announce(announced, key)
-
-    def _silence(self) -> str:
-        """Why the agent ends without word of its node."""
-        stage, options = self._rounds.stage, self._options
-        if isinstance(stage, Waiting):
-            return stage.ignored or _no_round(self._session, options)
-        return (
-            f"fleet `{options.fleet}` has finished, but its node has not answered the last update within "
-            f"{options.wait_s:g} s; the update is kept: start the agent again while `edge-runtime aggregator` runs"
-        )
+def _silence(stage: Stage, session: Session, options: DeviceOptions) -> str:
+    """Why the agent ends without word of its node."""
+    if isinstance(stage, Waiting):
+        return stage.ignored or _no_round(session, options)
+    return (
+        f"fleet `{options.fleet}` has finished, but its node has not answered the last update within "
+        f"{options.wait_s:g} s; the update is kept: start the agent again while `edge-runtime aggregator` runs"
+    )
 
 
 def _no_round(session: Session, options: DeviceOptions) -> str:

@@ -63,7 +63,7 @@ def command(
 
     The device brings its data; everything else comes from the fleet's node.
     """
-    from edge_runtime.agent.agent import Agent
+    from edge_runtime.agent.agent import run
     from edge_runtime.agent.options import DeviceOptions
     from edge_runtime.state import alone
 
@@ -91,7 +91,7 @@ def command(
         click.echo(msgspec.json.encode(event) if json else _line(event))
 
     with alone(state):
-        Agent(device_options, tell).run()
+        run(device_options, tell)
 
 
 def _line(event: "DeviceEvent") -> str:

@@ -10,7 +10,7 @@ from edge_broker.session import Session
 
 from benchmarks import noise
 from edge_runtime import settings
-from edge_runtime.agent.agent import Agent
+from edge_runtime.agent.agent import run
 from edge_runtime.agent.options import DeviceOptions
 from edge_runtime.agent.store import DeviceStore
 from edge_runtime.agent.trainer import Trainer
@@ -29,8 +29,6 @@ def broker(tmp_path_factory):
 
 @pytest.fixture
 def agent(tmp_path):
-    started = []
-
     def start(tell=lambda event: None, **changes):
         rows = tmp_path / "rows.jsonl"
         rows.write_text('{"text": "a"}\n')
@@ -49,22 +47,21 @@ def agent(tmp_path):
             wait_s=1.0,
             until_finished=False,
         )
-        started.append(Agent(options._replace(**changes), tell, noise.workers("a", 16)))
-        return started[-1]
+        run(options._replace(**changes), tell, noise.workers("a", 16))
 
-    yield start
-    for running in started:
-        running.close()
+    return start
 
 
 @pytest.mark.parametrize(
     ("changed", "named"), [({"id": "b"}, "id `a`, not `b`"), ({"fleet": "g"}, "fleet `f`, not `g`")]
 )
 def test_the_state_of_another_device_is_refused(agent, changed, named):
-    agent().close()
+    with pytest.raises(UnreachableError):
+        agent()
     with pytest.raises(InputError, match=f"is that of {named}: give another --state, or --"):
         agent(**changed)
-    agent()
+    with pytest.raises(UnreachableError):
+        agent()
 
 
 def announcement(folder, fleet, **fields):
@@ -103,7 +100,7 @@ def test_a_round_whose_version_could_not_be_had_is_tried_again_when_it_is_announ
         if event.phase in ("connected", "failed"):
             announce(broker, "again", payloads.pop(0))
 
-    agent(tell, broker=address.parse(broker), fleet="again", wait_s=TIMEOUT_S, until_finished=True).run()
+    agent(tell, broker=address.parse(broker), fleet="again", wait_s=TIMEOUT_S, until_finished=True)
     failed = [event for event in events if event.phase == "failed"]
     assert len(failed) == 2 and all("this device takes" in event.text for event in failed)
     assert events[-1].phase == "finished"
@@ -120,7 +117,7 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path):
 def test_a_new_state_is_advised_where_it_would_help(agent, broker, tmp_path):
     announce(broker, "unsigned", b"{}")
     with pytest.raises(UnreachableError, match="not a signed message") as refused:
-        agent(broker=address.parse(broker), fleet="unsigned", state=tmp_path / "unsigned").run()
+        agent(broker=address.parse(broker), fleet="unsigned", state=tmp_path / "unsigned")
     assert "--state" not in str(refused.value)
     state = tmp_path / "follower"
     store = DeviceStore(state / "agent.db")
@@ -128,7 +125,7 @@ def test_a_new_state_is_advised_where_it_would_help(agent, broker, tmp_path):
     store.connection.close()
     announce(broker, "other", announcement(tmp_path, "other"))
     with pytest.raises(UnreachableError, match=r"to trust that node, start with a new --state$"):
-        agent(broker=address.parse(broker), fleet="other", state=state).run()
+        agent(broker=address.parse(broker), fleet="other", state=state)
 
 
 class NoJob(msgspec.Struct):

@@ -20,7 +20,7 @@ from edge_broker.errors import BadMessage, BrokerError, WrongKey
 from edge_broker.presence import PresenceSpec
 from edge_broker.session import Message, Session
 
-from edge_runtime.agent import local_round
+from edge_runtime.agent.local_round import DeviceRows
 from edge_runtime.agent.options import DeviceEvent, DeviceOptions
 from edge_runtime.agent.planner import find_plan
 from edge_runtime.agent.rounds import Rounds, Workers
@@ -49,7 +49,7 @@ def run(options: DeviceOptions, tell: Callable[[DeviceEvent], None], workers: Wo
         UnreachableError: no broker, or no round was announced in time.
         EdgeError: this device cannot take part: every model, or every plan failed.
     """
-    rows = local_round.checked(options.data, options.evaluation, options.state.resolve() / "work")
+    rows = DeviceRows(options.data, options.evaluation).with_held_out(options.state.resolve() / "work")
     store = DeviceStore(options.state / "agent.db")
     store.claim(options)
     presence = PresenceSpec(options.fleet, options.id, int(store.get("epoch") or 0))

@@ -22,7 +22,7 @@ from edge_runtime.models.facts import Facts
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Result
 from edge_runtime.settings import Fleet
-from edge_runtime.trainer import data
+from edge_runtime.trainer.data import Row, read_rows, split, write_rows
 from edge_runtime.trainer.job import Carried, Job, Machine
 
 FILES = {"private": "state.bin", "residual": "residual.bin", "unsent": "payload.bin"}
@@ -36,37 +36,33 @@ class DeviceRows(NamedTuple):
     data: Path
     evaluation: dict[str, Path]  # held-out rows, by name
 
+    def read(self) -> list[Row]:
+        """Read every file; the rows to train on. Raises InputError where a row cannot be used."""
+        rows = read_rows(self.data)
+        for path in self.evaluation.values():
+            read_rows(path)
+        return rows
+
     @property
     def readable(self) -> bool:
-        """Whether every row can be read: a file may have changed since `checked`."""
+        """Whether every row can still be read: a file may have changed since the agent began."""
         try:
-            for path in (self.data, *self.evaluation.values()):
-                data.read_rows(path)
+            return bool(self.read())
         except InputError:
             return False
-        return True
 
+    def with_held_out(self, folder: Path) -> "DeviceRows":
+        """Read every row. Where no held-out file is given, keep a tenth of the rows apart in a folder.
 
-def checked(path: Path, evaluation: dict[str, Path], folder: Path) -> DeviceRows:
-    """Read every row once. Where no held-out file is given, a tenth of the rows is kept apart.
-
-    Args:
-        path: the rows to train on.
-        evaluation: held-out files, by name.
-        folder: takes the two parts, if the rows are split.
-
-    Raises:
-        InputError: a file or a row cannot be used.
-    """
-    rows = data.read_rows(path)
-    for held_out_file in evaluation.values():
-        data.read_rows(held_out_file)
-    train, held_out = data.split(rows, seed=0)
-    if evaluation or not held_out:
-        return DeviceRows(path, evaluation)
-    folder.mkdir(parents=True, exist_ok=True)
-    held_out_file = data.write_rows(folder / "own.jsonl", held_out)
-    return DeviceRows(data.write_rows(folder / "train.jsonl", train), {"own": held_out_file})
+        Raises:
+            InputError: a file or a row cannot be used.
+        """
+        train, held_out = split(self.read(), seed=0)
+        if self.evaluation or not held_out:
+            return self
+        folder.mkdir(parents=True, exist_ok=True)
+        own = write_rows(folder / "own.jsonl", held_out)
+        return DeviceRows(write_rows(folder / "train.jsonl", train), {"own": own})
 
 
 class LocalRounds:

@@ -17,6 +17,6 @@ def command(json: bool) -> None:
     from edge_runtime.cli import views
     from edge_runtime.planning import processes
 
-    baseline = processes.runtime_bytes() if processes.trainer_installed() else None
+    baseline = processes.runtime_bytes() if processes.installed() else None
     values = {**msgspec.to_builtins(edge_profiles.probe()), "runtime_baseline_bytes": baseline}
     click.echo(msgspec.json.encode(values)) if json else views.show_profile(values)

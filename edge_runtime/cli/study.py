@@ -36,7 +36,7 @@ def command(
     from edge_runtime.simulation import grid, report
     from edge_runtime.simulation import spec as specs
 
-    if not processes.study_installed():
+    if not processes.installed("matplotlib", "scipy"):
         raise InputError(
             "a study's packages are not installed: in a clone of Edge Runtime, run pip install '.[study]'"
         )

@@ -86,22 +86,17 @@ def environment() -> dict[str, str]:
     return {**credentials.withhold(os.environ), **TRAINER_ENVIRONMENT}
 
 
-def trainer_installed() -> bool:
-    """Whether the packages of a trainer process are there; a node does without them."""
-    return find_spec("torch") is not None and find_spec("transformers") is not None
-
-
-def study_installed() -> bool:
-    """Whether the packages of a study are there."""
-    return trainer_installed() and find_spec("matplotlib") is not None and find_spec("scipy") is not None
+def installed(*more: str) -> bool:
+    """Whether the packages of a trainer process are there, and more; a node does without them."""
+    return all(find_spec(name) is not None for name in ("torch", "transformers", *more))
 
 
 def _measured_once(name: str, module: list[str], error: type[EdgeError]) -> bytes:
     """What the module prints, from the cache where these packages have printed it before."""
-    if not trainer_installed():
+    if not installed():
         raise InputError(NOT_INSTALLED)
-    installed = Path(sysconfig.get_path("purelib")).stat().st_mtime_ns
-    cached = cache_folder() / f"{name}-{version('torch')}-{version('transformers')}-{installed:x}"
+    changed = Path(sysconfig.get_path("purelib")).stat().st_mtime_ns
+    cached = cache_folder() / f"{name}-{version('torch')}-{version('transformers')}-{changed:x}"
     if not cached.exists():
         cached.parent.mkdir(parents=True, exist_ok=True)
         measured = output(module, MEASURE_TIMEOUT_S, error)
@@ -118,7 +113,7 @@ def output(
 
     variables: the process's environment; None: a trainer's.
     """
-    if not trainer_installed():
+    if not installed():
         raise InputError(NOT_INSTALLED)
     try:
         process = subprocess.run(

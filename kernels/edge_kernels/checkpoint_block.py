@@ -17,7 +17,7 @@ next. Source: Chen et al. 2016, arXiv 1604.06174.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -116,7 +116,7 @@ def nothing_reads(requires: tuple[bool, ...], saved: tuple[torch.Tensor | None, 
 
     That is so in the second run of a block, where the operation saves the block's last tensors:
     backward needs only saved tensors. An operation that calls others in its own forward runs them
-    in `without_blocks`, since their saved tensors are not kept.
+    in `innermost(None)`, since their saved tensors are not kept.
 
     Args:
         requires: the operation's ctx.needs_input_grad; where none is set, its saved tensors are not
@@ -127,11 +127,6 @@ def nothing_reads(requires: tuple[bool, ...], saved: tuple[torch.Tensor | None, 
     if run is None or not any(requires):
         return False
     return run.counted + sum(part is not None for part in saved) == run.expected
-
-
-def without_blocks() -> AbstractContextManager[None]:
-    """Inside, no operation takes itself for a part of the block that runs."""
-    return _innermost(None)
 
 
 def start(parts: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -171,7 +166,8 @@ class _Run:
 
 
 @contextmanager
-def _innermost(run: _Run | None) -> Iterator[None]:
+def innermost(run: _Run | None) -> Iterator[None]:
+    """Inside, operations are a part of this run; None: of no block's run."""
     outer, _runs.innermost = getattr(_runs, "innermost", None), run
     try:
         yield
@@ -183,7 +179,7 @@ def _innermost(run: _Run | None) -> Iterator[None]:
 def _run(expected: int | None) -> Iterator[_Run]:
     """Inside, a block runs with a graph, and its saved tensors are counted."""
     run = _Run(expected)
-    with _innermost(run), torch.enable_grad(), saved_tensors_hooks(run.keep, lambda saved: saved):
+    with innermost(run), torch.enable_grad(), saved_tensors_hooks(run.keep, lambda saved: saved):
         yield run
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from edge_kernels.checkpoint_block import nothing_reads, start, without_blocks
+from edge_kernels.checkpoint_block import innermost, nothing_reads, start
 
 Rows = Callable[[torch.Tensor], torch.Tensor]
 
@@ -46,7 +46,7 @@ class _InTiles(torch.autograd.Function):
         ctx.function, ctx.tokens, ctx.trained = function, tokens, trained
         y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)  # the result where nothing reads it
         if not nothing_reads(ctx.needs_input_grad, (x,)):
-            with without_blocks():
+            with innermost(None):
                 for tile, result in zip(_tiles(x, tokens), _tiles(y, tokens), strict=True):
                     result.copy_(function(tile))
         return y

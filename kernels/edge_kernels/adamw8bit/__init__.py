@@ -135,7 +135,7 @@ class AdamW8bit:
             return
         if self._measuring:
             self._stepped.add(index)
-            self._clip({index: grad})
+            self._clipping.factor({index: grad}, len(self._stepped) / len(self.parameters))
             return
         if self._accumulating or index in self._summed:
             grad = self._sum(index).add_(grad.reshape(-1))
@@ -172,7 +172,7 @@ class AdamW8bit:
         groups: dict[tuple[int, torch.dtype], list[int]] = {}
         for index in self._waiting:
             groups.setdefault((self.steps[index], self.parameters[index].dtype), []).append(index)
-        clip = self._clip(self._waiting)
+        clip = self._clipping.factor(self._waiting, len(self._stepped) / len(self.parameters))
         for (count, _), group in groups.items():
             values = [self.parameters[index].view(-1) for index in group]
             grads = [self._waiting[index] for index in group]
@@ -197,9 +197,6 @@ class AdamW8bit:
         mixed = (index * 0x7FEB352D + count) * 0x9E3779B1 & 0xFFFFFFFF
         mixed = (mixed ^ mixed >> 15) * 0x846CA68B & 0xFFFFFFFF
         return Step(decay, 1 - beta1, 1 - beta2, rate, root, EPS, seed=mixed >> 1 | 3)
-
-    def _clip(self, grads: dict[int, torch.Tensor]) -> torch.Tensor:
-        return self._clipping.factor(grads, len(self._stepped) / len(self.parameters))
 
     def _end_step(self) -> None:
         if self._stepped:

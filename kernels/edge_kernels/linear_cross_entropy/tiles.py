@@ -44,24 +44,28 @@ def _tokens_a_group(rows: torch.Tensor, head: torch.Tensor | Packed, chunk_bytes
 
 def _log_sum(x, head, targets, softcap):  # type: ignore[no-untyped-def]
     """The log-sum-exp and the label's logit of each token of x (tokens, width)."""
-    x, (tokens, width), vocabulary = x.contiguous(), x.shape, head.shape[0]
-    tile = _tile(tokens, head, softcap)
-    pieces = triton.cdiv(vocabulary, tile["V"])
-    log_sums = x.new_empty(pieces, tokens, dtype=torch.float32)
-    label_logits = torch.empty(tokens, device=x.device)
-    tensors = (x, *pointers(head), targets, log_sums, label_logits)
-    grid = (triton.cdiv(tokens, tile["M"]) * pieces,)
-    _log_sum_kernel[grid](*tensors, tokens, vocabulary, width, softcap or 1.0, **tile)
+    pieces = triton.cdiv(head.shape[0], _tile(len(x), head, softcap)["V"])
+    log_sums = x.new_empty(pieces, len(x), dtype=torch.float32)
+    label_logits = torch.empty(len(x), device=x.device)
+    _launch(x, head, targets, log_sums, label_logits, softcap, back=False)
     return log_sums.logsumexp(0), label_logits
 
 
 def _dhidden(dh, x, head, targets, log_sum, softcap):  # type: ignore[no-untyped-def]
     """Add dl W of each token to dh (tokens, width), float32."""
-    x, (tokens, width), vocabulary = x.contiguous(), x.shape, head.shape[0]
+    _launch(x, head, targets, log_sum, dh, softcap, back=True)
+
+
+def _launch(x, head, targets, log_sums, result, softcap, back):  # type: ignore[no-untyped-def]
+    (tokens, width), vocabulary = x.shape, head.shape[0]
     tile = _tile(tokens, head, softcap)
-    tensors, resolution = (x, *pointers(head), targets, log_sum, dh), torch.finfo(x.dtype).eps / 32
     grid = (triton.cdiv(tokens, tile["M"]) * triton.cdiv(vocabulary, tile["V"]),)
-    _dhidden_kernel[grid](*tensors, tokens, vocabulary, width, softcap or 1.0, resolution, **tile)
+    _kernel[grid](
+        *(x.contiguous(), *pointers(head), targets, log_sums, result),
+        *(tokens, vocabulary, width, softcap or 1.0, torch.finfo(x.dtype).eps / 32),
+        BACK=back,
+        **tile,
+    )
 
 
 def _tile(tokens: int, head: torch.Tensor | Packed, softcap: float | None) -> dict[str, Any]:
@@ -83,7 +87,7 @@ def _tile(tokens: int, head: torch.Tensor | Packed, softcap: float | None) -> di
 
 
 @jit
-def _log_sum_kernel(  # type: ignore[no-untyped-def]
+def _kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     quants_ptr,
     scales_ptr,
@@ -93,99 +97,32 @@ def _log_sum_kernel(  # type: ignore[no-untyped-def]
     tables_ptr,
     targets_ptr,
     log_sums_ptr,
-    label_logits_ptr,
-    tokens,
-    vocabulary,
-    width,
-    softcap,
-    CAPPED: tl.constexpr,
-    FORMAT: tl.constexpr,
-    M: tl.constexpr,
-    V: tl.constexpr,
-    K: tl.constexpr,
-):
-    """The log-sum-exp of a tile, and the label's logit of the tokens whose label is in the tile."""
-    parts = quants_ptr, scales_ptr, mins_ptr, groups_ptr, offset_ptr, tables_ptr
-    sizes = tokens, vocabulary, width, softcap
-    row, column, piece, logits = _logits(x_ptr, parts, sizes, CAPPED, FORMAT, M, V, K)
-    logits = tl.where(column[None, :] < vocabulary, logits, float("-inf"))
-    peak = tl.max(logits, axis=1)
-    log_sum = peak + tl.log(tl.sum(tl.exp(logits - peak[:, None]), axis=1))
-    inside = row < tokens
-    tl.store(log_sums_ptr + piece.to(tl.int64) * tokens + row, log_sum, mask=inside)
-    target = tl.load(targets_ptr + row, mask=inside, other=-1)
-    label_logit = tl.sum(tl.where(column[None, :] == target[:, None], logits, 0.0), axis=1)
-    in_tile = (target >= piece * V) & (target < piece * V + V)
-    tl.store(label_logits_ptr + row, label_logit, mask=inside & in_tile)
-
-
-@jit
-def _dhidden_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,
-    quants_ptr,
-    scales_ptr,
-    mins_ptr,
-    groups_ptr,
-    offset_ptr,
-    tables_ptr,
-    targets_ptr,
-    log_sum_ptr,
-    dh_ptr,
+    result_ptr,
     tokens,
     vocabulary,
     width,
     softcap,
     resolution,
+    BACK: tl.constexpr,
     CAPPED: tl.constexpr,
     FORMAT: tl.constexpr,
     M: tl.constexpr,
     V: tl.constexpr,
     K: tl.constexpr,
 ):
-    """Add dl W of a tile to dh, unless dl is below `resolution` for every token."""
-    parts = quants_ptr, scales_ptr, mins_ptr, groups_ptr, offset_ptr, tables_ptr
-    sizes = tokens, vocabulary, width, softcap
-    row, column, _, logits = _logits(x_ptr, parts, sizes, CAPPED, FORMAT, M, V, K)
-    inside = row < tokens
-    log_sum = tl.load(log_sum_ptr + row, mask=inside, other=float("inf"))
-    target = tl.load(targets_ptr + row, mask=inside, other=-1)
-    dl = tl.where(column[None, :] < vocabulary, tl.exp(logits - log_sum[:, None]), 0.0)
-    # in float32: the gradient of a sure token is a small difference
-    dl -= (column[None, :] == target[:, None]).to(tl.float32)
-    if tl.max(tl.sum(tl.abs(dl), axis=1), axis=0) >= resolution:
-        slope = 1 - (logits / softcap) * (logits / softcap) if CAPPED else 1.0
-        head_row = tl.minimum(column, vocabulary - 1).to(tl.int64)
-        rounded = (dl * slope).to(x_ptr.dtype.element_ty)
-        for first in range(0, width, K):
-            k = first + tl.arange(0, K)
-            weight = expand_tile(parts, head_row, first, width, FORMAT, V, K).to(rounded.dtype)
-            part = tl.dot(rounded, weight, input_precision="ieee")
-            at = dh_ptr + row.to(tl.int64)[:, None] * width + k[None, :]
-            tl.atomic_add(at, part, mask=inside[:, None] & (k[None, :] < width), sem="relaxed")
+    """Forward, log_sums: of the tile; result: the label's logit, where the label is in the tile.
 
-
-@jit
-def _logits(  # type: ignore[no-untyped-def]
-    x_ptr,
-    parts,
-    sizes,
-    CAPPED: tl.constexpr,
-    FORMAT: tl.constexpr,
-    M: tl.constexpr,
-    V: tl.constexpr,
-    K: tl.constexpr,
-):
-    """Rows, columns, number of the piece of the head, and logits in float32 of a program's tile.
-
-    Rows beyond the last token repeat it, and columns beyond the vocabulary its last one.
+    Back, log_sums: of the tokens; result: dh, to which dl W of the tile is added, unless dl is
+    below `resolution` for every token.
     """
-    tokens, vocabulary, width, softcap = sizes
+    parts = quants_ptr, scales_ptr, mins_ptr, groups_ptr, offset_ptr, tables_ptr
     blocks = tl.cdiv(tokens, M)
-    piece = tl.program_id(0) // blocks  # neighbours read the same piece
+    piece = tl.program_id(0) // blocks  # neighbours read the same piece of the head
     row = (tl.program_id(0) % blocks) * M + tl.arange(0, M)
     column = piece * V + tl.arange(0, V)
-    head_row = tl.minimum(column, vocabulary - 1).to(tl.int64)
+    # rows beyond the last token repeat it, and columns beyond the vocabulary its last one
     x_row = tl.minimum(row, tokens - 1).to(tl.int64) * width
+    head_row = tl.minimum(column, vocabulary - 1).to(tl.int64)
     logits = tl.zeros((M, V), tl.float32)
     for first in range(0, width, K):
         k = first + tl.arange(0, K)
@@ -194,7 +131,31 @@ def _logits(  # type: ignore[no-untyped-def]
         logits = tl.dot(x, weight.to(x.dtype).T, logits, input_precision="ieee")
     if CAPPED:
         logits = cap(logits, softcap)
-    return row, column, piece, logits
+
+    inside, within = row < tokens, column[None, :] < vocabulary
+    target = tl.load(targets_ptr + row, mask=inside, other=-1)
+    if BACK:
+        log_sum = tl.load(log_sums_ptr + row, mask=inside, other=float("inf"))
+        dl = tl.where(within, tl.exp(logits - log_sum[:, None]), 0.0)
+        # in float32: the gradient of a sure token is a small difference
+        dl -= (column[None, :] == target[:, None]).to(tl.float32)
+        if tl.max(tl.sum(tl.abs(dl), axis=1), axis=0) >= resolution:
+            slope = 1 - (logits / softcap) * (logits / softcap) if CAPPED else 1.0
+            rounded = (dl * slope).to(x_ptr.dtype.element_ty)
+            for first in range(0, width, K):
+                k = first + tl.arange(0, K)
+                weight = expand_tile(parts, head_row, first, width, FORMAT, V, K).to(rounded.dtype)
+                part = tl.dot(rounded, weight, input_precision="ieee")
+                at = result_ptr + row.to(tl.int64)[:, None] * width + k[None, :]
+                tl.atomic_add(at, part, mask=inside[:, None] & (k[None, :] < width), sem="relaxed")
+    else:
+        logits = tl.where(within, logits, float("-inf"))
+        peak = tl.max(logits, axis=1)
+        log_sum = peak + tl.log(tl.sum(tl.exp(logits - peak[:, None]), axis=1))
+        tl.store(log_sums_ptr + piece.to(tl.int64) * tokens + row, log_sum, mask=inside)
+        label_logit = tl.sum(tl.where(column[None, :] == target[:, None], logits, 0.0), axis=1)
+        in_tile = (target >= piece * V) & (target < piece * V + V)
+        tl.store(result_ptr + row, label_logit, mask=inside & in_tile)
 
 
 def ahead_of_time() -> Iterator[Launch]:

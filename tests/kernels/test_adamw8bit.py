@@ -7,7 +7,6 @@ import pytest
 import torch
 from edge_kernels import AdamW8bit
 from edge_kernels.adamw8bit import update as module
-from edge_kernels.adamw8bit.clipping import Clipping
 from edge_kernels.adamw8bit.update import BLOCK
 from edge_kernels.backend import on_triton
 from numerics import DEVICE, ON_GPU
@@ -335,7 +334,7 @@ def test_clipping_estimates_the_norm_from_the_part_that_has_passed():
 
 
 def test_the_check_sees_a_norm_that_stands_still(monkeypatch):
-    monkeypatch.setattr(Clipping, "end_step", lambda self: None)
+    monkeypatch.setattr(OPTIMISER.Clipping, "end_step", lambda self: None)
     with pytest.raises(AssertionError):
         check_clipping()
 

@@ -3,9 +3,9 @@
     closed -> opening -> connected <-> lost, and from each of them -> closing -> closed
 
 paho's own thread is not used: its reconnect has no jitter, and the will's epoch must change before
-each connect. The callbacks record what happened and wake waiting threads; the one of a connect sends
-the subscriptions again where the broker has lost them. No lock that a callback takes is held across
-a publish, because paho holds a lock of its own while it calls back.
+each connect. The callbacks record what happened and wake waiting threads. Subscriptions are
+restored and presence is published between two calls of `loop`. No lock that a callback takes is held
+across a call into paho, because paho holds a lock of its own while it calls back.
 """
 
 import enum
@@ -79,6 +79,7 @@ class Connection:
         self.bytes_down = 0
         self._put, self._expiry_s = put, expiry_s
         self._failure: BrokerError | None = None  # why the connection broke, or did not come about
+        self._greeting: Connected | None = None  # of a connection that the owner has not heard of
         self._speaking = threading.Lock()  # held while presence is published; never taken in a callback
         self._announce = False  # "online" is still to be published on this connection
         self._leaving = False  # "offline" was published: nothing may follow
@@ -200,10 +201,7 @@ class Connection:
         try:
             self.client.reconnect()
             while self.client.loop(timeout=1.0) == paho.MQTT_ERR_SUCCESS:
-                if self._announce and self.publish_presence("online"):
-                    self._announce = False
-                if self.state is State.CLOSING:  # close() may have come while paho was still connecting
-                    self.client.disconnect()
+                self._between_packets()
         except ssl.SSLError as error:
             advice = "check ca, cert, key and the host name"
             return Refused(f"TLS with {self.address} failed: {error}; {advice}")
@@ -214,6 +212,19 @@ class Connection:
             log.exception("the connection to %s broke on an unexpected error", self.address)
             return self._unreachable(repr(error))
         return self._failure or self._unreachable("it closed the connection unanswered")
+
+    def _between_packets(self) -> None:
+        greeting, self._greeting = self._greeting, None
+        if greeting and self.filters and not greeting.session_present:
+            filters = tuple(self.filters)
+            self._restoring = {self.send_subscribe(filters): filters}
+        if self._announce and self.publish_presence("online"):
+            self._announce = False
+        # only now, so that what the owner sends follows
+        if greeting:
+            self._put(greeting)
+        if self.state is State.CLOSING:  # close() may have come while paho was still connecting
+            self.client.disconnect()
 
     def _unreachable(self, why: str) -> BrokerUnreachable:
         hint = "start one with `edge-runtime broker` or check the address"
@@ -255,14 +266,10 @@ class Connection:
             if self.state is State.CLOSING:
                 return
             self.state = State.CONNECTED
+            self._greeting = Connected(session_present=bool(flags.session_present), epoch=self.epoch)
             self._announce = self.spec is not None
             self.answers.clear()  # packet numbers of the last connection mean nothing on this one
             self.changed.notify_all()
-        # the owner hears of the connection only after its subscriptions were sent again
-        if self.filters and not flags.session_present:
-            filters = tuple(self.filters)
-            self._restoring = {self.send_subscribe(filters): filters}
-        self._put(Connected(session_present=bool(flags.session_present), epoch=self.epoch))
 
     def _on_disconnect(self, _client: Any, _userdata: Any, _flags: Any, code: ReasonCode, _: Any) -> None:
         self._failure = self._failure or self._unreachable(f"the connection broke ({code})")

@@ -192,7 +192,7 @@ class Connection:
 
     def _stay_connected(self) -> BrokerError:
         """Connect once, and return why the connection ended or did not come about."""
-        self._failure = None
+        self._failure = self._greeting = None
         # above the last, and the clock (ms) in case the last was lost
         self.epoch = max(self.epoch, time.time_ns() // 1_000_000) + 1
         if self.spec:

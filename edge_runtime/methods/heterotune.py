@@ -39,6 +39,7 @@ Variants: FedGH, arXiv 2309.06692; Yu et al. 2020, arXiv 2001.06782; Liu et al. 
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
+from itertools import permutations
 from typing import Any, Literal
 
 from edge_runtime.methods.fedit import RunningMean, holders_mean
@@ -163,11 +164,9 @@ def _pairwise(flat: Any, norms: Any) -> Any:
     """Each step without its part against any other original step, one after another."""
     # opponents are the original steps, so the order of the rows does not matter
     aligned = flat.copy()
-    for row in range(len(flat)):
-        for opponent in range(len(flat)):
-            if row != opponent:
-                against = min(0.0, float(aligned[row] @ flat[opponent]))
-                aligned[row] -= against / norms[opponent] ** 2 * flat[opponent]
+    for row, opponent in permutations(range(len(flat)), 2):
+        against = min(0.0, float(aligned[row] @ flat[opponent]))
+        aligned[row] -= against / norms[opponent] ** 2 * flat[opponent]
     return aligned
 
 

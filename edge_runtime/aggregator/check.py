@@ -102,10 +102,11 @@ def _check_shapes(shapes: Shapes, expected: Shapes, fleet: Fleet, method: Method
     )
     if max(len(before), len(rows)) > MOST_LABELS:
         raise InputError(f"the delta has {len(rows)} labels, but a head has at most {MOST_LABELS}")
+    # the first label's row decides how wide every label's is
+    row = next(iter(before + rows), None)
     for key, shape in shapes.items():
-        # the first label's row decides how wide every label's is
-        row = next(iter(before + rows)) if parse(key).kind == "labels" else None
-        _check_shape(key, shape, expected.get(key, row), fleet, method)
+        model = expected.get(key, row if parse(key).kind == "labels" else None)
+        _check_shape(key, shape, model, fleet, method)
     ranks = {
         size
         for key, shape in shapes.items()

@@ -78,7 +78,7 @@ def workers(id: str, size: int) -> Workers:
             payload_bytes=size if job.train else 0,
         )
         (folder / "result.json").write_bytes(msgspec.json.encode(result))
-        post(Ended(folder, Written.pid, 0, ""))
+        post(Ended(Written.pid, 0, ""))
         return Written()
 
     return Workers(find_plan, train)

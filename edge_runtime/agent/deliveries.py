@@ -6,7 +6,6 @@ part of such a report.
 """
 
 import logging
-from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -58,14 +57,14 @@ class Deliveries:
         """Whether the node has still to answer an update."""
         return bool(self._outbox.pending())
 
-    def keep(self, job: Job, folder: Path, result: Result) -> bool:
+    def keep(self, job: Job, result: Result) -> bool:
         """Keep a trained round: from here on the node is owed its update, whatever happens to this
         process.
 
         Returns:
             Whether there is an update; some methods exchange nothing.
         """
-        payload = payload_of(folder, result)
+        payload = payload_of(self._local.folder(job), result)
         # one transaction: after a kill, the update, its report and what the next round needs agree
         with self._outbox.transaction():
             self._local.keep(job, result)

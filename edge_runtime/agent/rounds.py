@@ -208,10 +208,10 @@ class Rounds:
 
     def _ended(self, job: Job, ended: Ended) -> None:
         self.stage = "resting"
-        result = read_result(ended.folder) if ended.exit_code == 0 else None
+        result = read_result(self._local.folder(job)) if ended.exit_code == 0 else None
         cause = CAUSES.get(ended.exit_code, "trainer")
         if result is not None and job.train:
-            sends = self._deliveries.keep(job, ended.folder, result)
+            sends = self._deliveries.keep(job, result)
             self.say("sending" if sends else "waiting", text=f"{result.payload_bytes} bytes")
             if not sends:
                 self._deliveries.close_round()

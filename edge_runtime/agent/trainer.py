@@ -30,7 +30,6 @@ SENTENCES = {error.exit_code for error in (InputError, TrainerError, MemoryShort
 class Ended(msgspec.Struct, frozen=True):
     """A trainer process has ended."""
 
-    folder: Path
     pid: int
     exit_code: int  # negative: killed by this signal
     reason: str  # a sentence for this device's screen
@@ -51,9 +50,9 @@ class Trainer:
     def __init__(self, job: Job, folder: Path, post: Callable[[Progress | Ended], None]) -> None:
         """Write the job into the folder and start it; post is called from another thread."""
         write_job(folder, job)
-        self.folder, self._post = folder, post
+        self._post, self._errors = post, folder / "stderr.log"
         self._timeout_s, self._late = job.fleet.training.timeout_s, False
-        with (folder / "stderr.log").open("wb") as errors:
+        with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "edge_runtime.trainer", str(folder), "--attended"],
                 stdin=subprocess.PIPE,
@@ -92,15 +91,14 @@ class Trainer:
             code, reason = TIMED_OUT, f"the trainer took longer than {self._timeout_s:g} s"
         else:
             reason = self._reason(code)
-        self._post(Ended(self.folder, self.pid, code, reason))
+        self._post(Ended(self.pid, code, reason))
 
     def _reason(self, code: int) -> str:
-        path = self.folder / "stderr.log"
         ended = f"the trainer ended with exit code {code}"
         if code not in SENTENCES:
-            return f"{ended}; its last words are in {path}"
+            return f"{ended}; its last words are in {self._errors}"
         try:
-            lines = path.read_text(errors="replace").strip().splitlines()
+            lines = self._errors.read_text(errors="replace").strip().splitlines()
         except OSError as error:
             return f"{ended}, and its last words cannot be read: {error}"
         return lines[-1] if lines else ended

@@ -137,7 +137,7 @@ def test_that_an_update_was_refused_is_kept_until_it_is_said(tmp_path: Path, fin
     job = local.job(1, fleet, noise.FACTS, noise.PLAN, {})
     noise.workers("a", 5).train(job, local.folder(job), lambda event: None)
     result = read_result(local.folder(job))
-    assert result is not None and deliveries.keep(job, local.folder(job), result)
+    assert result is not None and deliveries.keep(job, result)
     deliveries.publish_owed()
     assert link.published == []  # the node has not taken the update yet
     if finished:

@@ -142,7 +142,7 @@ def planned(facts: Facts, depth: int, trial: Trial, device: str = "cpu") -> tupl
         mlp_tokens=None if trial.streamed else MLP_TOKENS,
         **fields,
     )
-    workload = Workload.of(fleet, facts, processes.runtime_bytes())
+    workload = Workload(fleet, facts, processes.runtime_bytes())
     return fleet, predicted(workload, processes.rates(device), bare, lengths=1)
 
 

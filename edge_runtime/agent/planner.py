@@ -50,17 +50,11 @@ class Planner:
 
     def __init__(
         self,
-        budget_bytes: int,
-        find: Callable[[Request], Planned | Unplanned],
-        put: Callable[[Planned | Unplanned], None],
+        budget_bytes: int,  # peak a trainer may reach
+        find: Callable[[Request], Planned | Unplanned],  # answers a request; called in a thread
+        put: Callable[[Planned | Unplanned], None],  # takes the answer there, to be handed to `take`
     ) -> None:
-        """Nothing is planned yet.
-
-        Args:
-            budget_bytes: peak a trainer may reach.
-            find: answers a request; called in a thread.
-            put: takes the answer from that thread, to be handed to `take`.
-        """
+        """Nothing is planned yet."""
         self.latest: Planned | None = None
         self._budget_bytes, self._fill = budget_bytes, True
         self._find, self._put = find, put

@@ -35,7 +35,7 @@ def candidates(
     training, adapter = fleet.training, fleet.adapter
     lengths = (training.max_tokens, *training.shorter)
     for model in fleet.catalog:
-        workload = Workload.of(fleet, facts[model.source], runtime_bytes)
+        workload = Workload(fleet, facts[model.source], runtime_bytes)
         layers, positions = workload.facts.layers, workload.facts.positions
         depth = layers if model.depth is None else model.depth
         if not 1 <= depth <= layers:
@@ -81,7 +81,7 @@ def predicted(workload: Workload, rates: Rates, plan: Plan, lengths: int | None 
 def _faults(workload: Workload, plan: Plan) -> Iterator[str]:
     facts, method = workload.facts, workload.method
     if plan.tokens > facts.positions:
-        key = "shorter goes down to" if plan.tokens < workload.max_tokens else "max_tokens is"
+        key = "shorter goes down to" if plan.tokens < workload.fleet.training.max_tokens else "max_tokens is"
         yield f"[training] {key} {plan.tokens}, but {plan.source} has {facts.positions} positions"
     if plan.weights in PACKED and family_of(facts.family).transposed:
         yield f"{plan.source} is a {facts.family} model, whose matrices cannot be packed: use float32 or bfloat16"

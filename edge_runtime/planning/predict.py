@@ -12,6 +12,7 @@ The factors were fitted to measured peaks; `make bench-peak` prints prediction b
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from edge_runtime import methods
 from edge_runtime.adapters.shapes import adapter_shapes
@@ -21,7 +22,7 @@ from edge_runtime.models.families import family_of
 from edge_runtime.models.slices import kept_layers
 from edge_runtime.protocol.keys import parse
 from edge_runtime.protocol.plan import Plan
-from edge_runtime.settings import PACKED, Fleet, Role
+from edge_runtime.settings import PACKED, Fleet
 
 MIB = 1 << 20
 # Bytes of a number in each format.
@@ -72,29 +73,23 @@ NORM_ROWS = 8  # a token, where norms follow attention and MLP too
 
 @dataclass(frozen=True)
 class Workload:
-    """What all plans of a model share: its facts, and how a fleet trains it on this device."""
+    """What all plans of a model share: how a fleet trains the model on this device."""
 
+    fleet: Fleet
     facts: Facts
-    method: Method
-    roles: tuple[Role, ...]  # linear layers that have an adapter
-    rows_a_step: int  # public texts included
-    max_tokens: int  # longest length that the fleet asks for
-    headed: bool  # a head over labels learns the rows, in place of the vocabulary's
     runtime_bytes: int  # measured baseline of the device
     _values: dict[tuple[int, int], dict[str, int]] = field(default_factory=dict, compare=False)
 
-    @classmethod
-    def of(cls, fleet: Fleet, facts: Facts, runtime_bytes: int) -> "Workload":
-        """The workload of a model in a fleet."""
-        return cls(
-            facts=facts,
-            method=methods.build(fleet.method, fleet.head, fleet.codistill),
-            roles=fleet.adapter.roles,
-            rows_a_step=fleet.training.rows_a_step + (fleet.codistill.rows if fleet.codistill else 0),
-            max_tokens=fleet.training.max_tokens,
-            headed=fleet.head is not None,
-            runtime_bytes=runtime_bytes,
-        )
+    @cached_property
+    def method(self) -> Method:
+        """The fleet's method, with its head and distillation."""
+        return methods.build(self.fleet.method, self.fleet.head, self.fleet.codistill)
+
+    @property
+    def rows_a_step(self) -> int:
+        """Rows of a step, public texts included."""
+        codistill = self.fleet.codistill
+        return self.fleet.training.rows_a_step + (codistill.rows if codistill else 0)
 
     def factor_values(self, plan: Plan) -> dict[str, int]:
         """Numbers in each of the adapter's factors, over all layers."""
@@ -103,7 +98,7 @@ class Workload:
             return cached
         values = dict.fromkeys(self.method.factors, 0)
         layers = kept_layers(plan.depth, self.facts.layers)
-        shapes = adapter_shapes(self.facts, layers, self.roles, plan.rank, self.method)
+        shapes = adapter_shapes(self.facts, layers, self.fleet.adapter.roles, plan.rank, self.method)
         for key, shape in shapes.items():
             values[parse(key).factor] += math.prod(shape)
         self._values[plan.depth, plan.rank] = values

@@ -65,7 +65,7 @@ def choose(
     small: list[Plan] = []  # within the budget, but too slow
     previous: Plan | None = None
     deadline_s = fleet.training.step_deadline_s
-    workloads = {source: Workload.of(fleet, model, runtime_bytes) for source, model in facts.items()}
+    workloads = {source: Workload(fleet, model, runtime_bytes) for source, model in facts.items()}
     for plans in candidates(fleet, facts, runtime_bytes, rates):
         enumerated.extend(plans)
         too_slow: list[Plan] = []
@@ -116,6 +116,5 @@ def _why_none(enumerated: list[Plan], small: list[Plan], budget_bytes: int, dead
 
 
 def _named(plan: Plan) -> str:
-    return (
-        f"{plan.source} with {plan.depth} layers in {plan.weights}, rank {plan.rank} and {plan.tokens} tokens"
-    )
+    model = f"{plan.source} with {plan.depth} layers in {plan.weights}"
+    return f"{model}, rank {plan.rank} and {plan.tokens} tokens"

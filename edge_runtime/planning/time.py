@@ -61,7 +61,7 @@ def step_seconds(workload: Workload, plan: Plan, rates: Rates) -> float:
     mlps = plan.depth * sum(out * into for role, (out, into) in facts.linears.items() if role in MLP)
     # Half of all pairs of tokens; backward costs 2.5 times forward.
     attention = plan.depth * 1.5 * plan.tokens * facts.heads * facts.head_dim
-    logits = 0 if workload.headed else facts.vocabulary  # of a token
+    logits = 0 if workload.fleet.head is not None else facts.vocabulary  # of a token
     head = logits * facts.hidden
     runs = 3 - plan.kept_blocks / plan.depth
     if plan.tiled:  # MLPs in tiles run again in any case

@@ -48,7 +48,7 @@ def train(
     steps, budget_bytes = job.fleet.training.steps, job.machine.budget_bytes
     plans = [job.plan]
     if budget_bytes is not None:
-        plans = lower(Workload.of(job.fleet, job.facts, job.plan.terms["runtime"]), job.plan)
+        plans = lower(Workload(job.fleet, job.facts, job.plan.terms["runtime"]), job.plan)
     easings: list[Easing] = []
     with meter.phase("train"):
         ends = [time.monotonic()]

@@ -78,7 +78,7 @@ def test_no_plan_streams_weights_that_frames_are_taken_of():
     with pytest.raises(
         InputError, match="fedsb takes frames from the model's weights, which cannot be streamed"
     ):
-        predicted(Workload.of(fleet, SMOLLM2, 0), RATES, streamed)
+        predicted(Workload(fleet, SMOLLM2, 0), RATES, streamed)
 
 
 def test_a_core_of_a_stage_is_the_mean_over_all_models_or_inside_each():

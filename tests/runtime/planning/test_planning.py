@@ -1,6 +1,5 @@
 """The plan a budget gets, and the predicted peak against that of the real trainer process."""
 
-import dataclasses
 import os
 
 import msgspec
@@ -37,8 +36,8 @@ def fleet(*catalog, rank=4, lower=(), **training):
     )
 
 
-def lowered(of, plan, facts=LARGE, **changes):
-    return lower(dataclasses.replace(Workload.of(of, facts, RUNTIME), **changes), plan)
+def lowered(of, plan, facts=LARGE):
+    return lower(Workload(of, facts, RUNTIME), plan)
 
 
 @pytest.fixture(autouse=True)
@@ -311,7 +310,7 @@ def test_memory_that_is_left_over_keeps_as_many_blocks_as_fit(monkeypatch):
 
 
 def terms_of(of, plan):
-    return predict(Workload.of(of, LARGE, RUNTIME), plan, lengths=plan.tokens // 8)
+    return predict(Workload(of, LARGE, RUNTIME), plan, lengths=plan.tokens // 8)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +323,7 @@ def terms_of(of, plan):
 def test_blocks_that_cannot_be_kept_are_refused(fields, message):
     with pytest.raises(InputError, match=message):
         bare = bare_plan(LARGE, 30, "q4_1", source="large", **fields)
-        predicted(Workload.of(fleet(), LARGE, RUNTIME), RATES, bare)
+        predicted(Workload(fleet(), LARGE, RUNTIME), RATES, bare)
 
 
 def test_a_plan_that_is_in_time_only_with_kept_blocks_is_chosen(monkeypatch):
@@ -343,8 +342,8 @@ def test_a_plan_that_is_in_time_only_with_kept_blocks_is_chosen(monkeypatch):
 def test_a_running_plan_with_kept_blocks_first_runs_them_again_and_never_takes_more_rows():
     of = fleet(Model("large", weights=("bfloat16",)), rows_a_step=4, max_tokens=128)
     bare = bare_plan(LARGE, 30, "bfloat16", tokens=128, rows=4, kept_blocks=20)
-    kept = predicted(Workload.of(of, LARGE, RUNTIME), RATES, bare)
-    _, *ways = lowered(of, kept, rows_a_step=20)  # with public texts
+    kept = predicted(Workload(of, LARGE, RUNTIME), RATES, bare)
+    _, *ways = lowered(msgspec.structs.replace(of, codistill=Codistill("public.jsonl", rows=16)), kept)
     assert [(way.rows, way.kept_blocks) for way in ways][:2] == [(4, 0), (3, 0)]
 
 
@@ -500,9 +499,7 @@ def test_what_a_method_freezes_or_keeps_takes_less():
 def test_a_large_tokenizer_takes_more_than_a_small_packed_model():
     def planned(megabytes, tokens=16):
         known = msgspec.structs.replace(GEMMA, tokenizer_bytes=megabytes * MIB)
-        return predicted(
-            Workload.of(fleet(), known, RUNTIME), RATES, bare_plan(known, 2, "q4_1", tokens=tokens)
-        )
+        return predicted(Workload(fleet(), known, RUNTIME), RATES, bare_plan(known, 2, "q4_1", tokens=tokens))
 
     assert planned(3) == planned(0)
     read = planned(32)

@@ -31,7 +31,7 @@ def seconds(
     fleet = Fleet("f", (Model("m"),), adapter=Adapter(rank=rank), training=training, head=head)
     fields = {"rows": rows, "tokens": tokens, "rank": rank, **(schedule or {})}
     bare = bare_plan(facts, depth or facts.layers, weights, **fields)
-    return predicted(Workload.of(fleet, facts, 0), rates, bare).step_seconds
+    return predicted(Workload(fleet, facts, 0), rates, bare).step_seconds
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "q4_1"])

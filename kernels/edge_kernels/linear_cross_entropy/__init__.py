@@ -63,7 +63,7 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled():  # the forward pass would otherwise make the gradient, too
         rows = rows.detach()
     batch = _labelled(labels.reshape(-1), head.shape[0])
-    path = _path(rows, head, batch.tokens, chunk_bytes)
+    path = _path(rows, head, len(batch.targets), chunk_bytes)
     loss: torch.Tensor = _LinearCrossEntropy.apply(rows, head, batch, softcap, chunk_bytes, path)
     return loss
 
@@ -95,16 +95,11 @@ class Labelled(NamedTuple):
     places: torch.Tensor | None  # (tokens,) int64, their rows in order; None: every row has a label
     targets: torch.Tensor  # (tokens,) int64
 
-    @property
-    def tokens(self) -> int:
-        """The number of labelled tokens."""
-        return len(self.targets)
-
     def chunks(self, rows: torch.Tensor, step: int) -> Iterator[tuple[slice, torch.Tensor]]:
         """The labelled rows (step, n) at a time, each with its place among the labelled tokens."""
         step = max(step, 1)
-        for first in range(0, self.tokens, step):
-            chunk = slice(first, min(first + step, self.tokens))
+        for first in range(0, len(self.targets), step):
+            chunk = slice(first, min(first + step, len(self.targets)))
             yield chunk, rows[chunk] if self.places is None else rows[self.places[chunk]]
 
 
@@ -137,7 +132,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # partial: of tiles the log-sum-exps, else dh
         ctx.save_for_backward(*((rows, partial) if path is tiles else (partial,)))
         ctx.path, ctx.options = path, (head, batch, softcap, chunk_bytes)
-        ctx.shape, ctx.tokens = rows.shape, max(batch.tokens, 1)
+        ctx.shape, ctx.tokens = rows.shape, max(len(batch.targets), 1)
         return losses.sum() / ctx.tokens
 
     @staticmethod

@@ -18,7 +18,7 @@ LAUNCH: dict[str, Any] = {"BLOCK": 4096, "num_warps": 8}
 
 def losses(rows, head, batch, softcap, chunk_bytes, trains):  # type: ignore[no-untyped-def]
     """The loss of each labelled token, and their gradient, or None where h does not train."""
-    tokens, vocabulary = batch.tokens, head.shape[0]
+    tokens, vocabulary = len(batch.targets), head.shape[0]
     step = min(tokens_a_chunk(rows, vocabulary, chunk_bytes), tokens)
     dh = rows.new_empty(tokens, rows.shape[1]) if trains else None
     result = torch.empty(tokens, device=rows.device)

@@ -20,7 +20,7 @@ from edge_kernels.tiles import blank_packed, expand_tile, pointers
 
 def losses(rows, head, batch, softcap, chunk_bytes, _trains):  # type: ignore[no-untyped-def]
     """The loss and the log-sum-exp of each labelled token."""
-    log_sum, label_logits = (torch.empty(batch.tokens, device=rows.device) for _ in range(2))
+    log_sum, label_logits = (torch.empty(len(batch.targets), device=rows.device) for _ in range(2))
     for group, x in batch.chunks(rows, _tokens_a_group(rows, head, chunk_bytes)):
         log_sum[group], label_logits[group] = _log_sum(x, head, batch.targets[group], softcap)
     return log_sum - label_logits, log_sum

@@ -124,8 +124,9 @@ class Node:
                 # one wait for messages, deadlines, chunks that are due and outages
                 due_s = min(self._receiver.tick(), self._publisher.tick(), self._clock.due_s)
                 self._handle(self._session.receive(max(due_s, 0.0)))
-                if self._clock.may_close:
-                    self._advance()
+                # the next transition may be due at once: all may have been said before a merge ended
+                while self._clock.may_close and self._advance():
+                    pass
 
     # --- the states
 
@@ -141,19 +142,21 @@ class Node:
         self._clock.start(self.fleet.deadline_s)
         self._say("finishing" if self._finishing else "collecting")
 
-    def _advance(self) -> None:
-        """Take the transition that is due, if any."""
+    def _advance(self) -> bool:
+        """Take the transition that is due; whether another one may be."""
         counted, late = self._counted(), self._clock.late
         complete = len(counted) >= self.fleet.quorum and (late or not self._waiting(counted))
         if self._finishing:
             if self.options.until_finished and (complete or late):
                 self._say("finished")
                 self._ended = True
-        elif complete:
+            return False
+        if complete:
             self._close_round()
             self._open_round()
         elif late:
             self._extend(counted)
+        return complete
 
     def _close_round(self) -> None:
         """Collecting -> merging -> published."""

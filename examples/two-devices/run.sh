@@ -10,7 +10,7 @@ python rows.py "$work"
 
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 broker=mqtt://127.0.0.1:$port
-edge-runtime broker --port "$port" &
+edge-runtime broker --port "$port" --state "$work/broker" &
 
 edge-runtime aggregator --broker "$broker" --fleet fleet.toml --state "$work/node" --until-finished &
 node=$!

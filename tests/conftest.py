@@ -10,6 +10,8 @@ import pytest
 
 LONG = (  # each is the beginning of a test's name
     "test_a_class_that_comes_late_starts_from_what_the_fleet_shares",
+    "test_a_newcomer_gets_through_the_pages[long]",
+    "test_a_page_runs_alone[long-",
     "test_devices_of_unequal_ranks_learn_together[flora]",
     "test_devices_of_unequal_ranks_learn_together[hetlora]",
     "test_each_budget_gets_the_first_plan_in_that_order_that_fits[of1]",

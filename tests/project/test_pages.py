@@ -1,10 +1,13 @@
 """Pages and API reference build without a warning: no dead link, no docstring that cannot be read."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from edge_runtime import cli, errors
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,3 +40,27 @@ def test_a_dead_link_is_found(tmp_path):
     built = build(root, tmp_path / "site")
     assert built.returncode != 0 and "nowhere.md" in built.stderr
     shutil.rmtree(root)
+
+
+def codes(table: str) -> set[int]:
+    """The exit codes that a page lists, each in a row of its own."""
+    return {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)}
+
+
+def raised() -> set[int]:
+    """The exit codes that a command can end with: of every error, and those of no error."""
+    kinds = [errors.EdgeError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return {kind.exit_code for kind in kinds} | {0, cli.INTERRUPTED}
+
+
+def test_the_page_of_exit_codes_lists_each_code_once():
+    page = (ROOT / "docs" / "exit-codes.md").read_text(encoding="utf-8")
+    assert codes(page) == raised()
+    assert len(re.findall(r"^\| \d+ \|", page, re.MULTILINE)) == len(raised())
+    assert codes(page.replace("| 7 |", "| 8 |")) != raised()  # the twin
+
+
+def test_the_first_page_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120

@@ -20,7 +20,7 @@ FENCE = re.compile(r'(?P<indent> *)```(?P<language>\w*)(?: title="(?P<title>[^"]
 COMMENT = re.compile(r" *<!-- (?P<word>[a-z ]+)(?:: (?P<value>.+))? -->")
 COMMANDS, OUTPUT = "sh", "text"
 EXCERPTS = {"toml", "json", "python", "mermaid"}  # to look at only
-MARKS = {"keeps running", "not run", "takes minutes"}  # say something of the block below
+MARKS = {"keeps running", "not run", "long form"}  # say something of the block below
 ACTS = {"on", "stop"}  # stand for themselves
 TIMEOUT_S = 60.0  # as many again for as long as processes work, see Patience
 
@@ -42,7 +42,7 @@ class PageError(AssertionError):
 class Step:
     """What a reader does next.
 
-    kind: file, run, start, stop, on; or of a block that is left out: `not run`, `takes minutes`.
+    kind: file, run, start, stop, on; or of a block that is left out: `not run`, `long form`.
     """
 
     kind: str
@@ -70,7 +70,7 @@ def steps(page: Path) -> list[Step]:
             _require(
                 kind in MARKS | ACTS and mark is None, here, f"nobody knows what to do with {words.strip()}"
             )
-            _require(bool(name) == (kind != "takes minutes"), here, f"`{kind}` lacks its word after a colon")
+            _require(bool(name) == (kind != "long form"), here, f"`{kind}` lacks its word after a colon")
             if kind in ACTS:
                 found.append(replace(here, kind=kind, name=name))
             else:
@@ -206,7 +206,7 @@ class Reader:
     Args:
         machine: makes the folder in which a machine's commands are typed.
         differences: what is other here than with a reader: pattern and replacement.
-        minutes: whether also to type what takes minutes.
+        long: whether also to type the blocks of the long form.
     """
 
     def __init__(
@@ -215,10 +215,10 @@ class Reader:
         environment: dict[str, str],
         differences: dict[str, str],
         *,
-        minutes: bool = False,
+        long: bool = False,
     ) -> None:
-        self._machine, self._environment, self._minutes = machine, environment, minutes
-        self._differences, self.unused = differences, set(differences)
+        self._machine, self._environment, self._long = machine, environment, long
+        self._differences = differences
         self._machines: dict[str, Path] = {}
         self._open: dict[str, Terminal] = {}
         self._blocks: list[Terminal] = []
@@ -232,7 +232,7 @@ class Reader:
             if step.kind == "on":
                 names = ["node", "device"] if step.name == "both" else [step.name]
                 continue
-            if step.kind == "not run" or (step.kind == "takes minutes" and not self._minutes):
+            if step.kind == "not run" or (step.kind == "long form" and not self._long):
                 continue
             for name in names:
                 if name not in self._machines:
@@ -266,9 +266,7 @@ class Reader:
 
     def _here(self, text: str) -> str:
         for pattern, replacement in self._differences.items():
-            text, times = re.subn(pattern, replacement, text)
-            if times:
-                self.unused.discard(pattern)
+            text = re.sub(pattern, replacement, text)
         return text
 
     def close(self) -> None:

@@ -35,13 +35,13 @@ OTHERS = tuple(  # pages that stand alone
     if page not in WAY and page.name != "CHANGELOG.md"
 )
 NOT_RUN = {  # why a block is left out, and how many such blocks there are at most
-    "downloads": 5,  # packages or a repository: gigabytes
+    "downloads": 6,  # packages or a repository: gigabytes
     "needs root": 3,  # changes the system
     "needs a GPU": 1,
     "needs a file of yours": 1,  # which stands for yours
     "runs this test": 1,  # make test
 }
-DIFFERENCES = {  # what is other here than with a reader: on a page | here; {port} is a free one
+DIFFERENCES = {  # what is other here than with a reader: on a page | here; names in {} are of this test
     # The node, the device and the broker are one machine.
     r"scp NODE:edge-runtime/": "cp ../node/",
     r"(NODE|localhost):1883": "127.0.0.1:{port}",
@@ -52,6 +52,8 @@ DIFFERENCES = {  # what is other here than with a reader: on a page | here; {por
     r"mosquitto_passwd -c (\S+) edge +#.*": r"mosquitto_passwd -c -b \1 edge 'THE PASSWORD'",
     r"chown mosquitto ": "chown {user} ",
     r"systemctl restart mosquitto": "{broker} > broker.log 2>&1 &\nuntil (> /dev/tcp/127.0.0.1/{port}) 2> /dev/null; do :; done",
+    # What a page puts into /tmp goes into the test's folder.
+    r"/tmp/": "{folder}/",
     # No hub: the same model lies beside the commands, as the file that the demo brings.
     r"\bSmolLM2-135M-Instruct(?=[,\s\"])": "SmolLM2-135M-Instruct.gguf",
 }
@@ -60,8 +62,11 @@ QUICK = {  # and in the short form: a step where the pages' fleet makes ten
     r"train 1/10": "train 1/1",
 }
 EMBEDDED = {  # where Mosquitto is not installed
-    r"(?m)^sudo mosquitto_passwd .*": "true",
+    r"(?m)^sudo mosquitto_passwd -c (\S+) edge .*": r"touch \1",
 }
+MOSQUITTO = "mosquitto -c mosquitto/conf.d/edge.conf"
+NO_MOSQUITTO = "edge-runtime broker --kind embedded --port {port}"
+FORMS = ("short", "long")  # the long one has the blocks marked so, and as many steps as the pages say
 
 
 def clone(folder: Path) -> Path:
@@ -93,26 +98,30 @@ def environment(cache: Path) -> dict[str, str]:
     }
 
 
-@pytest.fixture(params=[pytest.param(False, id="quickly"), pytest.param(True, id="with what takes minutes")])
-def reader(request: pytest.FixtureRequest, environment: dict[str, str], tmp_path: Path) -> Iterator[Reader]:
-    """A newcomer with an empty folder a machine."""
-    broker = (
-        "mosquitto -c mosquitto/conf.d/edge.conf" if find_mosquitto() else "edge-runtime broker --port {port}"
-    )
-    fields = {"port": free_port(), "user": getpass.getuser()}
-    fields["broker"] = broker.format(**fields)
-    differences = (
-        DIFFERENCES | (EMBEDDED if not find_mosquitto() else {}) | (QUICK if not request.param else {})
-    )
-    here = {
-        pattern: re.sub(r"\{(\w+)\}", lambda key: str(fields[key[1]]), text)
-        for pattern, text in differences.items()
+def differences(form: str, folder: Path) -> dict[str, str]:
+    """The tables above as they are for one test."""
+    table = DIFFERENCES if find_mosquitto() else EMBEDDED | DIFFERENCES
+    table |= QUICK if form == "short" else {}
+    fields = {"port": free_port(), "user": getpass.getuser(), "folder": folder}
+    fields["broker"] = MOSQUITTO if find_mosquitto() else NO_MOSQUITTO.format(**fields)
+    return {
+        pattern: re.sub(r"\{(\w+)\}", lambda field: str(fields[field[1]]), here)
+        for pattern, here in table.items()
     }
-    newcomer = Reader(lambda name: clone(tmp_path / name), environment, here, minutes=request.param)
+
+
+@pytest.fixture
+def reader(request: pytest.FixtureRequest, environment: dict[str, str], tmp_path: Path) -> Iterator[Reader]:
+    """A newcomer with a clone on each machine."""
+    form = request.param
+    newcomer = Reader(
+        lambda name: clone(tmp_path / name), environment, differences(form, tmp_path), long=form == "long"
+    )
     yield newcomer
     newcomer.close()
 
 
+@pytest.mark.parametrize("reader", FORMS, indirect=True)
 def test_a_newcomer_gets_through_the_pages(reader: Reader) -> None:
     for page in WAY:
         reader.read(page)
@@ -120,8 +129,26 @@ def test_a_newcomer_gets_through_the_pages(reader: Reader) -> None:
     assert reader.said == {"node": 130, "device": 130}  # as the page of exit codes has it for Ctrl-C
 
 
-@pytest.mark.parametrize("page", OTHERS, ids=lambda page: str(page.relative_to(ROOT)))
-def test_a_page_runs_alone(page: Path, reader: Reader) -> None:
+def forms(page: Path) -> set[str]:
+    """In which forms a page has something to run."""
+    return {
+        "long" if step.kind == "long form" else "short"
+        for step in steps(page)
+        if step.kind in ("run", "start", "long form")
+    }
+
+
+@pytest.mark.parametrize(
+    ("reader", "page"),
+    [
+        pytest.param(form, page, id=f"{form}-{page.relative_to(ROOT)}")
+        for page in OTHERS
+        for form in FORMS
+        if form in forms(page)
+    ],
+    indirect=["reader"],
+)
+def test_a_page_runs_alone(reader: Reader, page: Path) -> None:
     reader.read(page)
 
 
@@ -222,7 +249,7 @@ rounds = 3
 ```
 
 <!-- stop: node -->
-<!-- takes minutes -->
+<!-- long form -->
 ```sh
 false
 ```
@@ -237,7 +264,7 @@ false
     newcomer = Reader(machine, dict(os.environ), {})
     newcomer.read(page)
     assert newcomer.said == {"node": -signal.SIGINT}
-    patient = Reader(lambda name: tmp_path / name, dict(os.environ), {}, minutes=True)
+    patient = Reader(lambda name: tmp_path / name, dict(os.environ), {}, long=True)
     with pytest.raises(PageError, match=r"page\.md:27: exit code 1"):
         patient.read(page)
     patient.close()

@@ -1,5 +1,6 @@
 """Pages and API reference build without a warning: no dead link, no docstring that cannot be read."""
 
+import ast
 import os
 import re
 import shutil
@@ -7,9 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-from edge_runtime import cli, errors
+import msgspec
+
+from edge_runtime import cli, errors, settings
 
 ROOT = Path(__file__).parents[2]
+TABLES = {  # of a fleet file, as its page names them
+    "[fleet]": settings.Fleet,
+    "[method]": settings.MethodChoice,
+    "[adapter]": settings.Adapter,
+    "[training]": settings.Training,
+    "[head]": settings.Head,
+    "[codistill]": settings.Codistill,
+    "[[catalog]]": settings.Model,
+}
 
 
 def build(root: Path, site: Path) -> subprocess.CompletedProcess[str]:
@@ -64,3 +76,38 @@ def test_the_page_of_exit_codes_lists_each_code_once():
 
 def test_the_first_page_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def listed(page: str) -> dict[tuple[str, str], str]:
+    """The default of each key in the page's table, by table and key."""
+    defaults, table = {}, ""
+    for words, default in re.findall(r"^\| `([^`{]+)` \| ([^|]+) \|", page, re.MULTILINE):
+        *opened, key = words.split()
+        table = opened[0] if opened else table
+        defaults[table, key] = default.strip("`")
+    return defaults
+
+
+def test_the_page_of_the_fleet_file_lists_each_key_with_its_default():
+    page = listed((ROOT / "docs" / "fleet.md").read_text(encoding="utf-8"))
+    fields = {
+        (table, field.encode_name): field
+        for table, struct in TABLES.items()
+        for field in msgspec.structs.fields(struct)
+        if field.encode_name
+        not in ("catalog", "method", "adapter", "training", "head", "codistill", "settings")
+    }
+    assert page.keys() == fields.keys()
+    for key, field in fields.items():
+        if re.match(r"[\d\[]", page[key]):
+            default = ast.literal_eval(page[key])
+            assert (tuple(default) if isinstance(default, list) else default) == field.default, key
+        elif field.default in ("fedit", "nested"):
+            assert page[key] == field.default, key
+
+
+def test_a_key_that_the_page_lacks_is_noticed():
+    page = (ROOT / "docs" / "fleet.md").read_text(encoding="utf-8")
+    assert ("[training]", "steps") in listed(page)
+    assert ("[training]", "steps") not in listed(page.replace("`[training] steps`", "`[training] stages`"))
+    assert listed(page.replace("| `quorum` | 1 |", "| `quorum` | 2 |"))["[fleet]", "quorum"] == "2"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fleet import Patience
 
-FENCE = re.compile(r'(?P<indent> *)```(?P<language>\w*)(?: title="(?P<title>[^"]+)")?')
+FENCE = re.compile(r' *```(?P<language>\w*)(?: title="(?P<title>[^"]+)")?')
 COMMENT = re.compile(r" *<!-- (?P<word>[a-z ]+)(?:: (?P<value>.+))? -->")
 COMMANDS, OUTPUT = "sh", "text"
 EXCERPTS = {"toml", "json", "python", "mermaid"}  # to look at only
@@ -25,7 +25,7 @@ ACTS = {"on", "stop"}  # stand for themselves
 TIMEOUT_S = 60.0  # as many again for as long as processes work, see Patience
 
 # Boxes and bars of tables, and figures that differ from run to run: sizes, seconds, shares, decimals.
-DRAWING = re.compile(r"[\u2500-\u259f]|^\|?[-| ]+\|$", re.MULTILINE)
+DRAWING = re.compile(r"[\u2500-\u259f]")
 NUMBER = r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?"
 FIGURES = (
     (re.compile(rf"{NUMBER}(?:(?: /| of) {NUMBER})*\s?(?:[KMG]i)?B\b"), "SIZE"),
@@ -63,7 +63,7 @@ def steps(page: Path) -> list[Step]:
     mark: Step | None = None  # a comment that waits for its block
     previous = None  # the language of the last block, while only text stands between
     for line, words, block in _parts(page):
-        here = Step("", page.name, line)
+        here = Step("", _name(page), line)
         if block is None:
             comment = COMMENT.fullmatch(words)
             kind, name = (comment["word"], comment["value"] or "") if comment else ("", "")
@@ -96,8 +96,12 @@ def steps(page: Path) -> list[Step]:
             _require(language in EXCERPTS, here, f"nobody knows what to do with a block of {language}")
             _require(mark is None, here, "only commands and files have a mark")
         mark, previous = None, language
-    _require(mark is None, replace(mark or Step("", page.name, 0)), "a mark without a block")
+    _require(mark is None, replace(mark or Step("", _name(page), 0)), "a mark without a block")
     return found
+
+
+def _name(page: Path) -> str:
+    return f"{page.parent.name}/{page.name}"
 
 
 def _parts(page: Path) -> Iterator[tuple[int, str, str | None]]:
@@ -109,7 +113,7 @@ def _parts(page: Path) -> Iterator[tuple[int, str, str | None]]:
         if line.lstrip().startswith("```"):
             indent = len(line) - len(line.lstrip())
             end = next((n for n in range(first, len(lines)) if lines[n].strip() == "```"), None)
-            _require(end is not None, Step("", page.name, first), "a block without an end")
+            _require(end is not None, Step("", _name(page), first), "a block without an end")
             assert end is not None
             yield first, line, "".join(text[indent:] + "\n" for text in lines[first:end])
             number = end
@@ -117,7 +121,9 @@ def _parts(page: Path) -> Iterator[tuple[int, str, str | None]]:
             yield first, line, None
         else:
             is_code = line.startswith("    ") and number > 0 and not lines[number - 1].strip()
-            _require(not is_code, Step("", page.name, first), "an indented block: write it between ``` lines")
+            _require(
+                not is_code, Step("", _name(page), first), "an indented block: write it between ``` lines"
+            )
         number += 1
 
 
@@ -185,8 +191,11 @@ class Terminal:
         return True
 
     def end(self) -> int:
-        """Read to the end; the exit code."""
+        """Read to the end; the exit code, that of a kill where the end does not come."""
         self.until(lambda _: False)
+        with suppress(subprocess.TimeoutExpired):
+            return self.process.wait(10)
+        self.kill()
         return self.process.wait(10)
 
     def interrupt(self) -> int:

@@ -211,7 +211,7 @@ def test_a_page_that_is_wrong_is_noticed(text: str, reason: str, tmp_path: Path)
     with pytest.raises(PageError) as raised:
         newcomer.read(page)
     newcomer.close()
-    assert str(raised.value).startswith(reason)
+    assert str(raised.value).startswith(f"{tmp_path.name}/{reason}")
 
 
 def test_one_more_block_that_is_not_run_is_noticed(tmp_path: Path) -> None:

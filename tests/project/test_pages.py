@@ -111,3 +111,24 @@ def test_a_key_that_the_page_lacks_is_noticed():
     assert ("[training]", "steps") in listed(page)
     assert ("[training]", "steps") not in listed(page.replace("`[training] steps`", "`[training] stages`"))
     assert listed(page.replace("| `quorum` | 1 |", "| `quorum` | 2 |"))["[fleet]", "quorum"] == "2"
+
+
+def missing(page: str) -> list[str]:
+    """The Python files that a page names and that no folder of the project has."""
+    folders = ("edge_runtime", "kernels", "broker", "device_profiles", "benchmarks", "examples", "tests")
+    files = [f"/{path.relative_to(ROOT)}" for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    named = re.findall(r"`([\w/]+\.py)`", page)
+    return [name for name in named if not any(path.endswith(f"/{name}") for path in files)]
+
+
+def test_the_files_that_pages_name_are_there():
+    pages = [
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "README.md",
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("examples/**/*.md"),
+    ]
+    assert {page.name: missing(page.read_text(encoding="utf-8")) for page in pages} == {
+        page.name: [] for page in pages
+    }
+    assert missing("`settings.py` and `trainer/nothing.py`") == ["trainer/nothing.py"]  # the twin

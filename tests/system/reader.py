@@ -61,7 +61,7 @@ def steps(page: Path) -> list[Step]:
     """The steps of a page; raises PageError where a block cannot be told to be one thing or another."""
     found: list[Step] = []
     mark: Step | None = None  # a comment that waits for its block
-    previous = None  # the language of the last block, while only text stands between
+    previous = None  # the language of the last block, while only words stand between
     for line, words, block in _parts(page):
         here = Step("", _name(page), line)
         if block is None:
@@ -73,6 +73,7 @@ def steps(page: Path) -> list[Step]:
             _require(bool(name) == (kind != "long form"), here, f"`{kind}` lacks its word after a colon")
             if kind in ACTS:
                 found.append(replace(here, kind=kind, name=name))
+                previous = None
             else:
                 mark = replace(here, kind=kind, name=name)
             continue

@@ -22,7 +22,7 @@ COMMANDS, OUTPUT = "sh", "text"
 EXCERPTS = {"toml", "json", "python", "mermaid"}  # to look at only
 MARKS = {"keeps running", "not run", "long form"}  # say something of the block below
 ACTS = {"on", "stop"}  # stand for themselves
-TIMEOUT_S = 60.0  # as many again for as long as processes work, see Patience
+TIMEOUT_S = 60.0  # without a word; as many again for as long as processes work, see Patience
 
 # Boxes and bars of tables, and figures that differ from run to run: sizes, seconds, shares, decimals.
 DRAWING = re.compile(r"[\u2500-\u259f]")
@@ -189,6 +189,7 @@ class Terminal:
                 self._lines.put(None)  # for whoever reads next
                 return False
             self.printed += line
+            patience = Patience(timeout_s)
         return True
 
     def end(self) -> int:

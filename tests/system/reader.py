@@ -175,9 +175,9 @@ class Terminal:
             self._lines.put(line)
         self._lines.put(None)
 
-    def until(self, holds: Callable[[str], bool], timeout_s: float = TIMEOUT_S) -> bool:
+    def until(self, holds: Callable[[str], bool]) -> bool:
         """Read until it holds of what is printed; False: the output ended, or the time is over, before."""
-        patience = Patience(timeout_s)
+        patience = Patience(TIMEOUT_S)
         while not holds(self.printed):
             try:
                 line = self._lines.get(timeout=patience.left_s())
@@ -189,7 +189,7 @@ class Terminal:
                 self._lines.put(None)  # for whoever reads next
                 return False
             self.printed += line
-            patience = Patience(timeout_s)
+            patience = Patience(TIMEOUT_S)
         return True
 
     def end(self) -> int:

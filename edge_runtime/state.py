@@ -1,14 +1,19 @@
-"""Files and folders that several processes may want at once."""
+"""State folders: whose they are and who wrote them; files that several processes may want at once."""
 
+import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from edge_broker.files import put
+from edge_broker.store import connect
 from filelock import FileLock, Timeout
 
 from edge_runtime.errors import InputError
+
+# Format of a state folder, raised when a version cannot read what the version before wrote.
+FORMAT = 1
 
 
 @contextmanager
@@ -28,6 +33,26 @@ def alone(state: Path) -> Iterator[None]:
         ) from error
     with lock:
         yield
+
+
+def database(path: Path) -> sqlite3.Connection:
+    """Open the database of a state folder; Path(":memory:") has none.
+
+    Raises:
+        InputError: a version of Edge Runtime that has another format wrote it.
+    """
+    connection = connect(path)
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    (written,) = connection.execute("PRAGMA user_version").fetchone()
+    if tables and written != FORMAT:
+        connection.close()
+        raise InputError(
+            f"{path.parent} was written by a version of Edge Runtime with format {written}, and this one has "
+            f"format {FORMAT}: finish with that version, or start anew with another --state"
+        )
+    # before the first table: a process killed between them leaves a database of this format
+    connection.execute(f"PRAGMA user_version = {FORMAT}")
+    return connection
 
 
 def once(path: Path, make: Callable[[Path], object], timeout_s: float = 600.0) -> None:

@@ -15,10 +15,9 @@ Files are named by their round, so the folder may move.
 
 from pathlib import Path
 
-from edge_broker.store import connect
-
 from edge_runtime.agent.options import DeviceOptions
 from edge_runtime.errors import InputError
+from edge_runtime.state import database
 
 
 class DeviceStore:
@@ -26,7 +25,7 @@ class DeviceStore:
 
     def __init__(self, path: Path) -> None:
         """Open a file; Path(":memory:") holds values for as long as the object lives."""
-        self.connection = connect(path)
+        self.connection = database(path)
         self.connection.execute(
             "CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value TEXT NOT NULL)"
         )

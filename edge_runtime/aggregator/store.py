@@ -14,9 +14,10 @@ from pathlib import Path
 
 import msgspec
 from edge_broker import files
-from edge_broker import store as sqlite
+from edge_broker.store import transaction
 
 from edge_runtime.protocol.report import Report
+from edge_runtime.state import database
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS rounds (round INTEGER PRIMARY KEY, state TEXT NOT NULL, extensions INTEGER NOT NULL DEFAULT 0);
@@ -43,7 +44,7 @@ class NodeStore:
 
     def __init__(self, path: Path) -> None:
         self._folder = path.absolute().parent
-        self.connection = sqlite.connect(path)
+        self.connection = database(path)
         self.connection.executescript(SCHEMA)
 
     def open_round(self) -> int:
@@ -74,7 +75,7 @@ class NodeStore:
 
     def merged(self, round_: int, versions: list[Version]) -> None:
         """Close a round with its global versions, all or nothing."""
-        with sqlite.transaction(self.connection):
+        with transaction(self.connection):
             for version in versions:
                 paths = [files.movable(path, self._folder) for path in (version.master, version.artifact)]
                 query = "INSERT OR REPLACE INTO versions VALUES (?, ?, ?, ?)"

@@ -1,6 +1,8 @@
 """What a user gets wrong ends in one sentence and the documented exit code."""
 
 import signal
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,26 @@ def test_no_broker_there(fleet: Fleet, name: str) -> None:
         "status": lambda: Command("status", "--broker", NOBODY, "--fleet", "x"),
     }[name]()
     assert_one_sentence(started, 3, "no MQTT broker answered", "127.0.0.1:9")
+
+
+@pytest.mark.parametrize(("folder", "file"), [("a", "agent.db"), ("node", "node.db")])
+def test_the_state_of_another_version_is_refused_and_stays_as_it_is(
+    fleet: Fleet, folder: str, file: str
+) -> None:
+    """The versions before there was a number of the format have 0."""
+    fleet.write()
+    path = fleet.folder / folder / file
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE state (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
+        database.execute("INSERT INTO state VALUES ('residual', '3')")
+    started = fleet.agent("a") if folder == "a" else fleet.node()
+    assert_one_sentence(started, 2, f"{path.parent} was written by a version", "format 0", "another --state")
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("SELECT * FROM state").fetchall() == [("residual", "3")]
+        assert database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall() == [
+            ("state",)
+        ]
 
 
 def test_a_wrong_fleet_name_is_answered_with_those_that_are_there(fleet: Fleet) -> None:

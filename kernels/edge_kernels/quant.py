@@ -51,6 +51,11 @@ class Packed(NamedTuple):
     offset: torch.Tensor | None = None  # nf4: () float32, added to every scale
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(part.nbytes for part in self.parts if part is not None)
+
+    @property
     def device(self) -> torch.device:
         """The device of the tensors."""
         return self.quants.device

@@ -107,7 +107,7 @@ def test_a_device_whose_first_report_was_lost_says_again_who_it_is(fleet: Fleet)
 
 
 def test_a_round_that_opens_while_the_agent_plans_is_trained_once(fleet: Fleet, real_model: str) -> None:
-    (lock,) = (fleet.cache / "models").glob("SmolLM2*.lock")
+    (lock,) = (fleet.cache / "models").glob("SmolLM2*.Q4_1-*.lock")
     fleet.write((real_model, 2), rounds=2, deadline_s=2, extensions=100)
     node = fleet.node()
     node.phase("collecting")

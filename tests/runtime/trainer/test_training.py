@@ -387,10 +387,15 @@ ROWS = [{"prompt": f"say {n}: ", "completion": f"{n} {n}"} for n in range(20)]
 
 
 @pytest.fixture
-def trainer(tmp_path):
-    """trainer(name, facts, depth, **changes): runs one job as a device does; its folder and the ended process."""
+def trainer(tmp_path, template):
+    """trainer(name, facts, depth, **changes): runs one job as a device does; its folder and the ended process.
 
-    def run(name, facts, depth=4, rank=SPEC.rank, rows=ROWS, method="fedit", own=None, **changes):
+    alone: in a process that imports for itself, so that its memory is a device's.
+    """
+
+    def run(
+        name, facts, depth=4, rank=SPEC.rank, rows=ROWS, method="fedit", own=None, alone=False, **changes
+    ):
         folder = tmp_path / name
         folder.mkdir()
         plan = plan_of(model_class=facts.model_class, layers=facts.layers, depth=depth, rank=rank, rows=4)
@@ -413,6 +418,8 @@ def trainer(tmp_path):
             }
         )
         (folder / "job.json").write_bytes(msgspec.json.encode(job))
+        if not alone:
+            return folder, template.run(folder)
         command = [sys.executable, "-m", "edge_runtime.trainer", str(folder)]
         return folder, subprocess.run(command, env=processes.environment(), capture_output=True, timeout=1000)
 
@@ -461,7 +468,7 @@ def test_a_round_that_comes_near_its_budget_goes_on_in_less_memory(
 
 def test_a_trainer_whose_steps_take_more_than_its_budget_says_what_they_took(trainer, demo_facts):
     plan = plan_of(model_class=demo_facts.model_class, layers=30, depth=2, rows=4, terms=TERMS)
-    folder, ended = trainer("short", demo_facts, depth=2, budget_bytes=64 << 20, plan=plan)
+    folder, ended = trainer("short", demo_facts, depth=2, budget_bytes=64 << 20, plan=plan, alone=True)
     assert ended.returncode == 6
     assert re.fullmatch(
         rb"a step took \d+(\.\d+)? MiB of a budget of 64 MiB, and was to take .*is needed\n", ended.stderr
@@ -470,7 +477,7 @@ def test_a_trainer_whose_steps_take_more_than_its_budget_says_what_they_took(tra
 
 
 def test_one_round_on_a_slice_of_the_demos_model(trainer, demo_facts):
-    ended = trainer("a", demo_facts, depth=2)
+    ended = trainer("a", demo_facts, depth=2, alone=True)
     done = result(ended)
     expected = adapter_shapes(demo_facts, (0, 29), SPEC.roles, SPEC.rank, FEDIT)
     assert {key: value.shape for key, value in decoded(ended).items()} == expected

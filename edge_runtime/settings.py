@@ -14,6 +14,7 @@ broker's address alone.
 
 import difflib
 import math
+import re
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import msgspec
+from edge_broker import topics
 
 from edge_runtime.errors import InputError
 
@@ -46,6 +48,14 @@ class Bound(NamedTuple):
 Count = Annotated[int, Bound(lambda value: value >= 0, "0 or more")]
 Positive = Annotated[int, Bound(lambda value: value >= 1, "1 or more")]
 Factor = Annotated[float, Bound(lambda value: 0 < value < math.inf, "a number above 0")]
+TopicName = Annotated[
+    str,
+    Bound(
+        lambda name: re.fullmatch(topics.NAME, name),
+        "1-64 characters out of A-Z a-z 0-9 . _ -, and not . or .. alone",
+    ),
+]
+PathText = Annotated[str, Bound(lambda text: "\0" not in text, "text without a NUL character")]
 SECONDS = Bound(lambda value: 0 < value < math.inf, "a number of seconds above 0")
 
 
@@ -53,7 +63,7 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An entry of the catalog."""
 
     # A folder, a GGUF file or a hub id; relative paths start from the device's models folder.
-    source: str
+    source: PathText
     # Layers to keep; None: all.
     depth: Annotated[int | None, Bound(lambda depth: depth >= 1, "1 or more layers")] = None
     # Formats that a device may hold the frozen base in, most precise first.
@@ -82,7 +92,7 @@ class Codistill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     (methods/codistill.py).
     """
 
-    anchors: str  # path of the public texts on the node, a .jsonl file (aggregator/opening.py)
+    anchors: PathText  # path of the public texts on the node, a .jsonl file (aggregator/opening.py)
     # public texts in use: the file's first
     texts: Annotated[int, Bound(lambda texts: 1 <= texts <= 1 << 20, f"1 to {1 << 20}")] = 300
     rows: Positive = 16  # public texts in a step, beside the device's rows
@@ -132,7 +142,7 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Fleet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A fleet as its node runs it."""
 
-    name: str
+    name: TopicName
     catalog: tuple[Model, ...]
     rounds: Positive = 3
     quorum: Positive = 1  # updates that a round needs before it may close
@@ -246,4 +256,5 @@ def _check_fields(table: msgspec.Struct, where: str, of: str = "") -> None:
 
 def _require(key: str, value: Any, holds: bool, needed: str) -> None:
     if not holds:
-        raise InputError(f"{key} is {value}, but has to be {needed}")
+        shown = repr(value) if isinstance(value, str) else value
+        raise InputError(f"{key} is {shown}, but has to be {needed}")

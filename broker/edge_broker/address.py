@@ -75,7 +75,9 @@ def parse(url: str) -> Address:
     # the cause is dropped, because its text may quote the password
     except ValueError:
         raise _malformed(url) from None
-    if parts.scheme not in _PORTS or not parts.hostname or parts.path not in ("", "/") or parts.fragment:
+    if parts.scheme not in _PORTS or not parts.hostname or port == 0:
+        raise _malformed(url)
+    if parts.path not in ("", "/") or parts.fragment:
         raise _malformed(url)
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
     if query.keys() - {"ca", "cert", "key"}:

@@ -27,6 +27,7 @@ SMALLEST_SCALE = np.finfo(np.float32).tiny  # a smaller scale has few bits; its 
 LARGEST_SCALE = np.finfo(np.float32).max / 128  # with a larger scale, scale · q would be infinite
 LARGEST_SIZE = 1 << 31  # values of all tensors together
 LARGEST_ANSWERS_BYTES = 1 << 24
+MOST_AXES = 8  # a message that names the shape stays short
 LARGEST_HEADER_BYTES = 1 << 24  # a model of 100 layers takes 0.1 MB
 
 Tensors = dict[str, NDArray[np.float32]]
@@ -134,6 +135,8 @@ def _header(payload: bytes) -> tuple[Header, int]:
         header = msgspec.json.decode(payload[8:split], type=Header)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"the payload's header cannot be read: {error}") from error
+    if any(len(shape) > MOST_AXES for shape in header.shapes.values()):
+        raise InputError(f"the payload declares a tensor of more than {MOST_AXES} axes")
     if any(dimension < 1 for shape in header.shapes.values() for dimension in shape):
         raise InputError("the payload declares an empty tensor")
     if sum(map(math.prod, header.shapes.values())) > LARGEST_SIZE:

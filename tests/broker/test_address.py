@@ -9,6 +9,7 @@ SECRET = "hunter2"
 MALFORMED = [  # each with the password where a typing error puts it
     "mqtt://user:{}@host:notaport",
     "mqtt://user:{}@host:99999",
+    "mqtt://user:{}@host:0",
     "mqtt://user:{}@",
     "http://user:{}@host",
     "user:{}@host:1883",

@@ -175,6 +175,20 @@ def test_a_value_out_of_range_is_named_with_what_is_needed(read, table, key, wro
         read(text)
 
 
+@pytest.mark.parametrize("name", ["", "a b", "..", "a/b", "a\\u0000", "a\\nb", "x" * 65])
+def test_a_name_that_no_topic_can_have_is_refused_in_one_line(read, name):
+    with pytest.raises(InputError, match=r"name is .*, but has to be 1-64 characters") as refused:
+        read(SMALLEST.replace('name = "home"', f'name = "{name}"'))
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_path_with_a_nul_character_is_refused(read):
+    with pytest.raises(InputError, match=r"source .* has to be text without a NUL"):
+        read(SMALLEST.replace('source = "m"', 'source = "m\\u0000"'))
+    with pytest.raises(InputError, match=r"anchors is .* has to be text without a NUL"):
+        read(SMALLEST + '[codistill]\nanchors = "a\\u0000"\n')
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -166,6 +166,7 @@ def test_a_good_payload_made_by_hand_is_decoded():
         (payload({"A": (64,)}, body(scales=(np.nan,))), "a scale that is negative or not finite"),
         (payload({"A": (64,)}, body(scales=(np.inf,))), "a scale that is negative or not finite"),
         (payload({"A": (64,)}, body(scales=(-0.5,))), "a scale that is negative or not finite"),
+        (payload({"A": (1,) * 100_000}, body()), "more than 8 axes$"),
         (payload({"A": (2**62, 2**62)}, body()), "declares"),
         (payload({"A": (2**62,)}, body()), "declares"),
         (payload({"A": (2**31, 2**33)}, body()), "declares"),

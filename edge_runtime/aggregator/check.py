@@ -97,16 +97,16 @@ def _exchanged(text: str, fleet: Fleet, method: Method) -> bool:
 
 def _check_shapes(shapes: Shapes, expected: Shapes, fleet: Fleet, method: Method) -> None:
     """Refuse shapes that do not fit the first update of the class; the node holds no model."""
-    before, rows = (
-        [shape for key, shape in known.items() if parse(key).kind == "labels"] for known in (expected, shapes)
+    known_rows, rows = (
+        [shape for key, shape in group.items() if parse(key).kind == "labels"] for group in (expected, shapes)
     )
-    if max(len(before), len(rows)) > MOST_LABELS:
+    if max(len(known_rows), len(rows)) > MOST_LABELS:
         raise InputError(f"the delta has {len(rows)} labels, but a head has at most {MOST_LABELS}")
-    # the first label's row decides how wide every label's is
-    row = next(iter(before + rows), None)
+    # the first label's row decides how wide every label's row is
+    row = next(iter(known_rows + rows), None)
     for key, shape in shapes.items():
-        model = expected.get(key, row if parse(key).kind == "labels" else None)
-        _check_shape(key, shape, model, fleet, method)
+        known = expected.get(key, row if parse(key).kind == "labels" else None)
+        _check_shape(key, shape, known, fleet, method)
     ranks = {
         size
         for key, shape in shapes.items()
@@ -123,12 +123,12 @@ def _check_shapes(shapes: Shapes, expected: Shapes, fleet: Fleet, method: Method
 
 
 def _check_shape(
-    key: str, shape: tuple[int, ...], model: tuple[int, ...] | None, fleet: Fleet, method: Method
+    key: str, shape: tuple[int, ...], known: tuple[int, ...] | None, fleet: Fleet, method: Method
 ) -> None:
     """Refuse a factor's shape that does not fit the fleet's ranks or the layer.
 
     Args:
-        model: the shape that other devices have sent; None: nobody has.
+        known: a shape that fits the layer, of any rank; None: no device has sent one.
     """
     factor, highest = method.factor(key), fleet.adapter.rank
     ranks: Sequence[int] = (highest, *fleet.adapter.lower)
@@ -136,13 +136,13 @@ def _check_shape(
     if method.next_rank is not None:
         ranks, words = range(1, highest + 1), f"{highest} or lower"
     sizes = dict(zip(factor.axes, shape, strict=False))
-    widths = dict(zip(factor.axes, model or shape, strict=False))
+    widths = dict(zip(factor.axes, known or shape, strict=False))
     rank = sizes.get("rank", highest)
     needed = {**widths, **method.sizes(rank), "one": 1, "rank": rank}
     fits = len(shape) == len(factor.axes) and rank in ranks and shape == factor.shape(needed)
     if not fits or any(not 1 <= size <= WIDEST for size in shape):
         parts = [f"of rank {words}" if "rank" in factor.axes else "as the fleet has it"]
-        parts += [f"for a layer {widths[axis]} wide" for axis in WIDTHS if axis in factor.axes and model]
+        parts += [f"for a layer {widths[axis]} wide" for axis in WIDTHS if axis in widths and known]
         raise InputError(f"{key} is {shape} in the delta, but has to be {', '.join(parts)}")
 
 

@@ -56,6 +56,16 @@ def test_what_is_of_no_rank_or_another_width_is_refused(ranks, known, reason):
         check.check(payload(*ranks), known, FLEET, HETLORA)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (32,), (2, 32), (1, 32, 1)])
+def test_a_first_label_whose_row_is_no_row_is_refused(shape):
+    fleet = settings.Fleet("f", (settings.Model("m"),), head=settings.Head())
+    content = codec.encode({"labels.red.H": np.zeros(shape, np.float32)})
+    with pytest.raises(
+        InputError, match=r"labels.red.H is \(.*\) in the delta, but has to be as the fleet has it"
+    ):
+        check.check(content, {}, fleet, methods.of(fleet))
+
+
 def test_the_version_has_the_fleets_rank_and_goes_on_from_the_last(tmp_path):
     low = [update(tmp_path / "low", payload(2, 2))]
     (first,) = merge.merge(low, {}, FLEET, HETLORA, 1, tmp_path / "1")

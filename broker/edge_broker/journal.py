@@ -155,7 +155,7 @@ class Journal:
         entry = self.find(manifest.transfer)
         with store.transaction(self._database):
             if not entry:
-                self._insert(manifest, None)  # how many chunks it says may be absurd
+                self._insert(manifest, None)  # no byte a chunk: its number of chunks may be absurd
             self._settle(manifest.transfer, "rejected", code, reason)
         if not entry or entry.state != "committed":
             self.payload(manifest.transfer).unlink(missing_ok=True)
@@ -192,17 +192,22 @@ class Journal:
         file = self._file(manifest)
         if file.unsynced:
             files.sync(self.payload(manifest.transfer))
-            query = "UPDATE journal_transfer SET written = ? WHERE transfer = ?"
-            self._database.execute(query, (file.written, manifest.transfer))
+            self._record(manifest, file.written)
             file.unsynced = 0
+
+    def _record(self, manifest: Manifest, written: bytes | bytearray) -> None:
+        query = "UPDATE journal_transfer SET written = ? WHERE transfer = ?"
+        self._database.execute(query, (written, manifest.transfer))
 
     def _file(self, manifest: Manifest) -> PartialFile:
         """The file of an open transfer, which an earlier process may have begun."""
         if manifest.transfer not in self._files:
-            query = "SELECT written FROM journal_transfer WHERE transfer = ? AND state = 'open'"
-            row = self._database.execute(query, (manifest.transfer,)).fetchone()
-            path = self.payload(manifest.transfer)
-            # without its file, nothing of the transfer is written, whatever the record says
-            written = row[0] if row and path.exists() else None
+            path, written = self.payload(manifest.transfer), None
+            if path.exists():
+                query = "SELECT written FROM journal_transfer WHERE transfer = ?"
+                (written,) = self._database.execute(query, (manifest.transfer,)).fetchone()
+            else:
+                # the file was lost: the record must not outlive it, and say that the new file is full
+                self._record(manifest, bytes(manifest.chunks))
             self._files[manifest.transfer] = PartialFile(path, manifest, written)
         return self._files[manifest.transfer]

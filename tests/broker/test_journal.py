@@ -53,7 +53,8 @@ def test_a_lost_file_is_collected_anew(journal, manifest, tmp_path):
     write(journal, manifest, range(41))
     journal.verify(manifest)
     journal.payload(manifest.transfer).unlink()
-    assert len(Journal(store.connect(tmp_path / "node.sqlite"), tmp_path).missing(manifest, 99)) == 41
+    for _ in range(2):  # the second process finds the new file of the first
+        assert len(Journal(store.connect(tmp_path / "node.sqlite"), tmp_path).missing(manifest, 99)) == 41
 
 
 def test_other_bytes_do_not_verify(journal, manifest):

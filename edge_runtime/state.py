@@ -1,7 +1,7 @@
 """State folders: whose they are and who wrote them; files that several processes may want at once."""
 
+import shutil
 import sqlite3
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +18,7 @@ FORMAT = 1
 
 @contextmanager
 def alone(state: Path) -> Iterator[None]:
-    """Lock a state folder for this process; the system unlocks it when the process ends, also when it is killed.
+    """Lock a state folder; the system unlocks it when this process ends, also when it is killed.
 
     Raises:
         InputError: another process has locked it.
@@ -58,15 +58,19 @@ def database(path: Path) -> sqlite3.Connection:
 def once(path: Path, make: Callable[[Path], object], timeout_s: float = 600.0) -> None:
     """Make a file or folder unless it is there; other processes wait until it is made.
 
-    make: writes it under the path that it is given, in a scratch folder.
+    make: writes the file or folder to the path that it is given, in a scratch folder.
 
     Raises:
         Timeout: another process has been making it for so long.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(f"{path}.part")
+    scratch.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock", timeout=timeout_s):
         if not path.exists():
-            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-                fresh = Path(scratch) / path.name
-                make(fresh)
-                put(fresh, path)
+            shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+            scratch.mkdir()
+            try:
+                make(scratch / path.name)
+                put(scratch / path.name, path)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)

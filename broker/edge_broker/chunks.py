@@ -1,7 +1,7 @@
-"""Payloads cut into chunks: chunk n has chunk_bytes bytes from n * chunk_bytes on, the last one fewer.
+"""Payloads cut into chunks: chunk n begins at byte n * chunk_bytes and has chunk_bytes bytes.
 
-On an `up` topic a chunk's index precedes its data, in 4 bytes, big-endian. Ranges of chunks are
-[first, last], both included.
+The last chunk may be shorter. On an `up` topic a chunk's index precedes its data, in 4 bytes,
+big-endian. Ranges of chunks are [first, last], both included.
 """
 
 import struct
@@ -42,7 +42,7 @@ def pack(index: int, data: bytes) -> bytes:
 
 
 def unpack(payload: bytes) -> tuple[int, bytes]:
-    """The index and the data of such a payload; BadMessage if it has no data."""
+    """The index and the data in a payload of an `up` topic; BadMessage if there is no data."""
     if len(payload) <= _INDEX.size:
         raise BadMessage(f"a chunk of {len(payload)} bytes; it needs 4 of index and at least 1 of data")
     return _INDEX.unpack_from(payload)[0], payload[_INDEX.size :]
@@ -75,10 +75,10 @@ class PartialFile:
     """A file whose chunks are written in any order."""
 
     def __init__(self, path: Path, cut: Manifest | Artifact, written: bytes | None = None) -> None:
-        """Go on with a file whose written chunks are 1 in `written`, or begin it at its full size."""
+        """Go on with a file of which some chunks are written, or begin a file of the full size."""
         self._path, self._cut = path, cut
-        self.written = bytearray(written or cut.chunks)
-        self.unsynced = 0  # chunks written since the file was last synced, by its owner
+        self.written = bytearray(written or cut.chunks)  # a byte a chunk: 1 where the file has it
+        self.unsynced = 0  # chunks written since the owner last synced the file
         if not written:
             with path.open("wb") as file:
                 file.truncate(cut.size)

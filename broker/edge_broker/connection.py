@@ -1,11 +1,11 @@
-"""The thread that keeps one MQTT connection alive by running paho's `loop`.
+"""The thread that keeps a client of paho connected by running its `loop`.
 
     closed -> opening -> connected <-> lost, and from each of them -> closing -> closed
 
 paho's own thread is not used: its reconnect has no jitter, and the will's epoch must change before
-each connect. The callbacks record what happened and wake waiting threads. Subscriptions are
-restored and presence is published between two calls of `loop`. No lock that a callback takes is held
-across a call into paho, because paho holds a lock of its own while it calls back.
+each connect. The callbacks record events and wake waiting threads. Subscriptions are restored and
+presence is published between two calls of `loop`. No lock that a callback takes is held across a
+call into paho, because paho holds a lock of its own while it calls back.
 """
 
 import enum
@@ -60,7 +60,7 @@ class State(enum.Enum):
 
 
 class Connection:
-    """A client of paho, its thread and its state; `changed` guards the state and tells of changes."""
+    """A client of paho, its thread and its state; `changed` guards the state, and is notified."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Connection:
         self.address, self.spec = address, spec
         self.changed = threading.Condition(threading.RLock())
         self.state = State.CLOSED
-        # names a connection: an acknowledgement must not cross to the next one
+        # number of the latest connect: an acknowledgement must not cross to the next connection
         self.epoch = spec.epoch if spec else 0
         self.window = Window(self.changed, put, _PACKET_MAX)
         self.bytes_down = 0
@@ -83,8 +83,8 @@ class Connection:
         self._speaking = threading.Lock()  # held while presence is published; never taken in a callback
         self._announce = False  # "online" is still to be published on this connection
         self._leaving = False  # "offline" was published: nothing may follow
-        self.filters: dict[str, None] = {}  # subscribed to, in that order
-        # by packet number: answers that a thread waits for, and filters that were sent again
+        self.filters: dict[str, None] = {}  # of all subscriptions, in the order of subscribing
+        # by packet number: answers that a thread waits for; filters that were sent after a reconnect
         self.answers: dict[int, list[ReasonCode]] = {}
         self._restoring: dict[int, tuple[str, ...]] = {}
         self.client = self._make_client(client_id)
@@ -185,7 +185,7 @@ class Connection:
             with self.changed:
                 if self.changed.wait_for(lambda: self.state is State.CLOSING, wait_s):
                     break
-        self.client.disconnect()  # after a refusal paho takes itself for connecting still
+        self.client.disconnect()  # after a refusal paho's own state would stay at connecting
         with self.changed:
             self.state, self._failure = State.CLOSED, failure
             self.changed.notify_all()
@@ -193,7 +193,7 @@ class Connection:
     def _stay_connected(self) -> BrokerError:
         """Connect once, and return why the connection ended or did not come about."""
         self._failure = self._greeting = None
-        # above the last, and the clock (ms) in case the last was lost
+        # above the last epoch, and above the clock (ms) in case the owner lost the last epoch
         self.epoch = max(self.epoch, time.time_ns() // 1_000_000) + 1
         if self.spec:
             will = messages.encode(messages.Presence(state="lost", epoch=self.epoch))
@@ -220,7 +220,7 @@ class Connection:
             self._restoring = {self.send_subscribe(filters): filters}
         if self._announce and self.publish_presence("online"):
             self._announce = False
-        # only now, so that what the owner sends follows
+        # only now: whatever the owner sends upon the greeting comes after subscriptions and presence
         if greeting:
             self._put(greeting)
         if self.state is State.CLOSING:  # close() may have come while paho was still connecting

@@ -1,4 +1,4 @@
-"""What comes out of a session's queue."""
+"""Messages and events, as they come out of a session's queue."""
 
 import msgspec
 
@@ -24,7 +24,7 @@ class Disconnected(msgspec.Struct, frozen=True):
 
 
 class Room(msgspec.Struct, frozen=True):
-    """`publish_nowait` said no before and has room again."""
+    """`publish_nowait` returned False before, and has room again."""
 
 
 class Unsent(msgspec.Struct, frozen=True):
@@ -35,7 +35,7 @@ class Unsent(msgspec.Struct, frozen=True):
 
 
 class Own(msgspec.Struct, frozen=True):
-    """What the session's owner put on the queue itself, so that one wait covers everything."""
+    """An item that the session's owner put on the queue, so that one wait covers everything."""
 
     item: object
 

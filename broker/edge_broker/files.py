@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def put(fresh: Path, path: Path) -> None:
-    """Give a written file or folder its name; its bytes are on the disk before the name is.
+    """Give a written file or folder its name; its bytes reach the disk before its name does.
 
     Raises:
         OSError: a folder that is not empty has the name already.
@@ -17,7 +17,7 @@ def put(fresh: Path, path: Path) -> None:
 
 
 def movable(path: Path, folder: Path) -> str:
-    """The path for a database in the folder: `folder / path` finds it after the folder has moved."""
+    """The path as a database in the folder stores it: `folder / path` outlives a move."""
     path, folder = path.absolute(), folder.absolute()
     return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 

@@ -113,7 +113,7 @@ class Journal:
             self._insert(manifest, bytes(manifest.chunks))
 
     def write(self, manifest: Manifest, index: int, data: bytes) -> bool:
-        """Write a chunk of an open transfer, as `PartialFile.write` does, and record every sixteen."""
+        """Write a chunk of an open transfer as `PartialFile.write` does; record sixteen at a time."""
         file = self._file(manifest)
         fresh = file.write(index, data)
         if file.unsynced >= _FLUSH_CHUNKS:
@@ -125,7 +125,7 @@ class Journal:
         return self._file(manifest).missing(limit)
 
     def verify(self, manifest: Manifest) -> Path:
-        """Make a complete transfer durable; BadMessage if its bytes have another digest than offered."""
+        """Make a complete transfer durable; BadMessage if its bytes have another digest."""
         self._flush(manifest)
         path = self.payload(manifest.transfer)
         digest, size = messages.digest_and_size(path)
@@ -140,7 +140,7 @@ class Journal:
     def commit(self, transfer: str, within: Callable[[], object] = lambda: None) -> bool:
         """Commit an open transfer; False if it is not open, or the device counts in that round.
 
-        within makes changes of the caller in the same transaction, if the update counts.
+        within: makes the caller's changes in the same transaction, if the update counts.
         """
         entry = self.find(transfer)
         if not entry or entry.state != "open" or self.counted(entry.manifest.device, entry.manifest.round):

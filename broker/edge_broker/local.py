@@ -29,7 +29,7 @@ _START_S = 60.0  # for an answer to CONNECT; a broker that ends is noticed at on
 _STOP_S = 5.0  # before a broker that does not end is killed
 
 # max_queued_messages: more chunks than a node grants at once. sys_interval: $SYS topics would wake
-# the broker. user: that of a root who starts it, since another may not read the folder.
+# the broker. user: Mosquitto that root starts would switch to a user who may not read the folder.
 _MOSQUITTO = """\
 listener {port} {host}
 allow_anonymous true
@@ -179,7 +179,7 @@ def _await_answer(process: subprocess.Popen[bytes], url: str) -> None:
 
 
 def free_port(port: int = 0) -> int:
-    """A port of loopback that is free right now: the given one, else BrokerError; or any for 0."""
+    """The given port of loopback, or any free port for 0; BrokerError if the port is taken."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         # As brokers do: a port in TIME_WAIT is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

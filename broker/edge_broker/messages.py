@@ -111,7 +111,7 @@ def encode(message: msgspec.Struct) -> bytes:
 
 
 def decode(body: bytes | str, kind: type[T], name: str = "") -> T:
-    """Read a message of this kind, whose name is for the error.
+    """Read a message of this kind. name: of the kind, for the error; by default its class.
 
     Raises:
         BadMessage: the body is not JSON, or a field is missing, of the wrong type, or out of range.

@@ -3,8 +3,8 @@
     pending -> committed | rejected
 
 The outbox assigns the sequence numbers. They only grow and start no lower than the clock (ms), so
-that a device that lost its state is not taken for a replay. Payloads stay files, because SQLite reads
-a blob from its beginning and a chunk is read alone.
+that a device that lost its state is not taken for a replay. Payloads stay files, because SQLite
+reads a blob from its beginning, and a chunk is read alone.
 """
 
 import sqlite3
@@ -49,9 +49,9 @@ class Outbox:
         return store.transaction(self._database)
 
     def add(self, manifest: Manifest, payload: Path) -> Manifest:
-        """Store an update until its receipt; its file must stay unchanged so long.
+        """Store an update until its receipt. The payload's file must stay unchanged until then.
 
-        Returns the manifest, which is from `messages.describe`, with its sequence number. Raises
+        manifest is from `messages.describe`. Returns the manifest with its sequence number. Raises
         BrokerError where the file's size is not the manifest's, or the transfer is stored already.
         """
         if (size := payload.stat().st_size) != manifest.size:

@@ -4,8 +4,8 @@
     offline  published by a clean close
     lost     the will, published by the broker when the connection breaks
 
-The will of an old connection can arrive after "online" of the new one. So a reader keeps the highest
-epoch, and within an epoch accepts only the order online, lost, offline.
+The will of an old connection can arrive after "online" of the new connection. So a reader keeps the
+highest epoch, and within an epoch accepts only the order online, lost, offline.
 """
 
 import msgspec
@@ -33,7 +33,7 @@ class Tracker:
     def handle(self, topic: str, payload: bytes) -> str | None:
         """Take in a message; BadMessage if it is on a presence topic and malformed.
 
-        Returns the device whose state changed. None for another topic, a stale or a repeated message.
+        Returns the device whose state changed; None for another topic, a stale or repeated message.
         """
         try:
             source = topics.parse(topic)

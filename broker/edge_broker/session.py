@@ -50,11 +50,11 @@ class Session:
 
         Args:
             url: as `address` describes, or parsed.
-            client_id: fixed for a device; a second session with the same id takes over from the first.
+            client_id: fixed for a device; a second session with this id takes over from the first.
             presence: whose presence to publish, if any.
             session_expiry_s: how long the broker keeps subscriptions and messages without a
                 connection, if it can (rumqttd cannot). 0: the session ends with its connection, as
-                shared subscriptions need it.
+                shared subscriptions need.
 
         Raises:
             BrokerError: the URL, the client id or a certificate file cannot be used.
@@ -94,7 +94,7 @@ class Session:
         self.close()
 
     def subscribe(self, *filters: str) -> None:
-        """Subscribe and wait for the broker's answer; a broker that lost the session is asked again.
+        """Subscribe and wait for the broker's answer; sent again to a broker that lost the session.
 
         Raises:
             Refused: the broker refused a filter; then none of these filters is kept.
@@ -151,12 +151,12 @@ class Session:
     ) -> bool:
         """Publish if the window has room, and return at once.
 
-        At most 8 publishes are unacknowledged at once, and never more than the broker's Receive Maximum
-        or this call's window.
+        At most 8 publishes are unacknowledged at once, and never more than the broker's Receive
+        Maximum or this call's window.
 
         Returns:
-            False without a free slot or a connection; a Room or Connected event follows when a new try
-            makes sense. If the broker refuses the message, an Unsent event follows.
+            False without a free slot or a connection; a Room or Connected event follows when a new
+            try makes sense. If the broker refuses the message, an Unsent event follows.
 
         Raises:
             Refused: the packet is larger than the broker takes.

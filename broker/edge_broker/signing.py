@@ -65,16 +65,16 @@ def open(signed_bytes: bytes, domain: str, expected_key: str | None) -> tuple[by
     """Verify an encoded envelope.
 
     Args:
-        signed_bytes: what `sign` made.
-        domain: the one it must have been signed for.
-        expected_key: the only key accepted, as hex; None: any, and the caller judges the returned key.
+        signed_bytes: an envelope from `sign`.
+        domain: the domain that the envelope must be signed for.
+        expected_key: the only key accepted, as hex; None: any, and the caller judges the key.
 
     Returns:
         The body, and the public key (hex) that signed it.
 
     Raises:
         BadMessage: the envelope is malformed, or the signature does not verify.
-        WrongKey: the key is another one.
+        WrongKey: the envelope is signed by another key.
     """
     signed = peek(signed_bytes)
     if expected_key is not None and signed.key != expected_key:
@@ -99,7 +99,7 @@ def _bound(domain: str, body: bytes) -> bytes:
 
 def _create(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # such a file has mode 0600
+    # a temporary file has mode 0600
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.") as draft:
         draft.write(Ed25519PrivateKey.generate().private_bytes_raw().hex() + "\n")
         draft.flush()

@@ -1,7 +1,7 @@
 """SQLite as the link uses it.
 
-Write-ahead log, synchronous=FULL: after COMMIT the data survives a power cut. That costs one fsync a
-commit, and the link commits a few times a transfer, not once a chunk.
+Write-ahead log, synchronous=FULL: after COMMIT the data survives a power cut. Each commit costs one
+fsync, and the link commits a few times a transfer, not once a chunk.
 """
 
 import sqlite3
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open a database as described above."""
+    """Open a database with these settings."""
     path.parent.mkdir(parents=True, exist_ok=True)
     connection = sqlite3.connect(path, isolation_level=None, timeout=10.0)
     connection.execute("PRAGMA journal_mode=WAL")

@@ -9,8 +9,8 @@
     edge/1/<fleet>/want/<id>                       chunks a device still misses
     edge/1/<fleet>/artifact/<digest>/<n>           chunks of a global adapter
 
-The 1 is the version of this layout. No topic has more than 7 slashes, the limit of AWS IoT Core. With
-ANY in place of a name, a topic is a filter to subscribe to.
+The 1 is the version of this layout. No topic has more than 7 slashes, the limit of AWS IoT Core.
+With ANY in place of a name, a topic is a filter to subscribe to.
 """
 
 import hashlib

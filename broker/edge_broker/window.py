@@ -82,7 +82,8 @@ class Window:
     ) -> None:
         """Take the limits of a new connection, on which paho resends what is unacknowledged.
 
-        Under smaller limits that would break it too: then `drop` makes paho forget it all.
+        Where these publishes exceed the limits, they would break the new connection too; then `drop`
+        makes paho forget them.
         """
         with self._changed:
             self.slots, self.packet_max = slots, packet_max

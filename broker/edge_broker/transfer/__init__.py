@@ -7,7 +7,7 @@ Each machine belongs to one thread and is driven by its owner's loop; nothing in
 
     message = session.receive(timeout_s)      # None after the timeout is a turn of the loop too
     result = machine.handle(message)
-    due_s = machine.tick()                    # seconds until the next tick is of use: the next timeout
+    due_s = machine.tick()                    # until the next tick is of use: the next timeout
 """
 
 from edge_broker.transfer.download import Failed, Fetched, Fetcher

@@ -65,8 +65,8 @@ class Fetcher:
     def fetch(self, artifact: Artifact) -> Fetched | None:
         """Begin to fetch; another artifact under way is dropped, the same one goes on.
 
-        Returns Fetched at once if the folder has it. Raises BrokerError where the artifact's numbers
-        do not add up or are too large, and where the broker does not let us subscribe.
+        Returns Fetched at once if the folder has the artifact. Raises BrokerError where its numbers do
+        not add up or are too large, and where the broker does not let us subscribe.
         """
         if not chunks.adds_up(artifact) or artifact.size > _MAX_BYTES:
             raise BrokerError(
@@ -113,7 +113,7 @@ class Fetcher:
         return result
 
     def tick(self) -> float:
-        """Ask for missing chunks when that is due. Returns seconds until the next tick is of use."""
+        """Ask for missing chunks if that is due. Returns seconds until the next tick is of use."""
         download, now = self._current, time.monotonic()
         if not download:
             return IDLE_S

@@ -31,7 +31,7 @@ class Publisher:
         self._session, self._fleet = session, topics.name("fleet", fleet)
         self._served: dict[str, tuple[Artifact, Path]] = {}
         self._queue: dict[tuple[str, int], None] = {}  # (digest, chunk), in the order to send
-        self._begin_at = 0.0
+        self._begin_at = 0.0  # monotonic: when devices have had time to ask for the same chunks
 
     def start(self) -> None:
         """Subscribe to the fleet's wants."""
@@ -65,7 +65,7 @@ class Publisher:
         self.tick()
 
     def tick(self) -> float:
-        """Publish queued chunks while there is room. Returns seconds until the next tick is of use."""
+        """Publish queued chunks while there is room. Returns seconds until the next useful tick."""
         now = time.monotonic()
         if self._queue and now < self._begin_at:
             return self._begin_at - now

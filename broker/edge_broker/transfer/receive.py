@@ -5,9 +5,9 @@
     last chunk -> digest -> Update -> the owner checks the content -> commit -> receipt
 
 A grant names at most 64 chunks; the next grant follows when they have arrived. At most 768 granted
-chunks are under way to a node, because brokers silently drop messages over 1,000 in a queue; further
-offers are told to pause. An answer about a settled transfer is read from the journal, so it can be
-repeated at any time and never says more than is committed.
+chunks are under way to a node, because brokers silently drop messages over 1,000 in a queue;
+further offers are told to pause. An answer about a settled transfer is read from the journal, so
+the answer can be repeated at any time and never says more than is committed.
 """
 
 import logging
@@ -32,7 +32,7 @@ _PAUSE_S = 2.0  # for a device that finds no place
 _SILENT_S = 30.0  # a transfer without a chunk for so long gives its place to another
 _DISK_FULL_S = 60.0  # before the disk is tried again
 _MAX_ANSWERS = 4096  # unsent; the oldest are dropped, and devices offer again
-_DUPLICATE = "device {0.device} already counts in round {0.round}"  # of a manifest
+_DUPLICATE = "device {0.device} already counts in round {0.round}"  # {0}: the manifest
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,8 @@ class Receiver:
             session: with expiry 0, because the offers are a shared subscription.
             journal: used from the caller's thread.
             fleet, node: whose offers are taken, and the name that chunks are addressed to.
-            check: the reason to refuse a manifest for good, or None; called before any chunk is taken.
+            check: returns the reason to refuse a manifest for good, or None; called before any
+                chunk is taken.
             known_key: returns a device's public key (hex), or None if the device is not enrolled.
         """
         self._session, self._journal = session, journal
@@ -82,7 +83,7 @@ class Receiver:
     def handle(self, message: Message | Event | None) -> Update | None:
         """Take a message of the session. Other topics are ignored, malformed messages are logged.
 
-        Returns an update that is complete: the owner checks its content, then commits or rejects it.
+        Returns an update that is complete: the owner checks its content, and commits or rejects it.
         """
         result = None
         if isinstance(message, Message):
@@ -116,9 +117,10 @@ class Receiver:
         return IDLE_S
 
     def commit(self, transfer: str, within: Callable[[], object] = lambda: None) -> bool:
-        """Count a complete update in its round, and send its receipt; False if it does not count now.
+        """Count a complete update in its round, and send its receipt or its rejection.
 
-        within makes changes of the caller in the same transaction, if the update counts.
+        within: makes the caller's changes in the same transaction, if the update counts.
+        Returns whether the update counts now for the first time.
         """
         counts = self._journal.commit(transfer, within)
         entry = self._journal.find(transfer)
@@ -204,7 +206,7 @@ class Receiver:
     # --- chunks
 
     def _has_place(self, manifest: Manifest) -> bool:
-        """Whether the transfer has chunks under way or may have; silent ones lose their places."""
+        """Whether the transfer has a place or can have one; silent transfers lose their places."""
         oldest = time.monotonic() - _SILENT_S
         self._active = {name: active for name, active in self._active.items() if active.last >= oldest}
         taken = sum(min(_CREDIT, active.manifest.chunks) for active in self._active.values())
@@ -269,7 +271,7 @@ class Receiver:
 
 
 def _claimed_transfer(payload: bytes) -> str | None:
-    """The transfer an unverified offer speaks of, to be able to answer it."""
+    """The transfer in an unverified offer, so that the offer can be answered."""
     try:
         return messages.decode(signing.peek(payload).body, Manifest).transfer
     except BadMessage:

@@ -84,8 +84,9 @@ class Uploader:
             session, outbox: both used from the caller's thread.
             fleet, device_id: as in every manifest of the outbox.
             key: signs the manifests; the node knows its public half.
-            on_settled: called when an update is committed or finally rejected, in the transaction that
-                settles it in the outbox. If it raises, nothing has changed and the node is asked again.
+            on_settled: called when an update is committed or finally rejected, in the transaction
+                that settles the update in the outbox. If on_settled raises, nothing has changed and
+                the node is asked again.
         """
         self._session, self._outbox, self._key = session, outbox, key
         self._fleet, self._device = fleet, device_id
@@ -100,7 +101,8 @@ class Uploader:
     def handle(self, message: Message | Event | None) -> Committed | Rejected | None:
         """Take a message of the session. Other topics are ignored, malformed messages are logged.
 
-        Returns the outcome of an update, if there is one; an unreadable payload is Rejected as "payload".
+        Returns the outcome of an update, if there is one. An unreadable payload is Rejected with the
+        code "payload".
         """
         upload = self._current
         result: Committed | Rejected | None = None
@@ -144,11 +146,11 @@ class Uploader:
 
     def _answered(self, answer: Inbox) -> Committed | Rejected | None:
         pending = {manifest.transfer: manifest for manifest in self._outbox.pending()}
-        manifest, upload = pending.get(answer.transfer), self._current
+        manifest = pending.get(answer.transfer)
         if not manifest:
             return None
-        if upload and upload.manifest != manifest:
-            upload = None
+        # None: the answer is about another update than the one under way
+        upload = self._current if self._current and self._current.manifest == manifest else None
         if isinstance(answer, Receipt):
             return self._settle(Committed(manifest=manifest))
         if isinstance(answer, Reject):

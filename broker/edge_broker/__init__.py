@@ -1,1 +1,1 @@
-"""The link between devices and nodes: MQTT sessions, presence, signatures, crash-proof transfers."""
+"""The link of devices and nodes: MQTT sessions, presence, signatures, crash-proof transfers."""

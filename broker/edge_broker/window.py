@@ -82,8 +82,8 @@ class Window:
     ) -> None:
         """Take the limits of a new connection, on which paho resends what is unacknowledged.
 
-        Where these publishes exceed the limits, they would break the new connection too; then `drop`
-        makes paho forget them.
+        Publishes that exceed the limits would break the new connection too; then `drop` makes paho
+        forget them all.
         """
         with self._changed:
             self.slots, self.packet_max = slots, packet_max

@@ -24,7 +24,7 @@ class RoundClock:
         self._deadline = time.monotonic() + deadline_s
 
     def handle(self, item: Message | Event | None) -> None:
-        """Stop in an outage; after it, move the deadline by its length and await presence messages."""
+        """Stop in an outage; afterwards move the deadline by its length, and await presence."""
         now = time.monotonic()
         if isinstance(item, Disconnected):
             self._offline_since = self._offline_since or now

@@ -41,18 +41,18 @@ def merge(
         folder: the new versions' files are written here.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    members: dict[str, list[Update]] = {FLEET: updates}
+    by_class: dict[str, list[Update]] = {FLEET: updates}
     scopes = {method.scope(kind) for kind in method.merges}
     scopes |= {method.answers.shared} if method.answers is not None else set()
-    # a class without updates gets what is shared, too
+    # a class without updates gets the shared tensors and answers, too
     absent = versions.keys() - {FLEET} if "fleet" in scopes else set()
     for model_class in sorted({update.manifest.model_class for update in updates} | absent):
-        members[model_class] = [update for update in updates if update.manifest.model_class == model_class]
+        by_class[model_class] = [update for update in updates if update.manifest.model_class == model_class]
     shared: Tensors = {}
     shared_answers = b""
     written = []
-    # first what all classes share, and then each class
-    for model_class, sent in members.items():
+    # first the version that all classes share, and then each class's
+    for model_class, sent in by_class.items():
         scope = "fleet" if model_class == FLEET else "class"
         state = load_file(versions[model_class].master) if model_class in versions else {}
         for kind in method.merges:
@@ -110,7 +110,7 @@ def version_0(key: str, shape: tuple[int, ...], fleet: Fleet, method: Method) ->
 def _write(
     model_class: str, state: Tensors, shared: Tensors, answers: bytes, round_: int, folder: Path
 ) -> Version:
-    """Write a class's master, and the artifact that also holds what is shared with the class."""
+    """Write a class's master, and its artifact, which also holds the tensors that all share."""
     name = f"{round_:05d}-{hashlib.sha256(model_class.encode()).hexdigest()[:12]}"
     version = Version(model_class, folder / f"{name}.safetensors", folder / f"{name}.edc")
     part = version.master.with_suffix(".part")

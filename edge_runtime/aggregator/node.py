@@ -5,8 +5,8 @@
         collecting -> collecting   at a deadline below the quorum, as often as the fleet extends
     after the last round: finishing -> ended, when all online devices have reported or at the deadline
 
-One loop over the session's queue. Store and journal share a SQLite file, so an aggregator that was
-killed goes on in the same round with every committed update; a merge that was interrupted is
+One loop reads the session's queue. Store and journal share a SQLite file, so an aggregator that was
+killed goes on in the same round with every committed update. A merge that was interrupted is
 repeated from the journal.
 """
 
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class NodeOptions(NamedTuple):
-    """What a node is started with, beside its fleet."""
+    """Options of a node, beside its fleet."""
 
     broker: Address
     state: Path  # folder of the database, the key and the versions
@@ -49,7 +49,7 @@ class NodeOptions(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """What a node does with payloads; benchmarks of the link alone put another in DELTAS' place."""
+    """A node's work on payloads; benchmarks of the link alone replace DELTAS by another."""
 
     check: Callable[[bytes, check.Shapes, Fleet, Method], Tensors]
     merge: Callable[[list[Update], Mapping[str, Version], Fleet, Method, int, Path], list[Version]]
@@ -124,7 +124,7 @@ class Node:
                 # one wait for messages, deadlines, chunks that are due and outages
                 due_s = min(self._receiver.tick(), self._publisher.tick(), self._clock.due_s)
                 self._handle(self._session.receive(max(due_s, 0.0)))
-                # the next transition may be due at once: all may have been said before a merge ended
+                # reports that came before a merge ended can make the next transition due at once
                 while self._clock.may_close and self._advance():
                     pass
 
@@ -143,7 +143,7 @@ class Node:
         self._say("finishing" if self._finishing else "collecting")
 
     def _advance(self) -> bool:
-        """Take the transition that is due; whether another one may be."""
+        """Take the transition that is due. Returns whether another transition may be due."""
         counted, late = self._counted(), self._clock.late
         complete = len(counted) >= self.fleet.quorum and (late or not self._waiting(counted))
         if self._finishing:

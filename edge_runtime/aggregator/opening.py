@@ -1,4 +1,4 @@
-"""Before a round opens: the fleet's public texts, the settings that may not change, earlier rounds' remains."""
+"""Before a round opens: public texts, settings that may not change, remains of earlier rounds."""
 
 import hashlib
 from pathlib import Path
@@ -47,7 +47,7 @@ def _question(row: data.Row) -> data.Row:
 def check_settings(
     fleet: Fleet, texts: list[data.Row], store: NodeStore, journal: Journal, folder: Path
 ) -> None:
-    """Keep the settings that later rounds build on, or compare them once an update has come in.
+    """Store the settings that later rounds build on; once an update has come in, compare them.
 
     Raises:
         InputError: versions and updates in the folder were made with other settings; the first of

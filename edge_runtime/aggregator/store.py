@@ -122,9 +122,9 @@ class NodeStore:
         return row[0] if row else None
 
     def add_report(self, report: Report, key: str) -> None:
-        """Store a report in place of an equal one, and its key if this is the device's first.
+        """Store a report, and the key that signed it if this is the device's first report.
 
-        Joining again takes back a failure.
+        The report replaces that of the same round and state. Joining again takes back a failure.
         """
         self.connection.execute("INSERT OR IGNORE INTO devices VALUES (?, ?)", (report.device, key))
         if report.state == "joined":

@@ -1,4 +1,4 @@
-"""What planner, adapters and node need to know of a checkpoint, read from its configuration alone.
+"""Facts of a checkpoint for planner, adapters and node, read from its configuration alone.
 
 Nothing here imports torch: the agent reads facts from the JSON file that `prepare` writes once.
 """

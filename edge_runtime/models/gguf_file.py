@@ -1,8 +1,8 @@
 """Reads base weights out of a GGUF file, tensor by tensor, a few rows at a time.
 
-An index of the tensors is made once. Names and block formats are the `gguf` package's. The family's
-row says which of llama.cpp's conversions are undone: interleaved rows of query and key heads, and an
-offset in the norms.
+An index of the tensors is made once. Names and block formats are the `gguf` package's. The
+family's row says which of llama.cpp's conversions are undone: interleaved rows of query and key
+heads, and an offset in the norms.
 """
 
 import functools
@@ -33,7 +33,7 @@ class Tensor(msgspec.Struct, frozen=True):
     kind: int  # gguf.GGMLQuantizationType
     shape: Shape  # as torch has it
     interleaved_heads: int = 0  # heads whose rows are interleaved; 0: none are
-    added: float = 0.0  # to be subtracted from every value
+    added: float = 0.0  # by llama.cpp to every value, and subtracted again
 
 
 def index(path: Path, names: list[str], config: Any) -> dict[str, Tensor]:
@@ -71,7 +71,7 @@ def index(path: Path, names: list[str], config: Any) -> dict[str, Tensor]:
 
 @functools.cache
 def _expandable(kind: gguf.GGMLQuantizationType) -> bool:
-    """Whether the `gguf` package expands blocks of this kind; it tells only when it is asked to."""
+    """Whether the `gguf` package expands blocks of this kind, which only an attempt shows."""
     try:
         gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except NotImplementedError:
@@ -121,6 +121,6 @@ class GGUFTensors(Tensors):
                 blocks = np.fromfile(stream, np.uint8, size)
                 if blocks.size != size:
                     raise InputError(f"{self.path} is cut short: {size - blocks.size} bytes are missing")
-                if heads:  # the file has the two halves of a head's rows in turn
+                if heads:  # in the file, rows of a head's two halves alternate
                     blocks = blocks.reshape(-1, 2, row_bytes).swapaxes(0, 1)
                 yield blocks.reshape(-1, row_bytes)

@@ -86,7 +86,7 @@ class _Header(NamedTuple):
     stream: BinaryIO
 
     def take(self, count: int, *, skip: bool = False) -> bytes:
-        """The next bytes, or none of them; refuses a part that would lie beyond the file's end."""
+        """The next bytes; skip: pass over them. Refuses a part that lies beyond the file's end."""
         end = self.stream.tell() + count
         if end > self.size:
             raise InputError(

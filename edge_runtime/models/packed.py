@@ -1,7 +1,7 @@
-"""Modules of a base model whose matrices stay packed (formats: edge_kernels.quant), and their files.
+"""A base model's modules whose matrices stay packed (formats: edge_kernels.quant), and files.
 
 A linear layer expands its matrix a tile or a matrix at a time while it computes; the embedding
-expands only the rows of a batch. The matrices of a block can also stay in a file, and are then in
+expands only the rows of a batch. The matrices of a block can also stay in a file. They are then in
 memory only while the block runs:
 
     FOLDER/LAYER.safetensors    packed matrices of a block, by the layer's number in the checkpoint

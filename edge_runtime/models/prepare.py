@@ -73,7 +73,7 @@ def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = Fa
 
 
 def _find(source: str, models: Path) -> Path:
-    """The folder or GGUF file that a source means; a hub id is downloaded into the hub's own cache."""
+    """The folder or GGUF file of a source; a hub id is downloaded into the hub's own cache."""
     for path in (Path(source).expanduser(), models / source):
         if path.is_file():
             if path.suffix != ".gguf":

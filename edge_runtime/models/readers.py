@@ -1,4 +1,4 @@
-"""Where a model's tensors come from: safetensors files, a GGUF file (gguf_file.py), or random numbers."""
+"""Sources of a model's tensors: safetensors files, a GGUF file (gguf_file.py), random numbers."""
 
 import zlib
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 
 
 class Tensors:
-    """A model's tensors by their names in its state_dict, dense in a dtype or packed in a block format."""
+    """A model's tensors by their names in its state_dict: dense, or packed in a block format."""
 
     def read(self, name: str) -> tuple[Shape, Iterable[torch.Tensor]]:
         """The shape of a tensor, and its values in order, a few rows at a time."""
@@ -33,7 +33,7 @@ class Tensors:
         return tensor
 
     def packed(self, name: str, format: str) -> Packed:
-        """One matrix; but for nf4, it is never whole in float32."""
+        """One matrix, which is never whole in float32 unless the format is nf4."""
         if format == "nf4":  # quantises the scales of all rows together
             return pack(self.dense(name, torch.float32), "nf4")
         (rows, _), pieces = self.read(name)

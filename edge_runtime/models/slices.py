@@ -7,14 +7,14 @@ checkpoint are nested, so every larger slice also holds each tensor of a smaller
 An adapter trained in a deep slice does not fit the same layers in a shallow slice, where they have
 other neighbours. A device can therefore train the smaller slices inside its own, a step each in
 turn. The idea is that of networks trained at several sizes (Yu & Huang 2019, arXiv 1903.05134; Fan
-et al. 2019, arXiv 1909.11556); taking turns is ours. The README has the figures.
+et al. 2019, arXiv 1909.11556); taking turns is ours.
 """
 
 from collections.abc import Iterable
 
 
 def kept_layers(depth: int, layers: int) -> tuple[int, ...]:
-    """The layers that a slice of this depth keeps, by their numbers in a checkpoint of `layers` layers.
+    """The layers that a slice of this depth keeps of a checkpoint of `layers` layers, from 0.
 
     Raises:
         ValueError: depth is not between 1 and layers.
@@ -27,9 +27,9 @@ def kept_layers(depth: int, layers: int) -> tuple[int, ...]:
 
 
 def nested_blocks(depths: Iterable[int], depth: int, layers: int) -> list[tuple[int, ...]]:
-    """For each of the depths, the blocks that make a slice of that depth inside a slice of `depth` layers.
+    """For each of the depths, the blocks of a slice of `depth` layers that make a smaller slice.
 
-    Blocks are numbered from 0 in the deeper slice; layers are the checkpoint's.
+    Blocks are numbered from 0 in the deeper slice. layers: of the checkpoint.
 
     Raises:
         ValueError: one of the depths is larger than depth.

@@ -57,7 +57,7 @@ def load(
     # a model without memory, and the tensors that it lacks
     model = empty_model(config)
     tensors = _open(facts, layers, {name: tensor.shape for name, tensor in model.state_dict().items()})
-    if weights in PACKED:  # first: what packed matrices replace is not filled
+    if weights in PACKED:  # before _fill: modules that packed matrices replace are not filled
         folder = Path(facts.folder) / f"streamed-{weights}"
         files = [folder / f"{layer}.safetensors" if streamed else None for layer in layers]
         _pack(model, tensors, weights, device, files)
@@ -70,7 +70,7 @@ def load(
 
 
 def _open(facts: Facts, layers: tuple[int, ...], shapes: dict[str, torch.Size]) -> Tensors:
-    """The tensors of a slice that keeps these layers of the checkpoint. shapes: by the slice's names."""
+    """The tensors of a slice that keeps these layers. shapes: by tensors' names in the slice."""
     if not facts.weights:
         return RandomTensors(shapes)
     path, files = Path(facts.weights), headers.files(Path(facts.weights))

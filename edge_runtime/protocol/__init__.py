@@ -1,1 +1,1 @@
-"""What travels between devices and node, and what it is called: canonical keys, codec, round, report."""
+"""Messages and payloads between devices and node, and the names of tensors in them."""

@@ -37,7 +37,7 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
     """The payload's table of contents."""
 
     shapes: dict[str, tuple[int, ...]]  # by key, in the order in which the values follow
-    completions_bytes: int = 0  # of the answers
+    completions_bytes: int = 0  # of the answers, which are completions in every method so far
 
 
 def encode(tensors: Mapping[str, NDArray[np.float32]], answers: bytes = b"") -> bytes:

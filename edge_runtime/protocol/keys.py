@@ -57,7 +57,7 @@ def parse(text: str) -> Key:
 
 
 def join(*parts: str | int) -> str:
-    """The key of a place and a factor; or of a kind, a number or label, a layer's role, and a factor."""
+    """A key from its parts: a place and a factor, or all parts from the kind to the factor."""
     return ".".join(map(str, parts))
 
 

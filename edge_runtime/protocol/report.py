@@ -1,9 +1,8 @@
-"""What a device tells its node about a round: signed, and retained so that a late reader gets the
-last report.
+"""A device's report to its node about a round: signed, and retained for late readers.
 
 A report holds numbers, words from the lists below, and words that the device had from the node (the
-catalog's source). Never a text of the device's own: no sentence of an error, row, path, address, or
-name of a held-out file. The sentence behind a failure stays in the device's log.
+catalog's source). A report never holds a text of the device: no sentence of an error, row, path,
+address, or name of a held-out file. The sentence behind a failure stays in the device's log.
 """
 
 from typing import Literal
@@ -78,7 +77,7 @@ class Easing(msgspec.Struct, frozen=True):
 
 
 class Result(msgspec.Struct, frozen=True):
-    """What a trainer measured in a round."""
+    """A trainer's measurements of a round."""
 
     samples: int  # rows trained on
     evaluation: dict[str, Score]  # of the version the round started from, by held-out file

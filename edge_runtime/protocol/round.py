@@ -1,4 +1,4 @@
-"""What a node tells its devices about a round: signed, and retained for late readers."""
+"""A node's message to its devices about a round: signed, and retained for late readers."""
 
 from typing import Literal
 
@@ -9,7 +9,7 @@ from edge_runtime.settings import Fleet
 
 ROUND_DOMAIN = "edge/1/round"
 CODEC = "int8-block64-zstd"  # of deltas and global versions: codec.py
-FLEET = "*"  # in place of a model class: what all share, for a class without a version
+FLEET = "*"  # in place of a model class: the version of what all share, for a class without one
 
 
 class Round(msgspec.Struct, frozen=True):
@@ -19,6 +19,6 @@ class Round(msgspec.Struct, frozen=True):
     state: Literal["open", "finished"]  # finished: the last versions are evaluated
     round: int  # counted from 1
     fleet: Fleet
-    # What the round starts from, by model class; a class without one starts at version 0.
+    # Versions that the round starts from, by model class; a class without one starts at version 0.
     versions: dict[str, Artifact]
     anchors: Artifact | None = None  # the public texts of a fleet that distils

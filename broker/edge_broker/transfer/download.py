@@ -65,8 +65,8 @@ class Fetcher:
     def fetch(self, artifact: Artifact) -> Fetched | None:
         """Begin to fetch; another artifact under way is dropped, the same one goes on.
 
-        Returns Fetched at once if the folder has the artifact. Raises BrokerError where its numbers do
-        not add up or are too large, and where the broker does not let us subscribe.
+        Returns Fetched at once if the folder has the artifact. Raises BrokerError where its numbers
+        do not add up or are too large, and where the broker does not let us subscribe.
         """
         if not chunks.adds_up(artifact) or artifact.size > _MAX_BYTES:
             raise BrokerError(

@@ -101,8 +101,8 @@ class Uploader:
     def handle(self, message: Message | Event | None) -> Committed | Rejected | None:
         """Take a message of the session. Other topics are ignored, malformed messages are logged.
 
-        Returns the outcome of an update, if there is one. An unreadable payload is Rejected with the
-        code "payload".
+        Returns the outcome of an update, if there is one. An unreadable payload is Rejected with
+        the code "payload".
         """
         upload = self._current
         result: Committed | Rejected | None = None

@@ -1,8 +1,8 @@
 """The command line `edge-runtime`: one file a command, and what turns an error into an exit code.
 
-A command file holds options, one call into the package and what to print. It imports the package inside the command,
-so that a resident agent does not hold what other commands need. click.echo flushes each line: another program may read
-them as they come.
+A command file holds options, one call into the package, and the output. The file imports the
+package inside the command, so that a resident agent does not hold the imports of other commands.
+click.echo flushes each line, because another program may read the lines as they come.
 """
 
 import logging

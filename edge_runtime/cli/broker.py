@@ -31,7 +31,8 @@ from edge_runtime.cli.options import PATH, as_json
 def command(port: int, state: Path, kind: str, json: bool) -> None:
     """Run a broker on this machine's loopback.
 
-    Mosquitto if it is installed, else an embedded one. A fleet needs a broker of its own: broker/README.md.
+    Mosquitto if it is installed, else an embedded one. A fleet needs a broker of its own:
+    broker/README.md.
     """
     from edge_broker.local import start_broker
 

@@ -54,7 +54,7 @@ def topic_name(_context: click.Context, option: click.Parameter, name: str) -> s
 
 
 def at_broker(default: str | None = LOCAL_BROKER) -> Callable[[Command], Command]:
-    """Add --broker and --credentials; the command gets `broker`, an Address, or None without a URL."""
+    """Add --broker and --credentials; the command gets `broker`, an Address; None without a URL."""
     url = click.option(
         "--broker",
         metavar="URL",

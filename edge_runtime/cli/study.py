@@ -29,8 +29,8 @@ def command(
 ) -> None:
     """Compare methods on virtual devices: a grid of arms by seeds.
 
-    Finished runs are kept, so a study that was stopped continues when the command is given again. SPEC is a file such
-    as those in studies/.
+    Finished runs are kept, so a study that was stopped continues when the command is given again.
+    SPEC is a file such as those in studies/.
     """
     from edge_runtime.planning import processes
     from edge_runtime.simulation import grid, report
@@ -40,14 +40,14 @@ def command(
         raise InputError(
             "a study's packages are not installed: in a clone of Edge Runtime, run pip install '.[study]'"
         )
-    study = specs.load(spec)
-    selected = specs.chosen(study, seeds, arms)
+    whole = specs.load(spec)
+    selected = specs.chosen(whole, seeds, arms)
     folder = out or Path("docs/study") / spec.stem
     failures = grid.run(selected, data, models, folder, workers or os.cpu_count() or 1, click.echo)
     # the table has the file's seeds, and those that were asked for now
-    runs = grid.finished(study, dict.fromkeys((*study.study.seeds, *selected.study.seeds)), folder)
-    report.write(study, runs, spec.stem, folder)
-    report.show(study, runs, spec.stem)
+    runs = grid.finished(whole, dict.fromkeys((*whole.study.seeds, *selected.study.seeds)), folder)
+    report.write(whole, runs, spec.stem, folder)
+    report.show(whole, runs, spec.stem)
     click.echo(f"written: {folder / 'README.md'}")
     if failures:
         raise EdgeError(

@@ -3,9 +3,10 @@
     prompt      Command: could you start the water boiler\\nAction:
     completion  {"kettle": "on"}
 
-A command names a thing by any of its everyday words, the action by its key in DOMAINS. So the words of a
-domain must be learned from that domain's rows. Devices have in common: wording, polite openings, verbs, the
-JSON form, and the things in COMMON (lights, heating, music, cameras).
+A command names a thing by any of its everyday words, and the action names the thing by its key in
+DOMAINS. So the words of a domain must be learned from that domain's rows. Devices have in common:
+wording, polite openings, verbs, the JSON form, and the things in COMMON (lights, heating, music,
+cameras).
 """
 
 import hashlib
@@ -41,7 +42,8 @@ def rows(domain: str, train: int, held_out: int, seed: int) -> DomainRows:
     Args:
         domain: one of DOMAINS.
         train: rows to train on, of the domain's things and the common ones.
-        held_out: rows in each of the two held-out lists, all distinct; the other domains have equal shares.
+        held_out: rows in each of the two held-out lists, all distinct; the other domains have
+            equal shares.
         seed: equal seeds give equal rows on every machine.
 
     Raises:
@@ -49,15 +51,14 @@ def rows(domain: str, train: int, held_out: int, seed: int) -> DomainRows:
         ValueError: the generator does not know that many distinct commands.
     """
     draw = random.Random(f"{seed}/{domain}")
-    words = DOMAINS[domain]
-    trained = _draw(draw, words, COMMON_SHARE, train, held_out=False)
-    own = _draw(draw, words, COMMON_SHARE, held_out, held_out=True)
-    foreign = [others for name, others in DOMAINS.items() if name != domain]
+    train_rows = _draw(draw, DOMAINS[domain], COMMON_SHARE, train, held_out=False)
+    held_out_rows = _draw(draw, DOMAINS[domain], COMMON_SHARE, held_out, held_out=True)
+    others = [words for name, words in DOMAINS.items() if name != domain]
     others_rows = []
-    for number, words in enumerate(foreign):
-        share = held_out // len(foreign) + (number < held_out % len(foreign))
+    for number, words in enumerate(others):
+        share = held_out // len(others) + (number < held_out % len(others))
         others_rows += _draw(draw, words, 0.0, share, held_out=True)
-    return DomainRows(trained, own, others_rows)
+    return DomainRows(train_rows, held_out_rows, others_rows)
 
 
 def _draw(

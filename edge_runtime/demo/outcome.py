@@ -1,4 +1,4 @@
-"""What a run of the demo came to, read from its node's store."""
+"""The result of a run of the demo, read from its node's store."""
 
 from pathlib import Path
 

@@ -1,6 +1,7 @@
 """The demo: a broker, an aggregator and three agents, as processes, on a real model.
 
-Each device has its domain of commands and its budget. The planner chooses which size of the model a device trains.
+Each device has its domain of commands and its budget. The planner chooses which size of the model
+a device trains.
 """
 
 import contextlib
@@ -87,9 +88,9 @@ def run(method: str, broker: Address | None, keep: Path | None) -> outcome.DemoO
 def budgets_bytes(fleet: Fleet, facts: dict[str, Facts], runtime_bytes: int, rates: Rates) -> dict[str, int]:
     """The budget of each device, so that each trains another size of the model.
 
-    A size fits a budget that is at least its smallest predicted peak, whatever weight format reaches
-    it. So a budget between the smallest peaks of two neighbouring sizes fits the smaller one of them
-    and no larger one. Budgets lie halfway.
+    A size fits a budget that is at least its smallest predicted peak, whichever weight format has
+    that peak. So a budget between the smallest peaks of two neighbouring sizes fits the smaller
+    size and no larger size. Budgets lie halfway.
 
     Args:
         fleet: its catalog has at least as many depths as there are devices, the largest first.
@@ -139,7 +140,7 @@ def arguments(folder: Path, broker: Address, budgets: dict[str, int], threads: i
 
 
 def _start(name: str, words: list[str], folder: Path, environment: dict[str, str], lines: Lines) -> Child:
-    """Start a process. What it prints goes to the queue and to NAME.jsonl, its errors to NAME.log."""
+    """Start a process; its output goes to the queue and to NAME.jsonl, its errors to NAME.log."""
     command = [sys.executable, "-m", "edge_runtime.cli", *words]
     with (folder / f"{name}.log").open("wb") as errors:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment)

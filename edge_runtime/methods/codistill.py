@@ -82,7 +82,7 @@ def learned(targets: Array, temperature: float) -> tuple[Array, Array]:
 
 
 def news(targets: Array, unmet: list[bool]) -> Array:
-    """u (texts,) of the fleet's T (texts, labels). unmet: by label, whether the device has no rows."""
+    """u (texts,) of the fleet's T (texts, labels). unmet: by label, whether the device has no row."""
     targets = np.maximum(targets, 0)
     share: Array = targets[:, unmet].sum(1) / np.maximum(targets.sum(1), FLOOR)
     return share

@@ -62,8 +62,11 @@ def check(spec: Codistill, payload: bytes) -> None:
 
 
 def merged(devices: Callable[[], Iterable[tuple[int, bytes]]]) -> bytes:
-    """The best completion of each prompt, of pairs of a device's rows and its completions, all encoded."""
-    # the first pass: who may have the most votes
+    """The best completion of each prompt, encoded.
+
+    devices: pairs of a device's rows and its encoded completions.
+    """
+    # the first pass: completions that may have the most votes
     candidates: dict[int, dict[str, float]] = defaultdict(dict)
     samples = 0
     for rows, payload in devices():

@@ -53,11 +53,11 @@ def mean_product(contributions: Contributions) -> Tensors:
 
 
 def best_factors(contributions: Contributions, kept: int = 0) -> Iterator[tuple[str, Factors, Factors]]:
-    """Each layer's last factors, and new ones whose product is nearest to the devices' mean product.
+    """Each layer's place, its last factors, and factors nearest to the devices' mean product.
 
-    The new A's rows are orthonormal, and B's columns are as long as the singular values. They have
-    the rank of the last factors, or the product's where that is lower. A layer's memory is freed
-    before the next layer.
+    The new A's rows are orthonormal, and the new B's columns are as long as the singular values.
+    The new factors have the rank of the last factors, or the product's rank where that is lower.
+    A layer's memory is freed before the next layer.
 
     Args:
         kept: rank of keptA and keptB, which are then the last factors, and whose product joins the

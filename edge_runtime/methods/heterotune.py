@@ -101,7 +101,7 @@ class HeteroTune(MethodSettings, frozen=True):
 
 
 def core(factors: Mapping[str, Any], _: float) -> Any:
-    """C (r, r) of U (branches · width, r), V (r, branches · width) and gates (branches,), if any."""
+    """C (r, r) of U (branches · width, r), V (r, branches · width), gates (branches,) or none."""
     U, V = factors["U"], factors["V"]
     if "g" in factors:
         gates = factors["g"].softmax(-1) * len(factors["g"])
@@ -139,12 +139,12 @@ def _step(counts: Array, deltas: Array, alignment: Alignment) -> Array:
 
 
 def combined(steps: Array, shares: Array, alignment: Alignment) -> Array:
-    """One step (entries,) of classes' steps (classes, entries): by projection, pairwise or cagrad."""
+    """One step (entries,) of classes' steps (classes, entries), by `alignment`."""
     flat = steps.astype(np.float64)
-    mean = plain = shares @ flat
+    step = plain = shares @ flat
     norms = np.linalg.norm(flat, axis=1)
     if alignment == "cagrad":
-        mean = _cagrad(flat, plain)
+        step = _cagrad(flat, plain)
     elif len(flat) > 1 and norms.all():
         if alignment == "projection":
             # without the parts against the common direction g
@@ -153,11 +153,11 @@ def combined(steps: Array, shares: Array, alignment: Alignment) -> Array:
             aligned = flat - against[:, None] * g / max(float(g @ g), TINY)
         else:
             aligned = _pairwise(flat, norms)
-        mean = shares @ aligned
-        length = float(np.linalg.norm(mean))
+        step = shares @ aligned
+        length = float(np.linalg.norm(step))
         opposed = length < SMALL * norms.max()  # nothing in common but rounding
-        mean *= 0.0 if opposed else np.linalg.norm(plain) / length
-    return mean.astype(np.float32)
+        step *= 0.0 if opposed else np.linalg.norm(plain) / length
+    return step.astype(np.float32)
 
 
 def _pairwise(flat: Any, norms: Any) -> Any:

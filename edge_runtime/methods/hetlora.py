@@ -68,7 +68,7 @@ class HetLoRA(MethodSettings, frozen=True):
         return self.penalty * sum(tails) / len(products)
 
     def _next_rank(self, after: Mapping[str, Any], before: Callable[[str], Any]) -> int:
-        """The leading ranks where the tail shrank in the round, else all of the device's."""
+        """The number of leading ranks if the tail shrank in the round, else the device's rank."""
         layers = [layer for layer, _, _ in layer_factors(after)]
         rank = len(after[join(layers[0], "A")])
         fewer = self._leading(rank)

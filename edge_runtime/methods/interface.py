@@ -122,9 +122,9 @@ class Method(NamedTuple):
     name: str
     factors: dict[str, Factor]  # by name; A and B always
     merges: dict[str, Merge]  # for each kind of tensor that devices exchange
-    # C of a layer, from its factors (torch tensors) and its relative depth; None: the identity.
+    # Returns C of a layer, from its factors (torch tensors) and its relative depth; None: the identity.
     core: Callable[[Mapping[str, Any], float], Any] = lambda factors, depth: factors.get("C")
-    kept: int = 0  # rank of the frozen factors keptA and keptB, which lie beside A and B
+    kept: int = 0  # rank of the frozen factors keptA and keptB, which lie beside A and B; 0: none
     stages: int = 1  # bins of relative depth, whose layers share the factors of kind `stages`
     # The lengths of the method's own axes, on a device of a rank.
     sizes: Callable[[int], Mapping[str, int]] = lambda rank: {}

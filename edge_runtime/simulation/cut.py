@@ -26,8 +26,8 @@ def cut(source: str, layers: int, models: Path) -> str:
     source is as in a catalog; relative paths start from the folder `models`.
 
     Raises:
-        InputError: the model has fewer layers, cannot be cut, or is being cut by another process that
-            does not end.
+        InputError: the model has fewer layers, cannot be cut, or is being cut by another process
+            that does not end.
     """
     facts = processes.prepared(source, models)
     if not 1 <= layers <= facts.layers:

@@ -21,7 +21,7 @@ from edge_runtime.simulation.spec import Arm, Spec, slug
 
 
 def finished(spec: Spec, seeds: Iterable[int], out: Path) -> Outcomes:
-    """The folder's runs that this code would make again alike, by arm and seed in the order given."""
+    """Runs in the folder that this code would repeat alike, by arm and seed in the given order."""
     present = results.read(out)
     runs = [(arm, seed) for arm in spec.arm for seed in seeds if (arm.name, seed) in present]
     return {

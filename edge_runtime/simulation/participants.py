@@ -32,8 +32,8 @@ class Participant:
 
     device: Device
     facts: Facts
-    fleet: Fleet  # as this device trains in it: a pooled one makes the steps of all
-    plan: Plan  # the rank is lowered by methods that prune
+    fleet: Fleet  # as this device trains in it: a pooled device makes the steps of all its devices
+    plan: Plan  # its rank falls with methods that prune ranks
     rounds: LocalRounds
     rows: int  # that it trains on
     answers: list[dict[str, Answers]] = field(default_factory=list)
@@ -99,7 +99,7 @@ def _facts(source: str, first: int | None, models: Path) -> Facts:
 
 
 def _write(folder: Path, rows: list[data.Row], held_out: list[data.Row], labels: set[str]) -> DeviceRows:
-    """Write a device's rows; held-out rows are seen if their label is among `labels`, else unseen."""
+    """Write a device's rows. A held-out row is seen if its label is among `labels`, else unseen."""
     folder.mkdir()
     evaluation = {}
     for name, seen in (("seen", True), ("unseen", False)):

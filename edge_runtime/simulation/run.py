@@ -75,8 +75,7 @@ def run_arm(spec: Spec, arm: Arm, seed: int, *, files: Path, models: Path, folde
 def _work(members: list[Participant], round_: int, versions: Versions, anchors: Path | None) -> None:
     """Let each device evaluate and train; after the last round it evaluates alone."""
     rounds = versions.fleet.rounds
-    # Devices of one model and rank begin a round with equal adapters, so one evaluation serves them
-    # all.
+    # Devices of a model and a rank begin a round with equal adapters: one evaluation serves them all.
     all_shared = not any(factor.private for factor in versions.method.factors.values())
     evaluated: dict[Any, dict[str, Answers]] = {}
     for participant in members:
@@ -111,7 +110,7 @@ def _work(members: list[Participant], round_: int, versions: Versions, anchors: 
 
 
 def _hand_in(participant: Participant, job: Job, result: Result, versions: Versions) -> None:
-    """Give the device's update to the node, which takes every one, and note what its round moved."""
+    """Give the device's update to the node, which takes each; note its bytes and next rank."""
     participant.bytes_up.append(result.payload_bytes)
     participant.bytes_down.append(Path(job.start).stat().st_size if job.start else 0)
     rounds = participant.rounds

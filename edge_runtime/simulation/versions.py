@@ -1,4 +1,4 @@
-"""The node of a run: its global versions, how far each round moves them, and whether models agree."""
+"""The node of a run: global versions, how far a round moves them, and whether models agree."""
 
 from collections import defaultdict
 from itertools import combinations
@@ -80,7 +80,7 @@ class Versions:
 
 
 def cosines(updates: list[Update], method: Method) -> list[float]:
-    """Cosines between two classes' mean steps, for each pair and tensor of the fleet that both moved.
+    """Cosines of two classes' mean steps, for each pair of classes and tensor that both moved.
 
     A tensor of a lower rank counts as 0 in the entries that it does not have.
     """

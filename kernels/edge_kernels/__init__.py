@@ -1,6 +1,7 @@
 """Operators of low-memory fine-tuning.
 
-One file an operator, or one folder; each has one autograd Function whose file states what it keeps.
+An operator is a file or a folder, and `norms` holds two. The file of its autograd Function states
+which tensors are kept for backward.
 """
 
 from edge_kernels.adamw8bit import AdamW8bit

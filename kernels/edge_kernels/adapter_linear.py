@@ -72,7 +72,7 @@ class _AdapterLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         _, _, trains_a, trains_c, trains_b, *_ = ctx.needs_input_grad
         z = rows @ A.to(x.dtype).T
-        source = rows if trains_a else z if trains_c or trains_b else None  # of z in backward
+        source = rows if trains_a else z if trains_c or trains_b else None  # gives z in backward
         saved = (source, A, C, B, *(weight.parts if isinstance(weight, Packed) else (weight,)))
         ctx.save_for_backward(*saved)
         ctx.form, ctx.scale, ctx.shape = (weight[:2] if isinstance(weight, Packed) else None, scale, x.shape)

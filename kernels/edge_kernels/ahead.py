@@ -148,7 +148,7 @@ def _usage(cubin: bytes) -> tuple[int, ...]:
 
 
 def _instructions(cubin: bytes) -> int:
-    """Of 16 bytes, in the sections of a 64-bit ELF file that hold instructions (flag 4)."""
+    """Instructions, of 16 bytes, in the sections of a 64-bit ELF file that hold code (flag 4)."""
     start, (count,) = struct.unpack_from("<Q", cubin, 40)[0], struct.unpack_from("<H", cubin, 60)
     sections = [struct.unpack_from("<IIQQQQ", cubin, start + 64 * index) for index in range(count)]
     return int(sum(size for _, _, flags, _, _, size in sections if flags & 4)) // 16

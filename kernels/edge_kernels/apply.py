@@ -1,7 +1,7 @@
 """Puts the operators into a loaded Hugging Face model, module by module, and takes them out again.
 
     norms        rms_norm, layer_norm
-    MLP          gated_activation, where the activation has a gate; in tiles of tokens
+    MLP          gated_activation, where the MLP has a gate; in tiles of tokens
     attention    rotary, where there are rotary positions; attention, on a CPU where only later keys
                  are masked
 

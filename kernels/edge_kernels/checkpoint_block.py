@@ -63,11 +63,12 @@ def checkpoint_block(
 ) -> Output:
     """Run a block and return its result; its inner activations exist only while it runs.
 
-    It runs once more in backward.
-    The block has to do the same in both runs: a block that changes a cache of keys does not.
+    The block runs once more in backward. It has to do the same in both runs: a block that changes a
+    cache of keys does not.
 
     Args:
-        block: a module or function. It returns a tensor, or a tuple of tensors and tensor-free values.
+        block: a module or function. It returns a tensor, or a tuple of tensors and of values
+            without tensors.
         hidden: (..., n) of any float dtype.
         *args: masks, positions. They are kept as they are, and get no gradients.
         **kwargs: as args.
@@ -167,7 +168,7 @@ class _Run:
 
 @contextmanager
 def innermost(run: _Run | None) -> Iterator[None]:
-    """Inside, operations are a part of this run; None: of no block's run."""
+    """Inside, operations are a part of this run; with None, of no block's run."""
     outer, _runs.innermost = getattr(_runs, "innermost", None), run
     try:
         yield
@@ -215,7 +216,7 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, again, boundary, random, parts, constant, hidden, *leaves):  # type: ignore[no-untyped-def]
-        # the block as a function of its input; during the first run: the autocast, and how many tensors it kept
+        # of the first run: the block with its arguments, the autocast, the count of kept tensors
         ctx.call, ctx.autocast, ctx.counted, ctx.leaves = again
         ctx.dtype, ctx.count = hidden.dtype, len(boundary)
         ctx.save_for_backward(*boundary, *random)

@@ -24,7 +24,7 @@ def in_tiles(
     Args:
         function: (rows, n) to the same shape; deterministic, and each row by itself.
         x: (..., n) of any float dtype.
-        tokens: rows at a time; no tiles where x has no more.
+        tokens: rows at a time; x that has no more rows is not cut.
         trained: the function's parameters that require gradients. Each gets its whole gradient
             after the last tile.
 

@@ -6,8 +6,8 @@
     layer_norm    μ = mean(x) and γ = mean(g), over the last axis; no offset
     rms_norm      μ = γ = 0; no bias
 
-Kept for backward: x, and rstd and layer_norm's μ, one float32 a row each. Weight and bias are
-frozen and get no gradient. Source: Zhang & Sennrich 2019, arXiv 1910.07467 (rms_norm; offset=1 is
+Kept for backward: x, rstd, and layer_norm's μ; rstd and μ are one float32 a row. Weight and bias
+are frozen and get no gradient. Source: Zhang & Sennrich 2019, arXiv 1910.07467 (rms_norm; offset=1 is
 Gemma's form); Ba, Kiros & Hinton 2016, arXiv 1607.06450 (layer_norm).
 """
 
@@ -135,7 +135,7 @@ def _forward_triton(x, weight, bias, eps, offset, centred):  # type: ignore[no-u
     x, tile = x.contiguous(), _tile(x.shape[1])
     y, rstd = torch.empty_like(x), torch.empty(len(x), device=x.device)
     mean = torch.empty_like(rstd) if centred else None
-    # any tensor stands for an absent one
+    # some other tensor stands for an absent one
     tensors = x, weight, weight if bias is None else bias, y, mean if centred else rstd, rstd
     _forward_kernel[(triton.cdiv(len(x), tile["ROWS"]),)](
         *tensors, *x.shape, eps, offset, CENTRED=centred, BIASED=bias is not None, **tile

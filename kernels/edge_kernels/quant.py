@@ -66,7 +66,7 @@ class Packed(NamedTuple):
         return self[2:]
 
     def rows(self, index: slice | torch.Tensor) -> "Packed":
-        """A part of the rows; of nf4 a slice from a multiple of GROUP, so that groups stay whole."""
+        """Some of the rows; of nf4 a slice from a multiple of GROUP, so that groups stay whole."""
         groups, mins = self.groups, None if self.mins is None else self.mins[index]
         if groups is not None:
             assert isinstance(index, slice) and index.start % GROUP == 0, (
@@ -240,7 +240,7 @@ def _pack_nf4(blocks: torch.Tensor, shape: tuple[int, int]) -> Packed:
     groups = grouped.abs().amax(-1)
     codes = _nearest(grouped * _inverse(groups[:, None]), dynamic_map(blocks.device)).flatten()
     packed = Packed("nf4", shape, blocks, codes[: len(scales)].view_as(largest), None, groups, offset)
-    rounded = _scales(packed, slice(None))[..., None]  # the quants make up for the rounding
+    rounded = _scales(packed, slice(None))[..., None]  # so the quants make up for their rounding
     quants = _nearest(blocks * _inverse(rounded), torch.tensor(NF4, device=blocks.device))
     return packed._replace(quants=_nibbles(quants))
 

@@ -1,4 +1,4 @@
-"""How a kernel reads a frozen matrix, dense or packed: pointers, and one tile expanded.
+"""A kernel's access to a frozen matrix, dense or packed: pointers, and one tile expanded.
 
 The layouts are those of `quant`. A tile of four-bit quants is joined, the low halves of a block
 before the high halves, so that columns keep their order. The values of nf4 and the 256 levels of
@@ -59,7 +59,7 @@ def blank_packed(format: Any, out: int, into: int) -> Packed:
 
 
 def pointers(weight: torch.Tensor | Packed) -> list[torch.Tensor]:
-    """quants, scales, mins, groups, offset, tables; any tensor stands for an absent part."""
+    """quants, scales, mins, groups, offset, tables; some other tensor stands for an absent part."""
     if isinstance(weight, torch.Tensor):
         return [weight] * 6
     parts = (*weight.parts, _tables(weight.device))

@@ -26,8 +26,8 @@ from edge_kernels.backend import DTYPES, Launch, blank, jit, tl
 
 BLOCK = 256  # values that share a scale
 PIECE = 1 << 17  # values that the torch backend holds in float32 at a time
-LEAST1, LEAST2 = 2.0**-15, 2.0**-31  # where the 8-bit floats of m and v start,
-BITS1, BITS2 = 127 - 15 << 23, 127 - 31 << 23  # and the same numbers as bits of a float32
+LEAST1, LEAST2 = 2.0**-15, 2.0**-31  # subtracted from the 8-bit floats of m and v
+BITS1, BITS2 = 127 - 15 << 23, 127 - 31 << 23  # these two numbers as bits of a float32
 TINY = torch.finfo(torch.float32).tiny
 CUT = 20  # bits of a float32's mantissa that the 8-bit floats lack
 SPREAD = 0x9E3779B1  # the golden ratio in 32 bits

@@ -128,9 +128,9 @@ def _path(rows: torch.Tensor, head: torch.Tensor | Packed, tokens: int, chunk_by
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, head, batch, softcap, chunk_bytes, path):  # type: ignore[no-untyped-def]
-        losses, partial = path.losses(rows, head, batch, softcap, chunk_bytes, ctx.needs_input_grad[0])
-        # partial: of tiles the log-sum-exps, else dh
-        ctx.save_for_backward(*((rows, partial) if path is tiles else (partial,)))
+        losses, saved = path.losses(rows, head, batch, softcap, chunk_bytes, ctx.needs_input_grad[0])
+        # saved: the tokens' log-sum-exps on the path of tiles, else dh
+        ctx.save_for_backward(*((rows, saved) if path is tiles else (saved,)))
         ctx.path, ctx.options = path, (head, batch, softcap, chunk_bytes)
         ctx.shape, ctx.tokens = rows.shape, max(len(batch.targets), 1)
         return losses.sum() / ctx.tokens

@@ -1,8 +1,8 @@
 """The loss in chunks of tokens, in Triton: the logits become their own gradient in place.
 
 The products are the library's. A kernel turns the logits of a chunk, which fit the byte budget,
-into their gradient. Two products a token, which read the head once for each chunk and direction.
-Kept for backward: dh.
+into their gradient. There are two products a token, and each reads the head once a chunk. Kept for
+backward: dh.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ LAUNCH: dict[str, Any] = {"BLOCK": 4096, "num_warps": 8}
 
 
 def losses(rows, head, batch, softcap, chunk_bytes, trains):  # type: ignore[no-untyped-def]
-    """The loss of each labelled token, and their gradient, or None where h does not train."""
+    """The loss of each labelled token, and dh of all, or None where h does not train."""
     tokens, vocabulary = len(batch.targets), head.shape[0]
     step = min(tokens_a_chunk(rows, vocabulary, chunk_bytes), tokens)
     dh = rows.new_empty(tokens, rows.shape[1]) if trains else None

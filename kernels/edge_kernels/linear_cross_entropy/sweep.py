@@ -17,7 +17,7 @@ NEVER = -1e30  # a logit whose exponential is 0 beside any other logit's
 
 
 def losses(rows, head, batch, softcap, chunk_bytes, trains):  # type: ignore[no-untyped-def]
-    """The loss of each labelled token, and their gradient, or None where h does not train."""
+    """The loss of each labelled token, and dh of all, or None where h does not train."""
     tokens, width = len(batch.targets), rows.shape[1]
     dh = rows.new_empty(tokens, width) if trains else None
     result = torch.empty(tokens, device=rows.device)

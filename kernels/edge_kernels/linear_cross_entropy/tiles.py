@@ -110,10 +110,11 @@ def _kernel(  # type: ignore[no-untyped-def]
     V: tl.constexpr,
     K: tl.constexpr,
 ):
-    """Forward, log_sums: of the tile; result: the label's logit, where the label is in the tile.
+    """One tile, forward or back.
 
-    Back, log_sums: of the tokens; result: dh, to which dl W of the tile is added, unless dl is
-    below `resolution` for every token.
+    Forward, the log-sum-exps of the tile go to log_sums, and the logits of the labels that are in
+    the tile to result. Back, log_sums has the log-sum-exps of whole tokens, and dl W of the tile is
+    added to result, which is dh, unless dl is below `resolution` for every token.
     """
     parts = quants_ptr, scales_ptr, mins_ptr, groups_ptr, offset_ptr, tables_ptr
     blocks = tl.cdiv(tokens, M)

@@ -82,8 +82,7 @@ class Window:
     ) -> None:
         """Take the limits of a new connection, on which paho resends what is unacknowledged.
 
-        Publishes that exceed the limits would break the new connection too; then `drop` makes paho
-        forget them all.
+        Where the resent publishes would exceed the limits, `drop` makes paho forget them.
         """
         with self._changed:
             self.slots, self.packet_max = slots, packet_max

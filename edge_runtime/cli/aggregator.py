@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 def command(fleet: Path, state: Path, broker: Address, node: str, until_finished: bool, json: bool) -> None:
     """Run a fleet's node.
 
-    The node announces rounds, receives the devices' deltas, merges them, and publishes the global
-    versions.
+    The node announces rounds, receives and merges deltas, and publishes the global versions.
     """
     from edge_runtime import settings
     from edge_runtime.aggregator.node import Node, NodeOptions

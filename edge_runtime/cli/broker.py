@@ -31,17 +31,13 @@ from edge_runtime.cli.options import PATH, as_json
 def command(port: int, state: Path, kind: str, json: bool) -> None:
     """Run a broker on this machine's loopback.
 
-    Mosquitto if it is installed, else an embedded one. A fleet needs a broker of its own:
-    broker/README.md.
+    Mosquitto if it is installed, else an embedded one. For a fleet's broker see broker/README.md.
     """
     from edge_broker.local import start_broker
 
-    running = start_broker(port=port, state_dir=state, kind=kind)
-    listening = {"kind": running.kind, "url": running.url}
-    text = f"{running.kind} listens at {running.url}; stop it with Ctrl-C"
-    click.echo(msgspec.json.encode(listening) if json else text)
-    # Both signals end the broker with exit code 0: it has nothing to lose.
-    try:
+    with start_broker(port=port, state_dir=state, kind=kind) as running:
+        listening = {"kind": running.kind, "url": running.url}
+        text = f"{running.kind} listens at {running.url}; stop it with Ctrl-C"
+        click.echo(msgspec.json.encode(listening) if json else text)
+        # Both signals end the broker with exit code 0: it has nothing to lose.
         signal.sigwait({signal.SIGINT, signal.SIGTERM})
-    finally:
-        running.stop()

@@ -23,8 +23,7 @@ from edge_runtime.errors import EdgeError
 def command(method: str, broker: Address | None, keep: Path | None, json: Path | None) -> None:
     """Run a whole fleet on this machine.
 
-    A broker (without --broker), an aggregator and three agents, as processes of their own, on a real
-    model.
+    A broker (without --broker), an aggregator and three agents, each a process, on a real model.
     """
     from edge_runtime.cli import views
     from edge_runtime.demo.run import run

@@ -5,8 +5,7 @@
 
 A command names a thing by any of its everyday words, and the action names the thing by its key in
 DOMAINS. So the words of a domain must be learned from that domain's rows. Devices have in common:
-wording, polite openings, verbs, the JSON form, and the things in COMMON (lights, heating, music,
-cameras).
+wording, polite openings, verbs, the JSON form, and the things in COMMON (lights, music, ...).
 """
 
 import hashlib
@@ -42,8 +41,7 @@ def rows(domain: str, train: int, held_out: int, seed: int) -> DomainRows:
     Args:
         domain: one of DOMAINS.
         train: rows to train on, of the domain's things and the common ones.
-        held_out: rows in each of the two held-out lists, all distinct; the other domains have
-            equal shares.
+        held_out: distinct rows in each held-out list; the other domains have equal shares.
         seed: equal seeds give equal rows on every machine.
 
     Raises:

@@ -62,10 +62,7 @@ def check(spec: Codistill, payload: bytes) -> None:
 
 
 def merged(devices: Callable[[], Iterable[tuple[int, bytes]]]) -> bytes:
-    """The best completion of each prompt, encoded.
-
-    devices: pairs of a device's rows and its encoded completions.
-    """
+    """The best completion of each prompt, of pairs of a device's rows and encoded completions."""
     # the first pass: completions that may have the most votes
     candidates: dict[int, dict[str, float]] = defaultdict(dict)
     samples = 0

@@ -24,8 +24,7 @@ class RunningMean:
 
     def __init__(self) -> None:
         self._sums: Tensors = {}
-        # by the shape that devices sent
-        self._rows: dict[str, Counter[tuple[int, ...]]] = defaultdict(Counter)
+        self._rows: dict[str, Counter[tuple[int, ...]]] = defaultdict(Counter)  # by key and shape
 
     def add(self, contribution: Contribution) -> None:
         """Count one device."""

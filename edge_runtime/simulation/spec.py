@@ -32,8 +32,7 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     train: str
     test: str
-    # Training rows of each label on a device; None: rows / labels.
-    per_label: AtLeastOne | None = None
+    per_label: AtLeastOne | None = None  # training rows of each label on a device; None: rows / labels
     rows: AtLeastOne = 1000  # training rows on a device, where per_label is None
     test_rows: Annotated[int, msgspec.Meta(ge=0)] = 0  # held-out rows; 0: all
     # Held-out rows of each label, in place of test_rows: a device that has learned nothing is then

@@ -1,7 +1,6 @@
 """Operators of low-memory fine-tuning.
 
-An operator is a file or a folder, and `norms` holds two. The file of its autograd Function states
-which tensors are kept for backward.
+An operator is a file or a folder; norms.py has two. The files state what is kept for backward.
 """
 
 from edge_kernels.adamw8bit import AdamW8bit

@@ -67,8 +67,7 @@ def checkpoint_block(
     cache of keys does not.
 
     Args:
-        block: a module or function. It returns a tensor, or a tuple of tensors and of values
-            without tensors.
+        block: returns a tensor, or a tuple of tensors and of values that hold no tensor.
         hidden: (..., n) of any float dtype.
         *args: masks, positions. They are kept as they are, and get no gradients.
         **kwargs: as args.

@@ -64,8 +64,7 @@ class Receiver:
             session: with expiry 0, because the offers are a shared subscription.
             journal: used from the caller's thread.
             fleet, node: whose offers are taken, and the name that chunks are addressed to.
-            check: returns the reason to refuse a manifest for good, or None; called before any
-                chunk is taken.
+            check: returns why to refuse a manifest for good, or None; called before any chunk.
             known_key: returns a device's public key (hex), or None if the device is not enrolled.
         """
         self._session, self._journal = session, journal
@@ -119,8 +118,7 @@ class Receiver:
     def commit(self, transfer: str, within: Callable[[], object] = lambda: None) -> bool:
         """Count a complete update in its round, and send its receipt or its rejection.
 
-        within: makes the caller's changes in the same transaction, if the update counts.
-        Returns whether the update counts now for the first time.
+        Returns whether the update counts now. within: as `Journal.commit` takes it.
         """
         counts = self._journal.commit(transfer, within)
         entry = self._journal.find(transfer)

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -45,9 +44,6 @@ class Rejected(msgspec.Struct, frozen=True):
     code: str
     reason: str
     final: bool  # otherwise the uploader offers it again later
-
-
-_Settled = TypeVar("_Settled", Committed, Rejected)
 
 
 class _Upload:
@@ -84,9 +80,9 @@ class Uploader:
             session, outbox: both used from the caller's thread.
             fleet, device_id: as in every manifest of the outbox.
             key: signs the manifests; the node knows its public half.
-            on_settled: called when an update is committed or finally rejected, in the transaction
-                that settles the update in the outbox. If on_settled raises, nothing has changed and
-                the node is asked again.
+            on_settled: called with an update's final outcome, in the transaction that settles the
+                update in the outbox. If on_settled raises, nothing is settled and the node is asked
+                again.
         """
         self._session, self._outbox, self._key = session, outbox, key
         self._fleet, self._device = fleet, device_id
@@ -101,8 +97,7 @@ class Uploader:
     def handle(self, message: Message | Event | None) -> Committed | Rejected | None:
         """Take a message of the session. Other topics are ignored, malformed messages are logged.
 
-        Returns the outcome of an update, if there is one. An unreadable payload is Rejected with
-        the code "payload".
+        Returns an update's outcome, if any; an unreadable payload is Rejected as "payload".
         """
         upload = self._current
         result: Committed | Rejected | None = None
@@ -171,7 +166,7 @@ class Uploader:
             upload.tries, upload.due = 0, time.monotonic() + retry_s(0)
         return None
 
-    def _settle(self, result: _Settled) -> _Settled:
+    def _settle(self, result: Committed | Rejected) -> Committed | Rejected:
         transfer = result.manifest.transfer
         with self._outbox.transaction():
             if isinstance(result, Committed):
@@ -183,7 +178,7 @@ class Uploader:
             self._current = None
         return result
 
-    def _send_chunks(self) -> Rejected | None:
+    def _send_chunks(self) -> Committed | Rejected | None:
         """Publish granted chunks, as far as the window has room."""
         upload = self._current
         while upload and upload.queue:

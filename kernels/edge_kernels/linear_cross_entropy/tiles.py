@@ -110,11 +110,10 @@ def _kernel(  # type: ignore[no-untyped-def]
     V: tl.constexpr,
     K: tl.constexpr,
 ):
-    """One tile, forward or back.
+    """Forward: store the tile's log-sum-exps, and in result the logits of the labels in the tile.
 
-    Forward, the log-sum-exps of the tile go to log_sums, and the logits of the labels that are in
-    the tile to result. Back, log_sums has the log-sum-exps of whole tokens, and dl W of the tile is
-    added to result, which is dh, unless dl is below `resolution` for every token.
+    Back: log_sums are those of whole tokens. Add dl W of the tile to result, which is dh, unless
+    dl is below `resolution` for every token.
     """
     parts = quants_ptr, scales_ptr, mins_ptr, groups_ptr, offset_ptr, tables_ptr
     blocks = tl.cdiv(tokens, M)

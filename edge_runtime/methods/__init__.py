@@ -1,6 +1,6 @@
 """Federated methods, one file each: what is trained, what is shared, how the node merges it.
 
-A new method is a file with a METHOD, a line in the list below, and a test.
+A new method is a file with a METHOD, an import and an entry of _FILES below, and a test.
 """
 
 import msgspec

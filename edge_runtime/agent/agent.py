@@ -49,9 +49,7 @@ def run(options: DeviceOptions, tell: Callable[[DeviceEvent], None], workers: Wo
         UnreachableError: no broker, or no round was announced in time.
         EdgeError: this device cannot take part: every model, or every plan failed.
     """
-    rows = DeviceRows(options.data, options.evaluation).with_held_out(options.state.resolve() / "work")
-    store = DeviceStore(options.state / "agent.db")
-    store.claim(options)
+    store, rows = _open(options)
     presence = PresenceSpec(options.fleet, options.id, int(store.get("epoch") or 0))
     client = topics.client_id("device", options.fleet, options.id)
     session = Session(options.broker, client, presence=presence)
@@ -73,6 +71,15 @@ def run(options: DeviceOptions, tell: Callable[[DeviceEvent], None], workers: Wo
         rounds.end_trainer()
         session.close()
         store.connection.close()
+
+
+def _open(options: DeviceOptions) -> tuple[DeviceStore, DeviceRows]:
+    """Check the rows before a state is made, and whose state it is before rows are written there."""
+    given = DeviceRows(options.data, options.evaluation)
+    rows = given.read()
+    store = DeviceStore(options.state / "agent.db")
+    store.claim(options)
+    return store, given.with_held_out(rows, options.state.resolve() / "work")
 
 
 def _connect(session: Session, rounds: Rounds, options: DeviceOptions) -> None:

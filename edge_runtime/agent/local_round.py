@@ -51,13 +51,9 @@ class DeviceRows(NamedTuple):
         except InputError:
             return False
 
-    def with_held_out(self, folder: Path) -> "DeviceRows":
-        """Read every row. Where no held-out file is given, keep a tenth of the rows apart in a folder.
-
-        Raises:
-            InputError: a file or a row cannot be used.
-        """
-        train, held_out = split(self.read(), seed=0)
+    def with_held_out(self, rows: list[Row], folder: Path) -> "DeviceRows":
+        """Where no held-out file is given, keep a tenth of the rows, from `read`, apart in a folder."""
+        train, held_out = split(rows, seed=0)
         if self.evaluation or not held_out:
             return self
         folder.mkdir(parents=True, exist_ok=True)

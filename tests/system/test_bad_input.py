@@ -40,11 +40,15 @@ def test_the_state_of_another_version_is_refused_and_stays_as_it_is(
     fleet.write()
     path = fleet.folder / folder / file
     path.parent.mkdir()
+    held_out = path.parent / "work" / "own.jsonl"
+    held_out.parent.mkdir()
+    held_out.write_text("of that version")
     with closing(sqlite3.connect(path)) as database, database:
         database.execute("CREATE TABLE state (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
         database.execute("INSERT INTO state VALUES ('residual', '3')")
     started = fleet.agent("a") if folder == "a" else fleet.node()
     assert_one_sentence(started, 2, f"{path.parent} was written by a version", "format 0", "another --state")
+    assert held_out.read_text() == "of that version"
     with closing(sqlite3.connect(path)) as database:
         assert database.execute("SELECT * FROM state").fetchall() == [("residual", "3")]
         assert database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall() == [

@@ -215,7 +215,8 @@ class Connection:
 
     def _between_packets(self) -> None:
         greeting, self._greeting = self._greeting, None
-        if greeting and self.filters and not greeting.session_present:
+        # _restoring: the last connection broke before the broker answered
+        if greeting and self.filters and (self._restoring or not greeting.session_present):
             filters = tuple(self.filters)
             self._restoring = {self.send_subscribe(filters): filters}
         if self._announce and self.publish_presence("online"):

@@ -259,6 +259,47 @@ def test_a_session_kept_by_the_broker_gets_what_came_meanwhile(
     assert await_message(away).payload == b"meanwhile"
 
 
+def test_subscriptions_that_were_sent_again_without_an_answer_are_sent_once_more(impatient):
+    subscribed = []
+
+    def serve(session_present, answers):
+        line, _ = server.accept()
+        with line:
+            _packet(line)  # CONNECT
+            line.sendall(bytes([0x20, 3, session_present, 0, 0]))
+            packet = _packet(line)
+            subscribed.append(packet[4:])
+            if answers:
+                line.sendall(bytes([0x90, 4, *packet[2:4], 0, 1]))
+            else:
+                line.shutdown(socket.SHUT_RDWR)
+            broken.wait(60 if answers else 0)
+
+    broken = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server, Session(_url(server), "a") as session:
+        # the second broker has forgotten the session, and ends before it reads SUBSCRIBE; the third goes on with it
+        script = [(0, True), (0, False), (1, True)]
+        first = threading.Thread(target=serve, args=script[0], daemon=True)
+        first.start()
+        session.connect(60)
+        session.subscribe("x")
+        broken.set()
+        first.join(60)
+        for step in script[1:]:
+            serve(*step)
+    assert len(subscribed) == 3 and subscribed[0] == subscribed[1] == subscribed[2]
+
+
+def _url(server):
+    return f"mqtt://127.0.0.1:{server.getsockname()[1]}"
+
+
+def _packet(line):
+    """One MQTT packet of less than 128 bytes."""
+    head = line.recv(2, socket.MSG_WAITALL)
+    return head + line.recv(head[1], socket.MSG_WAITALL)
+
+
 def test_a_device_started_again_is_told_what_is_retained(broker, open_session, fleet, await_message):
     open_session().publish(f"{fleet}/x", b"kept", retain=True)
     for _ in range(2):  # the second time the broker still has the session

@@ -50,7 +50,7 @@ class Address(msgspec.Struct, frozen=True):
         return f"{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
     def tls(self) -> ssl.SSLContext | None:
-        """The TLS context, or None for mqtt://; BrokerError if a file is missing or holds no key."""
+        """The TLS context, or None for mqtt://; BrokerError if a file is missing or has no key."""
         if self.scheme != "mqtts":
             return None
         try:
@@ -97,9 +97,9 @@ def parse(url: str) -> Address:
 def redacted(url: str) -> str:
     """Any text that was given as a broker's URL, cut down to scheme, user, host and port.
 
-    A malformed URL may hold its password anywhere: unencoded with / ? # or @ in it, or without a host
-    after it. So everything between the first ':' and the last '@' is left out, and a port that is no
-    number.
+    A malformed URL may hold its password anywhere: unencoded with / ? # or @ in it, or without a
+    host after it. So everything between the first ':' and the last '@' is left out, and a port that
+    is no number.
     """
     scheme = match[0] if (match := re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url)) else ""
     user_info, at, place = url[len(scheme) :].rpartition("@")

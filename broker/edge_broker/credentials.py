@@ -15,12 +15,12 @@ import msgspec
 from edge_broker.address import Address
 from edge_broker.errors import BrokerError
 
-# names of variables
+# environment variables
 USER, PASSWORD = "EDGE_RUNTIME_BROKER_USER", "EDGE_RUNTIME_BROKER_PASSWORD"
 
 
 class Credentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a broker asks of a client."""
+    """The user and the password that a broker asks for."""
 
     user: str
     password: str
@@ -32,8 +32,8 @@ class Credentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def complete(address: Address, file: Path | None, environment: Mapping[str, str]) -> Address:
     """The address with its user and password.
 
-    A file is asked first, then the URL, then the environment. A URL may name a user whose password is
-    in the environment.
+    The file comes first, then the URL, then the environment. A URL may name a user whose password
+    is in the environment.
 
     Args:
         address: the broker's address as its URL has it.
@@ -74,8 +74,8 @@ def read(path: Path) -> Credentials:
     """Read a credentials file.
 
     Raises:
-        BrokerError: the file cannot be read, is open to other users, or has another form. The message
-            quotes nothing of the file.
+        BrokerError: the file cannot be read, is open to other users, or has another form. The
+            message quotes nothing of the file.
     """
     try:
         with path.open("rb") as file:

@@ -113,7 +113,7 @@ class Journal:
             self._insert(manifest, bytes(manifest.chunks))
 
     def write(self, manifest: Manifest, index: int, data: bytes) -> bool:
-        """Write a chunk of an open transfer as `PartialFile.write` does; record sixteen at a time."""
+        """Write a chunk of an open transfer as `PartialFile.write` does; record each sixteen."""
         file = self._file(manifest)
         fresh = file.write(index, data)
         if file.unsynced >= _FLUSH_CHUNKS:

@@ -104,8 +104,8 @@ def start_broker(port: int = 0, *, state_dir: Path, kind: str = "auto") -> Broke
         kind: mosquitto, embedded, or auto: Mosquitto if it is installed.
 
     Raises:
-        BrokerError: no such broker is installed, the port is taken, or the broker did not start; the
-            message ends with the last lines of its log.
+        BrokerError: no such broker is installed, the port is taken, or the broker did not start;
+            the message ends with the last lines of its log.
     """
     program = None if kind == "embedded" else find_mosquitto()
     if kind not in ("auto", "mosquitto", "embedded"):

@@ -7,8 +7,8 @@
     rms_norm      μ = γ = 0; no bias
 
 Kept for backward: x, rstd, and layer_norm's μ; rstd and μ are one float32 a row. Weight and bias
-are frozen and get no gradient. Source: Zhang & Sennrich 2019, arXiv 1910.07467 (rms_norm; offset=1 is
-Gemma's form); Ba, Kiros & Hinton 2016, arXiv 1607.06450 (layer_norm).
+are frozen and get no gradient. Source: Zhang & Sennrich 2019, arXiv 1910.07467 (rms_norm;
+offset=1 is Gemma's form); Ba, Kiros & Hinton 2016, arXiv 1607.06450 (layer_norm).
 """
 
 from collections.abc import Iterator

@@ -124,6 +124,16 @@ def test_the_receipt_comes_only_after_the_owners_check(device, node, drive):
     assert d.outbox.pending() == [] and not n.complete[0].payload.exists()
 
 
+def test_a_reason_longer_than_a_message_is_cut_and_the_node_goes_on(device, node, drive):
+    d, n = device(), node()
+    n.hold = True
+    manifest = d.add(payload_of(1000))
+    drive(lambda: n.complete, d, n)
+    n.receiver.reject(manifest.transfer, "x" * (4 << 20))
+    drive(lambda: d.results, d, n)
+    assert d.results[0].reason == "x" * 1000 and d.results[0].final
+
+
 def test_a_transfer_still_open_when_its_round_closes_is_ended_with_the_reason(device, node, drive):
     d, n = device(), node()
     manifest = d.add(payload_of(3 << 20), chunk_bytes=4096)

@@ -16,6 +16,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import msgspec
+
 from edge_broker import chunks, messages, signing, topics
 from edge_broker.errors import BadMessage, BrokerError
 from edge_broker.events import Connected, Event, Message
@@ -32,6 +34,7 @@ _PAUSE_S = 2.0  # for a device that finds no place
 _SILENT_S = 30.0  # a transfer without a chunk for so long gives its place to another
 _DISK_FULL_S = 60.0  # before the disk is tried again
 _MAX_ANSWERS = 4096  # unsent; the oldest are dropped, and devices offer again
+_REASON = 1000  # characters of a reason that a device is sent, which may quote what the device sent
 _DUPLICATE = "device {0.device} already counts in round {0.round}"  # {0}: the manifest
 
 log = logging.getLogger(__name__)
@@ -264,6 +267,8 @@ class Receiver:
             self._answer(entry.manifest.device, reject)
 
     def _answer(self, device: str, answer: Inbox) -> None:
+        if isinstance(answer, Reject):
+            answer = msgspec.structs.replace(answer, reason=answer.reason[:_REASON])
         self._answers.append((device, answer))
         self.tick()
 

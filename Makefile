@@ -59,7 +59,7 @@ test: .venv/.checks
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m edge_kernels check --arch 87 --arch 90
+	$(BIN)/python -m edge_kernels check --arch 87
 	$(PYTEST) -m 'not long'
 
 test-long: .venv/.checks

@@ -12,6 +12,8 @@ LONG = (  # each is the beginning of a test's name
     "test_a_class_that_comes_late_starts_from_what_the_fleet_shares",
     "test_a_newcomer_gets_through_the_pages[long]",
     "test_a_page_runs_alone[long-",
+    "test_all_parameters_can_be_trained_beside_ours",
+    "test_completions_reach_a_model_of_another_tokenizer",
     "test_devices_of_unequal_ranks_learn_together[flora]",
     "test_devices_of_unequal_ranks_learn_together[hetlora]",
     "test_each_budget_gets_the_first_plan_in_that_order_that_fits[of1]",

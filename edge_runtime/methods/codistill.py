@@ -38,7 +38,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from edge_runtime.methods.interface import Array, Contributions, Factor, Method, Scope, Tensors
+from edge_runtime.methods.interface import Array, Contributions, Factor, Method, Scope, Tensors, add_to
 from edge_runtime.methods.lazy import np
 from edge_runtime.protocol.keys import join, parse
 from edge_runtime.settings import Codistill
@@ -60,7 +60,7 @@ def combined(contributions: Contributions) -> Tensors:
             key = join(parse(predicted).place, "T")
             if key in contribution.before:
                 before[key] = contribution.before[key]
-            sums[key] = sums.get(key, 0) + weight * value
+            add_to(sums, key, weight * value)
     return {key: value / samples - before.get(key, 0) for key, value in sums.items()}
 
 

@@ -16,11 +16,11 @@ SVD).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 from zlib import crc32
 
 from edge_runtime.methods import fedit
-from edge_runtime.methods.interface import Array, Contributions, Method, Tensors, layer_factors
+from edge_runtime.methods.interface import Array, Contributions, Method, Tensors, add_to, layer_factors
 from edge_runtime.methods.lazy import np
 from edge_runtime.protocol.keys import join
 
@@ -107,10 +107,10 @@ def _last(version: Mapping[str, Array], layer: str, device: Factors, kept: int) 
 
 def _times(terms: Terms, columns: Tensors, *, transposed: bool = False) -> Tensors:
     """Each layer's sum, or its transpose, times these columns."""
-    sums: dict[str, Any] = {}
+    sums: Tensors = {}
     for layer, weight, (A, B) in terms():
         first, second = (B.T, A.T) if transposed else (A, B)
-        sums[layer] = sums.get(layer, 0) + second @ (weight * (first @ columns[layer]))
+        add_to(sums, layer, second @ (weight * (first @ columns[layer])))
     return sums
 
 

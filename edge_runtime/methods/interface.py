@@ -90,8 +90,7 @@ def layer_factors(state: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """The place, A and B of each layer that has both."""
     for key, A in state.items():
         parsed = parse(key)
-        B = state.get(join(parsed.place, "B"))
-        if parsed.factor == "A" and B is not None:
+        if parsed.factor == "A" and (B := state.get(join(parsed.place, "B"))) is not None:
             yield parsed.place, A, B
 
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from edge_runtime.adapters.initial import initial
 from edge_runtime.aggregator.store import Version
-from edge_runtime.methods.interface import Array, Contribution, Method, Tensors
+from edge_runtime.methods.interface import Array, Contribution, Method, Scope, Tensors
 from edge_runtime.protocol import codec
 from edge_runtime.protocol.keys import STATE, parse
 from edge_runtime.protocol.round import FLEET
@@ -41,34 +41,44 @@ def merge(
         folder: the new versions' files are written here.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    by_class: dict[str, list[Update]] = {FLEET: updates}
-    scopes = {method.scope(kind) for kind in method.merges}
-    scopes |= {method.answers.shared} if method.answers is not None else set()
-    # a class without updates gets the shared tensors and answers, too
-    absent = versions.keys() - {FLEET} if "fleet" in scopes else set()
-    for model_class in sorted({update.manifest.model_class for update in updates} | absent):
-        by_class[model_class] = [update for update in updates if update.manifest.model_class == model_class]
-    shared: Tensors = {}
-    shared_answers = b""
     written = []
     # first the version that all classes share, and then each class's
-    for model_class, sent in by_class.items():
-        scope = "fleet" if model_class == FLEET else "class"
-        state = load_file(versions[model_class].master) if model_class in versions else {}
-        for kind in method.merges:
-            if method.scope(kind) == scope:
-                _merge_kind(kind, sent, state, fleet, method)
-        answers = shared_answers
-        if method.answers is not None and method.answers.shared == scope:
-            if sent:
-                answers = method.answers.merge(partial(_answers, sent))
-            else:
-                answers = codec.answers(versions[model_class].artifact.read_bytes())
-        if scope == "fleet":
-            shared, shared_answers = state, answers
-        if scope == "class" or state or answers or FLEET in versions:
-            written.append(_write(model_class, state, shared, answers, round_, folder))
+    shared, shared_answers = _merge_scope("fleet", FLEET, updates, versions, fleet, method)
+    if shared or shared_answers or FLEET in versions:
+        written.append(_write(FLEET, shared, {}, shared_answers, round_, folder))
+    classes = {update.manifest.model_class for update in updates}
+    scopes = {method.scope(kind) for kind in method.merges}
+    if "fleet" in scopes or (method.answers is not None and method.answers.shared == "fleet"):
+        # a class without updates gets the shared tensors and answers, too
+        classes |= versions.keys() - {FLEET}
+    for model_class in sorted(classes):
+        sent = [update for update in updates if update.manifest.model_class == model_class]
+        state, answers = _merge_scope("class", model_class, sent, versions, fleet, method)
+        written.append(_write(model_class, state, shared, answers or shared_answers, round_, folder))
     return written
+
+
+def _merge_scope(
+    scope: Scope,
+    model_class: str,
+    updates: list[Update],
+    versions: Mapping[str, Version],
+    fleet: Fleet,
+    method: Method,
+) -> tuple[Tensors, bytes]:
+    """The next tensors and answers of a class, or of FLEET, which devices share in this scope."""
+    last = versions.get(model_class)
+    state = load_file(last.master) if last is not None else {}
+    for kind in method.merges:
+        if method.scope(kind) == scope:
+            _merge_kind(kind, updates, state, fleet, method)
+    answers = b""
+    if method.answers is not None and method.answers.shared == scope:
+        if updates:
+            answers = method.answers.merge(partial(_answers, updates))
+        elif last is not None:
+            answers = codec.answers(last.artifact.read_bytes())
+    return state, answers
 
 
 def _answers(updates: list[Update]) -> Iterator[tuple[int, bytes]]:

@@ -160,6 +160,15 @@ def _tile(n: int) -> dict[str, int]:
 
 
 @jit
+def _positions(count, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A program's rows and columns; which of its places exist, and where they are in memory."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    inside = (rows[:, None] < count) & (columns[None, :] < n)
+    return rows, columns, inside, rows.to(tl.int64)[:, None] * n + columns[None, :]
+
+
+@jit
 def _forward_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     weight_ptr,
@@ -176,10 +185,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)
-    inside = (rows[:, None] < count) & (columns[None, :] < n)
-    at = rows.to(tl.int64)[:, None] * n + columns[None, :]
+    rows, columns, inside, at = _positions(count, n, ROWS, COLUMNS)
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + columns, mask=columns < n, other=0.0).to(tl.float32) + offset
     if CENTRED:
@@ -209,10 +215,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)
-    inside = (rows[:, None] < count) & (columns[None, :] < n)
-    at = rows.to(tl.int64)[:, None] * n + columns[None, :]
+    rows, columns, inside, at = _positions(count, n, ROWS, COLUMNS)
     rstd = tl.load(rstd_ptr + rows, mask=rows < count, other=0.0)[:, None]
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if CENTRED:

@@ -161,7 +161,8 @@ class Session:
         Raises:
             Refused: the packet is larger than the broker takes.
         """
-        return self._connection.post(topic, payload, retain, False, expiry_s, limit=window) is not None
+        ticket = self._connection.post(topic, payload, retain, waited=False, expiry_s=expiry_s, limit=window)
+        return ticket is not None
 
     def receive(self, timeout_s: float) -> Message | Event | None:
         """The next message or event, or None after timeout_s (0: do not wait)."""

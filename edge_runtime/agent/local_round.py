@@ -88,7 +88,7 @@ class LocalRounds:
         fleet: Fleet,
         facts: Facts,
         plan: Plan,
-        files: Mapping[str, Path],
+        files: Mapping[str, Path | None],
         *,
         train: bool = True,
     ) -> Job:
@@ -96,11 +96,11 @@ class LocalRounds:
 
         Args:
             number: of the round, counted from 1.
-            files: start, the encoded global version, and anchors, the fleet's public texts; each
-                may be missing.
+            files: start, the encoded global version, and anchors, the fleet's public texts; either
+                may be missing or None.
             train: False: the fleet has finished, its last version is evaluated alone.
         """
-        paths = {name: str(path) for name, path in files.items()}
+        paths = {name: str(path) for name, path in files.items() if path is not None}
         left = {name: round_ for name in FILES if (round_ := self._store.get(name))}
         return Job(
             train=train,

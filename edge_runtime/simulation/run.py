@@ -81,8 +81,7 @@ def _work(members: list[Participant], round_: int, versions: Versions, anchors: 
     for participant in members:
         device, plan = participant.device, participant.plan
         latest = versions.latest(plan.model_class)
-        named = {"start": latest.artifact if latest else None, "anchors": anchors}
-        files = {name: path for name, path in named.items() if path is not None}
+        files = {"start": latest.artifact if latest else None, "anchors": anchors}
         number, train = min(round_, rounds), round_ <= rounds
         job = participant.rounds.job(number, participant.fleet, participant.facts, plan, files, train=train)
         folder = participant.rounds.folder(job)

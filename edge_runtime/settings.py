@@ -48,13 +48,7 @@ class Bound(NamedTuple):
 Count = Annotated[int, Bound(lambda value: value >= 0, "0 or more")]
 Positive = Annotated[int, Bound(lambda value: value >= 1, "1 or more")]
 Factor = Annotated[float, Bound(lambda value: 0 < value < math.inf, "a number above 0")]
-TopicName = Annotated[
-    str,
-    Bound(
-        lambda name: re.fullmatch(topics.NAME, name),
-        "1-64 characters out of A-Z a-z 0-9 . _ -, and not . or .. alone",
-    ),
-]
+TopicName = Annotated[str, Bound(lambda name: re.fullmatch(topics.NAME, name), topics.NAME_FORM)]
 PathText = Annotated[str, Bound(lambda text: "\0" not in text, "text without a NUL character")]
 SECONDS = Bound(lambda value: 0 < value < math.inf, "a number of seconds above 0")
 

@@ -23,7 +23,7 @@ from edge_broker.errors import BadMessage, BrokerError
 ANY = "+"
 NAME = r"(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,64}"  # also names a file: neither . nor ..
 DIGEST = r"[0-9a-f]{64}"
-_NAME_RULE = (NAME, "1-64 characters out of A-Z a-z 0-9 . _ -, and not . or .. alone")
+NAME_FORM = "1-64 characters out of A-Z a-z 0-9 . _ -, and not . or .. alone"  # NAME in words
 _RULES = {
     "digest": (DIGEST, "64 characters out of 0-9 a-f"),
     "chunk": ("[0-9]{1,9}", "to be a number of at most 9 digits"),
@@ -124,7 +124,7 @@ def name(field: str, value: str) -> str:
 
     A field without a rule of its own needs a name: a fleet, a device, a node, a transfer.
     """
-    pattern, needs = _RULES.get(field, _NAME_RULE)
+    pattern, needs = _RULES.get(field, (NAME, NAME_FORM))
     if not re.fullmatch(pattern, value):
         raise BrokerError(f"the {field} is {value!r}; it needs {needs}")
     return value

@@ -18,7 +18,7 @@ next. Source: Chen et al. 2016, arXiv 1604.06174.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -106,8 +106,8 @@ def checkpoint_block(
     if any(map(_requires_grad, results)):
         constant = [part for part, result in zip(parts, results, strict=True) if not _requires_grad(result)]
         drew = not all(map(torch.equal, random, _random_states(hidden.device)))
-        again = call, _autocast(hidden.device.type), run.counted, _leaves(results, leaf)
-        parts = _Block.apply(again, boundary, random if drew else [], parts, constant, hidden, *again[-1])
+        first = _FirstRun(call, _autocast(hidden.device.type), run.counted, _leaves(results, leaf))
+        parts = _Block.apply(first, boundary, random if drew else [], parts, constant, hidden, *first.leaves)
     return parts if isinstance(output, tuple) else parts[0]
 
 
@@ -206,6 +206,15 @@ def _requires_grad(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
 
 
+class _FirstRun(NamedTuple):
+    """What the second run of a block repeats."""
+
+    call: Callable[[torch.Tensor], Output]  # the block with its arguments
+    autocast: dict[str, Any]  # arguments of torch.autocast
+    counted: int  # tensors that the block's operations kept
+    leaves: list[torch.Tensor]  # of the block's graph, without the input
+
+
 class _Block(torch.autograd.Function):
     """Connects the results with the input and the leaves.
 
@@ -214,10 +223,8 @@ class _Block(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, again, boundary, random, parts, constant, hidden, *leaves):  # type: ignore[no-untyped-def]
-        # of the first run: the block with its arguments, the autocast, the count of kept tensors
-        ctx.call, ctx.autocast, ctx.counted, ctx.leaves = again
-        ctx.dtype, ctx.count = hidden.dtype, len(boundary)
+    def forward(ctx, first, boundary, random, parts, constant, hidden, *leaves):  # type: ignore[no-untyped-def]
+        ctx.first, ctx.dtype, ctx.count = first, hidden.dtype, len(boundary)
         ctx.save_for_backward(*boundary, *random)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(part for part in constant if isinstance(part, torch.Tensor)))
@@ -227,25 +234,26 @@ class _Block(torch.autograd.Function):
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
+        first: _FirstRun = ctx.first
         (x, *scale), random = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         hidden = expand_rows(x, scale[0], ctx.dtype) if scale else x.detach()
         hidden.requires_grad_(ctx.needs_input_grad[5])
         with ExitStack() as stack:
-            stack.enter_context(torch.autocast(**ctx.autocast))
+            stack.enter_context(torch.autocast(**first.autocast))
             if random:
                 stack.enter_context(torch.random.fork_rng([hidden.device] if hidden.is_cuda else []))
                 torch.set_rng_state(random[0])
                 if hidden.is_cuda:
                     torch.cuda.set_rng_state(random[1], hidden.device)
-            run = stack.enter_context(_run(ctx.counted))
-            output = ctx.call(hidden)
-        if run.counted != ctx.counted:
+            run = stack.enter_context(_run(first.counted))
+            output = first.call(hidden)
+        if run.counted != first.counted:
             raise RuntimeError(
-                f"a checkpointed block kept {ctx.counted} tensors when it first ran but {run.counted} when it "
+                f"a checkpointed block kept {first.counted} tensors when it first ran but {run.counted} when it "
                 "ran again: it has to do the same in both runs"
             )
         pairs = [(part, grad) for part, grad in zip(_parts(output), grads, strict=True) if grad is not None]
-        inputs = [hidden, *ctx.leaves] if hidden.requires_grad else ctx.leaves
+        inputs = [hidden, *first.leaves] if hidden.requires_grad else first.leaves
         number = start(*zip(*pairs, strict=True))
         del output, pairs, grads  # the graph alone holds what it still needs
         gradients = torch.autograd.grad(number, inputs, allow_unused=True)

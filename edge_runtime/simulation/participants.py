@@ -1,6 +1,7 @@
 """The devices of a run: their models, their rows, and the history that becomes their results."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -49,24 +50,16 @@ def participants(
     In a pooled arm: the first device of each model, depth and task, with all rows of the task.
     """
     shares = draw.shares(spec, files, fleet.seed)
-    pools = [(device, [device.id]) for device in spec.device]
-    training = fleet.training
-    if arm.pooled:
-        first = {(device.model, device.depth, device.data): device for device in reversed(spec.device)}
-        pools = [
-            (device, [each.id for each in spec.device if each.data == device.data])
-            for device in first.values()
-        ]
-        training = msgspec.structs.replace(training, slices="own")
+    training = msgspec.structs.replace(fleet.training, slices="own") if arm.pooled else fleet.training
     members = []
-    for device, holders in pools:
+    for device, holders in _pools(spec.device, pooled=arm.pooled):
         facts = _facts(device.source, device.first, models)
         depth = device.depth or facts.layers
         steps = training.steps * len(holders)
         rows = [row for holder in holders for row in shares[holder]]
         held_out = draw.test_rows(spec.data[device.data], files)
         home = folder / device.id
-        files_of_rows = _write(home, rows, held_out, data.labels_of(shares[device.id]))
+        device_rows = _write(home, rows, held_out, data.labels_of(shares[device.id]))
         rank = None if arm.pooled or "rank" in arm.adapter else device.rank
         members.append(
             Participant(
@@ -86,11 +79,19 @@ def participants(
                     terms={},
                     step_seconds=0.0,
                 ),
-                rounds=LocalRounds(home, DeviceStore(Path(":memory:")), files_of_rows, Machine(threads=1)),
+                rounds=LocalRounds(home, DeviceStore(Path(":memory:")), device_rows, Machine(threads=1)),
                 rows=len(rows),
             )
         )
     return members
+
+
+def _pools(devices: Sequence[Device], *, pooled: bool) -> list[tuple[Device, list[str]]]:
+    """Each device that trains, with the ids of the devices whose rows it has."""
+    if not pooled:
+        return [(device, [device.id]) for device in devices]
+    first = {(device.model, device.depth, device.data): device for device in reversed(devices)}
+    return [(device, [each.id for each in devices if each.data == device.data]) for device in first.values()]
 
 
 @cache

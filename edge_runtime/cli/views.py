@@ -202,7 +202,9 @@ def _show_terms(terms: dict[str, int], scale_bytes: int) -> None:
 
 def _show(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     """Print a table of plain text: brackets in a device's words are no markup."""
-    table = Table(*columns, title=title or None, title_justify="left", header_style="bold")
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")  # a long name goes on in the next line
     for row in rows:
         table.add_row(*map(Text, row))
     Console().print(table)

@@ -46,5 +46,6 @@ class Plan(msgspec.Struct, frozen=True):
         boundaries = ", boundaries in 8 bits" if self.boundaries == "int8" else ""
         tiled = f", MLPs in tiles of {self.mlp_tokens}" if self.tiled else ""
         streamed = ", weights streamed" if self.streamed else ""
-        once = f", {self.kept_blocks} blocks run once" if self.kept_blocks else ""
+        blocks = "block runs" if self.kept_blocks == 1 else "blocks run"
+        once = f", {self.kept_blocks} {blocks} once" if self.kept_blocks else ""
         return f"rank {self.rank}, micro-batches of {self.rows} x {self.tokens} tokens{boundaries}{tiled}{streamed}{once}"

@@ -27,3 +27,16 @@ def test_what_a_device_says_is_shown_as_it_is(capsys, monkeypatch):
     views.show_status(Status("f", Round(node="n", fleet=fleet, round=1, state="open", versions={}), devices))
     shown = capsys.readouterr().out
     assert "[a]" in shown and failure(failed) in shown and "[red] not finite (0%)" in shown
+
+
+def test_a_name_longer_than_its_column_goes_on_in_the_next_line(capsys, monkeypatch):
+    """A name that is cut short cannot be copied into another command."""
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "a-device-whose-name-is-longer-than-any-column-of-eighty-characters"
+    fleet = settings.Fleet("f", (settings.Model("m"),))
+    joined = Report(device=name, node_key="", round=1, state="joined", budget_bytes=0)
+    current = Round(node="n", fleet=fleet, round=1, state="open", versions={})
+    views.show_status(Status("f", current, [DeviceStatus(name, "online", joined)]))
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert "".join(line[2:].split("│")[0].split(" ")[0] for line in shown.splitlines() if "│" in line) == name

@@ -43,6 +43,7 @@ FACTS = Facts(
     positions=1,
     tied_head=True,
     linears={},
+    blocks="",
 )
 PLAN = Plan(NOISE, NOISE, 1, 1, "float32", rank=1, rows=1, tokens=1, terms={}, step_seconds=0.0)
 

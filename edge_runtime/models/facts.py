@@ -27,6 +27,7 @@ class Facts(msgspec.Struct, frozen=True):
     positions: int  # tokens a sequence may have
     tied_head: bool  # the head is the embedding's tensor
     linears: dict[Role, tuple[int, int]]  # (out, in) of each linear layer of a block
+    blocks: str  # path of the list of blocks in the model, such as model.layers
     tokenizer_bytes: int = 0  # size of tokenizer.json
 
     @property
@@ -41,9 +42,18 @@ class Facts(msgspec.Struct, frozen=True):
 
 
 def read(
-    config: Any, linears: dict[Role, tuple[int, int]], *, model_class: str, folder: str, weights: str
+    config: Any,
+    linears: dict[Role, tuple[int, int]],
+    blocks: str,
+    *,
+    model_class: str,
+    folder: str,
+    weights: str,
 ) -> Facts:
-    """The facts in a transformers configuration, whose field names optimum makes equal."""
+    """The facts in a transformers configuration, whose field names optimum makes equal.
+
+    linears and blocks: fields of Facts that only the model shows.
+    """
     from optimum.utils.normalized_config import NormalizedTextConfigWithGQA
 
     text = config.get_text_config()
@@ -64,4 +74,5 @@ def read(
         positions=text.max_position_embeddings,
         tied_head=bool(config.tie_word_embeddings),
         linears=linears,
+        blocks=blocks,
     )

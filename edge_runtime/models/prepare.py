@@ -164,7 +164,8 @@ def _write(path: Path, folder: Path, model_class: str, random_weights: bool) -> 
         index = gguf_file.index(path, [name for name in model.state_dict() if name not in tied], config)
         (folder / "tensors.json").write_bytes(msgspec.json.encode(index))
     linears = structure.widths(blocks[0], structure.family(model))
-    facts = facts_.read(config, linears, model_class=model_class, folder="", weights="")
+    path_of_blocks = structure.path(model, blocks)
+    facts = facts_.read(config, linears, path_of_blocks, model_class=model_class, folder="", weights="")
     (folder / "facts.json").write_bytes(msgspec.json.encode(facts))
 
 

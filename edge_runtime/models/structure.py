@@ -29,6 +29,11 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     raise InputError(f"the {name} model has no list of {layers} blocks")
 
 
+def path(model: nn.Module, part: nn.Module) -> str:
+    """The path of a part of the model."""
+    return next(name for name, module in model.named_modules() if module is part)
+
+
 def linears(block: nn.Module, row: Family) -> dict[Role, nn.Module]:
     """The linear layers of a decoder block by role; raises InputError where one is not there."""
     try:

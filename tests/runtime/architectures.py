@@ -25,6 +25,7 @@ SMOLLM2 = Facts(
     tied_head=True,
     linears={"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576)}
     | {"gate": (1536, 576), "up": (1536, 576), "down": (576, 1536)},
+    blocks="model.layers",
 )
 GEMMA = msgspec.structs.replace(
     SMOLLM2,

@@ -27,10 +27,10 @@ def facts_of():
     from edge_runtime.models import facts, structure
 
     def read(model, **where):
-        linears = structure.widths(structure.blocks(model)[0], structure.family(model))
-        return facts.read(
-            model.config, linears, **{"model_class": "tiny", "folder": "", "weights": "", **where}
-        )
+        blocks = structure.blocks(model)
+        linears = structure.widths(blocks[0], structure.family(model))
+        names = {"model_class": "tiny", "folder": "", "weights": "", **where}
+        return facts.read(model.config, linears, structure.path(model, blocks), **names)
 
     return read
 

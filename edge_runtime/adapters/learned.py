@@ -1,0 +1,202 @@
+"""What a device or a node has learned, free of method and fleet: a LoRA for each linear layer, and a label head.
+
+    y = W x + B A x                     A: (rank, in)   B: (out, rank), core and scale included
+    logit of a label = h / rms(h) · H   H: (labels, hidden), h: the last token's last hidden state
+
+A folder holds it in PEFT's form, with a file of ours beside PEFT's:
+
+    adapter_config.json          rank, modules, and where the base is: a hub id or a path
+    adapter_model.safetensors    base_model.model.MODULE.lora_A.weight = A, .lora_B.weight = B
+    label_head.safetensors       of a label head: weight = H; metadata: labels, as JSON
+    edge_runtime.json            facts of the checkpoint, layers, version
+
+PEFT computes y = W x + (lora_alpha / r) B A x, here with lora_alpha = r. A fused layer (qkv,
+gate_up) has one A and one B in both forms. A depth slice numbers its layers from 0, as the model
+that trained it does. On the whole checkpoint these numbers are other layers, so the folder of a
+slice holds one empty factor of the first layer that the slice has not: PEFT refuses to load it
+where there is such a layer, and passes over it where there is none.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+from edge_runtime.errors import InputError
+from edge_runtime.methods.interface import Method, relative_depth
+from edge_runtime.methods.lazy import torch
+from edge_runtime.models.facts import Facts
+from edge_runtime.models.families import family_of
+from edge_runtime.protocol.keys import join, label_of, parse
+from edge_runtime.settings import Adapter, Role
+
+Array: TypeAlias = NDArray[np.float32]
+CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+HEAD, ABOUT = "label_head.safetensors", "edge_runtime.json"
+
+
+class Learned(NamedTuple):
+    """An adapter that is free of its method; all arrays are float32."""
+
+    # Of the checkpoint. After `read`, folder and weights are empty, and `on` puts them in.
+    facts: Facts
+    layers: tuple[int, ...]  # that the trained model keeps, by the checkpoint's numbers
+    factors: dict[tuple[int, Role], tuple[Array, Array]]  # A and B, by the checkpoint's layer and role
+    version: int  # rounds that the fleet had merged
+    source: str  # of the base, as `prepare` takes it: a hub id, or an absolute path
+    labels: tuple[str, ...] = ()
+    head: Array | None = None
+
+    @property
+    def sliced(self) -> bool:
+        """Whether the trained model lacks layers of the checkpoint."""
+        return len(self.layers) < self.facts.layers
+
+
+class _About(msgspec.Struct, frozen=True):
+    """What edge_runtime.json says."""
+
+    facts: Facts
+    layers: tuple[int, ...]
+    version: int
+    source: str
+
+
+def fold(
+    state: Mapping[str, Array],
+    facts: Facts,
+    layers: tuple[int, ...],
+    spec: Adapter,
+    method: Method,
+    version: int,
+    source: str,
+) -> Learned:
+    """Make each layer's A and B of a method's factors.
+
+    Args:
+        state: every factor by canonical key, frozen ones too, as `attach.state` returns them.
+        layers: that the model keeps.
+        spec: the adapter at the device's rank.
+    """
+    factors = {}
+    for layer in layers:
+        for role in facts.linears:
+            if role in spec.roles:
+                keys = method.keys(layer, facts.layers, role)
+                tensors = {name: torch.from_numpy(state[key]) for name, key in keys.items()}
+                A, core, B = method.product(tensors, relative_depth(layer, facts.layers))
+                B = (B if core is None else B @ core) * (spec.alpha / spec.rank)
+                factors[layer, role] = (A.contiguous().numpy(), B.contiguous().numpy())
+    rows = {label_of(key): value for key, value in state.items() if parse(key).kind == "labels"}
+    head = np.concatenate(list(rows.values())) if rows else None
+    return Learned(facts, layers, factors, version, source, tuple(rows), head)
+
+
+def on(learned: Learned, facts: Facts) -> Learned:
+    """The adapter with its base at hand.
+
+    Raises:
+        InputError: these are the facts of other weights than the adapter was trained on.
+    """
+    # the name before the digest depends on where the weights lie
+    needed, seen = (each.model_class.rpartition("@")[2] for each in (learned.facts, facts))
+    if needed != seen:
+        raise InputError(
+            f"the adapter was trained on {learned.facts.model_class}, but the model at {facts.weights} has the "
+            f"digest {seen}: give the model that it was trained on"
+        )
+    return learned._replace(facts=facts)
+
+
+def module(facts: Facts, number: int, role: Role) -> str:
+    """The path of a linear layer in the model. number: of the block in the model."""
+    return f"{facts.blocks}.{number}.{family_of(facts.family).linears[role]}"
+
+
+def write(learned: Learned, folder: Path) -> None:
+    """Write the folder, or replace the adapter in it."""
+    tensors, modules = {}, []
+    for (layer, role), (A, B) in learned.factors.items():
+        modules.append(module(learned.facts, learned.layers.index(layer), role))
+        tensors[_peft_key(modules[-1], "A")], tensors[_peft_key(modules[-1], "B")] = A, B
+    if learned.sliced:
+        (_, role) = next(iter(learned.factors))
+        modules.append(module(learned.facts, len(learned.layers), role))
+        tensors[_peft_key(modules[-1], "A")] = np.zeros((0, 0), np.float32)
+    hub_id, _, revision = learned.source.partition("@")
+    on_hub = not Path(learned.source).is_absolute()
+    rank = len(next(iter(learned.factors.values()))[0])
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": hub_id if on_hub else learned.source,
+        "revision": (revision or None) if on_hub else None,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": family_of(learned.facts.family).transposed,
+        "target_modules": sorted(modules),
+        "inference_mode": True,
+    }
+    # the configuration comes last, so that a folder with one is complete
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / ADAPTER, {"format": "pt"})
+    if learned.head is not None:
+        save_file({"weight": learned.head}, folder / HEAD, {"labels": json.dumps(learned.labels)})
+    # paths of this device are nobody else's
+    facts = msgspec.structs.replace(learned.facts, folder="", weights="")
+    about = msgspec.json.encode(_About(facts, learned.layers, learned.version, learned.source))
+    (folder / ABOUT).write_bytes(msgspec.json.format(about) + b"\n")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> Learned:
+    """Read a folder that `write` wrote.
+
+    Raises:
+        InputError: a file is missing or damaged, or does not fit the others.
+    """
+    try:
+        about = msgspec.json.decode((folder / ABOUT).read_bytes(), type=_About)
+        factors = _read_factors(folder / ADAPTER, about)
+        labels, head = _read_head(folder / HEAD)
+    except (OSError, ValueError, LookupError, SafetensorError) as error:
+        raise InputError(
+            f"{folder} cannot be read as an adapter of Edge Runtime, a folder with {ABOUT}, {CONFIG} and {ADAPTER}: "
+            f"{error}"
+        ) from error
+    return Learned(about.facts, about.layers, factors, about.version, about.source, labels, head)
+
+
+def _read_factors(path: Path, about: _About) -> dict[tuple[int, Role], tuple[Array, Array]]:
+    """A and B of each layer and role; raises ValueError for shapes that are not the model's."""
+    tensors, factors = load_file(path), {}
+    for number, layer in enumerate(about.layers):
+        for role, (out, into) in about.facts.linears.items():
+            name = module(about.facts, number, role)
+            if (A := tensors.get(_peft_key(name, "A"))) is not None:
+                B = tensors[_peft_key(name, "B")]
+                if (A.shape[1:], B.shape) != ((into,), (out, len(A))):
+                    raise ValueError(
+                        f"A and B of {name} are {A.shape} and {B.shape}, but the layer is {(out, into)}"
+                    )
+                factors[layer, role] = (A, B)
+    return factors
+
+
+def _read_head(path: Path) -> tuple[tuple[str, ...], Array | None]:
+    if not path.exists():
+        return (), None
+    with safe_open(path, framework="np") as stream:
+        return tuple(json.loads(stream.metadata()["labels"])), stream.get_tensor("weight")
+
+
+def _peft_key(path: str, factor: str) -> str:
+    return join("base_model.model", path, f"lora_{factor}", "weight")

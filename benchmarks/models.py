@@ -1,0 +1,132 @@
+"""Which checkpoints are read, shown with tiny random models: every family, variant and format.
+
+    python -m benchmarks.models            prints the table
+    python -m benchmarks.models --write    writes the table to docs/models.md
+
+A model is written in a format and loaded as a trainer loads it, with our operators. Its logits must
+equal the truth of the format within TOLERANCE, or the source must be refused.
+To add a format, add a row to FORMATS.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from edge_kernels import apply
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from benchmarks.model_cases import CASES, build, ids
+from edge_runtime.errors import InputError
+from edge_runtime.models import structure, weights
+from edge_runtime.models.prepare import prepare
+
+TOLERANCE = 1e-3  # largest difference of a logit
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+
+
+class Format(NamedTuple):
+    """A way to keep a model in files."""
+
+    write: Callable[[PreTrainedModel, Path], Path]  # into a folder; returns the source
+    # the model that the source should give: of the model that was written, and the source
+    truth: Callable[[PreTrainedModel, Path], PreTrainedModel]
+
+
+def tokenizer(folder: Path) -> None:
+    """Save a tokenizer of 96 tokens to a folder."""
+    vocabulary = {f"w{number}": number for number in range(96)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w2").save_pretrained(folder)
+
+
+def save_folder(model: PreTrainedModel, path: Path) -> Path:
+    """Write Hugging Face's layout."""
+    tokenizer(path)
+    model.save_pretrained(path)
+    return path
+
+
+def by_transformers(model: PreTrainedModel, source: Path) -> PreTrainedModel:
+    """What transformers reads of the source."""
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, attn_implementation=model.config._attn_implementation
+    )
+    return loaded.eval()
+
+
+FORMATS = {"safetensors": Format(save_folder, by_transformers)}
+
+
+@torch.no_grad()
+def outcome(family: str, variant: str, format: str, scratch: Path) -> str:
+    """`exact`, `refused: REASON`, or `wrong by NUMBER`, of a case in a format.
+
+    scratch: an empty folder.
+    """
+    model = build(family, variant)
+    source = FORMATS[format].write(model, scratch)
+    try:
+        facts = prepare(str(source), scratch, scratch / "cache")
+        loaded = weights.load(facts, facts.layers, "float32")
+    except InputError as error:
+        return f"refused: {str(error).replace(str(scratch), '...')}"
+    apply(loaded, structure.modules(loaded))
+    truth = FORMATS[format].truth(model, source)
+    apart = float((loaded(ids()).logits - truth(ids()).logits).abs().max())
+    return "exact" if apart < TOLERANCE else f"wrong by {apart:.2g}"
+
+
+def outcomes(family: str, format: str) -> dict[str, str]:
+    """The outcome of each variant of a family in a format."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = {variant: Path(scratch, str(n)) for n, variant in enumerate(CASES[family].variants)}
+        for folder in folders.values():
+            folder.mkdir()
+        return {variant: outcome(family, variant, format, folder) for variant, folder in folders.items()}
+
+
+def markdown(families: Iterable[str]) -> str:
+    """The table family by format; a variant that is refused is named, its reason stands below."""
+    reasons: list[str] = []
+    lines = [f"| family | variants | {' | '.join(FORMATS)} |", "|---|---|" + "---|" * len(FORMATS)]
+    for family in families:
+        cells = [_cell(outcomes(family, format), reasons) for format in FORMATS]
+        lines.append(f"| `{family}` | {', '.join(CASES[family].variants)} | {' | '.join(cells)} |")
+    notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
+    return "\n".join([*lines, "", *notes]).strip() + "\n"
+
+
+def _cell(seen_by_variant: dict[str, str], reasons: list[str]) -> str:
+    """A cell; reasons that are new are added to the list."""
+    others: dict[str, list[str]] = {}
+    for variant, seen in seen_by_variant.items():
+        if seen != "exact":
+            others.setdefault(seen, []).append(variant)
+    cells = ["exact"] if sum(map(len, others.values())) < len(seen_by_variant) else []
+    for seen, variants in others.items():
+        if seen not in reasons:
+            reasons.append(seen)
+        names = "" if len(variants) == len(seen_by_variant) else f" {', '.join(variants)}"
+        cells.append(f"{seen.partition(':')[0]}{names} ({reasons.index(seen) + 1})")
+    return "; ".join(cells)
+
+
+def main() -> None:
+    """Print the table, or write it to the page."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true")
+    text = markdown(CASES)
+    if not parser.parse_args().write:
+        print(text)  # noqa: T201
+        return
+    before, _, _ = PAGE.read_text(encoding="utf-8").partition("| family |")
+    PAGE.write_text(before + text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

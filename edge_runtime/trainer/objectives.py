@@ -10,7 +10,7 @@ import math
 from typing import NamedTuple, TypeAlias
 
 import torch
-from edge_kernels import linear_cross_entropy
+from edge_kernels import LanguageHead, linear_cross_entropy
 from torch.nn.functional import cross_entropy, kl_div, rms_norm
 from transformers import PreTrainedModel
 
@@ -19,7 +19,7 @@ from edge_runtime.planning.predict import LENGTH_STEP, LOSS_CHUNK_BYTES
 from edge_runtime.protocol.report import Score
 from edge_runtime.trainer.data import IGNORED, Example, batches
 from edge_runtime.trainer.meter import release
-from edge_runtime.trainer.vocabulary import Divergence, LanguageHead, language_head, sweep
+from edge_runtime.trainer.vocabulary import Divergence, language_head, sweep
 
 # A micro-batch's part of a score: the loss summed over what counts, the labelled tokens or rows of a
 # known label that count, and the rows answered exactly.
@@ -43,7 +43,7 @@ class Text(NamedTuple):
     def output(self, rows: list[Example], hidden: torch.Tensor, labels: torch.Tensor) -> Output:
         """The loss over labels (rows, tokens)."""
         hidden, labels = hidden[:, :-1], labels[:, 1:]
-        loss = linear_cross_entropy(hidden, self.head.weight, labels, self.head.softcap, self.chunk_bytes)
+        loss = linear_cross_entropy(hidden, self.head, labels, self.chunk_bytes)
         return Output(loss, hidden, labels != IGNORED)
 
     def divergence(self, before: torch.Tensor, output: Output) -> torch.Tensor:

@@ -2,26 +2,19 @@
 
 The logits never exist at once. `sweep` scores tokens. `Divergence` is how far predictions moved:
 
-    KL(softmax(b Wᵀ) ‖ softmax(h Wᵀ)), mean over rows
-    gradient to h: (softmax(h Wᵀ) - softmax(b Wᵀ)) W / rows
+    KL(softmax(l(before)) ‖ softmax(l(h))), mean over rows;   l(h) = h Wᵀ + b
+    gradient to h: (softmax(l(h)) - softmax(l(before))) W / rows
 """
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from edge_kernels import Packed, expand
+from edge_kernels import LanguageHead, Packed, expand
 from edge_kernels.quant import GROUP
 from transformers import PreTrainedModel
 
 CHUNK_BYTES = 16 << 20  # of float32 logits, or of the expanded weight if that is larger
-
-
-class LanguageHead(NamedTuple):
-    """The last layer of a language model."""
-
-    weight: torch.Tensor | Packed  # (vocabulary, hidden)
-    softcap: float | None  # bound of the logits: softcap * tanh(logits / softcap); None: no bound
 
 
 class TokenScores(NamedTuple):
@@ -35,8 +28,9 @@ class TokenScores(NamedTuple):
 
 def language_head(model: PreTrainedModel) -> LanguageHead:
     """The head of a loaded model."""
+    layer = model.get_output_embeddings()
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return LanguageHead(model.get_output_embeddings().weight, softcap)
+    return LanguageHead(layer.weight, layer.bias, softcap)
 
 
 @torch.no_grad()
@@ -103,13 +97,13 @@ def _pieces(head: LanguageHead, rows: int, *states: torch.Tensor) -> Iterator[tu
         The piece's first token, its weight (rows, hidden), and the float32 logits (tokens, rows)
         of each of the states (tokens, hidden).
     """
-    weight, softcap = head
+    weight, _, softcap = head
     # packed weights come in groups of rows
     rows = max(rows // GROUP, 1) * GROUP
     for first in range(0, weight.shape[0], rows):
         piece = slice(first, min(first + rows, weight.shape[0]))
         matrix = expand(weight.rows(piece), states[0].dtype) if isinstance(weight, Packed) else weight[piece]
-        logits = [(state @ matrix.T).float() for state in states]
+        logits = [head.product(state, piece, matrix).float() for state in states]
         for values in logits if softcap is not None else ():
             values.div_(softcap).tanh_().mul_(softcap)
         yield first, matrix, *logits

@@ -10,7 +10,7 @@ from edge_kernels.attention import attention
 from edge_kernels.checkpoint_block import Kept, checkpoint_block
 from edge_kernels.gated_activation import gated_activation
 from edge_kernels.in_tiles import in_tiles
-from edge_kernels.linear_cross_entropy import linear_cross_entropy
+from edge_kernels.linear_cross_entropy import LanguageHead, linear_cross_entropy
 from edge_kernels.norms import layer_norm, rms_norm
 from edge_kernels.packed_linear import packed_linear
 from edge_kernels.quant import Packed, expand, expanded_rows, pack
@@ -19,6 +19,7 @@ from edge_kernels.rotary import rotary
 __all__ = [
     "AdamW8bit",
     "Kept",
+    "LanguageHead",
     "Modules",
     "Packed",
     "adapter_linear",

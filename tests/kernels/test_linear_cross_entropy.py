@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from edge_kernels import linear_cross_entropy, quant
+from edge_kernels import LanguageHead, linear_cross_entropy, quant
 from edge_kernels.backend import on_triton
 from edge_kernels.linear_cross_entropy import IGNORED
 from edge_kernels.quant import BLOCK, Packed, expand, pack
@@ -29,13 +29,14 @@ def path(request, monkeypatch):
     return request.param
 
 
-def plain(hidden, head, labels, softcap=None, chunk_bytes=None):
-    if isinstance(head, Packed):
-        head = expand(head, torch.float32).to(hidden.dtype)
-    logits = hidden @ head.T
+def plain(hidden, head, labels, chunk_bytes=None):
+    weight = head.weight
+    if isinstance(weight, Packed):
+        weight = expand(weight, torch.float32).to(hidden.dtype)
+    logits = torch.nn.functional.linear(hidden, weight, head.bias)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
     return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 
 
@@ -56,20 +57,30 @@ def case(shape=(3, 7), dtype=torch.float32, ignored=0.4, vocabulary=VOCABULARY, 
     return hidden.to(DEVICE, dtype), head.to(DEVICE, dtype), labels.to(DEVICE)
 
 
-def outcome(fn, hidden, head, labels, softcap, **more):
+def outcome(fn, hidden, head, labels, **more):
     """The loss and the gradient of hidden; the loss is scaled after it is made."""
     leaf = hidden.clone().requires_grad_()
-    loss = fn(leaf, head, labels, softcap, **more)
+    loss = fn(leaf, head, labels, **more)
     (3 * loss).backward()
     return [loss.detach(), leaf.grad]
 
 
-def check(fn, hidden, head, labels, softcap=None, **more):
-    exact = expand(head).double() if isinstance(head, Packed) else head.double()
-    ours = outcome(fn, hidden, head, labels, softcap, **more)
-    torchs = outcome(plain, hidden, head, labels, softcap, **more)
-    truth = outcome(plain, hidden.double(), exact, labels, softcap, **more)
+def check(fn, hidden, weight, labels, softcap=None, bias=None, **more):
+    head = LanguageHead(weight, bias, softcap)
+    ours = outcome(fn, hidden, head, labels, **more)
+    torchs = outcome(plain, hidden, head, labels, **more)
+    truth = outcome(plain, hidden.double(), exact(head), labels, **more)
     assert_as_good_as(ours, torchs, truth)
+
+
+def exact(head):
+    weight = expand(head.weight) if isinstance(head.weight, Packed) else head.weight
+    return LanguageHead(weight.double(), None if head.bias is None else head.bias.double(), head.softcap)
+
+
+def drawn_bias(vocabulary, dtype):
+    """As large as the logits that it is added to."""
+    return (3 * torch.randn(vocabulary)).to(DEVICE, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,11 +101,21 @@ def test_loss_and_gradient_match_float64_whatever_the_chunks(path, dtype, softca
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_bias_is_part_of_the_logits(path, dtype, softcap):
+    """In more than one tile and in more than one piece of the vocabulary."""
+    hidden, head, labels = case((23,), dtype, vocabulary=413)
+    bias, chunk_bytes = drawn_bias(413, dtype), dtype.itemsize * 413 * 4
+    check(linear_cross_entropy, hidden, head, labels, softcap, bias, chunk_bytes=chunk_bytes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", BLOCK)
 def test_a_packed_head_gives_what_its_expansion_gives(path, format, dtype, monkeypatch):
     monkeypatch.setattr(quant, "EXPANDED_BYTES", 1)  # the fewest rows at once
     hidden, head, labels = case(dtype=dtype, vocabulary=600, width=70)
-    check(linear_cross_entropy, hidden, pack(head, format), labels, 5.0, chunk_bytes=dtype.itemsize * 600 * 4)
+    packed, bias, chunk_bytes = pack(head, format), drawn_bias(600, dtype), dtype.itemsize * 600 * 4
+    check(linear_cross_entropy, hidden, packed, labels, 5.0, bias, chunk_bytes=chunk_bytes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,20 +157,17 @@ def test_what_is_not_contiguous_does(path):
 
 
 def test_what_else_reads_hidden_keeps_its_share_of_the_gradient(path):
-    def shared(hidden, head, labels, softcap=None, fn=linear_cross_entropy):
-        return fn(hidden, head, labels, softcap) + hidden.float().square().sum() / 100
+    def shared(hidden, head, labels, fn=linear_cross_entropy):
+        return fn(hidden, head, labels) + hidden.float().square().sum() / 100
 
-    hidden, head, labels = case()
-    ours = outcome(shared, hidden, head, labels, None)
+    hidden, weight, labels = case()
+    head = LanguageHead(weight)
+    ours = outcome(shared, hidden, head, labels)
     other = partial(shared, fn=plain)
     truth = outcome(
-        lambda h, w, y, s: plain(h, w, y, s) + h.square().sum() / 100,
-        hidden.double(),
-        head.double(),
-        labels,
-        None,
+        lambda h, w, y: plain(h, w, y) + h.square().sum() / 100, hidden.double(), exact(head), labels
     )
-    assert_as_good_as(ours, outcome(other, hidden, head, labels, None), truth)
+    assert_as_good_as(ours, outcome(other, hidden, head, labels), truth)
 
 
 def test_a_chunk_smaller_than_one_row_of_logits_takes_one_token(path):
@@ -159,29 +177,30 @@ def test_a_chunk_smaller_than_one_row_of_logits_takes_one_token(path):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_with_every_label_ignored_loss_and_gradient_are_zero(dtype):
     hidden, head, labels = case(dtype=dtype, ignored=1.1)
-    loss, gradient = outcome(linear_cross_entropy, hidden, head, labels, None)
+    loss, gradient = outcome(linear_cross_entropy, hidden, LanguageHead(head), labels)
     assert loss == 0
     assert not gradient.any()
 
 
 def test_ignored_tokens_change_nothing_whatever_they_hold(path):
     hidden, head, labels = case()
-    loss, _ = outcome(linear_cross_entropy, hidden, head, labels, None)
+    loss, _ = outcome(linear_cross_entropy, hidden, LanguageHead(head), labels)
     hidden[labels == IGNORED] = float("nan")
-    again, gradient = outcome(linear_cross_entropy, hidden, head, labels, None)
+    again, gradient = outcome(linear_cross_entropy, hidden, LanguageHead(head), labels)
     assert loss == again
     assert torch.equal(gradient[labels == IGNORED], torch.zeros_like(gradient[labels == IGNORED]))
 
 
 def test_without_a_hidden_that_requires_a_gradient_there_is_none(path):
     hidden, head, labels = case()
-    assert not linear_cross_entropy(hidden, head, labels).requires_grad
+    assert not linear_cross_entropy(hidden, LanguageHead(head), labels).requires_grad
 
 
 @pytest.mark.skipif("chunks" not in PATHS, reason="chunks are Triton's")
 def test_chunks_without_grad_mode_make_the_loss_alone(monkeypatch):
     monkeypatch.setattr(SUBJECT, "_path", lambda *_: SUBJECT.chunks)
     hidden, head, labels = case()
+    head = LanguageHead(head)
     loss = linear_cross_entropy(hidden.requires_grad_(), head, labels)
     monkeypatch.setattr(CHUNKS, "_product", None)
     with torch.no_grad():
@@ -193,6 +212,7 @@ def test_a_sweep_without_grad_mode_makes_no_gradient(monkeypatch):
     monkeypatch.setattr(SUBJECT, "_path", lambda *_: SUBJECT.sweep)
     monkeypatch.setattr(SWEEP, "_sweep", lambda *given: gradients.append(given[-1]) or sweep(*given))
     hidden, head, labels = case()
+    head = LanguageHead(head)
     loss = linear_cross_entropy(hidden.requires_grad_(), head, labels)
     with torch.no_grad():
         assert torch.equal(linear_cross_entropy(hidden, head, labels), loss)
@@ -200,49 +220,50 @@ def test_a_sweep_without_grad_mode_makes_no_gradient(monkeypatch):
     assert gradients[1:] == [None]
 
 
-def count_ignored(hidden, head, labels, softcap=None, **more):
-    return (
-        linear_cross_entropy(hidden, head, labels, softcap, **more)
-        * (labels != IGNORED).sum()
-        / labels.numel()
-    )
+def count_ignored(hidden, head, labels, **more):
+    return linear_cross_entropy(hidden, head, labels, **more) * (labels != IGNORED).sum() / labels.numel()
 
 
-def learn_ignored(hidden, head, labels, softcap=None, **more):
-    return linear_cross_entropy(hidden, head, labels.clamp(min=0), softcap, **more)
+def learn_ignored(hidden, head, labels, **more):
+    return linear_cross_entropy(hidden, head, labels.clamp(min=0), **more)
 
 
-def no_gradient(hidden, head, labels, softcap=None, **more):
-    return linear_cross_entropy(hidden.detach(), head, labels, softcap, **more) + 0 * hidden.sum()
+def no_gradient(hidden, head, labels, **more):
+    return linear_cross_entropy(hidden.detach(), head, labels, **more) + 0 * hidden.sum()
 
 
-def no_softcap(hidden, head, labels, softcap=None, **more):
-    return linear_cross_entropy(hidden, head, labels, **more)
+def no_softcap(hidden, head, labels, **more):
+    return linear_cross_entropy(hidden, head._replace(softcap=None), labels, **more)
 
 
-def forgets_what_came_back(hidden, head, labels, softcap=None, **more):
-    loss = linear_cross_entropy(hidden, head, labels, softcap, **more)
+def no_bias(hidden, head, labels, **more):
+    return linear_cross_entropy(hidden, head._replace(bias=None), labels, **more)
+
+
+def forgets_what_came_back(hidden, head, labels, **more):
+    loss = linear_cross_entropy(hidden, head, labels, **more)
     loss.register_hook(torch.ones_like)
     return loss
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "fault", [count_ignored, learn_ignored, no_gradient, no_softcap, forgets_what_came_back]
+    "fault", [count_ignored, learn_ignored, no_gradient, no_softcap, no_bias, forgets_what_came_back]
 )
 def test_the_check_sees_a_fault(path, fault, dtype):
     with pytest.raises(AssertionError, match="relative error"):
-        check(fault, *case(dtype=dtype), 5.0)
+        check(fault, *case(dtype=dtype), 5.0, drawn_bias(VOCABULARY, dtype))
 
 
 def test_the_gradient_is_that_of_finite_differences(path):
     """The operator counts in float32, so the steps are wider than gradcheck's own."""
-    hidden, head, labels = case((2, 2), width=8, ignored=0.3)
+    hidden, weight, labels = case((2, 2), width=8, ignored=0.3)
+    head = LanguageHead(weight, drawn_bias(VOCABULARY, weight.dtype), 5.0)
     leaf = hidden.mul(0.1).double().requires_grad_()
 
     def agrees(fn):
         return torch.autograd.gradcheck(
-            lambda h: fn(h.float(), head, labels, 5.0),
+            lambda h: fn(h.float(), head, labels),
             (leaf,),
             eps=1e-3,
             atol=2e-3,
@@ -290,9 +311,9 @@ class LargestTensor(TorchDispatchMode):
         return made
 
 
-def largest(fn, *given, **more):
+def largest(fn, hidden, weight, labels, **more):
     with LargestTensor() as seen:
-        outcome(fn, *given, None, **more)
+        outcome(fn, hidden, LanguageHead(weight), labels, **more)
     return seen.numbers
 
 
@@ -326,17 +347,19 @@ def test_a_packed_head_is_never_expanded_whole(path, monkeypatch):
 )
 def test_what_does_not_fit_is_named(hidden, head, labels, message):
     with pytest.raises(ValueError, match=message):
-        linear_cross_entropy(torch.ones(hidden), torch.ones(head), labels)
+        linear_cross_entropy(torch.ones(hidden), LanguageHead(torch.ones(head)), labels)
 
 
 @pytest.mark.parametrize(
     ("named", "message"),
     [
         ({"hidden": torch.ones(2, 4).double()}, "hidden is torch.float64 but has to be float32"),
-        ({"head": torch.ones(9, 4).half()}, "hidden is torch.float32 but head is torch.float16"),
+        ({"weight": torch.ones(9, 4).half()}, "hidden is torch.float32 but head is torch.float16"),
+        ({"bias": torch.ones(8)}, r"bias is \(8,\) of torch.float32 but has to be \(9,\) of torch.float32"),
+        ({"bias": torch.ones(9).half()}, r"bias is \(9,\) of torch.float16 but"),
         ({"labels": torch.zeros(2)}, "labels are torch.float32 but have to be int64"),
         (
-            {"head": pack(torch.ones(9, 4), "q8_0")._replace(shape=(10, 4))},
+            {"weight": pack(torch.ones(9, 4), "q8_0")._replace(shape=(10, 4))},
             r"head.quants is .* but q8_0 of 10 x 4 needs",
         ),
         ({"softcap": 0.0}, "softcap is 0.0 but has to be above 0"),
@@ -344,6 +367,8 @@ def test_what_does_not_fit_is_named(hidden, head, labels, message):
     ],
 )
 def test_what_is_of_no_use_is_named(named, message):
-    given = {"hidden": torch.ones(2, 4), "head": torch.ones(9, 4), "labels": torch.zeros(2).long(), **named}
+    part = {"weight": torch.ones(9, 4), **named}
+    head = LanguageHead(**{name: part.pop(name) for name in LanguageHead._fields if name in part})
+    given = {"hidden": torch.ones(2, 4), "labels": torch.zeros(2).long(), **part}
     with pytest.raises(ValueError, match=message):
-        linear_cross_entropy(**given)
+        linear_cross_entropy(head=head, **given)

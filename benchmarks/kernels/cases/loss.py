@@ -3,7 +3,7 @@
 from functools import partial
 
 import torch
-from edge_kernels.linear_cross_entropy import linear_cross_entropy
+from edge_kernels.linear_cross_entropy import LanguageHead, linear_cross_entropy
 from edge_kernels.quant import Packed
 from torch.nn.functional import cross_entropy, linear
 
@@ -36,7 +36,7 @@ def linear_cross_entropy_case(shape: Shape, tokens: int, kind: str) -> Counted:
 
         base = "torch" if kind == "dense" else "expand, kept"
         variants = {
-            OURS: variant(lambda hidden: linear_cross_entropy(hidden, head, labels)),
+            OURS: variant(lambda hidden: linear_cross_entropy(hidden, LanguageHead(head), labels)),
             base: variant(plain),
             f"{base}, float32 logits": variant(upcast),  # as transformers has it
         }

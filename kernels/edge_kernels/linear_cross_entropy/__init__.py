@@ -1,8 +1,7 @@
 """Mean cross-entropy of a linear head, dense or packed, without the logits of the whole batch.
 
-    loss = mean over labelled tokens of  logsumexp(l) - l[label],   l = cap(h Wᵀ)
-    cap(u) = softcap · tanh(u / softcap), or u without a softcap
-    dh = dl W,   dl = (softmax(l) - 1[label]) · cap'(u)
+    loss = mean over labelled tokens of  logsumexp(l) - l[label],   l = cap(h Wᵀ + b)  (head.py)
+    dh = dl W,   dl = (softmax(l) - 1[label]) · cap'(h Wᵀ + b)
 
 Tokens without a label are left out before the product. The others take one of three paths:
 
@@ -20,35 +19,29 @@ Source: Milakov & Gimelshein 2018, arXiv 1805.02867 (running softmax); Wijmans e
 """
 
 from collections.abc import Iterator
-from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
 
 from edge_kernels.backend import DTYPES, Launch, on_triton
 from edge_kernels.linear_cross_entropy import chunks, sweep, tiles
+from edge_kernels.linear_cross_entropy.head import LanguageHead, check_head
 from edge_kernels.quant import Packed
-from edge_kernels.tiles import check_packed
 
 IGNORED = -100  # label of a token that does not count
 FEWEST_TOKENS = 64  # in smaller chunks two readings of the head cost more than a third product
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor,
-    head: torch.Tensor | Packed,
-    labels: torch.Tensor,
-    softcap: float | None = None,
-    chunk_bytes: int = 32 << 20,
+    hidden: torch.Tensor, head: LanguageHead, labels: torch.Tensor, chunk_bytes: int = 32 << 20
 ) -> torch.Tensor:
     """The mean loss over the labelled tokens.
 
     Args:
         hidden: (..., n) last hidden states, already shifted against the labels; float32, float16 or
             bfloat16.
-        head: (vocabulary, n) frozen, of hidden's dtype, or packed.
+        head: frozen; a dense weight and the bias are of hidden's dtype.
         labels: (...) int64 in 0..vocabulary-1, or IGNORED.
-        softcap: bound of the logits (Gemma 2), or None.
         chunk_bytes: budget of the logits, of hidden's dtype, that exist at a time.
 
     Returns:
@@ -58,35 +51,28 @@ def linear_cross_entropy(
         ValueError: shapes or dtypes do not fit together, a label is out of range, or softcap or
             chunk_bytes is not a usable number.
     """
-    _check(hidden, head, labels, softcap, chunk_bytes)
+    _check(hidden, labels, chunk_bytes)
+    check_head(head, hidden)
     rows = hidden.reshape(-1, hidden.shape[-1])
     if not torch.is_grad_enabled():  # the forward pass would otherwise make the gradient, too
         rows = rows.detach()
-    batch = _labelled(labels.reshape(-1), head.shape[0])
-    path = _path(rows, head, len(batch.targets), chunk_bytes)
-    loss: torch.Tensor = _LinearCrossEntropy.apply(rows, head, batch, softcap, chunk_bytes, path)
+    batch = _labelled(labels.reshape(-1), head.weight.shape[0])
+    path = _path(rows, head.weight, len(batch.targets), chunk_bytes)
+    loss: torch.Tensor = _LinearCrossEntropy.apply(rows, head, batch, chunk_bytes, path)
     return loss
 
 
-def _check(hidden, head, labels, softcap, chunk_bytes):  # type: ignore[no-untyped-def]
+def _check(hidden: torch.Tensor, labels: torch.Tensor, chunk_bytes: int) -> None:
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(
             f"hidden has tokens {tuple(hidden.shape[:-1])} but labels have {tuple(labels.shape)}"
         )
-    if hidden.shape[-1] != head.shape[1]:
-        raise ValueError(f"hidden has rows of {hidden.shape[-1]} but head reads {head.shape[1]}")
     if hidden.dtype not in DTYPES.values():
         raise ValueError(f"hidden is {hidden.dtype} but has to be float32, float16 or bfloat16")
-    if softcap is not None and not (isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap is {softcap} but has to be above 0, or None")
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes is {chunk_bytes} but has to be above 0")
     if labels.dtype != torch.int64:
         raise ValueError(f"labels are {labels.dtype} but have to be int64")
-    if isinstance(head, Packed):
-        check_packed("head", head)
-    elif head.dtype != hidden.dtype:
-        raise ValueError(f"hidden is {hidden.dtype} but head is {head.dtype}: they need one dtype")
 
 
 class Labelled(NamedTuple):
@@ -116,39 +102,39 @@ def _labelled(labels: torch.Tensor, vocabulary: int) -> Labelled:
     return Labelled(places, labels[places])
 
 
-def _path(rows: torch.Tensor, head: torch.Tensor | Packed, tokens: int, chunk_bytes: int) -> Any:
+def _path(rows: torch.Tensor, weight: torch.Tensor | Packed, tokens: int, chunk_bytes: int) -> Any:
     if not on_triton(rows) or not tokens:
         return sweep
     if rows.dtype == torch.float32:
         return chunks
-    small = chunks.tokens_a_chunk(rows, head.shape[0], chunk_bytes) < min(tokens, FEWEST_TOKENS)
-    return tiles if isinstance(head, Packed) or (small and head.is_contiguous()) else chunks
+    small = chunks.tokens_a_chunk(rows, weight.shape[0], chunk_bytes) < min(tokens, FEWEST_TOKENS)
+    return tiles if isinstance(weight, Packed) or (small and weight.is_contiguous()) else chunks
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, head, batch, softcap, chunk_bytes, path):  # type: ignore[no-untyped-def]
-        losses, saved = path.losses(rows, head, batch, softcap, chunk_bytes, ctx.needs_input_grad[0])
+    def forward(ctx, rows, head, batch, chunk_bytes, path):  # type: ignore[no-untyped-def]
+        losses, saved = path.losses(rows, head, batch, chunk_bytes, ctx.needs_input_grad[0])
         # saved: the tokens' log-sum-exps on the path of tiles, else dh
         ctx.save_for_backward(*((rows, saved) if path is tiles else (saved,)))
-        ctx.path, ctx.options = path, (head, batch, softcap, chunk_bytes)
+        ctx.path, ctx.options = path, (head, batch, chunk_bytes)
         ctx.shape, ctx.tokens = rows.shape, max(len(batch.targets), 1)
         return losses.sum() / ctx.tokens
 
     @staticmethod
     def backward(ctx, dloss):  # type: ignore[no-untyped-def]
-        head, batch, softcap, chunk_bytes = ctx.options
+        head, batch, chunk_bytes = ctx.options
         share = dloss / ctx.tokens
         if ctx.path is tiles:
             rows, log_sum = ctx.saved_tensors
-            drows = tiles.gradient(rows, log_sum, head, batch, softcap, chunk_bytes, share)
+            drows = tiles.gradient(rows, log_sum, head, batch, chunk_bytes, share)
         else:
             (dh,) = ctx.saved_tensors
             # the product is made in float32: a share of 1 / tokens is not a normal number in float16
             drows = torch.mul(dh, share.view(1), out=torch.empty_like(dh))
             if batch.places is not None:
                 drows = dh.new_zeros(ctx.shape).index_copy_(0, batch.places, drows)
-        return drows, None, None, None, None, None
+        return drows, None, None, None, None
 
 
 def ahead_of_time() -> Iterator[Launch]:

@@ -16,20 +16,20 @@ from edge_kernels.quant import Packed, expanded_rows
 LAUNCH: dict[str, Any] = {"BLOCK": 4096, "num_warps": 8}
 
 
-def losses(rows, head, batch, softcap, chunk_bytes, trains):  # type: ignore[no-untyped-def]
+def losses(rows, head, batch, chunk_bytes, trains):  # type: ignore[no-untyped-def]
     """The loss of each labelled token, and dh of all, or None where h does not train."""
-    tokens, vocabulary = len(batch.targets), head.shape[0]
+    tokens, vocabulary = len(batch.targets), head.weight.shape[0]
     step = min(tokens_a_chunk(rows, vocabulary, chunk_bytes), tokens)
     dh = rows.new_empty(tokens, rows.shape[1]) if trains else None
     result = torch.empty(tokens, device=rows.device)
     buffer = rows.new_empty(step, vocabulary)
     for chunk, x in batch.chunks(rows, step):
         logits = buffer[: len(x)]
-        for columns, weight in expanded_rows(head, rows.dtype):
-            torch.mm(x, weight.T, out=logits[:, columns])
-        _gradient(logits, batch.targets[chunk], result[chunk], softcap, trains)
+        for columns, weight in expanded_rows(head.weight, rows.dtype):
+            head.product(x, columns, weight, out=logits[:, columns])
+        _gradient(logits, batch.targets[chunk], result[chunk], head.softcap, trains)
         if dh is not None:
-            _product(logits, head, out=dh[chunk])
+            _product(logits, head.weight, out=dh[chunk])
     return result, dh
 
 
@@ -39,13 +39,13 @@ def tokens_a_chunk(rows: torch.Tensor, vocabulary: int, chunk_bytes: int) -> int
     return tokens - tokens % 8 if tokens > 8 else tokens
 
 
-def _product(dl: torch.Tensor, head: torch.Tensor | Packed, out: torch.Tensor) -> None:
+def _product(dl: torch.Tensor, matrix: torch.Tensor | Packed, out: torch.Tensor) -> None:
     """out = dl W; the pieces of a packed head add up in float32."""
-    if isinstance(head, torch.Tensor):
-        torch.mm(dl, head, out=out)
+    if isinstance(matrix, torch.Tensor):
+        torch.mm(dl, matrix, out=out)
         return
     total = torch.zeros(out.shape, device=out.device)
-    for columns, weight in expanded_rows(head, dl.dtype):
+    for columns, weight in expanded_rows(matrix, dl.dtype):
         total += dl[:, columns] @ weight
     out.copy_(total)
 

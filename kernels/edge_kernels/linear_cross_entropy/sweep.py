@@ -16,7 +16,7 @@ from edge_kernels.quant import expanded_rows
 NEVER = -1e30  # a logit whose exponential is 0 beside any other logit's
 
 
-def losses(rows, head, batch, softcap, chunk_bytes, trains):  # type: ignore[no-untyped-def]
+def losses(rows, head, batch, chunk_bytes, trains):  # type: ignore[no-untyped-def]
     """The loss of each labelled token, and dh of all, or None where h does not train."""
     tokens, width = len(batch.targets), rows.shape[1]
     dh = rows.new_empty(tokens, width) if trains else None
@@ -24,24 +24,24 @@ def losses(rows, head, batch, softcap, chunk_bytes, trains):  # type: ignore[no-
     step = chunk_bytes // (8 * width)  # tokens whose float32 gradient takes half of the budget
     for chunk, x in batch.chunks(rows, step):
         dx = None if dh is None else dh[chunk]
-        _sweep(x, head, batch.targets[chunk], softcap, chunk_bytes, result[chunk], dx)
+        _sweep(x, head, batch.targets[chunk], chunk_bytes, result[chunk], dx)
     return result, dh
 
 
-def _sweep(x, head, targets, softcap, chunk_bytes, losses, dh):  # type: ignore[no-untyped-def]
+def _sweep(x, head, targets, chunk_bytes, losses, dh):  # type: ignore[no-untyped-def]
     """Fill in the loss of each token and, unless dh is None, its gradient."""
     log_sum = torch.full((len(x),), -torch.inf, device=x.device)  # without the label
     label_logits = torch.zeros(len(x), device=x.device)
     mean = None if dh is None else torch.zeros(x.shape, device=x.device)
     buffer = None
-    for columns, weight in expanded_rows(head, x.dtype, chunk_bytes // (x.element_size() * len(x))):
+    for columns, weight in expanded_rows(head.weight, x.dtype, chunk_bytes // (x.element_size() * len(x))):
         # the first piece is the largest, so its memory serves all
         buffer = x.new_empty(len(x) * len(weight)) if buffer is None else buffer
-        logits = torch.mm(x, weight.T, out=buffer[: len(x) * len(weight)].view(len(x), -1))
+        logits = head.product(x, columns, weight, out=buffer[: len(x) * len(weight)].view(len(x), -1))
         column = targets - columns.start
         inside = (column >= 0) & (column < len(weight))
         column.clamp_(0, len(weight) - 1)
-        piece = _softmax_in_place(logits, column, inside, label_logits, softcap, chunk_bytes)
+        piece = _softmax_in_place(logits, column, inside, label_logits, head.softcap, chunk_bytes)
         joint = torch.logaddexp(log_sum, piece)
         if mean is not None:
             before, now = (log_sum - joint).exp_()[:, None], (piece - joint).exp_()[:, None]
@@ -50,7 +50,7 @@ def _sweep(x, head, targets, softcap, chunk_bytes, losses, dh):  # type: ignore[
         log_sum = joint
     losses.copy_(torch.nn.functional.softplus(log_sum - label_logits))
     if mean is not None:
-        slope = 1.0 if softcap is None else 1 - (label_logits / softcap).square_()[:, None]
+        slope = 1.0 if head.softcap is None else 1 - (label_logits / head.softcap).square_()[:, None]
         dh.copy_(mean.sub_(slope * dh).mul_(torch.sigmoid(log_sum - label_logits)[:, None]))
 
 

@@ -14,69 +14,72 @@ import torch
 
 from edge_kernels.backend import Launch, blank, jit, tl, triton
 from edge_kernels.linear_cross_entropy.chunks import cap
+from edge_kernels.linear_cross_entropy.head import LanguageHead
 from edge_kernels.quant import BLOCK, Packed
 from edge_kernels.tiles import blank_packed, expand_tile, pointers
 
 
-def losses(rows, head, batch, softcap, chunk_bytes, _trains):  # type: ignore[no-untyped-def]
+def losses(rows, head, batch, chunk_bytes, _trains):  # type: ignore[no-untyped-def]
     """The loss and the log-sum-exp of each labelled token."""
     log_sum, label_logits = (torch.empty(len(batch.targets), device=rows.device) for _ in range(2))
-    for group, x in batch.chunks(rows, _tokens_a_group(rows, head, chunk_bytes)):
-        log_sum[group], label_logits[group] = _log_sum(x, head, batch.targets[group], softcap)
+    for group, x in batch.chunks(rows, _tokens_a_group(rows, head.weight, chunk_bytes)):
+        log_sum[group], label_logits[group] = _log_sum(x, head, batch.targets[group])
     return log_sum - label_logits, log_sum
 
 
-def gradient(rows, log_sum, head, batch, softcap, chunk_bytes, share):  # type: ignore[no-untyped-def]
+def gradient(rows, log_sum, head, batch, chunk_bytes, share):  # type: ignore[no-untyped-def]
     """share times the gradient of the rows, zero where they have no label."""
     drows = torch.empty_like(rows) if batch.places is None else torch.zeros_like(rows)
-    for group, x in batch.chunks(rows, _tokens_a_group(rows, head, chunk_bytes)):
+    for group, x in batch.chunks(rows, _tokens_a_group(rows, head.weight, chunk_bytes)):
         dh = torch.zeros(x.shape, device=x.device)
-        _dhidden(dh, x, head, batch.targets[group], log_sum[group], softcap)
+        _dhidden(dh, x, head, batch.targets[group], log_sum[group])
         places = group if batch.places is None else batch.places[group]
         drows[places] = dh.mul_(share).to(rows.dtype)
     return drows
 
 
-def _tokens_a_group(rows: torch.Tensor, head: torch.Tensor | Packed, chunk_bytes: int) -> int:
+def _tokens_a_group(rows: torch.Tensor, weight: torch.Tensor | Packed, chunk_bytes: int) -> int:
     """Tokens whose float32 gradient, and the log-sum-exps of their tiles, fit the budget."""
-    return max(chunk_bytes // (4 * max(rows.shape[1], head.shape[0] // 32)), 16)
+    return max(chunk_bytes // (4 * max(rows.shape[1], weight.shape[0] // 32)), 16)
 
 
-def _log_sum(x, head, targets, softcap):  # type: ignore[no-untyped-def]
+def _log_sum(x, head, targets):  # type: ignore[no-untyped-def]
     """The log-sum-exp and the label's logit of each token of x (tokens, width)."""
-    pieces = triton.cdiv(head.shape[0], _tile(len(x), head, softcap)["V"])
+    pieces = triton.cdiv(head.weight.shape[0], _tile(len(x), head)["V"])
     log_sums = x.new_empty(pieces, len(x), dtype=torch.float32)
     label_logits = torch.empty(len(x), device=x.device)
-    _launch(x, head, targets, log_sums, label_logits, softcap, back=False)
+    _launch(x, head, targets, log_sums, label_logits, back=False)
     return log_sums.logsumexp(0), label_logits
 
 
-def _dhidden(dh, x, head, targets, log_sum, softcap):  # type: ignore[no-untyped-def]
+def _dhidden(dh, x, head, targets, log_sum):  # type: ignore[no-untyped-def]
     """Add dl W of each token to dh (tokens, width), float32."""
-    _launch(x, head, targets, log_sum, dh, softcap, back=True)
+    _launch(x, head, targets, log_sum, dh, back=True)
 
 
-def _launch(x, head, targets, log_sums, result, softcap, back):  # type: ignore[no-untyped-def]
-    (tokens, width), vocabulary = x.shape, head.shape[0]
-    tile = _tile(tokens, head, softcap)
+def _launch(x, head, targets, log_sums, result, back):  # type: ignore[no-untyped-def]
+    (tokens, width), vocabulary = x.shape, head.weight.shape[0]
+    tile = _tile(tokens, head)
+    bias = x if head.bias is None else head.bias.contiguous()
     grid = (triton.cdiv(tokens, tile["M"]) * triton.cdiv(vocabulary, tile["V"]),)
     _kernel[grid](
-        *(x.contiguous(), *pointers(head), targets, log_sums, result),
-        *(tokens, vocabulary, width, softcap or 1.0, torch.finfo(x.dtype).eps / 32),
+        *(x.contiguous(), *pointers(head.weight), bias, targets, log_sums, result),
+        *(tokens, vocabulary, width, head.softcap or 1.0, torch.finfo(x.dtype).eps / 32),
         BACK=back,
         **tile,
     )
 
 
-def _tile(tokens: int, head: torch.Tensor | Packed, softcap: float | None) -> dict[str, Any]:
+def _tile(tokens: int, head: LanguageHead) -> dict[str, Any]:
     """Launch options: M tokens by V logits, K of the width at a time.
 
     At most 72 KiB of shared memory, which every architecture has. A tile of a packed head needs
     registers to be expanded in.
     """
-    format = head.format if isinstance(head, Packed) else "dense"
+    format = head.weight.format if isinstance(head.weight, Packed) else "dense"
     return {
-        "CAPPED": softcap is not None,
+        "BIASED": head.bias is not None,
+        "CAPPED": head.softcap is not None,
         "FORMAT": format,
         "M": 16 if tokens <= 16 else 64,
         "V": 128 if format == "dense" else 64,
@@ -95,6 +98,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     groups_ptr,
     offset_ptr,
     tables_ptr,
+    bias_ptr,
     targets_ptr,
     log_sums_ptr,
     result_ptr,
@@ -104,6 +108,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     softcap,
     resolution,
     BACK: tl.constexpr,
+    BIASED: tl.constexpr,
     CAPPED: tl.constexpr,
     FORMAT: tl.constexpr,
     M: tl.constexpr,
@@ -129,6 +134,8 @@ def _kernel(  # type: ignore[no-untyped-def]
         x = tl.load(x_ptr + x_row[:, None] + k[None, :], mask=k[None, :] < width, other=0.0)
         weight = expand_tile(parts, head_row, first, width, FORMAT, V, K)
         logits = tl.dot(x, weight.to(x.dtype).T, logits, input_precision="ieee")
+    if BIASED:
+        logits += tl.load(bias_ptr + head_row).to(tl.float32)[None, :]
     if CAPPED:
         logits = cap(logits, softcap)
 
@@ -159,13 +166,14 @@ def _kernel(  # type: ignore[no-untyped-def]
 
 
 def ahead_of_time() -> Iterator[Launch]:
-    """Every tile and format in 16 bits, with a softcap, which only adds to them."""
+    """Every tile and format in 16 bits, with a bias and a softcap, which only add to them."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     for (name, dtype), format, tokens in product(dtypes.items(), ("dense", *BLOCK), (5, 17)):
-        head: Any = blank(dtype, 1000, 1024) if format == "dense" else blank_packed(format, 1000, 1024)
+        weight = blank(dtype, 1000, 1024) if format == "dense" else blank_packed(format, 1000, 1024)
+        head = LanguageHead(weight, blank(dtype, 1000), 30.0)
         x, targets = blank(dtype, tokens, 1024), blank(torch.int64, tokens)
         log_sum, dh = blank(torch.float32, tokens), blank(torch.float32, tokens, 1024)
-        end = f"{format} M={_tile(tokens, head, None)['M']}"
-        forward, backward = (x, head, targets, 30.0), (dh, x, head, targets, log_sum, 30.0)
+        end = f"{format} M={_tile(tokens, head)['M']}"
+        forward, backward = (x, head, targets), (dh, x, head, targets, log_sum)
         yield Launch(f"linear_cross_entropy {name} log_sum {end}", _log_sum, forward, streamed=True)
         yield Launch(f"linear_cross_entropy {name} dhidden {end}", _dhidden, backward, streamed=True)

@@ -26,7 +26,8 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge_broker import messages, topics
 from edge_broker.address import Address
-from edge_broker.errors import BrokerError, BrokerUnreachable, Refused
+from edge_broker.endings import Endings, Errors
+from edge_broker.errors import BrokerError, Refused
 from edge_broker.events import Connected, Disconnected, Event
 from edge_broker.presence import PresenceSpec
 from edge_broker.window import SLOTS, Ticket, Window, publish_size
@@ -36,15 +37,6 @@ _PACKET_MAX = 1 << 20  # bytes of the largest PUBLISH sent or accepted
 _KEEPALIVE_S = 30
 _SETTLED_S = 10.0  # after a connection that lasted this long the back-off starts anew
 _BACKOFF_S = (1.0, 30.0)  # first and largest upper bound of the random wait before a reconnect
-
-# reason codes of CONNACK (MQTT 5, section 3.2.2.2): unavailable, busy, quota exceeded, rate exceeded
-_PERHAPS_LATER = (0x88, 0x89, 0x97, 0x9F)
-_HINTS = {
-    0x84: "it does not speak MQTT 5",
-    0x85: "it does not accept this client id",
-    0x86: "check the user name and password",
-    0x87: "check the certificate or user name, and the access rules",
-}
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +70,8 @@ class Connection:
         self.window = Window(self.changed, put, _PACKET_MAX)
         self.bytes_down = 0
         self._put, self._expiry_s = put, expiry_s
+        self._endings = Endings(address, f"device `{spec.id}`" if spec else f"`{client_id}`")
+        self._errors = Errors()
         self._failure: BrokerError | None = None  # why the connection broke, or did not come about
         self._greeting: Connected | None = None  # of a connection that the owner has not heard of
         self._speaking = threading.Lock()  # held while presence is published; never taken in a callback
@@ -113,7 +107,7 @@ class Connection:
                 raise self._failure
         if not answered:
             self.close()
-            raise self._unreachable(f"no answer within {timeout_s:g} s")
+            raise self._endings.unreachable(f"no answer within {timeout_s:g} s")
 
     def close(self) -> None:
         """Disconnect and end the thread; waiters get a BrokerError."""
@@ -178,6 +172,7 @@ class Connection:
                     break
                 self.state = State.LOST
             self._put(Disconnected(reason=str(failure)))
+            self._endings.tell(failure)
             # full jitter, so that a fleet does not come back in step after the broker's restart
             failures = 0 if time.monotonic() - began > _SETTLED_S else failures + 1
             first, largest = _BACKOFF_S
@@ -192,7 +187,7 @@ class Connection:
 
     def _stay_connected(self) -> BrokerError:
         """Connect once, and return why the connection ended or did not come about."""
-        self._failure = self._greeting = None
+        self._failure = self._greeting = self._errors.last = None
         # above the last epoch, and above the clock (ms) in case the owner lost the last epoch
         self.epoch = max(self.epoch, time.time_ns() // 1_000_000) + 1
         if self.spec:
@@ -203,15 +198,14 @@ class Connection:
             while self.client.loop(timeout=1.0) == paho.MQTT_ERR_SUCCESS:
                 self._between_packets()
         except ssl.SSLError as error:
-            advice = "check ca, cert, key and the host name"
-            return Refused(f"TLS with {self.address} failed: {error}; {advice}")
+            return self._endings.tls(error)
         # ValueError: a host name that cannot be looked up
         except (OSError, ValueError) as error:
-            return self._unreachable(str(error))
+            return self._endings.unreachable(str(error))
         except Exception as error:  # paho's parser: ends the connection, not the session
             log.exception("the connection to %s broke on an unexpected error", self.address)
-            return self._unreachable(repr(error))
-        return self._failure or self._unreachable("it closed the connection unanswered")
+            return self._endings.unreachable(repr(error))
+        return self._failure or self._endings.unreachable("it closed the connection unanswered")
 
     def _between_packets(self) -> None:
         greeting, self._greeting = self._greeting, None
@@ -223,13 +217,10 @@ class Connection:
             self._announce = False
         # only now: whatever the owner sends upon the greeting comes after subscriptions and presence
         if greeting:
+            self._endings.tell_back()
             self._put(greeting)
         if self.state is State.CLOSING:  # close() may have come while paho was still connecting
             self.client.disconnect()
-
-    def _unreachable(self, why: str) -> BrokerUnreachable:
-        hint = "start one with `edge-runtime broker` or check the address"
-        return BrokerUnreachable(f"no MQTT broker answered at {self.address}: {why}; {hint}")
 
     # --- paho's callbacks, all called on the thread
 
@@ -241,6 +232,9 @@ class Connection:
             client.tls_set_context(tls)
         if self.address.user is not None:
             client.username_pw_set(self.address.user, self.address.password)
+        logger = logging.Logger("paho", logging.ERROR)
+        logger.addHandler(self._errors)
+        client.enable_logger(logger)
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_subscribe = self._on_subscribe
@@ -252,10 +246,7 @@ class Connection:
 
     def _on_connect(self, client: paho.Client, _: Any, flags: Any, code: ReasonCode, properties: Any) -> None:
         if code.is_failure:
-            hint = _HINTS.get(code.value, "its log may say why")
-            refused = Refused(f"{self.address} refused the connection: {code}; {hint}")
-            later = code.value in _PERHAPS_LATER
-            self._failure = self._unreachable(f"it said {code}") if later else refused
+            self._failure = self._endings.refused(code)
             return
         # chunks and acknowledgements must not wait for each other (Nagle's algorithm)
         line: Any = client.socket()
@@ -272,8 +263,9 @@ class Connection:
             self.answers.clear()  # packet numbers of the last connection mean nothing on this one
             self.changed.notify_all()
 
-    def _on_disconnect(self, _client: Any, _userdata: Any, _flags: Any, code: ReasonCode, _: Any) -> None:
-        self._failure = self._failure or self._unreachable(f"the connection broke ({code})")
+    def _on_disconnect(self, _client: Any, _userdata: Any, flags: Any, code: ReasonCode, _: Any) -> None:
+        by_broker, stood = flags.is_disconnect_packet_from_server, self.state is State.CONNECTED
+        self._failure = self._failure or self._endings.ended(code, by_broker, self._errors.last, stood)
 
     def _on_subscribe(self, _client: Any, _userdata: Any, mid: int, codes: list[ReasonCode], _: Any) -> None:
         if filters := self._restoring.pop(mid, None):

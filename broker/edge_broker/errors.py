@@ -9,6 +9,10 @@ class BrokerUnreachable(BrokerError):
     """No broker answered at the address; trying again later may work."""
 
 
+class ConnectionClosed(BrokerUnreachable):
+    """The broker ended a connection that stood, and one of our packets may be the cause."""
+
+
 class Refused(BrokerError):
     """The broker refused (credentials, rights, limits); the same try will be refused again."""
 

@@ -7,7 +7,7 @@ tied head, width of a head, sliding windows. The code that needs them reads the 
 Nothing here imports torch, because the planner reads the table in the agent's process.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -15,6 +15,25 @@ from edge_runtime.errors import InputError
 from edge_runtime.settings import Role
 
 Paths = dict[Role, str]
+
+
+RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
+
+
+class Keys(msgspec.Struct, frozen=True):
+    """What the metadata of a family's GGUF files says besides what every family's does."""
+
+    names: dict[str, str] = msgspec.field(default_factory=lambda: RMS)  # in the configuration
+    missing: dict[str, Any] = {}  # values of keys that a file may lack; other keys are needed
+    divisors: tuple[str, ...] = ()  # tensors that divide the rotary frequencies
+    partial_rotary: bool = False  # a head may be turned in a part of its width
+    local_rotary: bool = False  # layers with a window have a rotary base of their own, and no scaling
+    # layers in a period, the last of which has no window; 0: all have one; None: windows are not known
+    period: int | None = None
+    window: int = 0  # width where the file does not state one; 0: no window
+    # layers of the model whose scores are scaled by hidden / heads in place of a head's width; 0: the
+    # scale is not part of the configuration
+    scaled_by_hidden: int = 0
 
 
 class Family(msgspec.Struct, frozen=True):
@@ -28,6 +47,7 @@ class Family(msgspec.Struct, frozen=True):
     transposed: bool = False  # weights are stored (in, out), so they cannot be packed
     gguf: str | None = None  # architecture's name in GGUF files; None: these files are not read
     gguf_interleaved: bool = False  # rows of query and key heads are interleaved in GGUF files
+    gguf_keys: Keys = Keys()
 
     @property
     def mlp(self) -> Literal["gated", "fused", "plain"]:
@@ -46,17 +66,57 @@ PHI3: Paths = {
 }
 GPT2: Paths = {"qkv": "attn.c_attn", "o": "attn.c_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}
 
-# GGUF's side is llama.cpp's convert_hf_to_gguf.py: LlamaModel.permute, GemmaModel.modify_tensors
+# GGUF's side is llama.cpp's: conversion/*.py (permute, modify_tensors, set_gguf_parameters) writes the
+# files, and load_arch_hparams in src/models/*.cpp says what a key means that is not there
+DIVISORS = ("rope_factors_long.weight", "rope_factors_short.weight")
+LLAMA_KEYS = Keys(divisors=("rope_freqs.weight", *DIVISORS))
+GEMMA2_KEYS = Keys(
+    names=RMS | {name: name for name in ("attn_logit_softcapping", "final_logit_softcapping")},
+    missing={"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    period=2,
+    window=4096,
+    scaled_by_hidden=46,
+)
+GEMMA3_KEYS = Keys(
+    names=RMS | {"final_logit_softcapping": "final_logit_softcapping"},
+    missing={"final_logit_softcapping": None},
+    local_rotary=True,
+    period=6,
+    scaled_by_hidden=62,
+)
+PHI_KEYS = Keys(names={"attention.layer_norm_epsilon": "layer_norm_eps"}, partial_rotary=True)
+# llama.cpp itself passes over the window, which the published models have
+PHI3_KEYS = Keys(divisors=DIVISORS, partial_rotary=True, period=0)
+# special tokens of models with such a name swallow the spaces after them (llama.cpp's llama-vocab.cpp)
+STRIPPED = ("phi-3", "phi3")
+STRIPPED_EXCEPT = ("<unk>", "<s>", "<|endoftext|>")
+
 FAMILIES = (
-    Family(("llama",), "Llama", LLAMA, gguf="llama", gguf_interleaved=True),
-    Family(("mistral",), "Mistral", LLAMA, gguf="llama", gguf_interleaved=True),
+    Family(("llama",), "Llama", LLAMA, gguf="llama", gguf_interleaved=True, gguf_keys=LLAMA_KEYS),
+    Family(("mistral",), "Mistral", LLAMA, gguf="llama", gguf_interleaved=True, gguf_keys=LLAMA_KEYS),
     Family(("qwen2",), "Qwen2", LLAMA, gguf="qwen2"),
     Family(("qwen3",), "Qwen3", LLAMA, gguf="qwen3"),
     Family(("gemma",), "Gemma", LLAMA, norm_offset=1.0, gguf="gemma"),
-    Family(("gemma2",), "Gemma2", LLAMA, norm_offset=1.0, norms_after=True, gguf="gemma2"),
-    Family(("gemma3_text", "gemma3"), "Gemma3", LLAMA, norm_offset=1.0, norms_after=True, gguf="gemma3"),
-    Family(("phi",), "Phi", PHI),
-    Family(("phi3",), "Phi3", PHI3, gguf="phi3"),
+    Family(
+        ("gemma2",),
+        "Gemma2",
+        LLAMA,
+        norm_offset=1.0,
+        norms_after=True,
+        gguf="gemma2",
+        gguf_keys=GEMMA2_KEYS,
+    ),
+    Family(
+        ("gemma3_text", "gemma3"),
+        "Gemma3",
+        LLAMA,
+        norm_offset=1.0,
+        norms_after=True,
+        gguf="gemma3",
+        gguf_keys=GEMMA3_KEYS,
+    ),
+    Family(("phi",), "Phi", PHI, gguf="phi2", gguf_keys=PHI_KEYS),
+    Family(("phi3",), "Phi3", PHI3, gguf="phi3", gguf_keys=PHI3_KEYS),
     Family(("gpt2",), "GPT2", GPT2, transposed=True),
 )
 

@@ -21,8 +21,8 @@ from edge_kernels.quant import from_gguf
 from numpy.typing import NDArray
 
 from edge_runtime.errors import InputError
-from edge_runtime.models import headers
-from edge_runtime.models.families import FAMILIES, family_of
+from edge_runtime.models import gguf_config
+from edge_runtime.models.gguf_header import Contents
 from edge_runtime.models.readers import PIECE_VALUES, Shape, Tensors, join
 
 
@@ -34,38 +34,45 @@ class Tensor(msgspec.Struct, frozen=True):
     shape: Shape  # as torch has it
     interleaved_heads: int = 0  # heads whose rows are interleaved; 0: none are
     added: float = 0.0  # by llama.cpp to every value, and subtracted again
+    shard: int = 0  # number of its file, of a model that is split over files
 
 
-def index(path: Path, names: list[str], config: Any) -> dict[str, Tensor]:
-    """Find the tensors of a model with these state_dict keys in a GGUF file.
+def index(contents: Contents, shapes: dict[str, Shape], config: Any) -> dict[str, Tensor]:
+    """Find the tensors of a model in a GGUF file, every tensor of which has to be one of them.
+
+    Args:
+        contents: of the file.
+        shapes: by the names in the model's state_dict.
+        config: gguf_config.configuration of the file.
 
     Raises:
-        InputError: the family is not read from GGUF files, a tensor is missing, or a tensor is in a
-            format that cannot be expanded.
+        InputError: a tensor is missing, has another shape, is in a format that cannot be expanded,
+            or has no place in the model.
     """
-    family = family_of(config.model_type)
-    if family.gguf is None:
-        architectures = ", ".join(dict.fromkeys(row.gguf for row in FAMILIES if row.gguf))
-        raise InputError(
-            f"{path}: GGUF files of {config.model_type} are not supported; known: {architectures}"
-        )
+    path, family = contents.files[0], gguf_config.family(contents)
     architecture = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[family.gguf]
     gguf_names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     interleaved = {}  # heads, by the name of the linear layer
     if family.gguf_interleaved:
         interleaved = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    places, tensors = headers.tensors(path), {}
-    for name in names:
+    left, tensors = dict(contents.tensors), {}
+    for name, shape in shapes.items():
         inner = gguf_names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if inner not in places:
+        if (place := left.pop(inner, None)) is None:
             raise InputError(f"{path} lacks the tensor {inner or name}")
-        place = places[inner]
         kind = gguf.GGMLQuantizationType(place.kind)
         if not _expandable(kind):
             raise InputError(f"{path}: {inner} is held in {kind.name}, which cannot be expanded to numbers")
+        if place.shape != shape:
+            raise InputError(f"{path}: {inner} is {place.shape}, but this model needs {shape}")
         added = family.norm_offset if inner.endswith("norm.weight") else 0.0
         heads = interleaved.get(inner.split(".")[-2], 0)
-        tensors[name] = Tensor(place.first, place.kind, place.shape, heads, added)
+        tensors[name] = Tensor(place.first, place.kind, place.shape, heads, added, place.shard)
+    if unknown := sorted(left.keys() - {*family.gguf_keys.divisors}):
+        raise InputError(
+            f"{path} has {len(unknown)} tensors that a {config.model_type} has no place for, the first is "
+            f"{unknown[0]}: the model would be another one without them"
+        )
     return tensors
 
 
@@ -83,7 +90,7 @@ def _expandable(kind: gguf.GGMLQuantizationType) -> bool:
 class GGUFTensors(Tensors):
     """Reads tensors of a GGUF file by the model's names."""
 
-    path: Path
+    files: list[Path]  # one, or those of a split model
     tensors: dict[str, Tensor]
 
     def read(self, name: str) -> tuple[Shape, Iterator[torch.Tensor]]:
@@ -114,13 +121,14 @@ class GGUFTensors(Tensors):
         width = 1 if heads and len(tensor.shape) == 1 else tensor.shape[-1]  # a bias has a value a row
         rows, row_bytes = math.prod(tensor.shape) // width, width // block[0] * block[1]
         step = rows // heads if heads else max(PIECE_VALUES // width, 1)
-        with self.path.open("rb") as stream:
+        path = self.files[tensor.shard]
+        with path.open("rb") as stream:
             stream.seek(tensor.offset)
             for first in range(0, rows, step):
                 size = min(step, rows - first) * row_bytes
                 blocks = np.fromfile(stream, np.uint8, size)
                 if blocks.size != size:
-                    raise InputError(f"{self.path} is cut short: {size - blocks.size} bytes are missing")
+                    raise InputError(f"{path} is cut short: {size - blocks.size} bytes are missing")
                 if heads:  # in the file, rows of a head's two halves alternate
                     blocks = blocks.reshape(-1, 2, row_bytes).swapaxes(0, 1)
                 yield blocks.reshape(-1, row_bytes)

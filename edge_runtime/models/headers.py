@@ -1,25 +1,20 @@
 """Where each tensor lies in a weight file, read from the file's header; no weight is read.
 
-    safetensors   u64 header's length | header: JSON, data_offsets of each tensor | tensors
-    GGUF          "GGUF" u32 version u64 tensors u64 pairs | pairs | name, shape, kind, offset |
-                  tensors
+    u64 header's length | header: JSON, data_offsets of each tensor | tensors
 
 A file that ends before its tensors do is refused. Damage inside a tensor is not noticed here, but
-it gives the checkpoint another digest and so another model class.
-Sources: safetensors' README; docs/gguf.md of ggml.
+it gives the checkpoint another digest and so another model class. GGUF files: gguf_header.py.
+Source: safetensors' README.
 """
 
-import math
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 
 from edge_runtime.errors import InputError
-
-VALUE_BYTES = dict(enumerate((1, 1, 2, 2, 4, 4, 4, 1, None, None, 8, 8, 8)))  # by GGUF's value kind
-STRING, ARRAY = 8, 9
 
 
 class Place(NamedTuple):
@@ -29,18 +24,17 @@ class Place(NamedTuple):
     end: int  # byte after the last
     shape: tuple[int, ...] = ()  # in a GGUF file: as torch has it
     kind: int = 0  # in a GGUF file: gguf.GGMLQuantizationType
+    shard: int = 0  # of a GGUF model split over files: the file's number, from 0
 
 
 def files(weights: Path) -> dict[str, Path]:
-    """The file that each tensor is in, of a GGUF file or a folder of .safetensors files.
-
-    Of a folder, the files that its index names, else all.
+    """The file that each tensor is in, of a folder: the files that its index names, else all.
 
     Raises:
         InputError: the index cannot be read; or as `tensors` does for each file.
     """
     listing = weights / "model.safetensors.index.json"
-    paths = [weights] if weights.is_file() else sorted(weights.glob("*.safetensors"))
+    paths = sorted(weights.glob("*.safetensors"))
     if listing.exists():
         try:
             index = msgspec.json.decode(listing.read_bytes(), type=_Index)
@@ -55,7 +49,12 @@ class _Index(msgspec.Struct):
 
 
 def tensors(path: Path) -> dict[str, Place]:
-    """The tensors in a .gguf or .safetensors file by name, after a check that all lie inside it.
+    """The tensors in a .safetensors file by name; raises as `places` does."""
+    return places(path, _safetensors)
+
+
+def places(path: Path, parse: Callable[["Header"], dict[str, Place]]) -> dict[str, Place]:
+    """The tensors that a file's header names, after a check that all lie inside the file.
 
     Raises:
         InputError: the file is cut short, its header is damaged, or it cannot be read. The message
@@ -64,21 +63,20 @@ def tensors(path: Path) -> dict[str, Place]:
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
-            header = _Header(path, size, stream)
-            places = _gguf(header) if path.suffix == ".gguf" else _safetensors(header)
+            found = parse(Header(path, size, stream))
     except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors too
         raise InputError(f"{path} cannot be read: {error}") from error
-    needed = max((place.end for place in places.values()), default=0)
-    for name, place in sorted(places.items(), key=lambda item: item[1]):
+    needed = max((place.end for place in found.values()), default=0)
+    for name, place in sorted(found.items(), key=lambda item: item[1]):
         if place.end > size:
             raise InputError(
                 f"{path} is cut short: it has {size} bytes and needs {needed}; the first tensor that is not "
                 f"all there is {name}, bytes {place.first} to {place.end}; copy the file again"
             )
-    return places
+    return found
 
 
-class _Header(NamedTuple):
+class Header(NamedTuple):
     """Reads the parts of a header in turn."""
 
     path: Path
@@ -110,62 +108,9 @@ class _Entry(msgspec.Struct):
     data_offsets: tuple[int, int]
 
 
-def _safetensors(header: _Header) -> dict[str, Place]:
+def _safetensors(header: Header) -> dict[str, Place]:
     entries = msgspec.json.decode(header.take(header.number("Q")), type=dict[str, msgspec.Raw])
     entries.pop("__metadata__", None)
     start = header.stream.tell()
     offsets = {name: msgspec.json.decode(entry, type=_Entry).data_offsets for name, entry in entries.items()}
     return {name: Place(start + first, start + end) for name, (first, end) in offsets.items()}
-
-
-# --- GGUF
-
-
-def _gguf(header: _Header) -> dict[str, Place]:
-    import gguf  # 2 MiB, which a trainer of safetensors files does without
-
-    if header.take(4) != b"GGUF":
-        raise ValueError("it does not begin with GGUF")
-    if (version := header.number("I")) not in (2, 3):
-        raise ValueError(
-            f"its version is {version}, but has to be one of (2, 3), least significant byte first"
-        )
-    count, pairs, alignment = header.number("Q"), header.number("Q"), gguf.GGUF_DEFAULT_ALIGNMENT
-    for _ in range(pairs):
-        key, kind = header.take(header.number("Q")), header.number("I")
-        if key == b"general.alignment":
-            alignment = header.number("I")
-        else:
-            _skip_value(header, kind)
-    if not alignment:
-        raise ValueError("its general.alignment is 0")
-    blocks = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}  # values and bytes, by kind
-    places = {}
-    for _ in range(count):
-        name, dimensions = header.take(header.number("Q")).decode(), header.number("I")
-        if dimensions > 4:
-            raise ValueError(f"{name} has {dimensions} dimensions, but GGUF allows 4")
-        shape = tuple(header.number("Q") for _ in range(dimensions))[::-1]
-        kind, first = header.number("I"), header.number("Q")
-        if kind not in blocks:
-            raise ValueError(f"{name} is of kind {kind}, which the installed gguf package does not know")
-        size = math.prod(shape) // blocks[kind][0] * blocks[kind][1]
-        places[name] = Place(first, first + size, shape, kind)
-    start = -(-header.stream.tell() // alignment) * alignment
-    return {
-        name: place._replace(first=start + place.first, end=start + place.end)
-        for name, place in places.items()
-    }
-
-
-def _skip_value(header: _Header, kind: int) -> None:
-    count = 1
-    if kind == ARRAY:
-        kind, count = header.number("I"), header.number("Q")
-    if kind == STRING:
-        for _ in range(count):  # a wrong count ends at the file's end
-            header.take(header.number("Q"), skip=True)
-    elif width := VALUE_BYTES.get(kind):
-        header.take(count * width, skip=True)
-    else:
-        raise ValueError(f"a value in its header is of kind {kind}, which GGUF does not have")

@@ -25,6 +25,7 @@ from edge_broker.files import put
 from edge_runtime.compat.lean_imports import lean_imports
 from edge_runtime.errors import EdgeError, InputError
 from edge_runtime.models import facts as facts_
+from edge_runtime.models import gguf_header
 from edge_runtime.models.facts import Facts
 from edge_runtime.state import once
 
@@ -47,7 +48,7 @@ def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = Fa
         InputError: there is no such source, it cannot be read, or its family is not supported.
     """
     path = _find(source, models)
-    weights = [path] if path.is_file() else sorted(path.glob(WEIGHTS))
+    weights = gguf_header.shards(path) if path.is_file() else sorted(path.glob(WEIGHTS))
     companions = sorted(file for pattern in COMPANIONS for file in path.glob(pattern))
     if random_weights:
         if path.is_file():
@@ -78,7 +79,7 @@ def _find(source: str, models: Path) -> Path:
         if path.is_file():
             if path.suffix != ".gguf":
                 raise InputError(f"{path} is no GGUF file: a model is a .gguf file, a folder or a hub id")
-            return path.resolve()
+            return path.absolute()  # a link's name says more than the file's that it leads to
         if path.is_dir():
             if not (path / "config.json").exists():
                 raise InputError(f"{path} has no config.json: a model folder needs Hugging Face's layout")
@@ -118,7 +119,10 @@ def _name_of(source: str, models: Path) -> str:
     path = Path(source if is_local else source.partition("@")[0])
     if path.parent.name == "snapshots":
         return path.parent.parent.name.rsplit("--", 1)[-1]
-    return (path.stem if path.suffix == ".gguf" else path.name) or "model"
+    if path.suffix == ".gguf":
+        shard = gguf_header.SHARD.fullmatch(path.name)
+        return shard[1] if shard else path.stem
+    return path.name or "model"
 
 
 def digest(files: list[Path], cache: Path) -> str:
@@ -144,11 +148,16 @@ def digest(files: list[Path], cache: Path) -> str:
 def _write(path: Path, folder: Path, model_class: str, random_weights: bool) -> None:
     """Write configuration, tokenizer, facts and the index of a GGUF file to a new folder."""
     from edge_runtime.compat.empty_model import empty_model
-    from edge_runtime.models import gguf_file, headers, structure
+    from edge_runtime.models import gguf_config, gguf_file, gguf_tokenizer, headers, structure
 
-    if not random_weights:
-        headers.files(path)  # refuses a file that is cut short
-    config, tokenizer = _read(path, random_weights)
+    contents = gguf_header.read(path) if path.is_file() else None
+    if contents:
+        config = gguf_config.configuration(contents)
+        tokenizer = gguf_tokenizer.tokenizer(contents, config.vocab_size)
+    else:
+        if not random_weights:
+            headers.files(path)  # refuses a file that is cut short
+        config, tokenizer = _read(path, random_weights)
     folder.mkdir()
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -159,9 +168,10 @@ def _write(path: Path, folder: Path, model_class: str, random_weights: bool) -> 
         raise InputError(
             f"the model at {path} has 0 layers, but needs 1 or more: its config.json may be damaged"
         )
-    if path.is_file():
+    if contents:
         tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        index = gguf_file.index(path, [name for name in model.state_dict() if name not in tied], config)
+        shapes = {name: tuple(held.shape) for name, held in model.state_dict().items() if name not in tied}
+        index = gguf_file.index(contents, shapes, config)
         (folder / "tensors.json").write_bytes(msgspec.json.encode(index))
     linears = structure.widths(blocks[0], structure.family(model))
     path_of_blocks = structure.path(model, blocks)
@@ -170,21 +180,15 @@ def _write(path: Path, folder: Path, model_class: str, random_weights: bool) -> 
 
 
 def _read(path: Path, random_weights: bool) -> tuple[Any, Any]:
-    """Configuration and tokenizer, as transformers reads them."""
+    """Configuration and tokenizer of a folder, as transformers reads them."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
-    from edge_runtime.compat.gguf_reader import plain_reader
-
-    source: dict[str, Any] = {"trust_remote_code": False}
-    if path.is_file():
-        folder, source["gguf_file"] = path.parent, path.name
-    else:
-        folder = path
-        _refuse_remote_code(path)
+    _refuse_remote_code(path)
     try:
-        with plain_reader():
-            config = AutoConfig.from_pretrained(folder, **source)
-            tokenizer = _words() if random_weights else AutoTokenizer.from_pretrained(folder, **source)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        tokenizer = (
+            _words() if random_weights else AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        )
     # transformers raises many kinds here; each means the same to the user
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -73,17 +73,18 @@ def _open(facts: Facts, layers: tuple[int, ...], shapes: dict[str, torch.Size]) 
     """The tensors of a slice that keeps these layers. shapes: by tensors' names in the slice."""
     if not facts.weights:
         return RandomTensors(shapes)
-    path, files = Path(facts.weights), headers.files(Path(facts.weights))
+    path = Path(facts.weights)
     names = {name: LAYER.sub(lambda number: str(layers[int(number[0])]), name, count=1) for name in shapes}
     if path.suffix != ".gguf":
-        return SafetensorsTensors(path, names, files)
-    from edge_runtime.models import gguf_file  # imports gguf
+        return SafetensorsTensors(path, names, headers.files(path))
+    from edge_runtime.models import gguf_file, gguf_header  # import gguf
 
-    content = (Path(facts.folder) / "tensors.json").read_bytes()
-    entries = msgspec.json.decode(content, type=dict[str, gguf_file.Tensor])
+    contents = gguf_header.read(path, values=False)  # refuses a file that is cut short
+    index = (Path(facts.folder) / "tensors.json").read_bytes()
+    entries = msgspec.json.decode(index, type=dict[str, gguf_file.Tensor])
     # a tied head is not in the file
     return gguf_file.GGUFTensors(
-        path, {name: entries[inner] for name, inner in names.items() if inner in entries}
+        contents.files, {name: entries[inner] for name, inner in names.items() if inner in entries}
     )
 
 

@@ -11,7 +11,7 @@ from edge_kernels import expand
 
 from edge_runtime.demo import model as demo
 from edge_runtime.errors import InputError
-from edge_runtime.models import gguf_file, weights
+from edge_runtime.models import gguf_file, gguf_header, weights
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 
@@ -68,7 +68,7 @@ def test_interleaved_rows_are_put_back_in_a_bias_as_in_a_weight(tmp_path, shape)
     path.write_bytes(interleaved(truth.view(8, -1), 2).numpy().tobytes())
     kind = gguf.GGMLQuantizationType.F32
     tensors = {str(heads): gguf_file.Tensor(0, kind, shape, interleaved_heads=heads) for heads in (0, 2)}
-    read = gguf_file.GGUFTensors(path, tensors)
+    read = gguf_file.GGUFTensors([path], tensors)
     assert torch.equal(read.dense("2", torch.float32), truth)
     assert not torch.equal(read.dense("0", torch.float32), truth)
 
@@ -96,7 +96,7 @@ def test_a_gguf_matrix_keeps_its_bytes_and_another_format_is_near(demo_facts):
     )
     name, read = (
         "model.layers.0.self_attn.q_proj.weight",
-        gguf_file.GGUFTensors(Path(demo_facts.weights), index),
+        gguf_file.GGUFTensors([Path(demo_facts.weights)], index),
     )
     dense = read.dense(name, torch.float32)
     assert index[name].interleaved_heads
@@ -110,7 +110,9 @@ def test_a_gguf_tensor_in_a_format_that_cannot_be_expanded_is_refused(demo_facts
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(demo_facts.folder)
-    where = (demo.path(), ["model.norm.weight"], config)
+    contents = gguf_header.read(demo.path())
+    norm = {"output_norm.weight": contents.tensors["output_norm.weight"]}
+    where = (contents._replace(tensors=norm), {"model.norm.weight": (demo_facts.hidden,)}, config)
     assert gguf_file.index(*where)["model.norm.weight"].shape == (demo_facts.hidden,)
     monkeypatch.setattr(gguf_file, "_expandable", lambda kind: kind.name != "F32")
     with pytest.raises(InputError, match=r"output_norm\.weight is held in F32, which cannot be expanded"):

@@ -13,7 +13,7 @@ import edge_runtime
 
 ROOMS = (
     *("errors", "settings", "state", "protocol", "compat", "models", "methods", "adapters", "planning"),
-    *("trainer", "agent", "aggregator", "simulation", "demo", "cli"),
+    *("trainer", "serving", "agent", "aggregator", "simulation", "demo", "cli"),
 )
 PACKAGES = {
     package.__name__: Path(next(iter(package.__path__)))

@@ -12,12 +12,28 @@ import sys
 
 import click
 
-from edge_runtime.cli import agent, aggregator, broker, demo, measure, plan, profile, status, study
+from edge_runtime.cli import (
+    agent,
+    aggregator,
+    broker,
+    classify,
+    demo,
+    generate,
+    measure,
+    plan,
+    profile,
+    serve,
+    status,
+    study,
+)
 from edge_runtime.errors import EdgeError, InputError, UnreachableError
 
 log = logging.getLogger(__name__)
 # In the order of a first use; --help sorts by name.
-COMMANDS = (profile, plan, measure, broker, aggregator, agent, status, study, demo)
+COMMANDS = (
+    *(profile, plan, measure, broker, aggregator, agent, status, generate, classify, serve),
+    *(study, demo),
+)
 INTERRUPTED = 130  # as a shell has it for SIGINT
 
 

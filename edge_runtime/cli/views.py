@@ -192,6 +192,11 @@ def show_demo(outcome: "DemoOutcome") -> None:
     )
 
 
+def show_labels(labels: dict[str, float]) -> None:
+    """A text's labels, the likeliest first."""
+    _show("", ("label", "probability"), [(label, f"{p:.1%}") for label, p in labels.items()])
+
+
 def _show_terms(terms: dict[str, int], scale_bytes: int) -> None:
     rows = [
         (term, format_size(size), "█" * round(BAR * size / scale_bytes))

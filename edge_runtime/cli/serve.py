@@ -1,0 +1,60 @@
+"""`edge-runtime serve`: what was learned behind OpenAI's interface."""
+
+import logging
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+
+from edge_runtime.cli import options, served
+
+if TYPE_CHECKING:
+    from edge_runtime.serving.process import ServerEvent
+
+log = logging.getLogger(__name__)
+
+
+@click.command("serve")
+@served.base
+@served.context
+@click.option(
+    "--parallel",
+    type=click.IntRange(1, 64),
+    default=2,
+    show_default=True,
+    help="Answers that are written at once; each takes memory for a whole context.",
+)
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one."
+)
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Endpoint to listen at. Whoever reaches another one than a loopback address can use the model: there is "
+    "no password.",
+)
+@click.option("--attended", is_flag=True, hidden=True)
+@options.as_json
+def command(
+    base: served.ServedBase, context: int, parallel: int, port: int, host: str, attended: bool, json: bool
+) -> None:
+    """Answer chats and completions as OpenAI's interface has them.
+
+    With the base model and what was learned, at /v1/chat/completions and /v1/completions.
+    """
+    from edge_runtime.compat.lean_imports import lean_imports
+
+    facts, learned = base.open()
+    with lean_imports():
+        from edge_runtime.serving.app import LOOPBACK
+        from edge_runtime.serving.process import Endpoint, ServedModel, serve
+
+    if host not in LOOPBACK:
+        log.warning("whoever reaches %s can use the model: the server asks for no password", host)
+
+    def tell(event: "ServerEvent") -> None:
+        click.echo(msgspec.json.encode(event) if json else f"{event.phase}: {event.text}")
+
+    model = ServedModel(facts, learned, base.weights, "torch", min(context, facts.positions), parallel)
+    serve(model, Endpoint(host, port), base.machine(), tell, attended=attended)

@@ -1,0 +1,113 @@
+"""Options of the commands that answer with a model: which base, which adapter, how it is held."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+import edge_profiles
+
+from edge_runtime.cli import options
+from edge_runtime.errors import InputError
+from edge_runtime.settings import Weights
+
+if TYPE_CHECKING:
+    from edge_runtime.adapters.learned import Learned
+    from edge_runtime.models.facts import Facts
+    from edge_runtime.trainer.job import Machine
+
+Command = Callable[..., Any]
+
+
+class ServedBase(NamedTuple):
+    """The values of the options below."""
+
+    model: str | None
+    adapter: Path | None
+    state: Path | None
+    models: Path
+    weights: Weights
+    device: str
+    threads: int
+
+    def open(self) -> tuple["Facts", "Learned | None"]:
+        """The facts of the base, and what was learned on it; None: the base alone.
+
+        Raises:
+            InputError: there is no model, no adapter, or they do not fit together.
+        """
+        from edge_runtime.adapters import learned
+        from edge_runtime.planning import processes
+
+        folder = self._folder()
+        if folder is not None:
+            read = learned.read(folder)
+            facts = processes.prepared(self.model or read.source, self.models)
+            return facts, learned.on(read, facts)
+        if self.model is None:
+            raise InputError(
+                "there is nothing to answer with: give --model, or an adapter with --adapter or --state"
+            )
+        return processes.prepared(self.model, self.models), None
+
+    def _folder(self) -> Path | None:
+        if self.adapter is not None and self.state is not None:
+            raise InputError("--adapter and --state both name an adapter: give one of them")
+        if self.state is None:
+            return self.adapter
+        folder = self.state / "adapter"
+        if not folder.exists():
+            raise InputError(
+                f"{self.state} has no adapter yet: its agent keeps one from the first version on"
+            )
+        return folder
+
+    def machine(self) -> "Machine":
+        """What the process may use of this machine."""
+        from edge_runtime.trainer.job import Machine
+
+        return Machine(self.threads, options.trainer_device(self.device, edge_profiles.probe()))
+
+
+_OPTIONS = (
+    click.option(
+        "--model",
+        metavar="SRC",
+        help="A folder in Hugging Face's layout, a GGUF file or a hub id; default: the one that the adapter was "
+        "learned on.",
+    ),
+    click.option(
+        "--adapter",
+        type=options.PATH,
+        help="A folder of what was learned, as `edge-runtime export` writes it.",
+    ),
+    click.option("--state", type=options.PATH, help="An agent's --state, for the newest version in it."),
+    options.models,
+    click.option(
+        "--weights",
+        type=click.Choice(["float32", "bfloat16", "q8_0", "q4_1", "q4_0", "nf4"]),
+        default="bfloat16",
+        show_default=True,
+        help="Format of the base model's weights.",
+    ),
+    options.device,
+    click.option("--threads", default=0, help="CPU threads; default: all cores."),
+)
+context = click.option(
+    "--context",
+    type=click.IntRange(8),
+    default=2048,
+    show_default=True,
+    help="Tokens of a prompt and its answer together; less where the model has fewer positions.",
+)
+
+
+def base(command: Command) -> Command:
+    """Add the options; the command gets `base`, their values."""
+
+    @functools.wraps(command)
+    def gathered(**values: Any) -> Any:
+        return command(base=ServedBase(**{name: values.pop(name) for name in ServedBase._fields}), **values)
+
+    return functools.reduce(lambda inner, option: option(inner), reversed(_OPTIONS), gathered)

@@ -1,0 +1,38 @@
+"""Labels of texts by the head that a fleet has learned, with torch."""
+
+from edge_runtime.adapters.learned import Learned
+from edge_runtime.errors import InputError
+from edge_runtime.models.facts import Facts
+from edge_runtime.serving.text import Language
+from edge_runtime.serving.torch_engine import TorchEngine
+from edge_runtime.settings import Weights
+
+
+class Classifier:
+    """A base model with an adapter and its head."""
+
+    def __init__(self, facts: Facts, learned: Learned | None, weights: Weights, device: str) -> None:
+        """Load them; arguments as TorchEngine has them.
+
+        Raises:
+            InputError: nothing was learned, or it has no head; or as TorchEngine does.
+        """
+        if learned is None or learned.head is None:
+            raise InputError(
+                "no label head was learned, so there are no labels to choose from: a fleet learns one with [head] in "
+                "its fleet file; use `edge-runtime generate` where labels are learned as text"
+            )
+        self._engine = TorchEngine(facts, learned, weights, device)
+        self._language, self._positions = Language(facts), facts.positions
+
+    def labels(self, text: str) -> dict[str, float]:
+        """The probability of each label, the likeliest first; a long text is cut at the model's positions.
+
+        Raises:
+            InputError: the text is empty.
+        """
+        ids = self._language.prompt(text)[: self._positions]
+        if not ids:
+            raise InputError("the text is empty, so it has no label")
+        labels = self._engine.classify(ids)
+        return dict(sorted(labels.items(), key=lambda item: -item[1]))

@@ -1,0 +1,114 @@
+"""Between text and tokens: prompts, chats, and an answer's text as its tokens come.
+
+An answer ends at any token that the tokenizer, config.json or generation_config.json names as an
+end of text, and at the token with which the model's chat template ends an assistant's turn.
+"""
+
+import json
+from collections.abc import Sequence as Ids
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.compat.fast_tokenizer import load
+from edge_runtime.models.facts import Facts
+from edge_runtime.trainer.data import templated
+
+HALF = "\ufffd"  # stands for bytes that are no whole character yet
+LEAD = 8  # tokens before the answer that decide how its first token is written
+LONGEST = 4  # bytes of a character, and so tokens that may wait for its end
+MARK = "content"
+
+
+class Language:
+    """A model's tokenizer and chat template, and the tokens that end an answer."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.tokenizer: Any = load(Path(facts.folder))
+        configurations = [Path(facts.folder) / "config.json", Path(facts.weights) / "generation_config.json"]
+        ends = {self.tokenizer.eos_token_id, _turn_end(self.tokenizer)}
+        self.ends = frozenset(ends.union(*map(_ends, configurations)) - {None})
+
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a text to go on with."""
+        ids: list[int] = self.tokenizer(text).input_ids
+        return ids
+
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a chat, up to the assistant's answer.
+
+        Raises:
+            InputError: the model has no chat template, or its template refuses the messages.
+        """
+        return templated(messages, self.tokenizer, add_generation_prompt=True)
+
+
+class TextStream:
+    """The text of an answer, piece by piece, up to the first of some stop strings."""
+
+    def __init__(self, language: Language, prompt: Ids[int], stop: tuple[str, ...]) -> None:
+        """prompt: the token ids before the answer."""
+        self._tokenizer, self._stop = language.tokenizer, stop
+        self._ids = list(prompt[-LEAD:])
+        self._first, self._whole = 0, len(self._ids)  # tokens that decide spaces, and tokens that are written
+        self._held = ""  # text that may be the beginning of a stop string
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that a further token makes certain, without half a character."""
+        self._ids.append(token)
+        before = self._decode(self._ids[self._first : self._whole])
+        text = self._decode(self._ids[self._first :])
+        if text.endswith(HALF) and len(self._ids) - self._whole < LONGEST:
+            return ""
+        self._first, self._whole = self._whole, len(self._ids)
+        return self._release(text[len(before) :])
+
+    def rest(self) -> str:
+        """What was held back for a stop string that did not come."""
+        held, self._held = self._held, ""
+        return held
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def _release(self, text: str) -> str:
+        text = self._held + text
+        places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        if places:
+            self.stopped, self._held = True, ""
+            return text[: min(places)]
+        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the text's end that begin a stop string."""
+    return next(
+        (size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0
+    )
+
+
+def _ends(path: Path) -> set[int | None]:
+    """The tokens that a configuration names as ends of text; none where there is no such file."""
+    if not path.is_file():
+        return set()
+    written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    named = (part.get("eos_token_id") for part in (written, written.get("text_config") or {}))
+    return {token for ends in named for token in (ends if isinstance(ends, list) else [ends])}
+
+
+def _turn_end(tokenizer: Any) -> int | None:
+    """The special token with which the chat template ends an assistant's turn, if there is one."""
+    turns = [{"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}]
+    if not tokenizer.chat_template:
+        return None
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    # a template may refuse a conversation that is none of its users'
+    except Exception:
+        return None
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    after = tokenizer(text.rpartition(MARK)[2], add_special_tokens=False).input_ids
+    return next((token for token in after if token in special), None)

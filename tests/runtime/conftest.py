@@ -9,14 +9,22 @@ from family_cases import CASES
 
 @pytest.fixture(scope="session")
 def tiny():
-    """tiny(family, **changes): a random float32 model of 4 layers, equal for equal arguments."""
+    """tiny(family, **changes): a random float32 model of 4 layers, equal for equal arguments.
+
+    Its biases, which transformers begins with zeros, are random too.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     def make(family, **changes):
         config = AutoConfig.for_model(family, **{**CASES[family].sizes, **changes})
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
+        model = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                # as large as the logits that the head's is added to
+                parameter.normal_(0, 1.0 if name == "lm_head.bias" else 0.02)
+        return model
 
     return make
 

@@ -129,13 +129,13 @@ def _kernel(  # type: ignore[no-untyped-def]
     x_row = tl.minimum(row, tokens - 1).to(tl.int64) * width
     head_row = tl.minimum(column, vocabulary - 1).to(tl.int64)
     logits = tl.zeros((M, V), tl.float32)
+    if BIASED:  # before the products: behind them it would take registers of its own
+        logits += tl.load(bias_ptr + head_row).to(tl.float32)[None, :]
     for first in range(0, width, K):
         k = first + tl.arange(0, K)
         x = tl.load(x_ptr + x_row[:, None] + k[None, :], mask=k[None, :] < width, other=0.0)
         weight = expand_tile(parts, head_row, first, width, FORMAT, V, K)
         logits = tl.dot(x, weight.to(x.dtype).T, logits, input_precision="ieee")
-    if BIASED:
-        logits += tl.load(bias_ptr + head_row).to(tl.float32)[None, :]
     if CAPPED:
         logits = cap(logits, softcap)
 

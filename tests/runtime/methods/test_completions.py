@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from edge_kernels import apply, expand, pack
+from edge_kernels import LanguageHead, apply, expand, pack
 from jobs import job_of
 
 from edge_runtime import methods, settings
@@ -20,7 +20,7 @@ from edge_runtime.protocol.completion import Completion
 from edge_runtime.trainer import completions as public_texts
 from edge_runtime.trainer import data
 from edge_runtime.trainer.data import IGNORED, Example
-from edge_runtime.trainer.vocabulary import LanguageHead, sweep
+from edge_runtime.trainer.vocabulary import sweep
 
 SPEC = settings.Codistill("anchors.jsonl", texts=5, tokens=8)
 FLEET = settings.Fleet("f", (settings.Model("m"),), adapter=settings.Adapter(rank=2), codistill=SPEC)
@@ -75,13 +75,33 @@ def test_a_batch_is_completed_as_each_prompt_alone(tiny, family, changes):
     )
 
 
-def test_a_packed_head_is_swept_as_its_own_values_are():
+@torch.no_grad()
+def test_completions_are_those_of_transformers_where_the_head_has_a_bias(tiny):
+    """One prompt after another, as padding has no part in this."""
+    model = tiny("phi")
+    model.lm_head.bias.normal_(0, 2.0)
+    prompts = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(0))
+    config = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def theirs():
+        return [model.generate(prompt[None], **config)[0, 12:].tolist() for prompt in prompts]
+
+    wanted = theirs()
+    apply(model, structure.modules(model))
+    tokens = [public_texts._batch(model, [prompt.tolist()], [0], 6)[0][0].tolist() for prompt in prompts]
+    assert tokens == wanted
+    model.lm_head.bias.zero_()
+    assert theirs() != wanted  # the bias decides
+
+
+@pytest.mark.parametrize("bias", [None, 3 * torch.randn(300, generator=torch.Generator().manual_seed(1))])
+def test_a_packed_head_is_swept_as_its_own_values_are(bias):
     draw = torch.Generator().manual_seed(0)
     weight, hidden = torch.randn(300, 64, generator=draw), torch.randn(5, 64, generator=draw)
     packed = pack(weight, "q8_0")
     targets = torch.tensor([0, 7, 299, 3, 150])
-    found = sweep(hidden, LanguageHead(packed, None), targets)
-    logits = hidden @ expand(packed, torch.float32).T
+    found = sweep(hidden, LanguageHead(packed, bias), targets)
+    logits = torch.nn.functional.linear(hidden, expand(packed, torch.float32), bias)
     assert torch.equal(found.likely, logits.argmax(-1))
     torch.testing.assert_close(found.log_sum, logits.logsumexp(-1))
     torch.testing.assert_close(found.best, logits.max(-1).values)

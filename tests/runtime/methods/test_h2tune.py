@@ -6,7 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from edge_kernels import expand, pack
+from edge_kernels import LanguageHead, expand, pack
 from test_adapters import IDS, LAYERS, difference, logits, random_state
 from test_training import draw_examples
 
@@ -16,7 +16,7 @@ from edge_runtime.adapters.export import peft as export
 from edge_runtime.methods import h2tune
 from edge_runtime.methods.interface import Contribution
 from edge_runtime.trainer import step
-from edge_runtime.trainer.vocabulary import Divergence, LanguageHead
+from edge_runtime.trainer.vocabulary import Divergence
 
 SPEC = settings.Adapter(rank=4, alpha=12.0)
 METHOD = h2tune.H2Tune(depths=3).method()
@@ -166,18 +166,20 @@ def test_its_controls_exchange_less():
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("chunk_bytes", [1, 4096, 1 << 20])
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_divergence_is_torchs_with_its_gradient(softcap, chunk_bytes, packed):
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_divergence_is_torchs_with_its_gradient(softcap, chunk_bytes, packed, biased):
     draw = torch.Generator().manual_seed(0)
     before, hidden, head = (torch.randn(*shape, generator=draw) for shape in ((7, 64), (7, 64), (600, 64)))
     held = pack(head, "q8_0") if packed else head
     dense = (expand(held, torch.float32) if packed else head).double()
     hidden.requires_grad_(True)
-    found = Divergence.apply(before, hidden, LanguageHead(held, softcap), chunk_bytes)
+    bias = 3 * torch.randn(600, generator=draw) if biased else None
+    found = Divergence.apply(before, hidden, LanguageHead(held, bias, softcap), chunk_bytes)
     (3 * found).backward()
     truth_of = hidden.detach().double().requires_grad_(True)
 
     def logs(state):
-        z = state @ dense.T
+        z = state @ dense.T + (0 if bias is None else bias.double())
         return (z if softcap is None else softcap * (z / softcap).tanh()).log_softmax(-1)
 
     truth = torch.nn.functional.kl_div(
@@ -189,7 +191,7 @@ def test_the_divergence_is_torchs_with_its_gradient(softcap, chunk_bytes, packed
 
 
 def test_nothing_has_moved_where_nothing_changed():
-    rows, head = torch.randn(4, 16), LanguageHead(torch.randn(50, 16), None)
+    rows, head = torch.randn(4, 16), LanguageHead(torch.randn(50, 16))
     assert Divergence.apply(rows, rows.clone().requires_grad_(True), head, 1 << 20).item() == pytest.approx(
         0, abs=1e-6
     )

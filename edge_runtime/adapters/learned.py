@@ -18,22 +18,24 @@ where there is such a layer, and passes over it where there is none.
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
+from edge_broker import files
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from edge_runtime.errors import InputError
 from edge_runtime.methods.interface import Method, relative_depth
 from edge_runtime.methods.lazy import torch
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.families import family_of
-from edge_runtime.protocol.keys import join, label_of, parse
+from edge_runtime.protocol.keys import label_of, parse
 from edge_runtime.settings import Adapter, Role
 
 Array: TypeAlias = NDArray[np.float32]
@@ -75,7 +77,6 @@ def fold(
     spec: Adapter,
     method: Method,
     version: int,
-    source: str,
 ) -> Learned:
     """Make each layer's A and B of a method's factors.
 
@@ -95,7 +96,7 @@ def fold(
                 factors[layer, role] = (A.contiguous().numpy(), B.contiguous().numpy())
     rows = {label_of(key): value for key, value in state.items() if parse(key).kind == "labels"}
     head = np.concatenate(list(rows.values())) if rows else None
-    return Learned(facts, layers, factors, version, source, tuple(rows), head)
+    return Learned(facts, layers, factors, version, facts.source, tuple(rows), head)
 
 
 def on(learned: Learned, facts: Facts) -> Learned:
@@ -120,7 +121,19 @@ def module(facts: Facts, number: int, role: Role) -> str:
 
 
 def write(learned: Learned, folder: Path) -> None:
-    """Write the folder, or replace the adapter in it."""
+    """Write the folder whole, in place of an earlier adapter's."""
+    fresh, earlier = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
+    for remains in (fresh, earlier):  # of a process that was killed
+        shutil.rmtree(remains, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    _write_files(learned, fresh)
+    if folder.exists():
+        folder.rename(earlier)
+    files.put(fresh, folder)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _write_files(learned: Learned, folder: Path) -> None:
     tensors, modules = {}, []
     for (layer, role), (A, B) in learned.factors.items():
         modules.append(module(learned.facts, learned.layers.index(layer), role))
@@ -145,11 +158,11 @@ def write(learned: Learned, folder: Path) -> None:
         "target_modules": sorted(modules),
         "inference_mode": True,
     }
-    # the configuration comes last, so that a folder with one is complete
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / ADAPTER, {"format": "pt"})
+    # who reads while another version takes the folder's place sees two versions
+    version = {"version": str(learned.version)}
+    save_file(tensors, folder / ADAPTER, {"format": "pt", **version})
     if learned.head is not None:
-        save_file({"weight": learned.head}, folder / HEAD, {"labels": json.dumps(learned.labels)})
+        save_file({"weight": learned.head}, folder / HEAD, {"labels": json.dumps(learned.labels), **version})
     # paths of this device are nobody else's
     facts = msgspec.structs.replace(learned.facts, folder="", weights="")
     about = msgspec.json.encode(_About(facts, learned.layers, learned.version, learned.source))
@@ -165,8 +178,11 @@ def read(folder: Path) -> Learned:
     """
     try:
         about = msgspec.json.decode((folder / ABOUT).read_bytes(), type=_About)
-        factors = _read_factors(folder / ADAPTER, about)
-        labels, head = _read_head(folder / HEAD)
+        factors = _factors(_read(folder / ADAPTER, about.version)[0], about)
+        labels, head = (), None
+        if (folder / HEAD).exists():
+            tensors, metadata = _read(folder / HEAD, about.version)
+            labels, head = tuple(json.loads(metadata["labels"])), tensors["weight"]
     except (OSError, ValueError, LookupError, SafetensorError) as error:
         raise InputError(
             f"{folder} cannot be read as an adapter of Edge Runtime, a folder with {ABOUT}, {CONFIG} and {ADAPTER}: "
@@ -175,9 +191,17 @@ def read(folder: Path) -> Learned:
     return Learned(about.facts, about.layers, factors, about.version, about.source, labels, head)
 
 
-def _read_factors(path: Path, about: _About) -> dict[tuple[int, Role], tuple[Array, Array]]:
+def _read(path: Path, version: int) -> tuple[dict[str, Array], dict[str, str]]:
+    with safe_open(path, framework="np") as stream:
+        metadata = stream.metadata() or {}
+        if metadata.get("version") != str(version):
+            raise ValueError(f"{path.name} is of another version than {ABOUT}; read again")
+        return {name: stream.get_tensor(name) for name in stream.keys()}, metadata  # noqa: SIM118
+
+
+def _factors(tensors: Mapping[str, Array], about: _About) -> dict[tuple[int, Role], tuple[Array, Array]]:
     """A and B of each layer and role; raises ValueError for shapes that are not the model's."""
-    tensors, factors = load_file(path), {}
+    factors = {}
     for number, layer in enumerate(about.layers):
         for role, (out, into) in about.facts.linears.items():
             name = module(about.facts, number, role)
@@ -191,12 +215,5 @@ def _read_factors(path: Path, about: _About) -> dict[tuple[int, Role], tuple[Arr
     return factors
 
 
-def _read_head(path: Path) -> tuple[tuple[str, ...], Array | None]:
-    if not path.exists():
-        return (), None
-    with safe_open(path, framework="np") as stream:
-        return tuple(json.loads(stream.metadata()["labels"])), stream.get_tensor("weight")
-
-
 def _peft_key(path: str, factor: str) -> str:
-    return join("base_model.model", path, f"lora_{factor}", "weight")
+    return f"base_model.model.{path}.lora_{factor}.weight"

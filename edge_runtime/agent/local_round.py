@@ -73,7 +73,7 @@ class LocalRounds:
             folder: holds a folder for each round.
             store: remembers what the rounds have left; `keep` and `settle` write to it.
             machine: what a trainer may use.
-            export: folder for the adapter in PEFT's form, once the fleet has finished.
+            export: folder for the newest adapter, in PEFT's form.
         """
         self.rows = rows
         self._folder, self._store, self._machine, self._export = folder, store, machine, export
@@ -117,7 +117,7 @@ class LocalRounds:
                 **{name: str(self._of_round(round_) / FILES[name]) for name, round_ in left.items()}
             ),
             machine=self._machine,
-            export=str(self._export) if self._export and not train else None,
+            export=str(self._export) if self._export else None,
         )
 
     def rank_limit(self, number: int) -> int | None:

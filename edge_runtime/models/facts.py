@@ -3,6 +3,7 @@
 Nothing here imports torch: the agent reads facts from the JSON file that `prepare` writes once.
 """
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -34,6 +35,18 @@ class Facts(msgspec.Struct, frozen=True):
     def block_parameters(self) -> int:
         """Parameters of one block without its norms, which are a thousandth."""
         return sum(out * into for out, into in self.linears.values())
+
+    @property
+    def source(self) -> str:
+        """Where others find the checkpoint: a hub id with its revision, or the path on this device.
+
+        The hub's cache keeps owner/name in models--owner--name/snapshots/COMMIT.
+        """
+        path = Path(self.weights)
+        kind, _, name = path.parent.parent.name.partition("--")
+        if (kind, path.parent.name) != ("models", "snapshots"):
+            return self.weights
+        return f"{name.replace('--', '/', 1)}@{path.name}"
 
     @property
     def head_parameters(self) -> int:

@@ -28,24 +28,34 @@ def save(path: Path, content: Tensors | bytes, tell: Tell) -> None:
         DiskError: the disk stayed full for WAIT_S.
         OSError: any other failure to write.
     """
-    partial, deadline = path.with_suffix(".part"), time.monotonic() + WAIT_S
-    while True:
+    partial = path.with_suffix(".part")
+
+    def write() -> None:
         try:
             if isinstance(content, bytes):
                 partial.write_bytes(content)
             else:
                 save_file({key: np.ascontiguousarray(value) for key, value in content.items()}, partial)
             files.put(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    patiently(write, path.parent, tell)
+
+
+def patiently(write: Callable[[], None], folder: Path, tell: Tell) -> None:
+    """Write to a folder, again and again while its disk is full; raises as `save` does."""
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        try:
+            write()
             return
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             # safetensors reports a system error only as text
             if getattr(error, "errno", None) != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
                 raise
             if time.monotonic() > deadline:
-                raise DiskError(
-                    f"{path.parent} is on a disk that has been full for {WAIT_S:.0f} s"
-                ) from error
+                raise DiskError(f"{folder} is on a disk that has been full for {WAIT_S:.0f} s") from error
             tell("wait for disk space")
             time.sleep(POLL_S)
 

@@ -50,7 +50,7 @@ class Job(msgspec.Struct, frozen=True):
     anchors: str | None = None  # path of the fleet's public texts
     carried: Carried = Carried()
     machine: Machine = Machine()
-    export: str | None = None  # folder for the adapter in PEFT's form; used if train is False
+    export: str | None = None  # folder for the adapter as the job starts with it (adapters/learned.py)
 
 
 class Progress(msgspec.Struct, frozen=True):

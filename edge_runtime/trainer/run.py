@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import msgspec
 
 from edge_runtime import methods
-from edge_runtime.adapters.export import peft
+from edge_runtime.adapters import attach, learned
 from edge_runtime.errors import InputError
+from edge_runtime.methods.interface import Method
+from edge_runtime.models.slices import kept_layers
 from edge_runtime.protocol import codec
 from edge_runtime.protocol.keys import LABEL, label_of, parse
 from edge_runtime.protocol.report import Result, Score
@@ -53,6 +55,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         distillation = public.lesson(shared) if public is not None else None
         # in memory, the global version and the start would cost an adapter each
         del shared
+        keep(job, method, start, job.round - 1 if job.train else job.round, meter.tell)
         if job.train:
             delta.put_aside(start, method, folder, meter.tell)
         release()
@@ -77,13 +80,21 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
             answers = public.answers(tokenizer) if public is not None else DeviceAnswers()
             taught = material.met if distillation is None else set(material.labels)
             sent = delta.write(folder, base.adapter, method, taught, answers, job.carried, meter.tell)
-    elif job.export is not None:
-        spec = job.fleet.adapter.at(job.plan.rank)
-        peft.to_peft(base.adapter, job.facts, spec, method, Path(job.export))
+            if not method.exchanges:  # what the device has trained is its next version
+                keep(job, method, attach.state(base.adapter), job.round, meter.tell)
     result = _result(job, len(material.examples), scores, trained, sent, meter)
     # last: a result says that every other file is complete
     disk.save(folder / "result.json", msgspec.json.encode(result), meter.tell)
     meter.tell("done")
+
+
+def keep(job: Job, method: Method, state: attach.State, version: int, tell: disk.Tell) -> None:
+    """Write the adapter in this state to the job's folder for exports, if the job has one."""
+    if job.export is None:
+        return
+    layers, spec = kept_layers(job.plan.depth, job.facts.layers), job.fleet.adapter.at(job.plan.rank)
+    adapter, folder = learned.fold(state, job.facts, layers, spec, method, version), Path(job.export)
+    disk.patiently(partial(learned.write, adapter, folder), folder.parent, tell)
 
 
 class Material(NamedTuple):

@@ -1,27 +1,21 @@
 """The adapter on tiny random models of every family: roles, attaching, state, and the same model in PEFT's hands."""
 
-import copy
-import json
 import subprocess
 import sys
 
 import numpy as np
-import peft
 import pytest
 import torch
 from family_cases import CASES
-from safetensors.numpy import load_file, save_file
 
 from edge_runtime import settings
 from edge_runtime.adapters import attach
-from edge_runtime.adapters.export import peft as export
 from edge_runtime.adapters.initial import initial
 from edge_runtime.adapters.shapes import adapter_shapes
 from edge_runtime.errors import InputError
-from edge_runtime.methods import fedit, fedsb, flora
+from edge_runtime.methods import fedit, fedsb
 from edge_runtime.methods.interface import A, B
 from edge_runtime.models.slices import kept_layers
-from edge_runtime.protocol.keys import parse
 
 FEDIT = fedit.METHOD
 LAYERS = (0, 1, 2, 3)
@@ -162,70 +156,6 @@ def test_the_start_is_even_over_the_layers_width_or_zero():
     assert not initial("layers.0.q.B", (400, 64), 0, B).any()
 
 
-# --- export to PEFT
-
-
-def exported(model, facts, spec, folder, layers=LAYERS):
-    """The model with random factors, after they were written as a PEFT folder."""
-    ours = copy.deepcopy(model)
-    adapter = attach.attach(ours, layers, spec, FEDIT, seed=0)
-    attach.load_state(adapter, random_state(adapter))
-    export.to_peft(adapter, facts, spec, FEDIT, folder)
-    return ours
-
-
-@pytest.mark.filterwarnings("error:.*(fan_in_fan_out|adapter keys)")
-@each_family
-def test_peft_computes_what_we_compute(tiny, facts_of, family, tmp_path):
-    model = tiny(family)
-    ours = exported(model, facts_of(model), SPEC, tmp_path)
-    plain = logits(model)
-    theirs = peft.PeftModel.from_pretrained(model, tmp_path)
-    assert difference(logits(theirs), logits(ours)) < 1e-5
-    assert difference(plain, logits(ours)) > 1e-2
-    assert difference(logits(theirs.merge_and_unload()), logits(ours)) < 1e-4
-
-
-@pytest.mark.filterwarnings("error:.*(fan_in_fan_out|adapter keys)")
-@pytest.mark.parametrize(
-    ("family", "names"),
-    [
-        ("llama", ("q",)),
-        ("llama", ("v", "down")),
-        ("phi3", ("gate_up",)),
-        ("gpt2", ("o",)),
-        ("gpt2", ("fc2", "qkv")),
-    ],
-)
-def test_any_roles_can_be_exported(tiny, facts_of, family, names, tmp_path):
-    spec = settings.Adapter(rank=5, alpha=7.5, roles=names)
-    model = tiny(family)
-    ours = exported(model, facts_of(model), spec, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(model, tmp_path)
-    assert difference(logits(theirs), logits(ours)) < 1e-5
-
-
-def with_method(model, method, seed=0):
-    """The model with random factors of a method."""
-    adapter = attach.attach(model, LAYERS, SPEC, method, seed)
-    attach.load_state(adapter, random_state(adapter))
-    return adapter
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize(("method", "factor"), [(fedsb.METHOD, "C"), (flora.METHOD, "keptB")])
-def test_a_core_goes_into_b_and_what_is_kept_beside_it(tiny, facts_of, family, method, factor, tmp_path):
-    model, plain = tiny(family), logits(tiny(family))
-    facts = facts_of(model)
-    ours = copy.deepcopy(model)
-    adapter = with_method(ours, method)
-    assert factor in {parse(key).factor for key in adapter.factors}
-    export.to_peft(adapter, facts, SPEC, method, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(model, tmp_path)
-    assert difference(logits(theirs), logits(ours)) < 1e-5
-    assert difference(plain, logits(ours)) > 1e-2
-
-
 def test_frozen_factors_have_no_gradient_and_version_0_changes_nothing(tiny):
     model, plain = tiny("llama"), logits(tiny("llama"))
     adapter = attach.attach(model, LAYERS, SPEC, fedsb.METHOD, seed=0)
@@ -233,26 +163,3 @@ def test_frozen_factors_have_no_gradient_and_version_0_changes_nothing(tiny):
     model(IDS, labels=IDS).loss.backward()
     assert {key[-1] for key, factor in adapter.factors.items() if factor.grad is not None} == {"C"}
     assert all(factor.grad.any() for key, factor in adapter.factors.items() if key.endswith("C"))
-
-
-def test_the_adapter_of_a_depth_slice_fits_the_slice(tiny, facts_of, tmp_path):
-    whole, model = tiny("llama"), tiny("llama", num_hidden_layers=3)
-    ours = exported(model, facts_of(whole), SPEC, tmp_path, layers=kept_layers(3, 4))
-    theirs = peft.PeftModel.from_pretrained(model, tmp_path)
-    assert difference(logits(theirs), logits(ours)) < 1e-5
-
-
-@pytest.mark.parametrize("fault", ["alpha", "factor"])
-def test_the_comparison_sees_a_wrong_export(tiny, facts_of, fault, tmp_path):
-    model = tiny("gpt2")
-    ours = exported(model, facts_of(model), SPEC, tmp_path)
-    if fault == "alpha":
-        path = tmp_path / "adapter_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": SPEC.alpha * 1.01}))
-    else:
-        path = tmp_path / "adapter_model.safetensors"
-        tensors = load_file(path)
-        tensors["base_model.model.transformer.h.3.mlp.c_proj.lora_B.weight"][0] *= 1.1
-        save_file(tensors, path)
-    theirs = peft.PeftModel.from_pretrained(model, tmp_path)
-    assert difference(logits(theirs), logits(ours)) > 1e-5

@@ -6,6 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from family_cases import CASES
 
 from edge_runtime import methods, settings
 from edge_runtime.adapters import attach, learned
@@ -13,7 +14,7 @@ from edge_runtime.errors import InputError
 from edge_runtime.models.slices import kept_layers
 
 IDS = torch.arange(24).reshape(2, 12) % 96
-SPEC = settings.Adapter(rank=4, alpha=12.0)  # a scale that is no power of two
+SPEC = settings.Adapter(rank=3, alpha=11.0)  # a scale that is no power of two
 
 
 def logits(model):
@@ -26,11 +27,11 @@ def difference(one, two):
     return float((one - two).abs().max() / two.abs().max())
 
 
-def trained(model, facts, name, layers=(0, 1, 2, 3), head=None):
+def trained(model, facts, name, layers=(0, 1, 2, 3), head=None, spec=SPEC):
     """The model with random factors of a method, and what was learned."""
     ours = copy.deepcopy(model)
     method = methods.build(settings.MethodChoice(name), head, None)
-    adapter = attach.attach(ours, layers, SPEC, method, 0, facts.layers)
+    adapter = attach.attach(ours, layers, spec, method, 0, facts.layers)
     draw = np.random.default_rng(0)
     state = {
         key: draw.normal(0, 0.1, value.shape).astype(np.float32)
@@ -41,50 +42,89 @@ def trained(model, facts, name, layers=(0, 1, 2, 3), head=None):
         state |= {
             f"labels.{label}.H": draw.normal(size=(1, facts.hidden)).astype(np.float32) for label in "ab"
         }
-    return ours, learned.fold(state, facts, layers, SPEC, method, 3, "owner/name@main")
+    return ours, learned.fold(state, facts, layers, spec, method, 3)
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_peft_computes_what_each_method_computes(tiny, facts_of, family, name, tmp_path):
+@pytest.mark.filterwarnings("error:.*(fan_in_fan_out|adapter keys)")
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        *((family, "fedit") for family in CASES),
+        *((family, name) for family in ("llama", "gpt2") for name in methods.METHODS if name != "fedit"),
+    ],
+)
+def test_peft_computes_what_the_trainer_computes(tiny, facts_of, family, name, tmp_path):
     model = tiny(family)
     plain = logits(model)
     ours, adapter = trained(model, facts_of(model), name)
-    learned.write(adapter, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(model, tmp_path)
+    learned.write(adapter, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
     assert difference(logits(theirs), logits(ours)) < 1e-5
     assert difference(logits(ours), plain) > 1e-2
 
 
-def test_what_is_written_is_read_again(tiny, facts_of, tmp_path):
-    facts = facts_of(tiny("llama"), folder="/home/somebody/cache", weights="/home/somebody/model")
+@pytest.mark.filterwarnings("error:.*(fan_in_fan_out|adapter keys)")
+@pytest.mark.parametrize(
+    ("family", "roles"),
+    [("llama", ("q",)), ("llama", ("v", "down")), ("phi3", ("gate_up",)), ("gpt2", ("fc2", "qkv"))],
+)
+def test_any_roles_can_be_written(tiny, facts_of, family, roles, tmp_path):
+    model = tiny(family)
+    ours, adapter = trained(model, facts_of(model), "fedit", spec=settings.Adapter(5, alpha=7.5, roles=roles))
+    learned.write(adapter, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+    assert difference(logits(theirs), logits(ours)) < 1e-5
+
+
+HUB = "/home/somebody/.cache/huggingface/hub/models--owner--a--name/snapshots/0123abc"
+
+
+@pytest.mark.parametrize(("weights", "source"), [(HUB, "owner/a--name@0123abc"), ("/models/a", "/models/a")])
+def test_what_is_written_is_read_again_and_names_its_base(tiny, facts_of, weights, source, tmp_path):
+    facts = facts_of(tiny("llama"), folder="/home/somebody/cache", weights=weights)
     _, adapter = trained(tiny("llama"), facts, "fedit", head=settings.Head())
-    learned.write(adapter, tmp_path)
-    again = learned.read(tmp_path)
-    assert (again.layers, again.version, again.source) == ((0, 1, 2, 3), 3, "owner/name@main")
+    learned.write(adapter, tmp_path / "adapter")
+    again = learned.read(tmp_path / "adapter")
+    assert (again.layers, again.version, again.source) == ((0, 1, 2, 3), 3, source)
     assert again.labels == ("a", "b") and np.array_equal(again.head, adapter.head)
     assert again.factors.keys() == adapter.factors.keys()
     for key, (A, B) in adapter.factors.items():
         assert np.array_equal(again.factors[key][0], A) and np.array_equal(again.factors[key][1], B)
     assert learned.on(again, facts).facts == facts
-    assert not [path for path in tmp_path.iterdir() if b"somebody" in path.read_bytes()]
+    config = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
+    assert "@".join(filter(None, (config.base_model_name_or_path, config.revision))) == source
+    assert not [path for path in (tmp_path / "adapter").iterdir() if b"somebody" in path.read_bytes()]
+
+
+def test_a_version_takes_the_place_of_the_one_before(tiny, facts_of, tmp_path):
+    _, adapter = trained(tiny("llama"), facts_of(tiny("llama")), "fedit", head=settings.Head())
+    learned.write(adapter, tmp_path / "adapter")
+    learned.write(adapter._replace(version=4, head=None, labels=()), tmp_path / "adapter")
+    again = learned.read(tmp_path / "adapter")
+    assert (again.version, again.head, [*tmp_path.iterdir()]) == (4, None, [tmp_path / "adapter"])
+    learned.write(adapter, tmp_path / "other")
+    (tmp_path / "other" / learned.ABOUT).rename(tmp_path / "adapter" / learned.ABOUT)
+    with pytest.raises(InputError, match=r"is of another version than edge_runtime.json; read again"):
+        learned.read(tmp_path / "adapter")
 
 
 @pytest.mark.filterwarnings("error:.*adapter keys")
 def test_the_adapter_of_a_slice_is_refused_by_the_whole_model(tiny, facts_of, tmp_path):
     whole, model = tiny("llama"), tiny("llama", num_hidden_layers=3)
     ours, adapter = trained(model, facts_of(whole), "fedit", kept_layers(3, 4))
-    learned.write(adapter, tmp_path)
-    assert learned.read(tmp_path).factors.keys() == adapter.factors.keys()
+    learned.write(adapter, tmp_path / "adapter")
+    assert learned.read(tmp_path / "adapter").factors.keys() == adapter.factors.keys()
     with pytest.raises(RuntimeError, match=r"size mismatch for .*layers.3.self_attn.q_proj.lora_A"):
-        peft.PeftModel.from_pretrained(whole, tmp_path)
-    assert difference(logits(peft.PeftModel.from_pretrained(model, tmp_path)), logits(ours)) < 1e-5
+        peft.PeftModel.from_pretrained(whole, tmp_path / "adapter")
+    assert (
+        difference(logits(peft.PeftModel.from_pretrained(model, tmp_path / "adapter")), logits(ours)) < 1e-5
+    )
 
 
 def test_a_folder_that_does_not_fit_is_refused(tiny, facts_of, tmp_path):
     _, adapter = trained(tiny("llama"), facts_of(tiny("llama")), "fedit")
     with pytest.raises(InputError, match=r"cannot be read as an adapter of Edge Runtime.*edge_runtime.json"):
-        learned.read(tmp_path)
+        learned.read(tmp_path / "adapter")
     with pytest.raises(InputError, match=r"trained on tiny, but the model at .* has the digest 2"):
         learned.on(adapter, facts_of(tiny("llama"), model_class="tiny@2"))
     A, B = adapter.factors[1, "q"]
@@ -92,7 +132,7 @@ def test_a_folder_that_does_not_fit_is_refused(tiny, facts_of, tmp_path):
     with pytest.raises(
         InputError, match=r"A and B of model.layers.1.self_attn.q_proj are \(4, 32\) and \(64, 3\)"
     ):
-        learned.read(tmp_path)
+        learned.read(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("fault", ["scale", "layer"])
@@ -103,5 +143,7 @@ def test_the_comparison_sees_a_wrong_fold(tiny, facts_of, fault, tmp_path):
         factors = {key: (A, 1.01 * B) for key, (A, B) in adapter.factors.items()}
     else:
         factors = {**adapter.factors, (0, "q"): adapter.factors[1, "q"]}
-    learned.write(adapter._replace(factors=factors), tmp_path)
-    assert difference(logits(peft.PeftModel.from_pretrained(model, tmp_path)), logits(ours)) > 1e-5
+    learned.write(adapter._replace(factors=factors), tmp_path / "adapter")
+    assert (
+        difference(logits(peft.PeftModel.from_pretrained(model, tmp_path / "adapter")), logits(ours)) > 1e-5
+    )

@@ -90,13 +90,13 @@ def test_a_job_carries_what_earlier_rounds_have_left_though_the_folder_has_moved
     assert msgspec.structs.astuple(job.carried) == tuple(
         str(folder / name) for name in ("state.bin", "residual.bin", "payload.bin")
     )
-    assert (job.export, job.evaluation) == (None, {"own": str(tmp_path / "after" / "own.jsonl")})
+    assert job.evaluation == {"own": str(tmp_path / "after" / "own.jsonl")}
 
 
-def test_the_adapter_is_exported_after_the_last_round_alone(device, tmp_path):
-    job = device.job(3, train=False)
-    assert job.export == str(tmp_path / "adapter")
-    assert device.rounds.folder(job).name == "finished"
+def test_each_job_writes_the_newest_adapter_to_one_folder(device, tmp_path):
+    last = device.job(3, train=False)
+    assert {last.export, device.job(2).export} == {str(tmp_path / "adapter")}
+    assert device.rounds.folder(last).name == "finished"
 
 
 def test_a_rank_that_the_method_has_lowered_holds_until_a_fleet_begins_anew(device):

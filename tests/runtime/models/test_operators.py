@@ -1,6 +1,7 @@
 """The operators inside models: what a model computes with them is what it computes without."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -10,8 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from edge_runtime import settings
-from edge_runtime.adapters import attach
-from edge_runtime.adapters.export import peft as export
+from edge_runtime.adapters import attach, learned
 from edge_runtime.demo import commands
 from edge_runtime.methods import fedit
 from edge_runtime.models import structure, weights
@@ -176,8 +176,15 @@ def test_steps_on_packed_weights_follow_pefts_on_the_same_weights_expanded(
     adapter = attach.attach(
         weights.load(demo_facts, depth, "q4_1"), tuple(range(depth)), REAL_SPEC, FEDIT, seed=0
     )
-    export.to_peft(adapter, demo_facts, REAL_SPEC, FEDIT, tmp_path)
-    peft = PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
+    layers = tuple(range(depth))
+    learned.write(
+        learned.fold(attach.state(adapter), demo_facts, layers, REAL_SPEC, FEDIT, 0), tmp_path / "adapter"
+    )
+    # PEFT trains with the scale that ours has; before training B is 0
+    config = tmp_path / "adapter" / "adapter_config.json"
+    scaled = json.loads(config.read_text()) | {"lora_alpha": REAL_SPEC.alpha}
+    config.write_text(json.dumps(scaled))
+    peft = PeftModel.from_pretrained(model, tmp_path / "adapter", is_trainable=True)
     theirs = plain_losses(peft, [p for p in peft.parameters() if p.requires_grad], examples, steps)
     assert theirs[-1] < theirs[0] / 2
     apart = abs(sum(seen) - sum(theirs)) / sum(theirs)

@@ -1,0 +1,93 @@
+"""An answer's text comes in whole characters, ends where it should, and is the text that was written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edge_runtime.serving.text import HALF, Language, TextStream
+
+TEXTS = [
+    "Grüße aus Łódź",
+    "你好，世界。",
+    "👩‍👩‍👧‍👦 and 🇨🇭!",
+    "  two  spaces\n\nand lines",
+    "naïve café’s «é»",
+]
+
+
+@pytest.fixture(scope="module")
+def language(demo_facts):
+    return Language(demo_facts)
+
+
+def streamed(language, text, stop=()):
+    ids = language.tokenizer(text, add_special_tokens=False).input_ids
+    stream = TextStream(language, language.prompt("Say:"), stop)
+    pieces = [stream.push(token) for token in ids if not stream.stopped]
+    return [*pieces, "" if stream.stopped else stream.rest()]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_comes_in_whole_characters(language, text):
+    pieces = streamed(language, text)
+    assert "".join(pieces) == text and len(pieces) > 3
+    assert not any(HALF in piece for piece in pieces)
+
+
+def test_tokens_alone_are_half_characters(language):
+    """The twin of the test above: without the stream, characters are torn."""
+    ids = language.tokenizer("你好，世界。👩‍👩‍👧‍👦").input_ids
+    assert HALF in "".join(language.tokenizer.decode([token]) for token in ids)
+
+
+def test_half_a_character_at_the_end_is_left_out(language):
+    ids = language.tokenizer("a👩").input_ids
+    assert len(ids) > 2
+    stream = TextStream(language, language.prompt("Say:"), ())
+    assert "".join(stream.push(token) for token in ids[:-1]) + stream.rest() == "a"
+
+
+def test_bytes_that_are_no_character_do_not_hold_the_text_back(language):
+    (half,) = language.tokenizer.convert_tokens_to_ids(["ð"])  # the first byte of four
+    stream = TextStream(language, language.prompt("Say:"), ())
+    letters = language.tokenizer("abc", add_special_tokens=False).input_ids
+    assert "".join(stream.push(token) for token in [half] * 6 + letters).endswith("abc")
+
+
+@pytest.mark.parametrize(
+    ("stop", "truth"),
+    [
+        (("END",), "one two three"),
+        (("wo",), "one t"),
+        (("three", "two t"), "one "),
+        (("e two",), "on"),
+        (("threes", "twos"), "one two three"),
+    ],
+)
+def test_a_stop_text_ends_the_answer_wherever_its_tokens_end(language, stop, truth):
+    assert "".join(streamed(language, "one two three", stop)) == truth
+
+
+def test_text_that_may_begin_a_stop_text_is_held_back(language):
+    stream = TextStream(language, language.prompt("Say:"), ("two four",))
+    pieces = [stream.push(token) for token in language.tokenizer(" one two three").input_ids]
+    assert pieces == [" one", " ", "two three"]
+
+
+def test_every_token_that_is_named_as_an_end_ends_an_answer(demo_facts, tmp_path):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    folder = Path(shutil.copytree(demo_facts.folder, tmp_path / "folder"))
+    facts = msgspec.structs.replace(demo_facts, folder=str(folder), weights=str(weights))
+    (turn_end,) = Language(demo_facts).ends
+    (weights / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 9}))
+    assert Language(facts).ends == {turn_end, 7, 8, 9}
+    # a template may end a turn with a token that nothing else names
+    other = '{% for turn in messages %}{{ turn["content"] }}<|endoftext|>{% endfor %}'
+    (folder / "chat_template.jinja").write_text(other)
+    assert Language(facts).ends - {turn_end, 7, 8, 9} == {0}

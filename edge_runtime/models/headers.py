@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import msgspec
 
 from edge_runtime.errors import InputError
+from edge_runtime.models import checkpoint
 
 
 class Place(NamedTuple):
@@ -22,30 +23,28 @@ class Place(NamedTuple):
 
     first: int  # byte of the file
     end: int  # byte after the last
-    shape: tuple[int, ...] = ()  # in a GGUF file: as torch has it
+    shape: tuple[int, ...] = ()  # as torch has it
     kind: int = 0  # in a GGUF file: gguf.GGMLQuantizationType
     shard: int = 0  # of a GGUF model split over files: the file's number, from 0
+    dtype: str = ""  # in a safetensors file, in its words
 
 
-def files(weights: Path) -> dict[str, Path]:
-    """The file that each tensor is in, of a folder: the files that its index names, else all.
+def files(folder: Path) -> dict[str, Path]:
+    """The file that each tensor of a folder is in.
 
     Raises:
-        InputError: the index cannot be read; or as `tensors` does for each file.
+        InputError: two files have a tensor of the same name; or as `checkpoint.weight_files` and
+            `tensors` do.
     """
-    listing = weights / "model.safetensors.index.json"
-    paths = sorted(weights.glob("*.safetensors"))
-    if listing.exists():
-        try:
-            index = msgspec.json.decode(listing.read_bytes(), type=_Index)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{listing} cannot be read: {error}") from error
-        paths = sorted({weights / file for file in index.weight_map.values()})
-    return {name: path for path in paths for name in tensors(path)}
-
-
-class _Index(msgspec.Struct):
-    weight_map: dict[str, str]
+    found: dict[str, Path] = {}
+    for path in checkpoint.weight_files(folder):
+        for name in tensors(path):
+            if name in found:
+                raise InputError(
+                    f"{found[name]} and {path} both have the tensor {name}: remove the stale file"
+                )
+            found[name] = path
+    return found
 
 
 def tensors(path: Path) -> dict[str, Place]:
@@ -106,11 +105,16 @@ class Header(NamedTuple):
 
 class _Entry(msgspec.Struct):
     data_offsets: tuple[int, int]
+    dtype: str
+    shape: tuple[int, ...]
 
 
 def _safetensors(header: Header) -> dict[str, Place]:
     entries = msgspec.json.decode(header.take(header.number("Q")), type=dict[str, msgspec.Raw])
     entries.pop("__metadata__", None)
-    start = header.stream.tell()
-    offsets = {name: msgspec.json.decode(entry, type=_Entry).data_offsets for name, entry in entries.items()}
-    return {name: Place(start + first, start + end) for name, (first, end) in offsets.items()}
+    start, places = header.stream.tell(), {}
+    for name, raw in entries.items():
+        entry = msgspec.json.decode(raw, type=_Entry)
+        first, end = entry.data_offsets
+        places[name] = Place(start + first, start + end, entry.shape, dtype=entry.dtype)
+    return places

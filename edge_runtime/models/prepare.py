@@ -5,10 +5,11 @@
 The command prints the facts as JSON. It is a process of its own, because reading a configuration
 needs torch and transformers, which the resident agent must not import.
 
-    CACHE/NAME-DIGEST[-DIGEST]/    configuration, tokenizer, facts.json
-                                   tensors.json: where each tensor of a GGUF file lies
+    CACHE/NAME-DIGEST-DIGEST/    configuration, tokenizer, facts.json
+                                 tensors.json: how each tensor of the model is read
 
-The weights stay where they are. Their digest alone makes the model class.
+The weights stay where they are. Their digest, the first, alone makes the model class. The second is
+that of the other files and of the versions that wrote the folder: another version writes anew.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import hashlib
 import json
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,15 @@ from edge_broker.files import put
 
 from edge_runtime.compat.lean_imports import lean_imports
 from edge_runtime.errors import EdgeError, InputError
+from edge_runtime.models import checkpoint
 from edge_runtime.models import facts as facts_
 from edge_runtime.models import gguf_header
 from edge_runtime.models.facts import Facts
+from edge_runtime.models.families import family_of
 from edge_runtime.state import once
 
-WEIGHTS = "*.safetensors"
+# of facts.json and tensors.json; raised when this program would write other ones for the same source
+FORMAT = 1
 # configuration and tokenizer
 COMPANIONS = ("*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
 
@@ -48,19 +53,16 @@ def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = Fa
         InputError: there is no such source, it cannot be read, or its family is not supported.
     """
     path = _find(source, models)
-    weights = gguf_header.shards(path) if path.is_file() else sorted(path.glob(WEIGHTS))
     companions = sorted(file for pattern in COMPANIONS for file in path.glob(pattern))
-    if random_weights:
-        if path.is_file():
-            raise InputError(f"{path} has weights of its own: random ones need a folder with a config.json")
-        weights = [path / "config.json"]
-    if not weights:
-        raise InputError(
-            f"{path} has no .safetensors file: give a folder in Hugging Face's layout or a GGUF file"
-        )
+    if not random_weights:
+        weights = gguf_header.shards(path) if path.is_file() else checkpoint.weight_files(path)
+    elif path.is_file():
+        raise InputError(f"{path} has weights of its own: random ones need a folder with a config.json")
+    else:
+        weights = companions = [path / "config.json"]
     name, revision = _name_of(source, models), digest(weights, cache)[:12]
-    suffix = ["random"] if random_weights else [digest(companions, cache)[:12]] if companions else []
-    ready = cache / "-".join([name, revision, *suffix])
+    written_by = f"{digest(companions, cache)} {random_weights} {FORMAT} {version('transformers')}"
+    ready = cache / f"{name}-{revision}-{hashlib.sha256(written_by.encode()).hexdigest()[:12]}"
     # several agents of one machine may share the cache
     once(ready, lambda fresh: _write(path, fresh, f"{name}@{revision}", random_weights))
     facts = msgspec.json.decode((ready / "facts.json").read_bytes(), type=Facts)
@@ -98,8 +100,16 @@ def _download(source: str, models: Path) -> Path:
 
     repository, _, revision = source.partition("@")
     try:
-        patterns = [WEIGHTS, *COMPANIONS]
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+        folder = Path(
+            snapshot_download(
+                repository, revision=revision or None, allow_patterns=[checkpoint.WHOLE, *COMPANIONS]
+            )
+        )
+        # the same files as are read (checkpoint.py), of the same commit
+        if not (folder / checkpoint.WHOLE).exists():
+            shards = checkpoint.shards(folder) if (folder / checkpoint.INDEX).exists() else ["*.safetensors"]
+            snapshot_download(repository, revision=folder.name, allow_patterns=shards)
+        return folder
     # ValueError: the source is no hub id
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = " ".join(str(error).split()).rstrip(".")  # the hub's reasons go over several lines
@@ -148,7 +158,7 @@ def digest(files: list[Path], cache: Path) -> str:
 def _write(path: Path, folder: Path, model_class: str, random_weights: bool) -> None:
     """Write configuration, tokenizer, facts and the index of a GGUF file to a new folder."""
     from edge_runtime.compat.empty_model import empty_model
-    from edge_runtime.models import gguf_config, gguf_file, gguf_tokenizer, headers, structure
+    from edge_runtime.models import configuration, gguf_config, gguf_file, gguf_tokenizer, headers, structure
 
     contents = gguf_header.read(path) if path.is_file() else None
     if contents:
@@ -157,9 +167,9 @@ def _write(path: Path, folder: Path, model_class: str, random_weights: bool) -> 
     else:
         if not random_weights:
             headers.files(path)  # refuses a file that is cut short
-        config, tokenizer = _read(path, random_weights)
+        whole, tokenizer = _read(path, random_weights)
+        config = configuration.text_part(path, whole)
     folder.mkdir()
-    config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     del tokenizer  # a large vocabulary takes more memory than all that follows
     model = empty_model(config)
@@ -173,6 +183,12 @@ def _write(path: Path, folder: Path, model_class: str, random_weights: bool) -> 
         shapes = {name: tuple(held.shape) for name, held in model.state_dict().items() if name not in tied}
         index = gguf_file.index(contents, shapes, config)
         (folder / "tensors.json").write_bytes(msgspec.json.encode(index))
+    elif not random_weights:
+        from edge_runtime.models import safetensors_index
+
+        found = safetensors_index.index(path, whole, model)
+        (folder / "tensors.json").write_bytes(msgspec.json.encode(found))
+    config.save_pretrained(folder)
     linears = structure.widths(blocks[0], structure.family(model))
     path_of_blocks = structure.path(model, blocks)
     facts = facts_.read(config, linears, path_of_blocks, model_class=model_class, folder="", weights="")
@@ -183,7 +199,6 @@ def _read(path: Path, random_weights: bool) -> tuple[Any, Any]:
     """Configuration and tokenizer of a folder, as transformers reads them."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
-    _refuse_remote_code(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         tokenizer = (
@@ -192,11 +207,17 @@ def _read(path: Path, random_weights: bool) -> tuple[Any, Any]:
     # transformers raises many kinds here; each means the same to the user
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in reason:
+            reason = (
+                "it brings code of its own (auto_map), and Edge Runtime runs no code that comes with a model; use "
+                "a checkpoint of a type that transformers knows by itself"
+            )
         raise InputError(f"the model at {path} cannot be read: {reason}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(
             f"the model at {path} is a {config.model_type}, which transformers cannot have write text"
         )
+    family_of(config.model_type)
     return config, tokenizer
 
 
@@ -208,18 +229,6 @@ def _words() -> Any:
     words = Tokenizer(models.WordLevel({"?": 0, "<end>": 1}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", eos_token="<end>")
-
-
-def _refuse_remote_code(folder: Path) -> None:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    if config.get("auto_map"):
-        raise InputError(
-            f"the model in {folder} brings code of its own (auto_map in config.json), and Edge Runtime runs no "
-            "code that comes with a model; use a checkpoint that transformers knows by itself"
-        )
 
 
 def main() -> int:

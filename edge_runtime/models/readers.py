@@ -4,13 +4,13 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from edge_kernels import Packed, pack
 from safetensors import SafetensorError, safe_open
 
 from edge_runtime.errors import InputError
+from edge_runtime.models.quantised import FolderTensor
 
 PIECE_VALUES = 1 << 20  # read or packed at once
 Shape = tuple[int, ...]
@@ -60,27 +60,42 @@ class SafetensorsTensors(Tensors):
     """Tensors of a folder's safetensors files."""
 
     folder: Path
-    names: dict[str, str]  # of the checkpoint's tensors, by their names in the slice
-    files: dict[str, Path]  # by the checkpoint's names
+    tensors: dict[str, FolderTensor]  # by the model's names
+    files: dict[str, Path]  # by the files' names
 
     def read(self, name: str) -> tuple[Shape, Iterable[torch.Tensor]]:
-        """Views of the tensor in the mapped file."""
-        tensor = self._mapped(name)
-        return tuple(tensor.shape), tensor.split(max(PIECE_VALUES // tensor.shape[-1], 1))
+        """Views of the tensor in the mapped file; a quantised matrix in float32."""
+        tensor = self.tensors[name]
+        held = self._mapped(tensor.name)
+        pieces = held.split(max(PIECE_VALUES // held.shape[-1], 1))
+        return tuple(held.shape), self._expanded(tensor, pieces) if tensor.scales else pieces
 
     def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """One tensor; where it has the dtype already, it stays in the mapped file."""
-        return self._mapped(name).to(dtype)
+        if self.tensors[name].scales:
+            return super().dense(name, dtype)
+        return self._mapped(self.tensors[name].name).to(dtype)
 
-    def _mapped(self, name: str) -> Any:
-        inner = self.names[name]
-        if inner not in self.files:
-            raise InputError(f"{self.folder} lacks the tensor {inner}")
+    def _expanded(self, tensor: FolderTensor, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Pieces of codes, multiplied by the scales of their blocks."""
+        (rows, columns), first = tensor.block, 0
+        scales = self._mapped(tensor.scales).float() * tensor.factor
+        for codes in pieces:
+            height, width = codes.shape
+            scales = scales.view(-1, -(-width // columns))
+            inside = scales[torch.arange(first, first + height) // rows]
+            yield codes.float() * inside.repeat_interleave(columns, 1)[:, :width]
+            first += height
+
+    def _mapped(self, name: str) -> torch.Tensor:
+        if name not in self.files:
+            raise InputError(f"{self.folder} lacks the tensor {name}")
         try:
-            with safe_open(self.files[inner], framework="pt") as stream:
-                return stream.get_tensor(inner)
+            with safe_open(self.files[name], framework="pt") as stream:
+                tensor: torch.Tensor = stream.get_tensor(name)
+                return tensor
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{self.files[inner]} cannot be read: {error}") from error
+            raise InputError(f"{self.files[name]} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from edge_runtime.errors import InputError
 from edge_runtime.models import headers, structure
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.packed import DTYPE, EMBEDDING, PackedEmbedding, PackedLinear, stream
+from edge_runtime.models.quantised import FolderTensor
 from edge_runtime.models.readers import RandomTensors, SafetensorsTensors, Tensors
 from edge_runtime.models.slices import kept_layers
 from edge_runtime.settings import PACKED, Weights
@@ -48,7 +49,7 @@ def load(
     transformers_logging.disable_progress_bar()
     # the slice's configuration
     layers = kept_layers(depth, facts.layers)
-    config = AutoConfig.from_pretrained(facts.folder)
+    config = AutoConfig.from_pretrained(facts.folder, trust_remote_code=False)
     text = config.get_text_config()
     text.num_hidden_layers = depth
     if getattr(text, "layer_types", None):
@@ -75,14 +76,16 @@ def _open(facts: Facts, layers: tuple[int, ...], shapes: dict[str, torch.Size]) 
         return RandomTensors(shapes)
     path = Path(facts.weights)
     names = {name: LAYER.sub(lambda number: str(layers[int(number[0])]), name, count=1) for name in shapes}
+    content = (Path(facts.folder) / "tensors.json").read_bytes()
     if path.suffix != ".gguf":
-        return SafetensorsTensors(path, names, headers.files(path))
+        places = msgspec.json.decode(content, type=dict[str, FolderTensor])
+        # a tied head is not in the index
+        inside = {name: places[inner] for name, inner in names.items() if inner in places}
+        return SafetensorsTensors(path, inside, headers.files(path))
     from edge_runtime.models import gguf_file, gguf_header  # import gguf
 
     contents = gguf_header.read(path, values=False)  # refuses a file that is cut short
-    index = (Path(facts.folder) / "tensors.json").read_bytes()
-    entries = msgspec.json.decode(index, type=dict[str, gguf_file.Tensor])
-    # a tied head is not in the file
+    entries = msgspec.json.decode(content, type=dict[str, gguf_file.Tensor])
     return gguf_file.GGUFTensors(
         contents.files, {name: entries[inner] for name, inner in names.items() if inner in entries}
     )

@@ -31,10 +31,15 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def facts_of():
-    """facts_of(model, **where): what `prepare` writes down of a model."""
-    from edge_runtime.models import facts, structure
+    """facts_of(model, **where): what `prepare` writes down of a model, also in its folder."""
+    import msgspec
+
+    from edge_runtime.models import facts, safetensors_index, structure
 
     def read(model, **where):
+        if folder := where.get("weights"):
+            index = safetensors_index.index(Path(folder), model.config, model)
+            Path(folder, "tensors.json").write_bytes(msgspec.json.encode(index))
         blocks = structure.blocks(model)
         linears = structure.widths(blocks[0], structure.family(model))
         names = {"model_class": "tiny", "folder": "", "weights": "", **where}

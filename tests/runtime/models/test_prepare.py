@@ -12,7 +12,6 @@ import pytest
 
 from edge_runtime.demo import model as demo
 from edge_runtime.errors import InputError
-from edge_runtime.models import gguf_file
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.prepare import main, prepare
 from edge_runtime.planning import processes
@@ -85,11 +84,23 @@ def copied(tiny_folder, tmp_path):
     return Path(shutil.copytree(tiny_folder, tmp_path / "copied"))
 
 
-def test_code_that_comes_with_a_model_is_refused(copied, tmp_path):
-    config = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "theirs.Config"}}))
-    (copied / "theirs.py").write_text("raise SystemExit('their code ran')")
-    with pytest.raises(InputError, match="brings code of its own"):
+def with_code(folder, **stated):
+    (folder / "theirs.py").write_text("raise SystemExit('their code ran')")
+    config = json.loads((folder / "config.json").read_text())
+    auto_map = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": auto_map, **stated}))
+
+
+def test_a_known_type_is_read_with_transformers_code_and_none_of_the_folders(copied, tmp_path):
+    with_code(copied)
+    facts = prepare(str(copied), tmp_path, tmp_path / "cache")
+    assert facts.family == "llama"
+    assert "auto_map" not in (Path(facts.folder) / "config.json").read_text()
+
+
+def test_a_type_that_only_the_folders_code_knows_is_refused(copied, tmp_path):
+    with_code(copied, model_type="theirs")
+    with pytest.raises(InputError, match=r"brings code of its own \(auto_map\)"):
         prepare(str(copied), tmp_path, tmp_path / "cache")
 
 
@@ -112,7 +123,10 @@ def with_layers(folder, layers):
     ("spoil", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
+        (
+            lambda folder: (folder / "config.json").write_text("{"),
+            "cannot be read: .*config.json' is not a valid JSON",
+        ),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no .safetensors file"),
         (lambda folder: with_layers(folder, 0), "has 0 layers, but needs 1 or more"),
     ],
@@ -226,15 +240,16 @@ def test_the_class_is_named_by_the_catalogs_source_and_not_by_where_a_link_leads
     assert prepare("base", tmp_path, tmp_path / "cache").model_class.startswith("base@")
 
 
-def test_a_cache_of_an_earlier_version_is_read(tiny_folder, tmp_path):
-    """The first version's facts held absolute paths and no size of the tokenizer."""
-    fresh = prepare(str(tiny_folder), tmp_path, tmp_path / "cache")
-    file = Path(fresh.folder) / "facts.json"
-    earlier = json.loads(file.read_text())
-    del earlier["tokenizer_bytes"]
-    file.write_text(json.dumps({**earlier, "folder": "/elsewhere", "weights": "/elsewhere", "positions": 7}))
-    assert prepare(str(tiny_folder), tmp_path, tmp_path / "cache") == msgspec.structs.replace(
-        fresh, positions=7
-    )
-    entry = b'{"offset":96,"kind":0,"shape":[8,3],"interleaved_heads":2,"added":0.0}'
-    assert msgspec.json.decode(entry, type=gguf_file.Tensor) == gguf_file.Tensor(96, 0, (8, 3), 2)
+@pytest.mark.parametrize("writer", ["FORMAT", "version"])
+def test_another_version_of_ours_or_of_transformers_prepares_again(
+    tiny_folder, tmp_path, monkeypatch, writer
+):
+    cache = tmp_path / "cache"
+    before = prepare(str(tiny_folder), tmp_path, cache)
+    file = Path(before.folder) / "facts.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "positions": 7}))
+    assert prepare(str(tiny_folder), tmp_path, cache).positions == 7  # the same version reads the cache
+    other = {"FORMAT": 99, "version": lambda _: "99.0"}[writer]
+    monkeypatch.setattr(import_module("edge_runtime.models.prepare"), writer, other)
+    after = prepare(str(tiny_folder), tmp_path, cache)
+    assert after == msgspec.structs.replace(before, folder=after.folder) and after.folder != before.folder

@@ -1,0 +1,85 @@
+"""What a folder's config.json says of the text model, and that nothing in it is left out.
+
+transformers keeps a key that it does not know and computes without it. Such a key is refused, unless
+its value means that it is off, or it is known to be without effect.
+"""
+
+import copy
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.errors import InputError
+
+# read by transformers' models without being fields of their configurations
+READ = {"head_dim", "partial_rotary_factor", "text_config"}
+WITHOUT_EFFECT = {
+    *("auto_map", "quantization_config"),  # seen to elsewhere
+    *("task_specific_params", "is_decoder", "add_cross_attention", "torchscript", "predict_special_tokens"),
+    *("output_past", "unsloth_fixed", "transformers.js_config"),
+    # lengths that the model was trained with, which do not bound it
+    *("max_sequence_length", "seq_length", "n_ctx", "n_positions", "sliding_window_size"),
+    "rotary_dim",  # partial_rotary_factor says the same
+    "dual_chunk_attention_config",  # of another runtime, for sequences beyond max_position_embeddings
+}
+PATTERNS = re.compile(r"^_|token_(id|index)s?$|^is_.+_config$|cache|flash|version")
+OFF: tuple[Any, ...] = (None, 0, 1, "", [], {})  # 1 is the neutral factor; equal to False and True
+
+
+def text_part(folder: Path, config: Any) -> Any:
+    """The configuration of the text model alone, after a check of all that config.json says.
+
+    Raises:
+        InputError: as `check` does.
+    """
+    stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    check(folder, config, stated)
+    text = copy.deepcopy(config.get_text_config())
+    if config.get_text_config() is not config:
+        check(folder, text, stated.get("text_config") or {})
+        text.tie_word_embeddings = config.tie_word_embeddings
+    # the prepared copy needs neither their code nor their scales
+    for key in ("auto_map", "quantization_config"):
+        if hasattr(text, key):
+            delattr(text, key)
+    return text
+
+
+def check(folder: Path, config: Any, stated: dict[str, Any]) -> None:
+    """Refuse a configuration with a key that is left out, or whose attention sees later tokens.
+
+    Strings that transformers does not know are dropped from the configuration.
+
+    Args:
+        folder: named in messages.
+        config: transformers' configuration.
+        stated: config.json as it is.
+
+    Raises:
+        InputError: names the key and its value.
+    """
+    known = {field.name for field in dataclasses.fields(config)} | {"model_type", *config.attribute_map}
+    for key, value in stated.items():
+        # transformers has taken in an older name for a field of another
+        if key in known or key not in vars(config):
+            continue
+        if isinstance(value, str):
+            delattr(config, key)
+        elif key not in READ | WITHOUT_EFFECT and not PATTERNS.search(key) and value not in OFF:
+            raise InputError(
+                f"config.json in {folder} sets {key} to {_short(value)}, which transformers' {config.model_type} "
+                "leaves out, so the model may be another: give a checkpoint that needs no other code, or remove "
+                "the key if the model was made without it"
+            )
+    if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None):
+        raise InputError(
+            f"config.json in {folder} lets each token see those after it (is_causal or "
+            "use_bidirectional_attention): such a model cannot be trained to write text"
+        )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

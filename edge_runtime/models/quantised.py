@@ -1,0 +1,131 @@
+"""Matrices that a folder holds in 8 bits with scales, by config.json's quantization_config.
+
+    weight = code * scale * factor        a scale for the matrix, for each row, or for each block
+
+Each method has its dtype and its names; other methods are refused. Sources: transformers'
+integrations of FP8 and bitsandbytes. Where blocks do not divide a matrix, the last ones are smaller,
+as in the kernels for which such checkpoints are made.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from edge_runtime.errors import InputError
+from edge_runtime.models.headers import Place
+
+FP8 = ("F8_E4M3", "F8_E5M2")
+FLOATS = ("F64", "F32", "F16", "BF16")
+SCALES = (*FLOATS, "F8_E8M0")
+BLOCK = (128, 128)  # where a configuration of FP8 names no block
+
+
+class FolderTensor(msgspec.Struct, frozen=True):
+    """One tensor of a folder, under the model's name for it."""
+
+    name: str  # in the files
+    scales: str = ""  # name of the tensor of its scales; empty: the values are the weights
+    block: tuple[int, int] = (1, 1)  # rows and columns that share a scale
+    factor: float = 1.0  # of each scale
+
+
+class Scheme(NamedTuple):
+    """How a method of quantisation keeps a matrix NAME.weight."""
+
+    codes: tuple[str, ...] = FP8  # dtypes
+    scales: tuple[str, ...] = ("weight_scale_inv", "weight_scale")  # NAME.SCALES; they multiply
+    factor: float = 1.0
+    # of activations and caches, which stay in floats here
+    unused: tuple[str, ...] = ("activation_scale", "input_scale", "input_scale_ub", "k_scale", "v_scale")
+
+
+SCHEMES = {
+    "fp8": Scheme(),
+    "fbgemm_fp8": Scheme(),
+    "bitsandbytes in 8 bits": Scheme(("I8",), ("SCB",), 1 / 127, ("weight_format",)),
+}
+
+
+class Quantisation(NamedTuple):
+    """A folder's method, with its settings."""
+
+    scheme: Scheme
+    block: tuple[int, int]
+
+
+def quantisation(folder: Path, config: Any) -> Quantisation | None:
+    """The quantisation of a transformers configuration; None: the weights are floats.
+
+    Raises:
+        InputError: the method is not known. The message names it.
+    """
+    stated: Any = getattr(config, "quantization_config", None)
+    if not stated:
+        return None
+    name = str(stated.get("quant_method", "without a quant_method"))
+    for bits in (4, 8):
+        if stated.get(f"load_in_{bits}bit"):
+            name = f"bitsandbytes in {bits} bits"
+    if name not in SCHEMES:
+        raise InputError(
+            f"the weights in {folder} are quantised with {name} (quantization_config in config.json), which is "
+            f"not read; known: {', '.join(SCHEMES)}; give the checkpoint in floats, or a GGUF file"
+        )
+    rows, columns = stated.get("weight_block_size") or BLOCK
+    return Quantisation(SCHEMES[name], (rows, columns))
+
+
+def located(name: str, places: Mapping[str, Place], quantised: Quantisation | None) -> FolderTensor:
+    """How to read a tensor of a folder.
+
+    Raises:
+        InputError: the tensor is neither in floats nor in codes with scales.
+    """
+    place, stem = places[name], name.rpartition(".")[0]
+    if quantised and name == f"{stem}.weight":
+        for scales in quantised.scheme.scales:
+            if (scale := f"{stem}.{scales}") in places:
+                return _scaled(name, scale, places, quantised)
+    # values in 8-bit floats are weights where nothing speaks of scales
+    if place.dtype in FLOATS or (quantised is None and place.dtype in FP8):
+        return FolderTensor(name)
+    raise InputError(
+        f"{name} is held in {place.dtype} without scales that quantization_config in config.json explains, but "
+        f"needs floats ({', '.join(FLOATS)}): give the checkpoint in floats, or a GGUF file"
+    )
+
+
+def companions(name: str, quantised: Quantisation | None) -> list[str]:
+    """Names of the tensors that may stand beside a tensor and hold no weights."""
+    stem = name.rpartition(".")[0]
+    return (
+        [f"{stem}.{other}" for other in (*quantised.scheme.scales, *quantised.scheme.unused)]
+        if quantised
+        else []
+    )
+
+
+def _scaled(name: str, scale: str, places: Mapping[str, Place], quantised: Quantisation) -> FolderTensor:
+    place, scales = places[name], places[scale]
+    if place.dtype not in quantised.scheme.codes or scales.dtype not in SCALES or len(place.shape) != 2:
+        raise InputError(
+            f"{name} is {place.dtype} {place.shape} and {scale} is {scales.dtype}, but a matrix of "
+            f"{' or '.join(quantised.scheme.codes)} with scales in floats is needed"
+        )
+    rows, columns = place.shape
+    grid = (math.ceil(rows / quantised.block[0]), math.ceil(columns / quantised.block[1]))
+    if math.prod(scales.shape) == 1:
+        block = (rows, columns)
+    elif scales.shape in ((rows,), (rows, 1)):
+        block = (1, columns)
+    elif scales.shape == grid:
+        block = quantised.block
+    else:
+        raise InputError(
+            f"{scale} is {scales.shape}, but {name} of {place.shape} needs a scale, one a row, or {grid} for "
+            f"blocks of {quantised.block}"
+        )
+    return FolderTensor(name, scale, block, quantised.scheme.factor)

@@ -25,7 +25,7 @@ WITHOUT_EFFECT = {
     "dual_chunk_attention_config",  # of another runtime, for sequences beyond max_position_embeddings
 }
 PATTERNS = re.compile(r"^_|token_(id|index)s?$|^is_.+_config$|cache|flash|version")
-OFF: tuple[Any, ...] = (None, 0, 1, "", [], {})  # 1 is the neutral factor; equal to False and True
+OFF: tuple[Any, ...] = (None, 0, 1, [], {})  # False is 0; 1 is the neutral factor
 
 
 def text_part(folder: Path, config: Any) -> Any:
@@ -67,7 +67,9 @@ def check(folder: Path, config: Any, stated: dict[str, Any]) -> None:
             continue
         if isinstance(value, str):
             delattr(config, key)
-        elif key not in READ | WITHOUT_EFFECT and not PATTERNS.search(key) and value not in OFF:
+        elif key in READ | WITHOUT_EFFECT or PATTERNS.search(key):
+            continue
+        elif value is True or value not in OFF:
             raise InputError(
                 f"config.json in {folder} sets {key} to {_short(value)}, which transformers' {config.model_type} "
                 "leaves out, so the model may be another: give a checkpoint that needs no other code, or remove "

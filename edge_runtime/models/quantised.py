@@ -20,6 +20,7 @@ from edge_runtime.models.headers import Place
 FP8 = ("F8_E4M3", "F8_E5M2")
 FLOATS = ("F64", "F32", "F16", "BF16")
 SCALES = (*FLOATS, "F8_E8M0")
+ORDER = "weight_format"  # 0 where codes of int8 are in the order of the matrix
 BLOCK = (128, 128)  # where a configuration of FP8 names no block
 
 
@@ -45,7 +46,7 @@ class Scheme(NamedTuple):
 SCHEMES = {
     "fp8": Scheme(),
     "fbgemm_fp8": Scheme(),
-    "bitsandbytes in 8 bits": Scheme(("I8",), ("SCB",), 1 / 127, ("weight_format",)),
+    "bitsandbytes in 8 bits": Scheme(("I8",), ("SCB",), 1 / 127, (ORDER,)),
 }
 
 
@@ -98,14 +99,10 @@ def located(name: str, places: Mapping[str, Place], quantised: Quantisation | No
     )
 
 
-def companions(name: str, quantised: Quantisation | None) -> list[str]:
-    """Names of the tensors that may stand beside a tensor and hold no weights."""
-    stem = name.rpartition(".")[0]
-    return (
-        [f"{stem}.{other}" for other in (*quantised.scheme.scales, *quantised.scheme.unused)]
-        if quantised
-        else []
-    )
+def without_weights(name: str, quantised: Quantisation | None) -> bool:
+    """Whether a tensor of this name belongs to the method and is neither a matrix nor its scales."""
+    last = name.rpartition(".")[2]
+    return quantised is not None and last in quantised.scheme.unused
 
 
 def _scaled(name: str, scale: str, places: Mapping[str, Place], quantised: Quantisation) -> FolderTensor:

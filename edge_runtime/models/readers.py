@@ -66,7 +66,7 @@ class SafetensorsTensors(Tensors):
     def read(self, name: str) -> tuple[Shape, Iterable[torch.Tensor]]:
         """Views of the tensor in the mapped file; a quantised matrix in float32."""
         tensor = self.tensors[name]
-        held = self._mapped(tensor.name)
+        held = self.held(tensor.name)
         pieces = held.split(max(PIECE_VALUES // held.shape[-1], 1))
         return tuple(held.shape), self._expanded(tensor, pieces) if tensor.scales else pieces
 
@@ -74,12 +74,12 @@ class SafetensorsTensors(Tensors):
         """One tensor; where it has the dtype already, it stays in the mapped file."""
         if self.tensors[name].scales:
             return super().dense(name, dtype)
-        return self._mapped(self.tensors[name].name).to(dtype)
+        return self.held(self.tensors[name].name).to(dtype)
 
     def _expanded(self, tensor: FolderTensor, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Pieces of codes, multiplied by the scales of their blocks."""
         (rows, columns), first = tensor.block, 0
-        scales = self._mapped(tensor.scales).float() * tensor.factor
+        scales = self.held(tensor.scales).float() * tensor.factor
         for codes in pieces:
             height, width = codes.shape
             scales = scales.view(-1, -(-width // columns))
@@ -87,7 +87,8 @@ class SafetensorsTensors(Tensors):
             yield codes.float() * inside.repeat_interleave(columns, 1)[:, :width]
             first += height
 
-    def _mapped(self, name: str) -> torch.Tensor:
+    def held(self, name: str) -> torch.Tensor:
+        """A tensor of the mapped files, by its name there, as it is held."""
         if name not in self.files:
             raise InputError(f"{self.folder} lacks the tensor {name}")
         try:

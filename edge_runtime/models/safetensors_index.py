@@ -7,7 +7,7 @@ images, or is known to be without effect; any other is refused by name. The name
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -17,10 +17,26 @@ from edge_runtime.compat.empty_model import empty_model
 from edge_runtime.errors import InputError
 from edge_runtime.models import headers, structure
 from edge_runtime.models.headers import Place
-from edge_runtime.models.quantised import FolderTensor, companions, located, quantisation
+from edge_runtime.models.quantised import (
+    ORDER,
+    FolderTensor,
+    Quantisation,
+    located,
+    quantisation,
+    without_weights,
+)
 from edge_runtime.models.readers import SafetensorsTensors
 
 IMAGES = "of the part that reads images"  # in place of a tensor's name in the text model
+
+
+class Held(NamedTuple):
+    """What a folder's files hold."""
+
+    folder: Path
+    files: dict[str, Path]  # by the tensors' names
+    places: dict[str, Place]
+    quantised: Quantisation | None
 
 
 def index(folder: Path, whole: Any, model: PreTrainedModel) -> dict[str, FolderTensor]:
@@ -40,25 +56,18 @@ def index(folder: Path, whole: Any, model: PreTrainedModel) -> dict[str, FolderT
     """
     files = headers.files(folder)
     places = {name: place for file in set(files.values()) for name, place in headers.tensors(file).items()}
-    quantised = quantisation(folder, whole)
+    held = Held(folder, files, places, quantisation(folder, whole))
+    shapes = {key: tuple(parameter.shape) for key, parameter in model.state_dict().items()}
     targets = _targets(whole, model, list(places))
-    sources: dict[str, str] = {}
-    for name, target in targets.items():
-        if target in sources and target in model.state_dict():
-            raise InputError(f"{folder} has the tensor {target} twice, as {sources[target]} and as {name}")
-        sources[target] = name
+    sources = _sources(folder, targets, shapes)
     head, embedding = _tied(model)
-    if head and embedding not in sources and head in sources:
-        sources[embedding] = sources[head]
-    tensors = {}
-    for key, parameter in model.state_dict().items():
-        if key == head and key not in sources:
-            continue
-        if key not in sources:
-            raise InputError(f"{folder} lacks the tensor {key}, which the model of its config.json needs")
-        tensors[key] = _checked(folder, sources[key], parameter, places, model, quantised)
-    _refuse_others(folder, targets, tensors, model, quantised)
-    if head in tensors and _differ(SafetensorsTensors(folder, tensors, files), head, embedding):
+    if head in sources:
+        sources.setdefault(embedding, sources[head])
+    elif head:
+        del shapes[head]
+    tensors = {key: _located(held, key, sources, shape) for key, shape in shapes.items()}
+    _refuse_others(held, targets, tensors, model)
+    if head in tensors and _differ(_reader(held, tensors), head, embedding):
         model.config.tie_word_embeddings = False
     elif head:
         tensors.pop(head, None)
@@ -94,44 +103,56 @@ def _tied(model: PreTrainedModel) -> tuple[str, str]:
     return head, embedding
 
 
-def _checked(
-    folder: Path,
-    name: str,
-    parameter: torch.Tensor,
-    places: Mapping[str, Place],
-    model: PreTrainedModel,
-    quantised: Any,
-) -> FolderTensor:
-    """How to read a tensor of the files that has the parameter's shape."""
-    seen, needed = places[name].shape, tuple(parameter.shape)
-    if seen != needed:
-        raise InputError(f"{name} is {seen} in {folder}, but the model of its config.json needs {needed}")
-    tensor = located(name, places, quantised)
-    if tensor.scales and structure.family(model).transposed:
-        raise InputError(f"{name} in {folder} is quantised, which is not read for models of this family")
-    return tensor
+def _sources(folder: Path, targets: dict[str, str], shapes: Mapping[str, Any]) -> dict[str, str]:
+    """The files' name of each tensor that the model needs."""
+    sources: dict[str, str] = {}
+    for name, key in targets.items():
+        if key in sources:
+            raise InputError(f"{folder} has the tensor {key} twice, as {sources[key]} and as {name}")
+        if key in shapes:
+            sources[key] = name
+    return sources
+
+
+def _located(held: Held, key: str, sources: dict[str, str], needed: tuple[int, ...]) -> FolderTensor:
+    """How to read a tensor, which the files have in the shape that the model needs."""
+    if key not in sources:
+        raise InputError(f"{held.folder} lacks the tensor {key}, which the model of its config.json needs")
+    name = sources[key]
+    if (seen := held.places[name].shape) != needed:
+        raise InputError(
+            f"{name} is {seen} in {held.folder}, but the model of its config.json needs {needed}: give the "
+            "config.json that belongs to these weights"
+        )
+    return located(name, held.places, held.quantised)
 
 
 def _refuse_others(
-    folder: Path,
-    targets: dict[str, str],
-    tensors: dict[str, FolderTensor],
-    model: PreTrainedModel,
-    quantised: Any,
+    held: Held, targets: dict[str, str], tensors: dict[str, FolderTensor], model: PreTrainedModel
 ) -> None:
-    """Refuse tensors of the files that are not accounted for."""
-    used = {tensor.name for tensor in tensors.values()}
-    used |= {other for name in used for other in companions(name, quantised)}
-    others = [
-        name
-        for name, target in targets.items()
-        if name not in used and target != IMAGES and not without_effect(model, target)
-    ]
+    """Refuse what is not accounted for, and codes in an order that is not read."""
+    used = {name for tensor in tensors.values() for name in (tensor.name, tensor.scales)}
+    others = []
+    for name, target in targets.items():
+        if name in used or target == IMAGES or without_effect(model, target):
+            continue
+        if not without_weights(name, held.quantised):
+            others.append(name)
+        elif name.endswith(ORDER) and _reader(held, tensors).held(name).any():
+            raise InputError(
+                f"{name} in {held.folder} gives codes in another order than the matrix, which is not read"
+            )
     if others:
         raise InputError(
-            f"{folder} has {len(others)} tensors that have no place in the model of its config.json, such as "
+            f"{held.folder} has {len(others)} tensors that have no place in the model of its config.json, such as "
             f"{others[0]}: give the config.json that belongs to these weights, or a checkpoint without them"
         )
+    if structure.family(model).transposed and any(tensor.scales for tensor in tensors.values()):
+        raise InputError(f"{held.folder} is quantised, which is not read for models of this family")
+
+
+def _reader(held: Held, tensors: dict[str, FolderTensor]) -> SafetensorsTensors:
+    return SafetensorsTensors(held.folder, tensors, held.files)
 
 
 def _differ(tensors: SafetensorsTensors, head: str, embedding: str) -> bool:

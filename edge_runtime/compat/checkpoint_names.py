@@ -5,8 +5,7 @@ Reason      published checkpoints lack the prefix of the head's model, have the 
             versions, or hold a wrapper's names; transformers has a table of them for its loader
 Change      none; the loader's function for names is called, which is not documented
 Breaks      when transformers moves the function: the import then fails with an ImportError
-Test        tests/runtime/models/test_safetensors_index.py: GPT-2 as published, a model without its
-            head, old norms
+Test        tests/runtime/models/test_safetensors_index.py: models without their head, a wrapper
 """
 
 import re

@@ -26,9 +26,8 @@ from edge_broker.files import put
 
 from edge_runtime.compat.lean_imports import lean_imports
 from edge_runtime.errors import EdgeError, InputError
-from edge_runtime.models import checkpoint
+from edge_runtime.models import checkpoint, gguf_header
 from edge_runtime.models import facts as facts_
-from edge_runtime.models import gguf_header
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.families import family_of
 from edge_runtime.state import once

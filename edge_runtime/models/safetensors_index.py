@@ -79,8 +79,10 @@ def _targets(whole: Any, model: PreTrainedModel, names: list[str]) -> dict[str, 
     if whole.get_text_config() is whole:
         return model_names(model, names)
     outer = empty_model(whole)
-    inside = {_path(outer, outer.get_decoder()): _path(model, model.get_decoder())}
-    inside[_path(outer, outer.get_output_embeddings())] = _path(model, model.get_output_embeddings())
+    inside = {structure.path(outer, outer.get_decoder()): structure.path(model, model.get_decoder())}
+    inside[structure.path(outer, outer.get_output_embeddings())] = structure.path(
+        model, model.get_output_embeddings()
+    )
     targets = {}
     for name, target in model_names(outer, names).items():
         targets[name] = IMAGES if target in outer.state_dict() else target
@@ -90,16 +92,12 @@ def _targets(whole: Any, model: PreTrainedModel, names: list[str]) -> dict[str, 
     return targets
 
 
-def _path(model: PreTrainedModel, module: torch.nn.Module) -> str:
-    return next(name for name, inner in model.named_modules() if inner is module)
-
-
 def _tied(model: PreTrainedModel) -> tuple[str, str]:
     """The keys of head and embedding where they are one tensor, else empty."""
     if not model.config.tie_word_embeddings:
         return "", ""
     modules = model.get_output_embeddings(), model.get_input_embeddings()
-    head, embedding = (f"{_path(model, module)}.weight" for module in modules)
+    head, embedding = (f"{structure.path(model, module)}.weight" for module in modules)
     return head, embedding
 
 

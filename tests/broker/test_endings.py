@@ -91,11 +91,10 @@ def test_the_same_reason_is_said_the_first_and_the_tenth_time(caplog, monkeypatc
 
 def test_a_connection_that_is_back_is_said_if_its_end_was(caplog, monkeypatch):
     monkeypatch.setattr("edge_broker.connection._BACKOFF_S", (0.01, 0.01))
-    with caplog.at_level(logging.WARNING):
-        with Session(Broker(*[CONNACK] * 9).url, "client") as session:
-            session.connect(10)
-            connected = itertools.count()
-            while next(connected) < 5:
-                while not isinstance(session.receive(10), Connected):
-                    pass
+    with caplog.at_level(logging.WARNING), Session(Broker(*[CONNACK] * 9).url, "client") as session:
+        session.connect(10)
+        connected = itertools.count()
+        while next(connected) < 5:
+            while not isinstance(session.receive(10), Connected):
+                pass
     assert [record.getMessage().startswith("connected to") for record in caplog.records] == [False, True]

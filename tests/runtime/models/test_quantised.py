@@ -1,13 +1,13 @@
 """Quantised folders are dequantised as their methods do, or refused by the method's name."""
 
 import json
-import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from benchmarks.models import save_folder
 from edge_runtime.errors import InputError
 from edge_runtime.models import readers, structure, weights
 from edge_runtime.models.prepare import prepare
@@ -73,11 +73,11 @@ CASES = {
 
 
 @pytest.fixture
-def quantised(tiny_folder, tmp_path):
+def quantised(tiny, tmp_path):
     """quantised(settings, pack): a folder whose blocks' matrices are packed, and the true matrices by key."""
 
     def write(settings, pack):
-        folder = shutil.copytree(tiny_folder, tmp_path / "model")
+        folder = save_folder(tiny("llama"), tmp_path / "model")
         tensors, truth = {}, {}
         for name, held in load_file(folder / "model.safetensors").items():
             if "proj" in name:

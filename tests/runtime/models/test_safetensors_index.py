@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
+from benchmarks.models import save_folder
 from edge_runtime.errors import InputError
 from edge_runtime.models import weights
 from edge_runtime.models.prepare import prepare
@@ -23,15 +24,9 @@ VISION = {
 
 
 @pytest.fixture
-def saved(tiny_facts, tmp_path):
+def saved(tmp_path):
     """saved(model): a folder of the model, with a tokenizer."""
-
-    def save(model, name="model"):
-        model.save_pretrained(tmp_path / name)
-        AutoTokenizer.from_pretrained(tiny_facts.folder).save_pretrained(tmp_path / name)
-        return tmp_path / name
-
-    return save
+    return lambda model: save_folder(model, tmp_path / "model")
 
 
 def change(folder, edit):
@@ -55,9 +50,9 @@ def is_transformers(folder):
     return torch.equal(loaded(folder)[1](IDS).logits, truth(IDS).logits)
 
 
-@pytest.mark.parametrize(("family", "tied"), [("gpt2", True), ("qwen3", True), ("llama", True)])
-def test_a_model_saved_without_its_head_is_read(tiny, saved, family, tied):
-    model = tiny(family, tie_word_embeddings=tied)
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_a_model_saved_without_its_head_is_read(tiny, saved, family):
+    model = tiny(family, tie_word_embeddings=True)
     folder = saved(model.base_model)
     assert not any(
         name.startswith(model.base_model_prefix) for name in load_file(folder / "model.safetensors")

@@ -14,8 +14,8 @@ Changes = dict[str, Any]  # fields of a configuration
 TOKENS = 24  # of a sequence: more than the windows and the lengths before scaling below
 SIZES: Changes = {
     "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 64,
+    "hidden_size": 256,  # a block of a K-quant
+    "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -27,6 +27,8 @@ SIZES: Changes = {
 }
 # blocks in turn with a sliding window and without, which have rope settings of their own
 MIXED = {**SIZES, "layer_types": ["sliding_attention", "full_attention"]}
+# heads of published models, so that a GGUF file's scale of attention is known
+MIXED |= {"head_dim": 128, "query_pre_attn_scalar": 128}
 # of families whose heads are as wide as hidden_size allows
 NARROW = {key: value for key, value in SIZES.items() if key != "head_dim"}
 GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -75,7 +77,7 @@ class Family(NamedTuple):
 CASES = {
     "llama": Family(SIZES, {**TIED, "biases": {**BIASES, "mlp_bias": True}, **_rope(16)}),
     "mistral": Family(SIZES, {**TIED, "window": WINDOW, **_rope(16, sliding_window=None)}),
-    "qwen2": Family(NARROW, {**TIED, "window": QWEN_WINDOW, **_rope(8)}),
+    "qwen2": Family(NARROW, {**TIED, "window": QWEN_WINDOW, **_rope(64)}),
     "qwen3": Family(SIZES, {**TIED, "biases": BIASES, "window": QWEN_WINDOW, **_rope(16)}),
     "gemma": Family(SIZES, {**TIED, "biases": BIASES, **_rope(16)}),
     "gemma2": Family(
@@ -87,7 +89,7 @@ CASES = {
             "softcaps": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
             "no softcaps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
             "scale": {"query_pre_attn_scalar": 24},
-            **_rope(16),
+            **_rope(128),
         },
     ),
     "gemma3_text": Family(
@@ -97,11 +99,11 @@ CASES = {
             "biases": BIASES,
             "window": WINDOW,
             "scale": {"query_pre_attn_scalar": 24},
-            **_rope(16),
+            **_rope(128),
         },
     ),
     "phi": Family(
-        NARROW, {**TIED, "key norms": {"qk_layernorm": True}, **_rope(4, partial_rotary_factor=0.5)}
+        NARROW, {**TIED, "key norms": {"qk_layernorm": True}, **_rope(32, partial_rotary_factor=0.5)}
     ),
     "phi3": Family(
         NARROW,
@@ -109,7 +111,7 @@ CASES = {
             **TIED,
             "window": WINDOW,
             "partial rotary": {"partial_rotary_factor": 0.5},
-            "rope longrope": {**_rope(8)["rope longrope"], "original_max_position_embeddings": 16},
+            "rope longrope": {**_rope(64)["rope longrope"], "original_max_position_embeddings": 16},
         },
     ),
     "gpt2": Family(

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import gguf
 import torch
 from edge_kernels import apply
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from benchmarks import gguf_models
 from benchmarks.model_cases import CASES, build, ids
 from edge_runtime.errors import InputError
 from edge_runtime.models import structure, weights
@@ -59,7 +61,19 @@ def by_transformers(model: PreTrainedModel, source: Path) -> PreTrainedModel:
     return loaded.eval()
 
 
-FORMATS = {"safetensors": Format(save_folder, by_transformers)}
+def gguf_file(name: str) -> Format:
+    """A GGUF file whose matrices are of a kind; its truth is the model with the file's values."""
+    kind = gguf.GGMLQuantizationType[name]
+    return Format(
+        lambda model, path: gguf_models.write(model, path / "model.gguf", kind),
+        lambda model, _: gguf_models.rounded(model, kind),
+    )
+
+
+FORMATS = {
+    "safetensors": Format(save_folder, by_transformers),
+    **{f"GGUF {name}": gguf_file(name) for name in ("F16", "Q8_0", "Q4_1", "Q4_K", "Q6_K")},
+}
 
 
 @torch.no_grad()

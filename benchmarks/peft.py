@@ -21,10 +21,11 @@ from edge_runtime.models import weights
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning import processes
 from edge_runtime.trainer import data
-from edge_runtime.trainer.data import Example
+from edge_runtime.trainer.examples import Example, epochs, order_of
 from edge_runtime.trainer.job import Job
 from edge_runtime.trainer.meter import Meter, prepare
 from edge_runtime.trainer.objectives import pad
+from edge_runtime.trainer.tokens import Tokenization
 
 
 def trainer(
@@ -73,7 +74,8 @@ def main() -> None:
     meter = Meter(job.machine.device)
     with meter.phase("load"):
         tokenizer = AutoTokenizer.from_pretrained(job.facts.folder)
-        examples = data.tokenize(data.read_rows(Path(job.data)), tokenizer, job.plan.tokens)
+        how = Tokenization(tokenizer, job.facts.vocabulary, job.plan.tokens)
+        examples = how.examples(data.stream(Path(job.data)))
         full = "--full" in sys.argv[2:]
         run = trainer(
             job.facts,
@@ -84,7 +86,7 @@ def main() -> None:
             job.machine.device,
             full=full,
         )
-    rows, losses, seconds = data.epochs(examples, f"{job.fleet.seed}/{job.round}"), [], []
+    rows, losses, seconds = epochs(examples, order_of(job.fleet.seed, job.round)), [], []
     with meter.phase("train"):
         for _ in range(job.fleet.training.steps):
             began = time.monotonic()

@@ -27,7 +27,7 @@ from edge_runtime.models import structure, weights
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning import processes
 from edge_runtime.trainer import step
-from edge_runtime.trainer.data import Example
+from edge_runtime.trainer.examples import Example
 
 ROWS, TOKENS, STEPS, WARM_UP = 4, 256, 8, 2
 SPEC = settings.Adapter(rank=16, alpha=32)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import msgspec
-from edge_broker import topics
+from edge_broker import files, topics
 
 from edge_runtime.errors import InputError
 
@@ -173,9 +173,11 @@ def load(path: Path) -> Fleet:
 def read_toml(path: Path, name: str, advice: str = "") -> dict[str, Any]:
     """The tables of a TOML file; raises InputError naming the file, and saying what to do."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(files.utf_8(path.read_bytes()).decode())
     except OSError as error:
         raise InputError(f"cannot read {name}: {error.strerror}{advice}") from error
+    except files.NotUtf8 as error:
+        raise InputError(f"{path} {error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid TOML: {error}") from error
 

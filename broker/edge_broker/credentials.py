@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from edge_broker import files
 from edge_broker.address import Address
 from edge_broker.errors import BrokerError
 
@@ -89,7 +90,9 @@ def read(path: Path) -> Credentials:
             f"the credentials file {path} is open to other users (mode {mode & 0o777:03o}): run `chmod 600 {path}`"
         )
     try:
-        return msgspec.toml.decode(content, type=Credentials)
+        return msgspec.toml.decode(files.utf_8(content), type=Credentials)
+    except files.NotUtf8 as error:
+        raise BrokerError(f"the credentials file {path} {error}") from None
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise BrokerError(
             f"the credentials file {path} needs two lines and no more: "

@@ -1,7 +1,24 @@
-"""Files that survive a power cut and a move of their folder."""
+"""Files that survive a power cut and a move of their folder; text that people wrote on any system."""
 
+import codecs
 import os
 from pathlib import Path
+
+
+class NotUtf8(ValueError):
+    """Text in another encoding; the message continues a sentence about the file."""
+
+
+def utf_8(content: bytes) -> bytes:
+    """The beginning of a text file, without the byte order mark that Windows' editors write.
+
+    Raises:
+        NotUtf8: the text is in UTF-16 or UTF-32, with or without a mark.
+    """
+    # NUL is no text: at the beginning it is half of a character of UTF-16
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:4]:
+        raise NotUtf8("is UTF-16 text (Windows calls it Unicode), but has to be UTF-8: save it as UTF-8")
+    return content.removeprefix(codecs.BOM_UTF8)
 
 
 def put(fresh: Path, path: Path) -> None:

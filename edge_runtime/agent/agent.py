@@ -76,10 +76,10 @@ def run(options: DeviceOptions, tell: Callable[[DeviceEvent], None], workers: Wo
 def _open(options: DeviceOptions) -> tuple[DeviceStore, DeviceRows]:
     """Check the rows before a state is made, and whose state it is before rows are written there."""
     given = DeviceRows(options.data, options.evaluation)
-    rows = given.read()
+    given.check()
     store = DeviceStore(options.state / "agent.db")
     store.claim(options)
-    return store, given.with_held_out(rows, options.state.resolve() / "work")
+    return store, given.with_held_out(options.state.resolve() / "work")
 
 
 def _connect(session: Session, rounds: Rounds, options: DeviceOptions) -> None:

@@ -22,7 +22,7 @@ from edge_runtime.models.facts import Facts
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Result
 from edge_runtime.settings import Fleet
-from edge_runtime.trainer.data import Row, read_rows, split, write_rows
+from edge_runtime.trainer.data import hold_out, stream
 from edge_runtime.trainer.job import Carried, Job, Machine
 
 FILES = {"private": "state.bin", "residual": "residual.bin", "unsent": "payload.bin"}
@@ -36,29 +36,28 @@ class DeviceRows(NamedTuple):
     data: Path
     evaluation: dict[str, Path]  # held-out rows, by name
 
-    def read(self) -> list[Row]:
-        """Read every file; the rows to train on. Raises InputError where a row cannot be used."""
-        rows = read_rows(self.data)
-        for path in self.evaluation.values():
-            read_rows(path)
-        return rows
+    def check(self) -> None:
+        """Read every file once; raises InputError where a row cannot be used."""
+        for path in (self.data, *self.evaluation.values()):
+            for _ in stream(path):
+                pass
 
     @property
     def readable(self) -> bool:
         """Whether every row can still be read: a file may have changed since the agent began."""
         try:
-            return bool(self.read())
+            self.check()
         except InputError:
             return False
+        return True
 
-    def with_held_out(self, rows: list[Row], folder: Path) -> "DeviceRows":
-        """Where no held-out file is given, keep a tenth of the rows, from `read`, apart in a folder."""
-        train, held_out = split(rows, seed=0)
-        if self.evaluation or not held_out:
+    def with_held_out(self, folder: Path) -> "DeviceRows":
+        """Where no held-out file is given, keep a tenth of the rows apart in a folder."""
+        if self.evaluation:
             return self
         folder.mkdir(parents=True, exist_ok=True)
-        own = write_rows(folder / "own.jsonl", held_out)
-        return DeviceRows(write_rows(folder / "train.jsonl", train), {"own": own})
+        train, own = folder / "train.jsonl", folder / "own.jsonl"
+        return DeviceRows(train, {"own": own}) if hold_out(self.data, train, own, seed=0) else self
 
 
 class LocalRounds:

@@ -24,7 +24,7 @@ with lean_imports():
     from edge_runtime.models import structure
     from edge_runtime.settings import Adapter, Training
     from edge_runtime.trainer.base import Bases
-    from edge_runtime.trainer.data import Example
+    from edge_runtime.trainer.examples import Example
     from edge_runtime.trainer.job import Progress
     from edge_runtime.trainer.meter import Meter
     from edge_runtime.trainer.objectives import evaluate

@@ -18,13 +18,14 @@ from edge_runtime.errors import InputError
 from edge_runtime.protocol import codec, completion
 from edge_runtime.protocol.completion import Completion
 from edge_runtime.settings import Codistill
-from edge_runtime.trainer import data
 from edge_runtime.trainer.base import Base
-from edge_runtime.trainer.data import IGNORED, Example
+from edge_runtime.trainer.data import Row
+from edge_runtime.trainer.examples import IGNORED, Example, Indexed
 from edge_runtime.trainer.job import Job
 from edge_runtime.trainer.meter import Meter, release
 from edge_runtime.trainer.objectives import padded_length
-from edge_runtime.trainer.public import DeviceAnswers, Distillation, Read, compared, sample, weighed
+from edge_runtime.trainer.public import DeviceAnswers, Distillation, compared, sample, weighed
+from edge_runtime.trainer.tokens import Asked, Tokenization
 from edge_runtime.trainer.vocabulary import language_head, sweep
 
 
@@ -39,37 +40,37 @@ class Written(NamedTuple):
 class Completions:
     """The texts of one job that this model can be asked, and its completions of them."""
 
-    def __init__(self, job: Job, spec: Codistill, texts: list[data.Row], tokenizer: Any, read: Read) -> None:
-        self._most_tokens = spec.tokens
+    def __init__(self, job: Job, spec: Codistill, texts: list[Row], how: Tokenization) -> None:
+        self._most_tokens, tokenizer = spec.tokens, how.tokenizer
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         # tokens that end a text, or a turn in the model's chat template
         self._ends = sorted(special | {number for number in tokenizer.all_special_ids if number is not None})
-        self._prompts: dict[int, list[int]] = {}  # token ids by the text's number
+        self._prompts: dict[int, Asked] = {}  # by the text's number
         for number, row in enumerate(texts):
             # a model without a chat template, or whose template refuses the text, is not asked
             with suppress(InputError):
-                if ids := prompt_ids(row, tokenizer)[-(job.plan.tokens - spec.tokens) :]:
-                    self._prompts[number] = ids
+                ids, spaces = how.asked(row)
+                if ids := ids[-(job.plan.tokens - spec.tokens) :]:
+                    self._prompts[number] = Asked(ids, spaces)
         # tokenized here, as the tokenizer is gone when the global version is loaded
-        self._lesson = agreed(job, texts, set(self._prompts), read) if self._prompts else None
+        self._lesson = agreed(job, texts, set(self._prompts), how) if self._prompts else None
         self._written: list[Written] = []
 
     def lesson(self, shared: State) -> Distillation | None:
         """The completions that the fleet agreed on; None if there are none yet."""
         return self._lesson
 
-    def answer(self, base: Base, examples: list[Example], meter: Meter) -> None:
+    def answer(self, base: Base, examples: Indexed, meter: Meter) -> None:
         """Complete the texts; a text unlike the device's own examples has less confidence."""
         if not self._prompts or not self._ends:
             return
         with meter.phase("complete"):
-            asked = [Example(ids, [], 0) for ids in self._prompts.values()]
+            prompts = {number: asked.ids for number, asked in self._prompts.items()}
+            asked = [Example(ids, [], 0) for ids in prompts.values()]
             _, likeness = compared(base, list(map(prompt_of, sample(examples))), asked)
             alike = dict(zip(self._prompts, likeness.tolist(), strict=True))
             progress = partial(meter.tell, "complete prompts", of=len(alike))
-            written = write(
-                base.model, self._prompts, self._ends, self._most_tokens, base.plan.rows, progress
-            )
+            written = write(base.model, prompts, self._ends, self._most_tokens, base.plan.rows, progress)
         self._written = [
             Written(prompt, ids, alike[prompt] * confidence) for prompt, ids, confidence in written
         ]
@@ -80,33 +81,29 @@ class Completions:
         return DeviceAnswers(completions=completion.encode(texts))
 
 
-def agreed(job: Job, texts: list[data.Row], numbers: set[int], read: Read) -> Distillation | None:
+def agreed(job: Job, texts: list[Row], numbers: set[int], how: Tokenization) -> Distillation | None:
     """The global version's completions of the texts with these numbers; None if there are none."""
     if job.start is None:
         return None
     every = completion.decode(codec.answers(Path(job.start).read_bytes()))
     known = [answer for answer in every if answer.prompt in numbers]
-    rows = [completed(texts[answer.prompt], answer.text) for answer in known]
-    pairs = zip(map(last_turn, read(rows)), known, strict=True)
-    # tokens differ between devices: where a completion is too long here, the cut removed its prompt
-    fitting = [(example, answer) for example, answer in pairs if example.labels[0] == IGNORED]
-    evidence = np.array([answer.confidence for _, answer in fitting])
-    covered = len(fitting) / max(len(texts), 1)
-    return weighed(job, [example for example, _ in fitting], evidence, covered=covered)
+    examples, confidences = [], []
+    for answer in known:
+        # a chat template may refuse the conversation that the completion ends
+        with suppress(InputError):
+            example = last_turn(how.example(completed(texts[answer.prompt], answer.text)))
+            # tokens differ between devices: where a completion is too long here, the cut removed its prompt
+            if example.labels[0] == IGNORED:
+                examples.append(example)
+                confidences.append(answer.confidence)
+    covered = len(examples) / max(len(texts), 1)
+    return weighed(job, examples, np.array(confidences), covered=covered)
 
 
 # --- rows and their prompts
 
 
-def prompt_ids(row: data.Row, tokenizer: Any) -> list[int]:
-    """Token ids of a public row, up to its completion; raises InputError as data.tokenize does."""
-    if "messages" in row:
-        return data.templated(row["messages"], tokenizer, add_generation_prompt=True)
-    ids: list[int] = tokenizer(row["text"]).input_ids
-    return ids
-
-
-def completed(row: data.Row, answer: str) -> data.Row:
+def completed(row: Row, answer: str) -> Row:
     """A public row with its completion, as a row to learn."""
     if "messages" in row:
         return {"messages": [*row["messages"], {"role": "assistant", "content": answer}]}
@@ -125,16 +122,16 @@ def last_turn(example: Example) -> Example:
     return example._replace(labels=[IGNORED] * (before + 1) + example.labels[before + 1 :])
 
 
-def as_text(written: list[Written], prompts: dict[int, list[int]], tokenizer: Any) -> list[Completion]:
+def as_text(written: list[Written], prompts: dict[int, Asked], tokenizer: Any) -> list[Completion]:
     """Decode completions; empty ones are left out."""
     completions = []
     for prompt, ids, confidence in written:
         # decoded behind the prompt's last token, as some tokenizers drop a text's leading space
-        last = prompts[prompt][-1:]
+        last, spaces = prompts[prompt].ids[-1:], prompts[prompt].spaces
         lead, joined = tokenizer.decode(last), tokenizer.decode([*last, *ids])
         text = joined.removeprefix(lead) if joined.startswith(lead) else tokenizer.decode(ids)
         if text.strip():
-            completions.append(Completion(prompt, text, confidence))
+            completions.append(Completion(prompt, text.removeprefix(spaces), confidence))
     return completions
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from edge_runtime.adapters.attach import Attached
 from edge_runtime.planning.predict import LENGTH_STEP, LOSS_CHUNK_BYTES
 from edge_runtime.protocol.report import Score
-from edge_runtime.trainer.data import IGNORED, Example, batches
+from edge_runtime.trainer.examples import IGNORED, Example, Indexed, batches
 from edge_runtime.trainer.meter import release
 from edge_runtime.trainer.vocabulary import Divergence, language_head, sweep
 
@@ -97,18 +97,18 @@ class Labels(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, adapter: Attached, examples: list[Example], micro_rows: int) -> Score:
+def evaluate(model: PreTrainedModel, adapter: Attached, examples: Indexed, micro_rows: int) -> Score:
     """Score the rows, micro_rows at a time; the model is in evaluation mode.
 
     The loss is the mean over labelled tokens and over rows of a head whose label it has.
     """
     text, labels = Text(language_head(model)), Labels(adapter)
-    tallies = []
+    loss, counted, exact = 0.0, 0, 0
     for rows in batches(examples, micro_rows):
         objective = labels if rows[0].headed else text
-        tallies.append(objective.tally(rows, *hidden_states(model, rows)))
+        tally = objective.tally(rows, *hidden_states(model, rows))
+        loss, counted, exact = loss + tally[0], counted + tally[1], exact + tally[2]
         release()
-    loss, counted, exact = map(sum, zip(*tallies, strict=True))
     mean = loss / max(counted, 1)
     return Score(mean if math.isfinite(mean) else None, exact / len(examples), len(examples))
 

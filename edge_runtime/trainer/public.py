@@ -17,17 +17,16 @@ from numpy.typing import NDArray
 from edge_runtime.adapters.attach import State
 from edge_runtime.methods import codistill
 from edge_runtime.protocol.keys import join
-from edge_runtime.trainer import data
 from edge_runtime.trainer.base import Base
-from edge_runtime.trainer.data import Example
+from edge_runtime.trainer.data import Row
+from edge_runtime.trainer.examples import Example, Indexed, batches, in_shares
 from edge_runtime.trainer.job import Job
 from edge_runtime.trainer.meter import Meter, release
 from edge_runtime.trainer.objectives import hidden_states, label_states
+from edge_runtime.trainer.tokens import Tokenization
 from edge_runtime.trainer.vocabulary import language_head
 
 MOST_ROWS = 512  # of the device's own that texts are compared with, evenly spaced
-
-Read = Callable[[list[data.Row]], list[Example]]  # tokenizes rows as the job's are
 
 
 class Distillation(NamedTuple):
@@ -50,9 +49,11 @@ class DeviceAnswers(NamedTuple):
 class Predictions:
     """The texts of one job, and this device's predictions of their labels."""
 
-    def __init__(self, job: Job, texts: list[data.Row], labels: list[str], met: set[str], read: Read) -> None:
+    def __init__(
+        self, job: Job, texts: list[Row], labels: list[str], met: set[str], how: Tokenization
+    ) -> None:
         """labels: of the head, in its order. met: the labels of this device's own rows."""
-        examples = read([{"text": row["text"], "label": ""} for row in texts])
+        examples = how.examples({"text": row["text"], "label": ""} for row in texts)
         self._texts = [text._replace(answer=number) for number, text in enumerate(examples)]
         self._job, self._labels, self._met = job, labels, met
         self._answers = DeviceAnswers()
@@ -73,7 +74,7 @@ class Predictions:
         return weighed(job, self._texts, evidence, news, targets=on_device)
 
     @torch.no_grad()
-    def answer(self, base: Base, examples: list[Example], meter: Meter) -> None:
+    def answer(self, base: Base, examples: Indexed, meter: Meter) -> None:
         """Predict the texts; a text unlike the device's own examples counts less."""
         meter.tell("predict")
         with meter.phase("predict"):
@@ -120,12 +121,17 @@ def drawn(distillation: Distillation | None, seed: str) -> tuple[Iterator[Exampl
     if distillation is None:
         return iter(()), 0, 0.0
     texts, shares, _, weight, count = distillation
-    return data.in_shares(texts, shares, seed), count, weight * sum(shares) / len(shares)
+    return in_shares(texts, shares, seed), count, weight * sum(shares) / len(shares)
 
 
-def sample(examples: list[Example]) -> list[Example]:
+def sample(examples: Indexed) -> list[Example]:
     """At most MOST_ROWS of the examples."""
-    return examples[:: -(-len(examples) // MOST_ROWS)]
+    return [examples[number] for number in sampled(len(examples))]
+
+
+def sampled(count: int) -> range:
+    """The numbers of the rows that `sample` takes of so many."""
+    return range(0, count, -(-count // MOST_ROWS) or 1)
 
 
 def compared(base: Base, rows: list[Example], texts: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,7 +146,7 @@ def _states(base: Base, examples: list[Example]) -> torch.Tensor:
     model, device = base.model, language_head(base.model).weight.device
     last = torch.empty(len(examples), model.config.get_text_config().hidden_size, device=device)
     numbered = [example._replace(answer=number) for number, example in enumerate(examples)]
-    for batch in data.batches(numbered, base.plan.rows):
+    for batch in batches(numbered, base.plan.rows):
         last[[row.answer or 0 for row in batch]] = label_states(batch, hidden_states(model, batch)[0])
         release()
     return last

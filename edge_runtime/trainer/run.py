@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +27,12 @@ from edge_runtime.trainer import data, delta, disk
 from edge_runtime.trainer.base import Bases, load_base
 from edge_runtime.trainer.completions import Completions
 from edge_runtime.trainer.delta import Sent
+from edge_runtime.trainer.examples import Examples, drawn, order_of
 from edge_runtime.trainer.job import Job, Progress
 from edge_runtime.trainer.meter import Meter, prepare, release
 from edge_runtime.trainer.objectives import evaluate
-from edge_runtime.trainer.public import DeviceAnswers, Predictions, Read
+from edge_runtime.trainer.public import DeviceAnswers, Predictions, sampled
+from edge_runtime.trainer.tokens import Tokenization
 from edge_runtime.trainer.train import Trained, train
 
 
@@ -46,7 +49,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
     meter = Meter(job.machine.device, say)
     meter.tell("load")
     with meter.phase("load"):
-        material = read(job, bases.tokenizer(job.facts))
+        material = read(job, folder, bases.tokenizer(job.facts))
         release()  # the tokenizer's memory, before the model needs it
         base = load_base(job, method, bases, material.labels)
         public = material.public
@@ -100,26 +103,50 @@ def keep(job: Job, method: Method, state: attach.State, version: int, tell: disk
 class Material(NamedTuple):
     """Everything that a job reads before it loads the model."""
 
-    examples: list[data.Example]  # the device's own rows; none for an evaluation alone
-    held_out: dict[str, list[data.Example]]  # by name
+    examples: Examples  # those of the device's own rows that the round needs
+    held_out: dict[str, Examples]  # by name
     labels: list[str]  # that the head tells apart; none: no head
-    met: set[str]  # labels of the device's own rows
+    met: set[str]  # labels of the device's own rows, where there is a head
     public: Completions | Predictions | None
 
 
-def read(job: Job, tokenizer: Any) -> Material:
-    """Read and tokenize; raises InputError naming the file, line or setting that does not fit."""
-    rows = data.read_rows(Path(job.data))
-    met = data.labels_of(rows)
+def read(job: Job, folder: Path, tokenizer: Any) -> Material:
+    """Read and tokenize; raises InputError naming the file, line or setting that does not fit.
+
+    folder: where tokens are put. Of the rows, which may be many, only those that the steps of the
+        round draw are tokenized.
+    """
+    path = Path(job.data)
+    met = data.labels_of(data.stream(path)) if job.fleet.head is not None else set()
     labels = _head_labels(job, met)
-    tokenize = partial(data.tokenize, tokenizer=tokenizer, max_tokens=job.plan.tokens, labels=labels or None)
+    numbers = {label: number for number, label in enumerate(labels)}
+    how = Tokenization(tokenizer, job.facts.vocabulary, job.plan.tokens, numbers or None)
+
+    def tokens(path: Path, count: int, needed: range | set[int]) -> Examples:
+        examples = map(how.example, data.stream(path, needed))
+        return Examples(count, needed if isinstance(needed, range) else sorted(needed), examples, folder)
+
+    def all_tokens(path: Path) -> Examples:
+        count = data.count_rows(path)
+        return tokens(path, count, range(count))
+
+    public = _public(job, labels, met, how)
+    count = data.count_rows(path) if job.train else 0
     return Material(
-        examples=tokenize(rows) if job.train else [],
-        held_out={name: tokenize(data.read_rows(Path(path))) for name, path in job.evaluation.items()},
+        examples=tokens(path, count, _needed(job, count, sampled(count) if public is not None else range(0))),
+        held_out={name: all_tokens(Path(path)) for name, path in job.evaluation.items()},
         labels=labels,
         met=met,
-        public=_public(job, labels, met, tokenizer, tokenize),
+        public=public,
     )
+
+
+def _needed(job: Job, count: int, compared: range) -> range | set[int]:
+    """The numbers of the rows that the round's steps draw, and of those compared with public texts."""
+    draws = job.fleet.training.steps * job.fleet.training.rows_a_step
+    if draws >= count:
+        return range(count)
+    return {*islice(drawn(count, order_of(job.fleet.seed, job.round)), draws), *compared}
 
 
 def _head_labels(job: Job, met: set[str]) -> list[str]:
@@ -137,7 +164,7 @@ def _head_labels(job: Job, met: set[str]) -> list[str]:
 
 
 def _public(
-    job: Job, labels: list[str], met: set[str], tokenizer: Any, tokenize: Read
+    job: Job, labels: list[str], met: set[str], how: Tokenization
 ) -> Completions | Predictions | None:
     spec = job.fleet.codistill
     if job.anchors is None or spec is None:
@@ -147,8 +174,8 @@ def _public(
     if len(texts) < spec.texts:
         raise InputError(f"the fleet has {spec.texts} public texts, but its file has {len(texts)} rows")
     if job.fleet.head is None:
-        return Completions(job, spec, texts[: spec.texts], tokenizer, tokenize)
-    return Predictions(job, texts[: spec.texts], labels, met, tokenize) if labels else None
+        return Completions(job, spec, texts[: spec.texts], how)
+    return Predictions(job, texts[: spec.texts], labels, met, how) if labels else None
 
 
 def _result(

@@ -24,7 +24,7 @@ from edge_runtime.methods.interface import Pass
 from edge_runtime.models.structure import blocks
 from edge_runtime.planning.predict import LOSS_CHUNK_BYTES
 from edge_runtime.settings import Boundaries, Training
-from edge_runtime.trainer.data import Example, batches, epochs
+from edge_runtime.trainer.examples import Example, Indexed, batches, epochs, order_of
 from edge_runtime.trainer.meter import release
 from edge_runtime.trainer.objectives import Labels, Output, Text, hidden_states
 from edge_runtime.trainer.public import Distillation, drawn
@@ -60,12 +60,12 @@ class Learner:
         self,
         model: PreTrainedModel,
         adapter: Attached,
-        examples: list[Example],
+        examples: Indexed,
         settings: RoundSettings,
         distillation: Distillation | None = None,
     ) -> None:
         """distillation: public texts that join each step's rows."""
-        training, order = settings.training, f"{settings.seed}/{settings.round}"
+        training, order = settings.training, order_of(settings.seed, settings.round)
         self._model, self._adapter, self._settings = model, adapter, settings
         self._rows = epochs(examples, order)
         self._texts, self._text_count, self._text_weight = drawn(distillation, f"{order}/anchors")

@@ -19,7 +19,7 @@ from edge_runtime.planning.predict import Workload, loss_chunk_bytes
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Easing
 from edge_runtime.trainer.base import Base
-from edge_runtime.trainer.data import Example
+from edge_runtime.trainer.examples import Indexed
 from edge_runtime.trainer.job import Job
 from edge_runtime.trainer.meter import Meter, release
 from edge_runtime.trainer.public import Distillation
@@ -40,7 +40,7 @@ def train(
     job: Job,
     method: Method,
     base: Base,
-    examples: list[Example],
+    examples: Indexed,
     distillation: Distillation | None,
     meter: Meter,
 ) -> Trained:

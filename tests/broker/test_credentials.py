@@ -31,6 +31,17 @@ def test_a_file_wins_over_the_environment(file: Path) -> None:
     assert pair(credentials.complete(PLAIN, None, {})) == (None, None)
 
 
+def test_a_file_that_windows_has_marked_as_utf_8_is_read_and_utf_16_is_refused_by_its_name(
+    file: Path,
+) -> None:
+    file.write_bytes(CONTENT.replace("\n", "\r\n").encode("utf-8-sig"))
+    assert pair(credentials.complete(PLAIN, file, {})) == ("me", SECRET)
+    file.write_bytes(CONTENT.encode("utf-16"))
+    with pytest.raises(BrokerError, match=r"is UTF-16 text .*save it as UTF-8") as error:
+        credentials.complete(PLAIN, file, {})
+    assert SECRET not in str(error.value)
+
+
 def test_a_url_wins_over_the_environment_and_may_leave_the_password_to_it() -> None:
     environment = {credentials.USER: "you", credentials.PASSWORD: "x"}
     assert pair(credentials.complete(address.parse("mqtt://a:b@h"), None, environment)) == ("a", "b")

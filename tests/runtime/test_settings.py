@@ -244,6 +244,17 @@ def test_a_missing_file_and_one_that_is_not_text_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"cannot read the fleet file .*nowhere.toml: No such file"):
         load(tmp_path / "nowhere.toml")
     path = tmp_path / "fleet.toml"
-    path.write_bytes(b"\xff\xfe")
+    path.write_bytes(b"\xff\xf0")
     with pytest.raises(InputError, match="is not valid TOML"):
         load(path)
+
+
+def test_a_file_that_windows_has_marked_as_utf_8_is_read_and_utf_16_is_refused_by_its_name(tmp_path):
+    path = tmp_path / "fleet.toml"
+    text = '[fleet]\r\nname = "t"\r\n[[catalog]]\r\nsource = "Größe"\r\n'
+    path.write_bytes(text.encode("utf-8-sig"))
+    assert load(path).catalog[0].source == "Größe"
+    for encoding in ("utf-16", "utf-16-be"):
+        path.write_bytes(text.encode(encoding))
+        with pytest.raises(InputError, match=r"fleet.toml is UTF-16 text .*save it as UTF-8"):
+            load(path)

@@ -13,7 +13,7 @@ from edge_runtime.cli import views
 from edge_runtime.errors import TrainerError
 from edge_runtime.planning import processes
 from edge_runtime.protocol.report import PhaseMemory
-from edge_runtime.trainer import data
+from edge_runtime.trainer.tokens import Tokenization
 
 MIB = 1 << 20
 
@@ -26,7 +26,7 @@ def measure(folder, *more, environment=None):
 
 
 def test_rows_are_as_long_as_asked_for(demo_tokenizer):
-    examples = data.tokenize(texts(20, 64), demo_tokenizer, 64)
+    examples = Tokenization(demo_tokenizer, len(demo_tokenizer), 64).examples(texts(20, 64))
     assert {len(example.ids) for example in examples} == {64}
 
 

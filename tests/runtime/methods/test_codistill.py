@@ -14,7 +14,7 @@ from edge_runtime.errors import InputError
 from edge_runtime.methods import codistill
 from edge_runtime.methods.interface import Contribution
 from edge_runtime.protocol import codec
-from edge_runtime.trainer import data
+from edge_runtime.trainer.examples import IGNORED, Example
 from edge_runtime.trainer.public import Predictions
 
 SPEC = settings.Codistill("anchors.jsonl", texts=5)
@@ -150,20 +150,18 @@ def test_labels_that_a_device_has_no_rows_of_count_in_full_from_the_first_round(
         evaluation={},
     )
     rows = [{"text": "a"}, {"text": "b"}]
-
-    def read(rows):
-        return [data.Example([1], [], data.IGNORED) for _ in rows]
+    how = types.SimpleNamespace(examples=lambda rows: [Example([1], [], IGNORED) for _ in rows])
 
     shared = {
         "anchors.met.T": np.array([[0.6, 0.1]], np.float32),
         "anchors.unmet.T": np.array([[0.0, 0.3]], np.float32),
     }
-    lesson = Predictions(job, rows, ["met", "unmet"], {"met"}, read).lesson(shared)
+    lesson = Predictions(job, rows, ["met", "unmet"], {"met"}, how).lesson(shared)
     shares = [0.6 * ramp, 0.4 * (0.75 + 0.25 * ramp)]
     assert lesson.shares == pytest.approx(shares, rel=1e-6)
     assert lesson.rows == round(10 * sum(shares)) and lesson.weight == 3.0
     np.testing.assert_allclose(lesson.targets, [[1, 0], [0.25, 0.75]], rtol=1e-6)
-    assert Predictions(job, rows, ["met"], {"met"}, read).lesson({}) is None
+    assert Predictions(job, rows, ["met"], {"met"}, how).lesson({}) is None
 
 
 @pytest.mark.parametrize("name", list(methods.METHODS))

@@ -19,7 +19,8 @@ from edge_runtime.protocol import codec, completion
 from edge_runtime.protocol.completion import Completion
 from edge_runtime.trainer import completions as public_texts
 from edge_runtime.trainer import data
-from edge_runtime.trainer.data import IGNORED, Example
+from edge_runtime.trainer.examples import IGNORED, Example, in_shares
+from edge_runtime.trainer.tokens import Asked, Tokenization
 from edge_runtime.trainer.vocabulary import sweep
 
 SPEC = settings.Codistill("anchors.jsonl", texts=5, tokens=8)
@@ -123,8 +124,8 @@ def test_of_public_messages_the_last_turn_alone_is_learned():
 
 
 def test_what_is_learned_of_completions_weighs_by_the_prompts_that_have_one(tmp_path):
-    """Of four prompts this model can be asked three, and the fleet has completed two of these."""
-    said = [Completion(0, " a", 0.9), Completion(1, " b", 0.3), Completion(3, " c", 1.0)]
+    """Of four prompts this model can be asked three, and its chat template refuses one of these with its completion."""
+    said = [Completion(n, f" {n}", confidence) for n, confidence in enumerate((0.9, 0.3, 1.0, 1.0))]
     (tmp_path / "start").write_bytes(payload({}, said))
     fleet = settings.Codistill("", texts=4, rows=10, weight=3.0)
     job = job_of(
@@ -141,10 +142,13 @@ def test_what_is_learned_of_completions_weighs_by_the_prompts_that_have_one(tmp_
     )
     prompts = [{"text": f"{number}"} for number in range(4)]
 
-    def read(rows):
-        return [Example([1, int(row["prompt"])], [IGNORED, 2]) for row in rows]
+    class How:
+        def example(self, row):
+            if row["completion"] == " 2":
+                raise InputError("the chat template refuses it")
+            return Example([1, int(row["prompt"])], [IGNORED, 2])
 
-    lesson = public_texts.agreed(job, prompts, {0, 1, 2}, read)
+    lesson = public_texts.agreed(job, prompts, {0, 1, 2}, How())
     ramp = np.exp(-5 / 4)
     assert [text.ids[1] for text in lesson.texts] == [0, 1]
     assert lesson.shares == pytest.approx([0.9 * ramp, 0.3 * ramp], rel=1e-4)
@@ -160,7 +164,7 @@ class Words:
 
 def test_a_completion_keeps_the_space_before_it():
     written = [public_texts.Written(0, [7, 8], 0.5)]
-    assert public_texts.as_text(written, [[3, 4]], Words()) == [Completion(0, " w7 w8", 0.5)]
+    assert public_texts.as_text(written, [Asked([3, 4], "")], Words()) == [Completion(0, " w7 w8", 0.5)]
 
 
 # --- a real trainer
@@ -230,14 +234,15 @@ def test_an_answer_is_learned_from_what_the_fleet_says_of_public_prompts(trained
 
 def test_messages_are_asked_and_answered_in_the_models_own_template(demo_tokenizer):
     turns = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = public_texts.prompt_ids({"messages": turns}, demo_tokenizer)
+    how = Tokenization(demo_tokenizer, len(demo_tokenizer), 512)
+    ids, _ = how.asked({"messages": turns})
     row = public_texts.completed({"messages": turns}, "Paris")
-    learned = data.tokenize([row], demo_tokenizer, 512)[0]
+    learned = how.example(row)
     assert learned.ids[: len(ids)] == ids and set(learned.labels[: len(ids)]) == {IGNORED}
     answer = demo_tokenizer("Paris", add_special_tokens=False).input_ids
     assert learned.ids[len(ids) :][: len(answer)] == answer
     assert learned.ids[len(ids) + len(answer)] in demo_tokenizer.all_special_ids  # where greedy decoding ends
-    assert public_texts.prompt_ids({"text": "hi"}, demo_tokenizer) == demo_tokenizer("hi").input_ids
+    assert how.asked({"text": "hi"}) == (demo_tokenizer("hi").input_ids, "")
     assert public_texts.completed({"text": "hi"}, " there") == {"prompt": "hi", "completion": " there"}
 
 
@@ -418,7 +423,7 @@ def test_a_length_of_completions_that_cannot_be_is_refused_before_anything_is_ex
 def test_texts_come_in_proportion_to_what_they_count():
     texts = [Example([n], []) for n in range(6)]
     shares = [1.0, 0.5, 0.25, 0.0, 1.0, 0.01]
-    drawn = data.in_shares(texts, shares, "seed")
+    drawn = in_shares(texts, shares, "seed")
     seen = [next(drawn).ids[0] for _ in range(2760)]
     counts = np.bincount(seen, minlength=6)
     np.testing.assert_allclose(counts / 1000, shares, atol=0.01)

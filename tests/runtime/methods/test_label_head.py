@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 from edge_runtime import settings
 from edge_runtime.protocol import codec
 from edge_runtime.trainer import data
-from edge_runtime.trainer.data import IGNORED, Example
+from edge_runtime.trainer.examples import IGNORED, Example
 from edge_runtime.trainer.public import likeness
 from edge_runtime.trainer.step import cut
 

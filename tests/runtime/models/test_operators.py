@@ -15,8 +15,10 @@ from edge_runtime.adapters import attach, learned
 from edge_runtime.demo import commands
 from edge_runtime.methods import fedit
 from edge_runtime.models import structure, weights
-from edge_runtime.trainer import data, step
+from edge_runtime.trainer import step
+from edge_runtime.trainer.examples import epochs
 from edge_runtime.trainer.objectives import pad
+from edge_runtime.trainer.tokens import Tokenization
 
 FEDIT = fedit.METHOD
 SPEC = settings.Adapter(rank=4)
@@ -127,7 +129,7 @@ def plain_losses(model, trained, examples, steps, learning_rate=1e-3):
     """The training loop as one would write it first."""
     training = settings.Training(steps=steps, learning_rate=learning_rate)
     optimiser = torch.optim.AdamW(trained, weight_decay=0.0)
-    rows, found = data.epochs(examples, "0/1"), []
+    rows, found = epochs(examples, "0/1"), []
     for number in range(steps):
         ids, labels = pad(list(itertools.islice(rows, 4)), torch.device("cpu"))
         logits = model(ids, use_cache=False).logits[:, :-1].float()
@@ -152,7 +154,7 @@ def test_steps_on_the_real_model_follow_the_same_loss(
     rows = [
         {"text": row["prompt"] + row["completion"]} for row in commands.rows("kitchen", 64, 1, seed=0).train
     ]
-    examples = data.tokenize(rows, demo_tokenizer, 40)
+    examples = Tokenization(demo_tokenizer, demo_facts.vocabulary, 40).examples(rows)
     plain = losses_of(demo_facts, depth, examples, operators=False, steps=steps)
     seen = losses_of(demo_facts, depth, examples, operators=True, steps=steps)
     assert plain[-1] < plain[0] / 2
@@ -170,7 +172,7 @@ def test_steps_on_packed_weights_follow_pefts_on_the_same_weights_expanded(
     rows = [
         {"text": row["prompt"] + row["completion"]} for row in commands.rows("kitchen", 64, 1, seed=0).train
     ]
-    examples = data.tokenize(rows, demo_tokenizer, 40)
+    examples = Tokenization(demo_tokenizer, demo_facts.vocabulary, 40).examples(rows)
     seen = losses_of(demo_facts, depth, examples, operators=True, steps=steps, form="q4_1")
     model = weights.load(demo_facts, depth, "bfloat16")
     adapter = attach.attach(

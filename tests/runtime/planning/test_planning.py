@@ -17,7 +17,7 @@ from edge_runtime.planning.predict import Workload, predict
 from edge_runtime.planning.search import choose
 from edge_runtime.planning.time import Rates
 from edge_runtime.settings import Adapter, Codistill, Fleet, MethodChoice, Model, Training
-from edge_runtime.trainer import data
+from edge_runtime.trainer.tokens import Tokenization
 
 MIB = 1 << 20
 RUNTIME = 300 * MIB
@@ -474,7 +474,8 @@ def test_the_prediction_is_near_the_trainers_peak(
     kept_blocks,
 ):
     drawn = commands.rows("kitchen", train=60, held_out=8, seed=0)
-    longest = max(len(one.ids) for one in data.tokenize([*drawn.train, *drawn.held_out], demo_tokenizer, 512))
+    how = Tokenization(demo_tokenizer, demo_facts.vocabulary, 512)
+    longest = max(len(one.ids) for one in how.examples([*drawn.train, *drawn.held_out]))
     of, plan = measure.planned(
         demo_facts, depth, measure.Trial(weights, 16, rows, longest, steps=4, kept_blocks=kept_blocks)
     )

@@ -1,20 +1,21 @@
-"""Rows from a file to labelled tokens: every form, every mistake by its line, and what truncation keeps."""
+"""Rows in files: every form, every mistake by its line, and rows held out, in memory that does not grow."""
 
-import copy
 import json
+import random
+import tracemalloc
 from itertools import islice
 
 import pytest
 
 from edge_runtime.errors import InputError
 from edge_runtime.trainer.data import (
-    IGNORED,
-    Example,
-    batches,
-    epochs,
+    MOST_BYTES,
+    count_rows,
+    hold_out,
+    labels_of,
+    permuted,
     read_rows,
-    split,
-    tokenize,
+    stream,
     write_rows,
 )
 
@@ -108,126 +109,116 @@ def test_a_missing_file_and_one_that_is_not_utf_8_are_refused(read, tmp_path):
         read(b'{"text": "' + "é".encode("latin-1") + b'"}')
 
 
-def test_split_holds_out_every_tenth_row_and_at_most_200():
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_a_file_that_windows_has_marked_as_utf_8_is_read(read, ends):
+    assert read(f'\ufeff{{"text": "Größe"}}{ends}{{"text": "b"}}') == [{"text": "Größe"}, {"text": "b"}]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_utf_16_is_refused_by_its_name(read, encoding):
+    with pytest.raises(InputError, match=r"rows.jsonl is UTF-16 text .*save it as UTF-8"):
+        read('{"text": "a"}\n'.encode(encoding))
+
+
+def test_numbers_that_only_json_for_python_knows_do_no_harm_in_further_keys(read):
+    assert read('{"text": "a", "score": NaN}')[0]["text"] == "a"
+
+
+def test_a_line_that_is_too_long_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"text": "a"}\n')
+        file.truncate(4 * MOST_BYTES)
+    tracemalloc.start()
+    with pytest.raises(InputError, match="line 2: longer than 16 MiB, the most that a row may have"):
+        read_rows(path)
+    assert tracemalloc.get_traced_memory()[1] < 3 * MOST_BYTES
+    tracemalloc.stop()
+
+
+def test_chosen_rows_are_read_and_checked_and_others_are_counted_alone(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('\n{"text": "a"}\nno row\n\n{"text": "c"}\n')
+    assert count_rows(path) == 3
+    assert list(stream(path, {0, 2})) == [{"text": "a"}, {"text": "c"}]
+    with pytest.raises(InputError, match="line 3: not a JSON object"):
+        list(stream(path, {1}))
+
+
+def held_out_of(path):
+    train, held_out = path.with_name("train.jsonl"), path.with_name("own.jsonl")
+    return (read_rows(train), read_rows(held_out)) if hold_out(path, train, held_out, seed=0) else None
+
+
+def test_every_tenth_row_is_held_out_and_at_most_200(tmp_path):
     rows = [{"text": str(n)} for n in range(95)]
-    train, held = split(rows, seed=0)
+    train, held = held_out_of(write_rows(tmp_path / "rows.jsonl", rows))
     assert (len(train), len(held)) == (86, 9)
+    assert sorted(train + held, key=rows.index) == rows and held != rows[:9]
+    assert train == sorted(train, key=rows.index)
+    assert held == random.Random(0).sample(rows, len(rows))[:9]
+    many = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}] * 5000)
+    assert len(held_out_of(many)[1]) == 200
+    assert held_out_of(write_rows(tmp_path / "rows.jsonl", rows[:9])) is None
+
+
+def test_held_out_rows_of_a_file_from_windows_are_whole(tmp_path):
+    rows = [{"text": f"Größe {n}"} for n in range(20)]
+    lines = "\r\n".join(json.dumps(row) for row in rows)
+    (tmp_path / "rows.jsonl").write_bytes(f"\ufeff{lines}".encode())
+    train, held = held_out_of(tmp_path / "rows.jsonl")
     assert sorted(train + held, key=rows.index) == rows
-    assert (train, held) == split(rows, seed=0) != split(rows, seed=1)
-    assert held != rows[:9]
-    assert len(split([{"text": "a"}] * 5000, seed=0)[1]) == 200
-    assert split(rows[:9], seed=0)[1] == []
+    assert b"\r" not in (tmp_path / "train.jsonl").read_bytes()
 
 
-# --- tokens and labels
+# --- memory
 
 
-def said(example, tokenizer):
-    """The whole text, and what of it is learned."""
-    learned = [label for label in example.labels if label != IGNORED]
-    assert all(label in (IGNORED, token) for token, label in zip(example.ids, example.labels, strict=True))
-    return tokenizer.decode(example.ids), tokenizer.decode(learned)
+def traced_peak(function, *arguments):
+    """Bytes that Python's objects take at most while a function runs."""
+    tracemalloc.start()
+    function(*arguments)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
 
 
-def test_the_completion_and_the_end_are_learned(demo_tokenizer):
-    (example,) = tokenize([{"prompt": "say 3: ", "completion": "3 3"}], demo_tokenizer, 64)
-    end = demo_tokenizer.eos_token
-    assert said(example, demo_tokenizer) == (f"say 3: 3 3{end}", f"3 3{end}")
+def check(path):
+    for _ in stream(path):
+        pass
 
 
-def test_the_label_after_a_text_is_learned(demo_tokenizer):
-    (example,) = tokenize([{"text": "it rained", "label": "bad"}], demo_tokenizer, 64)
-    end = demo_tokenizer.eos_token
-    assert said(example, demo_tokenizer) == (f"it rained bad{end}", f" bad{end}")
+@pytest.mark.parametrize("deed", [check, count_rows, "hold out"])
+def test_memory_does_not_grow_with_the_rows(tmp_path, deed):
+    def of(count):
+        rows = ({"prompt": f"number {n}", "completion": "x" * 50} for n in range(count))
+        path = write_rows(tmp_path / "rows.jsonl", rows)
+        if callable(deed):
+            return traced_peak(deed, path)
+        return traced_peak(hold_out, path, tmp_path / "train.jsonl", tmp_path / "own.jsonl", 0)
+
+    assert of(20_000) < of(2_000) + 50_000  # 2 MB of rows
+    path = write_rows(tmp_path / "rows.jsonl", ({"text": "x" * 50} for _ in range(20_000)))
+    assert traced_peak(read_rows, path) > 4_000_000  # so the check can see rows in memory
 
 
-def test_of_plain_text_everything_is_learned(demo_tokenizer):
-    (example,) = tokenize([{"text": "it rained"}], demo_tokenizer, 64)
-    whole = f"it rained{demo_tokenizer.eos_token}"
-    assert said(example, demo_tokenizer) == (whole, whole)
+# --- draws
 
 
-def test_of_a_chat_only_the_assistants_turns_are_learned(demo_tokenizer):
-    messages = [
-        {"role": "system", "content": "You are short."},
-        {"role": "user", "content": "hello there"},
-        {"role": "assistant", "content": "hi"},
-        {"role": "user", "content": "what is 2 + 2?"},
-        {"role": "assistant", "content": "four"},
-        {"role": "user", "content": "thanks"},
-    ]
-    (example,) = tokenize([{"messages": messages}], demo_tokenizer, 512)
-    whole, learned = said(example, demo_tokenizer)
-    assert whole == demo_tokenizer.apply_chat_template(messages[:5], tokenize=False)
-    assert learned == "hi<|im_end|>\nfour<|im_end|>\n"
-    assert (
-        said(example._replace(labels=example.ids), demo_tokenizer)[1] == whole
-    )  # so the mask is what is tested
+@pytest.mark.parametrize("count", [1, 2, 20, 22, 500])
+def test_numbers_drawn_one_by_one_are_those_of_a_whole_sample(count):
+    for seed in range(5):
+        whole, draw = random.Random(seed), random.Random(seed)
+        for _ in range(2):
+            assert list(permuted(count, draw)) == whole.sample(range(count), count)
 
 
-def test_messages_that_the_chat_template_refuses_are_named(demo_tokenizer):
-    strict = copy.copy(demo_tokenizer)
-    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(InputError, match="refuses messages of the roles user: roles must alternate"):
-        tokenize([FORMS[2]], strict, 64)
+def test_a_few_numbers_of_many_take_no_memory():
+    assert traced_peak(lambda: list(islice(permuted(10_000_000, random.Random(0)), 100))) < 100_000
 
 
-def test_a_model_without_a_chat_template_cannot_learn_from_messages(demo_tokenizer):
-    plain = type("Plain", (), {"chat_template": None})()
-    with pytest.raises(InputError, match=r"no chat template.*use prompt and completion rows"):
-        tokenize([FORMS[2]], plain, 64)
-
-
-@pytest.mark.parametrize("row", [FORMS[0], FORMS[4]])
-def test_a_row_that_is_too_long_loses_the_beginning_of_its_prompt(demo_tokenizer, row):
-    key = "prompt" if "prompt" in row else "text"
-    (whole,) = tokenize([row], demo_tokenizer, 64)
-    (long,) = tokenize(
-        [{**row, key: "many more words " * 100 + row[key]}], demo_tokenizer, len(whole.ids) + 5
-    )
-    assert len(long.ids) == len(whole.ids) + 5
-    assert said(long, demo_tokenizer)[1] == said(whole, demo_tokenizer)[1]
-    assert long.ids[-len(whole.ids) + 1 :] == whole.ids[1:]
-
-
-def test_a_text_that_is_too_long_loses_its_end_and_a_chat_its_beginning(demo_tokenizer):
-    (text,) = tokenize([{"text": "one two three four five"}], demo_tokenizer, 3)
-    assert said(text, demo_tokenizer)[0] == f"one two{demo_tokenizer.eos_token}"
-    chat = [{"role": "user", "content": "word " * 100}, {"role": "assistant", "content": "fine"}]
-    (cut,) = tokenize([{"messages": chat}], demo_tokenizer, 10)
-    assert len(cut.ids) == 10
-    assert said(cut, demo_tokenizer)[1] == "fine<|im_end|>\n"
-
-
-def test_every_example_has_something_to_learn_after_its_first_token(demo_tokenizer):
-    for most in (8, 16, 512):
-        for example in tokenize(FORMS, demo_tokenizer, most):
-            assert any(label != IGNORED for label in example.labels[1:])
-            assert len(example.ids) == len(example.labels) <= most
-
-
-# --- order
-
-
-def examples(lengths):
-    return [Example([n] * length, [n] * length) for n, length in enumerate(lengths)]
-
-
-def test_batches_hold_every_example_once_and_alike_lengths_together():
-    given = examples([5, 30, 4, 29, 6, 28, 3])
-    grouped = list(batches(given, 3))
-    assert [sorted(len(one.ids) for one in group) for group in grouped] == [[3, 4, 5], [6, 28, 29], [30]]
-    assert sorted(one for group in grouped for one in group) == sorted(given)
-
-
-def test_an_epoch_holds_every_example_once_in_an_order_of_its_own():
-    given = examples([1] * 20)
-    drawn = list(islice(epochs(given, "0/1"), 60))
-    passes = [drawn[:20], drawn[20:40], drawn[40:]]
-    assert all(sorted(one) == sorted(given) for one in passes)
-    assert passes[0] != passes[1] != passes[2] != given
-    assert drawn == list(islice(epochs(given, "0/1"), 60))
-    assert drawn != list(islice(epochs(given, "0/2"), 60))
+def test_labels_are_those_of_the_rows_that_have_some():
+    assert labels_of(iter([{"text": "a", "label": "x"}, {"text": "b"}, {"text": "c", "label": "x"}])) == {"x"}
 
 
 def test_what_was_written_is_one_json_object_a_line(tmp_path):

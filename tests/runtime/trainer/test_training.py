@@ -34,11 +34,12 @@ from edge_runtime.protocol.keys import parse
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Result
 from edge_runtime.trainer import data, disk, objectives, run, step
-from edge_runtime.trainer.data import IGNORED, Example
+from edge_runtime.trainer.examples import IGNORED, Example
 from edge_runtime.trainer.job import Job, Progress
 from edge_runtime.trainer.meter import Meter
 from edge_runtime.trainer.objectives import evaluate, pad
 from edge_runtime.trainer.step import only_blocks, recomputed_blocks
+from edge_runtime.trainer.tokens import Tokenization
 
 FEDIT = fedit.METHOD
 SPEC = settings.Adapter(rank=4, alpha=8.0)
@@ -577,7 +578,9 @@ def test_a_round_starts_from_the_global_version(trainer, tiny_facts, tmp_path):
 
     from transformers import AutoTokenizer
 
-    examples = data.tokenize(ROWS[:4], AutoTokenizer.from_pretrained(tiny_facts.folder), 32)
+    examples = Tokenization(
+        AutoTokenizer.from_pretrained(tiny_facts.folder), tiny_facts.vocabulary, 32
+    ).examples(ROWS[:4])
     model = weights.load(tiny_facts, 3, "float32")
     adapter = attach.attach(model, kept_layers(3, 4), SPEC, FEDIT, seed=5)
     untrained = evaluate(model, adapter, examples, 4)

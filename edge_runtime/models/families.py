@@ -43,11 +43,16 @@ class Family(msgspec.Struct, frozen=True):
     classes: str  # how the names of its classes in transformers begin
     linears: Paths  # path of each linear layer inside a block, in the block's own order
     norm_offset: float = 0.0  # RMS norms multiply by weight + offset; GGUF files hold the sum
-    norms_after: bool = False  # norms also follow attention and MLP: more activations a block
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")  # of a block, in order
     transposed: bool = False  # weights are stored (in, out), so they cannot be packed
     gguf: str | None = None  # architecture's name in GGUF files; None: these files are not read
     gguf_interleaved: bool = False  # rows of query and key heads are interleaved in GGUF files
     gguf_keys: Keys = Keys()
+
+    @property
+    def norms_after(self) -> bool:
+        """Whether norms also follow attention and MLP, which makes more activations a block."""
+        return len(self.norms) == 4
 
     @property
     def mlp(self) -> Literal["gated", "fused", "plain"]:
@@ -65,6 +70,11 @@ PHI3: Paths = {
     "down": "mlp.down_proj",
 }
 GPT2: Paths = {"qkv": "attn.c_attn", "o": "attn.c_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}
+
+AFTER = (
+    *("input_layernorm", "post_attention_layernorm"),
+    *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
 
 # GGUF's side is llama.cpp's: conversion/*.py (permute, modify_tensors, set_gguf_parameters) writes the
 # files, and load_arch_hparams in src/models/*.cpp says what a key means that is not there
@@ -102,7 +112,7 @@ FAMILIES = (
         "Gemma2",
         LLAMA,
         norm_offset=1.0,
-        norms_after=True,
+        norms=AFTER,
         gguf="gemma2",
         gguf_keys=GEMMA2_KEYS,
     ),
@@ -111,13 +121,13 @@ FAMILIES = (
         "Gemma3",
         LLAMA,
         norm_offset=1.0,
-        norms_after=True,
+        norms=AFTER,
         gguf="gemma3",
         gguf_keys=GEMMA3_KEYS,
     ),
-    Family(("phi",), "Phi", PHI, gguf="phi2", gguf_keys=PHI_KEYS),
+    Family(("phi",), "Phi", PHI, norms=("input_layernorm",), gguf="phi2", gguf_keys=PHI_KEYS),
     Family(("phi3",), "Phi3", PHI3, gguf="phi3", gguf_keys=PHI3_KEYS),
-    Family(("gpt2",), "GPT2", GPT2, transposed=True),
+    Family(("gpt2",), "GPT2", GPT2, norms=("ln_1", "ln_2"), transposed=True),
 )
 
 

@@ -1,0 +1,157 @@
+"""Linear layers of a graph: frozen matrices, packed or not, and an adapter that is an input.
+
+    y = x Wᵀ (+ bias) + (x A) B        A (in, rank), B (rank, out); rank 0 where nobody gives them
+
+Layers that read the same x are one layer, whose matrices stand one below the other. Packed matrices
+keep their numbers:
+
+    q8_0    w = d (q - 128)                MatMulNBits of 8 bits, q in 0..255
+    q4_0    w = d (q - 8)                  MatMulNBits of 4 bits
+    q4_1    w = d (q - 8) + (m + 8 d)      the same, plus each block's sum of x times (m + 8 d)
+
+MatMulNBits also has zero points that are no integers, as q4_1 needs; it is twenty times slower then.
+Source: onnxruntime's docs/ContribOperators.md.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from edge_kernels import Packed
+from edge_kernels.quant import BLOCK
+from onnx import TensorProto
+from torch import nn
+
+from edge_runtime.adapters.export.onnx_graph import Array, Graph, Place
+from edge_runtime.errors import InputError
+from edge_runtime.models import structure
+from edge_runtime.settings import Role
+
+BITS = {"q8_0": 8, "q4_0": 4, "q4_1": 4}
+INT8 = 4  # accuracy_level of MatMulNBits: x is rounded to int8 too, block by block
+GROUPS: dict[str, tuple[Role, ...]] = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+
+
+def groups(roles: Sequence[Role]) -> dict[str, tuple[Role, ...]]:
+    """The linear layers of a block that are one layer of the graph, by its name."""
+    whole = {name: group for name, group in GROUPS.items() if {*group} <= {*roles}}
+    return whole | {role: (role,) for role in roles if not any(role in group for group in whole.values())}
+
+
+class Matrix(NamedTuple):
+    """A frozen matrix (out, in) in the data file."""
+
+    name: str
+    shape: tuple[int, int]
+    format: str  # of its blocks; "": float32
+    places: tuple[Place, ...]  # of its numbers, and of the scales
+
+
+def linear(graph: Graph, x: str, name: str, layers: Sequence[nn.Module], adapter: str = "") -> str:
+    """Write layers that are one.
+
+    Args:
+        x: (rows, in) float32.
+        name: of the weights.
+        layers: their matrices stand one below the other.
+        adapter: what the names of A and B begin with; "": without an adapter.
+
+    Returns:
+        (rows, out of all layers).
+    """
+    matrix = store(graph, name, [structure.matrix(layer) for layer in layers])
+    biases = [layer.bias for layer in layers if getattr(layer, "bias", None) is not None]
+    y = product(graph, x, matrix, [floats(bias) for bias in biases])
+    if adapter:
+        out, into = matrix.shape
+        A = graph.input(f"{adapter}.A", TensorProto.FLOAT, [into, f"{adapter}.rank"], np.zeros((into, 0), np.float32))
+        B = graph.input(f"{adapter}.B", TensorProto.FLOAT, [f"{adapter}.rank", out], np.zeros((0, out), np.float32))
+        y = graph.node("Gemm", graph.node("MatMul", x, A), B, y)
+    return y
+
+
+def store(graph: Graph, name: str, matrices: Sequence[torch.Tensor | Packed]) -> Matrix:
+    """Write matrices of one format, one below the other, to the data file."""
+    shape = (sum(matrix.shape[0] for matrix in matrices), matrices[0].shape[1])
+    if not isinstance(matrices[0], Packed):
+        return Matrix(name, shape, "", (graph.weight(name, *map(floats, matrices)),))
+    if (format := matrices[0].format) not in BITS:
+        raise InputError(
+            f"{name} is in {format}, which ONNX Runtime's fast operators do not have: export from float32, bfloat16 "
+            f"or {', '.join(BITS)}"
+        )
+    places = (
+        graph.weight(f"{name}.quants", *(_quants(matrix) for matrix in matrices)),
+        graph.weight(f"{name}.scales", *(matrix.scales.float().numpy() for matrix in matrices)),
+    )
+    if format == "q4_1":
+        shifts = [matrix.mins.float() + 8 * matrix.scales.float() for matrix in matrices]
+        graph.weight(f"{name}.shift", torch.cat(shifts).T.numpy())
+    return Matrix(name, shape, format, places)
+
+
+def product(graph: Graph, x: str, matrix: Matrix, biases: Sequence[Array] = ()) -> str:
+    """x Wᵀ + bias, (rows, in) to (rows, out)."""
+    (out, into), name = matrix.shape, matrix.name
+    bias = graph.weight(f"{name}.bias", *biases) and f"{name}.bias" if biases else ""
+    if not matrix.format:
+        return graph.node("Gemm", x, name, *([bias] if bias else []), transB=1)
+    operands = [x, f"{name}.quants", f"{name}.scales", *(["", "", bias] if bias else [])]
+    bits, size = BITS[matrix.format], BLOCK[matrix.format]
+    y = graph.node("MatMulNBits", *operands, K=into, N=out, bits=bits, block_size=size, accuracy_level=INT8)
+    if matrix.format != "q4_1":
+        return y
+    blocks = np.arange(into)[:, None] // size == np.arange(-(-into // size))
+    sums = graph.node("MatMul", x, graph.constant(f"blocks.{into}", blocks.astype(np.float32)))
+    return graph.node("Gemm", sums, f"{name}.shift", y)
+
+
+def share(graph: Graph, name: str, matrix: Matrix) -> Matrix:
+    """The same matrix under another name, as the rows of a table where it is packed."""
+    if matrix.format:
+        out, into = matrix.shape
+        graph.view(f"{name}.quants", np.uint8, (out, into), matrix.places[0])
+        graph.view(f"{name}.scales", np.float32, (out, into // BLOCK[matrix.format]), matrix.places[1])
+    return matrix._replace(name=name)
+
+
+def floats(tensor: torch.Tensor) -> Array:
+    """A dense tensor as float32."""
+    return tensor.detach().float().numpy()
+
+
+def _quants(matrix: Packed) -> Array:
+    """(out, blocks, bytes of a block): MatMulNBits has two neighbours in a byte, GGUF a block's halves."""
+    blocks = matrix.quants.view(len(matrix.quants), -1, BLOCK[matrix.format] * BITS[matrix.format] // 8)
+    if matrix.format == "q8_0":
+        return (blocks.view(torch.uint8) ^ 128).numpy()
+    values = torch.cat((blocks & 15, blocks >> 4), -1)
+    return (values[..., 0::2] | values[..., 1::2] << 4).numpy()
+
+
+def adapter_inputs(
+    factors: Mapping[tuple[int, Role], tuple[Array, Array]], widths: Mapping[Role, tuple[int, int]]
+) -> dict[str, Array]:
+    """The graph's inputs for an adapter, by name.
+
+    Args:
+        factors: A (rank, in) and B (out, rank), by the checkpoint's layer and role.
+        widths: (out, in) of a block's linear layers.
+    """
+    inputs = {}
+    for layer in sorted({layer for layer, _ in factors}):
+        for name, roles in groups([*widths]).items():
+            held = [(role, *factors[layer, role]) for role in roles if (layer, role) in factors]
+            if not held:
+                continue
+            A = np.concatenate([A for _, A, _ in held])
+            B, column = np.zeros((sum(widths[role][0] for role in roles), len(A)), np.float32), 0
+            starts = dict(zip(roles, np.cumsum([0, *(widths[role][0] for role in roles)]), strict=False))
+            for role, _, part in held:
+                rows, rank = part.shape
+                B[starts[role] : starts[role] + rows, column : column + rank] = part
+                column += rank
+            inputs[f"layers.{layer}.{name}.A"] = np.ascontiguousarray(A.T)
+            inputs[f"layers.{layer}.{name}.B"] = np.ascontiguousarray(B.T)
+    return inputs

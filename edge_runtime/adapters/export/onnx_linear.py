@@ -13,8 +13,8 @@ MatMulNBits also has zero points that are no integers, as q4_1 needs; it is twen
 Source: onnxruntime's docs/ContribOperators.md.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,17 +26,9 @@ from torch import nn
 from edge_runtime.adapters.export.onnx_graph import Array, Graph, Place
 from edge_runtime.errors import InputError
 from edge_runtime.models import structure
-from edge_runtime.settings import Role
 
 BITS = {"q8_0": 8, "q4_0": 4, "q4_1": 4}
 INT8 = 4  # accuracy_level of MatMulNBits: x is rounded to int8 too, block by block
-GROUPS: dict[str, tuple[Role, ...]] = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
-
-
-def groups(roles: Sequence[Role]) -> dict[str, tuple[Role, ...]]:
-    """The linear layers of a block that are one layer of the graph, by its name."""
-    whole = {name: group for name, group in GROUPS.items() if {*group} <= {*roles}}
-    return whole | {role: (role,) for role in roles if not any(role in group for group in whole.values())}
 
 
 class Matrix(NamedTuple):
@@ -65,8 +57,12 @@ def linear(graph: Graph, x: str, name: str, layers: Sequence[nn.Module], adapter
     y = product(graph, x, matrix, [floats(bias) for bias in biases])
     if adapter:
         out, into = matrix.shape
-        A = graph.input(f"{adapter}.A", TensorProto.FLOAT, [into, f"{adapter}.rank"], np.zeros((into, 0), np.float32))
-        B = graph.input(f"{adapter}.B", TensorProto.FLOAT, [f"{adapter}.rank", out], np.zeros((0, out), np.float32))
+        A = graph.input(
+            f"{adapter}.A", TensorProto.FLOAT, [into, f"{adapter}.rank"], np.zeros((into, 0), np.float32)
+        )
+        B = graph.input(
+            f"{adapter}.B", TensorProto.FLOAT, [f"{adapter}.rank", out], np.zeros((0, out), np.float32)
+        )
         y = graph.node("Gemm", graph.node("MatMul", x, A), B, y)
     return y
 
@@ -86,7 +82,7 @@ def store(graph: Graph, name: str, matrices: Sequence[torch.Tensor | Packed]) ->
         graph.weight(f"{name}.scales", *(matrix.scales.float().numpy() for matrix in matrices)),
     )
     if format == "q4_1":
-        shifts = [matrix.mins.float() + 8 * matrix.scales.float() for matrix in matrices]
+        shifts = [8 * matrix.scales.float() + matrix.mins for matrix in matrices if matrix.mins is not None]
         graph.weight(f"{name}.shift", torch.cat(shifts).T.numpy())
     return Matrix(name, shape, format, places)
 
@@ -128,30 +124,3 @@ def _quants(matrix: Packed) -> Array:
         return (blocks.view(torch.uint8) ^ 128).numpy()
     values = torch.cat((blocks & 15, blocks >> 4), -1)
     return (values[..., 0::2] | values[..., 1::2] << 4).numpy()
-
-
-def adapter_inputs(
-    factors: Mapping[tuple[int, Role], tuple[Array, Array]], widths: Mapping[Role, tuple[int, int]]
-) -> dict[str, Array]:
-    """The graph's inputs for an adapter, by name.
-
-    Args:
-        factors: A (rank, in) and B (out, rank), by the checkpoint's layer and role.
-        widths: (out, in) of a block's linear layers.
-    """
-    inputs = {}
-    for layer in sorted({layer for layer, _ in factors}):
-        for name, roles in groups([*widths]).items():
-            held = [(role, *factors[layer, role]) for role in roles if (layer, role) in factors]
-            if not held:
-                continue
-            A = np.concatenate([A for _, A, _ in held])
-            B, column = np.zeros((sum(widths[role][0] for role in roles), len(A)), np.float32), 0
-            starts = dict(zip(roles, np.cumsum([0, *(widths[role][0] for role in roles)]), strict=False))
-            for role, _, part in held:
-                rows, rank = part.shape
-                B[starts[role] : starts[role] + rows, column : column + rank] = part
-                column += rank
-            inputs[f"layers.{layer}.{name}.A"] = np.ascontiguousarray(A.T)
-            inputs[f"layers.{layer}.{name}.B"] = np.ascontiguousarray(B.T)
-    return inputs

@@ -24,15 +24,16 @@ from onnx import TensorProto
 from torch import nn
 from transformers import PreTrainedModel
 
+from edge_runtime.adapters.export.onnx_adapter import HEAD, groups
 from edge_runtime.adapters.export.onnx_graph import Graph
-from edge_runtime.adapters.export.onnx_linear import Matrix, floats, groups, linear, product, share, store
+from edge_runtime.adapters.export.onnx_linear import Matrix, floats, linear, product, share, store
 from edge_runtime.errors import InputError
 from edge_runtime.models import structure
 from edge_runtime.models.families import Family
 
 FLOAT, INT64, INT32 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32
 # transformers' names of activations: ONNX's operator and its attributes
-ACTIVATIONS: dict[str, tuple[str, dict[str, float]]] = {
+ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "silu": ("QuickGelu", {"alpha": 1.0}),
     "gelu": ("Gelu", {}),
     "gelu_new": ("FastGelu", {}),
@@ -143,7 +144,11 @@ def positions(config: Any) -> int:
     """Tokens that a sequence may have in the graph of a model with this configuration."""
     most, rope = int(config.max_position_embeddings), getattr(config, "rope_parameters", None) or {}
     # beyond that length longrope turns earlier tokens by other angles too
-    return min(most, int(rope["original_max_position_embeddings"])) if rope.get("rope_type") == "longrope" else most
+    return (
+        min(most, int(rope["original_max_position_embeddings"]))
+        if rope.get("rope_type") == "longrope"
+        else most
+    )
 
 
 # --- the ends of the model
@@ -190,16 +195,20 @@ def _embedding(decoder: Decoder) -> tuple[str, Matrix]:
         state = graph.node("Gather", "embedding", "input_ids")
     rows = graph.constant("rows", np.array([-1, table.shape[1]], np.int64))
     state = graph.node("Reshape", state, rows)
-    factor = float(getattr(embedding, "factor", getattr(embedding, "scalar_embed_scale", 1.0)))
-    if factor != 1.0:
-        # rounded as the model's activations are
-        factors = torch.tensor(factor, dtype=torch.bfloat16 if table.format else embedding.weight.dtype)
-        state = graph.node("Mul", state, graph.constant("embedding.factor", floats(factors)))
+    if (factor := embedding_factor(embedding)) != 1:
+        state = graph.node("Mul", state, graph.constant("embedding.factor", floats(factor)))
     if (learned := getattr(model.base_model, "wpe", None)) is not None:
         graph.weight("positions", floats(learned.weight))
         places = graph.node("Gather", "positions", _positions(graph, decoder.step))
         state = graph.node("Add", state, graph.node("Reshape", places, rows))
     return state, table
+
+
+def embedding_factor(embedding: Any) -> torch.Tensor:
+    """What the rows of an embedding are multiplied by, rounded as the model's activations are."""
+    factor = getattr(embedding, "factor", getattr(embedding, "scalar_embed_scale", 1.0))
+    dtype = torch.bfloat16 if isinstance(embedding.weight, Packed) else embedding.weight.dtype
+    return torch.tensor(factor, dtype=dtype).float()
 
 
 def _positions(graph: Graph, step: Step) -> str:
@@ -233,7 +242,7 @@ def _head(decoder: Decoder, normed: str, table: Matrix) -> None:
     graph.output("logits", FLOAT, ["batch", "kept", matrix.shape[0]])
     # a label head reads states of length one (adapters/learned.py)
     width = table.shape[1]
-    labels = graph.input("labels.H", FLOAT, ["labels", width], np.zeros((0, width), np.float32))
+    labels = graph.input(HEAD, FLOAT, ["labels", width], np.zeros((0, width), np.float32))
     graph.constant("ones", np.ones(width, np.float32))
     unit = graph.node("SimplifiedLayerNormalization", kept, "ones", axis=-1, epsilon=EPSILON)
     graph.node("MatMul", unit, graph.node("Transpose", labels), output="label_logits")
@@ -250,7 +259,10 @@ def _attention(
     graph, config, step = decoder.graph, decoder.config, decoder.step
     module: Any = block.get_submodule(decoder.row.linears["o"].rpartition(".")[0])
     size = int(module.head_dim)
-    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
+    heads, kv_heads = (
+        config.num_attention_heads,
+        getattr(config, "num_key_value_heads", config.num_attention_heads),
+    )
     x = linear(graph, x, f"{name}.qkv", parts["qkv"], f"{name}.qkv")
     qkv = [x, "", ""]
     if hasattr(module, "q_norm"):

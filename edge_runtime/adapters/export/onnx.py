@@ -1,0 +1,241 @@
+"""Exports a base model and what was learned on it to ONNX Runtime.
+
+    model.onnx, model.onnx.data    the base as it was trained on, packed or not (onnx_model.py)
+    adapter.onnx_adapter           what was learned, for `onnxruntime.LoraAdapter`
+    edge_runtime.json              model class, layers, format, version, names of labels
+    genai_config.json              for onnxruntime-genai
+    tokenizer.json, ...            the checkpoint's tokenizer
+
+After it is written, the folder is loaded by ONNX Runtime, and its logits are compared with those
+that the base and the adapter have in torch.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import numpy as np
+import onnxruntime
+import torch
+from edge_kernels import Packed, expand
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from edge_runtime.adapters.export import onnx_adapter, onnx_model
+from edge_runtime.adapters.export.onnx_graph import MODEL, Graph, in_float32
+from edge_runtime.adapters.learned import ABOUT, Learned
+from edge_runtime.errors import InputError
+from edge_runtime.models import structure, weights
+from edge_runtime.models.facts import Facts
+from edge_runtime.settings import Weights
+
+ADAPTER, GENAI = "adapter.onnx_adapter", "genai_config.json"
+COMPANIONS = (
+    "*token*",
+    "*.model",
+    "*.jinja",
+    "merges.txt",
+    "vocab.*",
+    "config.json",
+    "generation_config.json",
+)
+PROBE = 24  # tokens whose logits are compared, the last four of them a step each
+STEPS = 4
+# Differences from torch that are rounding: root mean square, relative to the logits' spread.
+EXACT = 1e-3
+ROUNDED = 0.3  # activations in int8, as llama.cpp has them: 0.13 for SmolLM2-135M on random tokens
+Logits = NDArray[np.float32]
+
+
+def to_onnx(learned: Learned, format: Weights, folder: Path) -> None:
+    """Write the folder.
+
+    Args:
+        learned: its facts have the checkpoint's folder and weights (`learned.on`).
+        format: of the base; a packed one keeps the blocks that training has had.
+        folder: empty or missing.
+
+    Raises:
+        InputError: the model cannot be written, or the logits differ; the files are removed.
+    """
+    depth = len(learned.layers)
+    model = weights.load(learned.facts, depth, format)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        write_base(model, learned.layers, folder)
+        onnx_adapter.write(learned, folder / ADAPTER)
+        _write_companions(learned, model, format, folder)
+        compare(model, learned, folder)
+    except BaseException:
+        for file in folder.iterdir():
+            file.unlink()
+        raise
+
+
+def write_base(model: PreTrainedModel, layers: tuple[int, ...], folder: Path) -> None:
+    """Write the graph and its weights, without an adapter."""
+    with Graph(folder) as graph:
+        onnx_model.write(graph, model, layers)
+        config = model.config.get_text_config()
+        graph.save(config.model_type, {"positions": str(onnx_model.positions(config))})
+
+
+def session(folder: Path, threads: int = 0, *, exact: bool = False) -> onnxruntime.InferenceSession:
+    """A session over a folder's graph.
+
+    Args:
+        folder: with the graph and its data.
+        threads: 0 for ONNX Runtime's choice.
+        exact: leave activations in float32 where packed matrices are multiplied, several times slower.
+
+    Raises:
+        InputError: ONNX Runtime cannot load the graph.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    try:
+        content = (folder / MODEL).read_bytes()
+        if exact:
+            content = in_float32(content)
+        return onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
+    # each of its kinds of errors is an Exception
+    except Exception as error:
+        raise InputError(f"ONNX Runtime cannot load {folder / MODEL}: {error}") from error
+
+
+# --- the files beside the graph
+
+
+def _write_companions(learned: Learned, model: PreTrainedModel, format: Weights, folder: Path) -> None:
+    source = Path(learned.facts.folder)
+    for file in {file for pattern in COMPANIONS for file in source.glob(pattern)}:
+        shutil.copy(file, folder)
+    about = {
+        "model_class": learned.facts.model_class,
+        "layers": learned.layers,
+        "weights": format,
+        "version": learned.version,
+        "labels": learned.labels,
+    }
+    (folder / ABOUT).write_bytes(msgspec.json.format(msgspec.json.encode(about)) + b"\n")
+    genai = msgspec.json.encode(_genai(learned.facts, model))
+    (folder / GENAI).write_bytes(msgspec.json.format(genai) + b"\n")
+
+
+def _genai(facts: Facts, model: PreTrainedModel) -> dict[str, Any]:
+    """The configuration of onnxruntime-genai (its docs/reference/config)."""
+    config = model.config.get_text_config()
+    positions = onnx_model.positions(config)
+    cache = ("past_{}_names", "past_key_values.%d.{}"), ("present_{}_names", "present.%d.{}")
+    inputs, outputs = (
+        {key.format(part): name.format(part) for part in ("key", "value")} for key, name in cache
+    )
+    decoder = {
+        "filename": MODEL,
+        "head_size": facts.head_dim,
+        "hidden_size": facts.hidden,
+        "num_attention_heads": facts.heads,
+        "num_key_value_heads": facts.kv_heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask", **inputs},
+        "outputs": {"logits": "logits", **outputs},
+        "session_options": {"log_id": "edge-runtime", "provider_options": []},
+    }
+    tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tokens = {name: token for name, token in tokens.items() if token is not None}
+    return {
+        "model": {
+            "type": config.model_type,
+            "context_length": positions,
+            "vocab_size": facts.vocabulary,
+            **tokens,
+            "decoder": decoder,
+        },
+        "search": {"max_length": positions, "past_present_share_buffer": True},
+    }
+
+
+# --- the comparison
+
+
+def compare(model: PreTrainedModel, learned: Learned, folder: Path) -> None:
+    """Compare the folder's logits with torch's: as it is, and in float32 with and without the adapter.
+
+    Raises:
+        InputError: they differ by more than rounding.
+    """
+    ids = np.random.default_rng(0).integers(0, learned.facts.vocabulary, PROBE)
+    adapter = onnxruntime.LoraAdapter()
+    adapter.Load(str(folder / ADAPTER))
+    base, whole = _torch_logits(model, ids, None), _torch_logits(model, ids, learned)
+    exact, fast = session(folder, exact=True), session(folder)
+    for case, seen, needed, most in (
+        ("without the adapter", _onnx_logits(exact, ids, None), base, EXACT),
+        ("with the adapter", _onnx_logits(exact, ids, adapter), whole, EXACT),
+        ("with activations in int8", _onnx_logits(fast, ids, adapter), whole, ROUNDED),
+    ):
+        difference = _rms(seen - needed) / float(needed.std())
+        if not difference <= most:  # NaN too
+            raise InputError(
+                f"{case}, the logits of the export to ONNX differ from torch's by {difference:.2g} of their spread, and "
+                f"{most:.2g} is rounding; the files are removed"
+            )
+
+
+def _rms(values: Logits) -> float:
+    return float(np.sqrt(np.square(values, dtype=np.float64).mean()))
+
+
+def _onnx_logits(
+    runtime: onnxruntime.InferenceSession, ids: NDArray[np.int64], adapter: onnxruntime.LoraAdapter | None
+) -> Logits:
+    """(tokens, vocabulary): of a prompt, then of single steps on its cache."""
+    options, names = onnxruntime.RunOptions(), [output.name for output in runtime.get_outputs()]
+    if adapter is not None:
+        options.add_active_adapter(adapter)
+    past = {
+        entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
+        for entry in runtime.get_inputs()
+        if entry.name.startswith("past")
+    }
+    logits, done = [], 0
+    for piece in np.split(ids, range(len(ids) - STEPS, len(ids))):
+        done += len(piece)
+        feeds = {"input_ids": piece[None], "attention_mask": np.ones((1, done), np.int64), **past}
+        values = dict(zip(names, runtime.run(names, feeds, options), strict=True))
+        past = {name: values[name.replace("past_key_values", "present")] for name in past}
+        logits.append(values["logits"][0])
+    return np.concatenate(logits)
+
+
+@torch.no_grad()
+def _torch_logits(model: PreTrainedModel, ids: NDArray[np.int64], learned: Learned | None) -> Logits:
+    """(tokens, vocabulary), with activations in float32."""
+    model.float()
+    embedding, tokens = cast(Any, model.get_input_embeddings()), torch.from_numpy(ids)
+    table = embedding.weight
+    rows = expand(table.rows(tokens), torch.float32) if isinstance(table, Packed) else table[tokens]
+    with _adapted(model, learned):
+        output = model(inputs_embeds=(rows * onnx_model.embedding_factor(embedding))[None])
+    logits: Logits = output.logits[0].float().numpy()
+    return logits
+
+
+@contextmanager
+def _adapted(model: PreTrainedModel, learned: Learned | None) -> Iterator[None]:
+    """While inside, the linear layers add what was learned."""
+    hooks, row = [], structure.family(model)
+    for layer, block in zip(learned.layers, structure.blocks(model), strict=True) if learned else ():
+        for role, linear in structure.linears(block, row).items():
+            if learned and (factors := learned.factors.get((layer, role))):
+                A, B = map(torch.from_numpy, factors)
+                hooks.append(linear.register_forward_hook(lambda _, x, y, A=A, B=B: y + x[0] @ A.T @ B.T))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

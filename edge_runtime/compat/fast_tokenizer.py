@@ -22,7 +22,7 @@ SETTINGS = (*PreTrainedTokenizerFast.SPECIAL_TOKENS_ATTRIBUTES, "clean_up_tokeni
 def load(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a prepared model's folder."""
     if not (folder / FILE).exists():  # a tokenizer that the library has no format for
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return loaded
     written: dict[str, Any] = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     # a token with matching rules is written as a dict; FILE has the rules

@@ -68,7 +68,7 @@ class SafetensorsTensors(Tensors):
         tensor = self.tensors[name]
         held = self.held(tensor.name)
         pieces = held.split(max(PIECE_VALUES // held.shape[-1], 1))
-        return tuple(held.shape), self._expanded(tensor, pieces) if tensor.scales else pieces
+        return tuple(held.shape), self._expanded(tensor, pieces, held.shape[-1]) if tensor.scales else pieces
 
     def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """One tensor; where it has the dtype already, it stays in the mapped file."""
@@ -76,16 +76,16 @@ class SafetensorsTensors(Tensors):
             return super().dense(name, dtype)
         return self.held(self.tensors[name].name).to(dtype)
 
-    def _expanded(self, tensor: FolderTensor, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Pieces of codes, multiplied by the scales of their blocks."""
+    def _expanded(
+        self, tensor: FolderTensor, pieces: Iterable[torch.Tensor], width: int
+    ) -> Iterator[torch.Tensor]:
+        """Pieces of codes (rows, width), multiplied by the scales of their blocks."""
         (rows, columns), first = tensor.block, 0
-        scales = self.held(tensor.scales).float() * tensor.factor
+        scales = (self.held(tensor.scales).float() * tensor.factor).view(-1, -(-width // columns))
         for codes in pieces:
-            height, width = codes.shape
-            scales = scales.view(-1, -(-width // columns))
-            inside = scales[torch.arange(first, first + height) // rows]
+            inside = scales[torch.arange(first, first + len(codes)) // rows]
             yield codes.float() * inside.repeat_interleave(columns, 1)[:, :width]
-            first += height
+            first += len(codes)
 
     def held(self, name: str) -> torch.Tensor:
         """A tensor of the mapped files, by its name there, as it is held."""

@@ -51,6 +51,11 @@ def load(
     layers = kept_layers(depth, facts.layers)
     config = AutoConfig.from_pretrained(facts.folder, trust_remote_code=False)
     text = config.get_text_config()
+    if depth < facts.layers and getattr(text, "scale_attn_by_inverse_layer_idx", False):
+        raise InputError(
+            f"attention in {facts.model_class} depends on a layer's number (scale_attn_by_inverse_layer_idx), "
+            "which a slice would change: give the whole model's depth"
+        )
     text.num_hidden_layers = depth
     if getattr(text, "layer_types", None):
         text.layer_types = [text.layer_types[layer] for layer in layers]

@@ -32,7 +32,9 @@ def cut(source: str, layers: int, models: Path) -> str:
     facts = processes.prepared(source, models)
     if not 1 <= layers <= facts.layers:
         raise InputError(f"{source} has {facts.layers} layers, so it cannot be cut to its first {layers}")
-    folder = processes.cache_folder() / "cut" / f"{facts.model_class.replace('@', '-')}-first-{layers}"
+    # the prepared folder's name tells the versions that read the weights
+    name = f"{facts.model_class.replace('@', '-')}-first-{layers}"
+    folder = processes.cache_folder() / "cut" / Path(facts.folder).name / name
 
     def write(fresh: Path) -> None:
         # In a process of its own: the memory of this one is for training.

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import models
 from benchmarks.model_cases import CASES, build, ids
+from edge_runtime.models.families import FAMILIES
 
 
 @pytest.mark.parametrize("family", CASES)
@@ -16,6 +17,10 @@ def test_every_variant_is_exact_or_refused_as_the_page_has_it(family):
     page = models.PAGE.read_text(encoding="utf-8").splitlines()
     numbers = re.compile(r" \(\d+\)")  # of the reasons, which other families have too
     assert numbers.sub("", row) in [numbers.sub("", line) for line in page]
+
+
+def test_every_family_has_variants():
+    assert list(CASES) == [row.types[0] for row in FAMILIES]
 
 
 @torch.no_grad()

@@ -73,3 +73,12 @@ def test_a_tensor_that_got_another_size_after_preparing_is_refused_by_name(tiny,
     message = r"embed_tokens.weight is \(97, 32\) in .*, but this model needs \(96, 32\)"
     with pytest.raises(InputError, match=message):
         weights.load(facts, 4, "float32")
+
+
+def test_a_slice_is_refused_where_attention_depends_on_a_layers_number(tiny, facts_of, tmp_path):
+    model = tiny("gpt2", scale_attn_by_inverse_layer_idx=True)
+    model.save_pretrained(tmp_path)
+    facts = facts_of(model, folder=str(tmp_path), weights=str(tmp_path))
+    with pytest.raises(InputError, match="depends on a layer's number"):
+        weights.load(facts, 2, "float32")
+    assert torch.equal(weights.load(facts, 4, "float32")(IDS).logits, model(IDS).logits)

@@ -11,6 +11,7 @@ from edge_runtime.errors import InputError
 
 if TYPE_CHECKING:
     from edge_runtime.serving.answer import Piece
+    from edge_runtime.trainer.tokens import Asked
 
 
 @click.command("generate")
@@ -62,13 +63,14 @@ def command(
     engine, language = load("torch", facts, learned, base.weights, machine.device), Language(facts)
     room = min(context, facts.positions) - max_tokens
 
-    def write(ids: list[int]) -> Iterator["Piece"]:
+    def write(asked: "Asked") -> Iterator["Piece"]:
+        ids, spaces = asked
         if not 1 <= len(ids) <= room:
             raise InputError(
                 f"the prompt has {len(ids)} tokens, but has to be 1 to {room}, the context without the {max_tokens} "
                 "tokens of the answer: change --max-tokens or --context"
             )
-        return answer(engine, language, Question(ids, max_tokens, **values))
+        return answer(engine, language, Question(ids, max_tokens, spaces=spaces, **values))
 
     if chat:
         _chat(lambda messages: write(language.chat(messages)), prompt)

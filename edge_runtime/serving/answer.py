@@ -25,6 +25,7 @@ class Question(NamedTuple):
     top_p: float = 1.0  # tokens are drawn from the likeliest, which together have this probability
     seed: int | None = None  # None: another draw each time
     stop: tuple[str, ...] = ()  # texts before which the answer ends
+    spaces: str = ""  # at the prompt's end, which the answer begins with (trainer/tokens.py)
 
 
 class Piece(NamedTuple):
@@ -43,7 +44,7 @@ def answer(engine: Engine, language: Language, question: Question) -> Iterator[P
         EdgeError: the model's logits are not finite.
     """
     sequence, choose = engine.begin(), chooser(question)
-    stream = TextStream(language, question.ids, question.stop)
+    stream = TextStream(language, question.ids, question.stop, question.spaces)
     for first in range(0, len(question.ids), PIECE):
         if first:
             yield Piece("", 0, sequence.version)

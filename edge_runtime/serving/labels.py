@@ -23,7 +23,7 @@ class Classifier:
                 "its fleet file; use `edge-runtime generate` where labels are learned as text"
             )
         self._engine = TorchEngine(facts, learned, weights, device)
-        self._language, self._positions = Language(facts), facts.positions
+        self._language = Language(facts)
 
     def labels(self, text: str) -> dict[str, float]:
         """The probability of each label, the likeliest first; a long text is cut at the model's positions.
@@ -31,7 +31,7 @@ class Classifier:
         Raises:
             InputError: the text is empty.
         """
-        ids = self._language.prompt(text)[: self._positions]
+        ids = self._language.labelled(text)
         if not ids:
             raise InputError("the text is empty, so it has no label")
         labels = self._engine.classify(ids)

@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from edge_runtime.serving.answer import Finish, Question
 from edge_runtime.serving.text import Language
+from edge_runtime.trainer.tokens import Asked
 
 PASSED_OVER = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 WITHOUT_EFFECT: dict[str, Any] = {
@@ -156,11 +157,11 @@ def question(
         InputError: the model's chat template refuses the messages.
     """
     if isinstance(request, ChatRequest):
-        ids = language.chat([turn.templated() for turn in request.messages])
+        ids, spaces = language.chat([turn.templated() for turn in request.messages])
         most = request.max_completion_tokens or request.max_tokens or max(context - len(ids), 1)
         where = "messages"
     else:
-        ids = _prompt_ids(request.prompt, language, vocabulary)
+        ids, spaces = _asked(request.prompt, language, vocabulary)
         most, where = request.max_tokens or COMPLETION_TOKENS, "prompt"
     if not ids:
         raise RequestError(400, "the prompt is empty", where)
@@ -175,10 +176,10 @@ def question(
     stop = [request.stop] if isinstance(request.stop, str) else request.stop
     # of any whole number, as a seed is not negative here
     seed = None if request.seed is None else request.seed % (1 << 64)
-    return Question(ids, most, request.temperature, request.top_p, seed, tuple(stop))
+    return Question(ids, most, request.temperature, request.top_p, seed, tuple(stop), spaces)
 
 
-def _prompt_ids(prompt: str | list[Any], language: Language, vocabulary: int) -> list[int]:
+def _asked(prompt: str | list[Any], language: Language, vocabulary: int) -> Asked:
     if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
         (prompt,) = prompt
     if isinstance(prompt, str):
@@ -193,7 +194,7 @@ def _prompt_ids(prompt: str | list[Any], language: Language, vocabulary: int) ->
         raise RequestError(
             400, f"`prompt` has the token {max(ids)}, but the model has {vocabulary}", "prompt"
         )
-    return ids
+    return Asked(ids, "")
 
 
 class Reply(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 
 from edge_runtime.compat.fast_tokenizer import load
 from edge_runtime.models.facts import Facts
-from edge_runtime.trainer.data import templated
+from edge_runtime.trainer.tokens import Asked, Tokenization
 
 HALF = "\ufffd"  # stands for bytes that are no whole character yet
 LEAD = 8  # tokens before the answer that decide how its first token is written
@@ -26,27 +26,32 @@ class Language:
         self.tokenizer: Any = load(Path(facts.folder))
         configurations = [Path(facts.folder) / "config.json", Path(facts.weights) / "generation_config.json"]
         ends = {self.tokenizer.eos_token_id, _turn_end(self.tokenizer)}
+        self._how = Tokenization(self.tokenizer, facts.vocabulary, facts.positions, labels={})
         self.ends = frozenset(ends.union(*map(_ends, configurations)) - {None})
 
-    def prompt(self, text: str) -> list[int]:
-        """Token ids of a text to go on with."""
-        ids: list[int] = self.tokenizer(text).input_ids
-        return ids
+    def prompt(self, text: str) -> Asked:
+        """A text to go on with, as training has it before a completion."""
+        return self._how.asked({"prompt": text})
 
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a chat, up to the assistant's answer.
+    def chat(self, messages: list[dict[str, str]]) -> Asked:
+        """A chat up to the assistant's answer, as training has it.
 
         Raises:
             InputError: the model has no chat template, or its template refuses the messages.
         """
-        return templated(messages, self.tokenizer, add_generation_prompt=True)
+        return self._how.asked({"messages": messages})
+
+    def labelled(self, text: str) -> list[int]:
+        """Token ids of a text that a head labels, as training has them, cut at the model's positions."""
+        return self._how.example({"text": text, "label": ""}).ids
 
 
 class TextStream:
     """The text of an answer, piece by piece, up to the first of some stop strings."""
 
-    def __init__(self, language: Language, prompt: Ids[int], stop: tuple[str, ...]) -> None:
-        """prompt: the token ids before the answer."""
+    def __init__(self, language: Language, prompt: Ids[int], stop: tuple[str, ...], spaces: str = "") -> None:
+        """prompt: the token ids before the answer. spaces: that the answer begins with, and are left out."""
+        self._spaces = spaces
         self._tokenizer, self._stop = language.tokenizer, stop
         self._ids = list(prompt[-LEAD:])
         self._first, self._whole = 0, len(self._ids)  # tokens that decide spaces, and tokens that are written
@@ -61,7 +66,7 @@ class TextStream:
         if text.endswith(HALF) and len(self._ids) - self._whole < LONGEST:
             return ""
         self._first, self._whole = self._whole, len(self._ids)
-        return self._release(text[len(before) :])
+        return self._release(self._without_spaces(text[len(before) :]))
 
     def rest(self) -> str:
         """What was held back for a stop string that did not come."""
@@ -70,6 +75,14 @@ class TextStream:
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def _without_spaces(self, text: str) -> str:
+        while self._spaces and text:
+            if text[0] != self._spaces[0]:
+                self._spaces = ""
+            else:
+                text, self._spaces = text[1:], self._spaces[1:]
         return text
 
     def _release(self, text: str) -> str:

@@ -21,7 +21,7 @@ from edge_runtime.models.facts import Facts
 from edge_runtime.models.slices import kept_layers
 from edge_runtime.serving.engine import depth_of
 from edge_runtime.settings import Role, Weights
-from edge_runtime.trainer.data import Example
+from edge_runtime.trainer.examples import Example
 from edge_runtime.trainer.objectives import hidden_states, label_states
 
 Place = tuple[int, Role]  # a linear layer, by its number in the checkpoint and its role

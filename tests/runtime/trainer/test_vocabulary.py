@@ -6,7 +6,7 @@ from edge_kernels import apply
 from family_cases import CASES
 
 from edge_runtime.models import structure, weights
-from edge_runtime.trainer.data import Example
+from edge_runtime.trainer.examples import Example
 from edge_runtime.trainer.objectives import Text, hidden_states
 from edge_runtime.trainer.vocabulary import Divergence, language_head
 

@@ -1,7 +1,11 @@
 """The limits a container or a service sets on memory and CPU, read from the cgroup of this process.
 
-    v2   /proc/self/cgroup "0::/a/b"          memory.max,             memory.current,        cpu.max
-    v1   /proc/self/cgroup "4:memory:/a/b"    memory.limit_in_bytes,  memory.usage_in_bytes, cpu.cfs_quota_us
+    v2   /proc/self/cgroup "0::/a/b"          memory.max, memory.high   memory.current          cpu.max
+    v1   /proc/self/cgroup "4:memory:/a/b"    memory.limit_in_bytes     memory.usage_in_bytes   cpu.cfs_quota_us
+
+Above memory.high the kernel does not end a process but stalls it, so that limit counts like
+memory.max. Limits on swap are not read, because a budget counts no swap. Nor is v1's soft limit,
+which binds only while the machine is short of memory.
 
 Every level from the process's own folder up to the mount counts, for a parent's limit binds its
 children. Inside a container the path is often the host's and not to be seen; then the mount itself
@@ -27,12 +31,12 @@ def limit_memory(total_bytes: int, available_bytes: int, root: Path = Path("/"))
         Total and available bytes; unchanged where no limit is set.
     """
     for folder in _folders(root, "memory"):
-        limit = _number(folder / "memory.max")
+        limits = [_number(folder / f"memory.{name}") for name in ("max", "high")]
         used, cache = "memory.current", "inactive_file"
-        if limit is None:
-            limit = _number(folder / "memory.limit_in_bytes")
+        if limits == [None, None]:
+            limits = [_number(folder / "memory.limit_in_bytes")]
             used, cache = "memory.usage_in_bytes", "total_inactive_file"
-        if limit is not None:
+        for limit in (number for number in limits if number is not None):
             left = limit - max((_number(folder / used) or 0) - _statistic(folder / "memory.stat", cache), 0)
             total_bytes, available_bytes = (min(total_bytes, limit), min(available_bytes, max(left, 0)))
     return total_bytes, available_bytes

@@ -3,9 +3,13 @@
 A command file holds options, one call into the package, and the output. The file imports the
 package inside the command, so that a resident agent does not hold the imports of other commands.
 click.echo flushes each line, because another program may read the lines as they come.
+
+Standard output may have no UTF-8, or be closed: `main` makes it safe for all that is printed later.
 """
 
+import io
 import logging
+import os
 import signal
 import sqlite3
 import sys
@@ -26,7 +30,7 @@ from edge_runtime.cli import (
     status,
     study,
 )
-from edge_runtime.errors import EdgeError, InputError, UnreachableError
+from edge_runtime.errors import EdgeError, InputError, UnreachableError, unencodable
 
 log = logging.getLogger(__name__)
 # In the order of a first use; --help sorts by name.
@@ -52,6 +56,7 @@ def main() -> None:
     from edge_broker.errors import BrokerError
     from edge_profiles import ProfileError
 
+    _open_streams()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # a script's background processes ignore SIGINT; click would end with 1 on it
@@ -74,9 +79,22 @@ def main() -> None:
             "device, or '.[aggregator]' on the node",
             InputError.exit_code,
         )
+    except UnicodeEncodeError as error:
+        _fail(str(unencodable(error)), InputError.exit_code)
     except (OSError, sqlite3.DatabaseError) as error:  # a full disk, missing rights, a damaged file
         log.debug("", exc_info=True)
         _fail(f"a file cannot be read or written: {error}; earlier state is unchanged", InputError.exit_code)
+
+
+def _open_streams() -> None:
+    """Replace streams that are closed, and characters that the terminal's encoding lacks."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # a file or socket would get the stream's number, and all that libraries print there
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str, code: int) -> None:

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import edge_profiles
-import msgspec
 
 from edge_runtime.cli import options
 from edge_runtime.errors import InputError
@@ -88,7 +87,7 @@ def command(
     )
 
     def tell(event: "DeviceEvent") -> None:
-        click.echo(msgspec.json.encode(event) if json else _line(event))
+        click.echo(options.json_line(event) if json else _line(event))
 
     with alone(state):
         run(device_options, tell)

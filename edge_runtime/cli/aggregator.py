@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-import msgspec
 from edge_broker.address import Address
 
 from edge_runtime.cli import options
@@ -37,7 +36,7 @@ def command(fleet: Path, state: Path, broker: Address, node: str, until_finished
     from edge_runtime.state import alone
 
     def tell(event: "NodeEvent") -> None:
-        click.echo(msgspec.json.encode(event) if json else _line(event))
+        click.echo(options.json_line(event) if json else _line(event))
 
     fleet_settings = settings.load(fleet)
     with alone(state):

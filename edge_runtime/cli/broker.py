@@ -4,9 +4,8 @@ import signal
 from pathlib import Path
 
 import click
-import msgspec
 
-from edge_runtime.cli.options import PATH, as_json
+from edge_runtime.cli import options
 
 
 @click.command("broker")
@@ -19,7 +18,7 @@ from edge_runtime.cli.options import PATH, as_json
 )
 @click.option(
     "--state",
-    type=PATH,
+    type=options.PATH,
     default=Path("broker-state"),
     show_default=True,
     help="Folder for its configuration and log.",
@@ -27,7 +26,7 @@ from edge_runtime.cli.options import PATH, as_json
 @click.option(
     "--kind", type=click.Choice(["auto", "mosquitto", "embedded"]), default="auto", show_default=True
 )
-@as_json
+@options.as_json
 def command(port: int, state: Path, kind: str, json: bool) -> None:
     """Run a broker on this machine's loopback.
 
@@ -38,6 +37,6 @@ def command(port: int, state: Path, kind: str, json: bool) -> None:
     with start_broker(port=port, state_dir=state, kind=kind) as running:
         listening = {"kind": running.kind, "url": running.url}
         text = f"{running.kind} listens at {running.url}; stop it with Ctrl-C"
-        click.echo(msgspec.json.encode(listening) if json else text)
+        click.echo(options.json_line(listening) if json else text)
         # Both signals end the broker with exit code 0: it has nothing to lose.
         signal.sigwait({signal.SIGINT, signal.SIGTERM})

@@ -5,7 +5,6 @@ from typing import Any
 
 import click
 import edge_profiles
-import msgspec
 
 from edge_runtime.cli import options
 from edge_runtime.errors import InputError
@@ -95,4 +94,4 @@ def command(
             gpu_cap_bytes=options.gpu_cap_bytes(board, device, profile),
         ),
     )
-    click.echo(msgspec.json.encode(measurement)) if json else views.show_measurement(measurement)
+    click.echo(options.json_line(measurement)) if json else views.show_measurement(measurement)

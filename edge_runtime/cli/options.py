@@ -1,5 +1,6 @@
 """Options that several commands share, and how their values are read."""
 
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 
 import click
 import edge_profiles
+import msgspec
 from edge_broker import address, credentials, topics
 from edge_broker.errors import BrokerError
 
@@ -116,3 +118,8 @@ def gpu_cap_bytes(board: str | None, device: str, profile: edge_profiles.Profile
     if device == "cpu":
         raise InputError("--board caps a GPU's memory, but --device is cpu: use --device cuda")
     return cap_bytes
+
+
+def json_line(value: Any) -> str:
+    """What --json prints of a value: one line, in ASCII, which every terminal and every reader takes."""
+    return json.dumps(msgspec.to_builtins(value, str_keys=True), separators=(",", ":"))

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import click
 import edge_profiles
-import msgspec
 
 from edge_runtime.cli import options
 from edge_runtime.errors import InputError
@@ -44,6 +43,6 @@ def command(
     rates = processes.rates(options.trainer_device(device, profile))
     choice = choose(settings_, facts, budget_bytes, processes.runtime_bytes(), rates)
     if json:
-        click.echo(msgspec.json.encode(views.plan_values(choice, budget_bytes, deadline_s)))
+        click.echo(options.json_line(views.plan_values(choice, budget_bytes, deadline_s)))
     else:
         views.show_plan(choice, budget_bytes, deadline_s)

@@ -4,11 +4,11 @@ import click
 import edge_profiles
 import msgspec
 
-from edge_runtime.cli.options import as_json
+from edge_runtime.cli import options
 
 
 @click.command("profile")
-@as_json
+@options.as_json
 def command(json: bool) -> None:
     """Show this device as the planner sees it.
 
@@ -19,4 +19,4 @@ def command(json: bool) -> None:
 
     baseline = processes.runtime_bytes() if processes.installed() else None
     values = {**msgspec.to_builtins(edge_profiles.probe()), "runtime_baseline_bytes": baseline}
-    click.echo(msgspec.json.encode(values)) if json else views.show_profile(values)
+    click.echo(options.json_line(values)) if json else views.show_profile(values)

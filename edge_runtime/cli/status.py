@@ -1,7 +1,6 @@
 """`edge-runtime status`: a fleet as its broker knows it."""
 
 import click
-import msgspec
 from edge_broker.address import Address
 
 from edge_runtime.cli import options
@@ -20,4 +19,4 @@ def command(broker: Address, fleet: str, json: bool) -> None:
     from edge_runtime.protocol.status import read
 
     status = read(broker, fleet)
-    click.echo(msgspec.json.encode(status)) if json else views.show_status(status)
+    click.echo(options.json_line(status)) if json else views.show_status(status)

@@ -198,8 +198,9 @@ def show_labels(labels: dict[str, float]) -> None:
 
 
 def _show_terms(terms: dict[str, int], scale_bytes: int) -> None:
+    cell = "#" if Console().options.ascii_only else "█"
     rows = [
-        (term, format_size(size), "█" * round(BAR * size / scale_bytes))
+        (term, format_size(size), cell * round(BAR * size / scale_bytes))
         for term, size in sorted(terms.items(), key=lambda item: -item[1])
     ]
     _show("predicted peak", ("term", "size", ""), rows)

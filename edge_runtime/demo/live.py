@@ -40,13 +40,15 @@ class Live:
                 loss=before.loss if event.loss is None else event.loss,
             )
             self._devices[event.device] = latest
-            if not self._console.is_terminal and (event.phase != before.phase or event.step == event.steps):
+            if not self._console.is_interactive and (
+                event.phase != before.phase or event.step == event.steps
+            ):
                 device, round_, phase, step, loss, memory = _cells(latest)
                 words = (step, f"loss {loss}" if loss else "", memory, event.text)
                 line = "  ".join([f"{device:8} round {round_}: {phase}", *filter(None, words)])
         elif event.phase != "presence":
             self._round = f"round {event.round} of {self._rounds}: {event.phase} {event.text}".rstrip()
-            if event.phase in LASTING or not self._console.is_terminal:
+            if event.phase in LASTING or not self._console.is_interactive:
                 line = f"node     {self._round}"
         if line:
             self._console.print(line, highlight=False, markup=False)

@@ -3,6 +3,7 @@
 What they print is read here; where they fail, their last line is the reason.
 """
 
+import errno
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 import msgspec
 from edge_broker import credentials, files
 
-from edge_runtime.errors import EdgeError, InputError
+from edge_runtime.errors import EdgeError, InputError, unencodable
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning.time import Rates
 from edge_runtime.settings import Fleet
@@ -43,9 +44,24 @@ TRAINER_ENVIRONMENT = {
 
 
 def cache_folder() -> Path:
-    """Folder of prepared models and measurements: $EDGE_RUNTIME_CACHE, or in the user's cache."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "edge-runtime"
-    return Path(os.environ.get("EDGE_RUNTIME_CACHE", default))
+    """Folder of prepared models and measurements: $EDGE_RUNTIME_CACHE, or in the user's cache.
+
+    Raises:
+        InputError: the user has no home folder, or may not write to the folder.
+    """
+    named = os.environ.get("EDGE_RUNTIME_CACHE")
+    try:
+        users = named or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(users) if named else Path(users, "edge-runtime")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "not writable", str(folder))
+    except (RuntimeError, OSError) as error:  # RuntimeError: neither HOME nor an entry in /etc/passwd
+        raise InputError(
+            f"there is no folder for prepared models and measurements: {str(error).rstrip('.')}; set EDGE_RUNTIME_CACHE to a "
+            "folder that this user may write to"
+        ) from error
+    return folder
 
 
 def prepared(source: str, models: Path, *, random_weights: bool = False) -> Facts:
@@ -82,8 +98,16 @@ def rates(device: str, threads: int = 0) -> Rates:
 
 
 def environment() -> dict[str, str]:
-    """What a trainer process runs with; it has no use for the broker's password."""
-    return {**credentials.withhold(os.environ), **TRAINER_ENVIRONMENT}
+    """What a trainer process runs with; it has no use for the broker's password.
+
+    A service's user may have no home folder, or one like / that the user may not write to. The
+    libraries' caches, such as the hub's and Triton's, are then in ours.
+    """
+    variables = {**credentials.withhold(os.environ), **TRAINER_ENVIRONMENT}
+    home = Path(os.path.expanduser("~"))
+    if not os.access(home, os.W_OK) and not (home / ".cache").is_dir():
+        variables["HOME"] = str(cache_folder().absolute())
+    return variables
 
 
 def installed(*more: str) -> bool:
@@ -125,6 +149,8 @@ def output(
         )
     except subprocess.TimeoutExpired as late:
         raise error(f"{module[0]} did not end within {timeout_s:.0f} s") from late
+    except UnicodeEncodeError as name:  # among the arguments
+        raise unencodable(name) from name
     if process.returncode == -signal.SIGKILL:
         raise error(f"{module[0]} was killed, most likely because the machine ran out of memory")
     if process.returncode != 0:

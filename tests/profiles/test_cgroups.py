@@ -59,6 +59,29 @@ def test_v2_a_parents_lower_limit_binds(tmp_path):
     assert cgroups.limit_memory(TOTAL, AVAILABLE, root) == (3 * GIB, GIB // 2)
 
 
+OWN = "sys/fs/cgroup/system.slice/edge.service"
+
+
+@pytest.mark.parametrize(("most", "high"), [("max", 2 * GIB), (4 * GIB, 2 * GIB), (2 * GIB, 4 * GIB)])
+def test_v2_the_lower_of_memory_max_and_memory_high_counts(tmp_path, most, high):
+    root = v2(tmp_path, **{f"{OWN}/memory.max": f"{most}\n", f"{OWN}/memory.high": f"{high}\n"})
+    (root / OWN / "memory.current").write_text(f"{GIB}\n")
+    (root / OWN / "memory.stat").write_text("inactive_file 0\n")
+    assert cgroups.limit_memory(TOTAL, AVAILABLE, root) == (2 * GIB, GIB)
+
+
+def test_v2_a_parents_memory_high_binds_and_max_is_no_limit(tmp_path):
+    root = v2(
+        tmp_path, **{f"{OWN}/memory.high": "max\n", "sys/fs/cgroup/system.slice/memory.high": f"{GIB}\n"}
+    )
+    assert cgroups.limit_memory(TOTAL, AVAILABLE, root) == (GIB, GIB)
+
+
+def test_v2_swap_counts_for_nothing(tmp_path):
+    root = v2(tmp_path, **{f"{OWN}/memory.swap.max": "0\n", f"{OWN}/memory.swap.high": "0\n"})
+    assert cgroups.limit_memory(TOTAL, AVAILABLE, root) == (4 * GIB, 2 * GIB)
+
+
 def test_a_limit_above_the_machine_changes_nothing(tmp_path):
     root = v2(tmp_path, **{"sys/fs/cgroup/system.slice/edge.service/memory.max": str(64 * GIB)})
     assert cgroups.limit_memory(TOTAL, AVAILABLE, root) == (TOTAL, AVAILABLE)

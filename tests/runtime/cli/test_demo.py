@@ -1,5 +1,6 @@
 """How the demo starts its processes, and what it says of them."""
 
+import io
 import queue
 import subprocess
 import sys
@@ -55,3 +56,18 @@ def test_a_demo_that_is_silent_sends_nobody_to_logs_that_are_deleted(
         run.follow({"node": child}, queue.SimpleQueue(), Live({}, 3), tmp_path, kept=kept)
     assert (str(tmp_path) in str(error.value)) is kept
     assert ("give --keep FOLDER to keep the logs" in str(error.value)) is not kept
+
+
+@pytest.mark.parametrize(("terminal", "told"), [("dumb", True), ("xterm", False)])
+def test_a_terminal_without_a_cursor_gets_lines(
+    monkeypatch: pytest.MonkeyPatch, terminal: str, told: bool
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", terminal)
+    monkeypatch.setattr(sys, "stdout", shown := Terminal())
+    live = Live({"kitchen": 1 << 30}, 3)
+    live.show(DeviceEvent("kitchen", 1, "train"))
+    assert ("round 1: train" in shown.getvalue()) is told

@@ -1,7 +1,14 @@
 """What a person sees of what devices say."""
 
+import io
+import sys
+
+import pytest
+
 from edge_runtime import settings
 from edge_runtime.cli import views
+from edge_runtime.planning.search import Choice
+from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Report, Result, Score, failure
 from edge_runtime.protocol.round import Round
 from edge_runtime.protocol.status import DeviceStatus, Status
@@ -40,3 +47,18 @@ def test_a_name_longer_than_its_column_goes_on_in_the_next_line(capsys, monkeypa
     shown = capsys.readouterr().out
     assert "…" not in shown
     assert "".join(line[2:].split("│")[0].split(" ")[0] for line in shown.splitlines() if "│" in line) == name
+
+
+def plan_with_one_term():
+    return Plan("m.gguf", "m@1", 2, 4, "q8_0", 4, 1, 32, terms={"runtime": 3 << 20}, step_seconds=1.0)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "bar"), [("utf-8", "█" * 20), ("iso-8859-1", "#" * 20), ("ascii", "#" * 20)]
+)
+def test_a_bar_is_of_characters_that_the_terminal_has(encoding, bar, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    views.show_plan(Choice(plan_with_one_term(), [], None), 6 << 20, None)
+    sys.stdout.flush()
+    assert f" {bar} " in written.getvalue().decode(encoding)

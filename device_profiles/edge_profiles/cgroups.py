@@ -32,11 +32,12 @@ def limit_memory(total_bytes: int, available_bytes: int, root: Path = Path("/"))
     """
     for folder in _folders(root, "memory"):
         limits = [_number(folder / f"memory.{name}") for name in ("max", "high")]
+        limit = min((number for number in limits if number is not None), default=None)
         used, cache = "memory.current", "inactive_file"
-        if limits == [None, None]:
-            limits = [_number(folder / "memory.limit_in_bytes")]
+        if limit is None:
+            limit = _number(folder / "memory.limit_in_bytes")
             used, cache = "memory.usage_in_bytes", "total_inactive_file"
-        for limit in (number for number in limits if number is not None):
+        if limit is not None:
             left = limit - max((_number(folder / used) or 0) - _statistic(folder / "memory.stat", cache), 0)
             total_bytes, available_bytes = (min(total_bytes, limit), min(available_bytes, max(left, 0)))
     return total_bytes, available_bytes

@@ -98,7 +98,7 @@ class Trainer:
         if code not in SENTENCES:
             return f"{ended}; its last words are in {self._errors}"
         try:
-            lines = self._errors.read_text(errors="replace").strip().splitlines()
+            lines = self._errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         except OSError as error:
             return f"{ended}, and its last words cannot be read: {error}"
         return lines[-1] if lines else ended

@@ -40,6 +40,7 @@ TRAINER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "PYTHONWARNINGS": "ignore",
+    "PYTHONIOENCODING": "utf-8",  # of what this process reads, whatever the locale
 }
 
 

@@ -38,3 +38,12 @@ def test_libraries_without_a_home_keep_their_caches_in_ours(monkeypatch, tmp_pat
     monkeypatch.setenv("HOME", str(tmp_path))
     assert processes.environment()["HOME"] == str(tmp_path)
     assert Path(processes.environment()["HOME"]).is_dir()
+
+
+def test_what_a_process_prints_is_utf8_whatever_the_locale(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONIOENCODING", "iso-8859-1")
+    file = tmp_path / "names.json"
+    file.write_text('"äß模型"\n', encoding="utf-8")
+    printed = processes.output(["json.tool", "--no-ensure-ascii", str(file)], 60, InputError)
+    assert printed.decode() == '"äß模型"\n'

@@ -1,7 +1,6 @@
 """`edge-runtime classify`: the labels of texts, by a head that was learned."""
 
 import click
-import msgspec
 
 from edge_runtime.cli import options, served
 
@@ -28,6 +27,6 @@ def command(base: served.ServedBase, texts: tuple[str, ...], json: bool) -> None
     for text in texts:
         labels = classifier.labels(text)
         if json:
-            click.echo(msgspec.json.encode({"text": text, "labels": labels}))
+            click.echo(options.json_line({"text": text, "labels": labels}))
         else:
             views.show_labels(labels)

@@ -4,7 +4,6 @@ import logging
 from typing import TYPE_CHECKING
 
 import click
-import msgspec
 
 from edge_runtime.cli import options, served
 
@@ -54,7 +53,7 @@ def command(
         log.warning("whoever reaches %s can use the model: the server asks for no password", host)
 
     def tell(event: "ServerEvent") -> None:
-        click.echo(msgspec.json.encode(event) if json else f"{event.phase}: {event.text}")
+        click.echo(options.json_line(event) if json else f"{event.phase}: {event.text}")
 
     model = ServedModel(facts, learned, base.weights, "torch", min(context, facts.positions), parallel)
     serve(model, Endpoint(host, port), base.machine(), tell, attended=attended)

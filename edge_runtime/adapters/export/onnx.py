@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from edge_runtime.adapters.export import onnx_adapter, onnx_model
-from edge_runtime.adapters.export.onnx_graph import MODEL, Graph, in_float32
+from edge_runtime.adapters.export.onnx_graph import Graph, in_float32
+from edge_runtime.adapters.export.onnx_session import MODEL, session
 from edge_runtime.adapters.learned import ABOUT, Learned
 from edge_runtime.errors import InputError
 from edge_runtime.models import structure, weights
@@ -45,7 +46,7 @@ COMPANIONS = (
 PROBE = 24  # tokens whose logits are compared, the last four of them a step each
 STEPS = 4
 # Differences from torch that are rounding: root mean square, relative to the logits' spread.
-EXACT = 1e-3
+EXACT = 1e-4
 ROUNDED = 0.3  # activations in int8, as llama.cpp has them: 0.13 for SmolLM2-135M on random tokens
 Logits = NDArray[np.float32]
 
@@ -56,22 +57,21 @@ def to_onnx(learned: Learned, format: Weights, folder: Path) -> None:
     Args:
         learned: its facts have the checkpoint's folder and weights (`learned.on`).
         format: of the base; a packed one keeps the blocks that training has had.
-        folder: empty or missing.
+        folder: made here.
 
     Raises:
         InputError: the model cannot be written, or the logits differ; the files are removed.
     """
-    depth = len(learned.layers)
-    model = weights.load(learned.facts, depth, format)
-    folder.mkdir(parents=True, exist_ok=True)
+    model = weights.load(learned.facts, len(learned.layers), format)
+    onnx_model.check(model)
+    folder.mkdir(parents=True)
     try:
         write_base(model, learned.layers, folder)
         onnx_adapter.write(learned, folder / ADAPTER)
         _write_companions(learned, model, format, folder)
         compare(model, learned, folder)
     except BaseException:
-        for file in folder.iterdir():
-            file.unlink()
+        shutil.rmtree(folder)
         raise
 
 
@@ -81,30 +81,6 @@ def write_base(model: PreTrainedModel, layers: tuple[int, ...], folder: Path) ->
         onnx_model.write(graph, model, layers)
         config = model.config.get_text_config()
         graph.save(config.model_type, {"positions": str(onnx_model.positions(config))})
-
-
-def session(folder: Path, threads: int = 0, *, exact: bool = False) -> onnxruntime.InferenceSession:
-    """A session over a folder's graph.
-
-    Args:
-        folder: with the graph and its data.
-        threads: 0 for ONNX Runtime's choice.
-        exact: leave activations in float32 where packed matrices are multiplied, several times slower.
-
-    Raises:
-        InputError: ONNX Runtime cannot load the graph.
-    """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    try:
-        content = (folder / MODEL).read_bytes()
-        if exact:
-            content = in_float32(content)
-        return onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
-    # each of its kinds of errors is an Exception
-    except Exception as error:
-        raise InputError(f"ONNX Runtime cannot load {folder / MODEL}: {error}") from error
 
 
 # --- the files beside the graph
@@ -172,11 +148,11 @@ def compare(model: PreTrainedModel, learned: Learned, folder: Path) -> None:
     adapter = onnxruntime.LoraAdapter()
     adapter.Load(str(folder / ADAPTER))
     base, whole = _torch_logits(model, ids, None), _torch_logits(model, ids, learned)
-    exact, fast = session(folder, exact=True), session(folder)
+    exact = session(folder, graph=in_float32((folder / MODEL).read_bytes()))
     for case, seen, needed, most in (
-        ("without the adapter", _onnx_logits(exact, ids, None), base, EXACT),
-        ("with the adapter", _onnx_logits(exact, ids, adapter), whole, EXACT),
-        ("with activations in int8", _onnx_logits(fast, ids, adapter), whole, ROUNDED),
+        ("without the adapter", onnx_logits(exact, ids, None), base, EXACT),
+        ("with the adapter", onnx_logits(exact, ids, adapter), whole, EXACT),
+        ("with activations in int8", onnx_logits(session(folder), ids, adapter), whole, ROUNDED),
     ):
         difference = _rms(seen - needed) / float(needed.std())
         if not difference <= most:  # NaN too
@@ -190,7 +166,7 @@ def _rms(values: Logits) -> float:
     return float(np.sqrt(np.square(values, dtype=np.float64).mean()))
 
 
-def _onnx_logits(
+def onnx_logits(
     runtime: onnxruntime.InferenceSession, ids: NDArray[np.int64], adapter: onnxruntime.LoraAdapter | None
 ) -> Logits:
     """(tokens, vocabulary): of a prompt, then of single steps on its cache."""

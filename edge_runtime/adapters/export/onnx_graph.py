@@ -17,7 +17,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-MODEL, DATA = "model.onnx", "model.onnx.data"
+from edge_runtime.adapters.export.onnx_session import DATA, MODEL
+
 OPSET, IR = 17, 8  # the oldest that have every operator below and may override initializers
 PAGE = 4096
 SMALL = 1024  # bytes up to which a constant stays in the graph

@@ -121,11 +121,15 @@ def check(model: PreTrainedModel) -> None:
     """Refuse what the graph cannot compute; raises InputError."""
     config = model.config.get_text_config()
     packed = isinstance(model.get_input_embeddings().weight, Packed)
+    turned = [pair[0].shape[-1] for pair in _tables(model, 1).values()]
+    head = _attention_module(structure.blocks(model)[0], structure.family(model)).head_dim
     problems = {
         f"the activation {activation(config)}": activation(config) not in ACTIVATIONS,
         "attention to later tokens": bool(getattr(config, "use_bidirectional_attention", False)),
         "LayerNorms of query and key": bool(getattr(config, "qk_layernorm", False)),
         "a packed embedding whose rows are no whole blocks of 32": packed and config.hidden_size % 32 != 0,
+        f"heads of {head} values": bool(turned) and head % 16 != 0,
+        f"rotary embeddings of {2 * min(turned, default=0)} values": any(half % 8 for half in turned),
     }
     for problem in (text for text, holds in problems.items() if holds):
         raise InputError(
@@ -169,18 +173,23 @@ def _step(graph: Graph, model: PreTrainedModel) -> Step:
 
 
 def _rotary(graph: Graph, model: PreTrainedModel) -> dict[str, tuple[str, str]]:
-    """The tables that the model's own module computes."""
+    names = {}
+    for layer_type, tables in _tables(model, positions(model.config.get_text_config())).items():
+        names[layer_type] = (f"rotary.{layer_type}.cos", f"rotary.{layer_type}.sin")
+        for name, table in zip(names[layer_type], tables, strict=True):
+            graph.weight(name, floats(table))
+    return names
+
+
+def _tables(model: PreTrainedModel, tokens: int) -> dict[str, list[torch.Tensor]]:
+    """cos and sin (tokens, turned / 2) by the layers' type, as the model's own module computes them."""
     module: Any = getattr(model.base_model, "rotary_emb", None)
     if module is None:
         return {}
-    types, like = getattr(module, "layer_types", None), torch.zeros(1)
-    places, names = torch.arange(positions(model.config.get_text_config()))[None], {}
-    for layer_type in types or ("",):
-        tables = module(like, places, layer_type) if types else module(like, places)
-        for name, table in zip(("cos", "sin"), tables, strict=True):
-            graph.weight(f"rotary.{layer_type}.{name}", floats(table[0, :, : table.shape[-1] // 2]))
-        names[layer_type] = (f"rotary.{layer_type}.cos", f"rotary.{layer_type}.sin")
-    return names
+    typed = getattr(module, "layer_types", None)
+    arguments = (torch.zeros(1), torch.arange(tokens)[None])
+    tables = {name: module(*arguments, *([name] if typed else [])) for name in typed or ("",)}
+    return {name: [table[0, :, : table.shape[-1] // 2] for table in pair] for name, pair in tables.items()}
 
 
 def _embedding(decoder: Decoder) -> tuple[str, Matrix]:
@@ -252,12 +261,16 @@ def _head(decoder: Decoder, normed: str, table: Matrix) -> None:
 # --- a block
 
 
+def _attention_module(block: nn.Module, row: Family) -> Any:
+    return block.get_submodule(row.linears["o"].rpartition(".")[0])
+
+
 def _attention(
     decoder: Decoder, x: str, block: nn.Module, parts: dict[str, list[nn.Module]], name: str, number: int
 ) -> str:
     """Attention over the cache, in which it has the block's number, and the layer after it."""
     graph, config, step = decoder.graph, decoder.config, decoder.step
-    module: Any = block.get_submodule(decoder.row.linears["o"].rpartition(".")[0])
+    module = _attention_module(block, decoder.row)
     size = int(module.head_dim)
     heads, kv_heads = (
         config.num_attention_heads,

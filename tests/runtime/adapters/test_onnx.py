@@ -1,0 +1,208 @@
+"""A model's graph in ONNX Runtime computes what the model computes in torch, with an adapter and without."""
+
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from family_cases import CASES
+
+from edge_runtime.adapters.export import onnx, onnx_adapter, onnx_model
+from edge_runtime.adapters.export.onnx_session import DATA, MODEL, session
+from edge_runtime.errors import InputError
+
+IDS = np.random.default_rng(3).integers(3, 96, 21)
+# heads as ONNX Runtime takes them, and windows shorter than the tokens
+CHANGES = {
+    "mistral": {"sliding_window": 4},
+    "gemma2": {"sliding_window": 4},
+    "gemma3_text": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "phi": {"num_attention_heads": 1, "num_key_value_heads": 1},
+    "phi3": {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 4},
+}
+
+
+def torch_logits(model, ids=IDS):
+    return model(torch.from_numpy(ids)[None]).logits[0].numpy()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", CASES)
+def test_a_graph_computes_what_its_model_does(tiny, tmp_path, family, tied):
+    model = tiny(family, tie_word_embeddings=tied, **CHANGES.get(family, {}))
+    onnx.write_base(model, (0, 1, 2, 3), tmp_path)
+    seen = onnx.onnx_logits(session(tmp_path, 1), IDS, None)
+    needed = torch_logits(model)
+    assert np.abs(seen - needed).max() < 1e-4 * np.abs(needed).max()
+    # the twin: the same tokens in another order
+    assert np.abs(seen - torch_logits(model, IDS[::-1].copy())).max() > 1e-2 * np.abs(needed).max()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+        ("qwen2", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("gemma2", {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}),
+    ],
+)
+def test_settings_of_a_configuration_are_in_the_graph(tiny, tmp_path, family, changes):
+    model, plain = tiny(family, **changes), tiny(family)
+    for module in model.modules():
+        if getattr(module, "bias", None) is not None:
+            module.bias.normal_(generator=torch.Generator().manual_seed(1))
+    onnx.write_base(model, (0, 1, 2, 3), tmp_path)
+    seen, needed = onnx.onnx_logits(session(tmp_path, 1), IDS, None), torch_logits(model)
+    assert np.abs(seen - needed).max() < 1e-4 * np.abs(needed).max()
+    assert np.abs(torch_logits(plain) - needed).max() > 1e-3 * np.abs(needed).max()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rows_of_unequal_length_go_together(tiny, tmp_path, rows):
+    """Prompts are padded on the right; each row's next token goes to its place."""
+    model = tiny("gpt2" if rows == 1 else "llama")
+    onnx.write_base(model, (0, 1, 2, 3), tmp_path)
+    runtime, lengths = session(tmp_path, 1), [9, 4, 7][:rows]
+    ids = np.stack([np.roll(IDS[:9], row) for row in range(rows)])
+    mask = (np.arange(9) < np.array(lengths)[:, None]).astype(np.int64)
+    cache = {
+        entry.name: np.zeros((rows, entry.shape[1], 0, entry.shape[3]), np.float32)
+        for entry in runtime.get_inputs()
+        if entry.name.startswith("past")
+    }
+    (logits,) = runtime.run(["logits"], {"input_ids": ids, "attention_mask": mask, **cache})
+    for row, length in enumerate(lengths):
+        needed = torch_logits(model, ids[row, :length])
+        assert np.abs(logits[row, :length] - needed).max() < 1e-4 * np.abs(needed).max()
+
+
+@pytest.mark.parametrize("format", ["float32", "bfloat16", "q8_0", "q4_0", "q4_1"])
+def test_an_export_is_exact_on_the_weights_that_were_trained_on(checkpoint, learn, tmp_path, format):
+    """`to_onnx` compares with torch; here ONNX Runtime's own way to an adapter is taken as well."""
+    facts = checkpoint("llama", intermediate_size=80)  # no whole blocks of 32
+    learned = learn(facts, 3, version=7, scale=0.1)
+    onnx.to_onnx(learned, format, tmp_path / "out")
+    about = json.loads((tmp_path / "out" / "edge_runtime.json").read_text())
+    assert (about["version"], about["layers"], about["weights"]) == (7, [0, 1, 3], format)
+    options, adapter = onnxruntime.RunOptions(), onnxruntime.LoraAdapter()
+    adapter.Load(str(tmp_path / "out" / "adapter.onnx_adapter"))
+    options.add_active_adapter(adapter)
+    runtime = onnxruntime.InferenceSession(tmp_path / "out" / MODEL, providers=["CPUExecutionProvider"])
+    feeds = {"input_ids": IDS[None], "attention_mask": np.ones((1, len(IDS)), np.int64)}
+    feeds |= {
+        f"past_key_values.{n}.{part}": np.zeros((1, 2, 0, 16), np.float32)
+        for n in range(3)
+        for part in ("key", "value")
+    }
+    adapted, base = (runtime.run(["logits"], feeds, how)[0] for how in (options, None))
+    assert np.abs(adapted - base).max() > 0.1 * base.std()
+
+
+def test_an_adapter_may_have_any_layers_and_ranks(checkpoint, learn, tmp_path):
+    facts = checkpoint("qwen2")
+    learned = learn(facts)
+    kept = {place: factors for place, factors in learned.factors.items() if place[1] in ("q", "v", "down")}
+    kept[1, "v"] = tuple(part[:1] if side == 0 else part[:, :1] for side, part in enumerate(kept[1, "v"]))
+    onnx.to_onnx(learned._replace(factors=kept), "float32", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "the adapter is not applied",
+        "another scale",
+        "another layer",
+        "q and k change places",
+        "a weight is another",
+    ],
+)
+def test_a_difference_is_an_error_with_figures_and_the_files_are_removed(
+    checkpoint, learn, tmp_path, monkeypatch, fault
+):
+    facts = checkpoint("llama", num_key_value_heads=4)
+    learned, write = learn(facts), onnx_adapter.write
+
+    def altered(learned, file):
+        factors = dict(learned.factors)
+        if fault == "the adapter is not applied":
+            factors = {place: (A, 0 * B) for place, (A, B) in factors.items()}
+        elif fault == "another scale":
+            factors = {place: (A, 1.01 * B) for place, (A, B) in factors.items()}
+        elif fault == "another layer":
+            factors |= {(0, "o"): factors[1, "o"], (1, "o"): factors[0, "o"]}
+        elif fault == "q and k change places":
+            factors |= {(0, "q"): factors[0, "k"], (0, "k"): factors[0, "q"]}
+        else:
+            data = bytearray((file.parent / DATA).read_bytes())
+            data[2] ^= 1  # of the first token's embedding
+            (file.parent / DATA).write_bytes(data[:4096] + bytes(4096) + data[8192:])
+        write(learned._replace(factors=factors), file)
+
+    monkeypatch.setattr(onnx_adapter, "write", altered)
+    with pytest.raises(
+        InputError, match=r"differ from torch's by [\d.e+-]+ of their spread, and 0.0001 is rounding"
+    ):
+        onnx.to_onnx(learned, "float32", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_positions_that_are_another_are_seen(tiny, tmp_path):
+    """The twin of the graph's positions: a cache that begins a token later."""
+    model = tiny("llama")
+    onnx.write_base(model, (0, 1, 2, 3), tmp_path)
+    runtime, needed = session(tmp_path, 1), torch_logits(model)
+    cache = {
+        entry.name: np.zeros((1, 2, 1, 16), np.float32)
+        for entry in runtime.get_inputs()
+        if entry.name.startswith("past")
+    }
+    feeds = {"input_ids": IDS[None], "attention_mask": np.ones((1, len(IDS) + 1), np.int64), **cache}
+    (seen,) = runtime.run(["logits"], feeds)
+    assert np.abs(seen[0] - needed).max() > 1e-2 * np.abs(needed).max()
+
+
+def test_a_label_head_gives_its_logits(checkpoint, learn, tmp_path):
+    facts = checkpoint("llama")
+    H = np.random.default_rng(0).normal(size=(3, facts.hidden)).astype(np.float32)
+    learned = learn(facts)._replace(labels=("a", "b", "c"), head=H)
+    onnx.to_onnx(learned, "float32", tmp_path / "out")
+    assert onnx_adapter.inputs(learned)[onnx_adapter.HEAD].shape() == [3, facts.hidden]
+    options, adapter = onnxruntime.RunOptions(), onnxruntime.LoraAdapter()
+    adapter.Load(str(tmp_path / "out" / "adapter.onnx_adapter"))
+    options.add_active_adapter(adapter)
+    feeds = {"input_ids": IDS[None], "attention_mask": np.ones((1, len(IDS)), np.int64)}
+    feeds |= {
+        f"past_key_values.{n}.{part}": np.zeros((1, 2, 0, 16), np.float32)
+        for n in range(4)
+        for part in ("key", "value")
+    }
+    runtime = session(tmp_path / "out", 1)
+    (scores,) = runtime.run(["label_logits"], feeds, options)
+    assert scores.shape == (1, len(IDS), 3)
+    (none,) = runtime.run(["label_logits"], feeds)
+    assert none.shape == (1, len(IDS), 0)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "problem"),
+    [
+        ("llama", {"hidden_act": "tanh"}, "the activation tanh"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "attention to later tokens"),
+        ("phi", {}, "heads of 8 values"),
+        ("phi", {"num_attention_heads": 2, "num_key_value_heads": 2}, "rotary embeddings of 8 values"),
+        ("phi", {"qk_layernorm": True, **CHANGES["phi"]}, "LayerNorms of query and key"),
+    ],
+)
+def test_what_the_graph_cannot_compute_is_refused_by_name(tiny, family, changes, problem):
+    with pytest.raises(InputError, match=f"the {family} model has {problem}"):
+        onnx_model.check(tiny(family, **changes))
+
+
+def test_a_format_without_an_operator_is_refused(checkpoint, learn, tmp_path):
+    with pytest.raises(
+        InputError, match=r"is in nf4, which .* export from float32, bfloat16 or q8_0, q4_0, q4_1"
+    ):
+        onnx.to_onnx(learn(checkpoint("llama")), "nf4", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

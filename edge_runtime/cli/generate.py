@@ -60,7 +60,7 @@ def command(
         from edge_runtime.trainer import meter
 
     meter.prepare(machine := base.machine())
-    engine, language = load("torch", facts, learned, base.weights, machine.device), Language(facts)
+    engine, language = load(base.backend, facts, learned, base.weights, machine), Language(facts)
     room = min(context, facts.positions) - max_tokens
 
     def write(asked: "Asked") -> Iterator["Piece"]:

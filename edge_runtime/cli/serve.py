@@ -55,5 +55,5 @@ def command(
     def tell(event: "ServerEvent") -> None:
         click.echo(options.json_line(event) if json else f"{event.phase}: {event.text}")
 
-    model = ServedModel(facts, learned, base.weights, "torch", min(context, facts.positions), parallel)
+    model = ServedModel(facts, learned, base.weights, base.backend, min(context, facts.positions), parallel)
     serve(model, Endpoint(host, port), base.machine(), tell, attended=attended)

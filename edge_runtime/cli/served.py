@@ -15,6 +15,7 @@ from edge_runtime.settings import Weights
 if TYPE_CHECKING:
     from edge_runtime.adapters.learned import Learned
     from edge_runtime.models.facts import Facts
+    from edge_runtime.serving.backends import Backend
     from edge_runtime.trainer.job import Machine
 
 Command = Callable[..., Any]
@@ -28,6 +29,7 @@ class ServedBase(NamedTuple):
     state: Path | None
     models: Path
     weights: Weights
+    backend: "Backend"
     device: str
     threads: int
 
@@ -90,6 +92,13 @@ _OPTIONS = (
         default="bfloat16",
         show_default=True,
         help="Format of the base model's weights.",
+    ),
+    click.option(
+        "--backend",
+        type=click.Choice(["torch", "onnx"]),
+        default="torch",
+        show_default=True,
+        help="What computes; onnx, on the CPU, writes the model as a graph the first time.",
     ),
     options.device,
     click.option("--threads", default=0, help="CPU threads; default: all cores."),

@@ -84,7 +84,7 @@ def serve(
     with _bound(endpoint) as listener:
         meter.prepare(machine)
         facts = model.facts
-        engine = load(model.backend, facts, model.learned, model.weights, machine.device)
+        engine = load(model.backend, facts, model.learned, model.weights, machine)
         language = Language(facts)
         worker = Worker(engine, language, model.parallel, WAITING)
         name = facts.model_class.rpartition("@")[0]

@@ -26,8 +26,8 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge_broker import messages, topics
 from edge_broker.address import Address
-from edge_broker.endings import Endings, Errors
-from edge_broker.errors import BrokerError, Refused
+from edge_broker.endings import PACKET_TOO_LARGE, Endings, Errors
+from edge_broker.errors import BrokerError, ConnectionClosed, Refused
 from edge_broker.events import Connected, Disconnected, Event
 from edge_broker.presence import PresenceSpec
 from edge_broker.window import SLOTS, Ticket, Window, publish_size
@@ -74,6 +74,7 @@ class Connection:
         self._errors = Errors()
         self._failure: BrokerError | None = None  # why the connection broke, or did not come about
         self._greeting: Connected | None = None  # of a connection that the owner has not heard of
+        self._forgotten = False  # the broker has lost the session, and the owner has not heard of it
         self._speaking = threading.Lock()  # held while presence is published; never taken in a callback
         self._announce = False  # "online" is still to be published on this connection
         self._leaving = False  # "offline" was published: nothing may follow
@@ -173,6 +174,8 @@ class Connection:
                 self.state = State.LOST
             self._put(Disconnected(reason=str(failure)))
             self._endings.tell(failure)
+            if isinstance(failure, ConnectionClosed):
+                self.window.closed()
             # full jitter, so that a fleet does not come back in step after the broker's restart
             failures = 0 if time.monotonic() - began > _SETTLED_S else failures + 1
             first, largest = _BACKOFF_S
@@ -210,13 +213,14 @@ class Connection:
     def _between_packets(self) -> None:
         greeting, self._greeting = self._greeting, None
         # _restoring: the last connection broke before the broker answered
-        if greeting and self.filters and (self._restoring or not greeting.session_present):
+        if greeting and self.filters and (self._restoring or self._forgotten):
             filters = tuple(self.filters)
             self._restoring = {self.send_subscribe(filters): filters}
         if self._announce and self.publish_presence("online"):
             self._announce = False
         # only now: whatever the owner sends upon the greeting comes after subscriptions and presence
         if greeting:
+            self._forgotten = False
             self._endings.tell_back()
             self._put(greeting)
         if self.state is State.CLOSING:  # close() may have come while paho was still connecting
@@ -253,12 +257,13 @@ class Connection:
         line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         slots = min(SLOTS, getattr(properties, "ReceiveMaximum", SLOTS))
         packet_max = min(_PACKET_MAX, getattr(properties, "MaximumPacketSize", _PACKET_MAX))
-        self.window.reconnected(slots, packet_max, client.drop_out_messages)
+        self.window.reconnected(slots, packet_max, client)
         with self.changed:
             if self.state is State.CLOSING:
                 return
             self.state = State.CONNECTED
-            self._greeting = Connected(session_present=bool(flags.session_present), epoch=self.epoch)
+            self._forgotten |= not flags.session_present
+            self._greeting = Connected(session_present=not self._forgotten, epoch=self.epoch)
             self._announce = self.spec is not None
             self.answers.clear()  # packet numbers of the last connection mean nothing on this one
             self.changed.notify_all()
@@ -279,7 +284,8 @@ class Connection:
             self.changed.notify_all()
 
     def _on_publish(self, _client: Any, _userdata: Any, mid: int, code: ReasonCode, _: Any) -> None:
-        self.window.settle(mid, f"{self.address} said {code}" if code.is_failure else "")
+        answer = f"{self.address} said {code}" if code.is_failure else ""
+        self.window.settle(mid, answer, code.value == PACKET_TOO_LARGE)
 
     def _on_message(self, _client: Any, _userdata: Any, message: paho.MQTTMessage) -> None:
         with self.changed:

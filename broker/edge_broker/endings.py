@@ -11,6 +11,7 @@ import errno
 import logging
 import ssl
 
+from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_broker.address import Address
@@ -21,6 +22,12 @@ PACKET_TOO_LARGE = 0x95
 _PERHAPS_LATER = (0x88, 0x89, 0x97, 0x9F)
 # codes of DISCONNECT that a packet of ours may have caused: unspecified, malformed, protocol, implementation
 _PERHAPS_A_PACKET = (0x80, 0x81, 0x82, 0x83, PACKET_TOO_LARGE)
+# Mosquitto 2.0 answers a PUBLISH over its message_size_limit with a code that MQTT 5 does not have for
+# PUBACK, on which paho would close the connection. (paho 2.1 cannot be taught, and does close it.)
+ReasonCode.names = {
+    **getattr(ReasonCode, "names", {}),
+    PACKET_TOO_LARGE: {"Packet too large": [PacketTypes.CONNACK, PacketTypes.PUBACK, PacketTypes.DISCONNECT]},
+}
 _ADVICE = {
     0x84: "it does not speak MQTT 5",
     0x85: "it does not accept this client id",
@@ -31,6 +38,7 @@ _ADVICE = {
     PACKET_TOO_LARGE: "raise the broker's limit",
     0x97: "raise the broker's limit for this client",
 }
+_CLOSED = (errno.ECONNRESET, errno.EPIPE)  # a close while there was more to read or to write
 _KEEP_ALIVE_TIMEOUT, _PROTOCOL_ERROR = 0x8D, 0x82
 
 log = logging.getLogger(__name__)
@@ -93,9 +101,8 @@ class Endings:
             why = "the broker has not answered for too long"
         elif code.value == _PROTOCOL_ERROR:
             kind, why = ConnectionClosed, "the broker sent a packet that MQTT 5 does not have"
-        elif error is not None:
-            reset = getattr(error, "errno", None) in (errno.ECONNRESET, errno.EPIPE)
-            kind, why = ConnectionClosed if reset else kind, str(error)
+        elif error is not None and getattr(error, "errno", None) not in _CLOSED:
+            why = str(error)
         else:
             kind, why = ConnectionClosed, "the broker closed it without a reason; its log may say why"
         if not stood:

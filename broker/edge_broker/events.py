@@ -32,6 +32,7 @@ class Unsent(msgspec.Struct, frozen=True):
 
     topic: str
     reason: str
+    too_large: int = 0  # bytes of the packet, if the broker does not take so many; else 0
 
 
 class Own(msgspec.Struct, frozen=True):

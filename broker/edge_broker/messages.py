@@ -144,6 +144,12 @@ def describe(payload: Path, origin: Origin, chunk_bytes: int) -> Manifest:
     )
 
 
+def recut(manifest: Manifest, chunk_bytes: int) -> Manifest:
+    """The same update in other chunks, as a transfer of its own without a sequence number yet."""
+    cut = {"chunk_bytes": chunk_bytes, "chunks": -(-manifest.size // chunk_bytes)}
+    return msgspec.structs.replace(manifest, transfer=uuid.uuid4().hex, sequence=0, **cut)
+
+
 def digest_and_size(path: Path) -> tuple[str, int]:
     """SHA-256 of a file as hex, and its size in bytes.
 

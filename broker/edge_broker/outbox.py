@@ -73,6 +73,12 @@ class Outbox:
                 raise BrokerError(f"transfer {manifest.transfer} is already in the outbox") from None
         return manifest
 
+    def recut(self, manifest: Manifest, chunk_bytes: int) -> Manifest:
+        """Replace a pending update by itself in other chunks, which comes last in the sequence."""
+        with self.transaction():
+            self.settle(manifest.transfer, "rejected", "recut")
+            return self.add(messages.recut(manifest, chunk_bytes), self.payload(manifest.transfer))
+
     def pending(self, limit: int = -1) -> list[Manifest]:
         """The manifests that wait for a receipt, the oldest first."""
         rows = self._database.execute(

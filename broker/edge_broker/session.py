@@ -193,9 +193,14 @@ class Session:
         return self._connection.state is State.CONNECTED
 
     @property
+    def packet_max(self) -> int:
+        """Bytes of the largest PUBLISH that the broker takes, as announced or as found out."""
+        return self._connection.window.packet_max
+
+    @property
     def chunk_bytes(self) -> int:
-        """The largest chunk to cut: 64 KiB, or what the broker's Maximum Packet Size leaves."""
-        return max(1, min(_CHUNK_BYTES, self._connection.window.packet_max - _HEADROOM))
+        """The largest chunk to cut: 64 KiB, or what `packet_max` leaves."""
+        return max(1, min(_CHUNK_BYTES, self.packet_max - _HEADROOM))
 
     @property
     def traffic(self) -> Traffic:

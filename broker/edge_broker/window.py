@@ -3,10 +3,16 @@
 paho applies neither limit, and after a reconnect it resends everything it holds. So paho is never
 given more than this window. A slot is taken before paho gets the packet, and freed by the broker's
 PUBACK, whose reason becomes the ticket's answer.
+
+Some brokers take smaller packets than they announce. Mosquitto with message_size_limit says so in
+PUBACK; rumqttd and others close the connection, at each reconnect anew. So a packet that was the
+first without an answer when the broker closed three connections in a row is given up, and a
+packet that is too large halves the limit.
 """
 
+import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from paho.mqtt import client as paho
 from paho.mqtt.properties import Properties
@@ -15,6 +21,15 @@ from edge_broker.errors import Refused
 from edge_broker.events import Event, Room, Unsent
 
 SLOTS = 8  # brokers take 10 and more
+LEAST_PACKET = 4608  # bytes; the limit is not halved below: offers and reports need as much
+_ENDINGS = 3  # connections that a packet may end
+_OUTGROWN = "the broker came back with smaller limits"
+_RAISE_IT = (
+    "raise its limit (message_size_limit or max_packet_size in mosquitto.conf, max_payload_size of rumqttd, "
+    "mqtt.max_packet_size of EMQX)"
+)
+
+log = logging.getLogger(__name__)
 
 
 class Ticket:
@@ -24,6 +39,7 @@ class Ticket:
         self.topic, self.size = topic, size
         self.waited = waited  # a thread waits for the answer; else a refusal becomes an Unsent event
         self.answer: str | None = None  # "": the broker took it; other text: its refusal
+        self.endings = 0  # connections that the broker closed while this was the first without an answer
 
 
 class Window:
@@ -31,12 +47,13 @@ class Window:
 
     def __init__(self, changed: threading.Condition, put: Callable[[Event], None], packet_max: int) -> None:
         self.slots, self.packet_max = SLOTS, packet_max
+        self._learnt_max = packet_max  # what the broker took so far, whatever it announces
         self.used = 0
         self.bytes_up = 0
         self._changed, self._put = changed, put
         self._hungry = False  # a publish_nowait found no slot: tell the owner when there is one
         self._tickets: dict[int, Ticket] = {}
-        self._early: dict[int, str] = {}  # answers that overtook `sent`
+        self._early: dict[int, tuple[str, bool]] = {}  # answers that overtook `sent`
 
     def take(self, topic: str, size: int, limit: int | None, waited: bool) -> Ticket | None:
         """Take a slot for a packet of size bytes; None if limit (or all) slots are in use.
@@ -59,39 +76,74 @@ class Window:
             self.bytes_up += ticket.size if on_the_wire else 0
             self._tickets[mid] = ticket
             if mid in self._early:
-                self.settle(mid, self._early.pop(mid))
+                self.settle(mid, *self._early.pop(mid))
 
-    def settle(self, mid: int, answer: str) -> None:
+    def settle(self, mid: int, answer: str, too_large: bool = False) -> None:
         """Record the broker's answer to a packet; empty for success."""
         with self._changed:
             ticket = self._tickets.pop(mid, None)
             if ticket is None:
-                self._early[mid] = answer
+                self._early[mid] = (answer, too_large)
                 return
+            if too_large:
+                self._halve(ticket)
+                answer = f"{answer}; {_RAISE_IT}"
             ticket.answer = answer
             self.used -= 1
             if answer and not ticket.waited:
-                self._put(Unsent(topic=ticket.topic, reason=answer))
+                self._put(Unsent(topic=ticket.topic, reason=answer, too_large=ticket.size * too_large))
             if self._hungry:
                 self._hungry = False
                 self._put(Room())
             self._changed.notify_all()
 
-    def reconnected(
-        self, slots: int, packet_max: int, drop: Callable[[], Iterable[paho.MQTTMessage]]
-    ) -> None:
+    def closed(self) -> None:
+        """The broker closed the connection, perhaps for the first packet without an answer."""
+        with self._changed:
+            if ticket := next(iter(self._tickets.values()), None):
+                ticket.endings += 1
+
+    def reconnected(self, slots: int, packet_max: int, client: paho.Client) -> None:
         """Take the limits of a new connection, on which paho resends what is unacknowledged.
 
-        Where the resent publishes would exceed the limits, `drop` makes paho forget them.
+        Refused here is what has ended connections or exceeds the limits. paho can only forget all
+        packets at once, so the others are published again.
         """
         with self._changed:
-            self.slots, self.packet_max = slots, packet_max
-            tickets = self._tickets.values()
-            outgrown = self.used > slots or any(ticket.size > packet_max for ticket in tickets)
-        for message in drop() if outgrown else ():
-            self.settle(message.mid, "the broker came back with smaller limits")
+            self.slots, self.packet_max = slots, min(packet_max, self._learnt_max)
+            for ticket in self._tickets.values():
+                if ticket.endings >= _ENDINGS:
+                    self._halve(ticket)
+            refusals = {mid: self._refusal(ticket) for mid, ticket in self._tickets.items()}
+        resent = 0
+        if len(refusals) > slots or any(refusals.values()):
+            for message in client.drop_out_messages():
+                refusal = refusals.get(message.mid, _OUTGROWN)
+                if refusal or resent == slots:
+                    self.settle(message.mid, refusal or _OUTGROWN, too_large=bool(refusal))
+                    continue
+                resent += 1
+                properties = message.properties
+                again = client.publish(message.topic, message.payload, 1, message.retain, properties)
+                with self._changed:
+                    self._tickets[again.mid] = self._tickets.pop(message.mid)
         with self._changed:
             self.bytes_up += sum(ticket.size for ticket in self._tickets.values())
+
+    def _refusal(self, ticket: Ticket) -> str:
+        """Why a packet is not sent again, or empty."""
+        if ticket.endings >= _ENDINGS:
+            return f"a packet of {ticket.size} bytes ended {ticket.endings} connections"
+        return _OUTGROWN if ticket.size > self.packet_max else ""
+
+    def _halve(self, ticket: Ticket) -> None:
+        """The broker has not taken a packet, though its announced limit is no smaller."""
+        if LEAST_PACKET < ticket.size <= self.packet_max:
+            self._learnt_max = self.packet_max = max(ticket.size // 2, LEAST_PACKET)
+            log.warning(
+                "the broker does not take a packet of %d bytes, so packets are cut to %d; for larger ones %s",
+                *(ticket.size, self.packet_max, _RAISE_IT),
+            )
 
 
 def publish_size(topic: bytes, payload_bytes: int, properties: Properties | None) -> int:

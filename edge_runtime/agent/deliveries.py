@@ -100,7 +100,8 @@ class Deliveries:
         report = self._owed()
         if report is not None and report.round == number:
             # After the last round the node waits for the report of the end alone.
-            failed = msgspec.structs.replace(report, state="failed", result=None, cause="refused")
+            cause: Cause = "link" if settled.code == "limit" else "refused"
+            failed = msgspec.structs.replace(report, state="failed", result=None, cause=cause)
             self.owe(None if self._round.finished else failed)
 
     # --- reports

@@ -83,8 +83,9 @@ class Rounds:
         """A node has announced a round, perhaps once more."""
         last = self._round.announced
         if (self._round.node_key, last.state, last.round) == (node_key, announced.state, announced.round):
-            # the node is there again
-            if self.stage == "starved":
+            # the node is there again, perhaps with its files in smaller chunks
+            self._round.announced = announced
+            if self.stage == "starved" or (announced != last and isinstance(self.stage, stages.Fetching)):
                 self._plan()
             return
         # the fleet went on without this device

@@ -138,9 +138,12 @@ class Node:
     def _open_round(self) -> None:
         """Published -> collecting, or finishing after the last round."""
         opening.end_earlier_rounds(self._round, self._store, self._journal, self._receiver)
-        self._announcer.announce(self._round, self._store.versions(), self._texts)
+        self._announce()
         self._clock.start(self.fleet.deadline_s)
         self._say("finishing" if self._finishing else "collecting")
+
+    def _announce(self) -> None:
+        self._announcer.announce(self._round, self._store.versions(), self._texts)
 
     def _advance(self) -> bool:
         """Take the transition that is due. Returns whether another transition may be due."""
@@ -219,6 +222,8 @@ class Node:
         if complete is not None:
             self._take_update(complete)
         self._publisher.handle(item)
+        if self._publisher.outgrown:
+            self._announce()
         self._clock.handle(item)
         if isinstance(item, Message):
             try:

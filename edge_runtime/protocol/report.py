@@ -38,7 +38,7 @@ MEANINGS: dict[Cause, str] = {
     "time": "its trainer took longer than the round allows",
     "disk": "its disk stayed full",
     "trainer": "its trainer ended without a result",
-    "link": "a file that the round starts from could not be fetched",
+    "link": "a file that the round starts from, or its update, did not get through the broker",
     "refused": "the node refused its update",
     "internal": "its agent met a fault of the software",
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from edge_broker import chunks, messages, topics
 from edge_broker.errors import BadMessage, Refused
-from edge_broker.events import Event, Message
+from edge_broker.events import Event, Message, Unsent
 from edge_broker.messages import Artifact, Want
 from edge_broker.session import Session
 from edge_broker.transfer.pace import IDLE_S
@@ -48,6 +48,12 @@ class Publisher:
         self._served[digest] = (artifact, path)
         return artifact
 
+    @property
+    def outgrown(self) -> bool:
+        """Whether chunks are larger than the broker takes: serve the files again, and announce that."""
+        limit = self._session.chunk_bytes
+        return any(artifact.chunk_bytes > limit for artifact, _ in self._served.values())
+
     def withdraw(self, digest: str) -> None:
         """Stop serving a file."""
         self._served.pop(digest, None)
@@ -62,6 +68,9 @@ class Publisher:
                     self._enqueue(source.device, messages.decode(message.payload, Want))
             except BadMessage as error:
                 log.warning("ignored a message on %s: %s", message.topic, error)
+        # a larger packet than the broker takes by now was cut before, and comes again in smaller chunks
+        elif isinstance(message, Unsent) and 0 < message.too_large <= self._session.packet_max:
+            self._give_up(topics.parse(message.topic).digest, message.reason)
         self.tick()
 
     def tick(self) -> float:
@@ -79,9 +88,15 @@ class Publisher:
                     break
                 del self._queue[digest, index]
             except (OSError, Refused) as error:
-                log.error("serves %s no longer: %s", path, error)
-                self.withdraw(digest)
+                if isinstance(error, Refused) and self.outgrown:
+                    break
+                self._give_up(digest, str(error))
         return IDLE_S
+
+    def _give_up(self, digest: str, reason: str) -> None:
+        if digest in self._served:
+            log.error("serves %s no longer: %s", self._served[digest][1], reason)
+            self.withdraw(digest)
 
     def _enqueue(self, device: str, request: Want) -> None:
         if request.digest not in self._served:

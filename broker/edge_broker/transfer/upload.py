@@ -4,7 +4,8 @@
 
 Updates go one at a time, the oldest first, because a node takes a device's updates in the order of
 their sequence numbers. The outbox outlives the process. A new process offers again, and the node's
-answer says how to continue.
+answer says how to continue. Chunks that turn out too large for the broker are cut smaller, as a new
+transfer, because the node binds a transfer to its manifest.
 """
 
 import logging
@@ -97,7 +98,8 @@ class Uploader:
     def handle(self, message: Message | Event | None) -> Committed | Rejected | None:
         """Take a message of the session. Other topics are ignored, malformed messages are logged.
 
-        Returns an update's outcome, if any; an unreadable payload is Rejected as "payload".
+        Returns an update's outcome, if any; an unreadable payload is Rejected as "payload", chunks
+        that the broker does not take however small as "limit".
         """
         upload = self._current
         result: Committed | Rejected | None = None
@@ -110,6 +112,8 @@ class Uploader:
                 log.warning("ignored a message on %s: %s", message.topic, error)
         elif upload and isinstance(message, Connected) and not message.session_present:
             upload.ask_again(0.0)
+        elif upload and isinstance(message, Unsent) and message.topic == upload.topic and message.too_large:
+            result = self._recut(upload, message.reason)
         elif upload and isinstance(message, Unsent) and message.topic in (self._offer_topic, upload.topic):
             log.warning("%s: %s", message.topic, message.reason)
             upload.ask_again(_REJECTED_S)
@@ -133,7 +137,13 @@ class Uploader:
             return IDLE_S  # a Room or Connected event comes when more can be sent
         if upload.due <= now:
             offer = signing.sign(self._key, signing.OFFER, messages.encode(upload.manifest))
-            if not self._post(upload, self._offer_topic, offer, None):
+            try:
+                if not self._session.publish_nowait(self._offer_topic, offer):
+                    return IDLE_S
+            # the broker takes less than an offer: for its operator
+            except Refused as error:
+                log.error("%s", error)
+                upload.ask_again(_REJECTED_S)
                 return IDLE_S
             upload.due = now + retry_s(upload.tries)
             upload.tries += 1
@@ -188,17 +198,20 @@ class Uploader:
             except OSError as error:
                 reason = f"cannot read its payload: {error}"
                 return self._settle(Rejected(upload.manifest, "payload", reason, final=True))
-            if not self._post(upload, upload.topic, chunk, upload.window):
-                break
+            try:
+                if not self._session.publish_nowait(upload.topic, chunk, window=upload.window):
+                    break
+            except Refused as error:
+                return self._recut(upload, str(error))
             upload.queue.popleft()
             upload.due = time.monotonic() + retry_s(0)
         return None
 
-    def _post(self, upload: _Upload, topic: str, payload: bytes, window: int | None) -> bool:
-        try:
-            return self._session.publish_nowait(topic, payload, window=window)
-        # the broker's limit fell below this update's chunks: for its operator
-        except Refused as error:
-            log.error("%s", error)
-            upload.ask_again(_REJECTED_S)
-            return False
+    def _recut(self, upload: _Upload, reason: str) -> Rejected | Committed | None:
+        """The broker does not take the update's chunks: cut it smaller, or give it up."""
+        chunk_bytes = self._session.chunk_bytes
+        if chunk_bytes >= upload.manifest.chunk_bytes:
+            return self._settle(Rejected(upload.manifest, "limit", reason, final=True))
+        log.info("%s; cut to chunks of %d bytes", reason, chunk_bytes)
+        self._current = _Upload(self._outbox.recut(upload.manifest, chunk_bytes), upload.payload)
+        return None

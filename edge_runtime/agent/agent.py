@@ -68,7 +68,7 @@ def run(options: DeviceOptions, tell: Callable[[DeviceEvent], None], workers: Wo
             if isinstance(item, Message) and item.topic == topics.round(options.fleet):
                 _hear(item.payload, store, rounds)
     finally:
-        rounds.end_trainer()
+        rounds.close()
         session.close()
         store.connection.close()
 

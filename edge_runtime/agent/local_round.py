@@ -115,9 +115,16 @@ class LocalRounds:
             carried=Carried(
                 **{name: str(self._of_round(round_) / FILES[name]) for name, round_ in left.items()}
             ),
-            machine=self._machine,
+            machine=self._share(plan),
             export=str(self._export) if self._export else None,
         )
+
+    def _share(self, plan: Plan) -> Machine:
+        """The machine without what the plan leaves to a server."""
+        budget_bytes = self._machine.budget_bytes
+        if budget_bytes is not None:
+            budget_bytes -= plan.serving_bytes
+        return msgspec.structs.replace(self._machine, budget_bytes=budget_bytes)
 
     def rank_limit(self, number: int) -> int | None:
         """Highest rank of the device in a round, if the method has pruned it; None: the fleet's."""

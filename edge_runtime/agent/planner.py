@@ -50,7 +50,7 @@ class Planner:
 
     def __init__(
         self,
-        budget_bytes: int,  # peak a trainer may reach
+        budget_bytes: int,  # peak that a trainer may reach, together with a server
         find: Callable[[Request], Planned | Unplanned],  # answers a request; called in a thread
         put: Callable[[Planned | Unplanned], None],  # takes the answer there, to be handed to `take`
     ) -> None:
@@ -88,7 +88,8 @@ class Planner:
             return
         runtime = plan.terms["runtime"]
         above = plan.predicted_peak_bytes - plan.terms.get("activations", 0) - runtime
-        self._budget_bytes = min(self._budget_bytes, int(runtime + SMALLER * above))
+        trainer_bytes = int(runtime + SMALLER * above)
+        self._budget_bytes = min(self._budget_bytes, trainer_bytes + plan.serving_bytes)
 
 
 def find_plan(request: Request, options: DeviceOptions) -> Planned | Unplanned:
@@ -101,7 +102,16 @@ def find_plan(request: Request, options: DeviceOptions) -> Planned | Unplanned:
         runtime_bytes = processes.runtime_bytes()
         cause = "budget"
         fleet = _in_ranks(request.fleet, request.rank_limit)
-        fits = choose(fleet, facts, request.budget_bytes, runtime_bytes, rates, fill=request.fill).fits
+        serving = options.serve.size if options.serve is not None else None
+        fits = choose(
+            fleet,
+            facts,
+            request.budget_bytes,
+            runtime_bytes,
+            rates,
+            serving=serving,
+            fill=request.fill,
+        ).fits
         return Planned(request, fits, facts[fits.source])
     except EdgeError as error:
         return Unplanned(error, cause)

@@ -16,6 +16,7 @@ from edge_broker.transfer import Committed, Failed, Fetched, Fetcher, Rejected
 from edge_runtime.agent import stages
 from edge_runtime.agent.deliveries import Deliveries
 from edge_runtime.agent.local_round import DeviceRows, LocalRounds, read_result
+from edge_runtime.agent.newest import NewestVersion
 from edge_runtime.agent.options import DeviceEvent, DeviceOptions
 from edge_runtime.agent.planner import Planned, Planner, Request, Unplanned
 from edge_runtime.agent.store import DeviceStore
@@ -60,6 +61,7 @@ class Rounds:
         self._local = LocalRounds(state / "work", store, device_rows, machine, self._adapter)
         self._deliveries = Deliveries(session, store, options, key, self._local)
         self._fetcher = Fetcher(session, options.fleet, options.id, self._versions)
+        self._newest = NewestVersion(options, self._adapter, store, session.put)
         self._planner = Planner(options.budget_bytes, workers.find_plan, session.put)
         self._round = stages.RoundInProgress()
 
@@ -69,7 +71,12 @@ class Rounds:
 
     def tick(self) -> float:
         """Send what is due; seconds until the next call is of use."""
-        return min(self._deliveries.uploader.tick(), self._fetcher.tick())
+        return min(self._deliveries.uploader.tick(), self._fetcher.tick(), self._newest.tick())
+
+    def close(self) -> None:
+        """Stop the trainer and the server."""
+        self.end_trainer()
+        self._newest.stop()
 
     def end_trainer(self) -> None:
         """Stop the trainer, if one runs."""
@@ -130,10 +137,17 @@ class Rounds:
             elif stage == "planning":
                 # plans again if fleet or budget have changed meanwhile
                 self._plan()
-        elif isinstance(item, Progress):
-            self.say(item)
-        elif isinstance(item, Ended) and isinstance(stage, stages.Working) and item.pid == stage.trainer.pid:
-            self._ended(stage.job, item)
+        elif isinstance(item, Progress | Ended):
+            # a line of an earlier trainer may come late
+            if isinstance(stage, stages.Working) and isinstance(item, Progress):
+                self._newest.look(stage.job.plan)
+            if isinstance(item, Progress):
+                self.say(item)
+            elif isinstance(stage, stages.Working) and item.pid == stage.trainer.pid:
+                self._newest.look(stage.job.plan)
+                self._ended(stage.job, item)
+        elif (text := self._newest.handle(item)) is not None:
+            self.say("serving", text=text)
 
     # --- a round: plan, fetch, train
 

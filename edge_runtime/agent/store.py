@@ -9,6 +9,8 @@
     private      the round whose state.bin holds the factors that stay here
     residual     the round whose residual.bin the next delta starts from
     unsent       the round whose payload.bin the node refused; it is added to the next delta
+    version_seen the adapter folder as it was when its version was last served and told
+    served       the base of that version, for a server that starts before there is a plan
 
 Files are named by their round, so the folder may move.
 """

@@ -47,6 +47,20 @@ if TYPE_CHECKING:
 @options.board
 @click.option("--wait", default=120.0, show_default=True, help="Seconds to wait for the fleet's first round.")
 @click.option("--until-finished", is_flag=True, help="End when the fleet has finished.")
+@click.option(
+    "--serve",
+    "port",
+    type=click.IntRange(1, 65535),
+    help="Answer with the newest version on this port of the loopback, in a process of its own whose memory counts "
+    "towards the budget (docs/serve.md).",
+)
+@options.context
+@options.parallel
+@click.option(
+    "--on-version",
+    metavar="COMMAND",
+    help="Run a command after each new version, with the folder of what was learned as its last argument.",
+)
 @options.as_json
 def command(
     state: Path,
@@ -55,6 +69,10 @@ def command(
     board: str | None,
     budget: str | None,
     wait: float,
+    port: int | None,
+    context: int,
+    parallel: int,
+    on_version: str | None,
     json: bool,
     **values: Any,
 ) -> None:
@@ -63,7 +81,10 @@ def command(
     The device brings its data; everything else comes from the fleet's node.
     """
     from edge_runtime.agent.agent import run
-    from edge_runtime.agent.options import DeviceOptions
+    from edge_runtime.agent.hook import words
+    from edge_runtime.agent.options import DeviceOptions, ServeOptions
+    from edge_runtime.planning.predict import Serving
+    from edge_runtime.planning.processes import NOT_SERVING, installed
     from edge_runtime.state import alone
 
     # Also refuses nan, with which every comparison is false.
@@ -75,6 +96,8 @@ def command(
         if not name or not path:
             raise InputError(f"--eval is {pair!r}, but has to be NAME=FILE.jsonl")
         held_out[name] = Path(path)
+    if port is not None and not installed("starlette", "uvicorn"):
+        raise InputError(NOT_SERVING)
     profile = edge_profiles.probe()
     device_options = DeviceOptions(
         state=state.resolve(),
@@ -83,6 +106,8 @@ def command(
         evaluation=held_out,
         device=options.trainer_device(device, profile),
         wait_s=wait,
+        serve=None if port is None else ServeOptions(port, Serving(context, parallel)),
+        on_version=None if on_version is None else words(on_version),
         **values,
     )
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.cli import served
+from edge_runtime.cli import options, served
 from edge_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.command("generate")
 @served.base
-@served.context
+@options.context
 @click.option(
     "--prompt", metavar="TEXT", help="Text to go on with; default: standard input, if it is no terminal."
 )

@@ -46,6 +46,21 @@ device = click.option(
     help="Device of the trainer.",
 )
 
+context = click.option(
+    "--context",
+    type=click.IntRange(8),
+    default=2048,
+    show_default=True,
+    help="Tokens of a prompt and its answer together; less where the model has fewer positions.",
+)
+parallel = click.option(
+    "--parallel",
+    type=click.IntRange(1, 64),
+    default=2,
+    show_default=True,
+    help="Answers that are written at once; each takes memory for a whole context.",
+)
+
 
 def topic_name(_context: click.Context, option: click.Parameter, name: str) -> str:
     """A click callback that raises InputError where the name cannot be part of a topic."""

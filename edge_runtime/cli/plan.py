@@ -15,9 +15,19 @@ from edge_runtime.errors import InputError
 @click.option("--board", metavar="NAME", help="Plan for another board, such as jetson-orin-nano-8gb.")
 @options.models
 @options.device
+@click.option("--serve", is_flag=True, help="With a server beside the trainer, as `agent --serve` has it.")
+@options.context
+@options.parallel
 @options.as_json
 def command(
-    fleet: Path, budget: str | None, board: str | None, models: Path, device: str, json: bool
+    fleet: Path,
+    budget: str | None,
+    board: str | None,
+    models: Path,
+    device: str,
+    json: bool,
+    serve: bool,
+    **size: int,
 ) -> None:
     """Show which model fits, and why no larger one.
 
@@ -26,6 +36,7 @@ def command(
     from edge_runtime import methods, settings
     from edge_runtime.cli import views
     from edge_runtime.planning import processes
+    from edge_runtime.planning.predict import Serving
     from edge_runtime.planning.search import choose
 
     settings_ = settings.load(fleet)
@@ -41,7 +52,8 @@ def command(
     budget_bytes = options.budget_bytes(budget, board, profile)
     facts = processes.catalog_facts(settings_, models)
     rates = processes.rates(options.trainer_device(device, profile))
-    choice = choose(settings_, facts, budget_bytes, processes.runtime_bytes(), rates)
+    serving = Serving(**size) if serve else None
+    choice = choose(settings_, facts, budget_bytes, processes.runtime_bytes(), rates, serving=serving)
     if json:
         click.echo(options.json_line(views.plan_values(choice, budget_bytes, deadline_s)))
     else:

@@ -8,21 +8,15 @@ import click
 from edge_runtime.cli import options, served
 
 if TYPE_CHECKING:
-    from edge_runtime.serving.process import ServerEvent
+    from edge_runtime.serving.event import ServerEvent
 
 log = logging.getLogger(__name__)
 
 
 @click.command("serve")
 @served.base
-@served.context
-@click.option(
-    "--parallel",
-    type=click.IntRange(1, 64),
-    default=2,
-    show_default=True,
-    help="Answers that are written at once; each takes memory for a whole context.",
-)
+@options.context
+@options.parallel
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one."
 )
@@ -44,10 +38,15 @@ def command(
     """
     from edge_runtime.compat.lean_imports import lean_imports
 
-    facts, learned = base.open()
     with lean_imports():
         from edge_runtime.serving.app import LOOPBACK
+        from edge_runtime.serving.follow import stamp
         from edge_runtime.serving.process import Endpoint, ServedModel, serve
+
+    folder = base.folder()
+    first = stamp(folder) if folder is not None else (0, 0)
+    facts, learned = base.open()
+    context = min(context, facts.positions)
 
     if host not in LOOPBACK:
         log.warning("whoever reaches %s can use the model: the server asks for no password", host)
@@ -55,5 +54,5 @@ def command(
     def tell(event: "ServerEvent") -> None:
         click.echo(options.json_line(event) if json else f"{event.phase}: {event.text}")
 
-    model = ServedModel(facts, learned, base.weights, base.backend, min(context, facts.positions), parallel)
+    model = ServedModel(facts, learned, folder, first, base.weights, base.backend, context, parallel)
     serve(model, Endpoint(host, port), base.machine(), tell, attended=attended)

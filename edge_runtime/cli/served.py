@@ -42,7 +42,7 @@ class ServedBase(NamedTuple):
         from edge_runtime.adapters import learned
         from edge_runtime.planning import processes
 
-        folder = self._folder()
+        folder = self.folder()
         if folder is not None:
             read = learned.read(folder)
             facts = processes.prepared(self.model or read.source, self.models)
@@ -53,7 +53,8 @@ class ServedBase(NamedTuple):
             )
         return processes.prepared(self.model, self.models), None
 
-    def _folder(self) -> Path | None:
+    def folder(self) -> Path | None:
+        """Of what was learned; None: the base alone. Raises InputError as `open` does."""
         if self.adapter is not None and self.state is not None:
             raise InputError("--adapter and --state both name an adapter: give one of them")
         if self.state is None:
@@ -102,13 +103,6 @@ _OPTIONS = (
     ),
     options.device,
     click.option("--threads", default=0, help="CPU threads; default: all cores."),
-)
-context = click.option(
-    "--context",
-    type=click.IntRange(8),
-    default=2048,
-    show_default=True,
-    help="Tokens of a prompt and its answer together; less where the model has fewer positions.",
 )
 
 

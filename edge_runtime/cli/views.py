@@ -24,7 +24,7 @@ MIB = 1 << 20
 BAR = 40  # characters of a bar that stands for the budget
 PLAN_FIELDS = (  # of a plan that does not fit, in --json
     *("source", "depth", "weights", "tokens", "rank", "rows", "boundaries", "mlp_tokens", "streamed"),
-    *("kept_blocks", "predicted_peak_bytes", "step_seconds"),
+    *("kept_blocks", "predicted_peak_bytes", "serving_bytes", "step_seconds"),
 )
 
 
@@ -85,7 +85,7 @@ def plan_values(choice: Choice, budget_bytes: int, deadline_s: float | None) -> 
     def values(plan: Plan) -> dict[str, Any]:
         return {
             **{name: getattr(plan, name) for name in PLAN_FIELDS},
-            "over_budget_bytes": max(0, plan.predicted_peak_bytes - budget_bytes),
+            "over_budget_bytes": max(0, plan.needed_bytes - budget_bytes),
             "over_deadline_s": over_deadline_s(plan, deadline_s),
         }
 
@@ -104,11 +104,11 @@ def show_plan(choice: Choice, budget_bytes: int, deadline_s: float | None) -> No
     plan = choice.fits
     deadline = "" if deadline_s is None else f" of {deadline_s:g} s"
     Console().print(
-        f"{escape(plan.summary)}: [bold]{format_size(plan.predicted_peak_bytes)}[/] of a budget of "
+        f"{escape(plan.summary)}: [bold]{format_size(plan.needed_bytes)}[/] of a budget of "
         f"{format_size(budget_bytes)}, about [bold]{plan.step_seconds:.3g} s[/]{deadline} a step on this machine",
         highlight=False,
     )
-    _show_terms(plan.terms, budget_bytes)
+    _show_terms(plan.terms | ({"server": plan.serving_bytes} if plan.serving_bytes else {}), budget_bytes)
     preferred = [*choice.rejected]
     # The next better plan of the same model comes last, unless it is the smallest of its format.
     if choice.better and choice.better not in preferred:
@@ -116,7 +116,7 @@ def show_plan(choice: Choice, budget_bytes: int, deadline_s: float | None) -> No
     slow = ""
     rows = []
     for plan in preferred:
-        peak, over_s = plan.predicted_peak_bytes, over_deadline_s(plan, deadline_s)
+        peak, over_s = plan.needed_bytes, over_deadline_s(plan, deadline_s)
         excess = [format_size(peak - budget_bytes)] if peak > budget_bytes else []
         if over_s:
             excess.append(f"{over_s:.3g} s")

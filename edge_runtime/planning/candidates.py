@@ -8,7 +8,8 @@ from msgspec.structs import replace
 from edge_runtime.errors import InputError
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.families import family_of
-from edge_runtime.planning.predict import KERNEL_BYTES, Workload, predict
+from edge_runtime.planning.predict import KERNEL_BYTES, Serving, Workload, predict
+from edge_runtime.planning.serving import serving_bytes
 from edge_runtime.planning.time import Rates, step_seconds
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import PACKED, Fleet
@@ -18,7 +19,7 @@ MLP_TOKENS, FEWER_MLP_TOKENS = 1024, 256
 
 
 def candidates(
-    fleet: Fleet, facts: dict[str, Facts], runtime_bytes: int, rates: Rates
+    fleet: Fleet, facts: dict[str, Facts], runtime_bytes: int, rates: Rates, serving: Serving | None = None
 ) -> Iterator[list[Plan]]:
     """The plans of each model and weight format; both levels are in order of preference.
 
@@ -28,6 +29,7 @@ def candidates(
 
     Args:
         facts: of each source in the catalog.
+        serving: as Workload has it.
 
     Raises:
         InputError: a model does not have the depth, or all lengths are too long for it.
@@ -35,7 +37,7 @@ def candidates(
     training, adapter = fleet.training, fleet.adapter
     lengths = (training.max_tokens, *training.shorter)
     for model in fleet.catalog:
-        workload = Workload(fleet, facts[model.source], runtime_bytes)
+        workload = Workload(fleet, facts[model.source], runtime_bytes, serving)
         layers, positions = workload.facts.layers, workload.facts.positions
         depth = layers if model.depth is None else model.depth
         if not 1 <= depth <= layers:
@@ -75,7 +77,7 @@ def predicted(workload: Workload, rates: Rates, plan: Plan, lengths: int | None 
     for fault in _faults(workload, plan):
         raise InputError(fault)
     terms, seconds = predict(workload, plan, lengths), step_seconds(workload, plan, rates)
-    return replace(plan, terms=terms, step_seconds=seconds)
+    return replace(plan, terms=terms, step_seconds=seconds, serving_bytes=serving_bytes(workload, plan))
 
 
 def _faults(workload: Workload, plan: Plan) -> Iterator[str]:

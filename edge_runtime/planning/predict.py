@@ -13,6 +13,7 @@ The factors were fitted to measured peaks; `make bench-peak` prints prediction b
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from edge_runtime import methods
 from edge_runtime.adapters.shapes import adapter_shapes
@@ -71,6 +72,13 @@ KEPT_COPIES = 1.2
 NORM_ROWS = 8  # a token, where norms follow attention and MLP too
 
 
+class Serving(NamedTuple):
+    """What a server beside the trainer may be asked."""
+
+    context: int = 2048  # tokens of a prompt and its answer together
+    parallel: int = 2  # answers that are written at once
+
+
 @dataclass(frozen=True)
 class Workload:
     """What all plans of a model share: how a fleet trains the model on this device."""
@@ -78,6 +86,7 @@ class Workload:
     fleet: Fleet
     facts: Facts
     runtime_bytes: int  # measured baseline of the device
+    serving: Serving | None = None  # what a server beside the trainer may be asked; None: there is none
     _values: dict[tuple[int, int], dict[str, int]] = field(default_factory=dict, compare=False)
 
     @cached_property
@@ -124,14 +133,14 @@ def predict(workload: Workload, plan: Plan, lengths: int | None = None) -> dict[
     # These methods join the factors of a block, beside the factors themselves.
     joined = FROZEN_BYTES * (trained + frozen) // plan.depth if method.kept else 0
     kept = _kept_block(facts, plan, batch, width) + joined
-    block = _block(facts, plan, batch, width) + 2 * joined  # and their gradients
+    block = block_bytes(facts, plan, batch, width) + 2 * joined  # and their gradients
     lengths = lengths or -(-plan.tokens // LENGTH_STEP)
     of_a_length = KERNEL_BYTES + (LONG_BYTES if plan.tokens > LONG_TOKENS else 0)
     kernels = KERNEL_BYTES + of_a_length * min(lengths, CACHED_LENGTHS) + VARIED_BYTES * (lengths > 1)
     # Micro-batches that share a step add up their gradients.
     trained_bytes = TRAINED_BYTES + (SUM_BYTES if plan.rows < workload.rows_a_step else 0)
     adapter = trained_bytes * trained + FROZEN_BYTES * frozen
-    weights = _weights(facts, plan)
+    weights = weights_bytes(facts, plan)
     boundary = facts.hidden + 4 if plan.boundaries == "int8" else width * facts.hidden  # of a token
     training = {
         "weights": weights,
@@ -165,7 +174,7 @@ def loss_chunk_bytes(plan: Plan) -> int:
     return LOSS_CHUNK_BYTES // 2 if plan.streamed else LOSS_CHUNK_BYTES
 
 
-def _weights(facts: Facts, plan: Plan) -> int:
+def weights_bytes(facts: Facts, plan: Plan) -> int:
     """Bytes of the frozen parameters. Packed: and the largest matrix expanded. Streamed: of one block."""
     blocks, ends = facts.block_parameters * (1 if plan.streamed else plan.depth), facts.head_parameters
     if plan.weights not in PACKED:
@@ -185,7 +194,7 @@ def _kept_block(facts: Facts, plan: Plan, batch: int, width: int) -> int:
     return int(KEPT_COPIES * width * batch * (hidden + heads + intermediate * facts.intermediate))
 
 
-def _block(facts: Facts, plan: Plan, batch: int, width: int) -> int:
+def block_bytes(facts: Facts, plan: Plan, batch: int, width: int) -> int:
     """Bytes of a block's activations and their gradients while it runs again."""
     tile = _tile(facts, plan, batch)
     mlp = batch * HIDDEN_ROWS * facts.hidden + tile * INTERMEDIATE_ROWS * facts.intermediate

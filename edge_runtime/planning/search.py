@@ -15,14 +15,14 @@ from edge_profiles import format_size
 from edge_runtime.errors import BudgetError
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning.candidates import candidates, predicted
-from edge_runtime.planning.predict import Workload
+from edge_runtime.planning.predict import Serving, Workload
 from edge_runtime.planning.time import Rates
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import Fleet
 
 # Share of the budget that kept blocks may fill: a prediction can be wrong by a twentieth.
 FULL = 0.95
-_bytes, _seconds = attrgetter("predicted_peak_bytes"), attrgetter("step_seconds")
+_bytes, _seconds = attrgetter("needed_bytes"), attrgetter("step_seconds")
 
 
 class Choice(NamedTuple):
@@ -43,6 +43,7 @@ def choose(
     runtime_bytes: int,
     rates: Rates,
     *,
+    serving: Serving | None = None,
     fill: bool = True,
 ) -> Choice:
     """The best plan within a budget, and within the fleet's deadline for a step if it has one.
@@ -50,9 +51,11 @@ def choose(
     Args:
         fleet: its catalog is in order of preference.
         facts: of each source in the catalog.
-        budget_bytes: peak that the trainer process may reach, the runtime included.
+        budget_bytes: peak that the trainer process may reach, the runtime included; with a server
+            beside it, the peak of both.
         runtime_bytes: the measured baseline of this device.
         rates: measured on this device.
+        serving: what a server beside the trainer may be asked; None: there is none.
         fill: keep blocks whole with memory that is left over.
 
     Raises:
@@ -65,12 +68,12 @@ def choose(
     small: list[Plan] = []  # within the budget, but too slow
     previous: Plan | None = None
     deadline_s = fleet.training.step_deadline_s
-    workloads = {source: Workload(fleet, model, runtime_bytes) for source, model in facts.items()}
-    for plans in candidates(fleet, facts, runtime_bytes, rates):
+    workloads = {source: Workload(fleet, model, runtime_bytes, serving) for source, model in facts.items()}
+    for plans in candidates(fleet, facts, runtime_bytes, rates, serving):
         enumerated.extend(plans)
         too_slow: list[Plan] = []
         for plan in plans:
-            if plan.predicted_peak_bytes <= budget_bytes:
+            if plan.needed_bytes <= budget_bytes:
                 filled = _filled(workloads[plan.source], rates, plan, budget_bytes) if fill else plan
                 if over_deadline_s(filled, deadline_s) == 0:
                     same = previous and (previous.source, previous.depth) == (plan.source, plan.depth)
@@ -92,7 +95,7 @@ def _filled(workload: Workload, rates: Rates, plan: Plan, budget_bytes: int) -> 
     # from the most blocks down: the first that fits is the fastest
     for kept_blocks in range(0 if plan.streamed else plan.depth, 0, -1):
         faster = predicted(workload, rates, msgspec.structs.replace(plan, kept_blocks=kept_blocks))
-        if faster.predicted_peak_bytes <= FULL * budget_bytes:
+        if faster.needed_bytes <= FULL * budget_bytes:
             return faster
     return plan
 
@@ -111,7 +114,16 @@ def _why_none(enumerated: list[Plan], small: list[Plan], budget_bytes: int, dead
     too_slow = "" if len(in_time) == len(enumerated) else f" and makes a step within {deadline_s:g} s"
     return (
         f"a budget of {format_size(budget_bytes)} is too small for every model of the catalog; the smallest that would fit"
-        f"{too_slow} is {_named(least)}, which needs {format_size(least.predicted_peak_bytes)}"
+        f"{too_slow} is {_named(least)}, which needs {format_size(least.needed_bytes)}{_to_serve(least)}"
+    )
+
+
+def _to_serve(plan: Plan) -> str:
+    if not plan.serving_bytes:
+        return ""
+    return (
+        f": {format_size(plan.predicted_peak_bytes)} to train and {format_size(plan.serving_bytes)} to serve; a "
+        "smaller --context needs less, and so does an agent without --serve"
     )
 
 

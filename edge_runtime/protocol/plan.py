@@ -23,12 +23,18 @@ class Plan(msgspec.Struct, frozen=True):
     boundaries: Boundaries = "input"
     mlp_tokens: int | None = None  # tokens that go through an MLP at once; None: all
     streamed: bool = False  # packed matrices of the blocks stay in files
+    serving_bytes: int = 0  # predicted, of a server beside the trainer
     kept_blocks: int = 0  # last blocks that keep their activations: backward does not run them again
 
     @property
     def predicted_peak_bytes(self) -> int:
-        """The sum of the terms."""
+        """Of the trainer: the sum of the terms."""
         return sum(self.terms.values())
+
+    @property
+    def needed_bytes(self) -> int:
+        """What has to fit the budget: the trainer's peak and the server's."""
+        return self.predicted_peak_bytes + self.serving_bytes
 
     @property
     def tiled(self) -> bool:

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import EdgeError
-from edge_runtime.serving.engine import PIECE, Engine
+from edge_runtime.planning.serving import PIECE
+from edge_runtime.serving.engine import Engine
 from edge_runtime.serving.text import Language, TextStream
 
 Finish = Literal["stop", "length"]

@@ -18,8 +18,6 @@ from edge_runtime.errors import InputError
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.slices import kept_layers
 
-PIECE = 256  # most tokens of a prompt that are fed at once: it bounds memory, and the wait of other requests
-
 
 class Sequence(Protocol):
     """Tokens with their keys and values, on the adapter that was the newest when the sequence began."""
@@ -27,7 +25,7 @@ class Sequence(Protocol):
     version: int  # of the adapter; 0: the base alone
 
     def feed(self, ids: Ids[int]) -> NDArray[np.float32]:
-        """Append 1 to PIECE tokens; the logits (vocabulary,) of the token that comes next."""
+        """Append one token or more, PIECE at most; the logits (vocabulary,) of the token that comes next."""
 
 
 class Engine(Protocol):

@@ -1,35 +1,31 @@
 """The server process: one engine behind the HTTP interface, until a signal or its parent ends it.
 
-A parent, such as an agent, holds the other end of standard input. Each line is the folder of a
-newer version, which the next request is answered with; the end of the input ends the server.
+New requests take each newer version that appears in the adapter's folder (follow.py). A parent, such
+as an agent, holds the other end of standard input, and its end ends the server.
 """
 
-import logging
 import os
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
 import uvicorn
 
-from edge_runtime.adapters import learned as learned_
 from edge_runtime.adapters.learned import Learned
-from edge_runtime.errors import EdgeError, InputError
+from edge_runtime.errors import InputError
 from edge_runtime.models.facts import Facts
 from edge_runtime.serving.app import LOOPBACK, Service, app
 from edge_runtime.serving.backends import Backend, load
-from edge_runtime.serving.engine import Engine
+from edge_runtime.serving.event import ServerEvent
+from edge_runtime.serving.follow import Follower
 from edge_runtime.serving.text import Language
 from edge_runtime.serving.worker import Worker
 from edge_runtime.settings import Weights
 from edge_runtime.trainer import meter
 from edge_runtime.trainer.job import Machine
 
-log = logging.getLogger(__name__)
 WAITING = 32  # requests that may wait for their turn
 CONNECTIONS = 64  # beyond what is answered or waits: health, models, refusals
 DRAIN_S = 20  # for answers that are being written when the server is told to end
@@ -47,18 +43,12 @@ class ServedModel(NamedTuple):
 
     facts: Facts
     learned: Learned | None  # None: the base alone
+    folder: Path | None  # where newer versions appear
+    stamp: tuple[int, int]  # of the folder, before `learned` was read
     weights: Weights  # format of the base
     backend: Backend
     context: int  # tokens of a prompt and its answer together
     parallel: int  # answers that are written at once
-
-
-class ServerEvent(msgspec.Struct, frozen=True):
-    """One line of the server's `--json`."""
-
-    phase: str  # listening, version, refused
-    version: int
-    text: str
 
 
 def serve(
@@ -76,7 +66,7 @@ def serve(
         endpoint: where to listen.
         machine: threads and device.
         tell: gets every event, also from another thread.
-        attended: take newer versions from standard input.
+        attended: whether a parent holds standard input.
 
     Raises:
         InputError: the port is taken, or as the backend does for the model.
@@ -102,12 +92,13 @@ def serve(
         )
         server = uvicorn.Server(config)
         if attended:
-            follow = threading.Thread(target=_follow, args=(server, engine, facts, tell), daemon=True)
-            follow.start()
+            threading.Thread(target=_end_with_stdin, args=(server,), daemon=True).start()
         listener.listen()
         host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
         text = f"{name} at http://{host}:{listener.getsockname()[1]}/v1"
         tell(ServerEvent("listening", engine.version, text))
+        if model.folder is not None:
+            Follower(engine, facts, model.folder, model.stamp, tell)
         server.run([listener])
 
 
@@ -125,19 +116,8 @@ def _bound(endpoint: Endpoint) -> socket.socket:
     return listener
 
 
-def _follow(
-    server: uvicorn.Server, engine: Engine, facts: Facts, tell: Callable[[ServerEvent], None]
-) -> None:
-    """Take each newer version that standard input names; at its end, end the server."""
+def _end_with_stdin(server: uvicorn.Server) -> None:
+    """End the server when its parent, which holds the other end of the pipe, has ended."""
     # unbuffered: a lock of sys.stdin held here would block a normal exit
-    with os.fdopen(os.dup(sys.stdin.fileno()), "rb", buffering=0) as lines:
-        while line := lines.readline():
-            folder = Path(os.fsdecode(line.rstrip(b"\n")))
-            try:
-                engine.swap(learned_.on(learned_.read(folder), facts))
-            # the version before goes on
-            except EdgeError as error:
-                tell(ServerEvent("refused", engine.version, str(error)))
-            else:
-                tell(ServerEvent("version", engine.version, f"answers with version {engine.version}"))
+    os.read(0, 1)
     server.should_exit = True

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from edge_runtime.errors import EdgeError
+from edge_runtime.planning.serving import PIECE
 from edge_runtime.serving.answer import Question, answer, chooser
-from edge_runtime.serving.engine import PIECE
 from edge_runtime.serving.text import Language
 from edge_runtime.serving.worker import BusyError, Worker
 

@@ -1,0 +1,80 @@
+"""What an agent does with each new version on its device: a server answers with it, a hook hears of it.
+
+The trainer writes a version into the state's adapter folder. The agent looks at the folder when a
+trainer gives a sign of life, and remembers over restarts what it has seen.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from edge_runtime.agent.hook import Hook, HookEnded
+from edge_runtime.agent.options import DeviceOptions
+from edge_runtime.agent.server import ServedBase, Server, ServerEnded
+from edge_runtime.agent.store import DeviceStore
+from edge_runtime.protocol.plan import Plan
+from edge_runtime.serving.event import ServerEvent
+
+ABOUT = "edge_runtime.json"  # names the version, and is written before the folder has its name
+
+
+class _About(msgspec.Struct):
+    version: int
+
+
+class NewestVersion:
+    """Server and hook of one device; used from the agent's thread."""
+
+    def __init__(
+        self, options: DeviceOptions, folder: Path, store: DeviceStore, post: Callable[[object], None]
+    ) -> None:
+        """Start the server where an earlier agent has left a version.
+
+        Args:
+            options: whether there is a server or a hook.
+            folder: of the newest version.
+            store: remembers the version that was seen last, and its base.
+            post: takes events of both, in other threads, to be handed to `handle`.
+        """
+        self._folder, self._store = folder, store
+        self._server = Server(options, options.serve, folder, post) if options.serve else None
+        self._hook = Hook(options.on_version, folder, options.state, post) if options.on_version else None
+        if self._server is not None and folder.exists() and (base := store.get("served")):
+            self._server.start(msgspec.json.decode(base, type=ServedBase))
+
+    def look(self, plan: Plan) -> None:
+        """Serve and tell the version in the folder, if it is new. plan: of the trainer that wrote it."""
+        try:
+            status = (self._folder / ABOUT).stat()
+            content = (self._folder / ABOUT).read_bytes()
+        # the next sign of life comes soon
+        except OSError:
+            return
+        seen = f"{status.st_ino}/{status.st_mtime_ns}"
+        if seen == self._store.get("version_seen"):
+            return
+        version = msgspec.json.decode(content, type=_About).version
+        base = ServedBase(plan.source, plan.depth, plan.weights)
+        if self._server is not None:
+            self._store.set("served", msgspec.json.encode(base).decode())
+            self._server.start(base)
+        # version 0 is the base alone
+        if self._hook is not None and version > 0:
+            self._hook.run(version)
+        self._store.set("version_seen", seen)
+
+    def handle(self, item: object) -> str | None:
+        """Take in an event that was posted; what to tell of it."""
+        if isinstance(item, ServerEnded) and self._server is not None:
+            return self._server.ended(item)
+        return item.text if isinstance(item, ServerEvent | HookEnded) else None
+
+    def tick(self) -> float:
+        """Do what is due; seconds until the next call is of use."""
+        return self._server.tick() if self._server is not None else float("inf")
+
+    def stop(self) -> None:
+        """End the server; a command of the hook runs on."""
+        if self._server is not None:
+            self._server.stop()

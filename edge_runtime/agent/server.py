@@ -1,0 +1,145 @@
+"""The server process beside an agent: it answers with the newest version, and takes newer ones itself.
+
+    stopped ─> running ─> ended ─> (after a delay that doubles with each failure) running
+
+The server reads the state's adapter folder and follows it (serving/follow.py), so the agent only
+starts it, and starts it anew where a plan needs another base. No round waits for the server.
+"""
+
+import math
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from edge_runtime.agent.options import DeviceOptions, ServeOptions
+from edge_runtime.planning.processes import environment
+from edge_runtime.serving.event import ServerEvent
+
+FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 60.0
+SOUND_S = 60.0  # a server that ran for so long starts again after the first delay
+STOP_S = 25.0  # for answers that are being written, longer than the server itself waits
+
+
+class ServedBase(msgspec.Struct, frozen=True):
+    """The base that a server loads."""
+
+    source: str  # as the catalog names it
+    depth: int
+    weights: str
+
+
+class ServerEnded(msgspec.Struct, frozen=True):
+    """A server process has ended."""
+
+    pid: int
+    reason: str  # a sentence for this device's screen
+
+
+class Server:
+    """Keeps a server process running; used from the agent's thread."""
+
+    def __init__(
+        self,
+        options: DeviceOptions,
+        serve: ServeOptions,
+        folder: Path,
+        post: Callable[[ServerEvent | ServerEnded], None],
+    ) -> None:
+        """Nothing runs yet.
+
+        Args:
+            options: of the agent.
+            serve: where the server listens, and how much it may hold.
+            folder: of the newest version.
+            post: takes the server's events, in another thread.
+        """
+        self._options, self._serve, self._folder, self._post = options, serve, folder, post
+        self._base: ServedBase | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = self._due = 0.0
+        self._delay_s, self._replaced = FIRST_DELAY_S / 2, False
+
+    def start(self, base: ServedBase) -> None:
+        """Answer with this base from now on; the folder holds a version for it."""
+        if base == self._base:
+            return
+        self._base = base
+        if self._process is None:
+            self._run()
+        else:  # the next one starts when this one has answered what it was asked
+            self._process.terminate()
+            self._replaced = True
+
+    def tick(self) -> float:
+        """Start an ended server again if that is due; seconds until the next call is of use."""
+        if self._base is None or self._process is not None:
+            return math.inf
+        if self._due <= time.monotonic():
+            self._run()
+            return math.inf
+        return self._due - time.monotonic()
+
+    def ended(self, event: ServerEnded) -> str | None:
+        """Take in the end of a process; what to tell of it, or None if it was to end."""
+        if self._process is None or self._process.pid != event.pid:
+            return None
+        self._process = None
+        if self._replaced:
+            self._due, self._replaced = 0.0, False
+            return "the server starts again with another base"
+        sound = time.monotonic() - self._started > SOUND_S
+        self._delay_s = FIRST_DELAY_S if sound else min(2 * self._delay_s, LONGEST_DELAY_S)
+        self._due = time.monotonic() + self._delay_s
+        return f"{event.reason}; it starts again in {self._delay_s:g} s"
+
+    def stop(self) -> None:
+        """End the process, if one runs, and wait for its end."""
+        process, self._process, self._base = self._process, None, None
+        if process is None:
+            return
+        process.terminate()
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def _run(self) -> None:
+        assert self._base is not None
+        options, serve = self._options, self._serve
+        command = [sys.executable, "-m", "edge_runtime.cli", "serve", "--attended", "--json"]
+        command += ["--model", self._base.source, "--models", str(options.models)]
+        command += ["--adapter", str(self._folder), "--weights", self._base.weights]
+        command += ["--device", options.device, "--threads", str(options.threads)]
+        command += ["--port", str(serve.port), "--context", str(serve.size.context)]
+        command += ["--parallel", str(serve.size.parallel)]
+        errors = options.state / "server.log"
+        with errors.open("wb") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment()
+            )
+        self._started = time.monotonic()
+        arguments = (self._process, errors, self._post)
+        threading.Thread(target=_read, args=arguments, name="server", daemon=True).start()
+
+
+def _read(
+    process: subprocess.Popen[bytes], errors: Path, post: Callable[[ServerEvent | ServerEnded], None]
+) -> None:
+    """Post each line of a server, and its end."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        try:
+            post(msgspec.json.decode(line, type=ServerEvent))
+        # a library printed the line
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            continue
+    code = process.wait()
+    lines = errors.read_text(errors="replace").strip().splitlines() if errors.exists() else []
+    words = f": {lines[-1]}" if lines else ""
+    post(ServerEnded(process.pid, f"the server ended with exit code {code}{words}"))

@@ -1,0 +1,74 @@
+"""Takes each newer version that appears in an adapter's folder into a running engine.
+
+The folder is replaced as a whole (adapters/learned.py); the file that names its version is looked
+at a few times a second. Nobody has to tell the server, and nothing is lost when either process is
+killed.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from edge_runtime.adapters import learned
+from edge_runtime.errors import EdgeError
+from edge_runtime.models.facts import Facts
+from edge_runtime.serving.engine import Engine
+from edge_runtime.serving.event import ServerEvent
+
+LOOK_S = 0.2  # between two looks
+PATIENCE = 25  # looks at a folder that cannot be read before it is told: it may be half replaced
+
+
+def stamp(folder: Path) -> tuple[int, int]:
+    """Differs whenever the folder was replaced; zeros while there is none."""
+    try:
+        status = (folder / learned.ABOUT).stat()
+    except OSError:
+        return 0, 0
+    return status.st_ino, status.st_mtime_ns
+
+
+class Follower:
+    """A thread that swaps versions for as long as the process lives."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        facts: Facts,
+        folder: Path,
+        first: tuple[int, int],
+        tell: Callable[[ServerEvent], None],
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            engine: answers with a version already.
+            facts: of its base.
+            folder: where newer versions appear.
+            first: the folder's stamp before that version was read.
+            tell: gets an event for each newer version, in this thread.
+        """
+        self._engine, self._facts, self._folder, self._tell = engine, facts, folder, tell
+        self._seen, self._failures = first, 0
+        threading.Thread(target=self._run, name="follow", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(LOOK_S)
+            seen = stamp(self._folder)
+            if seen not in (self._seen, (0, 0)):
+                self._take(seen)
+
+    def _take(self, seen: tuple[int, int]) -> None:
+        try:
+            self._engine.swap(learned.on(learned.read(self._folder), self._facts))
+        except EdgeError as error:
+            self._failures += 1
+            if self._failures < PATIENCE:
+                return
+            self._tell(ServerEvent("refused", self._engine.version, str(error)))
+        else:
+            version = self._engine.version
+            self._tell(ServerEvent("version", version, f"new requests take version {version}"))
+        self._seen, self._failures = seen, 0

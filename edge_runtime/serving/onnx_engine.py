@@ -21,7 +21,8 @@ from edge_runtime.adapters.learned import Learned
 from edge_runtime.errors import InputError
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning import processes
-from edge_runtime.serving.engine import PIECE, depth_of
+from edge_runtime.planning.serving import PIECE
+from edge_runtime.serving.engine import depth_of
 from edge_runtime.settings import Weights
 from edge_runtime.state import once
 

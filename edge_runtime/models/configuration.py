@@ -12,19 +12,27 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import InputError
+from edge_runtime.models.checkpoint import WHOLE
 
+# private fields, places of tokens, lengths that a model was trained with, how a model is run
+PATTERNS = re.compile(r"^_|token_(id|index)s?$|(max|seq).*_len(gth)?$|^is_.+_config$|cache|flash|version")
+# how a model is run and what it returns, and what the prepared copy needs no more
+RUN = {
+    "_attn_implementation": None,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict": True,
+}
+DONE = ("auto_map", "quantization_config")
 # read by transformers' models without being fields of their configurations
-READ = {"head_dim", "partial_rotary_factor", "text_config"}
+READ = {"head_dim", "partial_rotary_factor", "sliding_window_pattern", "text_config"}
 WITHOUT_EFFECT = {
-    *("auto_map", "quantization_config"),  # seen to elsewhere
+    *DONE,
     *("task_specific_params", "is_decoder", "add_cross_attention", "torchscript", "predict_special_tokens"),
     *("output_past", "unsloth_fixed", "transformers.js_config"),
-    # lengths that the model was trained with, which do not bound it
-    *("max_sequence_length", "seq_length", "n_ctx", "n_positions", "sliding_window_size"),
-    "rotary_dim",  # partial_rotary_factor says the same
+    *("n_ctx", "n_positions", "sliding_window_size", "rotary_dim"),  # other fields say the same
     "dual_chunk_attention_config",  # of another runtime, for sequences beyond max_position_embeddings
 }
-PATTERNS = re.compile(r"^_|token_(id|index)s?$|^is_.+_config$|cache|flash|version")
 OFF: tuple[Any, ...] = (None, 0, 1, [], {})  # False is 0; 1 is the neutral factor
 
 
@@ -40,8 +48,9 @@ def text_part(folder: Path, config: Any) -> Any:
     if config.get_text_config() is not config:
         check(folder, text, stated.get("text_config") or {})
         text.tie_word_embeddings = config.tie_word_embeddings
-    # the prepared copy needs neither their code nor their scales
-    for key in ("auto_map", "quantization_config"):
+    for key, value in RUN.items():
+        setattr(text, key, value)
+    for key in DONE:
         if hasattr(text, key):
             delattr(text, key)
     return text
@@ -65,10 +74,15 @@ def check(folder: Path, config: Any, stated: dict[str, Any]) -> None:
         # transformers has taken in an older name for a field of another
         if key in known or key not in vars(config):
             continue
+        if key in READ | WITHOUT_EFFECT or PATTERNS.search(key):
+            continue
+        if key == "transformers_weights":
+            raise InputError(
+                f"config.json in {folder} names the file of the weights (transformers_weights), which is not read: "
+                f"name the file {WHOLE}, and remove the key"
+            )
         if isinstance(value, str):
             delattr(config, key)
-        elif key in READ | WITHOUT_EFFECT or PATTERNS.search(key):
-            continue
         elif value is True or value not in OFF:
             raise InputError(
                 f"config.json in {folder} sets {key} to {_short(value)}, which transformers' {config.model_type} "

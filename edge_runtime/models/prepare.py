@@ -156,7 +156,6 @@ def digest(files: list[Path], cache: Path) -> str:
 @lean_imports()
 def _write(path: Path, folder: Path, model_class: str, random_weights: bool) -> None:
     """Write configuration, tokenizer, facts and the index of a GGUF file to a new folder."""
-    from edge_runtime.compat.empty_model import empty_model
     from edge_runtime.models import configuration, gguf_config, gguf_file, gguf_tokenizer, headers, structure
 
     contents = gguf_header.read(path) if path.is_file() else None
@@ -171,7 +170,7 @@ def _write(path: Path, folder: Path, model_class: str, random_weights: bool) -> 
     folder.mkdir()
     tokenizer.save_pretrained(folder)
     del tokenizer  # a large vocabulary takes more memory than all that follows
-    model = empty_model(config)
+    model = _model(path, config)
     blocks = structure.blocks(model)
     if not blocks:
         raise InputError(
@@ -194,6 +193,22 @@ def _write(path: Path, folder: Path, model_class: str, random_weights: bool) -> 
     (folder / "facts.json").write_bytes(msgspec.json.encode(facts))
 
 
+def _model(path: Path, config: Any) -> Any:
+    """The model of a configuration without memory, after a check that our operators fit it."""
+    from edge_kernels import apply
+
+    from edge_runtime.compat.empty_model import empty_model
+    from edge_runtime.models import structure
+
+    try:
+        model = empty_model(config).requires_grad_(False)
+        apply(model, structure.modules(model))
+    # transformers raises many kinds for a configuration that contradicts itself
+    except Exception as error:
+        raise InputError(f"the model at {path} cannot be made: {_reason(error)}") from error
+    return model
+
+
 def _read(path: Path, random_weights: bool) -> tuple[Any, Any]:
     """Configuration and tokenizer of a folder, as transformers reads them."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
@@ -205,7 +220,7 @@ def _read(path: Path, random_weights: bool) -> tuple[Any, Any]:
         )
     # transformers raises many kinds here; each means the same to the user
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = _reason(error)
         if "trust_remote_code" in reason:
             reason = (
                 "it brings code of its own (auto_map), and Edge Runtime runs no code that comes with a model; use "
@@ -218,6 +233,10 @@ def _read(path: Path, random_weights: bool) -> tuple[Any, Any]:
         )
     family_of(config.model_type)
     return config, tokenizer
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _words() -> Any:

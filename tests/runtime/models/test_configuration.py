@@ -66,12 +66,100 @@ def test_keys_without_effect_are_passed_over(with_keys, keys):
     assert with_keys(**keys).model_type == "llama"
 
 
+PUBLISHED = {  # keys of config.json on the hub, without those that every configuration has
+    "gpt2": {
+        "n_ctx": 1024,
+        "n_positions": 1024,
+        "summary_use_proj": True,
+        "task_specific_params": {"x": {"y": 1}},
+    },
+    "gemma3_text": {
+        "attn_logit_softcapping": None,
+        "cache_implementation": "hybrid",
+        "rope_local_base_freq": 10000,
+        "rope_theta": 1000000,
+        "rope_scaling": None,
+        "sliding_window_pattern": 6,
+        "_sliding_window_pattern": 6,
+        "use_bidirectional_attention": False,
+        "query_pre_attn_scalar": 256,
+    },
+    "gemma2": {
+        "hidden_act": "gelu_pytorch_tanh",
+        "cache_implementation": "hybrid",
+        "sliding_window_size": 4096,
+    },
+    "gemma": {"hidden_activation": None, "rope_theta": 10000.0, "hidden_act": "gelu"},
+    "llama": {
+        "pretraining_tp": 1,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "factor": 32.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "max_sequence_length": 2048,
+    },
+    "mistral": {"sliding_window": None, "rope_theta": 1000000.0, "head_dim": 128},
+    "phi": {"partial_rotary_factor": 0.4, "qk_layernorm": False, "rope_scaling": None, "rope_theta": 10000.0},
+    "phi3": {
+        "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+        "attention_bias": False,
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
+        "lm_head_bias": False,
+        "mlp_bias": False,
+        "embd_pdrop": 0.0,
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 4096,
+    },
+    "qwen2": {
+        "max_window_layers": 21,
+        "use_mrope": False,
+        "use_sliding_window": False,
+        "dual_chunk_attention_config": {"chunk_size": 262144},
+        "head_dim": 16,
+    },
+    "qwen3": {"max_window_layers": 28, "use_sliding_window": False, "rope_theta": 1000000, "head_dim": 128},
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_the_keys_of_published_checkpoints_are_passed(family, tmp_path):
+    stated = {
+        "model_type": family,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.50.0",
+        **PUBLISHED[family],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    text = configuration.text_part(tmp_path, AutoConfig.from_pretrained(tmp_path))
+    assert text.model_type == family and not hasattr(text, "auto_map")
+
+
 @pytest.mark.parametrize("keys", [{"is_causal": False}, {"use_bidirectional_attention": True}])
 def test_a_model_whose_tokens_see_later_ones_is_refused(with_keys, keys):
     with pytest.raises(
         InputError, match=r"lets each token see those after it|sets use_bidirectional_attention"
     ):
         with_keys(**keys)
+
+
+def test_how_a_model_was_run_is_not_how_it_is_run(with_keys):
+    run = {
+        "attn_implementation": "flash_attention_2",
+        "_attn_implementation_internal": "eager",
+        "return_dict": False,
+    }
+    text = with_keys(**run, output_hidden_states=True)
+    assert text._attn_implementation is None and text.return_dict and not text.output_hidden_states
+
+
+def test_another_file_of_weights_is_refused(with_keys):
+    with pytest.raises(InputError, match=r"\(transformers_weights\), which is not read"):
+        with_keys(transformers_weights="other.safetensors")
 
 
 def test_a_name_that_the_model_does_not_read_does_not_reach_the_operators(with_keys):

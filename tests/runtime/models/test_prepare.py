@@ -137,6 +137,20 @@ def test_a_folder_that_is_no_model_is_refused(copied, tmp_path, spoil, message):
         prepare(str(copied), tmp_path, tmp_path / "cache")
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"hidden_act": "relu"}, "cannot be made: .* has the activation relu, which is not known"),
+        ({"rope_scaling": {"type": "nosuch", "factor": 2.0}}, "cannot be made: 'nosuch'"),
+    ],
+)
+def test_a_configuration_that_no_model_can_be_made_of_is_refused(copied, tmp_path, keys, message):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, **keys}))
+    with pytest.raises(InputError, match=message):
+        prepare(str(copied), tmp_path, tmp_path / "cache")
+
+
 def test_an_unknown_kind_of_model_is_named(copied, tmp_path):
     (copied / "config.json").write_text('{"model_type": "nosuch"}')
     with pytest.raises(InputError, match=r"the model at .*copied cannot be read: .*`nosuch`"):

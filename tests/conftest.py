@@ -18,6 +18,7 @@ LONG = (  # each is the beginning of a test's name
     "test_devices_of_unequal_ranks_learn_together[hetlora]",
     "test_each_budget_gets_the_first_plan_in_that_order_that_fits[of1]",
     "test_each_deadline_gets_the_first_plan_that_fits_and_is_in_time[of1]",
+    "test_every_variant_is_exact_or_refused_as_the_page_has_it[long",
     "test_steps_on_packed_weights_follow_pefts_on_the_same_weights_expanded[30-60]",
     "test_steps_on_the_real_model_follow_the_same_loss[30-60]",
     "test_the_prediction_is_near_the_trainers_peak[10-q4_1-8-0]",

@@ -69,9 +69,9 @@ def index(contents: Contents, shapes: dict[str, Shape], config: Any) -> dict[str
         heads = interleaved.get(inner.split(".")[-2], 0)
         tensors[name] = Tensor(place.first, place.kind, place.shape, heads, added, place.shard)
     if unknown := sorted(left.keys() - {*family.gguf_keys.divisors}):
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise InputError(
-            f"{path} has {len(unknown)} tensors that a {config.model_type} has no place for, the first is "
-            f"{unknown[0]}: the model would be another one without them"
+            f"{path} has tensors that such a model has no place for: {', '.join(unknown[:3])}{more}"
         )
     return tensors
 

@@ -53,9 +53,7 @@ def _scaling(keys: Unread, row: Family, context: int) -> dict[str, Any]:
     kind = keys.take("rope.scaling.type", "linear")  # a factor without a type is linear
     known = ["none", "linear", "yarn", *(["longrope"] if FACTORS[0] in divisors else [])]
     if kind not in known:
-        keys.refuse(
-            "rope.scaling.type", kind, f"with the tensors of such a file, known are {', '.join(known)}"
-        )
+        keys.refuse("rope.scaling.type", kind, f"known for the tensors of this file are {', '.join(known)}")
     factor = keys.take("rope.scaling.factor", 0.0) or keys.left.get("rope.scale_linear", 0.0)
     keys.left.pop("rope.scale_linear", None)  # the key's name in older files
     factor = 1.0 if kind == "none" else factor or 1.0

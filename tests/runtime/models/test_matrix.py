@@ -11,7 +11,10 @@ from edge_runtime.models.families import FAMILIES
 
 
 @pytest.mark.parametrize("family", CASES)
-def test_every_variant_is_exact_or_refused_as_the_page_has_it(family):
+@pytest.mark.parametrize("kinds", [["Q4_K"], [*models.FORMATS["GGUF"]]], ids=["short", "long"])
+def test_every_variant_is_exact_or_refused_as_the_page_has_it(kinds, family, monkeypatch):
+    formats = {kind: models.FORMATS["GGUF"][kind] for kind in kinds}
+    monkeypatch.setitem(models.FORMATS, "GGUF", formats)
     row = models.markdown([family]).splitlines()[2]
     assert "wrong" not in row
     page = models.PAGE.read_text(encoding="utf-8").splitlines()
@@ -36,5 +39,5 @@ def test_the_table_sees_a_model_that_is_another(tmp_path, monkeypatch):
         model.lm_head.weight[5, 5] += 0.01
         return model
 
-    monkeypatch.setitem(models.FORMATS, "other", models.Format(models.save_folder, other))
-    assert models.outcome("llama", "untied", "other", tmp_path).startswith("wrong by 0.0")
+    monkeypatch.setitem(models.FORMATS, "other", {"": models.Format(models.save_folder, other)})
+    assert models.outcome("llama", "untied", "other", tmp_path).startswith("wrong: 0.0")

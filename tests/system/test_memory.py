@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 from fleet import Command, Fleet
 
+from edge_runtime.trainer import data
+
 MIB = 1 << 20
 
 
-def resident_bytes(command: Command) -> int:
+def resident_bytes(command: Command, field: str = "VmRSS") -> int:
     for line in Path(f"/proc/{command.process.pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise AssertionError("no VmRSS")
+    raise AssertionError(f"no {field}")
 
 
 def mapped(command: Command) -> str:
@@ -29,6 +31,18 @@ def test_an_idle_agent_takes_at_most_45_mib_and_no_torch(
     record_property("resident MiB", round(resident_bytes(agent) / MIB, 1))
     assert resident_bytes(agent) <= 45 * MIB
     assert "torch" not in mapped(agent) and "numpy" not in mapped(agent)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_an_agent_takes_no_more_with_many_rows_and_has_not_taken_more_while_it_checked_them(
+    fleet: Fleet, record_property: Callable[[str, object], None]
+) -> None:
+    rows = ({"text": f"row {number} " + "of a device with many rows " * 6} for number in range(100_000))
+    data.write_rows(fleet.rows, rows)
+    agent = fleet.agent("a")
+    agent.phase("connected")
+    record_property("MiB at most", round(resident_bytes(agent, "VmHWM") / MIB, 1))
+    assert resident_bytes(agent, "VmHWM") <= 45 * MIB
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")

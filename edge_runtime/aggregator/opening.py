@@ -1,6 +1,7 @@
 """Before a round opens: public texts, settings that may not change, remains of earlier rounds."""
 
 import hashlib
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -24,15 +25,16 @@ def public_texts(fleet: Fleet) -> list[data.Row]:
     if fleet.codistill is None:
         return []
     spec, headed = fleet.codistill, fleet.head is not None  # a head classifies texts, not messages
-    questions = [_question(row) for row in data.read_rows(Path(spec.anchors))]
-    usable = [row for row in questions if row.get("text", "").strip() or ("messages" in row and not headed)]
-    if len(usable) < spec.texts:
+    questions = map(_question, data.stream(Path(spec.anchors)))
+    usable = (row for row in questions if row.get("text", "").strip() or ("messages" in row and not headed))
+    texts = list(islice(usable, spec.texts))
+    if len(texts) < spec.texts:
         needed = "a text or a prompt" if headed else "a text, a prompt or messages"
         raise InputError(
-            f"[codistill] texts is {spec.texts}, but {spec.anchors} has {len(usable)} rows with {needed}: lower it, or "
+            f"[codistill] texts is {spec.texts}, but {spec.anchors} has {len(texts)} rows with {needed}: lower it, or "
             "add rows"
         )
-    return usable[: spec.texts]
+    return texts
 
 
 def _question(row: data.Row) -> data.Row:

@@ -122,7 +122,7 @@ class Tokenization(NamedTuple):
             )
         encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
         ids, offsets = encoded.input_ids, encoded.offset_mapping
-        if special and ids and ids[-1] == self.tokenizer.eos_token_id and offsets[-1] == (0, 0):
+        if special and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id and offsets[-1] == (0, 0):
             ids, offsets = ids[:-1], offsets[:-1]
         return self._checked(ids), offsets
 

@@ -84,7 +84,10 @@ def read(path: Path) -> Credentials:
             mode = os.fstat(file.fileno()).st_mode
             content = file.read()
     except OSError as error:
-        raise BrokerError(f"cannot read the credentials file {path}: {error.strerror}") from None
+        raise BrokerError(
+            f"cannot read the credentials file {path}: {error.strerror}; give the path of a file of this user, or "
+            f"set {USER} and {PASSWORD} instead"
+        ) from None
     if os.name == "posix" and mode & 0o077:
         raise BrokerError(
             f"the credentials file {path} is open to other users (mode {mode & 0o777:03o}): run `chmod 600 {path}`"

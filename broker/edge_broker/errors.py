@@ -17,6 +17,10 @@ class Refused(BrokerError):
     """The broker refused (credentials, rights, limits); the same try will be refused again."""
 
 
+class BadFile(BrokerError):
+    """A file of this machine, such as a key, cannot be used."""
+
+
 class BadMessage(BrokerError):
     """A received message is malformed, unsigned, or signed by the wrong key."""
 

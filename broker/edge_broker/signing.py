@@ -18,7 +18,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from edge_broker import messages
-from edge_broker.errors import BadMessage, BrokerError, WrongKey
+from edge_broker.errors import BadFile, BadMessage, WrongKey
 
 OFFER = "edge/1/offer"  # the domain of manifests
 
@@ -37,7 +37,7 @@ def load_or_create_key(path: Path) -> Ed25519PrivateKey:
     Two processes that create it at once end up with the same key.
 
     Raises:
-        BrokerError: the file holds something else, or cannot be read or written.
+        BadFile: the file holds something else, or cannot be read or written.
     """
     try:
         if not path.exists():
@@ -45,8 +45,9 @@ def load_or_create_key(path: Path) -> Ed25519PrivateKey:
         raw = bytes.fromhex(path.read_text("ascii").strip())
         return Ed25519PrivateKey.from_private_bytes(raw)
     except (OSError, ValueError) as error:
-        raise BrokerError(
-            f"cannot use {path} as a signing key: {error}; it needs 64 characters of hex"
+        raise BadFile(
+            f"cannot use {path} as a signing key: {error}; it has to be this user's, and 64 characters of hex; put "
+            f"a backup of {path.parent} back, or start anew with another folder, as another device or node"
         ) from error
 
 

@@ -53,7 +53,7 @@ for module in COMMANDS:
 
 def main() -> None:
     """Run the command line. An error becomes one sentence on stderr and an exit code."""
-    from edge_broker.errors import BrokerError
+    from edge_broker.errors import BadFile, BrokerError
     from edge_profiles import ProfileError
 
     _open_streams()
@@ -67,6 +67,8 @@ def main() -> None:
     except EdgeError as error:
         _fail(str(error), error.exit_code)
     except ProfileError as error:
+        _fail(str(error), InputError.exit_code)
+    except BadFile as error:
         _fail(str(error), InputError.exit_code)
     except BrokerError as error:
         _fail(str(error), UnreachableError.exit_code)

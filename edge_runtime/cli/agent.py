@@ -42,7 +42,12 @@ if TYPE_CHECKING:
     help="Held-out rows, such as own=rows.jsonl; may be given more than once; default: a tenth of the data.",
 )
 @options.models
-@click.option("--threads", default=0, help="CPU threads of the trainer; default: all cores.")
+@click.option(
+    "--threads",
+    type=click.IntRange(0),
+    default=0,
+    help="CPU threads of the trainer; default: 0, which is all cores.",
+)
 @options.device
 @options.board
 @click.option("--wait", default=120.0, show_default=True, help="Seconds to wait for the fleet's first round.")

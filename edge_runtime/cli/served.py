@@ -102,7 +102,9 @@ _OPTIONS = (
         help="What computes; onnx, on the CPU, writes the model as a graph the first time.",
     ),
     options.device,
-    click.option("--threads", default=0, help="CPU threads; default: all cores."),
+    click.option(
+        "--threads", type=click.IntRange(0), default=0, help="CPU threads; default: 0, which is all cores."
+    ),
 )
 
 

@@ -114,7 +114,8 @@ def _download(source: str, models: Path) -> Path:
         reason = " ".join(str(error).split()).rstrip(".")  # the hub's reasons go over several lines
         raise InputError(
             f"there is no model at {source}, nor in {models}, and it cannot be fetched from the hub either: "
-            f"{reason}; copy it there instead"
+            f"{reason}; copy the model to this device, or check its id and the network, and set HF_TOKEN if the hub "
+            "asks who you are"
         ) from error
 
 

@@ -108,13 +108,14 @@ def _why_none(enumerated: list[Plan], small: list[Plan], budget_bytes: int, dead
         within = f" in a budget of {format_size(budget_bytes)}" if small else ""
         return (
             f"no model of the catalog makes a step within {deadline_s:g} s{within}; the fastest would be {_named(fastest)}, "
-            f"which takes {fastest.step_seconds:.3g} s"
+            f"which takes {fastest.step_seconds:.3g} s; raise [training] step_deadline_s, or add a smaller model"
         )
     least = min(in_time, key=_bytes)
     too_slow = "" if len(in_time) == len(enumerated) else f" and makes a step within {deadline_s:g} s"
     return (
         f"a budget of {format_size(budget_bytes)} is too small for every model of the catalog; the smallest that would fit"
-        f"{too_slow} is {_named(least)}, which needs {format_size(least.needed_bytes)}{_to_serve(least)}"
+        f"{too_slow} is {_named(least)}, which needs {format_size(least.needed_bytes)}{_to_serve(least)}; "
+        "raise --budget, or add a smaller model or a lower rank to the fleet file"
     )
 
 

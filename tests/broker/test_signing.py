@@ -4,7 +4,7 @@ import threading
 
 import pytest
 from edge_broker import signing
-from edge_broker.errors import BadMessage, BrokerError
+from edge_broker.errors import BadFile, BadMessage
 
 BODY = '{"round":3,"name":"Grüße"}'.encode()
 
@@ -73,5 +73,7 @@ def test_two_that_create_it_at_once_get_the_same_key(tmp_path):
 
 def test_a_file_that_is_no_key_is_refused(tmp_path):
     (tmp_path / "key").write_text("hello")
-    with pytest.raises(BrokerError, match=r"cannot use .*key as a signing key"):
+    with pytest.raises(
+        BadFile, match=r"cannot use .*key as a signing key: .*; put a backup of .* back, or start anew"
+    ):
         signing.load_or_create_key(tmp_path / "key")

@@ -161,6 +161,22 @@ def test_an_address_or_a_name_is_refused_before_a_state_is_made(
     assert not (tmp_path / "state").exists()
 
 
+def test_a_damaged_key_says_how_to_go_on(fleet: Fleet) -> None:
+    fleet.write()
+    fleet.broker = type("Nowhere", (), {"url": NOBODY})()  # type: ignore[assignment]
+    (fleet.folder / "node").mkdir()
+    (fleet.folder / "node" / "node.key").write_text("no hex\n")
+    assert_one_sentence(
+        fleet.node(), 2, "node.key as a signing key", "64 characters of hex", "put a backup of"
+    )
+
+
+def test_a_negative_number_of_threads_is_refused(fleet: Fleet) -> None:
+    agent = fleet.agent("a", "--threads", "-5")
+    assert agent.end() == 2
+    assert "-5 is not in the range x>=0" in agent.error()
+
+
 def test_ctrl_c_has_a_code_of_its_own(fleet: Fleet) -> None:
     fleet.write()
     node = fleet.node()

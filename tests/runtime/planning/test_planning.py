@@ -237,10 +237,11 @@ def test_where_no_step_is_in_time_the_fastest_is_told():
         choose(limited, FACTS, 1 << 40, RUNTIME, RATES)
     within = f"no model of the catalog makes a step within {limited.training.step_deadline_s:g} s"
     takes = f"; the fastest would be {name}, which takes {fastest.step_seconds:.3g} s"
-    assert str(refused.value) == f"{within} in a budget of 1 TiB{takes}"
+    then = "; raise [training] step_deadline_s, or add a smaller model"
+    assert str(refused.value) == f"{within} in a budget of 1 TiB{takes}{then}"
     with pytest.raises(BudgetError) as refused:
         choose(limited, FACTS, 1, RUNTIME, RATES)
-    assert str(refused.value) == within + takes
+    assert str(refused.value) == within + takes + then
     assert choose(in_time(of, fastest), FACTS, 1 << 40, RUNTIME, RATES).fits == fastest
 
 
@@ -253,7 +254,7 @@ def test_a_budget_that_is_too_small_is_told_the_smallest_that_is_in_time_as_well
     with pytest.raises(BudgetError) as refused:
         choose(in_time(of, quick), FACTS, least.predicted_peak_bytes - 1, RUNTIME, RATES)
     assert "the smallest that would fit and makes a step within" in str(refused.value)
-    assert str(refused.value).endswith(f"which needs {format_size(quick.predicted_peak_bytes)}")
+    assert f"which needs {format_size(quick.predicted_peak_bytes)}; raise --budget" in str(refused.value)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16])

@@ -16,8 +16,10 @@ from torch import nn
 
 from edge_runtime import settings
 from edge_runtime.adapters.initial import initial
+from edge_runtime.adapters.learned import Learned
 from edge_runtime.adapters.singular import frames
 from edge_runtime.errors import InputError
+from edge_runtime.methods import fedit
 from edge_runtime.methods.interface import Method, Product, relative_depth
 from edge_runtime.models import structure
 from edge_runtime.protocol.keys import join, leading, parse
@@ -135,6 +137,23 @@ def attach(
     if not attached.factors:
         raise InputError(f"the model has no linear layer of the roles {', '.join(spec.roles)}")
     return attached
+
+
+def put_on(model: nn.Module, learned: Learned) -> None:
+    """Attach what was learned to the slice that it was learned on, in place; raises as `attach` does."""
+    (A, _), *_ = learned.factors.values()
+    roles = tuple(dict.fromkeys(role for _, role in learned.factors))
+    spec = settings.Adapter(rank=len(A), alpha=len(A), roles=roles)
+    adapter = attach(model, learned.layers, spec, fedit.METHOD, 0, learned.facts.layers)
+    factors = learned.factors.items()
+    load_state(
+        adapter,
+        {
+            join("layers", *place, name): value
+            for place, pair in factors
+            for name, value in zip("AB", pair, strict=True)
+        },
+    )
 
 
 def detach(model: nn.Module) -> None:

@@ -100,17 +100,37 @@ def fold(
 
 
 def on(learned: Learned, facts: Facts) -> Learned:
-    """The adapter with its base at hand.
+    """The adapter with its base at hand; raises as `require_weights` does."""
+    require_weights(learned.facts.model_class, facts)
+    return learned._replace(facts=facts)
 
-    Raises:
-        InputError: these are the facts of other weights than the adapter was trained on.
-    """
+
+def require_weights(model_class: str, facts: Facts) -> None:
+    """Raise InputError where these are the facts of other weights than the class's."""
     # the name before the digest depends on where the weights lie
-    needed, seen = (each.model_class.rpartition("@")[2] for each in (learned.facts, facts))
+    needed, seen = (name.rpartition("@")[2] for name in (model_class, facts.model_class))
     if needed != seen:
         raise InputError(
-            f"the adapter was trained on {learned.facts.model_class}, but the model at {facts.weights} has the "
-            f"digest {seen}: give the model that it was trained on"
+            f"the adapter was trained on {model_class}, but the model at {facts.weights} has the digest {seen}: give "
+            "the model that it was trained on"
+        )
+
+
+def on_other_form(learned: Learned, facts: Facts) -> Learned:
+    """The adapter on another file of its base, such as a quantised one.
+
+    Raises:
+        InputError: the file's model has other layers, so it is another model.
+    """
+
+    def form(facts: Facts) -> tuple[object, ...]:
+        return family_of(facts.family).gguf, facts.layers, facts.hidden, facts.vocabulary, facts.linears
+
+    if form(learned.facts) != form(facts):
+        raise InputError(
+            f"the model in {facts.weights} is of {facts.layers} layers of {facts.hidden} values and {facts.vocabulary} "
+            f"tokens ({facts.family}), but the adapter's is of {learned.facts.layers} of {learned.facts.hidden} and "
+            f"{learned.facts.vocabulary} ({learned.facts.family}): give a GGUF file of the model that was trained on"
         )
     return learned._replace(facts=facts)
 
@@ -120,20 +140,23 @@ def module(facts: Facts, number: int, role: Role) -> str:
     return f"{facts.blocks}.{number}.{family_of(facts.family).linears[role]}"
 
 
-def write(learned: Learned, folder: Path) -> None:
-    """Write the folder whole, in place of an earlier adapter's."""
+def write(learned: Learned, folder: Path, base: str | None = None) -> None:
+    """Write the folder whole, in place of an earlier adapter's.
+
+    base: where PEFT finds the base; None: the source.
+    """
     fresh, earlier = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
     for remains in (fresh, earlier):  # of a process that was killed
         shutil.rmtree(remains, ignore_errors=True)
     fresh.mkdir(parents=True)
-    _write_files(learned, fresh)
+    _write_files(learned, fresh, base or learned.source)
     if folder.exists():
         folder.rename(earlier)
     files.put(fresh, folder)
     shutil.rmtree(earlier, ignore_errors=True)
 
 
-def _write_files(learned: Learned, folder: Path) -> None:
+def _write_files(learned: Learned, folder: Path, base: str) -> None:
     tensors, modules = {}, []
     for (layer, role), (A, B) in learned.factors.items():
         modules.append(module(learned.facts, learned.layers.index(layer), role))
@@ -142,13 +165,13 @@ def _write_files(learned: Learned, folder: Path) -> None:
         (_, role) = next(iter(learned.factors))
         modules.append(module(learned.facts, len(learned.layers), role))
         tensors[_peft_key(modules[-1], "A")] = np.zeros((0, 0), np.float32)
-    hub_id, _, revision = learned.source.partition("@")
-    on_hub = not Path(learned.source).is_absolute()
+    hub_id, _, revision = base.partition("@")
+    on_hub = not Path(base).is_absolute()
     rank = len(next(iter(learned.factors.values()))[0])
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": hub_id if on_hub else learned.source,
+        "base_model_name_or_path": hub_id if on_hub else base,
         "revision": (revision or None) if on_hub else None,
         "r": rank,
         "lora_alpha": rank,
@@ -159,15 +182,20 @@ def _write_files(learned: Learned, folder: Path) -> None:
         "inference_mode": True,
     }
     # who reads while another version takes the folder's place sees two versions
-    version = {"version": str(learned.version)}
-    save_file(tensors, folder / ADAPTER, {"format": "pt", **version})
-    if learned.head is not None:
-        save_file({"weight": learned.head}, folder / HEAD, {"labels": json.dumps(learned.labels), **version})
+    save_file(tensors, folder / ADAPTER, {"format": "pt", "version": str(learned.version)})
+    write_head(learned, folder)
     # paths of this device are nobody else's
     facts = msgspec.structs.replace(learned.facts, folder="", weights="")
     about = msgspec.json.encode(_About(facts, learned.layers, learned.version, learned.source))
     (folder / ABOUT).write_bytes(msgspec.json.format(about) + b"\n")
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_head(learned: Learned, folder: Path) -> None:
+    """Write the label head and its labels, if there are any."""
+    if learned.head is not None:
+        metadata = {"labels": json.dumps(learned.labels), "version": str(learned.version)}
+        save_file({"weight": learned.head}, folder / HEAD, metadata)
 
 
 def read(folder: Path) -> Learned:

@@ -16,6 +16,7 @@ import msgspec
 from edge_broker import files
 from edge_broker.store import transaction
 
+from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Report
 from edge_runtime.state import database
 
@@ -92,6 +93,20 @@ class NodeStore:
             "SELECT model_class, master, artifact, max(round) FROM versions GROUP BY model_class"
         )
         return {row[0]: Version(row[0], self._folder / row[1], self._folder / row[2]) for row in rows}
+
+    def masters(self) -> dict[str, dict[int, Path]]:
+        """The masters that are kept of each class, by the round that they were published after."""
+        masters: dict[str, dict[int, Path]] = {}
+        query = "SELECT model_class, round, master FROM versions ORDER BY model_class, round"
+        for model_class, round_, master in self.connection.execute(query):
+            masters.setdefault(model_class, {})[round_] = self._folder / master
+        return masters
+
+    def plans(self, model_class: str) -> list[Plan]:
+        """How devices have trained a class, as they reported."""
+        bodies = self.connection.execute("SELECT body FROM reports ORDER BY round").fetchall()
+        plans = (msgspec.json.decode(body, type=Report).plan for (body,) in bodies)
+        return [plan for plan in plans if plan is not None and plan.model_class == model_class]
 
     def forget_versions(self, before: int) -> None:
         """Delete versions of earlier rounds, files first, except the latest of each class."""

@@ -22,6 +22,7 @@ from edge_runtime.cli import (
     broker,
     classify,
     demo,
+    export,
     generate,
     measure,
     plan,
@@ -35,7 +36,7 @@ from edge_runtime.errors import EdgeError, InputError, UnreachableError, unencod
 log = logging.getLogger(__name__)
 # In the order of a first use; --help sorts by name.
 COMMANDS = (
-    *(profile, plan, measure, broker, aggregator, agent, status, generate, classify, serve),
+    *(profile, plan, measure, broker, aggregator, agent, status, export, generate, classify, serve),
     *(study, demo),
 )
 INTERRUPTED = 130  # as a shell has it for SIGINT

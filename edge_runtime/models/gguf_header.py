@@ -62,6 +62,19 @@ def read(path: Path, *, values: bool = True) -> Contents:
     return Contents(files, metadata, tensors)
 
 
+def spans(path: Path) -> dict[str, tuple[int, int]]:
+    """First byte and end of each pair of a file's metadata, by key; `read` has accepted the file."""
+    with path.open("rb") as stream:
+        header, pairs = Header(path, path.stat().st_size, stream), {}
+        header.take(struct.calcsize("<4sIQ"))
+        for _ in range(header.number("Q")):
+            first = stream.tell()
+            key, kind = header.take(header.number("Q")).decode(), header.number("I")
+            _value(header, kind, keep=False)
+            pairs[key] = (first, stream.tell())
+    return pairs
+
+
 def shards(path: Path) -> list[Path]:
     """The files of one model, told from the name of its first one alone.
 

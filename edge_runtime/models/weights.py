@@ -47,22 +47,12 @@ def load(
             cannot be packed. A file that is cut short is refused before any weight is read.
     """
     transformers_logging.disable_progress_bar()
-    # the slice's configuration
     layers = kept_layers(depth, facts.layers)
-    config = AutoConfig.from_pretrained(facts.folder, trust_remote_code=False)
-    text = config.get_text_config()
-    if depth < facts.layers and getattr(text, "scale_attn_by_inverse_layer_idx", False):
-        raise InputError(
-            f"attention in {facts.model_class} depends on a layer's number (scale_attn_by_inverse_layer_idx), "
-            "which a slice would change: give the whole model's depth"
-        )
-    text.num_hidden_layers = depth
-    if getattr(text, "layer_types", None):
-        text.layer_types = [text.layer_types[layer] for layer in layers]
-    text.use_cache = False
+    config = configuration(facts, layers)
+    config.get_text_config().use_cache = False
     # a model without memory, and the tensors that it lacks
     model = empty_model(config)
-    tensors = _open(facts, layers, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    tensors = open_tensors(facts, layers, {name: tensor.shape for name, tensor in model.state_dict().items()})
     if weights in PACKED:  # before _fill: modules that packed matrices replace are not filled
         folder = Path(facts.folder) / f"streamed-{weights}"
         files = [folder / f"{layer}.safetensors" if streamed else None for layer in layers]
@@ -75,7 +65,22 @@ def load(
     return model.eval().requires_grad_(False)
 
 
-def _open(facts: Facts, layers: tuple[int, ...], shapes: dict[str, torch.Size]) -> Tensors:
+def configuration(facts: Facts, layers: tuple[int, ...]) -> Any:
+    """The transformers configuration of a slice that keeps these layers."""
+    config = AutoConfig.from_pretrained(facts.folder, trust_remote_code=False)
+    text = config.get_text_config()
+    if len(layers) < facts.layers and getattr(text, "scale_attn_by_inverse_layer_idx", False):
+        raise InputError(
+            f"attention in {facts.model_class} depends on a layer's number (scale_attn_by_inverse_layer_idx), "
+            "which a slice would change: give the whole model's depth"
+        )
+    text.num_hidden_layers = len(layers)
+    if getattr(text, "layer_types", None):
+        text.layer_types = [text.layer_types[layer] for layer in layers]
+    return config
+
+
+def open_tensors(facts: Facts, layers: tuple[int, ...], shapes: dict[str, torch.Size]) -> Tensors:
     """The tensors of a slice that keeps these layers. shapes: by tensors' names in the slice."""
     if not facts.weights:
         return RandomTensors(shapes)

@@ -1,0 +1,112 @@
+"""Compares what a tool computes of an export with the trainer's own forward.
+
+    difference = ‖d_tool - d‖ / ‖d‖      d = logits with the adapter - logits without, of the trainer
+
+Logits are those after each of a few prompts, less their mean, as a tool may give them as log
+probabilities. The difference is 0 for an exact export, and about 1 where the adapter is lost or
+another adapter is in its place.
+"""
+
+from typing import Any, NamedTuple
+
+import edge_profiles
+import numpy as np
+import torch
+
+from edge_runtime.adapters.attach import put_on
+from edge_runtime.adapters.learned import Array, Learned
+from edge_runtime.errors import EdgeError, InputError
+from edge_runtime.models import weights
+from edge_runtime.models.facts import Facts
+
+Prompts = list[list[int]]  # tokens
+PROMPTS, TOKENS = 3, 12
+EXACT = 1e-3  # the difference where both compute in float32 on equal weights
+ROUNDED = 0.05  # where the weights are rounded to bfloat16; 0.012 was seen
+ROUGH = 0.3  # where activations are rounded to 8 bits too; 0.14 was seen, 0.96 for a lost adapter
+# Smallest ‖d‖ that counts, as a share of the logits' norm: below, rounding alone makes the difference.
+SMALLEST = 1e-3
+
+
+class Outputs(NamedTuple):
+    """Logits (prompts, vocabulary) of a model without and with an adapter."""
+
+    plain: Array
+    adapted: Array
+
+
+def prompts(vocabulary: int) -> Prompts:
+    """A few prompts of tokens from the whole vocabulary, equal in every run."""
+    draw = np.random.default_rng(0)
+    return [draw.integers(vocabulary, size=TOKENS).tolist() for _ in range(PROMPTS)]
+
+
+@torch.no_grad()
+def logits(model: Any, prompts: Prompts) -> Array:
+    """What a transformers model gives after each prompt, (prompts, vocabulary)."""
+    output = model(input_ids=torch.tensor(prompts), use_cache=False)
+    last: Array = output.logits[:, -1].float().numpy()
+    return last
+
+
+def loaded(facts: Facts, depth: int) -> Any:
+    """A base model in float32, as the trainer loads it.
+
+    Raises:
+        InputError: this machine has too little memory for it; or as `weights.load` does.
+    """
+    needed = 4 * (facts.head_parameters + depth * facts.block_parameters)
+    free = edge_profiles.probe().ram_available_bytes
+    if needed > free:
+        raise InputError(
+            f"an export is compared with the trainer's own forward, for which {depth} layers of {facts.model_class} "
+            f"need {edge_profiles.format_size(needed)} in float32, but {edge_profiles.format_size(free)} are free: "
+            "copy the adapter's folder to a larger machine and export there with --adapter"
+        )
+    return weights.load(facts, depth, "float32")
+
+
+def trainer(learned: Learned, prompts: Prompts) -> Outputs:
+    """The trainer's own forward; learned has the base at hand. Raises as `loaded` does."""
+    model = loaded(learned.facts, len(learned.layers))
+    plain = logits(model, prompts)
+    put_on(model, learned)
+    return Outputs(plain, logits(model, prompts))
+
+
+def difference(seen: Outputs, truth: Outputs) -> float:
+    """The equation above."""
+    d_tool, d = (_centred(outputs.adapted - outputs.plain) for outputs in (seen, truth))
+    least = SMALLEST * np.linalg.norm(_centred(truth.plain))
+    return float(np.linalg.norm(d_tool - d) / max(np.linalg.norm(d), least))
+
+
+def require(seen: Outputs, truth: Outputs, most: float, tool: str) -> None:
+    """Bound the difference, by `most` or by what the tool's rounding does to the base.
+
+    Raises:
+        EdgeError: it is larger, or a value is missing.
+    """
+    norm = np.linalg.norm
+    base, changed = norm(_centred(seen.plain - truth.plain)), norm(_centred(truth.adapted - truth.plain))
+    found, allowed = difference(seen, truth), max(most, base / max(changed, 1e-30))
+    if not (base <= most * norm(_centred(truth.plain)) and found <= min(allowed, 1.0)):
+        raise EdgeError(
+            f"{tool} computes something else with the export than the trainer: {found:.1%} of what the adapter changes "
+            f"in the logits differ, and at most {most:.1%} may; the files are removed"
+        )
+
+
+def require_near(seen: Array, truth: Array, most: float, tool: str) -> None:
+    """Raise EdgeError where logits are further apart than this share of their norm."""
+    found = np.linalg.norm(_centred(seen - truth)) / np.linalg.norm(_centred(truth))
+    if not found <= most:
+        raise EdgeError(
+            f"{tool} computes something else with the export than the trainer: its logits differ by {found:.1%}, and at "
+            f"most by {most:.1%} they may; the files are removed"
+        )
+
+
+def _centred(logits: Array) -> Array:
+    centred: Array = logits - logits.mean(-1, keepdims=True)
+    return centred

@@ -1,0 +1,182 @@
+"""The forms that an adapter is exported in, each opened in the tool that it is for before it is there.
+
+    peft           adapter_config.json, ...; base/ where PEFT has no folder of the base as trained
+    gguf           adapter.gguf; base.gguf of a slice
+    merged         the base as a folder in Hugging Face's layout, with the adapter in its weights
+    merged-gguf    model.gguf, the same as a GGUF file
+    onnx           onnx.py
+
+The label head and its labels lie beside each, if there are any. A folder is written beside its
+place, and gets its name once a tool has computed with it what the trainer computes.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, NamedTuple, get_args
+
+from edge_broker import files
+
+from edge_runtime.adapters.export import check, checkpoint, gguf_adapter, gguf_model, tools
+from edge_runtime.adapters.export.check import EXACT, ROUGH, ROUNDED, Outputs, Prompts
+from edge_runtime.adapters.export.gguf_model import Format
+from edge_runtime.adapters.learned import Learned, write, write_head
+from edge_runtime.errors import InputError
+from edge_runtime.models.prepare import prepare
+from edge_runtime.settings import Weights
+
+Form = Literal["peft", "gguf", "merged", "merged-gguf", "onnx"]
+# formats of weights that a form may be asked for; the first is the default, None: the base's own
+WEIGHTS: dict[Form, tuple[str | None, ...]] = {
+    "merged-gguf": (None, *get_args(Format)),
+    "onnx": ("q8_0", *(format for format in get_args(Weights) if format != "q8_0")),
+}
+
+
+# packages that open a form again, and the extra that they come with
+TOOLS: dict[Form, tuple[str, str]] = {
+    "peft": ("peft", "export"),
+    "gguf": ("xllamacpp", "export"),
+    "merged-gguf": ("xllamacpp", "export"),
+    "onnx": ("onnxruntime", "serve"),
+}
+
+
+class Export(NamedTuple):
+    """What is written, and where."""
+
+    learned: Learned  # with its base at hand
+    part: Path  # folder to write to
+    out: Path  # the folder's name in the end
+    weights: Any  # format of the weights that are written, one of WEIGHTS
+    prompts: Prompts
+
+
+def export(form: Form, learned: Learned, out: Path, weights: str | None = None) -> None:
+    """Write an export.
+
+    Args:
+        learned: with its base at hand.
+        weights: format of the weights that are written; None: the form's own.
+
+    Raises:
+        InputError: the folder exists, the base cannot be read, or the form does not fit the base.
+        EdgeError: the tool does not compute what the trainer computes. Nothing is left behind.
+    """
+    if out.exists():
+        raise InputError(f"{out} exists: give --out a folder that does not")
+    formats = WEIGHTS.get(form, (None,))
+    if weights is not None and weights not in formats:
+        known = ", ".join(filter(None, formats)) or "none"
+        raise InputError(f"--weights is {weights}, but formats that --to {form} takes are: {known}")
+    package, extra = TOOLS.get(form, ("transformers", "agent"))
+    if find_spec(package) is None:
+        raise InputError(
+            f"the package {package}, which opens the export again, is not installed: in a clone of Edge Runtime, run pip "
+            f"install '.[{extra}]'"
+        )
+    part = out.absolute().with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    try:
+        prompts = check.prompts(learned.facts.vocabulary)
+        FORMS[form](Export(learned, part, out.absolute(), weights or formats[0], prompts))
+        write_head(learned, part)
+        files.put(part, out.absolute())
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _peft(job: Export) -> None:
+    learned, inner = job.learned, job.part / "base"
+    is_whole = not learned.sliced and _has_plain_weights(Path(learned.facts.weights))
+    write(learned, job.part, base=None if is_whole else str(job.out / inner.name))
+    checkpoint.copy_tokenizer(learned, job.part)
+    if not is_whole:
+        checkpoint.write(learned, inner, merged=False)
+    truth = check.trainer(learned, job.prompts)
+    seen = tools.peft(job.part, Path(learned.facts.weights) if is_whole else inner, job.prompts)
+    check.require(seen, truth, ROUNDED if _is_gguf(learned) else EXACT, "PEFT")
+
+
+def _gguf(job: Export) -> None:
+    learned = job.learned
+    base = adapter_base = _gguf_file(learned)
+    job.part.mkdir(parents=True)
+    if learned.sliced:
+        adapter_base = job.part / "base.gguf"
+        gguf_model.write(learned, base, adapter_base, merged=False)
+    adapter = job.part / "adapter.gguf"
+    gguf_adapter.write(learned, adapter)
+    gguf_adapter.require(learned, adapter)
+    truth = check.trainer(learned, job.prompts)
+    seen = tools.llama_cpp(adapter_base, adapter, learned.facts.vocabulary, job.prompts)
+    check.require(Outputs(*seen), truth, ROUGH, "llama.cpp")
+
+
+def _merged(job: Export) -> None:
+    checkpoint.write(job.learned, job.part, merged=True)
+    truth = check.trainer(job.learned, job.prompts)
+    seen = Outputs(truth.plain, tools.transformers(job.part, job.prompts))
+    _require_adapter(seen, truth, "weights of the base's precision")
+
+
+def _merged_gguf(job: Export) -> None:
+    learned, model = job.learned, job.part / "model.gguf"
+    source = _gguf_file(learned)
+    job.part.mkdir(parents=True)
+    gguf_model.write(learned, source, model, merged=True, format=job.weights)
+    truth = check.trainer(learned, job.prompts)
+    with TemporaryDirectory() as scratch:  # without llama.cpp's rounding of activations
+        facts = prepare(str(model), job.part, Path(scratch))
+        read = check.logits(check.loaded(facts, facts.layers), job.prompts)
+    _require_adapter(Outputs(truth.plain, read), truth, f"weights of {source.name}'s formats")
+    (seen,) = tools.llama_cpp(model, None, learned.facts.vocabulary, job.prompts)
+    check.require_near(seen, read, ROUGH, "llama.cpp")
+
+
+def _onnx(job: Export) -> None:
+    from edge_runtime.adapters.export import onnx  # its packages are for those who serve
+
+    onnx.to_onnx(job.learned, job.weights, job.part)
+
+
+def _require_adapter(seen: Outputs, truth: Outputs, where: str) -> None:
+    """Raise InputError where a merged model has lost the adapter."""
+    found = check.difference(seen, truth)
+    if not found <= ROUGH:
+        raise InputError(
+            f"the adapter is lost in {where}: {found:.0%} of what it changes in the logits differ after rounding, and at "
+            f"most {ROUGH:.0%} may; merge with --weights f16, or keep it apart with --to gguf or --to peft"
+        )
+
+
+def _has_plain_weights(weights: Path) -> bool:
+    """Whether the base is a folder that transformers loads with the weights that were trained on."""
+    config = weights / "config.json"
+    return config.exists() and "quantization_config" not in json.loads(config.read_text(encoding="utf-8"))
+
+
+def _is_gguf(learned: Learned) -> bool:
+    return Path(learned.facts.weights).suffix == ".gguf"
+
+
+def _gguf_file(learned: Learned) -> Path:
+    gguf_adapter.architecture(learned.facts)
+    if not _is_gguf(learned):
+        raise InputError(
+            f"llama.cpp needs the base as a GGUF file, and {learned.facts.weights} is a folder: make the file with "
+            "llama.cpp's convert_hf_to_gguf.py, and give it with --base"
+        )
+    return Path(learned.facts.weights)
+
+
+FORMS: dict[Form, Callable[[Export], None]] = {
+    "peft": _peft,
+    "gguf": _gguf,
+    "merged": _merged,
+    "merged-gguf": _merged_gguf,
+    "onnx": _onnx,
+}

@@ -1,0 +1,105 @@
+"""What a fleet has learned, out of its node's state: a version of a model class, for one depth slice.
+
+    exchanged factors    the masters of the class and of what all classes share
+    frozen factors       drawn from the fleet's seed, as on each device
+    others               with nobody: the version is refused
+
+Needs torch, which a running node does without.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+from safetensors.numpy import load_file
+
+from edge_runtime import methods
+from edge_runtime.adapters import learned
+from edge_runtime.adapters.initial import initial
+from edge_runtime.adapters.learned import Learned
+from edge_runtime.adapters.shapes import adapter_shapes
+from edge_runtime.aggregator.store import NodeStore
+from edge_runtime.errors import InputError
+from edge_runtime.methods.interface import Method
+from edge_runtime.models.facts import Facts
+from edge_runtime.models.slices import kept_layers
+from edge_runtime.protocol.keys import parse
+from edge_runtime.protocol.round import FLEET
+from edge_runtime.settings import Adapter, Head, MethodChoice
+
+
+def read(
+    state: Path, find: Callable[[str], Facts], name: str | None, version: int | None, depth: int | None
+) -> Learned:
+    """The adapter of a class.
+
+    Args:
+        state: the node's folder.
+        find: returns the facts of a catalog's source.
+        name: of the class, with its digest or without; None: the only one.
+        version: the round that it was published after; None: the newest.
+        depth: layers of the slice; None: those of the deepest that a device has trained.
+
+    Raises:
+        InputError: the state, the class, the version or the depth is not there; or the method keeps
+            factors on the devices, or takes them out of each device's weights.
+    """
+    if not (state / "node.db").exists():
+        raise InputError(f"{state} is no node's state: it has no node.db")
+    store = NodeStore(state / "node.db")
+    masters, fixed = store.masters(), store.fixed()
+    model_class = _class(sorted(masters.keys() - {FLEET}), name, state)
+    plans = store.plans(model_class)
+    store.connection.close()
+    number = max(masters[model_class]) if version is None else version
+    if number not in masters[model_class]:
+        kept = ", ".join(map(str, masters[model_class]))
+        raise InputError(f"there is no version {number} of {model_class} in {state}; versions there: {kept}")
+    head = msgspec.json.decode(fixed["[head]"], type=Head | None)
+    method = methods.build(msgspec.json.decode(fixed["[method]"], type=MethodChoice), head, None)
+    _require_whole(method)
+    facts = find(plans[-1].source)
+    learned.require_weights(model_class, facts)
+    layers = _layers(facts, depth or max(plan.depth for plan in plans))
+    shared = load_file(masters[model_class][number])
+    if earlier := [round_ for round_ in masters.get(FLEET, {}) if round_ <= number]:
+        shared |= load_file(masters[FLEET][max(earlier)])
+    spec = msgspec.json.decode(fixed["[adapter]"], type=Adapter)
+    state_ = {key: value for key, value in shared.items() if parse(key).kind == "labels"}
+    for key, shape in adapter_shapes(facts, layers, spec.roles, spec.rank, method).items():
+        drawn = shared.get(key)
+        state_[key] = (
+            initial(key, shape, int(fixed["[fleet] seed"]), method.factor(key)) if drawn is None else drawn
+        )
+    return learned.fold(state_, facts, layers, spec, method, number)
+
+
+def _class(classes: list[str], name: str | None, state: Path) -> str:
+    fitting = [each for each in classes if name in (None, each, each.partition("@")[0])]
+    if len(fitting) == 1:
+        return fitting[0]
+    known = ", ".join(classes) or "none, as no round is merged"
+    asked = "" if name is None else f" `{name}`"
+    raise InputError(f"{state} has {len(fitting)} model classes{asked}: choose with --class; known: {known}")
+
+
+def _require_whole(method: Method) -> None:
+    """Refuse a method whose version is not all of an adapter."""
+    private = [name for name, factor in method.factors.items() if factor.private and factor.of != "labels"]
+    if private:
+        raise InputError(
+            f"with {method.name} each device keeps {', '.join(private)} to itself, so the node has no adapter: export on "
+            "a device, with --state"
+        )
+    if method.reads_weights:
+        raise InputError(
+            f"with {method.name} each device takes factors out of its own weights, so the node has no adapter: export on "
+            "a device, with --state"
+        )
+
+
+def _layers(facts: Facts, depth: int) -> tuple[int, ...]:
+    try:
+        return kept_layers(depth, facts.layers)
+    except ValueError as error:
+        raise InputError(str(error)) from error

@@ -1,0 +1,109 @@
+"""`edge-runtime export`: what was learned, in the form of another tool."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edge_runtime.cli import options
+from edge_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from edge_runtime.adapters.export.forms import Form
+    from edge_runtime.models.facts import Facts
+
+FORMS = ("peft", "gguf", "merged", "merged-gguf", "onnx")
+
+
+@click.command("export")
+@click.option("--state", type=options.PATH, help="Export the newest adapter of this agent's state folder.")
+@click.option("--node", type=options.PATH, help="Export a version out of this node's state folder.")
+@click.option("--adapter", type=options.PATH, help="Export an adapter's folder, as --to peft writes it.")
+@click.option(
+    "--to", "form", type=click.Choice(FORMS), required=True, help="The tool; docs/use.md shows each."
+)
+@click.option("--out", type=options.PATH, required=True, help="A folder that does not exist yet.")
+@click.option(
+    "--class", "model_class", metavar="NAME", help="With --node: the model class; default: the only one."
+)
+@click.option(
+    "--version", type=int, help="With --node: the round it was published after; default: the newest."
+)
+@click.option(
+    "--depth", type=int, help="With --node: layers of the slice; default: the deepest that was trained."
+)
+@click.option(
+    "--model", metavar="SRC", help="The base model; default: where it was when the adapter was trained."
+)
+@click.option(
+    "--base",
+    metavar="FILE",
+    help="A GGUF file of the base model, for llama.cpp; default: the base, if it is one.",
+)
+@click.option(
+    "--weights",
+    metavar="FORMAT",
+    help="With --to merged-gguf: f32, f16, bf16 or q8_0 for the merged weights; with --to onnx: of the base; "
+    "default: the base's own.",
+)
+@options.models
+def command(
+    state: Path | None,
+    node: Path | None,
+    adapter: Path | None,
+    form: "Form",
+    out: Path,
+    model: str | None,
+    base: str | None,
+    weights: str | None,
+    models: Path,
+    model_class: str | None,
+    version: int | None,
+    depth: int | None,
+) -> None:
+    """Write an adapter for another tool, and check there that nothing was lost.
+
+    Give one of --state, --node and --adapter. The label head and its labels are written beside the
+    adapter, if the fleet has them.
+    """
+    from edge_runtime.adapters import learned
+    from edge_runtime.planning import processes
+
+    if sum(source is not None for source in (state, node, adapter)) != 1:
+        raise InputError("give one of --state, --node and --adapter: where the adapter is")
+    if out.exists():
+        raise InputError(f"--out is {out}, which exists: give a folder that does not")
+    if not processes.installed():
+        raise InputError(processes.NOT_INSTALLED)
+
+    def find(source: str) -> "Facts":
+        return processes.prepared(model or source, models)
+
+    if node is not None:
+        from edge_runtime.aggregator import learned as of_node
+
+        found = of_node.read(node, find, model_class, version, depth)
+    else:
+        found = learned.read(adapter or _newest(state))
+        found = learned.on(found, find(found.source))
+    if base is not None:
+        found = learned.on_other_form(found, processes.prepared(base, models))
+    from edge_runtime.adapters.export import forms  # imports torch, after what may be refused without it
+
+    forms.export(form, found, out, weights)
+    labels = f"; labels of its head: {', '.join(found.labels)}" if found.labels else ""
+    click.echo(
+        f"{out}: version {found.version} on {found.facts.model_class}, {len(found.layers)} of {found.facts.layers} "
+        f"layers{labels}"
+    )
+
+
+def _newest(state: Path | None) -> Path:
+    """The folder of an agent's newest adapter."""
+    assert state is not None
+    folder = state / "adapter"
+    if not folder.exists():
+        raise InputError(
+            f"{state} has no adapter: its agent writes one when it begins to train for a fleet, and anew for each version"
+        )
+    return folder

@@ -40,6 +40,8 @@ def _options(model: str, adapter: str | None) -> Any:
         lora.path, lora.scale = adapter, 1.0
         options.lora_adapters = [lora]
     options.n_gpu_layers = options.verbosity = 0
+    # few tokens: threads would wait for each other longer than they work
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
     options.warmup = options.fit_params = False
     options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

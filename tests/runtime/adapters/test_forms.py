@@ -1,0 +1,200 @@
+"""Exports of a tiny model: each is opened by the tool that it is for, and a wrong one leaves nothing behind."""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks import gguf_models
+from edge_runtime import settings
+from edge_runtime.adapters import attach, learned
+from edge_runtime.adapters.export import check, forms, gguf_adapter, gguf_model, tools
+from edge_runtime.adapters.export.check import Outputs
+from edge_runtime.errors import EdgeError, InputError
+from edge_runtime.methods import fedit
+from edge_runtime.models.prepare import prepare
+from edge_runtime.models.slices import kept_layers
+
+SPEC = settings.Adapter(rank=3, alpha=11.0)
+Kind = gguf.GGMLQuantizationType
+# llama.cpp and ours, both in float32; GELU is a table of half precision there
+CLOSE = {"llama": 1e-4, "phi3": 1e-4, "gemma": 2e-2}
+
+
+def adapter_on(model, facts, depth=4, size=0.1, labels=()):
+    """Random factors on the slice of this depth."""
+    layers, draw = kept_layers(depth, facts.layers), np.random.default_rng(0)
+    state = attach.state(attach.attach(model, layers, SPEC, fedit.METHOD, 0, facts.layers))
+    state = {key: draw.normal(0, size, value.shape).astype(np.float32) for key, value in state.items()}
+    state |= {f"labels.{label}.H": draw.normal(size=(1, facts.hidden)).astype(np.float32) for label in labels}
+    return learned.fold(state, facts, layers, SPEC, fedit.METHOD, 3)
+
+
+@pytest.fixture(scope="module")
+def saved(tiny, cache, tmp_path_factory):
+    """saved(family, form, depth, kind): the adapter, whose base is a file of the tiny model in this form."""
+
+    def make(family="llama", form="folder", depth=4, kind=Kind.F32, **changes):
+        home = tmp_path_factory.mktemp("base")
+        # as many tokens as the files' vocabulary of bytes has
+        width = {"hidden_size": 64, "intermediate_size": 96} if kind != Kind.F32 else {}
+        model = tiny(family, **width)
+        path = home / "tiny"
+        if form == "folder":
+            model.save_pretrained(path)
+            gguf_words(model.config.vocab_size).save_pretrained(path)
+        else:
+            path = gguf_models.write(model, home / "tiny.gguf", kind)
+        facts = prepare(str(path), home, cache / "models")
+        slice_ = tiny(family, **width, num_hidden_layers=depth)
+        return adapter_on(slice_, facts, depth, **changes)
+
+    return make
+
+
+def gguf_words(size):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({str(number): number for number in range(size)}, unk_token="0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0", eos_token="2")
+
+
+def outputs(adapter):
+    prompts = check.prompts(adapter.facts.vocabulary)
+    return prompts, check.trainer(adapter, prompts)
+
+
+@pytest.mark.parametrize(("form", "depth"), [("folder", 4), ("folder", 3), ("gguf", 4), ("gguf", 3)])
+def test_peft_loads_the_export_by_itself(saved, form, depth, tmp_path):
+    adapter, out = saved(form=form, depth=depth, labels=("cold", "hot")), tmp_path / "out"
+    forms.export("peft", adapter, out)
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    prompts, truth = outputs(adapter)
+    with model.disable_adapter():
+        plain = check.logits(model, prompts)
+    assert check.difference(Outputs(plain, check.logits(model, prompts)), truth) < (
+        check.EXACT if form == "folder" else check.ROUNDED
+    )
+    assert model.config.num_hidden_layers == depth
+    assert (out / "base").exists() == ((form, depth) != ("folder", 4))
+    assert len(AutoTokenizer.from_pretrained(out)) and learned.read(out).labels == ("cold", "hot")
+    assert [*tmp_path.iterdir()] == [out]
+    if (out / "base").exists():
+        whole = AutoModelForCausalLM.from_pretrained(out / "base", num_hidden_layers=depth)
+        assert whole.dtype == (torch.float32 if form == "folder" else torch.bfloat16)
+
+
+@pytest.mark.parametrize("depth", [4, 3])
+def test_a_merged_folder_is_a_model_like_any_other(saved, depth, tmp_path):
+    adapter, out = saved(depth=depth, labels=("cold",)), tmp_path / "out"
+    forms.export("merged", adapter, out)
+    prompts, truth = outputs(adapter)
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    assert np.abs(check.logits(merged, prompts) - truth.adapted).max() < 1e-4 * np.abs(truth.adapted).max()
+    assert (out / "label_head.safetensors").exists() and not (out / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "qwen2"])
+def test_merging_follows_each_familys_layout(saved, family, tmp_path):
+    adapter = saved(family)
+    forms.export("merged", adapter, tmp_path / "out")
+    prompts, truth = outputs(adapter)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert np.abs(check.logits(merged, prompts) - truth.adapted).max() < 1e-3 * np.abs(truth.adapted).max()
+
+
+@pytest.mark.parametrize(("family", "depth"), [("llama", 4), ("llama", 3), ("phi3", 4), ("gemma", 4)])
+def test_llama_cpp_computes_what_the_trainer_computes(saved, family, depth, tmp_path):
+    adapter, out = saved(family, "gguf", depth), tmp_path / "out"
+    forms.export("gguf", adapter, out)
+    base = out / "base.gguf" if depth < 4 else Path(adapter.facts.weights)
+    assert (out / "base.gguf").exists() == (depth < 4)
+    prompts, truth = outputs(adapter)
+    seen = tools.llama_cpp(base, out / "adapter.gguf", adapter.facts.vocabulary, prompts)
+    assert check.difference(Outputs(*seen), truth) < CLOSE[family]
+
+
+@pytest.mark.parametrize("depth", [4, 3])
+def test_a_merged_gguf_file_keeps_the_adapter_in_float_and_loses_it_in_4_bits(saved, depth, tmp_path):
+    adapter = saved("llama", "gguf", depth, Kind.Q4_0, size=0.015)
+    with pytest.raises(InputError, match=r"the adapter is lost in weights of tiny.gguf's formats: \d+% of"):
+        forms.export("merged-gguf", adapter, tmp_path / "out")
+    assert not [*tmp_path.iterdir()]
+    forms.export("merged-gguf", adapter, tmp_path / "out", "f16")
+    prompts, truth = outputs(adapter)
+    (seen,) = tools.llama_cpp(tmp_path / "out" / "model.gguf", None, adapter.facts.vocabulary, prompts)
+    assert check.difference(Outputs(truth.plain, seen), truth) < 0.5  # its activations have 8 bits
+
+
+def test_a_gguf_file_of_the_base_serves_an_adapter_of_its_folder(saved, tiny, tmp_path):
+    adapter = saved("llama")
+    with pytest.raises(InputError, match=r"llama.cpp needs the base as a GGUF file.*give it with --base"):
+        forms.export("gguf", adapter, tmp_path / "out")
+    file = gguf_models.write(tiny("llama"), tmp_path / "base.gguf")
+    facts = prepare(str(file), tmp_path, tmp_path / "cache")
+    forms.export("gguf", learned.on_other_form(adapter, facts), tmp_path / "out")
+    other = prepare(str(gguf_models.write(tiny("llama", vocab_size=97), file)), tmp_path, tmp_path / "cache")
+    with pytest.raises(InputError, match="32 values and 97 tokens"):
+        learned.on_other_form(adapter, other)
+
+
+def test_what_cannot_be_exported_is_refused_by_name(saved, tmp_path):
+    with pytest.raises(InputError, match=r"a gpt2 model cannot be exported for llama.cpp"):
+        forms.export("gguf", saved("gpt2"), tmp_path / "out")
+    with pytest.raises(InputError, match="exists: give --out a folder that does not"):
+        forms.export("peft", saved(), tmp_path)
+    with pytest.raises(
+        InputError, match="--weights is q4_0, but formats that --to merged-gguf takes are: f32, f16"
+    ):
+        forms.export("merged-gguf", saved(), tmp_path / "out", "q4_0")
+    assert not [*tmp_path.iterdir()]
+
+
+# --- wrong exports, each of which is seen
+
+
+def unturned(rows, heads):
+    return np.ascontiguousarray(rows)
+
+
+def test_rows_in_a_wrong_order_are_seen_in_the_file_and_in_llama_cpps_logits(saved, tmp_path, monkeypatch):
+    adapter = saved("llama", "gguf")
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf_adapter, "interleaved", unturned)
+        with pytest.raises(EdgeError, match="does not hold what was learned; the files are removed"):
+            forms.export("gguf", adapter, tmp_path / "out")
+        gguf_adapter.write(adapter, tmp_path / "adapter.gguf")
+    prompts, truth = outputs(adapter)
+    base = Path(adapter.facts.weights)
+    seen = tools.llama_cpp(base, tmp_path / "adapter.gguf", adapter.facts.vocabulary, prompts)
+    assert check.difference(Outputs(*seen), truth) > 10 * CLOSE["llama"]
+    assert [*tmp_path.iterdir()] == [tmp_path / "adapter.gguf"]
+
+
+@pytest.mark.parametrize("fault", ["scale", "layer"])
+@pytest.mark.parametrize("form", ["peft", "merged"])
+def test_a_wrong_factor_is_seen_and_nothing_is_left(saved, form, fault, tmp_path, monkeypatch):
+    adapter = saved()
+    factors = {key: (A, 1.5 * B if fault == "scale" else B) for key, (A, B) in adapter.factors.items()}
+    if fault == "layer":
+        factors = {(layer, role): factors[3 - layer, role] for layer, role in factors}
+    wrong = check.trainer(adapter._replace(factors=factors), check.prompts(adapter.facts.vocabulary))
+    monkeypatch.setattr(check, "trainer", lambda *_: wrong)
+    with pytest.raises(EdgeError, match=r"\d+(\.\d)?% of what "):
+        forms.export(form, adapter, tmp_path / "out")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_slice_of_a_gguf_file_keeps_lists_of_its_layers_alone(saved, tmp_path):
+    adapter = saved("llama", "gguf", depth=3)
+    gguf_model.write(adapter, Path(adapter.facts.weights), tmp_path / "base.gguf", merged=False)
+    facts = prepare(str(tmp_path / "base.gguf"), tmp_path, tmp_path / "cache")
+    assert (facts.layers, facts.hidden, facts.linears) == (3, adapter.facts.hidden, adapter.facts.linears)
+    config = json.loads((Path(facts.folder) / "config.json").read_text())
+    assert config["num_hidden_layers"] == 3

@@ -27,7 +27,7 @@ from edge_runtime.trainer.objectives import hidden_states, label_states
 Place = tuple[int, Role]  # a linear layer, by its number in the checkpoint and its role
 
 
-class HeldAdapter:
+class TorchAdapter:
     """One version's factors, on the model's device and in its dtype."""
 
     def __init__(self, learned: Learned, like: torch.Tensor) -> None:
@@ -61,7 +61,7 @@ class ServedLinear(nn.Module):
 class TorchSequence:
     """Tokens with their keys and values; see serving/engine.py."""
 
-    def __init__(self, engine: "TorchEngine", adapter: HeldAdapter | None) -> None:
+    def __init__(self, engine: "TorchEngine", adapter: TorchAdapter | None) -> None:
         self.version = adapter.version if adapter is not None else 0
         self._engine, self._adapter = engine, adapter
         self._cache = DynamicCache(config=engine.model.config)
@@ -99,8 +99,8 @@ class TorchEngine:
         apply(self.model, structure.modules(self.model))
         # a norm has the dtype of the activations, whatever the matrices are packed in
         self._like = next(self.model.parameters())
-        self.fed: HeldAdapter | None = None  # of the sequence that goes through the model now
-        self._newest: HeldAdapter | None = None
+        self.fed: TorchAdapter | None = None  # of the sequence that goes through the model now
+        self._newest: TorchAdapter | None = None
         if learned is not None:
             self.swap(learned)
 
@@ -120,10 +120,10 @@ class TorchEngine:
                 f"version {learned.version} was learned on {len(learned.layers)} layers, but the base that is "
                 f"loaded has {self._depth}: start the server again"
             )
-        self._newest = HeldAdapter(learned, self._like)
+        self._newest = TorchAdapter(learned, self._like)
 
     @torch.no_grad()
-    def logits(self, ids: Ids[int], cache: DynamicCache, adapter: HeldAdapter | None) -> NDArray[np.float32]:
+    def logits(self, ids: Ids[int], cache: DynamicCache, adapter: TorchAdapter | None) -> NDArray[np.float32]:
         """The logits (vocabulary,) after these tokens, whose keys and values the cache takes in."""
         self.fed = adapter
         inputs = torch.tensor([list(ids)], device=self._device)

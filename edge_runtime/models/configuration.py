@@ -5,7 +5,7 @@ its value means that it is off, or it is known to be without effect.
 """
 
 import copy
-import dataclasses
+import inspect
 import json
 import re
 from pathlib import Path
@@ -69,7 +69,9 @@ def check(folder: Path, config: Any, stated: dict[str, Any]) -> None:
     Raises:
         InputError: names the key and its value.
     """
-    known = {field.name for field in dataclasses.fields(config)} | {"model_type", *config.attribute_map}
+    known = {"model_type", *config.attribute_map}
+    for kind in type(config).__mro__:
+        known.update(inspect.signature(kind.__init__).parameters)  # type: ignore[misc]
     for key, value in stated.items():
         # transformers has taken in an older name for a field of another
         if key in known or key not in vars(config):

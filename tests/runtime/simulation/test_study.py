@@ -408,7 +408,7 @@ def test_what_does_not_fit_is_named_before_anything_runs(files, change, reason):
 def test_a_study_that_is_not_text_is_refused(files):
     path = files / "study.toml"
     path.write_bytes(STUDY.encode("utf-16"))
-    with pytest.raises(InputError, match=r"study\.toml is not valid TOML"):
+    with pytest.raises(InputError, match=r"study\.toml is UTF-16 text .*save it as UTF-8"):
         spec.load(path)
 
 

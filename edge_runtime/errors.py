@@ -13,15 +13,6 @@ class InputError(EdgeError):
     exit_code = 2
 
 
-def unencodable(error: UnicodeEncodeError) -> InputError:
-    """The refusal of a name or a text whose characters an encoding lacks."""
-    characters = ascii(error.object[error.start : error.end])
-    return InputError(
-        f"{characters} in a name or a text cannot be written in {error.encoding}: use another name, or a UTF-8 "
-        "locale such as LC_ALL=C.UTF-8"
-    )
-
-
 class UnreachableError(EdgeError):
     """The broker or the fleet's node cannot be reached."""
 

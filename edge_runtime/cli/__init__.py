@@ -31,7 +31,7 @@ from edge_runtime.cli import (
     status,
     study,
 )
-from edge_runtime.errors import EdgeError, InputError, UnreachableError, unencodable
+from edge_runtime.errors import EdgeError, InputError, UnreachableError
 
 log = logging.getLogger(__name__)
 # In the order of a first use; --help sorts by name.
@@ -57,6 +57,7 @@ def main() -> None:
     from edge_broker.errors import BadFile, BrokerError
     from edge_profiles import ProfileError
 
+    _in_utf8()
     _open_streams()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -83,10 +84,26 @@ def main() -> None:
             InputError.exit_code,
         )
     except UnicodeEncodeError as error:
-        _fail(str(unencodable(error)), InputError.exit_code)
+        characters = error.object[error.start : error.end]
+        _fail(f"{characters!a} in a name or a text is not UTF-8: give it another name", InputError.exit_code)
     except (OSError, sqlite3.DatabaseError) as error:  # a full disk, missing rights, a damaged file
         log.debug("", exc_info=True)
         _fail(f"a file cannot be read or written: {error}; earlier state is unchanged", InputError.exit_code)
+
+
+def _in_utf8() -> None:
+    """Start again in Python's UTF-8 mode where file names would have the locale's encoding.
+
+    Fleet files name models in UTF-8, and tokenizers and safetensors read paths as UTF-8 whatever
+    the locale. Output keeps the locale's encoding.
+    """
+    if sys.getfilesystemencoding() == "utf-8":
+        return
+    os.environ["PYTHONUTF8"] = "1"  # of child processes
+    if sys.stdout is not None:
+        os.environ["PYTHONIOENCODING"] = sys.stdout.encoding
+    command = [sys.executable, "-X", "utf8", "-m", "edge_runtime.cli", *sys.argv[1:]]
+    os.execv(sys.executable, command)
 
 
 def _open_streams() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 from edge_broker import credentials, files
 
-from edge_runtime.errors import EdgeError, InputError, unencodable
+from edge_runtime.errors import EdgeError, InputError
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning.time import Rates
 from edge_runtime.settings import Fleet
@@ -153,8 +153,6 @@ def output(
         )
     except subprocess.TimeoutExpired as late:
         raise error(f"{module[0]} did not end within {timeout_s:.0f} s") from late
-    except UnicodeEncodeError as name:  # among the arguments
-        raise unencodable(name) from name
     if process.returncode == -signal.SIGKILL:
         raise error(f"{module[0]} was killed, most likely because the machine ran out of memory")
     if process.returncode != 0:

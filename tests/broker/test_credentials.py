@@ -85,7 +85,7 @@ def test_a_file_of_another_form_is_refused_and_not_quoted(file: Path, content: s
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BrokerError, match="nowhere: No such file.* or set EDGE_RUNTIME_BROKER_USER"):
+    with pytest.raises(BrokerError, match=r"nowhere: No such file.* or set EDGE_RUNTIME_BROKER_USER"):
         credentials.read(tmp_path / "nowhere")
 
 

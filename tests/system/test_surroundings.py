@@ -21,7 +21,7 @@ UID = "54321"  # of a user that /etc/passwd does not have
 # the user may read a Python that lies in root's home
 BECOME = ["setpriv", "--reuid", UID, "--regid", UID, "--clear-groups"]
 READS = ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
-MODEL = "äß模型😀"
+MODEL, MODEL_IN_ASCII = "äß模型😀", r"\xe4\xdf\u6a21\u578b\U0001f600"
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
@@ -97,7 +97,7 @@ def test_characters_that_the_output_cannot_have_are_escaped(fleet: Fleet) -> Non
     with crafted(fleet, "here") as device:
         device.report(state="trained", result=result)
         assert r"äß\u6a21\u578b\U0001f600" in status(fleet, "iso-8859-1")
-        assert r"\xe4\xdf\u6a21\u578b\U0001f600" in status(fleet, "ascii")
+        assert MODEL_IN_ASCII in status(fleet, "ascii")
         line = status(fleet, "iso-8859-1", "--json")
         assert line.isascii()
         assert list(json.loads(line)["devices"][0]["report"]["result"]["evaluation"]) == [MODEL]
@@ -117,12 +117,23 @@ def test_a_full_disk_behind_the_output_is_told(tmp_path: Path) -> None:
     assert "No space left on device" in process.stderr and len(process.stderr.splitlines()) == 1
 
 
-def test_a_name_that_the_locale_cannot_have_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "fleet.toml"
+def test_a_name_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    (tmp_path / MODEL).mkdir()
+    file = tmp_path / f"{MODEL}.toml"
     file.write_text(f'[fleet]\nname = "x"\n[[catalog]]\nsource = "{MODEL}"\n', encoding="utf-8")
     variables = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    command = [*EDGE_RUNTIME, "plan", "--fleet", str(file)]
+    command = [*EDGE_RUNTIME, "plan", "--fleet", str(file), "--models", str(tmp_path)]
     process = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, timeout=60)
     assert process.returncode == 2
-    error = process.stderr.decode("ascii")
-    assert r"\u6a21\u578b" in error and "LC_ALL=C.UTF-8" in error and len(error.splitlines()) == 1
+    assert rf"{tmp_path}/{MODEL_IN_ASCII} has no config.json" in process.stderr.decode("ascii")
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    command = [*EDGE_RUNTIME, "demo", "--keep", str(tmp_path), "--method", b"\xff"]
+    process = subprocess.run(command, capture_output=True, timeout=60)
+    assert process.returncode == 2
+    assert (
+        process.stderr.decode()
+        == r"edge-runtime: '\udcff' in a name or a text is not UTF-8: give it another name"
+        "\n"
+    )

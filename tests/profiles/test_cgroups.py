@@ -115,9 +115,11 @@ def test_a_cgroup_file_of_another_kind_limits_nothing(tmp_path, text):
     assert cgroups.limit_cores(8, root) == 8
 
 
-def test_a_machine_without_cgroups_is_not_limited(tmp_path):
-    assert cgroups.limit_memory(TOTAL, AVAILABLE, tmp_path) == (TOTAL, AVAILABLE)
-    assert cgroups.limit_cores(8, tmp_path) == 8
+def test_a_machine_without_cgroups_or_their_files_is_not_limited(tmp_path):
+    for files in ({}, {"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cgroup.procs": "1\n"}):
+        write(tmp_path, files)
+        assert cgroups.limit_memory(TOTAL, AVAILABLE, tmp_path) == (TOTAL, AVAILABLE)
+        assert cgroups.limit_cores(8, tmp_path) == 8
 
 
 def test_the_cpu_quota_counts_and_is_rounded_up(tmp_path):

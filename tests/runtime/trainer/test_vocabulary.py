@@ -26,6 +26,12 @@ def figures(model, **left_out):
     return text.output(ROWS, hidden, labels).loss.item(), total / tokens
 
 
+def gradient(loss, hidden):
+    """Of a loss with respect to the last hidden states."""
+    leaf = hidden.detach().requires_grad_()
+    return torch.autograd.grad(loss(leaf), leaf)[0]
+
+
 @pytest.fixture
 def saved(tiny, facts_of, tmp_path):
     def save(family):
@@ -50,6 +56,26 @@ def test_the_loss_is_transformers_own(saved, family):
     assert figures(ours) == pytest.approx((truth, truth), abs=1e-4)
     if family in PARTS:
         assert abs(figures(ours, **PARTS[family])[0] - truth) > 1e-2
+
+
+@pytest.mark.parametrize("family", PARTS)
+def test_the_losss_gradient_is_that_of_transformers_logits(tiny, family):
+    model = tiny(family, **CHANGES.get(family, {}))
+    hidden, labels = hidden_states(model, ROWS)
+    head = language_head(model)
+
+    def theirs(state):
+        logits = model.lm_head(state)[:, :-1]
+        logits = logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+    def ours(head):
+        return gradient(lambda state: Text(head).output(ROWS, state, labels).loss, hidden)
+
+    truth = gradient(theirs, hidden)
+    assert float((ours(head) - truth).norm() / truth.norm()) < 1e-4
+    other = ours(head._replace(**PARTS[family]))
+    assert float((other - truth).norm() / truth.norm()) > 1e-2
 
 
 def test_every_head_that_is_more_than_a_matrix_has_its_twin(tiny):

@@ -43,8 +43,8 @@ FORMS = ("peft", "gguf", "merged", "merged-gguf", "onnx")
 @click.option(
     "--weights",
     metavar="FORMAT",
-    help="With --to merged-gguf: f32, f16, bf16 or q8_0 for the merged weights; with --to onnx: of the base; "
-    "default: the base's own.",
+    help="With --to merged-gguf: f32, f16, bf16 or q8_0 for the merged weights; default: the file's own. With --to "
+    "onnx: of the base, such as q4_0; default: q8_0.",
 )
 @options.models
 def command(

@@ -23,6 +23,7 @@ WAY = tuple(  # a newcomer's way, one page after another, with what earlier page
         "README.md",
         "docs/install.md",
         "docs/first-fleet.md",
+        "docs/use.md",
         "docs/fleet.md",
         "docs/operate.md",
         "docs/exit-codes.md",

@@ -7,6 +7,7 @@ PEFT and transformers run in this process, in float32. llama.cpp runs in a proce
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +24,9 @@ def peft(folder: Path, base: Path, prompts: Prompts) -> Outputs:
     """An adapter in PEFT, on the folder of its base."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(_model(base), folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of parts of transformers that PEFT calls by their old names
+        model = PeftModel.from_pretrained(_model(base), folder)
     with model.disable_adapter():
         plain = logits(model, prompts)
     return Outputs(plain, logits(model, prompts))

@@ -19,6 +19,8 @@ from edge_runtime.errors import EdgeError, InputError
 from edge_runtime.methods import fedit
 from edge_runtime.models.prepare import prepare
 from edge_runtime.models.slices import kept_layers
+from edge_runtime.trainer.examples import Example
+from edge_runtime.trainer.objectives import hidden_states, label_states
 
 SPEC = settings.Adapter(rank=3, alpha=11.0)
 Kind = gguf.GGMLQuantizationType
@@ -198,3 +200,24 @@ def test_a_slice_of_a_gguf_file_keeps_lists_of_its_layers_alone(saved, tmp_path)
     assert (facts.layers, facts.hidden, facts.linears) == (3, adapter.facts.hidden, adapter.facts.linears)
     config = json.loads((Path(facts.folder) / "config.json").read_text())
     assert config["num_hidden_layers"] == 3
+
+
+def test_the_page_s_lines_give_the_label_that_the_trainer_s_head_gives(saved, tmp_path, monkeypatch):
+    adapter = saved(labels=("cold", "hot", "warm"))
+    forms.export("peft", adapter, tmp_path / "use" / "peft")
+    page = (Path(__file__).parents[3] / "docs" / "use.md").read_text(encoding="utf-8")
+    code, lines = {}, page.split('```python title="use_head.py"\n')[1].partition("```")[0]
+    exec(compile(lines, "use.md", "exec"), code)
+    monkeypatch.chdir(tmp_path)
+    model = peft.AutoPeftModelForCausalLM.from_pretrained("use/peft", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained("use/peft")
+    trained = check.loaded(adapter.facts, 4)
+    attach.put_on(trained, adapter)
+    seen = set()
+    for text in ("3 4 5", "90 7", "11 12 13 14", "20", "33 50 60"):
+        row = Example(tokenizer(text)["input_ids"], [])
+        states = label_states([row], hidden_states(trained, [row])[0])
+        label = adapter.labels[(torch.from_numpy(adapter.head) @ states[0]).argmax()]
+        assert code["label"](model, tokenizer, text) == label
+        seen.add(label)
+    assert len(seen) > 1

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="Endpoint to listen at. Whoever reaches another one than a loopback address can use the model: there is "
+    help="Address to listen at. Whoever reaches another one than a loopback address can use the model: there is "
     "no password.",
 )
 @click.option("--attended", is_flag=True, hidden=True)
@@ -47,7 +47,6 @@ def command(
     first = stamp(folder) if folder is not None else (0, 0)
     facts, learned = base.open()
     context = min(context, facts.positions)
-
     if host not in LOOPBACK:
         log.warning("whoever reaches %s can use the model: the server asks for no password", host)
 

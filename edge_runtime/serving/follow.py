@@ -62,13 +62,21 @@ class Follower:
 
     def _take(self, seen: tuple[int, int]) -> None:
         try:
-            self._engine.swap(learned.on(learned.read(self._folder), self._facts))
+            newer = learned.on(learned.read(self._folder), self._facts)
         except EdgeError as error:
             self._failures += 1
-            if self._failures < PATIENCE:
-                return
-            self._tell(ServerEvent("refused", self._engine.version, str(error)))
-        else:
-            version = self._engine.version
-            self._tell(ServerEvent("version", version, f"new requests take version {version}"))
+            if self._failures == PATIENCE:
+                self._refuse(seen, error)
+            return
+        try:
+            self._engine.swap(newer)
+        except EdgeError as error:
+            self._refuse(seen, error)
+            return
         self._seen, self._failures = seen, 0
+        version = self._engine.version
+        self._tell(ServerEvent("version", version, f"new requests take version {version}"))
+
+    def _refuse(self, seen: tuple[int, int], error: EdgeError) -> None:
+        self._seen, self._failures = seen, 0
+        self._tell(ServerEvent("refused", self._engine.version, str(error)))

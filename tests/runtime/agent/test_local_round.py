@@ -93,6 +93,16 @@ def test_a_job_carries_what_earlier_rounds_have_left_though_the_folder_has_moved
     assert job.evaluation == {"own": str(tmp_path / "after" / "own.jsonl")}
 
 
+def test_a_trainer_is_held_to_what_a_server_leaves_it(tmp_path):
+    store, machine = DeviceStore(tmp_path / "agent.db"), Machine(budget_bytes=1000)
+    rounds = LocalRounds(tmp_path / "work", store, DeviceRows(tmp_path / "rows.jsonl", {}), machine)
+    budgets = [
+        rounds.job(1, Fleet("f", CATALOG), FACTS, plan, {}).machine.budget_bytes
+        for plan in (PLAN, msgspec.structs.replace(PLAN, serving_bytes=300))
+    ]
+    assert budgets == [1000, 700]
+
+
 def test_each_job_writes_the_newest_adapter_to_one_folder(device, tmp_path):
     last = device.job(3, train=False)
     assert {last.export, device.job(2).export} == {str(tmp_path / "adapter")}

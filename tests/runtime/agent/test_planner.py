@@ -70,6 +70,13 @@ def test_a_trainer_that_ended_itself_for_memory_plans_smaller_at_once():
     assert device.planned()[1:3] == (100 + int(SMALLER * 200), False)
 
 
+def test_a_trainer_that_was_short_of_memory_leaves_a_server_its_part():
+    device = Device(kept_blocks=3)
+    device.planned()
+    device.planner.shrink(msgspec.structs.replace(device.plan, serving_bytes=50), killed=False)
+    assert device.planned()[1] == 100 + int(SMALLER * 200) + 50
+
+
 def raising(error):
     def call(*_, **__):
         raise error

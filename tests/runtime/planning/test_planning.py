@@ -1,6 +1,7 @@
 """The plan a budget gets, and the predicted peak against that of the real trainer process."""
 
 import os
+import re
 
 import msgspec
 import pytest
@@ -13,7 +14,7 @@ from edge_runtime.demo import commands
 from edge_runtime.errors import BudgetError, InputError
 from edge_runtime.planning import search
 from edge_runtime.planning.candidates import candidates, lower, predicted
-from edge_runtime.planning.predict import Workload, predict
+from edge_runtime.planning.predict import Serving, Workload, predict
 from edge_runtime.planning.search import choose
 from edge_runtime.planning.time import Rates
 from edge_runtime.settings import Adapter, Codistill, Fleet, MethodChoice, Model, Training
@@ -521,3 +522,26 @@ def test_a_running_trainer_is_without_its_tokenizer():
     ways = lowered(of, first, large)
     assert ways[0].terms == bare.terms and len(ways) > 1
     assert ways == lowered(of, bare, GEMMA)
+
+
+def test_a_server_beside_the_trainer_has_its_part_of_the_budget():
+    of = fleet()
+    alone, serving = choose(of, FACTS, 1 << 40, RUNTIME, RATES).fits, Serving(context=1024, parallel=2)
+    beside = choose(of, FACTS, 1 << 40, RUNTIME, RATES, serving=serving).fits
+    assert msgspec.structs.replace(beside, serving_bytes=0) == alone and alone.serving_bytes == 0
+    # the runtime and the weights at least, and what keys and values add
+    assert beside.serving_bytes > RUNTIME + beside.terms["weights"]
+    longer = choose(of, FACTS, 1 << 40, RUNTIME, RATES, serving=serving._replace(context=2048)).fits
+    token = 2 * LARGE.kv_heads * LARGE.head_dim * 4 * 30
+    assert longer.serving_bytes - beside.serving_bytes == pytest.approx(1.3 * 2 * 1024 * token, rel=1e-6)
+    # what holds the trainer alone is too small for both, by the smallest model's figures
+    least = min(
+        (plan for group in candidates(of, FACTS, RUNTIME, RATES, serving) for plan in group),
+        key=lambda plan: plan.needed_bytes,
+    )
+    assert choose(of, FACTS, least.needed_bytes, RUNTIME, RATES, serving=serving).fits == least
+    assert choose(of, FACTS, least.needed_bytes - 1, RUNTIME, RATES).fits.serving_bytes == 0
+    figures = (least.needed_bytes, least.predicted_peak_bytes, least.serving_bytes)
+    needs = "which needs {}: {} to train and {} to serve".format(*map(format_size, figures))
+    with pytest.raises(BudgetError, match=re.escape(needs)):
+        choose(of, FACTS, least.needed_bytes - 1, RUNTIME, RATES, serving=serving)

@@ -1,0 +1,17 @@
+"""What a server process refuses before it loads a model."""
+
+import socket
+
+import pytest
+
+from edge_runtime.errors import InputError
+from edge_runtime.serving.process import Endpoint, ServedModel, serve
+from edge_runtime.trainer.job import Machine
+
+
+def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(demo_facts):
+    model = ServedModel(demo_facts, None, None, (0, 0), "bfloat16", "torch", 64, 1)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"cannot listen at 127.0.0.1, port {port}: .*--port"):
+            serve(model, Endpoint("127.0.0.1", port), Machine(), print, attended=False)

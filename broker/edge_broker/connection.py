@@ -15,6 +15,7 @@ import socket
 import ssl
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -34,7 +35,7 @@ from edge_broker.window import SLOTS, Ticket, Window, publish_size
 
 _RECEIVE_MAXIMUM = 32  # messages from the broker without our acknowledgement: 2 MiB of chunks
 _PACKET_MAX = 1 << 20  # bytes of the largest PUBLISH sent or accepted
-_KEEPALIVE_S = 30
+KEEPALIVE_S = 30  # a broker takes a client for lost after one and a half times of it
 _SETTLED_S = 10.0  # after a connection that lasted this long the back-off starts anew
 _BACKOFF_S = (1.0, 30.0)  # first and largest upper bound of the random wait before a reconnect
 
@@ -63,6 +64,7 @@ class Connection:
         put: Callable[[Event | tuple[int, paho.MQTTMessage]], None],
     ) -> None:
         self.address, self.spec = address, spec
+        self.process = uuid.uuid4().hex
         self.changed = threading.Condition(threading.RLock())
         self.state = State.CLOSED
         # number of the latest connect: an acknowledgement must not cross to the next connection
@@ -98,7 +100,7 @@ class Connection:
         # retained messages to a session that it has. Later connects continue the session, unless it
         # ends with its connection.
         clean = paho.MQTT_CLEAN_START_FIRST_ONLY if self._expiry_s else True
-        self.client.connect_async(host, port, _KEEPALIVE_S, clean_start=clean, properties=properties)
+        self.client.connect_async(host, port, KEEPALIVE_S, clean_start=clean, properties=properties)
         self._thread = threading.Thread(target=self._run, name="edge-broker", daemon=True)
         self.state, self._leaving = State.OPENING, False
         self._thread.start()
@@ -144,9 +146,14 @@ class Connection:
                 self._leaving = True
             elif self._leaving:
                 return None
-            body = messages.encode(messages.Presence(state=state, epoch=self.epoch))
+            body = messages.encode(messages.Presence(state, self.epoch, self.process))
             topic, waited = topics.presence(self.spec.fleet, self.spec.id), state == "offline"
             return self.post(topic, body, retain=True, waited=waited, expiry_s=None, limit=None)
+
+    def show_online(self) -> None:
+        """Publish "online" once more, at once or when there is room."""
+        if not self.publish_presence("online"):
+            self._announce = True
 
     def send_subscribe(self, filters: tuple[str, ...]) -> int:
         """Send a SUBSCRIBE at QoS 1 and return its packet number; 0 without a connection."""
@@ -194,7 +201,7 @@ class Connection:
         # above the last epoch, and above the clock (ms) in case the owner lost the last epoch
         self.epoch = max(self.epoch, time.time_ns() // 1_000_000) + 1
         if self.spec:
-            will = messages.encode(messages.Presence(state="lost", epoch=self.epoch))
+            will = messages.encode(messages.Presence("lost", self.epoch, self.process))
             self.client.will_set(topics.presence(self.spec.fleet, self.spec.id), will, qos=1, retain=True)
         try:
             self.client.reconnect()

@@ -8,6 +8,7 @@ class Message(msgspec.Struct, frozen=True):
 
     topic: str
     payload: bytes
+    retained: bool = False  # sent before we subscribed, and kept by the broker
 
 
 class Connected(msgspec.Struct, frozen=True):

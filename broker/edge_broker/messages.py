@@ -29,6 +29,7 @@ class Presence(msgspec.Struct, frozen=True):
 
     state: Literal["online", "offline", "lost"]
     epoch: Count  # grows with every connect, so the highest is the latest
+    process: Name = "unknown"  # random, another one for each start of the agent
 
 
 class Artifact(msgspec.Struct, frozen=True):

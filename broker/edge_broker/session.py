@@ -179,13 +179,22 @@ class Session:
             if epoch == self._connection.epoch:
                 self._connection.client.ack(raw.mid, raw.qos)
             try:
-                return Message(topic=raw.topic, payload=bytes(raw.payload))
+                return Message(raw.topic, bytes(raw.payload), raw.retain)
             except UnicodeDecodeError:
                 log.warning("dropped a message whose topic is not UTF-8")
 
     def put(self, item: object) -> None:
         """Put an item into the queue, from any thread; `receive` returns it as Own."""
         self._queue.put(Own(item))
+
+    def show_online(self) -> None:
+        """Publish the presence once more, as a sign of life for those who ask for one."""
+        self._connection.show_online()
+
+    @property
+    def process(self) -> str:
+        """The random name of this session in its presence; a restarted process has another one."""
+        return self._connection.process
 
     @property
     def connected(self) -> bool:

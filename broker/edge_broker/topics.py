@@ -68,7 +68,7 @@ def presence(fleet: str, device: str) -> str:
 
 
 def inbox(fleet: str, device: str, transfer: str) -> str:
-    """What the node tells a device about one transfer."""
+    """What the node tells a device about one transfer, or one of its processes by its name."""
     return _build("inbox", fleet=fleet, device=device, transfer=transfer)
 
 

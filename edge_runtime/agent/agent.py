@@ -27,7 +27,7 @@ from edge_runtime.agent.rounds import Rounds, Workers
 from edge_runtime.agent.stages import Owing, Stage, Waiting
 from edge_runtime.agent.store import DeviceStore
 from edge_runtime.agent.trainer import Trainer
-from edge_runtime.errors import UnreachableError
+from edge_runtime.errors import InputError, UnreachableError
 from edge_runtime.protocol.round import ROUND_DOMAIN, Round
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ def run(options: DeviceOptions, tell: Callable[[DeviceEvent], None], workers: Wo
         workers: planner and trainer; None: this package's own.
 
     Raises:
-        InputError: the data or a held-out file cannot be used, or the state is another device's.
+        InputError: the data or a held-out file cannot be used, the state is another device's, or
+            another agent has this device's id.
         UnreachableError: no broker, or no round was announced in time.
         EdgeError: this device cannot take part: every model, or every plan failed.
     """
@@ -65,8 +66,8 @@ def run(options: DeviceOptions, tell: Callable[[DeviceEvent], None], workers: Wo
                 raise UnreachableError(_silence(stage, session, options))
             item = session.receive(max(min(rounds.tick(), IDLE_S, patience_s), 0.0))
             rounds.handle(item)
-            if isinstance(item, Message) and item.topic == topics.round(options.fleet):
-                _hear(item.payload, store, rounds)
+            if isinstance(item, Message):
+                _hear(item, session, store, options, rounds)
     finally:
         rounds.close()
         session.close()
@@ -93,7 +94,23 @@ def _connect(session: Session, rounds: Rounds, options: DeviceOptions) -> None:
     rounds.stage = Waiting(time.monotonic() + options.wait_s)
 
 
-def _hear(payload: bytes, store: DeviceStore, rounds: Rounds) -> None:
+def _hear(
+    message: Message, session: Session, store: DeviceStore, options: DeviceOptions, rounds: Rounds
+) -> None:
+    """A node speaks to all devices, or to this process alone: that it has to end."""
+    if message.topic == topics.round(options.fleet):
+        # the node asks who is there; presence has just been published where the broker kept the round
+        if not message.retained:
+            session.show_online()
+        _follow(message.payload, store, rounds)
+    elif message.topic == topics.inbox(options.fleet, options.id, session.process):
+        raise InputError(
+            f"another agent is connected to {options.broker} as device `{options.id}` of fleet `{options.fleet}`, and the "
+            "two have taken over each other's connection: give every device an --id of its own"
+        )
+
+
+def _follow(payload: bytes, store: DeviceStore, rounds: Rounds) -> None:
     """Check who announced a round: a device that has trained for a node follows no other."""
     try:
         body, key = signing.open(payload, ROUND_DOMAIN, store.get("node_key"))

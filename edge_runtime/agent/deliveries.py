@@ -145,6 +145,7 @@ class Deliveries:
             result=without_names(report.result) if report.result is not None else None,
             bytes_up=traffic.bytes_up - self._traffic.bytes_up,
             bytes_down=traffic.bytes_down - self._traffic.bytes_down,
+            process=self._session.process,
         )
         signed = signing.sign(self._key, REPORT_DOMAIN, msgspec.json.encode(counted))
         try:

@@ -1,9 +1,9 @@
 """The aggregator: announces rounds, takes in updates, merges, and publishes global versions.
 
     announced -> collecting -> merging -> published -> next
-        collecting -> merging      with a quorum, when all online devices are in or at the deadline
+        collecting -> merging      with a quorum, when all devices that are there are in or at the deadline
         collecting -> collecting   at a deadline below the quorum, as often as the fleet extends
-    after the last round: finishing -> ended, when all online devices have reported or at the deadline
+    after the last round: finishing -> ended, when all devices that are there have reported or at the deadline
 
 One loop reads the session's queue. Store and journal share a SQLite file, so an aggregator that was
 killed goes on in the same round with every committed update. A merge that was interrupted is
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
-from edge_broker import messages, presence, signing, topics
+from edge_broker import messages, signing, topics
 from edge_broker.address import Address
 from edge_broker.errors import BadMessage, BrokerError
 from edge_broker.journal import Journal, Update
@@ -28,6 +28,7 @@ from edge_broker.transfer import Publisher, Receiver
 from edge_runtime import methods
 from edge_runtime.aggregator import check, merge, opening
 from edge_runtime.aggregator.announce import Announcer
+from edge_runtime.aggregator.attendance import Attendance
 from edge_runtime.aggregator.clock import RoundClock
 from edge_runtime.aggregator.store import NodeStore, Version
 from edge_runtime.errors import EdgeError, InputError, UnreachableError
@@ -105,7 +106,7 @@ class Node:
         )
         self._publisher = Publisher(self._session, fleet.name)
         self._announcer = Announcer(self._session, self._publisher, fleet, options.node, self._key)
-        self._presence = presence.Tracker()
+        self._attendance = Attendance(self._session, fleet.name)
         self._clock = RoundClock()
         self._round = self._store.open_round()  # one past the fleet's rounds: finishing
         self._ended = False
@@ -122,7 +123,8 @@ class Node:
             self._open_round()
             while not self._ended:
                 # one wait for messages, deadlines, chunks that are due and outages
-                due_s = min(self._receiver.tick(), self._publisher.tick(), self._clock.due_s)
+                due_s = min(self._receiver.tick(), self._publisher.tick())
+                due_s = min(due_s, self._clock.due_s, self._attendance.due_s)
                 self._handle(self._session.receive(max(due_s, 0.0)))
                 # reports that came before a merge ended can make the next transition due at once
                 while self._clock.may_close and self._advance():
@@ -196,13 +198,12 @@ class Node:
         return {update.manifest.device for update in self._journal.committed(self._round)}
 
     def _waiting(self, counted: set[str]) -> set[str]:
-        """Online devices that a round waits for until its deadline: neither counted nor failed."""
-        online = {device for device, state in self._presence.devices.items() if state.state == "online"}
+        """Devices that a round waits for until its deadline: there, and neither counted nor failed."""
         failed = self._store.reported(min(self._round, self.fleet.rounds), "failed")
-        return online - counted - failed
+        return self._attendance.present - counted - failed
 
     def _missing(self, counted: set[str]) -> tuple[str, ...]:
-        return tuple(sorted(self._presence.devices.keys() - counted))
+        return tuple(sorted(self._attendance.known - counted))
 
     # --- the link
 
@@ -225,15 +226,14 @@ class Node:
         if self._publisher.outgrown:
             self._announce()
         self._clock.handle(item)
-        if isinstance(item, Message):
-            try:
-                device = self._presence.handle(item.topic, item.payload)
-                if device is not None:
-                    self._say("presence", text=f"{device} is {self._presence.state(device)}")
-                elif topics.parse(item.topic).kind == "report":
-                    self._take_report(item)
-            except BadMessage as error:
-                log.warning("ignored a message: %s", error)
+        try:
+            for news in self._attendance.handle(item):
+                self._say("presence", text=news)
+            # an operator who forgets a device publishes an empty report
+            if isinstance(item, Message) and item.payload and topics.parse(item.topic).kind == "report":
+                self._take_report(item)
+        except BadMessage as error:
+            log.warning("ignored a message: %s", error)
 
     def _take_report(self, message: Message) -> None:
         """Store a device's report; raises BadMessage if it is not the device's, or of no round."""
@@ -250,6 +250,7 @@ class Node:
                 f"{device} reports round {report.round}, this fleet has 1 to {self.fleet.rounds}"
             )
         self._store.add_report(report, key)
+        self._attendance.vouch(device, report.process)
         if report.state == "failed":
             self._say("failed", text=f"{device}: {failure(report)}")
 

@@ -110,6 +110,7 @@ class Report(msgspec.Struct, frozen=True):
     exit_code: int | None = None  # of the trainer or agent that failed; negative: a signal
     bytes_up: int = 0  # PUBLISH packets since the round began
     bytes_down: int = 0
+    process: str = ""  # random name of the agent's process, as in its presence
 
 
 def failure(report: Report) -> str:

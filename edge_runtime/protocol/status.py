@@ -1,4 +1,7 @@
-"""Reads what a fleet has left on the broker: the round, presence and last reports, all retained."""
+"""Reads what a fleet has left on the broker: the round, presence and last reports, all retained.
+
+A device that will not come back is forgotten by taking its presence and its report off the broker.
+"""
 
 import time
 import uuid
@@ -10,7 +13,7 @@ from edge_broker.address import Address
 from edge_broker.errors import BadMessage, BrokerError
 from edge_broker.session import Message, Session
 
-from edge_runtime.errors import UnreachableError
+from edge_runtime.errors import InputError, UnreachableError
 from edge_runtime.protocol.report import REPORT_DOMAIN, Report
 from edge_runtime.protocol.round import ROUND_DOMAIN, Round
 
@@ -74,3 +77,26 @@ def read(broker: Address, fleet: str) -> Status:
     ids = sorted({*tracker.devices, *reports})
     devices = [DeviceStatus(id, tracker.state(id), reports.get(id)) for id in ids]
     return Status(fleet, rounds[fleet], devices)
+
+
+def forget(broker: Address, status: Status, device: str) -> Status:
+    """Take a device's messages off the broker, and its row out of the status.
+
+    One that still lives publishes them again, at the node's next announcement at the latest.
+
+    Raises:
+        InputError: the fleet has no such device.
+        UnreachableError: no broker, or it lets only nodes do that.
+    """
+    others = [known for known in status.devices if known.id != device]
+    if len(others) == len(status.devices):
+        names = ", ".join(known.id for known in others) or "none"
+        raise InputError(f"fleet `{status.fleet}` has no device `{device}` to forget; its devices: {names}")
+    try:
+        with Session(broker, f"status-{uuid.uuid4().hex[:12]}", session_expiry_s=0) as session:
+            session.connect(CONNECT_TIMEOUT_S)
+            for topic in (topics.presence(status.fleet, device), topics.report(status.fleet, device)):
+                session.publish(topic, b"", retain=True)
+    except BrokerError as error:
+        raise UnreachableError(str(error)) from error
+    return msgspec.structs.replace(status, devices=others)

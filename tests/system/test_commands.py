@@ -27,7 +27,7 @@ OPTIONS = {
         ),
         *("--threads", "--device", "--wait", "--until-finished", "--json"),
     ],
-    "status": ["--broker", "--credentials", "--fleet", "--json"],
+    "status": ["--broker", "--credentials", "--fleet", "--forget", "--json"],
     "demo": ["--method", "--broker", "--credentials", "--keep", "--json"],
 }
 
@@ -70,6 +70,23 @@ def test_status_speaks_json_of_the_round_and_each_device(fleet: Fleet) -> None:
     assert (status["round"]["state"], status["round"]["round"]) == ("open", 1)
     (device,) = status["devices"]
     assert (device["id"], device["presence"], device["report"]["budget_bytes"]) == ("here", "online", 7)
+
+
+def test_a_device_that_will_not_come_back_is_forgotten(fleet: Fleet) -> None:
+    fleet.write()
+    node = fleet.noise_node()
+    node.phase("collecting")
+    for name in ("gone", "stays"):
+        with crafted(fleet, name) as device:
+            device.report()
+        node.until(lambda event, name=name: event.get("text") == f"{name} is offline")
+    where = ("status", "--broker", fleet.broker.url, "--fleet", fleet.name, "--json")
+    for more in (["--forget", "gone"], []):
+        status = Command(*where, *more).until(lambda _: True)
+        assert [device["id"] for device in status["devices"]] == ["stays"]
+    assert node.until(lambda event: event.get("text") == "gone is unknown")["missing"] == ["stays"]
+    again = Command(*where, "--forget", "gone")
+    assert again.end() == 2 and "has no device `gone` to forget; its devices: stays" in again.error()
 
 
 def test_a_model_that_is_not_there_is_named_and_the_node_told(fleet: Fleet, tmp_path: Path) -> None:

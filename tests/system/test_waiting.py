@@ -1,9 +1,12 @@
 """For whom a round waits, and for how long."""
 
+import itertools
 import time
 
 import pytest
 from crafted import crafted
+from edge_broker import topics
+from edge_broker.session import Message, Session
 from edge_broker.transfer import Committed
 from fleet import Fleet
 from records import committed
@@ -80,3 +83,32 @@ def test_a_node_killed_between_its_last_commit_and_the_merge_merges_once(fleet: 
     assert (again.end(20), agent.end(20)) == (0, 0)
     assert "received" not in {event["phase"] for event in again.seen}
     assert committed(fleet) == [("honest", 1)]
+
+
+def test_an_agent_shows_that_it_is_there_when_a_node_announces_its_round_again(fleet: Fleet) -> None:
+    fleet.write(quorum=2)
+    node = fleet.noise_node()
+    fleet.noise("a", "10kB")
+    node.phase("received")  # the agent rests, until the second device is in
+    node.kill()
+    with Session(fleet.broker.url, f"{fleet.name}-hears", session_expiry_s=0) as session:
+        session.connect(10)
+        session.subscribe(topics.presence(fleet.name, "a"))
+        fleet.noise_node()
+        while not (isinstance(item := session.receive(20), Message) and not item.retained):
+            assert item is not None
+    assert b'"online"' in item.payload
+
+
+def test_of_two_agents_with_one_id_one_ends_with_a_sentence_and_the_other_finishes(fleet: Fleet) -> None:
+    fleet.write(rounds=2, quorum=2)  # so the first round stays open for a second device
+    node = fleet.noise_node("--until-finished")
+    node.phase("collecting")
+    agents = [fleet.noise("pi", "10kB", "--state", str(fleet.folder / name)) for name in ("one", "two")]
+    node.until(lambda event: "two agents have the id pi" in event.get("text", ""), 60)
+    ended = next(agent for agent in itertools.cycle(agents) if agent.process.poll() is not None)
+    other = fleet.noise("other", "10kB", "--until-finished")
+    assert (ended.end(), other.end(), node.end()) == (2, 0, 0)
+    sentence = ended.error().splitlines()[-1]
+    assert "another agent is connected to" in sentence and "as device `pi` of fleet" in sentence
+    assert [agent.process.poll() for agent in agents].count(None) == 1

@@ -26,6 +26,7 @@ from edge_runtime.trainer.job import Machine
 TEXTS = {
     "Report.device": "the id the device joined with, which is part of each topic",
     "Report.node_key": "had from the node",
+    "Report.process": "random",
     "Plan.source": "had from the node: the catalog's source",
     "Plan.model_class": "the source's last part and a digest of the weights",
     "Plan.terms": "names of the planner's terms",
@@ -94,7 +95,7 @@ def test_names_of_held_out_files_become_numbers_in_their_order() -> None:
 class Link:
     """A session that is never connected, and keeps what is published."""
 
-    chunk_bytes = 1024
+    chunk_bytes, process = 1024, "p"
     traffic = NamedTuple("Traffic", [("bytes_up", int), ("bytes_down", int)])(0, 0)
 
     def __init__(self) -> None:

@@ -64,8 +64,10 @@ class OnnxSequence:
             )
         if total > self._room:
             self._grow(min(max(2 * self._room, total, PIECE), self._engine.positions))
-        self._binding.bind_cpu_input("input_ids", np.array([ids], np.int64))
-        self._binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
+        # names: the binding has the arrays' memory, and does not keep them alive
+        tokens, mask = np.array([ids], np.int64), np.ones((1, total), np.int64)
+        self._binding.bind_cpu_input("input_ids", tokens)
+        self._binding.bind_cpu_input("attention_mask", mask)
         self._engine.session.run_with_iobinding(self._binding)
         self._length = total
         logits: NDArray[np.float32] = self._binding.get_outputs()[0].numpy()[0, -1]

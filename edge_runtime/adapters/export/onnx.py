@@ -43,7 +43,7 @@ COMPANIONS = (
     "config.json",
     "generation_config.json",
 )
-PROBE = 24  # tokens whose logits are compared, the last four of them a step each
+PROBE = 24  # tokens at most whose logits are compared, the last four of them a step each
 STEPS = 4
 # Differences from torch that are rounding: root mean square, relative to the logits' spread.
 EXACT = 1e-4
@@ -144,7 +144,8 @@ def compare(model: PreTrainedModel, learned: Learned, folder: Path) -> None:
     Raises:
         InputError: they differ by more than rounding.
     """
-    ids = np.random.default_rng(0).integers(0, learned.facts.vocabulary, PROBE)
+    tokens = min(PROBE, onnx_model.positions(model.config.get_text_config()))
+    ids = np.random.default_rng(0).integers(0, learned.facts.vocabulary, tokens)
     adapter = onnxruntime.LoraAdapter()
     adapter.Load(str(folder / ADAPTER))
     base, whole = _torch_logits(model, ids, None), _torch_logits(model, ids, learned)

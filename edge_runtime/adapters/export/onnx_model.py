@@ -146,13 +146,13 @@ def activation(config: Any) -> str:
 
 def positions(config: Any) -> int:
     """Tokens that a sequence may have in the graph of a model with this configuration."""
-    most, rope = int(config.max_position_embeddings), getattr(config, "rope_parameters", None) or {}
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_type = rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]
     # beyond that length longrope turns earlier tokens by other angles too
-    return (
-        min(most, int(rope["original_max_position_embeddings"]))
-        if rope.get("rope_type") == "longrope"
-        else most
-    )
+    lengths = [
+        each["original_max_position_embeddings"] for each in by_type if each.get("rope_type") == "longrope"
+    ]
+    return min([config.max_position_embeddings, *lengths])
 
 
 # --- the ends of the model

@@ -6,57 +6,43 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from family_cases import CASES
 
+from benchmarks.model_cases import CASES, build
 from edge_runtime.adapters.export import onnx, onnx_adapter, onnx_model
 from edge_runtime.adapters.export.onnx_session import DATA, MODEL, session
 from edge_runtime.errors import InputError
 
 IDS = np.random.default_rng(3).integers(3, 96, 21)
-# heads as ONNX Runtime takes them, and windows shorter than the tokens
-CHANGES = {
-    "mistral": {"sliding_window": 4},
-    "gemma2": {"sliding_window": 4},
-    "gemma3_text": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
-    "phi": {"num_attention_heads": 1, "num_key_value_heads": 1},
-    "phi3": {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 4},
-}
 
 
 def torch_logits(model, ids=IDS):
-    return model(torch.from_numpy(ids)[None]).logits[0].numpy()
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", CASES)
-def test_a_graph_computes_what_its_model_does(tiny, tmp_path, family, tied):
-    model = tiny(family, tie_word_embeddings=tied, **CHANGES.get(family, {}))
-    onnx.write_base(model, (0, 1, 2, 3), tmp_path)
-    seen = onnx.onnx_logits(session(tmp_path, 1), IDS, None)
-    needed = torch_logits(model)
-    assert np.abs(seen - needed).max() < 1e-4 * np.abs(needed).max()
-    # the twin: the same tokens in another order
-    assert np.abs(seen - torch_logits(model, IDS[::-1].copy())).max() > 1e-2 * np.abs(needed).max()
+    return model(torch.from_numpy(ids)[None]).logits[0].detach().numpy()
 
 
 @pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
-        ("qwen2", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}),
-        ("llama", {"attention_bias": True, "mlp_bias": True}),
-        ("gemma2", {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}),
-    ],
+    ("family", "variant"), [(family, name) for family in CASES for name in CASES[family].variants]
 )
-def test_settings_of_a_configuration_are_in_the_graph(tiny, tmp_path, family, changes):
-    model, plain = tiny(family, **changes), tiny(family)
-    for module in model.modules():
-        if getattr(module, "bias", None) is not None:
-            module.bias.normal_(generator=torch.Generator().manual_seed(1))
-    onnx.write_base(model, (0, 1, 2, 3), tmp_path)
-    seen, needed = onnx.onnx_logits(session(tmp_path, 1), IDS, None), torch_logits(model)
+def test_a_graph_computes_what_its_model_does(tmp_path, family, variant):
+    model = build(family, variant)
+    if variant == "key norms":
+        with pytest.raises(
+            InputError, match="the phi model has LayerNorms of query and key, which the export"
+        ):
+            onnx_model.check(model)
+        return
+    onnx.write_base(model, (0, 1), tmp_path)
+    ids = IDS[: onnx_model.positions(model.config)]
+    seen, needed = onnx.onnx_logits(session(tmp_path, 1), ids, None), torch_logits(model, ids)
     assert np.abs(seen - needed).max() < 1e-4 * np.abs(needed).max()
-    assert np.abs(torch_logits(plain) - needed).max() > 1e-3 * np.abs(needed).max()
+    # the twin: the same tokens in another order
+    assert np.abs(seen - torch_logits(model, ids[::-1].copy())).max() > 1e-2 * np.abs(needed).max()
+
+
+@pytest.mark.parametrize("family", ["phi3", "gemma3_text"])
+def test_a_graph_ends_where_angles_would_change(family):
+    """Longrope turns all tokens by other angles once a sequence is longer than the model's first training."""
+    assert onnx_model.positions(build(family, "rope longrope").config) == 16
+    assert onnx_model.positions(build(family, "tied").config) == 64
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -192,7 +178,6 @@ def test_a_label_head_gives_its_logits(checkpoint, learn, tmp_path):
         ("gemma3_text", {"use_bidirectional_attention": True}, "attention to later tokens"),
         ("phi", {}, "heads of 8 values"),
         ("phi", {"num_attention_heads": 2, "num_key_value_heads": 2}, "rotary embeddings of 8 values"),
-        ("phi", {"qk_layernorm": True, **CHANGES["phi"]}, "LayerNorms of query and key"),
     ],
 )
 def test_what_the_graph_cannot_compute_is_refused_by_name(tiny, family, changes, problem):

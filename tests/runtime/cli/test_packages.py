@@ -20,6 +20,15 @@ def names(requirements: list[str]) -> set[str]:
     return {re.split(r"[^\w-]", text)[0] for text in requirements}
 
 
+def required(extra: str | None) -> list[str]:
+    """What an extra asks for, with what the extras in it ask for."""
+    lines = EXTRAS.get(extra, [])
+    inner = [
+        line.partition("[")[2].rstrip("]").split(",") for line in lines if line.startswith("edge-runtime[")
+    ]
+    return [*lines, *(line for extras in inner for name in extras for line in required(name))]
+
+
 def imported_without(missing: set[str], *modules: str) -> "subprocess.CompletedProcess[str]":
     """Import the modules in a process that lacks these packages."""
     lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in sorted(missing))]
@@ -41,10 +50,11 @@ def imported_without(missing: set[str], *modules: str) -> "subprocess.CompletedP
         ),
         ("aggregator", ("edge_runtime.cli", "edge_runtime.aggregator.node", "edge_runtime.state")),
         ("agent", ("edge_runtime.agent.agent", "edge_runtime.state", "edge_runtime.trainer.run")),
+        ("serve", ("edge_runtime.serving.process", "edge_runtime.serving.onnx_engine")),
     ],
 )
 def test_an_extra_brings_all_that_its_commands_import(extra: str | None, modules: tuple[str, ...]) -> None:
-    present = names(PROJECT["dependencies"]) | names(EXTRAS.get(extra, []))
+    present = names(PROJECT["dependencies"]) | names(required(extra))
     missing = (
         set().union(*(names(requirements) for requirements in EXTRAS.values())) - present - {"edge-runtime"}
     )

@@ -6,8 +6,10 @@ sequence's keys and values lie in one memory that the session reads and writes i
 doubles as the sequence grows.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Ids
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from onnxruntime import OrtValue
 
 from edge_runtime.adapters.export import onnx_adapter
-from edge_runtime.adapters.export.onnx_base import Request
+from edge_runtime.adapters.export.onnx_base import GraphRequest
 from edge_runtime.adapters.export.onnx_session import FORM, session
 from edge_runtime.adapters.learned import Learned
 from edge_runtime.errors import InputError
@@ -30,24 +32,27 @@ EXPORT_TIMEOUT_S = 3600.0  # writes as many bytes as the model has
 LAST = np.array([-1], np.int64)
 
 
-class HeldAdapter:
-    """One version's factors as inputs of the graph."""
+class AdapterInputs(NamedTuple):
+    """An adapter, as inputs of the graph."""
 
-    def __init__(self, learned: Learned) -> None:
-        self.version, self.inputs = learned.version, onnx_adapter.inputs(learned)
+    version: int
+    inputs: Mapping[str, OrtValue]
+
+
+BASE = AdapterInputs(0, {})  # rank 0 everywhere
 
 
 class OnnxSequence:
     """Tokens with their keys and values; see serving/engine.py."""
 
-    def __init__(self, engine: "OnnxEngine", adapter: HeldAdapter | None) -> None:
-        self.version = adapter.version if adapter is not None else 0
+    def __init__(self, engine: "OnnxEngine", adapter: AdapterInputs) -> None:
+        self.version = adapter.version
         self._engine, self._adapter, self._length, self._room = engine, adapter, 0, 0
         self._values = {name: np.empty((1, heads, 0, size), np.float32) for name, heads, size in engine.cache}
         self._binding = engine.session.io_binding()
         self._binding.bind_output("logits")
         self._binding.bind_ortvalue_input("logits_from", OrtValue.ortvalue_from_numpy(LAST))
-        for name, value in adapter.inputs.items() if adapter is not None else ():
+        for name, value in adapter.inputs.items():
             self._binding.bind_ortvalue_input(name, value)
 
     def feed(self, ids: Ids[int]) -> NDArray[np.float32]:
@@ -101,7 +106,11 @@ class OnnxEngine:
         """
         self._facts, self._depth = facts, depth_of(facts, learned)
         folder = graph_folder(facts, self._depth, format)
-        once(folder, lambda fresh: _write(Request(facts, self._depth, format, str(fresh))), EXPORT_TIMEOUT_S)
+        once(
+            folder,
+            lambda fresh: _write(GraphRequest(facts, self._depth, format, str(fresh))),
+            EXPORT_TIMEOUT_S,
+        )
         self.session = session(folder, threads)
         self.positions = int(self.session.get_modelmeta().custom_metadata_map["positions"])
         self.cache = [  # name, heads and their size
@@ -109,14 +118,14 @@ class OnnxEngine:
             for entry in self.session.get_inputs()
             if entry.name.startswith("past")
         ]
-        self._newest: HeldAdapter | None = None
+        self._newest = BASE
         if learned is not None:
             self.swap(learned)
 
     @property
     def version(self) -> int:
         """Of the adapter that a new sequence takes; 0: the base alone."""
-        return self._newest.version if self._newest is not None else 0
+        return self._newest.version
 
     def begin(self) -> OnnxSequence:
         """A sequence without tokens, on the newest adapter."""
@@ -129,7 +138,7 @@ class OnnxEngine:
                 f"version {learned.version} was learned on {len(learned.layers)} layers, but the base that is "
                 f"loaded has {self._depth}: start the server again"
             )
-        self._newest = HeldAdapter(learned)
+        self._newest = AdapterInputs(learned.version, onnx_adapter.inputs(learned))
 
 
 def graph_folder(facts: Facts, depth: int, format: Weights) -> Path:
@@ -137,6 +146,6 @@ def graph_folder(facts: Facts, depth: int, format: Weights) -> Path:
     return Path(facts.folder) / f"onnx{FORM}-{format}-{depth}"
 
 
-def _write(request: Request) -> None:
+def _write(request: GraphRequest) -> None:
     command = ["edge_runtime.adapters.export.onnx_base", msgspec.json.encode(request).decode()]
     processes.output(command, EXPORT_TIMEOUT_S, InputError)

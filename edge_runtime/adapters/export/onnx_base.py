@@ -20,7 +20,7 @@ from edge_runtime.models.slices import kept_layers
 from edge_runtime.settings import Weights
 
 
-class Request(msgspec.Struct, frozen=True):
+class GraphRequest(msgspec.Struct, frozen=True):
     """Which graph to write, and where."""
 
     facts: Facts
@@ -35,7 +35,7 @@ def main() -> int:
         from edge_runtime.adapters.export import onnx
         from edge_runtime.models import weights
 
-    request = msgspec.json.decode(sys.argv[1], type=Request)
+    request = msgspec.json.decode(sys.argv[1], type=GraphRequest)
     try:
         with lean_imports():  # loading imports the code of the model's family
             model = weights.load(request.facts, request.depth, request.format)

@@ -23,7 +23,7 @@ from edge_kernels.quant import BLOCK
 from onnx import TensorProto
 from torch import nn
 
-from edge_runtime.adapters.export.onnx_graph import Array, Graph, Place
+from edge_runtime.adapters.export.onnx_graph import Array, Graph, Span
 from edge_runtime.errors import InputError
 from edge_runtime.models import structure
 
@@ -37,7 +37,7 @@ class Matrix(NamedTuple):
     name: str
     shape: tuple[int, int]
     format: str  # of its blocks; "": float32
-    places: tuple[Place, ...]  # of its numbers, and of the scales
+    places: tuple[Span, ...]  # of its numbers, and of the scales
 
 
 def linear(graph: Graph, x: str, name: str, layers: Sequence[nn.Module], adapter: str = "") -> str:
@@ -53,8 +53,8 @@ def linear(graph: Graph, x: str, name: str, layers: Sequence[nn.Module], adapter
         (rows, out of all layers).
     """
     matrix = store(graph, name, [structure.matrix(layer) for layer in layers])
-    biases = [layer.bias for layer in layers if getattr(layer, "bias", None) is not None]
-    y = product(graph, x, matrix, [floats(bias) for bias in biases])
+    biases = [] if getattr(layers[0], "bias", None) is None else [floats(layer.bias) for layer in layers]
+    y = product(graph, x, matrix, biases)
     if adapter:
         out, into = matrix.shape
         A = graph.input(

@@ -6,7 +6,7 @@
     layers.L.GROUP.A, .B                            the adapter (onnx_linear.py), L: the checkpoint's number
     labels.H (labels, hidden)                       of a label head; default: no label
     logits_from (1,) int64                          first new token whose logits are given; default: 0
-    -> logits (batch, kept, vocabulary), labels (batch, kept, labels), present.N.key, present.N.value
+    -> logits (batch, kept, vocabulary), label_logits (batch, kept, labels), present.N.key, .value
 
 Keys and values may lie in a longer cache: past and present are then one memory of any length from
 `total` on, and GroupQueryAttention writes the new ones to their place.
@@ -15,69 +15,31 @@ onnxruntime; the models: transformers.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from edge_kernels import Packed
 from onnx import TensorProto
-from torch import nn
 from transformers import PreTrainedModel
 
 from edge_runtime.adapters.export.onnx_adapter import HEAD, groups
+from edge_runtime.adapters.export.onnx_block import (
+    ACTIVATIONS,
+    Decoder,
+    Inputs,
+    activation,
+    attention,
+    attention_module,
+    mlp,
+)
 from edge_runtime.adapters.export.onnx_graph import Graph
-from edge_runtime.adapters.export.onnx_linear import Matrix, floats, linear, product, share, store
+from edge_runtime.adapters.export.onnx_linear import Matrix, floats, product, share, store
 from edge_runtime.errors import InputError
 from edge_runtime.models import structure
-from edge_runtime.models.families import Family
 
 FLOAT, INT64, INT32 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32
-# transformers' names of activations: ONNX's operator and its attributes
-ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "silu": ("QuickGelu", {"alpha": 1.0}),
-    "gelu": ("Gelu", {}),
-    "gelu_new": ("FastGelu", {}),
-    "gelu_pytorch_tanh": ("FastGelu", {}),
-    "relu": ("Relu", {}),
-}
 EPSILON = float(np.finfo(np.float32).eps)  # of torch.nn.functional.rms_norm
-
-
-class Step(NamedTuple):
-    """Values that every block reads."""
-
-    last: str  # (batch,) int32: the last token's position in each row
-    total: str  # () int32
-    batch: str  # (1,) int64
-    shape: str  # (3,) int64: batch, tokens, -1
-    rotary: dict[str, tuple[str, str]]  # cos and sin (positions, turned / 2), by the layer's type
-
-
-class Decoder(NamedTuple):
-    """A model that is written. Its states are (rows, width) float32, rows = batch · tokens."""
-
-    graph: Graph
-    model: PreTrainedModel
-    config: Any  # of the text model
-    row: Family
-    step: Step
-
-    def norm(self, x: str, norm: Any, state: str = "") -> tuple[str, str]:
-        """The norm of x, or of state + x; and what it is the norm of."""
-        graph, name = self.graph, f"norms.{len(self.graph.tensors)}"
-        weights = [graph.constant(name, floats(norm.weight) + np.float32(self.row.norm_offset))]
-        epsilon = float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
-        kind = "SimplifiedLayerNormalization"
-        if isinstance(norm, nn.LayerNorm):
-            kind = "LayerNormalization"
-            weights[0] = graph.constant(f"{name}.weight", floats(norm.weight))
-            weights.append(graph.constant(f"{name}.bias", floats(norm.bias)))
-        if not state:
-            return graph.node(kind, x, *weights, axis=-1, epsilon=epsilon), x
-        graph.nodes(
-            f"Skip{kind}", [state, x, *weights], [f"{name}.of", "", "", f"{name}.state"], epsilon=epsilon
-        )
-        return f"{name}.of", f"{name}.state"
 
 
 def write(graph: Graph, model: PreTrainedModel, layers: Sequence[int]) -> None:
@@ -93,7 +55,7 @@ def write(graph: Graph, model: PreTrainedModel, layers: Sequence[int]) -> None:
     """
     check(model)
     config, row = model.config.get_text_config(), structure.family(model)
-    decoder = Decoder(graph, model, config, row, _step(graph, model))
+    decoder = Decoder(graph, model, config, row, _inputs(graph, model))
     state, table = _embedding(decoder)
     blocks = structure.blocks(model)
     norms = [[block.get_submodule(name) for name in row.norms] for block in blocks]
@@ -104,14 +66,14 @@ def write(graph: Graph, model: PreTrainedModel, layers: Sequence[int]) -> None:
         linears = structure.linears(block, row)
         parts = {group: [linears[role] for role in roles] for group, roles in groups([*linears]).items()}
         following = [*norms[number][1:], norms[number + 1][0] if number + 1 < len(blocks) else final]
-        attended = _attention(decoder, normed, block, parts, name, number)
+        attended = attention(decoder, normed, block, parts, name, number)
         if len(following) == 1:  # attention and MLP side by side
-            x = graph.node("Add", attended, _mlp(decoder, normed, parts, name))
+            x = graph.node("Add", attended, mlp(decoder, normed, parts, name))
         else:
             after, before, *rest = [None, *following] if not row.norms_after else following
             x = attended if after is None else decoder.norm(attended, after)[0]
             normed, state = decoder.norm(x, before, state)
-            x = _mlp(decoder, normed, parts, name)
+            x = mlp(decoder, normed, parts, name)
             x = decoder.norm(x, rest[0])[0] if row.norms_after else x
         normed, state = decoder.norm(x, following[-1], state)
     _head(decoder, normed, table)
@@ -122,7 +84,7 @@ def check(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     packed = isinstance(model.get_input_embeddings().weight, Packed)
     turned = [pair[0].shape[-1] for pair in _tables(model, 1).values()]
-    head = _attention_module(structure.blocks(model)[0], structure.family(model)).head_dim
+    head = attention_module(structure.blocks(model)[0], structure.family(model)).head_dim
     problems = {
         f"the activation {activation(config)}": activation(config) not in ACTIVATIONS,
         "attention to later tokens": bool(getattr(config, "use_bidirectional_attention", False)),
@@ -138,12 +100,6 @@ def check(model: PreTrainedModel) -> None:
         )
 
 
-def activation(config: Any) -> str:
-    """transformers' name of the MLP's activation."""
-    names = ("hidden_activation", "hidden_act", "activation_function")
-    return next(value for name in names if (value := getattr(config, name, None)) is not None)
-
-
 def positions(config: Any) -> int:
     """Tokens that a sequence may have in the graph of a model with this configuration."""
     rope = getattr(config, "rope_parameters", None) or {}
@@ -155,10 +111,7 @@ def positions(config: Any) -> int:
     return min([config.max_position_embeddings, *lengths])
 
 
-# --- the ends of the model
-
-
-def _step(graph: Graph, model: PreTrainedModel) -> Step:
+def _inputs(graph: Graph, model: PreTrainedModel) -> Inputs:
     for name, value in {"one": [1], "first": 0, "rest": [-1]}.items():
         graph.constant(name, np.array(value, np.int64))
     ids = graph.input("input_ids", INT64, ["batch", "tokens"])
@@ -169,7 +122,7 @@ def _step(graph: Graph, model: PreTrainedModel) -> Step:
     batch = graph.node("Slice", size, graph.constant("zero", np.array([0], np.int64)), "one")
     shape = graph.node("Concat", size, "rest", axis=0)
     last, total = (graph.node("Cast", value, to=INT32) for value in (last, total))
-    return Step(last, total, batch, shape, _rotary(graph, model))
+    return Inputs(last, total, batch, shape, _rotary(graph, model))
 
 
 def _rotary(graph: Graph, model: PreTrainedModel) -> dict[str, tuple[str, str]]:
@@ -208,7 +161,7 @@ def _embedding(decoder: Decoder) -> tuple[str, Matrix]:
         state = graph.node("Mul", state, graph.constant("embedding.factor", floats(factor)))
     if (learned := getattr(model.base_model, "wpe", None)) is not None:
         graph.weight("positions", floats(learned.weight))
-        places = graph.node("Gather", "positions", _positions(graph, decoder.step))
+        places = graph.node("Gather", "positions", _positions(graph, decoder.inputs))
         state = graph.node("Add", state, graph.node("Reshape", places, rows))
     return state, table
 
@@ -220,10 +173,10 @@ def embedding_factor(embedding: Any) -> torch.Tensor:
     return torch.tensor(factor, dtype=dtype).float()
 
 
-def _positions(graph: Graph, step: Step) -> str:
+def _positions(graph: Graph, inputs: Inputs) -> str:
     """The position of each new token in its row, (batch, tokens)."""
-    tokens = graph.node("Gather", step.shape, graph.constant("second", np.array(1, np.int64)))
-    last, total = (graph.node("Cast", value, to=INT64) for value in (step.last, step.total))
+    tokens = graph.node("Gather", inputs.shape, graph.constant("second", np.array(1, np.int64)))
+    last, total = (graph.node("Cast", value, to=INT64) for value in (inputs.last, inputs.total))
     after = graph.node("Sub", graph.node("Add", last, "one"), tokens)
     # a prompt's rows start at 0, those that are padded too
     past = graph.node("Where", graph.node("Equal", total, tokens), "first", after)
@@ -233,20 +186,21 @@ def _positions(graph: Graph, step: Step) -> str:
 
 def _head(decoder: Decoder, normed: str, table: Matrix) -> None:
     """Logits over the vocabulary and over labels, of the tokens from `logits_from` on."""
-    graph, step, config = decoder.graph, decoder.step, decoder.config
+    graph, inputs, config = decoder.graph, decoder.inputs, decoder.config
     head: Any = decoder.model.get_output_embeddings()
     first = graph.input("logits_from", INT64, [1], np.zeros(1, np.int64))
     end = graph.constant("end", np.array([np.iinfo(np.int64).max]))
-    kept = graph.node("Slice", graph.node("Reshape", normed, step.shape), first, end, "one")
+    kept = graph.node("Slice", graph.node("Reshape", normed, inputs.shape), first, end, "one")
     rows = graph.node("Reshape", kept, "rows")
-    matrix = table if config.tie_word_embeddings else store(graph, "head", [head.weight])
+    tied = head.weight is cast(Any, decoder.model.get_input_embeddings()).weight
+    matrix = table if tied else store(graph, "head", [head.weight])
     biases = [] if getattr(head, "bias", None) is None else [floats(head.bias)]
     logits = product(graph, rows, matrix, biases)
     if (bound := getattr(config, "final_logit_softcapping", None)) is not None:
         graph.constant("bound", np.array(bound, np.float32))
         logits = graph.node("Mul", graph.node("Tanh", graph.node("Div", logits, "bound")), "bound")
     size = graph.constant("logits.width", np.array([matrix.shape[0]]))
-    shape = graph.node("Concat", step.batch, "rest", size, axis=0)
+    shape = graph.node("Concat", inputs.batch, "rest", size, axis=0)
     graph.node("Reshape", logits, shape, output="logits")
     graph.output("logits", FLOAT, ["batch", "kept", matrix.shape[0]])
     # a label head reads states of length one (adapters/learned.py)
@@ -256,73 +210,3 @@ def _head(decoder: Decoder, normed: str, table: Matrix) -> None:
     unit = graph.node("SimplifiedLayerNormalization", kept, "ones", axis=-1, epsilon=EPSILON)
     graph.node("MatMul", unit, graph.node("Transpose", labels), output="label_logits")
     graph.output("label_logits", FLOAT, ["batch", "kept", "labels"])
-
-
-# --- a block
-
-
-def _attention_module(block: nn.Module, row: Family) -> Any:
-    return block.get_submodule(row.linears["o"].rpartition(".")[0])
-
-
-def _attention(
-    decoder: Decoder, x: str, block: nn.Module, parts: dict[str, list[nn.Module]], name: str, number: int
-) -> str:
-    """Attention over the cache, in which it has the block's number, and the layer after it."""
-    graph, config, step = decoder.graph, decoder.config, decoder.step
-    module = _attention_module(block, decoder.row)
-    size = int(module.head_dim)
-    heads, kv_heads = (
-        config.num_attention_heads,
-        getattr(config, "num_key_value_heads", config.num_attention_heads),
-    )
-    x = linear(graph, x, f"{name}.qkv", parts["qkv"], f"{name}.qkv")
-    qkv = [x, "", ""]
-    if hasattr(module, "q_norm"):
-        widths = graph.constant("qkv.widths", np.array([heads * size, kv_heads * size, kv_heads * size]))
-        qkv = [f"{name}.{role}" for role in "qkv"]
-        graph.nodes("Split", [x, widths], qkv, axis=-1)
-        for place, norm in enumerate((module.q_norm, module.k_norm)):
-            each = graph.node("Reshape", qkv[place], graph.constant("heads", np.array([-1, size])))
-            normed, _ = decoder.norm(each, norm)
-            qkv[place] = graph.node("Reshape", normed, step.shape)
-        qkv[2] = graph.node("Reshape", qkv[2], step.shape)
-    else:
-        qkv[0] = graph.node("Reshape", x, step.shape)
-    past, present = [], []
-    for part in ("key", "value"):
-        shape = ["batch", kv_heads, "past", size]
-        past.append(graph.input(f"past_key_values.{number}.{part}", FLOAT, shape))
-        present.append(f"present.{number}.{part}")
-        graph.output(present[-1], FLOAT, ["batch", kv_heads, "cache", size])
-    layer_type = getattr(config, "layer_types", None) and config.layer_types[number]
-    tables = step.rotary.get(layer_type or "", step.rotary.get("", ()))
-    windowed = layer_type in (None, "sliding_attention") and getattr(config, "sliding_window", None)
-    graph.nodes(
-        "GroupQueryAttention",
-        [*qkv, *past, step.last, step.total, *tables],
-        [f"{name}.attended", *present],
-        num_heads=heads,
-        kv_num_heads=kv_heads,
-        scale=float(module.scaling),
-        softcap=float(getattr(config, "attn_logit_softcapping", None) or 0.0),
-        local_window_size=windowed or -1,
-        do_rotary=int(bool(tables)),
-    )
-    rows = graph.node("Reshape", f"{name}.attended", graph.constant("attended", np.array([-1, heads * size])))
-    return linear(graph, rows, f"{name}.o", parts["o"], f"{name}.o")
-
-
-def _mlp(decoder: Decoder, x: str, parts: dict[str, list[nn.Module]], name: str) -> str:
-    """The MLP, gated or plain."""
-    graph, row = decoder.graph, decoder.row
-    operator, attributes = ACTIVATIONS[activation(decoder.config)]
-    first, last = ("fc1", "fc2") if row.mlp == "plain" else ("gate_up", "down")
-    x = linear(graph, x, f"{name}.{first}", parts[first], f"{name}.{first}")
-    if row.mlp != "plain":
-        gate, up = f"{name}.gate", f"{name}.up"
-        graph.nodes("Split", [x], [gate, up], axis=-1)
-        x = graph.node("Mul", graph.node(operator, gate, **attributes), up)
-    else:
-        x = graph.node(operator, x, **attributes)
-    return linear(graph, x, f"{name}.{last}", parts[last], f"{name}.{last}")

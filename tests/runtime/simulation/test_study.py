@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -433,8 +434,8 @@ def test_an_arm_may_have_a_head_of_its_own(files):
 
 def test_a_model_that_another_process_never_stops_cutting_is_named(tiny_folder, tiny_facts, monkeypatch):
     monkeypatch.setattr(cut, "TIMEOUT_S", 0.01)
-    folder = processes.cache_folder() / "cut"
-    folder.mkdir(exist_ok=True)
+    folder = processes.cache_folder() / "cut" / Path(tiny_facts.folder).name
+    folder.mkdir(parents=True, exist_ok=True)
     lock = folder / f"{tiny_facts.model_class.replace('@', '-')}-first-3.lock"
     with (
         FileLock(lock),

@@ -22,6 +22,7 @@ ARCHITECTURES = {
     **{name: name for name in ("llama", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt2")},
     **{"mistral": "llama", "gemma3_text": "gemma3", "phi": "phi2"},
 }
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in GPT-2
 # where a row is not of whole blocks
 FALLBACK = {Kind.Q4_K: Kind.Q5_0, Kind.Q5_K: Kind.Q5_1, Kind.Q6_K: Kind.Q8_0}
 ALPHABET = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256))]
@@ -55,6 +56,8 @@ def write(
         if architecture == "llama" and (heads := _turned_heads(inner, config)):
             shape = values.shape
             values = values.reshape(heads, 2, shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(shape)
+        if architecture == "gpt2" and name.endswith(CONV1D):
+            values = values.T
         if architecture.startswith("gemma") and inner.endswith("norm.weight"):
             values = values + 1
         tensors[inner] = values
@@ -71,8 +74,9 @@ def write(
 
 def rounded(model: PreTrainedModel, kind: Kind) -> PreTrainedModel:
     """The model with the values that a file of this kind has."""
-    for _, value in model.named_parameters():
-        values = value.numpy()
+    for name, parameter in model.named_parameters():
+        value = parameter.T if model.config.model_type == "gpt2" and name.endswith(CONV1D) else parameter
+        values = np.ascontiguousarray(value.numpy())
         held = kind_of(values, kind)
         value.copy_(torch.from_numpy(gguf.quants.dequantize(quantise(values, held), held).astype(np.float32)))
     return model
@@ -164,6 +168,8 @@ def _keys(
             writer.add_float32(f"{architecture}.{name}", getattr(c, name) or 0.0)
     if architecture in ("gemma2", "gemma3") and c.query_pre_attn_scalar != width:
         writer.add_attention_scale(1 / math.sqrt(c.query_pre_attn_scalar))
+    if getattr(c, "scale_attn_by_inverse_layer_idx", False) or not getattr(c, "scale_attn_weights", True):
+        writer.add_attention_scale(1.0)
     kinds = getattr(c, "layer_types", None) or []
     if getattr(c, "sliding_window", None) and ("sliding_attention" in kinds or not kinds):
         writer.add_sliding_window(c.sliding_window)

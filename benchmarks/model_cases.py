@@ -31,7 +31,7 @@ MIXED = {**SIZES, "layer_types": ["sliding_attention", "full_attention"]}
 MIXED |= {"head_dim": 128, "query_pre_attn_scalar": 128}
 # of families whose heads are as wide as hidden_size allows
 NARROW = {key: value for key, value in SIZES.items() if key != "head_dim"}
-GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+GPT2 = {"vocab_size": 96, "n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 64}
 GPT2 |= {"bos_token_id": 1, "eos_token_id": 2}
 
 TIED: dict[str, Changes] = {

@@ -26,6 +26,7 @@ class Keys(msgspec.Struct, frozen=True):
     names: dict[str, str] = msgspec.field(default_factory=lambda: RMS)  # in the configuration
     missing: dict[str, Any] = {}  # values of keys that a file may lack; other keys are needed
     divisors: tuple[str, ...] = ()  # tensors that divide the rotary frequencies
+    rotary: bool = True  # positions turn queries and keys
     partial_rotary: bool = False  # a head may be turned in a part of its width
     local_rotary: bool = False  # layers with a window have a rotary base of their own, and no scaling
     # layers in a period, the last of which has no window; 0: all have one; None: windows are not known
@@ -94,6 +95,10 @@ GEMMA3_KEYS = Keys(
     period=6,
     scaled_by_hidden=62,
 )
+GPT2_KEYS = Keys(
+    names={"attention.layer_norm_epsilon": "layer_norm_epsilon", "feed_forward_length": "n_inner"},
+    rotary=False,
+)
 PHI_KEYS = Keys(names={"attention.layer_norm_epsilon": "layer_norm_eps"}, partial_rotary=True)
 # llama.cpp itself passes over the window, which the published models have
 PHI3_KEYS = Keys(divisors=DIVISORS, partial_rotary=True, period=0)
@@ -127,7 +132,9 @@ FAMILIES = (
     ),
     Family(("phi",), "Phi", PHI, norms=("input_layernorm",), gguf="phi2", gguf_keys=PHI_KEYS),
     Family(("phi3",), "Phi3", PHI3, gguf="phi3", gguf_keys=PHI3_KEYS),
-    Family(("gpt2",), "GPT2", GPT2, norms=("ln_1", "ln_2"), transposed=True),
+    Family(
+        ("gpt2",), "GPT2", GPT2, norms=("ln_1", "ln_2"), transposed=True, gguf="gpt2", gguf_keys=GPT2_KEYS
+    ),
 )
 
 

@@ -53,16 +53,16 @@ def configuration(contents: Contents) -> Any:
     keys = Unread.of(contents)
     if "token_embd.weight" not in tensors:
         raise InputError(f"{contents.files[0]} lacks the tensor token_embd.weight")
-    settings = {name: keys.need(key) for key, name in NAMES.items()}
-    for key, name in row.gguf_keys.names.items():
+    settings: dict[str, Any] = {}
+    for key, name in (NAMES | row.gguf_keys.names).items():
         missing = row.gguf_keys.missing
-        settings[name] = (
-            keys.take(key, missing[key]) if key in missing else keys.need(key)
-        ) or None  # 0: none
+        value = keys.take(key, missing[key]) if key in missing else keys.need(key)
+        settings[name] = value or None  # 0: none
     heads = keys.need("attention.head_count")
     width = keys.take("attention.key_length", settings["hidden_size"] // heads)
     if (values := keys.take("attention.value_length", width)) != width:
         keys.refuse("attention.value_length", values, f"values have to be as wide as keys ({width})")
+    context = settings["max_position_embeddings"]
     settings |= {
         "num_attention_heads": heads,
         "num_key_value_heads": keys.take("attention.head_count_kv", heads),
@@ -72,12 +72,14 @@ def configuration(contents: Contents) -> Any:
         **_tokens(contents.metadata),
         **_window(keys, row, settings),
         **_scale(keys, row, settings, heads, width),
-        "rope_parameters": gguf_rotary.parameters(keys, row, settings["max_position_embeddings"], width),
     }
     kind = CONFIG_MAPPING[row.types[0]]
-    original = settings["rope_parameters"].get("original_max_position_embeddings")
-    if original and hasattr(kind, "original_max_position_embeddings"):
-        settings["original_max_position_embeddings"] = original  # such a class prefers this one
+    if row.gguf_keys.rotary:
+        rotary = gguf_rotary.parameters(keys, row, context, width)
+        settings["rope_parameters"] = rotary
+        original = rotary.get("original_max_position_embeddings")
+        if original and hasattr(kind, "original_max_position_embeddings"):
+            settings["original_max_position_embeddings"] = original  # such a class prefers this one
     biases = {"attention_bias": "blk.0.attn_output.bias", "mlp_bias": "blk.0.ffn_up.bias"}
     settings |= {name: tensor in tensors for name, tensor in biases.items() if hasattr(kind, name)}
     keys.refuse_left()
@@ -91,12 +93,16 @@ def configuration(contents: Contents) -> Any:
 
 
 def _tokens(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Numbers of special tokens, as far as the file states them; turns too may end a text."""
-    ids = {f"{name}_token_id": metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "padding")}
-    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    """Numbers of special tokens, as far as the file states them; the end of a turn ends a text too."""
+    bos, pad, *ends = (
+        metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "padding", "eos", "eot", "eom")
+    )
     ends = list(dict.fromkeys(end for end in ends if end is not None))
-    end = ends[0] if len(ends) == 1 else ends or None
-    return {"bos_token_id": ids["bos_token_id"], "eos_token_id": end, "pad_token_id": ids["padding_token_id"]}
+    return {
+        "bos_token_id": bos,
+        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
+        "pad_token_id": pad,
+    }
 
 
 def _window(keys: Unread, row: Family, settings: dict[str, Any]) -> dict[str, Any]:

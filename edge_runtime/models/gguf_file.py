@@ -34,6 +34,7 @@ class Tensor(msgspec.Struct, frozen=True):
     shape: Shape  # as torch has it
     interleaved_heads: int = 0  # heads whose rows are interleaved; 0: none are
     added: float = 0.0  # by llama.cpp to every value, and subtracted again
+    transposed: bool = False  # the model has (in, out), the file (out, in)
     shard: int = 0  # number of its file, of a model that is split over files
 
 
@@ -55,6 +56,7 @@ def index(contents: Contents, shapes: dict[str, Shape], config: Any) -> dict[str
     interleaved = {}  # heads, by the name of the linear layer
     if family.gguf_interleaved:
         interleaved = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    linears = tuple(f"{layer}.weight" for layer in family.linears.values())
     left, tensors = dict(contents.tensors), {}
     for name, shape in shapes.items():
         inner = gguf_names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -63,11 +65,12 @@ def index(contents: Contents, shapes: dict[str, Shape], config: Any) -> dict[str
         kind = gguf.GGMLQuantizationType(place.kind)
         if not _expandable(kind):
             raise InputError(f"{path}: {inner} is held in {kind.name}, which cannot be expanded to numbers")
-        if place.shape != shape:
+        transposed = family.transposed and name.endswith(linears)
+        if place.shape != (shape[::-1] if transposed else shape):
             raise InputError(f"{path}: {inner} is {place.shape}, but this model needs {shape}")
         added = family.norm_offset if inner.endswith("norm.weight") else 0.0
         heads = interleaved.get(inner.split(".")[-2], 0)
-        tensors[name] = Tensor(place.first, place.kind, place.shape, heads, added, place.shard)
+        tensors[name] = Tensor(place.first, place.kind, place.shape, heads, added, transposed, place.shard)
     if unknown := sorted(left.keys() - {*family.gguf_keys.divisors}):
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise InputError(
@@ -102,6 +105,11 @@ class GGUFTensors(Tensors):
         return tensor.shape, (
             torch.from_numpy(piece.astype(np.float32, copy=False) - added) for piece in pieces
         )
+
+    def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """One tensor as the model has it."""
+        tensor = super().dense(name, dtype)
+        return tensor.T.contiguous() if self.tensors[name].transposed else tensor
 
     def packed(self, name: str, format: str) -> Packed:
         """One matrix in a block format; the file's own blocks where they have this format."""

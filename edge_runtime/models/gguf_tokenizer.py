@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from edge_runtime.errors import InputError
+from edge_runtime.errors import EdgeError, InputError
 from edge_runtime.models.families import STRIPPED, STRIPPED_EXCEPT
 from edge_runtime.models.gguf_header import Contents
 
@@ -116,12 +116,15 @@ def tokenizer(contents: Contents, rows: int) -> Any:
         )
     if model not in MODELS:
         raise fields.refuse("model", model, f"known are {', '.join(MODELS)}")
-    begins = by_scores = model == BY_SCORES
-    if by_scores:
-        built = _of_scores(fields, tokens, kinds)
-    else:
-        split = _split(fields)
-        built, begins = _of_merges(fields, tokens, split), split.begins
+    by_scores = model == BY_SCORES
+    split = None if by_scores else _split(fields)
+    try:
+        built = _of_merges(fields, tokens, split) if split else _of_scores(fields, tokens, kinds)
+    except EdgeError:
+        raise
+    except Exception as error:  # the library has no kinds of its own
+        raise InputError(f"{contents.files[0]}: its tokenizer cannot be built: {error}") from error
+    begins = split.begins if split else True
     ids = _special(fields, USUAL if by_scores else {}, len(tokens))
     for token in _added(contents, tokens, kinds, set(ids.values())):
         built.add_special_tokens([token]) if token.special else built.add_tokens([token])
@@ -159,7 +162,7 @@ def _of_merges(fields: _Fields, tokens: list[str], split: Split) -> Tokenizer:
     """Merges of bytes, each written as a character, in the order in which the file lists them."""
     # a token may begin with a space, so the space between two of them is a later one
     merges = [
-        (merge[:at], merge[at + 1 :]) for merge in fields.need("merges") for at in (merge.index(" ", 1),)
+        (merge[:at], merge[at + 1 :]) for merge in fields.need("merges") for at in (merge.find(" ", 1),)
     ]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     built = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split.whole))
@@ -177,15 +180,17 @@ def _of_scores(fields: _Fields, tokens: list[str], kinds: list[int]) -> Tokenize
     # others are found in a text before it is merged
     mergeable = [number for number, kind in enumerate(kinds) if kind in (NORMAL, UNUSED)]
     mergeable.sort(key=lambda number: -scores[number])
-    merges = [
-        (
-            tokens[vocabulary[left]],
-            tokens[vocabulary[right]],
-        )  # not the parts: two strings a merge are much memory
-        for number in mergeable
-        for left, right in _halves(tokens[number])
-        if left in vocabulary and right in vocabulary
-    ]
+    merges: list[tuple[str, str]] = []
+    last = None
+    for number in mergeable:
+        halves = [pair for pair in _halves(tokens[number]) if vocabulary.keys() >= set(pair)]
+        if halves and scores[number] == last:
+            raise fields.refuse(
+                "scores", f"{last} for two tokens", f"then {tokens[number]!r} is merged in no order"
+            )
+        # not the halves themselves: two strings for each merge are much memory
+        merges += ((tokens[vocabulary[left]], tokens[vocabulary[right]]) for left, right in halves)
+        last = scores[number] if halves else last
     unknown = tokens[fields.get("unknown_token_id", USUAL["unknown"])]
     built = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     escaped, prefix = normalizers.Replace(" ", SPACE), fields.get("add_space_prefix", True)

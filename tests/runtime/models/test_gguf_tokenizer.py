@@ -110,6 +110,8 @@ def test_special_tokens_of_some_models_swallow_the_spaces_after_them(contents_of
         (MERGES, {"eos_token_id": 5000}, r"eos_token_id = 5000, but there are \d+ tokens"),
         (MERGES, {"bos_token_id": None, "add_bos_token": True}, "there is no bos_token_id"),
         (MERGES, {"tokens": [*MERGES["ggml.tokens"][:-1], "a"]}, "one type and one row for each token"),
+        (MERGES, {"merges": ["ab"]}, "its tokenizer cannot be built"),
+        (SCORES, {"scores": [-1000.0] * len(SCORES["ggml.tokens"])}, r"scores = -1000\.0 for two tokens"),
         (SCORES, {"scores": None}, r"lacks the key tokenizer\.ggml\.scores"),
     ],
 )

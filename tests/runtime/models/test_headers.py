@@ -1,5 +1,6 @@
 """Weight files that are cut short or damaged are refused before any weight is read."""
 
+import functools
 import json
 import re
 
@@ -24,9 +25,15 @@ def cut_short(path, left, places):
     return f"{path} is cut short: it has {left} bytes and needs {needs}; {lacks}; copy the file again"
 
 
+@functools.cache
+def held_by_the_demo():
+    """The tensors of the demo's file as the gguf package reads them, which takes seconds."""
+    return gguf.GGUFReader(demo.path()).tensors
+
+
 @pytest.mark.parametrize("where", ["begin", "header", "data", "middle", "last byte"])
 def test_a_gguf_file_cut_short_is_refused_before_any_weight_is_read(demo_facts, where, tmp_path, monkeypatch):
-    held = gguf.GGUFReader(demo.path()).tensors
+    held = held_by_the_demo()
     places = [(int(one.data_offset), int(one.data_offset + one.n_bytes), one.name) for one in held]
     assert gguf_header.read(demo.path(), values=False).tensors == {
         name: (first, end, tuple(one.shape[::-1].tolist()), int(one.tensor_type), 0, "")

@@ -61,6 +61,7 @@ def log_probabilities(path, ids, vocabulary):
         ("phi", "rope linear", "F32"),
         ("phi3", "partial rotary", "F32"),
         ("phi3", "rope longrope", "F32"),
+        ("gpt2", "tied", "F32"),
     ],
 )
 def test_logits_are_llama_cpps(family, variant, kind, tmp_path):

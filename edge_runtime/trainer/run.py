@@ -7,7 +7,7 @@ encoded.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,7 @@ from edge_runtime.trainer import data, delta, disk
 from edge_runtime.trainer.base import Bases, load_base
 from edge_runtime.trainer.completions import Completions
 from edge_runtime.trainer.delta import Sent
-from edge_runtime.trainer.examples import Examples, drawn, order_of
+from edge_runtime.trainer.examples import Example, Examples, drawn, order_of
 from edge_runtime.trainer.job import Job, Progress
 from edge_runtime.trainer.meter import Meter, prepare, release
 from edge_runtime.trainer.objectives import evaluate
@@ -122,31 +122,38 @@ def read(job: Job, folder: Path, tokenizer: Any) -> Material:
     numbers = {label: number for number, label in enumerate(labels)}
     how = Tokenization(tokenizer, job.facts.vocabulary, job.plan.tokens, numbers or None)
 
-    def tokens(path: Path, count: int, needed: range | set[int]) -> Examples:
-        examples = map(how.example, data.stream(path, needed))
-        return Examples(count, needed if isinstance(needed, range) else sorted(needed), examples, folder)
-
-    def all_tokens(path: Path) -> Examples:
-        count = data.count_rows(path)
-        return tokens(path, count, range(count))
-
     public = _public(job, labels, met, how)
     count = data.count_rows(path) if job.train else 0
+    needed = _needed(job, count, sampled(count) if public is not None else range(0))
+    held_out = {}
+    for name, file in job.evaluation.items():
+        every = range(data.count_rows(Path(file)))
+        held_out[name] = Examples(len(every), every, _examples(how, Path(file), every), folder)
     return Material(
-        examples=tokens(path, count, _needed(job, count, sampled(count) if public is not None else range(0))),
-        held_out={name: all_tokens(Path(path)) for name, path in job.evaluation.items()},
+        examples=Examples(count, needed, _examples(how, path, needed), folder),
+        held_out=held_out,
         labels=labels,
         met=met,
         public=public,
     )
 
 
-def _needed(job: Job, count: int, compared: range) -> range | set[int]:
+def _examples(how: Tokenization, path: Path, numbers: Sequence[int]) -> Iterator[Example]:
+    """Examples of the rows with these numbers, which rise."""
+    chosen = numbers if isinstance(numbers, range) else set(numbers)
+    for number, row in zip(numbers, data.stream(path, chosen), strict=False):
+        try:
+            yield how.example(row)
+        except InputError as error:
+            raise InputError(f"{path}, row {number + 1}: {error}") from error
+
+
+def _needed(job: Job, count: int, compared: range) -> Sequence[int]:
     """The numbers of the rows that the round's steps draw, and of those compared with public texts."""
     draws = job.fleet.training.steps * job.fleet.training.rows_a_step
     if draws >= count:
         return range(count)
-    return {*islice(drawn(count, order_of(job.fleet.seed, job.round)), draws), *compared}
+    return sorted({*islice(drawn(count, order_of(job.fleet.seed, job.round)), draws), *compared})
 
 
 def _head_labels(job: Job, met: set[str]) -> list[str]:

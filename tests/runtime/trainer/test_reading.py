@@ -84,6 +84,15 @@ def test_rows_that_public_texts_are_compared_with_are_read_too(reading, tmp_path
     )
 
 
+def test_a_row_that_the_model_cannot_learn_is_named(reading):
+    rows = [
+        *numbered(3),
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    ]
+    with pytest.raises(InputError, match=r"rows.jsonl, row 4: the model has no chat template"):
+        reading(rows)
+
+
 @pytest.mark.parametrize("changes", [{}, {"head": settings.Head()}, {"train": False}], ids=str)
 def test_memory_does_not_grow_with_the_rows(job_for, tmp_path, changes):
     def peak(count):

@@ -10,6 +10,7 @@ import pytest
 
 LONG = (  # each is the beginning of a test's name
     "test_a_class_that_comes_late_starts_from_what_the_fleet_shares",
+    "test_a_device_that_lost_power_together_with_the_broker_is_not_waited_for_again_and_again",
     "test_a_newcomer_gets_through_the_pages[long]",
     "test_a_page_runs_alone[long-",
     "test_a_server_ends_with_an_agent_that_is_killed",

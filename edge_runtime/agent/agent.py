@@ -99,10 +99,10 @@ def _hear(
 ) -> None:
     """A node speaks to all devices, or to this process alone: that it has to end."""
     if message.topic == topics.round(options.fleet):
+        _follow(message.payload, store, rounds)
         # the node asks who is there; presence has just been published where the broker kept the round
         if not message.retained:
             session.show_online()
-        _follow(message.payload, store, rounds)
     elif message.topic == topics.inbox(options.fleet, options.id, session.process):
         raise InputError(
             f"another agent is connected to {options.broker} as device `{options.id}` of fleet `{options.fleet}`, and the "

@@ -1,13 +1,15 @@
 """The broker goes away and comes back without its memory; the fleet goes on where it was."""
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from edge_broker.local import Broker, start_broker
-from fleet import Command, Fleet
-from records import committed
+from crafted import crafted
+from edge_broker.local import Broker, find_mosquitto, free_port, start_broker
+from fleet import Command, Fleet, eventually
+from records import committed, presence_of
 
 
 class Restartable:
@@ -82,3 +84,50 @@ def test_an_agent_killed_during_an_outage_sends_what_it_owes_without_training_ag
     assert (again.end(), node.end()) == (0, 0)
     assert "train" not in {event["phase"] for event in again.seen}
     assert committed(fleet) == [("a", 1)]
+
+
+@pytest.fixture
+def persistent(tmp_path: Path, fleet: Fleet) -> Iterator[Callable[[], "subprocess.Popen[bytes]"]]:
+    """Start a Mosquitto that saves each change in a file, at the one address that the test's fleet uses."""
+    if not find_mosquitto():
+        pytest.skip("Mosquitto is not installed")
+    port, config = free_port(), tmp_path / "mosquitto.conf"
+    config.write_text(
+        f"listener {port} 127.0.0.1\nallow_anonymous true\nuser root\npersistence true\n"
+        f"persistence_location {tmp_path}/\nautosave_interval 1\nautosave_on_changes true\n"
+    )
+    fleet.broker = SimpleNamespace(url=f"mqtt://127.0.0.1:{port}")  # type: ignore[assignment]
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> "subprocess.Popen[bytes]":
+        command = [str(find_mosquitto()), "-c", str(config)]
+        started.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait(5)
+
+
+def test_a_device_that_lost_power_together_with_the_broker_is_not_waited_for_again_and_again(
+    fleet: Fleet, persistent: Callable[[], "subprocess.Popen[bytes]"], tmp_path: Path
+) -> None:
+    broker = persistent()
+    fleet.write(rounds=3, deadline_s=3600)
+    node = fleet.noise_node("--until-finished")
+    node.phase("collecting")
+    with crafted(fleet, "mute"):  # keeps the first round open
+        node.until(lambda event: event.get("text") == "mute is online")
+        ghost = fleet.noise("ghost", "10kB")
+        node.phase("received")
+        assert eventually(lambda: b'"online"' in (tmp_path / "mosquitto.db").read_bytes())
+        broker.kill()
+        broker.wait(5)
+        ghost.kill()
+    persistent()
+    node.until(lambda event: "ghost is online for the broker, but has not answered" in event["text"])
+    assert presence_of(fleet, "ghost") == "online"
+    agent = fleet.noise("a", "10kB", "--until-finished")
+    assert (agent.end(), node.end()) == (0, 0)
+    assert committed(fleet) == [("a", 2), ("a", 3), ("ghost", 1)]

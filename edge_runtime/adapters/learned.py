@@ -61,7 +61,7 @@ class Learned(NamedTuple):
         return len(self.layers) < self.facts.layers
 
 
-class _About(msgspec.Struct, frozen=True):
+class _Description(msgspec.Struct, frozen=True):
     """What edge_runtime.json says."""
 
     facts: Facts
@@ -186,7 +186,7 @@ def _write_files(learned: Learned, folder: Path, base: str) -> None:
     write_head(learned, folder)
     # paths of this device are nobody else's
     facts = msgspec.structs.replace(learned.facts, folder="", weights="")
-    about = msgspec.json.encode(_About(facts, learned.layers, learned.version, learned.source))
+    about = msgspec.json.encode(_Description(facts, learned.layers, learned.version, learned.source))
     (folder / ABOUT).write_bytes(msgspec.json.format(about) + b"\n")
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -205,7 +205,7 @@ def read(folder: Path) -> Learned:
         InputError: a file is missing or damaged, or does not fit the others.
     """
     try:
-        about = msgspec.json.decode((folder / ABOUT).read_bytes(), type=_About)
+        about = msgspec.json.decode((folder / ABOUT).read_bytes(), type=_Description)
         factors = _factors(_read(folder / ADAPTER, about.version)[0], about)
         labels, head = (), None
         if (folder / HEAD).exists():
@@ -227,7 +227,9 @@ def _read(path: Path, version: int) -> tuple[dict[str, Array], dict[str, str]]:
         return {name: stream.get_tensor(name) for name in stream.keys()}, metadata  # noqa: SIM118
 
 
-def _factors(tensors: Mapping[str, Array], about: _About) -> dict[tuple[int, Role], tuple[Array, Array]]:
+def _factors(
+    tensors: Mapping[str, Array], about: _Description
+) -> dict[tuple[int, Role], tuple[Array, Array]]:
     """A and B of each layer and role; raises ValueError for shapes that are not the model's."""
     factors = {}
     for number, layer in enumerate(about.layers):

@@ -12,7 +12,8 @@ place, and gets its name once a tool has computed with it what the trainer compu
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +26,8 @@ from edge_runtime.adapters.export.check import EXACT, ROUGH, ROUNDED, Outputs, P
 from edge_runtime.adapters.export.gguf_model import Format
 from edge_runtime.adapters.learned import Learned, write, write_head
 from edge_runtime.errors import InputError
+from edge_runtime.models import weights
+from edge_runtime.models.facts import Facts
 from edge_runtime.models.prepare import prepare
 from edge_runtime.settings import Weights
 
@@ -51,16 +54,16 @@ class Export(NamedTuple):
     learned: Learned  # with its base at hand
     part: Path  # folder to write to
     out: Path  # the folder's name in the end
-    weights: Any  # format of the weights that are written, one of WEIGHTS
+    format: Any  # of the weights that are written, one of WEIGHTS
     prompts: Prompts
 
 
-def export(form: Form, learned: Learned, out: Path, weights: str | None = None) -> None:
+def export(form: Form, learned: Learned, out: Path, format: str | None = None) -> None:
     """Write an export.
 
     Args:
         learned: with its base at hand.
-        weights: format of the weights that are written; None: the form's own.
+        format: of the weights that are written; None: the form's own.
 
     Raises:
         InputError: the folder exists, the base cannot be read, or the form does not fit the base.
@@ -69,9 +72,9 @@ def export(form: Form, learned: Learned, out: Path, weights: str | None = None) 
     if out.exists():
         raise InputError(f"{out} exists: give --out a folder that does not")
     formats = WEIGHTS.get(form, (None,))
-    if weights is not None and weights not in formats:
+    if format is not None and format not in formats:
         known = ", ".join(filter(None, formats)) or "none"
-        raise InputError(f"--weights is {weights}, but formats that --to {form} takes are: {known}")
+        raise InputError(f"--weights is {format}, but formats that --to {form} takes are: {known}")
     package, extra = TOOLS.get(form, ("transformers", "agent"))
     if find_spec(package) is None:
         raise InputError(
@@ -82,7 +85,7 @@ def export(form: Form, learned: Learned, out: Path, weights: str | None = None) 
     shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
     try:
         prompts = check.prompts(learned.facts.vocabulary)
-        FORMS[form](Export(learned, part, out.absolute(), weights or formats[0], prompts))
+        FORMS[form](Export(learned, part, out.absolute(), format or formats[0], prompts))
         write_head(learned, part)
         files.put(part, out.absolute())
     finally:
@@ -91,28 +94,30 @@ def export(form: Form, learned: Learned, out: Path, weights: str | None = None) 
 
 def _peft(job: Export) -> None:
     learned, inner = job.learned, job.part / "base"
-    is_whole = not learned.sliced and _has_plain_weights(Path(learned.facts.weights))
+    folder = Path(learned.facts.weights)
+    is_whole = not learned.sliced and _has_plain_weights(folder)
     write(learned, job.part, base=None if is_whole else str(job.out / inner.name))
     checkpoint.copy_tokenizer(learned, job.part)
     if not is_whole:
         checkpoint.write(learned, inner, merged=False)
     truth = check.trainer(learned, job.prompts)
-    seen = tools.peft(job.part, Path(learned.facts.weights) if is_whole else inner, job.prompts)
+    seen = tools.peft(job.part, folder if is_whole else inner, job.prompts)
     check.require(seen, truth, ROUNDED if _is_gguf(learned) else EXACT, "PEFT")
 
 
 def _gguf(job: Export) -> None:
-    learned = job.learned
-    base = adapter_base = _gguf_file(learned)
+    learned, base = job.learned, _gguf_file(job.learned)
     job.part.mkdir(parents=True)
     if learned.sliced:
-        adapter_base = job.part / "base.gguf"
-        gguf_model.write(learned, base, adapter_base, merged=False)
+        source, base = base, job.part / "base.gguf"
+        gguf_model.write(learned, source, base, merged=False)
+        with _read_again(learned, base):
+            pass
     adapter = job.part / "adapter.gguf"
     gguf_adapter.write(learned, adapter)
     gguf_adapter.require(learned, adapter)
     truth = check.trainer(learned, job.prompts)
-    seen = tools.llama_cpp(adapter_base, adapter, learned.facts.vocabulary, job.prompts)
+    seen = tools.llama_cpp(base, adapter, learned.facts.vocabulary, job.prompts)
     check.require(Outputs(*seen), truth, ROUGH, "llama.cpp")
 
 
@@ -127,10 +132,9 @@ def _merged_gguf(job: Export) -> None:
     learned, model = job.learned, job.part / "model.gguf"
     source = _gguf_file(learned)
     job.part.mkdir(parents=True)
-    gguf_model.write(learned, source, model, merged=True, format=job.weights)
+    gguf_model.write(learned, source, model, merged=True, format=job.format)
     truth = check.trainer(learned, job.prompts)
-    with TemporaryDirectory() as scratch:  # without llama.cpp's rounding of activations
-        facts = prepare(str(model), job.part, Path(scratch))
+    with _read_again(learned, model) as facts:  # without llama.cpp's rounding of activations
         read = check.logits(check.loaded(facts, facts.layers), job.prompts)
     _require_adapter(Outputs(truth.plain, read), truth, f"weights of {source.name}'s formats")
     (seen,) = tools.llama_cpp(model, None, learned.facts.vocabulary, job.prompts)
@@ -140,7 +144,7 @@ def _merged_gguf(job: Export) -> None:
 def _onnx(job: Export) -> None:
     from edge_runtime.adapters.export import onnx  # its packages are for those who serve
 
-    onnx.to_onnx(job.learned, job.weights, job.part)
+    onnx.to_onnx(job.learned, job.format, job.part)
 
 
 def _require_adapter(seen: Outputs, truth: Outputs, where: str) -> None:
@@ -153,9 +157,30 @@ def _require_adapter(seen: Outputs, truth: Outputs, where: str) -> None:
         )
 
 
-def _has_plain_weights(weights: Path) -> bool:
+@contextmanager
+def _read_again(learned: Learned, file: Path) -> Iterator[Facts]:
+    """A written GGUF model's facts, while inside.
+
+    Raises:
+        InputError: llama.cpp gives the slice's layers other windows, which short prompts do not show.
+    """
+    with TemporaryDirectory() as scratch:
+        facts = prepare(str(file), file.parent, Path(scratch))
+        numbers = tuple(range(facts.layers))
+        pairs = ((facts, numbers), (learned.facts, learned.layers))
+        seen, needed = (weights.configuration(*pair).get_text_config() for pair in pairs)
+        if getattr(seen, "layer_types", None) != getattr(needed, "layer_types", None):
+            raise InputError(
+                f"layers of {learned.facts.model_class} take turns in having a sliding window, and llama.cpp tells a "
+                f"layer's turn by its number, which the slice of {facts.layers} changes: export with --to peft or "
+                "--to merged"
+            )
+        yield facts
+
+
+def _has_plain_weights(base: Path) -> bool:
     """Whether the base is a folder that transformers loads with the weights that were trained on."""
-    config = weights / "config.json"
+    config = base / "config.json"
     return config.exists() and "quantization_config" not in json.loads(config.read_text(encoding="utf-8"))
 
 

@@ -33,7 +33,7 @@ FALLBACK = Kind.Q8_0
 LAYER = re.compile(r"blk\.(\d+)\.")
 
 
-class Tensor(NamedTuple):
+class Target(NamedTuple):
     """A tensor to write."""
 
     name: str
@@ -97,7 +97,7 @@ def _of_layers(pair: bytes, key_bytes: int, count: int, layers: tuple[int, ...])
     return pair[:start] + struct.pack("<Q", len(layers)) + kept
 
 
-def _tensors(contents: Contents, learned: Learned, merged: bool, format: Format | None) -> list[Tensor]:
+def _tensors(contents: Contents, learned: Learned, merged: bool, format: Format | None) -> list[Target]:
     names = gguf_adapter.tensor_names(learned)
     factors = {}
     for (layer, role), (A, B) in learned.factors.items():
@@ -112,9 +112,9 @@ def _tensors(contents: Contents, learned: Learned, merged: bool, format: Format 
         kind = Kind(place.kind)
         if merged and name in factors:
             kind = Kind[format.upper()] if format else kind if _writable(kind) else FALLBACK
-            tensors.append(Tensor(name, place, kind, factors[name]))
+            tensors.append(Target(name, place, kind, factors[name]))
         else:
-            tensors.append(Tensor(name, place, kind))
+            tensors.append(Target(name, place, kind))
     return tensors
 
 
@@ -132,12 +132,12 @@ def _row_bytes(width: int, kind: int) -> int:
     return width // values * size
 
 
-def _bytes(tensor: Tensor) -> int:
+def _bytes(tensor: Target) -> int:
     *rows, width = tensor.place.shape
     return int(np.prod(rows, dtype=np.int64)) * _row_bytes(width, tensor.kind)
 
 
-def _blocks(tensor: Tensor, file: BinaryIO) -> Iterator[NDArray[Any]]:
+def _blocks(tensor: Target, file: BinaryIO) -> Iterator[NDArray[Any]]:
     """The tensor's bytes, a few rows at a time."""
     place = tensor.place
     *_, width = place.shape

@@ -41,10 +41,10 @@ def adapter_on(model, facts, depth=4, size=0.1, labels=()):
 def saved(tiny, cache, tmp_path_factory):
     """saved(family, form, depth, kind): the adapter, whose base is a file of the tiny model in this form."""
 
-    def make(family="llama", form="folder", depth=4, kind=Kind.F32, **changes):
+    def make(family="llama", form="folder", depth=4, kind=Kind.F32, size=0.1, labels=(), **changes):
         home = tmp_path_factory.mktemp("base")
-        # as many tokens as the files' vocabulary of bytes has
-        width = {"hidden_size": 64, "intermediate_size": 96} if kind != Kind.F32 else {}
+        # blocks of 32 values
+        width = {"hidden_size": 64, "intermediate_size": 96} if kind != Kind.F32 else changes
         model = tiny(family, **width)
         path = home / "tiny"
         if form == "folder":
@@ -54,7 +54,7 @@ def saved(tiny, cache, tmp_path_factory):
             path = gguf_models.write(model, home / "tiny.gguf", kind)
         facts = prepare(str(path), home, cache / "models")
         slice_ = tiny(family, **width, num_hidden_layers=depth)
-        return adapter_on(slice_, facts, depth, **changes)
+        return adapter_on(slice_, facts, depth, size, labels)
 
     return make
 
@@ -144,6 +144,15 @@ def test_a_gguf_file_of_the_base_serves_an_adapter_of_its_folder(saved, tiny, tm
     other = prepare(str(gguf_models.write(tiny("llama", vocab_size=97), file)), tmp_path, tmp_path / "cache")
     with pytest.raises(InputError, match="32 values and 97 tokens"):
         learned.on_other_form(adapter, other)
+
+
+def test_a_slice_whose_windows_llama_cpp_would_give_to_other_layers_is_refused(saved, tmp_path):
+    adapter = saved("gemma2", "gguf", depth=3, head_dim=128, query_pre_attn_scalar=128)
+    for form in ("gguf", "merged-gguf"):
+        with pytest.raises(InputError, match=r"take turns in having a sliding window.*export with --to peft"):
+            forms.export(form, adapter, tmp_path / "out")
+    assert not [*tmp_path.iterdir()]
+    forms.export("merged", adapter, tmp_path / "out")
 
 
 def test_what_cannot_be_exported_is_refused_by_name(saved, tmp_path):

@@ -2,7 +2,6 @@
 
     model.onnx, model.onnx.data    the base as it was trained on, packed or not (onnx_model.py)
     adapter.onnx_adapter           what was learned, for `onnxruntime.LoraAdapter`
-    edge_runtime.json              model class, layers, format, version, names of labels
     genai_config.json              for onnxruntime-genai
     tokenizer.json, ...            the checkpoint's tokenizer
 
@@ -25,24 +24,16 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from edge_runtime.adapters.export import onnx_adapter, onnx_model
+from edge_runtime.adapters.export.checkpoint import copy_tokenizer
 from edge_runtime.adapters.export.onnx_graph import Graph, in_float32
 from edge_runtime.adapters.export.onnx_session import MODEL, session
-from edge_runtime.adapters.learned import ABOUT, Learned
+from edge_runtime.adapters.learned import Learned
 from edge_runtime.errors import InputError
 from edge_runtime.models import structure, weights
 from edge_runtime.models.facts import Facts
 from edge_runtime.settings import Weights
 
 ADAPTER, GENAI = "adapter.onnx_adapter", "genai_config.json"
-COMPANIONS = (
-    "*token*",
-    "*.model",
-    "*.jinja",
-    "merges.txt",
-    "vocab.*",
-    "config.json",
-    "generation_config.json",
-)
 PROBE = 24  # tokens at most whose logits are compared, the last four of them a step each
 STEPS = 4
 # Differences from torch that are rounding: root mean square, relative to the logits' spread.
@@ -62,44 +53,36 @@ def to_onnx(learned: Learned, format: Weights, folder: Path) -> None:
     Raises:
         InputError: the model cannot be written, or the logits differ; the files are removed.
     """
-    model = weights.load(learned.facts, len(learned.layers), format)
+    facts = learned.facts
+    model = weights.load(facts, len(learned.layers), format)
     onnx_model.check(model)
     folder.mkdir(parents=True)
     try:
-        write_base(model, learned.layers, folder)
+        write_base(model, facts.model_class, learned.layers, folder)
         onnx_adapter.write(learned, folder / ADAPTER)
-        _write_companions(learned, model, format, folder)
+        copy_tokenizer(learned, folder)
+        genai = msgspec.json.encode(_genai(facts, model))
+        (folder / GENAI).write_bytes(msgspec.json.format(genai) + b"\n")
         compare(model, learned, folder)
     except BaseException:
         shutil.rmtree(folder)
         raise
 
 
-def write_base(model: PreTrainedModel, layers: tuple[int, ...], folder: Path) -> None:
-    """Write the graph and its weights, without an adapter."""
+def write_base(model: PreTrainedModel, model_class: str, layers: tuple[int, ...], folder: Path) -> None:
+    """Write the graph and its weights, without an adapter.
+
+    Args:
+        model: as `weights.load` returns it.
+        model_class: in the graph's metadata, with the layers and the positions of a sequence.
+        layers: the blocks' numbers in the checkpoint.
+        folder: which gets the files.
+    """
+    config = model.config.get_text_config()
     with Graph(folder) as graph:
         onnx_model.write(graph, model, layers)
-        config = model.config.get_text_config()
-        graph.save(config.model_type, {"positions": str(onnx_model.positions(config))})
-
-
-# --- the files beside the graph
-
-
-def _write_companions(learned: Learned, model: PreTrainedModel, format: Weights, folder: Path) -> None:
-    source = Path(learned.facts.folder)
-    for file in {file for pattern in COMPANIONS for file in source.glob(pattern)}:
-        shutil.copy(file, folder)
-    about = {
-        "model_class": learned.facts.model_class,
-        "layers": learned.layers,
-        "weights": format,
-        "version": learned.version,
-        "labels": learned.labels,
-    }
-    (folder / ABOUT).write_bytes(msgspec.json.format(msgspec.json.encode(about)) + b"\n")
-    genai = msgspec.json.encode(_genai(learned.facts, model))
-    (folder / GENAI).write_bytes(msgspec.json.format(genai) + b"\n")
+        about = {"model_class": model_class, "layers": " ".join(map(str, layers))}
+        graph.save(config.model_type, about | {"positions": str(onnx_model.positions(config))})
 
 
 def _genai(facts: Facts, model: PreTrainedModel) -> dict[str, Any]:

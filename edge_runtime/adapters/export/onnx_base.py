@@ -41,7 +41,8 @@ def main() -> int:
             model = weights.load(request.facts, request.depth, request.format)
         folder = Path(request.folder)
         folder.mkdir()
-        onnx.write_base(model, kept_layers(request.depth, request.facts.layers), folder)
+        layers = kept_layers(request.depth, request.facts.layers)
+        onnx.write_base(model, request.facts.model_class, layers, folder)
     except EdgeError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

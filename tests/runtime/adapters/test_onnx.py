@@ -1,7 +1,5 @@
 """A model's graph in ONNX Runtime computes what the model computes in torch, with an adapter and without."""
 
-import json
-
 import numpy as np
 import onnxruntime
 import pytest
@@ -30,7 +28,7 @@ def test_a_graph_computes_what_its_model_does(tmp_path, family, variant):
         ):
             onnx_model.check(model)
         return
-    onnx.write_base(model, (0, 1), tmp_path)
+    onnx.write_base(model, "tiny", (0, 1), tmp_path)
     ids = IDS[: onnx_model.positions(model.config)]
     seen, needed = onnx.onnx_logits(session(tmp_path, 1), ids, None), torch_logits(model, ids)
     assert np.abs(seen - needed).max() < 1e-4 * np.abs(needed).max()
@@ -49,7 +47,7 @@ def test_a_graph_ends_where_angles_would_change(family):
 def test_rows_of_unequal_length_go_together(tiny, tmp_path, rows):
     """Prompts are padded on the right; each row's next token goes to its place."""
     model = tiny("gpt2" if rows == 1 else "llama")
-    onnx.write_base(model, (0, 1, 2, 3), tmp_path)
+    onnx.write_base(model, "tiny", (0, 1, 2, 3), tmp_path)
     runtime, lengths = session(tmp_path, 1), [9, 4, 7][:rows]
     ids = np.stack([np.roll(IDS[:9], row) for row in range(rows)])
     mask = (np.arange(9) < np.array(lengths)[:, None]).astype(np.int64)
@@ -70,8 +68,10 @@ def test_an_export_is_exact_on_the_weights_that_were_trained_on(checkpoint, lear
     facts = checkpoint("llama", intermediate_size=80)  # no whole blocks of 32
     learned = learn(facts, 3, version=7, scale=0.1)
     onnx.to_onnx(learned, format, tmp_path / "out")
-    about = json.loads((tmp_path / "out" / "edge_runtime.json").read_text())
-    assert (about["version"], about["layers"], about["weights"]) == (7, [0, 1, 3], format)
+    about = session(tmp_path / "out", 1).get_modelmeta().custom_metadata_map
+    assert (about["model_class"], about["layers"]) == (facts.model_class, "0 1 3")
+    held = onnxruntime.AdapterFormat.read_adapter(str(tmp_path / "out" / "adapter.onnx_adapter"))
+    assert held.get_adapter_version() == 7
     options, adapter = onnxruntime.RunOptions(), onnxruntime.LoraAdapter()
     adapter.Load(str(tmp_path / "out" / "adapter.onnx_adapter"))
     options.add_active_adapter(adapter)
@@ -137,7 +137,7 @@ def test_a_difference_is_an_error_with_figures_and_the_files_are_removed(
 def test_positions_that_are_another_are_seen(tiny, tmp_path):
     """The twin of the graph's positions: a cache that begins a token later."""
     model = tiny("llama")
-    onnx.write_base(model, (0, 1, 2, 3), tmp_path)
+    onnx.write_base(model, "tiny", (0, 1, 2, 3), tmp_path)
     runtime, needed = session(tmp_path, 1), torch_logits(model)
     cache = {
         entry.name: np.zeros((1, 2, 1, 16), np.float32)

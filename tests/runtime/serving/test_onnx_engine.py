@@ -22,7 +22,8 @@ def served():
         depth = depth_of(facts, learned)
         if not (folder := graph_folder(facts, depth, format)).exists():
             folder.mkdir()
-            onnx.write_base(weights.load(facts, depth, format), kept_layers(depth, facts.layers), folder)
+            model = weights.load(facts, depth, format)
+            onnx.write_base(model, facts.model_class, kept_layers(depth, facts.layers), folder)
         return OnnxEngine(facts, learned, format, 1)
 
     return make

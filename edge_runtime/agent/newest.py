@@ -56,8 +56,8 @@ class NewestVersion:
             return
         version = msgspec.json.decode(content, type=_About).version
         base = ServedBase(plan.source, plan.depth, plan.weights)
+        self._store.set("served", msgspec.json.encode(base).decode())
         if self._server is not None:
-            self._store.set("served", msgspec.json.encode(base).decode())
             self._server.start(base)
         # version 0 is the base alone
         if self._hook is not None and version > 0:

@@ -26,6 +26,7 @@ WAY = tuple(  # a newcomer's way, one page after another, with what earlier page
         "docs/use.md",
         "docs/fleet.md",
         "docs/operate.md",
+        "docs/serve.md",
         "docs/exit-codes.md",
         "docs/methods.md",
     )
@@ -46,6 +47,8 @@ DIFFERENCES = {  # what is other here than with a reader: on a page | here; name
     # The node, the device and the broker are one machine.
     r"scp NODE:edge-runtime/": "cp ../node/",
     r"(NODE|localhost):1883": "127.0.0.1:{port}",
+    # Another server may have the port.
+    r"\b8080\b": "{http}",
     # The broker is this user's, with its files in the machine's folder.
     r"listener 1883": "listener {port}\nuser {user}",
     r"(?m)^sudo (?=mosquitto_passwd|chown|systemctl restart)": "",
@@ -103,7 +106,7 @@ def differences(form: str, folder: Path) -> dict[str, str]:
     """The tables above as they are for one test."""
     table = DIFFERENCES if find_mosquitto() else EMBEDDED | DIFFERENCES
     table |= QUICK if form == "short" else {}
-    fields = {"port": free_port(), "user": getpass.getuser(), "folder": folder}
+    fields = {"port": free_port(), "http": free_port(), "user": getpass.getuser(), "folder": folder}
     fields["broker"] = MOSQUITTO if find_mosquitto() else NO_MOSQUITTO.format(**fields)
     return {
         pattern: re.sub(r"\{(\w+)\}", lambda field: str(fields[field[1]]), here)

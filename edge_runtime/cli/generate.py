@@ -53,6 +53,13 @@ def command(
             )
         prompt = sys.stdin.read().removesuffix("\n")
     facts, learned = base.open()
+    context = min(context, facts.positions)
+    room = context - max_tokens
+    if room < 1:
+        raise InputError(
+            f"an answer of {max_tokens} tokens leaves no room for a prompt in a context of {context}: lower "
+            "--max-tokens"
+        )
     with lean_imports():
         from edge_runtime.serving.answer import Question, answer
         from edge_runtime.serving.backends import load
@@ -61,7 +68,6 @@ def command(
 
     meter.prepare(machine := base.machine())
     engine, language = load(base.backend, facts, learned, base.weights, machine), Language(facts)
-    room = min(context, facts.positions) - max_tokens
 
     def write(asked: "Asked") -> Iterator["Piece"]:
         ids, spaces = asked

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.compat.fast_tokenizer import load
+from edge_runtime.errors import InputError
 from edge_runtime.models.facts import Facts
 from edge_runtime.trainer.tokens import Asked, Tokenization
 
@@ -39,6 +40,10 @@ class Language:
         Raises:
             InputError: the model has no chat template, or its template refuses the messages.
         """
+        if not self.tokenizer.chat_template:
+            raise InputError(
+                "the model has no chat template, so it cannot answer a chat: give it a text to go on with"
+            )
         return self._how.asked({"messages": messages})
 
     def labelled(self, text: str) -> list[int]:

@@ -1,0 +1,131 @@
+"""generate and classify: what they print, and what they refuse by a sentence."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from edge_runtime.adapters import learned
+from edge_runtime.adapters.learned import Learned
+from edge_runtime.cli import app
+from edge_runtime.errors import InputError
+from edge_runtime.models import weights
+from edge_runtime.models.prepare import prepare
+from edge_runtime.serving.answer import Question, answer
+from edge_runtime.serving.text import Language
+from edge_runtime.serving.torch_engine import TorchEngine
+
+LABELS = ("no", "yes", "perhaps")
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_facts):
+    """A random adapter of the tiny model, with a head."""
+    random = np.random.default_rng(0)
+    factors = {
+        (layer, role): (
+            random.normal(0, 0.3, (2, into)).astype(np.float32),
+            random.normal(0, 0.3, (out, 2)).astype(np.float32),
+        )
+        for layer in range(tiny_facts.layers)
+        for role, (out, into) in tiny_facts.linears.items()
+    }
+    head = random.normal(size=(len(LABELS), tiny_facts.hidden)).astype(np.float32)
+    return Learned(tiny_facts, (0, 1, 2, 3), factors, 1, tiny_facts.source, LABELS, head)
+
+
+@pytest.fixture(scope="module")
+def folder(adapter, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("learned") / "adapter"
+    learned.write(adapter, folder)
+    return folder
+
+
+def run(*arguments, typed=None):
+    """What a command prints; an error of ours is raised."""
+    result = CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"], typed)
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def written(tiny_facts, adapter, asked, tokens):
+    """The text of a greedy answer, by the engine itself."""
+    engine, language = TorchEngine(tiny_facts, adapter, "float32"), Language(tiny_facts)
+    ids, spaces = asked(language)
+    pieces = answer(engine, language, Question(ids, tokens, spaces=spaces))
+    return "".join(piece.text for piece in pieces)
+
+
+@pytest.fixture
+def generate(folder):
+    """generate(*arguments): in float32, where nothing is rounded, with the model that the adapter names."""
+    how = ("--weights", "float32", "--max-tokens", 6)
+    return lambda *arguments, **typed: run("generate", "--adapter", folder, *how, *arguments, **typed)
+
+
+def test_generate_goes_on_with_a_prompt_or_with_what_is_piped(generate, tiny_facts, adapter):
+    truth = written(tiny_facts, adapter, lambda language: language.prompt("turn the oven"), 6)
+    assert generate("--prompt", "turn the oven") == truth + "\n"
+    assert generate(typed="turn the oven\n") == truth + "\n"
+    base = ("--model", tiny_facts.weights, "--weights", "float32", "--max-tokens", 6)
+    assert run("generate", *base, "--prompt", "turn the oven") != truth + "\n"
+
+
+def test_a_chat_keeps_the_conversation(generate, tiny_folder, demo_facts, cache, adapter, tmp_path):
+    with pytest.raises(InputError, match="the model has no chat template, so it cannot answer a chat"):
+        generate("--chat", typed="hello\n")
+    shutil.copytree(tiny_folder, tmp_path / "tiny")
+    shutil.copy(f"{demo_facts.folder}/chat_template.jinja", tmp_path / "tiny")
+    facts = prepare(str(tmp_path / "tiny"), tmp_path, cache / "models")
+    turns = [{"role": "user", "content": "hello"}]
+    first = written(facts, adapter, lambda language: language.chat(turns), 6)
+    turns += [{"role": "assistant", "content": first}, {"role": "user", "content": "again"}]
+    second = written(facts, adapter, lambda language: language.chat(turns), 6)
+    assert (
+        generate("--chat", "--model", tmp_path / "tiny", typed="hello\n\nagain\n") == f"{first}\n{second}\n"
+    )
+    assert second != written(facts, adapter, lambda language: language.chat(turns[2:]), 6)
+
+
+def test_classify_shows_the_likeliest_label_first(folder, tiny_facts, adapter):
+    text = "turn the oven on"
+    model = weights.load(tiny_facts, 4, "float32")
+    for (layer, role), (A, B) in adapter.factors.items():
+        part = "self_attn" if role in "qkvo" else "mlp"
+        matrix = model.get_submodule(f"model.layers.{layer}.{part}.{role}_proj").weight
+        matrix += torch.from_numpy(B @ A)
+    ids = torch.tensor([Language(tiny_facts).labelled(text)])
+    state = model(ids, output_hidden_states=True).hidden_states[-1][0, -1]
+    p = (torch.from_numpy(adapter.head) @ torch.nn.functional.rms_norm(state, state.shape)).softmax(0)
+    truth = dict(zip(LABELS, p.tolist(), strict=True))
+    how = ("--adapter", folder, "--weights", "float32", "--text", text)
+    seen = json.loads(run("classify", *how, "--json"))
+    assert seen["text"] == text and seen["labels"] == pytest.approx(truth, abs=1e-4)
+    assert list(seen["labels"]) == sorted(truth, key=lambda label: -truth[label])
+    assert run("classify", *how).split().index(max(truth, key=lambda label: truth[label])) > 0
+
+
+def test_what_cannot_be_answered_with_is_told(folder, tiny_facts, adapter, tmp_path):
+    prompt, model = ("--prompt", "x"), ("--model", tiny_facts.weights)
+    learned.write(adapter._replace(head=None, labels=()), tmp_path / "headless")
+    for arguments, reason in (
+        (("generate", *prompt), "there is nothing to answer with: give --model"),
+        (("generate", "--adapter", folder, "--state", tmp_path, *prompt), "--adapter and --state both name"),
+        (("generate", "--state", tmp_path, *prompt), "has no adapter yet"),
+        (("generate", "--adapter", tmp_path, *prompt), "cannot be read as an adapter"),
+        (("generate", *model, *prompt), "256 tokens leaves no room for a prompt in a context of 64"),
+        (
+            ("generate", *model, "--max-tokens", 60, "--prompt", "x y z u v w"),
+            "has to be 1 to 4, the context",
+        ),
+        (("generate", *model, "--max-tokens", 60, "--prompt", ""), "the prompt has 0 tokens"),
+        (("classify", *model, "--text", "x"), "no label head was learned"),
+        (("classify", "--adapter", tmp_path / "headless", "--text", "x"), "no label head was learned"),
+        (("classify", "--adapter", folder, "--text", ""), "the text is empty, so it has no label"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            run(*arguments)

@@ -48,6 +48,9 @@ def text_part(folder: Path, config: Any) -> Any:
     if config.get_text_config() is not config:
         check(folder, text, stated.get("text_config") or {})
         text.tie_word_embeddings = config.tie_word_embeddings
+        ends = {"bos_token_id", "eos_token_id", "pad_token_id"} & stated.keys()
+        for key in ends:
+            setattr(text, key, stated[key])
     for key, value in RUN.items():
         setattr(text, key, value)
     for key in DONE:

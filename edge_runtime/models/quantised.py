@@ -54,7 +54,7 @@ class Quantisation(NamedTuple):
     """A folder's method, with its settings."""
 
     scheme: Scheme
-    block: tuple[int, int]
+    block: tuple[int, int] | None  # None: no block has scales of its own
 
 
 def quantisation(folder: Path, config: Any) -> Quantisation | None:
@@ -75,8 +75,8 @@ def quantisation(folder: Path, config: Any) -> Quantisation | None:
             f"the weights in {folder} are quantised with {name} (quantization_config in config.json), which is "
             f"not read; known: {', '.join(SCHEMES)}; give the checkpoint in floats, or a GGUF file"
         )
-    rows, columns = stated.get("weight_block_size") or BLOCK
-    return Quantisation(SCHEMES[name], (rows, columns))
+    block = stated.get("weight_block_size", BLOCK)
+    return Quantisation(SCHEMES[name], block and (block[0], block[1]))
 
 
 def located(name: str, places: Mapping[str, Place], quantised: Quantisation | None) -> FolderTensor:
@@ -113,16 +113,20 @@ def _scaled(name: str, scale: str, places: Mapping[str, Place], quantised: Quant
             f"{' or '.join(quantised.scheme.codes)} with scales in floats is needed"
         )
     rows, columns = place.shape
-    grid = (math.ceil(rows / quantised.block[0]), math.ceil(columns / quantised.block[1]))
+    grid = quantised.block and tuple(map(_blocks, place.shape, quantised.block))
     if math.prod(scales.shape) == 1:
         block = (rows, columns)
     elif scales.shape in ((rows,), (rows, 1)):
         block = (1, columns)
-    elif scales.shape == grid:
+    elif quantised.block and scales.shape == grid:
         block = quantised.block
     else:
+        blocks = f", or {grid} for blocks of {quantised.block}" if grid else ""
         raise InputError(
-            f"{scale} is {scales.shape}, but {name} of {place.shape} needs a scale, one a row, or {grid} for "
-            f"blocks of {quantised.block}"
+            f"{scale} is {scales.shape}, but {name} of {place.shape} needs one scale, one a row{blocks}"
         )
     return FolderTensor(name, scale, block, quantised.scheme.factor)
+
+
+def _blocks(values: int, block: int) -> int:
+    return math.ceil(values / block)

@@ -36,6 +36,14 @@ def by_blocks(rows, columns):
     return pack
 
 
+def by_powers_of_two(stem, held):
+    tensors, _ = by_blocks(16, 16)(stem, held)
+    scales = tensors[f"{stem}.weight_scale_inv"].log2().ceil().exp2()
+    codes = (held / spread(scales, held, 16, 16)).to(torch.float8_e4m3fn)
+    tensors = {f"{stem}.weight": codes, f"{stem}.weight_scale_inv": scales.to(torch.float8_e8m0fnu)}
+    return tensors, codes.float() * spread(scales, held, 16, 16)
+
+
 def by_matrix(stem, held):
     codes, scale = blocks(held, 1000, 1000)
     tensors = {
@@ -66,6 +74,7 @@ CASES = {
     "blocks": (FP8, by_blocks(16, 16)),
     "blocks that do not divide": ({**FP8, "weight_block_size": [24, 20]}, by_blocks(24, 20)),
     "blocks by default": ({"quant_method": "fp8"}, by_blocks(128, 128)),
+    "powers of two": ({**FP8, "scale_fmt": "ue8m0"}, by_powers_of_two),
     "a scale a matrix": ({"quant_method": "fp8", "weight_block_size": None}, by_matrix),
     "a scale a row": ({"quant_method": "fbgemm_fp8"}, by_row),
     "int8": (INT8, int8),
@@ -176,7 +185,7 @@ def other_scales(stem, held):
         (
             FP8,
             other_scales,
-            r"weight_scale_inv is \(3, 5\), but \S+ of \(\d+, \d+\) needs a scale, one a row",
+            r"weight_scale_inv is \(3, 5\), but \S+ of \(\d+, \d+\) needs one scale, one a row",
         ),
     ],
 )

@@ -83,13 +83,16 @@ def test_the_text_part_of_a_model_that_reads_images_is_read(tiny, saved):
         "gemma3_text", layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=6
     ).config
     torch.manual_seed(0)
-    config = Gemma3Config(text_config=text.to_dict(), vision_config=VISION, mm_tokens_per_image=4)
+    config = Gemma3Config(
+        text_config=text.to_dict(), vision_config=VISION, mm_tokens_per_image=4, eos_token_id=[1, 7]
+    )
     folder = saved(Gemma3ForConditionalGeneration(config))
     assert any("vision" in name for name in load_file(folder / "model.safetensors"))
     assert is_transformers(folder)
     facts, model = loaded(folder)
     assert (facts.family, facts.layers, facts.tied_head) == ("gemma3_text", 4, True)
     assert not any("vision" in name for name, _ in model.named_modules())
+    assert model.config.eos_token_id == [1, 7]  # the wrapper's
     change(folder, lambda tensors: tensors.update({"language_model.model.layers.9.x": torch.ones(2)}))
     with pytest.raises(InputError, match=r"no place in .* such as language_model\.model\.layers\.9\.x"):
         loaded(folder)

@@ -32,15 +32,15 @@ INSTEAD = (
 Messages = list[dict[str, str]]
 
 
-class Turn(NamedTuple):
-    """Where an assistant's turn lies in a rendering, in characters."""
+class Span(NamedTuple):
+    """A part of a text that is learned, such as an assistant's turn, in characters."""
 
     begin: int
     content_end: int
     end: int  # of what closes the turn
 
 
-def turns(messages: Messages, tokenizer: Any) -> tuple[str, list[Turn]]:
+def turns(messages: Messages, tokenizer: Any) -> tuple[str, list[Span]]:
     """The rendering up to the assistant's last turn, and the assistant's turns in it.
 
     Raises:
@@ -51,11 +51,16 @@ def turns(messages: Messages, tokenizer: Any) -> tuple[str, list[Turn]]:
     messages = messages[: answers[-1] + 1]
     text, spans = _rendered(messages, tokenizer)
     if spans is not None:
-        return text, [Turn(begin, end, end) for begin, end in spans]
+        if not spans:
+            raise InputError(
+                "the model's chat template marks no assistant's turn in a conversation that has some"
+            )
+        return text, [Span(begin, end, end) for begin, end in spans]
     begins = [_begin(text, messages[:number], tokenizer) for number in answers]
     ends = _content_ends(text, messages, answers, tokenizer)
     # a content ends behind the beginning of its turn and before the next turn
-    if [*ends] != sorted(ends) or any(end < begin for begin, end in zip(begins, ends, strict=True)):
+    places = [place for pair in zip(begins, ends, strict=True) for place in pair]
+    if places != sorted(places):
         raise InputError(f"the model's chat template does not write messages in their order: {INSTEAD}")
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     found = []
@@ -66,7 +71,7 @@ def turns(messages: Messages, tokenizer: Any) -> tuple[str, list[Turn]]:
                 "the model's chat template writes more of an assistant's message than its content, and where "
                 f"that ends is not known: {INSTEAD}"
             )
-        found.append(Turn(begin, end, end + closing))
+        found.append(Span(begin, end, end + closing))
     return text, found
 
 

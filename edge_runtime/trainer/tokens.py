@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from edge_runtime.errors import InputError
 from edge_runtime.trainer import chat
+from edge_runtime.trainer.chat import Span
 from edge_runtime.trainer.data import Row
 from edge_runtime.trainer.examples import IGNORED, Example
 
@@ -60,8 +61,8 @@ class Tokenization(NamedTuple):
             ids, _ = self._tokens(row["text"][: CHARACTERS * self.max_tokens])
             return Example(ids[: self.max_tokens], [], self.labels.get(row["label"], IGNORED))
         if "messages" in row:
-            text, turns = chat.turns(row["messages"], self.tokenizer)
-            ids, labels = self._labelled(text, turns, special=False)
+            text, spans = chat.turns(row["messages"], self.tokenizer)
+            ids, labels = self._labelled(text, spans, special=False)
         elif "text" in row and "label" not in row:
             ids, _ = self._tokens(row["text"][: CHARACTERS * self.max_tokens])
             ids = labels = self._ended(ids[: self.max_tokens - 1])
@@ -93,20 +94,20 @@ class Tokenization(NamedTuple):
         text = prompt + completion
         surplus = max(len(text) - CHARACTERS * self.max_tokens, 0)
         begin, end = max(len(prompt) - surplus, 0), len(text) - surplus
-        ids, labels = self._labelled(text[surplus:], [chat.Turn(begin, end, end)], special=True)
+        ids, labels = self._labelled(text[surplus:], [Span(begin, end, end)], special=True)
         ids = self._ended(ids)
         return ids, [*labels[: len(ids) - 1], ids[-1]]
 
-    def _labelled(self, text: str, turns: list[chat.Turn], *, special: bool) -> tuple[list[int], list[int]]:
-        """Ids and labels of a text in which the turns are learned."""
+    def _labelled(self, text: str, spans: list[Span], *, special: bool) -> tuple[list[int], list[int]]:
+        """Ids and labels of a text of which the spans are learned."""
         ids, offsets = self._tokens(text, special=special)
-        begins = [len(text[: turn.begin].rstrip(SPACES)) for turn in turns]
+        begins = [len(text[: span.begin].rstrip(SPACES)) for span in spans]
         labels, before = [], 0
         for token, (start, end) in zip(ids, offsets, strict=True):
             # some tokenizers leave white space out of a token's place
             start, before = min(start, before), end
             place = bisect_left(begins, end) - 1
-            learned = place >= 0 and _in_turn(start, end, turns[place])
+            learned = place >= 0 and _within(start, end, spans[place])
             labels.append(token if learned else IGNORED)
         return ids, labels
 
@@ -153,6 +154,6 @@ def _pair(row: Row) -> tuple[str, str]:
     return (row["prompt"], row["completion"]) if "prompt" in row else (row["text"], f" {row['label']}")
 
 
-def _in_turn(start: int, end: int, turn: chat.Turn) -> bool:
-    """Whether a token has characters of the turn's content, or none but of what closes the turn."""
-    return start < turn.content_end or (start < turn.end and end <= turn.end)
+def _within(start: int, end: int, span: Span) -> bool:
+    """Whether a token has characters of the span's content, or none but of what closes the span."""
+    return start < span.content_end or (start < span.end and end <= span.end)

@@ -83,9 +83,9 @@ def _targets(whole: Any, model: PreTrainedModel, names: list[str]) -> dict[str, 
     inside[structure.path(outer, outer.get_output_embeddings())] = structure.path(
         model, model.get_output_embeddings()
     )
-    targets = {}
+    targets, keys = {}, outer.state_dict().keys()
     for name, target in model_names(outer, names).items():
-        targets[name] = IMAGES if target in outer.state_dict() else target
+        targets[name] = IMAGES if target in keys else target
         for before, after in inside.items():
             if target.startswith(f"{before}."):
                 targets[name] = after + target.removeprefix(before)

@@ -69,6 +69,13 @@ SPLITS = {
         (("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2"), Split((ONE_DIGIT,))),
         (("hunyuan", "solar-open", "grok-2"), Split((ONE_DIGIT,))),
         (("tekken",), Split((CASED,), True, True)),
+        (
+            ("deepseek-coder",),
+            Split(
+                ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}")
+            ),
+        ),
+        (("seed-coder",), Split(("|".join((ENDINGS, WORD, r"\p{N}", r" ?[^\s\p{L}\p{N}\r\n]+", SPACES)),))),
         (("gpt-4o", "llama4", "kanana2"), Split((CASED_ENDINGS,))),
     )
     for name in names

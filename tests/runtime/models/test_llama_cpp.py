@@ -77,11 +77,9 @@ def test_logits_are_llama_cpps(family, variant, kind, tmp_path):
     assert (other(tokens).logits[0, -1].log_softmax(-1) - theirs).abs().max() > max(0.1, 4 * largest)
 
 
-SPLITS = gguf_tokenizer.SPLITS
+NAMES = {split: name for name, split in gguf_tokenizer.SPLITS.items()}  # one of each way to split
 VOCABULARIES = {
-    **{name: vocabularies.of_merges(name, SPLITS[name].patterns) for name in ("default", "gpt-2", "smollm")},
-    **{name: vocabularies.of_merges(name, SPLITS[name].patterns) for name in ("llama-bpe", "qwen2", "dbrx")},
-    **{name: vocabularies.of_merges(name, SPLITS[name].patterns) for name in ("tekken", "gpt-4o")},
+    **{name: vocabularies.of_merges(name, split.patterns) for split, name in NAMES.items()},
     "scores": vocabularies.of_scores(),
     "scores without a space": vocabularies.of_scores(**{"ggml.add_space_prefix": False}),
     "with an end": vocabularies.of_scores(**{"ggml.add_bos_token": False, "ggml.add_eos_token": True}),

@@ -63,7 +63,7 @@ class Endings:
         """client: whom the address knows us as, in words."""
         self._address, self._client = address, client
         self._counts: collections.Counter[str] = collections.Counter()
-        self._told = False  # of an ending, and not yet that the connection is back
+        self._end_logged = False  # and not yet that the connection is back
 
     def unreachable(self, why: str) -> BrokerUnreachable:
         """There is no connection."""
@@ -114,14 +114,14 @@ class Endings:
         self._counts[str(error)] += 1
         count = self._counts[str(error)]
         if count == 10 ** (len(str(count)) - 1):
-            self._told = True
+            self._end_logged = True
             times = f" ({count} times until now)" if count > 1 else ""
             log.warning("%s%s; connecting again", error, times)
 
     def tell_back(self) -> None:
         """Log that the connection is back, if its end was logged."""
-        if self._told:
-            self._told = False
+        if self._end_logged:
+            self._end_logged = False
             log.warning("connected to %s again", self._address)
 
     def _in_words(self, code: ReasonCode) -> str:

@@ -42,7 +42,7 @@ class Attendance:
         self._tracker = presence.Tracker()
         self._heard: set[str] = set()  # devices, since the node connected
         self._due = math.inf  # when the answers are due, in monotonic time
-        self._told = False  # which devices have not answered
+        self._silence_logged = False  # of the devices that have not answered
         self._numbers = itertools.count()
         # of each device; the process that was online last comes last, and the elder has the lower rank
         self._processes: dict[str, dict[str, Rank]] = {}
@@ -71,14 +71,20 @@ class Attendance:
         """
         if isinstance(item, Connected):
             self._heard.clear()
-            self._due, self._told = time.monotonic() + ANSWER_S, False
+            self._due, self._silence_logged = time.monotonic() + ANSWER_S, False
         elif isinstance(item, Message):
             return self._listen(item)
-        if self._told or time.monotonic() < self._due:
+        if self._silence_logged or time.monotonic() < self._due:
             return []
-        self._told = True
+        self._silence_logged = True
         word = f"is online for the broker, but has not answered in {ANSWER_S:g} s: no round waits for it"
         return [f"{name} {word}" for name in sorted(self._online - self._heard)]
+
+    def vouch(self, device: str, process: str) -> None:
+        """A report of the process was signed with the device's key."""
+        processes = self._processes.get(device, {})
+        if process in processes:
+            processes[process] = (False, processes[process][1])
 
     @property
     def _online(self) -> set[str]:
@@ -96,12 +102,6 @@ class Attendance:
             if latest and latest.state == "online" and self._intrudes(source.device, latest.process):
                 news.append(self._end(source.device, latest.process))
         return news
-
-    def vouch(self, device: str, process: str) -> None:
-        """A report of the process was signed with the device's key."""
-        processes = self._processes.get(device, {})
-        if process in processes:
-            processes[process] = (False, processes[process][1])
 
     def _intrudes(self, device: str, process: str) -> bool:
         """Whether the process, now online, has come back after an elder one."""

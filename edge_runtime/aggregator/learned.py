@@ -1,8 +1,8 @@
 """What a fleet has learned, out of its node's state: a version of a model class, for one depth slice.
 
-    exchanged factors    the masters of the class and of what all classes share
+    exchanged factors    as they were published, and as devices have them
     frozen factors       drawn from the fleet's seed, as on each device
-    others               with nobody: the version is refused
+    private factors      on no node: the version is refused
 
 Needs torch, which a running node does without.
 """
@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-from safetensors.numpy import load_file
 
 from edge_runtime import methods
 from edge_runtime.adapters import learned
@@ -23,7 +22,8 @@ from edge_runtime.errors import InputError
 from edge_runtime.methods.interface import Method
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.slices import kept_layers
-from edge_runtime.protocol.keys import parse
+from edge_runtime.protocol import codec
+from edge_runtime.protocol.keys import STATE, parse
 from edge_runtime.protocol.round import FLEET
 from edge_runtime.settings import Adapter, Head, MethodChoice
 
@@ -47,31 +47,28 @@ def read(
     if not (state / "node.db").exists():
         raise InputError(f"{state} is no node's state: it has no node.db")
     store = NodeStore(state / "node.db")
-    masters, fixed = store.masters(), store.fixed()
-    model_class = _class(sorted(masters.keys() - {FLEET}), name, state)
-    plans = store.plans(model_class)
-    store.connection.close()
-    number = max(masters[model_class]) if version is None else version
-    if number not in masters[model_class]:
-        kept = ", ".join(map(str, masters[model_class]))
-        raise InputError(f"there is no version {number} of {model_class} in {state}; versions there: {kept}")
+    artifacts, fixed = store.artifacts(), store.fixed()
     head = msgspec.json.decode(fixed["[head]"], type=Head | None)
     method = methods.build(msgspec.json.decode(fixed["[method]"], type=MethodChoice), head, None)
     _require_whole(method)
+    model_class = _class(sorted(artifacts.keys() - {FLEET}), name, state)
+    plans, published = store.plans(model_class), artifacts[model_class]
+    store.connection.close()
+    number = max(published) if version is None else version
+    if number not in published:
+        numbers = ", ".join(map(str, published))
+        raise InputError(
+            f"there is no version {number} of {model_class} in {state}; versions there: {numbers}"
+        )
     facts = find(plans[-1].source)
     learned.require_weights(model_class, facts)
     layers = _layers(facts, depth or max(plan.depth for plan in plans))
-    shared = load_file(masters[model_class][number])
-    if earlier := [round_ for round_ in masters.get(FLEET, {}) if round_ <= number]:
-        shared |= load_file(masters[FLEET][max(earlier)])
-    spec = msgspec.json.decode(fixed["[adapter]"], type=Adapter)
-    state_ = {key: value for key, value in shared.items() if parse(key).kind == "labels"}
+    spec, seed = msgspec.json.decode(fixed["[adapter]"], type=Adapter), int(fixed["[fleet] seed"])
+    factors = codec.decode(published[number].read_bytes(), lambda key: parse(key).kind in STATE)
     for key, shape in adapter_shapes(facts, layers, spec.roles, spec.rank, method).items():
-        drawn = shared.get(key)
-        state_[key] = (
-            initial(key, shape, int(fixed["[fleet] seed"]), method.factor(key)) if drawn is None else drawn
-        )
-    return learned.fold(state_, facts, layers, spec, method, number)
+        if key not in factors:
+            factors[key] = initial(key, shape, seed, method.factor(key))
+    return learned.fold(factors, facts, layers, spec, method, number)
 
 
 def _class(classes: list[str], name: str | None, state: Path) -> str:

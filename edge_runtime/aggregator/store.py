@@ -94,13 +94,13 @@ class NodeStore:
         )
         return {row[0]: Version(row[0], self._folder / row[1], self._folder / row[2]) for row in rows}
 
-    def masters(self) -> dict[str, dict[int, Path]]:
-        """The masters that are kept of each class, by the round that they were published after."""
-        masters: dict[str, dict[int, Path]] = {}
-        query = "SELECT model_class, round, master FROM versions ORDER BY model_class, round"
-        for model_class, round_, master in self.connection.execute(query):
-            masters.setdefault(model_class, {})[round_] = self._folder / master
-        return masters
+    def artifacts(self) -> dict[str, dict[int, Path]]:
+        """Each class's published versions that are kept, by the round that they came after."""
+        artifacts: dict[str, dict[int, Path]] = {}
+        query = "SELECT model_class, round, artifact FROM versions ORDER BY model_class, round"
+        for model_class, round_, artifact in self.connection.execute(query):
+            artifacts.setdefault(model_class, {})[round_] = self._folder / artifact
+        return artifacts
 
     def plans(self, model_class: str) -> list[Plan]:
         """How devices have trained a class, as they reported."""

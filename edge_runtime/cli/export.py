@@ -77,7 +77,10 @@ def command(
         raise InputError(processes.NOT_INSTALLED)
 
     def find(source: str) -> "Facts":
-        return processes.prepared(model or source, models)
+        try:
+            return processes.prepared(model or source, models)
+        except InputError as error:
+            raise InputError(f"{error}; or say with --model where the base is") from error
 
     if node is not None:
         from edge_runtime.aggregator import learned as of_node

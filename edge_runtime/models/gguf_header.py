@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edge_runtime.errors import InputError
-from edge_runtime.models.headers import Header, Place, places
+from edge_runtime.models.headers import HeaderReader, Place, places
 
 VERSIONS = (2, 3)
 STRING, ARRAY = 8, 9
@@ -65,7 +65,7 @@ def read(path: Path, *, values: bool = True) -> Contents:
 def spans(path: Path) -> dict[str, tuple[int, int]]:
     """First byte and end of each pair of a file's metadata, by key; `read` has accepted the file."""
     with path.open("rb") as stream:
-        header, pairs = Header(path, path.stat().st_size, stream), {}
+        header, pairs = HeaderReader(path, path.stat().st_size, stream), {}
         header.take(struct.calcsize("<4sIQ"))
         for _ in range(header.number("Q")):
             first = stream.tell()
@@ -108,7 +108,7 @@ def _check_split(file: Path, pairs: dict[str, Any], number: int, count: int) -> 
         )
 
 
-def _parse(header: Header, pairs: dict[str, Any], values: bool) -> dict[str, Place]:
+def _parse(header: HeaderReader, pairs: dict[str, Any], values: bool) -> dict[str, Place]:
     """The file's tensors; with `values` its metadata is added to `pairs`."""
     import gguf  # 2 MiB, which a trainer of safetensors files does without
 
@@ -147,7 +147,7 @@ def _parse(header: Header, pairs: dict[str, Any], values: bool) -> dict[str, Pla
     }
 
 
-def _value(header: Header, kind: int, keep: bool) -> Any:
+def _value(header: HeaderReader, kind: int, keep: bool) -> Any:
     """The next value, which is passed over unless it is kept."""
     if kind == STRING:
         return _text(header, keep)
@@ -165,6 +165,6 @@ def _value(header: Header, kind: int, keep: bool) -> Any:
     return struct.unpack(f"<{count}{NUMBERS[kind]}", content) if keep else ()
 
 
-def _text(header: Header, keep: bool) -> str:
+def _text(header: HeaderReader, keep: bool) -> str:
     # a token that is no text in UTF-8 becomes another, which the tokenizer refuses where it is there twice
     return header.take(header.number("Q"), skip=not keep).decode(errors="replace")

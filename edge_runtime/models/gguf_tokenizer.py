@@ -114,39 +114,18 @@ def tokenizer(contents: Contents, rows: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     fields = _Fields(contents)
-    tokens, model = fields.need("tokens"), fields.need("model")
-    kinds = fields.need("token_type")
+    tokens, kinds = fields.need("tokens"), fields.need("token_type")
     if len(set(tokens)) != len(tokens) or len(tokens) > rows or len(kinds) != len(tokens):
         raise InputError(
             f"{contents.files[0]} has {len(tokens)} tokens, {len(set(tokens))} of them different, {len(kinds)} types of "
             f"tokens and {rows} rows of the embedding: there has to be one type and one row for each token"
         )
-    if model not in MODELS:
-        raise fields.refuse("model", model, f"known are {', '.join(MODELS)}")
-    by_scores = model == BY_SCORES
-    split = None if by_scores else _split(fields)
-    try:
-        built = _of_merges(fields, tokens, split) if split else _of_scores(fields, tokens, kinds)
-    except EdgeError:
-        raise
-    except Exception as error:  # the library has no kinds of its own
-        raise InputError(f"{contents.files[0]}: its tokenizer cannot be built: {error}") from error
-    begins = split.begins if split else True
-    ids = _special(fields, USUAL if by_scores else {}, len(tokens))
+    split = _split(fields)
+    built = _built(fields, tokens, kinds, split)
+    ids = _special(fields, {} if split else USUAL, len(tokens))
     for token in _added(contents, tokens, kinds, set(ids.values())):
         built.add_special_tokens([token]) if token.special else built.add_tokens([token])
-    ends = [
-        (name, fields.get(f"add_{name}_token", usual)) for name, usual in (("bos", begins), ("eos", False))
-    ]
-    for name, adds in ends:
-        if adds and name not in ids:
-            raise fields.refuse(f"add_{name}_token", adds, f"there is no {name}_token_id")
-    bos, eos = ([(tokens[ids[name]], ids[name])] if adds else [] for name, adds in ends)
-    if bos or eos:
-        built.post_processor = processors.TemplateProcessing(
-            single=[*(token for token, _ in bos), "$A", *(token for token, _ in eos)],
-            special_tokens=[*bos, *eos],
-        )
+    _add_ends(fields, built, {name: (tokens[number], number) for name, number in ids.items()}, split)
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     return PreTrainedTokenizerFast(
         tokenizer_object=built,
@@ -156,13 +135,43 @@ def tokenizer(contents: Contents, rows: int) -> Any:
     )
 
 
-def _split(fields: _Fields) -> Split:
+def _split(fields: _Fields) -> Split | None:
+    """How texts are split before byte sequences are merged; None: merges are by scores."""
+    if (model := fields.need("model")) not in MODELS:
+        raise fields.refuse("model", model, f"known are {', '.join(MODELS)}")
+    if model == BY_SCORES:
+        return None
     name = fields.get("pre", "default")
     if name not in SPLITS:
-        raise fields.refuse(
-            "pre", name, f"its way to split a text is not known here; known: {', '.join(SPLITS)}"
-        )
+        known = f"its way to split a text is not known here; known: {', '.join(SPLITS)}"
+        raise fields.refuse("pre", name, known)
     return SPLITS[name]
+
+
+def _built(fields: _Fields, tokens: list[str], kinds: list[int], split: Split | None) -> Tokenizer:
+    try:
+        return _of_merges(fields, tokens, split) if split else _of_scores(fields, tokens, kinds)
+    except EdgeError:
+        raise
+    except Exception as error:  # the library has no kinds of its own
+        raise InputError(f"{fields.contents.files[0]}: its tokenizer cannot be built: {error}") from error
+
+
+def _add_ends(
+    fields: _Fields, built: Tokenizer, ids: dict[str, tuple[str, int]], split: Split | None
+) -> None:
+    """Have texts begin and end with tokens, as the file says or llama.cpp does without a word of it."""
+    usual = {"bos": split is None or split.begins, "eos": False}
+    adds = [name for name, each in usual.items() if fields.get(f"add_{name}_token", each)]
+    for name in adds:
+        if name not in ids:
+            raise fields.refuse(f"add_{name}_token", True, f"there is no {name}_token_id")
+    if adds:
+        pattern = [ids[name][0] if name in adds else None for name in usual]
+        built.post_processor = processors.TemplateProcessing(
+            single=[part for part in (pattern[0], "$A", pattern[1]) if part],
+            special_tokens=[ids[name] for name in adds],
+        )
 
 
 def _of_merges(fields: _Fields, tokens: list[str], split: Split) -> Tokenizer:

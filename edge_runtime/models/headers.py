@@ -52,7 +52,7 @@ def tensors(path: Path) -> dict[str, Place]:
     return places(path, _safetensors)
 
 
-def places(path: Path, parse: Callable[["Header"], dict[str, Place]]) -> dict[str, Place]:
+def places(path: Path, parse: Callable[["HeaderReader"], dict[str, Place]]) -> dict[str, Place]:
     """The tensors that a file's header names, after a check that all lie inside the file.
 
     Raises:
@@ -62,7 +62,7 @@ def places(path: Path, parse: Callable[["Header"], dict[str, Place]]) -> dict[st
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
-            found = parse(Header(path, size, stream))
+            found = parse(HeaderReader(path, size, stream))
     except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors too
         raise InputError(f"{path} cannot be read: {error}") from error
     needed = max((place.end for place in found.values()), default=0)
@@ -75,7 +75,7 @@ def places(path: Path, parse: Callable[["Header"], dict[str, Place]]) -> dict[st
     return found
 
 
-class Header(NamedTuple):
+class HeaderReader(NamedTuple):
     """Reads the parts of a header in turn."""
 
     path: Path
@@ -109,7 +109,7 @@ class _Entry(msgspec.Struct):
     shape: tuple[int, ...]
 
 
-def _safetensors(header: Header) -> dict[str, Place]:
+def _safetensors(header: HeaderReader) -> dict[str, Place]:
     entries = msgspec.json.decode(header.take(header.number("Q")), type=dict[str, msgspec.Raw])
     entries.pop("__metadata__", None)
     start, places = header.stream.tell(), {}

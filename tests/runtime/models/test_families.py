@@ -20,10 +20,13 @@ from edge_runtime.models import families, gguf_tokenizer, structure
 from edge_runtime.models.families import FAMILIES, family_of
 
 PACKAGES = [Path(next(iter(of.__path__))) for of in (edge_runtime, edge_kernels, edge_broker, edge_profiles)]
+PROGRAM = r"llama[._]cpp"  # not a family's name
 # words that name a family, and why their room or file may use them
 ALLOWED = {
     # the baseline is measured with a model of almost nothing, which has to be of some family
     "trainer": {"LlamaConfig", "LlamaForCausalLM"},
+    # names in the library of that program
+    "llama_cpp": {"llama_flash_attn_type", "LLAMA_FLASH_ATTN_TYPE_DISABLED"},
     # GGUF files name tokenizers, and ways to split a text, after the first model that had them
     "gguf_tokenizer": {"gpt2", "llama", *gguf_tokenizer.SPLITS},
 }
@@ -49,7 +52,10 @@ def code_words(source):
 
 
 def named_in(source, allowed=()):
-    apart = lambda word: re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", word)  # noqa: E731  LlamaConfig: Llama Config
+    def apart(word):
+        """LlamaConfig: Llama Config. llama.cpp is a program."""
+        return re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", re.sub(PROGRAM, "", word))
+
     return [
         f"{node.lineno}: {word}"
         for node, word in code_words(source)

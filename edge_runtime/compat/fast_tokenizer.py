@@ -32,5 +32,5 @@ def load(folder: Path) -> PreTrainedTokenizerBase:
         if name in SETTINGS
     }
     template = folder / "chat_template.jinja"
-    chat = template.read_text(encoding="utf-8") if template.exists() else None
+    chat = template.read_text(encoding="utf-8-sig") if template.exists() else None
     return PreTrainedTokenizerFast(tokenizer_file=str(folder / FILE), chat_template=chat, **tokens)

@@ -63,7 +63,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                         f"{path}, line {number}: longer than {MOST_BYTES >> 20} MiB, the most that a row may "
                         "have; write one row a line"
                     )
-                line = files.utf_8(line) if number == 1 else line
+                # any line may have a mark: files that have one may have been joined
+                line = line if line[:2] == b'{"' else files.utf_8(line)
                 if line.strip():
                     empty = False
                     yield number, line

@@ -37,6 +37,12 @@ def test_special_tokens_that_are_written_with_how_they_match_are_known(demo_fact
     assert fast_tokenizer.load(folder).eos_token == written["eos_token"]
 
 
+def test_a_chat_template_that_windows_has_marked_as_utf_8_begins_with_its_text(demo_facts, tmp_path):
+    folder = Path(shutil.copytree(demo_facts.folder, tmp_path / "copied"))
+    (folder / "chat_template.jinja").write_bytes("{{ messages }}".encode("utf-8-sig"))
+    assert fast_tokenizer.load(folder).chat_template == "{{ messages }}"
+
+
 def test_a_tokenizer_without_the_librarys_form_is_read_as_transformers_does(tmp_path):
     transformers.ByT5Tokenizer().save_pretrained(tmp_path)
     assert not (tmp_path / "tokenizer.json").exists()

@@ -111,7 +111,7 @@ def test_a_missing_file_and_one_that_is_not_utf_8_are_refused(read, tmp_path):
 
 @pytest.mark.parametrize("ends", ["\n", "\r\n"])
 def test_a_file_that_windows_has_marked_as_utf_8_is_read(read, ends):
-    assert read(f'\ufeff{{"text": "Größe"}}{ends}{{"text": "b"}}') == [{"text": "Größe"}, {"text": "b"}]
+    assert read(f'\ufeff{{"text": "Größe"}}{ends}\ufeff{{"text": "b"}}') == [{"text": "Größe"}, {"text": "b"}]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])

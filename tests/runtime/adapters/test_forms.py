@@ -1,6 +1,5 @@
 """Exports of a tiny model: each is opened by the tool that it is for, and a wrong one leaves nothing behind."""
 
-import json
 from pathlib import Path
 
 import gguf
@@ -17,6 +16,7 @@ from edge_runtime.adapters.export import check, forms, gguf_adapter, gguf_model,
 from edge_runtime.adapters.export.check import Outputs
 from edge_runtime.errors import EdgeError, InputError
 from edge_runtime.methods import fedit
+from edge_runtime.models import gguf_header
 from edge_runtime.models.prepare import prepare
 from edge_runtime.models.slices import kept_layers
 from edge_runtime.trainer.examples import Example
@@ -202,13 +202,31 @@ def test_a_wrong_factor_is_seen_and_nothing_is_left(saved, form, fault, tmp_path
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_slice_of_a_gguf_file_keeps_lists_of_its_layers_alone(saved, tmp_path):
+def test_a_slice_comes_out_of_a_split_file_as_one(saved, tiny, tmp_path):
     adapter = saved("llama", "gguf", depth=3)
-    gguf_model.write(adapter, Path(adapter.facts.weights), tmp_path / "base.gguf", merged=False)
-    facts = prepare(str(tmp_path / "base.gguf"), tmp_path, tmp_path / "cache")
-    assert (facts.layers, facts.hidden, facts.linears) == (3, adapter.facts.hidden, adapter.facts.linears)
-    config = json.loads((Path(facts.folder) / "config.json").read_text())
-    assert config["num_hidden_layers"] == 3
+    gguf_models.write(tiny("llama"), tmp_path / "split.gguf", tensors_a_file=20)
+    parts = sorted(tmp_path.glob("split-*.gguf"))
+    assert len(parts) > 1
+    for source, name in ((Path(adapter.facts.weights), "whole"), (parts[0], "parts")):
+        gguf_model.write(adapter, source, tmp_path / f"{name}.gguf", merged=False)
+    whole, split = (gguf_header.read(tmp_path / f"{name}.gguf") for name in ("whole", "parts"))
+    assert split.metadata["llama.block_count"] == 3 and "split.count" not in split.metadata
+    assert split.tensors.keys() == whole.tensors.keys()
+    facts = prepare(str(tmp_path / "parts.gguf"), tmp_path, tmp_path / "cache")
+    prompts, truth = outputs(adapter)
+    assert np.allclose(check.logits(check.loaded(facts, 3), prompts), truth.plain, atol=1e-5)
+
+
+def test_blocks_that_cannot_be_made_here_take_eight_bits_where_the_adapter_changes_them(tiny, tmp_path):
+    model = tiny("llama", hidden_size=256, intermediate_size=256, num_hidden_layers=2)
+    base = gguf_models.write(model, tmp_path / "base.gguf", Kind.Q4_K)
+    facts = prepare(str(base), tmp_path, tmp_path / "cache")
+    forms.export("merged-gguf", adapter_on(model, facts, 2, 0.05), tmp_path / "out")
+    kinds = {
+        name: Kind(place.kind).name
+        for name, place in gguf_header.read(tmp_path / "out" / "model.gguf").tensors.items()
+    }
+    assert (kinds["blk.1.ffn_up.weight"], kinds["token_embd.weight"]) == ("Q8_0", "Q4_K")
 
 
 def test_the_page_s_lines_give_the_label_that_the_trainer_s_head_gives(saved, tmp_path, monkeypatch):

@@ -101,13 +101,14 @@ def fold(
 
 def on(learned: Learned, facts: Facts) -> Learned:
     """The adapter with its base at hand; raises as `require_weights` does."""
-    require_weights(learned.facts.model_class, facts)
-    return learned._replace(facts=facts)
+    trained = learned.facts.model_class
+    require_weights(trained, facts)
+    # the name before the digest depends on where the weights lie
+    return learned._replace(facts=msgspec.structs.replace(facts, model_class=trained))
 
 
 def require_weights(model_class: str, facts: Facts) -> None:
     """Raise InputError where these are the facts of other weights than the class's."""
-    # the name before the digest depends on where the weights lie
     needed, seen = (name.rpartition("@")[2] for name in (model_class, facts.model_class))
     if needed != seen:
         raise InputError(

@@ -50,8 +50,8 @@ def swaps(backend: Backend, weights: Weights) -> Swaps:
         engine = load(backend, facts, versions[0], weights, Machine(2, "cpu"))
         result = Swaps([_seconds(lambda: engine.swap(learned_.read(folder))) for _ in range(20)], [])
         with _server(backend, weights, folder) as server:
-            url = json.loads(server.stdout.readline())["text"].split(" at ")[1]
-            clients = [threading.Thread(target=_ask, args=(url, result, ended)) for _ in range(CLIENTS)]
+            name, url = json.loads(server.stdout.readline())["text"].split(" at ")
+            clients = [threading.Thread(target=_ask, args=(url, name, result, ended)) for _ in range(CLIENTS)]
             for client in clients:
                 client.start()
             for number in range(2, VERSIONS + 2):
@@ -87,8 +87,8 @@ def _server(backend: Backend, weights: Weights, folder: Path) -> Iterator[Any]:
         server.communicate()  # the end of its input ends the server
 
 
-def _ask(url: str, result: Swaps, ended: threading.Event) -> None:
-    body = json.dumps({"model": "any", "prompt": "The weather today is", "max_tokens": 8}).encode()
+def _ask(url: str, name: str, result: Swaps, ended: threading.Event) -> None:
+    body = json.dumps({"model": name, "prompt": "The weather today is", "max_tokens": 8}).encode()
     while not ended.is_set():
         request = urllib.request.Request(f"{url}/completions", body, {"Content-Type": "application/json"})
         try:

@@ -9,6 +9,7 @@ After it is written, the folder is loaded by ONNX Runtime, and its logits are co
 that the base and the adapter have in torch.
 """
 
+import gc
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,7 +64,12 @@ def to_onnx(learned: Learned, format: Weights, folder: Path) -> None:
         copy_tokenizer(learned, folder)
         genai = msgspec.json.encode(_genai(facts, model))
         (folder / GENAI).write_bytes(msgspec.json.format(genai) + b"\n")
-        compare(model, learned, folder)
+        tokens = min(PROBE, onnx_model.positions(model.config.get_text_config()))
+        ids = np.random.default_rng(0).integers(0, facts.vocabulary, tokens)
+        truths = [_torch_logits(model, ids, each) for each in (None, learned)]
+        del model  # there is one model in memory at a time
+        gc.collect()
+        compare(folder, ids, *truths)
     except BaseException:
         shutil.rmtree(folder)
         raise
@@ -121,23 +127,25 @@ def _genai(facts: Facts, model: PreTrainedModel) -> dict[str, Any]:
 # --- the comparison
 
 
-def compare(model: PreTrainedModel, learned: Learned, folder: Path) -> None:
-    """Compare the folder's logits with torch's: as it is, and in float32 with and without the adapter.
+def compare(folder: Path, ids: NDArray[np.int64], base: Logits, adapted: Logits) -> None:
+    """Compare the folder's logits with torch's: in float32 without and with the adapter, and as it is.
+
+    Args:
+        folder: that was written.
+        ids: tokens.
+        base, adapted: torch's logits (tokens, vocabulary).
 
     Raises:
         InputError: they differ by more than rounding.
     """
-    tokens = min(PROBE, onnx_model.positions(model.config.get_text_config()))
-    ids = np.random.default_rng(0).integers(0, learned.facts.vocabulary, tokens)
-    adapter = onnxruntime.LoraAdapter()
+    adapter, exact = onnxruntime.LoraAdapter(), in_float32((folder / MODEL).read_bytes())
     adapter.Load(str(folder / ADAPTER))
-    base, whole = _torch_logits(model, ids, None), _torch_logits(model, ids, learned)
-    exact = session(folder, graph=in_float32((folder / MODEL).read_bytes()))
-    for case, seen, needed, most in (
-        ("without the adapter", onnx_logits(exact, ids, None), base, EXACT),
-        ("with the adapter", onnx_logits(exact, ids, adapter), whole, EXACT),
-        ("with activations in int8", onnx_logits(session(folder), ids, adapter), whole, ROUNDED),
+    for case, graph, given, needed, most in (
+        ("without the adapter", exact, None, base, EXACT),
+        ("with the adapter", exact, adapter, adapted, EXACT),
+        ("with activations in int8", None, adapter, adapted, ROUNDED),
     ):
+        seen = onnx_logits(session(folder, graph=graph), ids, given)
         difference = _rms(seen - needed) / float(needed.std())
         if not difference <= most:  # NaN too
             raise InputError(

@@ -23,6 +23,7 @@ LONG = (  # each is the beginning of a test's name
     "test_every_variant_is_exact_or_refused_as_the_page_has_it[long",
     "test_steps_on_packed_weights_follow_pefts_on_the_same_weights_expanded[30-60]",
     "test_steps_on_the_real_model_follow_the_same_loss[30-60]",
+    "test_the_prediction_is_near_the_servers_peak",
     "test_the_prediction_is_near_the_trainers_peak[10-q4_1-8-0]",
     "test_the_prediction_is_near_the_trainers_peak[4-float32-2-0]",
     "test_versions_are_swapped_under_load_without_a_lost_request[100]",

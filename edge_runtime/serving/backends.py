@@ -3,6 +3,7 @@
 from typing import Literal
 
 from edge_runtime.adapters.learned import Learned
+from edge_runtime.compat.lean_imports import lean_imports
 from edge_runtime.errors import InputError
 from edge_runtime.models.facts import Facts
 from edge_runtime.serving.engine import Engine
@@ -21,7 +22,8 @@ def load(
         InputError: the backend cannot use the device, or as its engine does.
     """
     if backend == "torch":
-        from edge_runtime.serving.torch_engine import TorchEngine
+        with lean_imports():
+            from edge_runtime.serving.torch_engine import TorchEngine
 
         return TorchEngine(facts, learned, weights, machine.device)
     if machine.device != "cpu":

@@ -116,10 +116,12 @@ def read(body: bytes, kind: type[Body]) -> Body:
         raise RequestError(400, "the body is not a JSON object")
     fields = _without_null(fields)
     for name in fields.keys() & WITHOUT_EFFECT.keys():
-        if fields[name] != WITHOUT_EFFECT[name]:
+        seen, needed = fields[name], WITHOUT_EFFECT[name]
+        # in Python False is 0, but as a number of logprobs 0 has an effect
+        if seen != needed or isinstance(seen, bool) != isinstance(needed, bool):
             raise RequestError(
                 400,
-                f"`{name}` is {str(fields[name])[:80]}, but is supported as {WITHOUT_EFFECT[name]} alone: leave it out",
+                f"`{name}` is {str(seen)[:80]}, but is supported as {needed} alone: leave it out",
                 name,
                 "unsupported_value",
             )

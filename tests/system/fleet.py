@@ -171,6 +171,14 @@ class Command:
         self.process.wait(10)
 
 
+def resident_bytes(command: Command, field: str = "VmRSS") -> int:
+    """A figure of the process in /proc."""
+    for line in Path(f"/proc/{command.process.pid}/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"no {field}")
+
+
 class Fleet:
     """One test's fleet: writes its file and starts its processes; ends them all."""
 

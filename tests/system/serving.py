@@ -29,18 +29,18 @@ def chatting(tiny_model: Path, folder: Path) -> Path:
     return folder
 
 
-def version(facts: Facts, number: int) -> Learned:
-    """A random adapter, which writes other text than any other version."""
-    random = np.random.default_rng(number)
+def version(facts: Facts, number: int, layers: tuple[int, ...] | None = None, rank: int = 2) -> Learned:
+    """A random adapter, which writes other text than any other version. layers: None: all."""
+    random, layers = np.random.default_rng(number), layers or tuple(range(facts.layers))
     factors = {
         (layer, role): (
-            random.normal(0, 0.5, (2, into)).astype(np.float32),
-            random.normal(0, 0.5, (out, 2)).astype(np.float32),
+            random.normal(0, 0.5, (rank, into)).astype(np.float32),
+            random.normal(0, 0.5, (out, rank)).astype(np.float32),
         )
-        for layer in range(facts.layers)
+        for layer in layers
         for role, (out, into) in facts.linears.items()
     }
-    return Learned(facts, tuple(range(facts.layers)), factors, number, facts.source)
+    return Learned(facts, layers, factors, number, facts.source)
 
 
 class Client:

@@ -4,18 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fleet import Command, Fleet
+from fleet import Command, Fleet, resident_bytes
 
 from edge_runtime.trainer import data
 
 MIB = 1 << 20
-
-
-def resident_bytes(command: Command, field: str = "VmRSS") -> int:
-    for line in Path(f"/proc/{command.process.pid}/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError(f"no {field}")
 
 
 def mapped(command: Command) -> str:

@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from fleet import Command, eventually
+from fleet import Command, eventually, resident_bytes
 from serving import Client, chatting, events_of, server, version
 
+from edge_runtime import settings
 from edge_runtime.adapters import learned
 from edge_runtime.models.facts import Facts
+from edge_runtime.models.slices import kept_layers
 from edge_runtime.planning import processes
+from edge_runtime.planning.predict import Serving, Workload
+from edge_runtime.planning.serving import serving_bytes
+from edge_runtime.protocol.plan import Plan
+from edge_runtime.settings import Weights
 
 GREEDY = {"prompt": "Once upon", "max_tokens": 24, "temperature": 0}
 LONG = GREEDY | {"max_tokens": 6000}  # minutes; a random model that is greedy never ends by itself
@@ -92,13 +98,16 @@ def test_the_model_its_version_and_the_health_are_told(client: Client) -> None:
     (model,) = client.get("/v1/models")["data"]
     assert (model["id"], model["version"]) == ("tiny", 1)
     assert client.get("/health") == {"status": "ok", "version": 1}
-    status, answer = client.ask("completions", **GREEDY, model="tiny", n=1, user="me", logprobs=None)
+    status, answer = client.ask(
+        "completions", **GREEDY, model="tiny", n=1, user="me", logprobs=None, top_p=1.0
+    )
     assert (status, answer["model"], answer["system_fingerprint"]) == (200, "tiny", "version-1")
 
 
 REFUSED: dict[str, tuple[dict[str, Any], int, str | None, str | None]] = {
     "another model": (GREEDY | {"model": "gpt"}, 404, "model", "model_not_found"),
     "two answers": (GREEDY | {"n": 2}, 400, "n", "unsupported_value"),
+    "the logprob of the chosen token": (GREEDY | {"logprobs": 0}, 400, "logprobs", "unsupported_value"),
     "logprobs": (GREEDY | {"logprobs": 3}, 400, "logprobs", "unsupported_value"),
     "a field nobody knows": (GREEDY | {"beam": 2}, 400, "beam", "unsupported_parameter"),
     "a wrong type": (GREEDY | {"max_tokens": "8"}, 400, "max_tokens", None),
@@ -246,3 +255,34 @@ def test_a_version_that_does_not_fit_is_told_and_the_one_before_stays(running: R
     assert client.get("/health")["version"] == number and client.ask("completions", **GREEDY)[0] == 200
     learned.write(fitting._replace(version=number + 2), running.adapter)
     assert running.command.phase("version")["version"] == number + 2
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "q4_1"])
+def test_the_prediction_is_near_the_servers_peak(
+    real_model: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: Weights
+) -> None:
+    """Of full contexts, with three versions in memory: of an answer that runs, of new ones, and one more."""
+    monkeypatch.setenv("EDGE_RUNTIME_CACHE", str(cache))
+    for name, value in processes.TRAINER_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    facts, context, depth = processes.prepared(real_model, Path()), 1024, 10
+    fleet = settings.parse({"fleet": {"name": "f"}, "catalog": [{"source": real_model, "depth": depth}]})
+    workload = Workload(fleet, facts, processes.runtime_bytes(), Serving(context, 2))
+    plan = Plan(real_model, facts.model_class, depth, facts.layers, weights, 16, 1, 64, {}, 0.0)
+    layers, adapter = kept_layers(depth, facts.layers), tmp_path / "adapter"
+    learned.write(version(facts, 1, layers, rank=16), adapter)
+    more = ("--adapter", str(adapter), "--weights", weights, "--context", str(context))
+    with server(Path(real_model), cache, *more) as (command, client):
+        prompt = {"prompt": [50] * (context - 8), "max_tokens": 8}
+        for number in (2, 3):
+            threads = [
+                threading.Thread(target=client.ask, args=("completions",), kwargs=prompt) for _ in "12"
+            ]
+            for thread in threads:
+                thread.start()
+            learned.write(version(facts, number, layers, rank=16), adapter)
+            command.phase("version")
+            for thread in threads:
+                thread.join()
+        measured = resident_bytes(command, "VmHWM")
+    assert 0.9 < serving_bytes(workload, plan) / measured < 1.15

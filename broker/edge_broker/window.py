@@ -5,9 +5,9 @@ given more than this window. A slot is taken before paho gets the packet, and fr
 PUBACK, whose reason becomes the ticket's answer.
 
 Some brokers take smaller packets than they announce. Mosquitto with message_size_limit says so in
-PUBACK; rumqttd and others close the connection, at each reconnect anew. So a packet that was the
-first without an answer when the broker closed three connections in a row is given up, and a
-packet that is too large halves the limit.
+PUBACK; rumqttd and others close the connection, at each reconnect anew, often before they answer
+smaller packets. So of the packets that had no answer when the broker closed three connections in a
+row, the largest is given up, and a packet that is too large halves the limit.
 """
 
 import logging
@@ -39,7 +39,7 @@ class Ticket:
         self.topic, self.size = topic, size
         self.waited = waited  # a thread waits for the answer; else a refusal becomes an Unsent event
         self.answer: str | None = None  # "": the broker took it; other text: its refusal
-        self.endings = 0  # connections that the broker closed while this was the first without an answer
+        self.endings = 0  # connections that the broker closed before it answered
 
 
 class Window:
@@ -98,9 +98,9 @@ class Window:
             self._changed.notify_all()
 
     def closed(self) -> None:
-        """The broker closed the connection, perhaps for the first packet without an answer."""
+        """The broker closed the connection, perhaps for a packet that has no answer."""
         with self._changed:
-            if ticket := next(iter(self._tickets.values()), None):
+            for ticket in self._tickets.values():
                 ticket.endings += 1
 
     def reconnected(self, slots: int, packet_max: int, client: paho.Client) -> None:
@@ -111,10 +111,13 @@ class Window:
         """
         with self._changed:
             self.slots, self.packet_max = slots, min(packet_max, self._learnt_max)
-            for ticket in self._tickets.values():
-                if ticket.endings >= _ENDINGS:
-                    self._halve(ticket)
-            refusals = {mid: self._refusal(ticket) for mid, ticket in self._tickets.items()}
+            suspects = [ticket for ticket in self._tickets.values() if ticket.endings >= _ENDINGS]
+            for ticket in suspects:
+                ticket.endings = 0
+            culprit = max(suspects, key=lambda ticket: ticket.size, default=None)
+            if culprit:
+                self._halve(culprit)
+            refusals = {mid: self._refusal(ticket, culprit) for mid, ticket in self._tickets.items()}
         resent = 0
         if len(refusals) > slots or any(refusals.values()):
             for message in client.drop_out_messages():
@@ -130,10 +133,10 @@ class Window:
         with self._changed:
             self.bytes_up += sum(ticket.size for ticket in self._tickets.values())
 
-    def _refusal(self, ticket: Ticket) -> str:
+    def _refusal(self, ticket: Ticket, culprit: Ticket | None) -> str:
         """Why a packet is not sent again, or empty."""
-        if ticket.endings >= _ENDINGS:
-            return f"a packet of {ticket.size} bytes ended {ticket.endings} connections"
+        if ticket is culprit:
+            return f"a packet of {ticket.size} bytes ended {_ENDINGS} connections"
         return _OUTGROWN if ticket.size > self.packet_max else ""
 
     def _halve(self, ticket: Ticket) -> None:

@@ -11,7 +11,7 @@ import msgspec
 
 from edge_runtime.agent.hook import Hook, HookEnded
 from edge_runtime.agent.options import DeviceOptions
-from edge_runtime.agent.server import ServedBase, Server, ServerEnded
+from edge_runtime.agent.server import BaseChoice, Server, ServerEnded
 from edge_runtime.agent.store import DeviceStore
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.serving.event import ServerEvent
@@ -41,7 +41,7 @@ class NewestVersion:
         self._server = Server(options, options.serve, folder, post) if options.serve else None
         self._hook = Hook(options.on_version, folder, options.state, post) if options.on_version else None
         if self._server is not None and folder.exists() and (base := store.get("served")):
-            self._server.start(msgspec.json.decode(base, type=ServedBase))
+            self._server.start(msgspec.json.decode(base, type=BaseChoice))
 
     def look(self, plan: Plan) -> None:
         """Serve and tell the version in the folder, if it is new. plan: of the trainer that wrote it."""
@@ -55,7 +55,7 @@ class NewestVersion:
         if seen == self._store.get("version_seen"):
             return
         version = msgspec.json.decode(content, type=_About).version
-        base = ServedBase(plan.source, plan.depth, plan.weights)
+        base = BaseChoice(plan.source, plan.depth, plan.weights)
         self._store.set("served", msgspec.json.encode(base).decode())
         if self._server is not None:
             self._server.start(base)

@@ -25,7 +25,7 @@ SOUND_S = 60.0  # a server that ran for so long starts again after the first del
 STOP_S = 25.0  # for answers that are being written, longer than the server itself waits
 
 
-class ServedBase(msgspec.Struct, frozen=True):
+class BaseChoice(msgspec.Struct, frozen=True):
     """The base that a server loads."""
 
     source: str  # as the catalog names it
@@ -59,12 +59,12 @@ class Server:
             post: takes the server's events, in another thread.
         """
         self._options, self._serve, self._folder, self._post = options, serve, folder, post
-        self._base: ServedBase | None = None
+        self._base: BaseChoice | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._started = self._due = 0.0
         self._delay_s, self._replaced = FIRST_DELAY_S / 2, False
 
-    def start(self, base: ServedBase) -> None:
+    def start(self, base: BaseChoice) -> None:
         """Answer with this base from now on; the folder holds a version for it."""
         if base == self._base:
             return

@@ -133,7 +133,8 @@ def compare(folder: Path, ids: NDArray[np.int64], base: Logits, adapted: Logits)
     Args:
         folder: that was written.
         ids: tokens.
-        base, adapted: torch's logits (tokens, vocabulary).
+        base: torch's logits (tokens, vocabulary) without the adapter.
+        adapted: the same with it.
 
     Raises:
         InputError: they differ by more than rounding.

@@ -15,6 +15,7 @@ import numpy as np
 from onnxruntime import AdapterFormat, OrtValue
 
 from edge_runtime.adapters.learned import Array, Learned
+from edge_runtime.protocol.keys import join
 from edge_runtime.settings import Role
 
 GROUPS: dict[str, tuple[Role, ...]] = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
@@ -35,7 +36,7 @@ def inputs(learned: Learned) -> dict[str, OrtValue]:
         for name, roles in groups(learned.facts.linears).items():
             if any((layer, role) in learned.factors for role in roles):
                 A, B = _joined(learned, layer, roles)
-                arrays |= {f"layers.{layer}.{name}.A": A, f"layers.{layer}.{name}.B": B}
+                arrays |= {join("layers", layer, name, "A"): A, join("layers", layer, name, "B"): B}
     return {name: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
 

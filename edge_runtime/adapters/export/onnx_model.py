@@ -37,6 +37,7 @@ from edge_runtime.adapters.export.onnx_graph import Graph
 from edge_runtime.adapters.export.onnx_linear import Matrix, floats, product, share, store
 from edge_runtime.errors import InputError
 from edge_runtime.models import structure
+from edge_runtime.protocol.keys import join
 
 FLOAT, INT64, INT32 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32
 EPSILON = float(np.finfo(np.float32).eps)  # of torch.nn.functional.rms_norm
@@ -62,7 +63,7 @@ def write(graph: Graph, model: PreTrainedModel, layers: Sequence[int]) -> None:
     final = [module for module in model.base_model.children() if "Norm" in type(module).__name__][-1]
     normed, state = decoder.norm(state, norms[0][0])
     for number, layer in enumerate(layers):
-        block, name = blocks[number], f"layers.{layer}"
+        block, name = blocks[number], join("layers", layer)
         linears = structure.linears(block, row)
         parts = {group: [linears[role] for role in roles] for group, roles in groups([*linears]).items()}
         following = [*norms[number][1:], norms[number + 1][0] if number + 1 < len(blocks) else final]

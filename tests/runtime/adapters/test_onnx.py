@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.model_cases import CASES, build
-from edge_runtime.adapters.export import onnx, onnx_adapter, onnx_model
+from edge_runtime.adapters.export import forms, onnx, onnx_adapter, onnx_model
 from edge_runtime.adapters.export.onnx_session import DATA, MODEL, session
 from edge_runtime.errors import InputError
 
@@ -84,6 +84,15 @@ def test_an_export_is_exact_on_the_weights_that_were_trained_on(checkpoint, lear
     }
     adapted, base = (runtime.run(["logits"], feeds, how)[0] for how in (options, None))
     assert np.abs(adapted - base).max() > 0.1 * base.std()
+
+
+def test_export_writes_the_folder_with_its_label_head(checkpoint, learn, tmp_path):
+    facts = checkpoint("llama")
+    head = np.ones((2, facts.hidden), np.float32)
+    learned = learn(facts, scale=0.1)._replace(labels=("a", "b"), head=head)
+    forms.export("onnx", learned, tmp_path / "out", "q8_0")
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert files >= {MODEL, DATA, "adapter.onnx_adapter", "genai_config.json", "label_head.safetensors"}
 
 
 def test_an_adapter_may_have_any_layers_and_ranks(checkpoint, learn, tmp_path):

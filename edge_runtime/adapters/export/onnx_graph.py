@@ -31,7 +31,7 @@ CONTRIB_OPERATORS = frozenset(
 Array = NDArray[Any]
 
 
-class Span(NamedTuple):
+class Extent(NamedTuple):
     """Where a weight lies in the data file."""
 
     offset: int
@@ -77,17 +77,17 @@ class Graph:
                 self.weight(name, value)
         return name
 
-    def weight(self, name: str, *parts: Array) -> Span:
-        """A constant in the data file, of parts that stand one below the other. Returns its span."""
+    def weight(self, name: str, *parts: Array) -> Extent:
+        """A constant in the data file, of parts that stand one below the other. Returns its extent."""
         first = -(-self._stream.tell() // PAGE) * PAGE
         self._stream.seek(first)
         for part in parts:
             np.ascontiguousarray(part).tofile(self._stream)
-        span = Span(first, self._stream.tell() - first)
-        self.view(name, parts[0].dtype, (sum(len(part) for part in parts), *parts[0].shape[1:]), span)
-        return span
+        extent = Extent(first, self._stream.tell() - first)
+        self.view(name, parts[0].dtype, (sum(len(part) for part in parts), *parts[0].shape[1:]), extent)
+        return extent
 
-    def view(self, name: str, dtype: Any, shape: Sequence[int], span: Span) -> None:
+    def view(self, name: str, dtype: Any, shape: Sequence[int], extent: Extent) -> None:
         """A constant over bytes of the data file that another one has too."""
         tensor = TensorProto(
             name=name,
@@ -95,7 +95,7 @@ class Graph:
             dims=shape,
             data_location=TensorProto.EXTERNAL,
         )
-        for key, value in {"location": DATA, **span._asdict()}.items():
+        for key, value in {"location": DATA, **extent._asdict()}.items():
             tensor.external_data.add(key=key, value=str(value))
         self.tensors[name] = tensor
 

@@ -23,7 +23,7 @@ from edge_kernels.quant import BLOCK
 from onnx import TensorProto
 from torch import nn
 
-from edge_runtime.adapters.export.onnx_graph import Array, Graph, Span
+from edge_runtime.adapters.export.onnx_graph import Array, Extent, Graph
 from edge_runtime.errors import InputError
 from edge_runtime.models import structure
 
@@ -37,7 +37,7 @@ class Matrix(NamedTuple):
     name: str
     shape: tuple[int, int]
     format: str  # of its blocks; "": float32
-    places: tuple[Span, ...]  # of its numbers, and of the scales
+    places: tuple[Extent, ...]  # of its numbers, and of the scales
 
 
 def linear(graph: Graph, x: str, name: str, layers: Sequence[nn.Module], adapter: str = "") -> str:

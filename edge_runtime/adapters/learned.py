@@ -147,13 +147,18 @@ def write(learned: Learned, folder: Path, base: str | None = None) -> None:
     base: where PEFT finds the base; None: the source.
     """
     fresh, earlier = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
+    if earlier.exists() and not folder.exists():  # a process was killed between the two renames
+        earlier.rename(folder)
     for remains in (fresh, earlier):  # of a process that was killed
         shutil.rmtree(remains, ignore_errors=True)
     fresh.mkdir(parents=True)
     _write_files(learned, fresh, base or learned.source)
+    # a full disk is told here, while the earlier adapter is in its place
+    files.settle(fresh)
     if folder.exists():
         folder.rename(earlier)
-    files.put(fresh, folder)
+    fresh.rename(folder)
+    files.sync(folder.parent)
     shutil.rmtree(earlier, ignore_errors=True)
 
 

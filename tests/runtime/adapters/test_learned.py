@@ -1,6 +1,8 @@
 """What was learned, free of its method: folded, written and read again, and refused where it does not belong."""
 
 import copy
+import errno
+import os
 
 import msgspec
 import numpy as np
@@ -107,6 +109,28 @@ def test_a_version_takes_the_place_of_the_one_before(tiny, facts_of, tmp_path):
     (tmp_path / "other" / learned.ABOUT).rename(tmp_path / "adapter" / learned.ABOUT)
     with pytest.raises(InputError, match=r"is of another version than edge_runtime.json; read again"):
         learned.read(tmp_path / "adapter")
+
+
+def test_a_full_disk_and_a_killed_process_leave_the_version_before(tiny, facts_of, tmp_path, monkeypatch):
+    _, adapter = trained(tiny("llama"), facts_of(tiny("llama")), "fedit")
+    folder, versions = tmp_path / "adapter", []
+    learned.write(adapter, folder)
+
+    def full(_):
+        versions.append(learned.read(folder).version)
+        raise OSError(errno.ENOSPC, "no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        for _ in "12":
+            with pytest.raises(OSError, match="no space left"):
+                learned.write(adapter._replace(version=4), folder)
+        folder.rename(tmp_path / "adapter.old")  # as a process leaves it that is killed between the renames
+        with pytest.raises(OSError, match="no space left"):
+            learned.write(adapter._replace(version=4), folder)
+    assert versions == [3, 3, 3] and learned.read(folder).version == 3
+    learned.write(adapter._replace(version=4), folder)
+    assert learned.read(folder).version == 4 and [*tmp_path.iterdir()] == [folder]
 
 
 @pytest.mark.filterwarnings("error:.*adapter keys")

@@ -30,7 +30,9 @@ FORMS = ("peft", "gguf", "merged", "merged-gguf", "onnx")
     "--version", type=int, help="With --node: the round it was published after; default: the newest."
 )
 @click.option(
-    "--depth", type=int, help="With --node: layers of the slice; default: the deepest that was trained."
+    "--depth",
+    type=click.IntRange(1),
+    help="With --node: layers of the slice; default: the deepest that was trained.",
 )
 @click.option(
     "--model", metavar="SRC", help="The base model; default: where it was when the adapter was trained."
@@ -71,6 +73,12 @@ def command(
 
     if sum(source is not None for source in (state, node, adapter)) != 1:
         raise InputError("give one of --state, --node and --adapter: where the adapter is")
+    of_the_node = {"--class": model_class, "--version": version, "--depth": depth}
+    if node is None and (given := [name for name, value in of_the_node.items() if value is not None]):
+        raise InputError(
+            f"{', '.join(given)} chooses among a node's versions, but --node is not given: leave it out, or give the "
+            "node's state with --node"
+        )
     if out.exists():
         raise InputError(f"--out is {out}, which exists: give a folder that does not")
     if not processes.installed():

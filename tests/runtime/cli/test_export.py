@@ -46,6 +46,14 @@ def test_a_state_folder_is_exported_without_its_agent(tiny_facts, tmp_path):
         (("--state", "a", "--node", "b"), "give one of --state, --node and --adapter"),
         (("--state", "nowhere"), "nowhere has no adapter: its agent writes one when it begins to train"),
         (("--adapter", "nowhere"), "nowhere cannot be read as an adapter of Edge Runtime"),
+        (
+            ("--state", "a", "--version", 0),
+            "--version chooses among a node's versions, but --node is not given",
+        ),
+        (
+            ("--adapter", "a", "--class", "b", "--depth", 2),
+            "--class, --depth chooses among a node's versions",
+        ),
         (("--node", "nowhere"), "nowhere is no node's state: it has no node.db"),
     ],
 )
@@ -53,3 +61,8 @@ def test_a_place_without_an_adapter_is_named(words, reason, tmp_path):
     with pytest.raises(InputError, match=reason):
         run(*words, "--to", "peft", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_depth_of_no_layer_is_refused(tmp_path):
+    with pytest.raises(SystemExit):
+        run("--node", "nowhere", "--depth", 0, "--to", "peft", "--out", tmp_path / "out")

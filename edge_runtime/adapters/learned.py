@@ -70,6 +70,16 @@ class _Description(msgspec.Struct, frozen=True):
     source: str
 
 
+class _Config(msgspec.Struct, frozen=True):
+    """What adapter_config.json says of the scale."""
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+
+
 def fold(
     state: Mapping[str, Array],
     facts: Facts,
@@ -212,11 +222,9 @@ def read(folder: Path) -> Learned:
     """
     try:
         about = msgspec.json.decode((folder / ABOUT).read_bytes(), type=_Description)
+        _require_scale(msgspec.json.decode((folder / CONFIG).read_bytes(), type=_Config))
         factors = _factors(_read(folder / ADAPTER, about.version)[0], about)
-        labels, head = (), None
-        if (folder / HEAD).exists():
-            tensors, metadata = _read(folder / HEAD, about.version)
-            labels, head = tuple(json.loads(metadata["labels"])), tensors["weight"]
+        labels, head = _head(folder / HEAD, about) if (folder / HEAD).exists() else ((), None)
     except (OSError, ValueError, LookupError, SafetensorError) as error:
         raise InputError(
             f"{folder} cannot be read as an adapter of Edge Runtime, a folder with {ABOUT}, {CONFIG} and {ADAPTER}: "
@@ -233,22 +241,54 @@ def _read(path: Path, version: int) -> tuple[dict[str, Array], dict[str, str]]:
         return {name: stream.get_tensor(name) for name in stream.keys()}, metadata  # noqa: SIM118
 
 
-def _factors(
-    tensors: Mapping[str, Array], about: _Description
-) -> dict[tuple[int, Role], tuple[Array, Array]]:
-    """A and B of each layer and role; raises ValueError for shapes that are not the model's."""
+def _require_scale(config: _Config) -> None:
+    """Raise ValueError where PEFT would multiply B A by another number than 1."""
+    if config.r != config.lora_alpha or config.use_rslora or config.rank_pattern or config.alpha_pattern:
+        raise ValueError(
+            f"{CONFIG} has r = {config.r}, lora_alpha = {config.lora_alpha:g} and use_rslora = {config.use_rslora}, but "
+            "the scale is in B, so r and lora_alpha have to be equal, without a pattern and without use_rslora"
+        )
+
+
+def _factors(tensors: dict[str, Array], about: _Description) -> dict[tuple[int, Role], tuple[Array, Array]]:
+    """A and B of each layer and role; takes them out of the tensors.
+
+    Raises:
+        ValueError: a shape is not the model's, a layer lacks a role that others have, or a tensor is left.
+    """
     factors = {}
     for number, layer in enumerate(about.layers):
         for role, (out, into) in about.facts.linears.items():
             name = module(about.facts, number, role)
-            if (A := tensors.get(_peft_key(name, "A"))) is not None:
-                B = tensors[_peft_key(name, "B")]
+            if (A := tensors.pop(_peft_key(name, "A"), None)) is not None:
+                B = tensors.pop(_peft_key(name, "B"))
                 if (A.shape[1:], B.shape) != ((into,), (out, len(A))):
                     raise ValueError(
                         f"A and B of {name} are {A.shape} and {B.shape}, but the layer is {(out, into)}"
                     )
                 factors[layer, role] = (A, B)
+    roles = {role for _, role in factors}
+    missing = [(layer, role) for layer in about.layers for role in roles if (layer, role) not in factors]
+    if missing or not factors:
+        raise ValueError(f"{ADAPTER} has no factors of {missing[0] if missing else 'any layer'}")
+    # the empty factor of a slice
+    guards = {_peft_key(module(about.facts, len(about.layers), role), "A") for role in roles}
+    for name, tensor in tensors.items():
+        if tensor.size > 0 or name not in guards:
+            raise ValueError(f"{ADAPTER} has {name}, which belongs to none of the layers {about.layers}")
     return factors
+
+
+def _head(path: Path, about: _Description) -> tuple[tuple[str, ...], Array]:
+    """Labels and H; raises ValueError where they do not fit the model or each other."""
+    tensors, metadata = _read(path, about.version)
+    labels, head = msgspec.json.decode(metadata["labels"], type=tuple[str, ...]), tensors["weight"]
+    if head.shape != (len(labels), about.facts.hidden):
+        raise ValueError(
+            f"the weight in {HEAD} is {head.shape}, but has to be {(len(labels), about.facts.hidden)}, labels by the "
+            "model's width"
+        )
+    return labels, head
 
 
 def _peft_key(path: str, factor: str) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import json
 import os
 
 import msgspec
@@ -10,6 +11,7 @@ import peft
 import pytest
 import torch
 from family_cases import CASES
+from safetensors.numpy import load_file, save_file
 
 from edge_runtime import methods, settings
 from edge_runtime.adapters import attach, learned
@@ -157,6 +159,50 @@ def test_a_folder_that_does_not_fit_is_refused(tiny, facts_of, tmp_path):
     with pytest.raises(
         InputError, match=r"A and B of model.layers.1.self_attn.q_proj are \(3, 32\) and \(64, 2\)"
     ):
+        learned.read(tmp_path / "adapter")
+
+
+CONFIG, ADAPTER, HEAD = learned.CONFIG, learned.ADAPTER, learned.HEAD
+# a file, what becomes of its values or of its tensors' names, and the reason that is told
+FAULTS = {
+    "a scale": (CONFIG, {"lora_alpha": 6}, "has r = 3, lora_alpha = 6 and use_rslora = False"),
+    "a root": (CONFIG, {"use_rslora": True}, "lora_alpha = 3 and use_rslora = True"),
+    "no rank": (CONFIG, {"r": None}, "Expected `int`, got `null`"),
+    "no factors": (ADAPTER, lambda name: [], "has no factors of any layer"),
+    "no role": (ADAPTER, lambda name: [name] * ("1.self_attn.q_" not in name), r"no factors of \(1, 'q'\)"),
+    "no A": (ADAPTER, lambda name: [name] * ("1.self_attn.q_proj.lora_A" not in name), r"\(1, 'q'\)"),
+    "no B": (ADAPTER, lambda name: [name] * ("1.self_attn.q_proj.lora_B" not in name), "q_proj.lora_B"),
+    "no layer": (ADAPTER, lambda name: [name.replace("s.3.", "s.9.")], r"no factors of \(3, '\w+'\)"),
+    "a layer more": (ADAPTER, lambda name: [name, name.replace("s.3.", "s.4.")], "belongs to none of"),
+    "a tensor more": (ADAPTER, lambda name: [name, name.replace("lora_A", "bias")], "belongs to none of"),
+    "a label less": (HEAD, '["a"]', r"is \(2, 32\), but has to be \(1, 32\)"),
+    "a number of labels": (HEAD, "5", "Expected `array`, got `int`"),
+    "labels that are no texts": (HEAD, "[1, 2]", "Expected `str`, got `int`"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_folder_that_lacks_or_adds_something_is_refused(tiny, facts_of, fault, tmp_path):
+    _, adapter = trained(tiny("llama"), facts_of(tiny("llama")), "fedit", head=settings.Head())
+    learned.write(adapter, tmp_path / "adapter")
+    (file, change, reason), metadata = FAULTS[fault], {"version": "3"}
+    path = tmp_path / "adapter" / file
+    if file == CONFIG:
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    elif file == learned.HEAD:
+        save_file({"weight": adapter.head}, path, metadata | {"labels": change})
+    else:
+        tensors = load_file(path)
+        save_file({new: tensors[name] for name in tensors for new in change(name)}, path, metadata)
+    with pytest.raises(InputError, match=f"cannot be read as an adapter of Edge Runtime.*{reason}"):
+        learned.read(tmp_path / "adapter")
+
+
+def test_a_folder_without_peft_s_file_is_refused(tiny, facts_of, tmp_path):
+    _, adapter = trained(tiny("llama"), facts_of(tiny("llama")), "fedit")
+    learned.write(adapter, tmp_path / "adapter")
+    (tmp_path / "adapter" / CONFIG).unlink()
+    with pytest.raises(InputError, match=r"No such file .*adapter_config.json"):
         learned.read(tmp_path / "adapter")
 
 

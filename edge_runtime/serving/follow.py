@@ -5,6 +5,7 @@ at a few times a second. Nobody has to tell the server, and nothing is lost when
 killed.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from edge_runtime.models.facts import Facts
 from edge_runtime.serving.engine import Engine
 from edge_runtime.serving.event import ServerEvent
 
+log = logging.getLogger(__name__)
 LOOK_S = 0.2  # between two looks
 PATIENCE = 25  # looks at a folder that cannot be read before it is told: it may be half replaced
 
@@ -61,22 +63,31 @@ class Follower:
                 self._take(seen)
 
     def _take(self, seen: tuple[int, int]) -> None:
+        # of any kind, such as a device's memory that ran out: the thread has to outlive a version
         try:
             newer = learned.on(learned.read(self._folder), self._facts)
-        except EdgeError as error:
+        except Exception as error:
             self._failures += 1
             if self._failures == PATIENCE:
                 self._refuse(seen, error)
             return
         try:
             self._engine.swap(newer)
-        except EdgeError as error:
+        except Exception as error:
             self._refuse(seen, error)
             return
-        self._seen, self._failures = seen, 0
         version = self._engine.version
-        self._tell(ServerEvent("version", version, f"new requests take version {version}"))
+        self._settle(seen, ServerEvent("version", version, f"new requests take version {version}"))
 
-    def _refuse(self, seen: tuple[int, int], error: EdgeError) -> None:
+    def _refuse(self, seen: tuple[int, int], error: Exception) -> None:
+        text = str(error) if isinstance(error, EdgeError) else f"a version failed: {error!r}"
+        self._settle(seen, ServerEvent("refused", self._engine.version, text))
+
+    def _settle(self, seen: tuple[int, int], event: ServerEvent) -> None:
+        """Be done with the folder as it was seen, and tell of it."""
         self._seen, self._failures = seen, 0
-        self._tell(ServerEvent("refused", self._engine.version, str(error)))
+        try:
+            self._tell(event)
+        # whoever listened went away
+        except Exception as error:
+            log.warning("an event could not be told: %r", error)

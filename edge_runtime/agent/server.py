@@ -36,7 +36,7 @@ class BaseChoice(msgspec.Struct, frozen=True):
 class ServerEnded(msgspec.Struct, frozen=True):
     """A server process has ended."""
 
-    pid: int
+    pid: int | None  # None: there was no process, as it could not start
     reason: str  # a sentence for this device's screen
 
 
@@ -86,7 +86,8 @@ class Server:
 
     def ended(self, event: ServerEnded) -> str | None:
         """Take in the end of a process; what to tell of it, or None if it was to end."""
-        if self._process is None or self._process.pid != event.pid:
+        running = None if self._process is None else self._process.pid
+        if self._base is None or running != event.pid:
             return None
         self._process = None
         if self._replaced:
@@ -118,12 +119,17 @@ class Server:
         command += ["--device", options.device, "--threads", str(options.threads)]
         command += ["--port", str(serve.port), "--context", str(serve.size.context)]
         command += ["--parallel", str(serve.size.parallel)]
-        errors = options.state / "server.log"
-        with errors.open("wb") as log:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment()
-            )
-        self._started = time.monotonic()
+        errors, self._started = options.state / "server.log", time.monotonic()
+        try:
+            with errors.open("wb") as log:
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment()
+                )
+        # the disk is full, or there is no memory for a process
+        except OSError as error:
+            self._due = math.inf  # until the event is taken in
+            self._post(ServerEnded(None, f"the server could not start: {error}"))
+            return
         arguments = (self._process, errors, self._post)
         threading.Thread(target=_read, args=arguments, name="server", daemon=True).start()
 

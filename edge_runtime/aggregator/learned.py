@@ -48,12 +48,21 @@ def read(
         raise InputError(f"{state} is no node's state: it has no node.db")
     store = NodeStore(state / "node.db")
     artifacts, fixed = store.artifacts(), store.fixed()
+    if not fixed:
+        raise InputError(
+            f"the node of {state} has opened no round, so nothing was learned: wait for its first merged round"
+        )
     head = msgspec.json.decode(fixed["[head]"], type=Head | None)
     method = methods.build(msgspec.json.decode(fixed["[method]"], type=MethodChoice), head, None)
     _require_whole(method)
     model_class = _class(sorted(artifacts.keys() - {FLEET}), name, state)
     plans, published = store.plans(model_class), artifacts[model_class]
     store.connection.close()
+    if not plans:
+        raise InputError(
+            f"no device has reported how it trains {model_class} to the node of {state}, so its base is not known: "
+            "export on a device, with --state"
+        )
     number = max(published) if version is None else version
     if number not in published:
         numbers = ", ".join(map(str, published))

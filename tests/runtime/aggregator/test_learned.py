@@ -104,6 +104,9 @@ def test_what_is_not_there_is_named(merged, tmp_path, tiny, facts_of):
     run, read = merged
     with pytest.raises(InputError, match="is no node's state"):
         read()
+    NodeStore(tmp_path / "node.db").connection.close()
+    with pytest.raises(InputError, match="has opened no round, so nothing was learned"):
+        read()
     run("fedit")
     with pytest.raises(
         InputError, match=r"has 0 model classes `other`: choose with --class; known: tiny@12ab"
@@ -115,3 +118,9 @@ def test_what_is_not_there_is_named(merged, tmp_path, tiny, facts_of):
         read(depth=9)
     with pytest.raises(InputError, match="has the digest 34"):
         of_node.read(tmp_path, lambda _: facts_of(tiny("llama"), model_class="tiny@34"), None, None, None)
+    store = NodeStore(tmp_path / "node.db")
+    with store.connection:
+        store.connection.execute("DELETE FROM reports")
+    store.connection.close()
+    with pytest.raises(InputError, match="no device has reported how it trains tiny@12ab"):
+        read()

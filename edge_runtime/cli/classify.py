@@ -1,8 +1,11 @@
 """`edge-runtime classify`: the labels of texts, by a head that was learned."""
 
+from functools import partial
+
 import click
 
 from edge_runtime.cli import options, served
+from edge_runtime.errors import InputError
 
 
 @click.command("classify")
@@ -17,6 +20,9 @@ def command(base: served.ServedBase, texts: tuple[str, ...], json: bool) -> None
     from edge_runtime.cli import views
     from edge_runtime.compat.lean_imports import lean_imports
 
+    if base.backend != "torch":
+        raise InputError(f"labels are computed with torch alone: leave out --backend {base.backend}")
+    texts = tuple(served.typed(partial(str, text)) for text in texts)
     facts, learned = base.open()
     with lean_imports():
         from edge_runtime.serving.labels import Classifier

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -51,7 +52,9 @@ def command(
             raise InputError(
                 "there is nothing to go on with: give --prompt, --chat, or a text on standard input"
             )
-        prompt = sys.stdin.read().removesuffix("\n")
+        prompt = served.typed(sys.stdin.read).removesuffix("\n")
+    elif prompt is not None:
+        prompt = served.typed(partial(str, prompt))
     facts, learned = base.open()
     context = min(context, facts.positions)
     room = context - max_tokens
@@ -90,7 +93,7 @@ def _chat(write: Callable[[list[dict[str, str]]], Iterator["Piece"]], prompt: st
     while True:
         if prompt is None:
             click.echo("> " * sys.stdin.isatty(), nl=False)
-            prompt = sys.stdin.readline()
+            prompt = served.typed(sys.stdin.readline)
             if not prompt:
                 return
         if prompt.strip():

@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 Command = Callable[..., Any]
 
 
+def typed(read: Callable[[], str]) -> str:
+    """A text that somebody gave; raises InputError where its bytes are not UTF-8."""
+    try:
+        text = read()
+        text.encode()  # a byte of another encoding may be in the text as half of a character
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise InputError(f"the text is not UTF-8: {error.reason}; give it as UTF-8") from error
+    return text
+
+
 class ServedBase(NamedTuple):
     """The values of the options below."""
 

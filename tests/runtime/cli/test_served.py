@@ -75,6 +75,12 @@ def test_generate_goes_on_with_a_prompt_or_with_what_is_piped(generate, tiny_fac
     assert run("generate", *base, "--prompt", "turn the oven") != truth + "\n"
 
 
+@pytest.mark.parametrize("more", [(), ("--chat",)])
+def test_what_is_piped_in_another_encoding_is_refused(generate, more):
+    with pytest.raises(InputError, match="the text is not UTF-8: unexpected end of data; give it as UTF-8"):
+        generate(*more, typed="café".encode("latin-1"))
+
+
 def test_a_chat_keeps_the_conversation(generate, tiny_folder, demo_facts, cache, adapter, tmp_path):
     with pytest.raises(InputError, match="the model has no chat template, so it cannot answer a chat"):
         generate("--chat", typed="hello\n")
@@ -126,6 +132,12 @@ def test_what_cannot_be_answered_with_is_told(folder, tiny_facts, adapter, tmp_p
         (("classify", *model, "--text", "x"), "no label head was learned"),
         (("classify", "--adapter", tmp_path / "headless", "--text", "x"), "no label head was learned"),
         (("classify", "--adapter", folder, "--text", ""), "the text is empty, so it has no label"),
+        (
+            ("classify", "--adapter", folder, "--backend", "onnx", "--text", "x"),
+            "labels are computed with torch alone: leave out --backend onnx",
+        ),
+        (("classify", "--adapter", folder, "--text", "caf\udce9"), "the text is not UTF-8: surrogates"),
+        (("generate", *model, "--prompt", "caf\udce9"), "the text is not UTF-8: surrogates"),
     ):
         with pytest.raises(InputError, match=reason):
             run(*arguments)

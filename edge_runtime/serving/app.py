@@ -32,7 +32,7 @@ from edge_runtime.serving.worker import BusyError, Worker
 log = logging.getLogger(__name__)
 BODY_BYTES = 1 << 20  # of a request, at most
 BODY_S = 30.0  # in which a request has to come
-LOOPBACK = ["localhost", "127.0.0.1", "::1"]
+LOOPBACK = ["localhost", "127.0.0.1", "::1", "[::1]"]  # addresses, and as a Host header has them
 
 
 class Service(NamedTuple):

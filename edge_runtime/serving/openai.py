@@ -109,12 +109,11 @@ class CompletionRequest(_Common, frozen=True, forbid_unknown_fields=True, kw_onl
 def read(body: bytes, kind: type[Body]) -> Body:
     """The request in a body; raises RequestError naming the field."""
     try:
-        fields = msgspec.json.decode(body)
+        fields = _without_null(msgspec.json.decode(body))
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"the body is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise RequestError(400, "the body is not a JSON object")
-    fields = _without_null(fields)
     for name in fields.keys() & WITHOUT_EFFECT.keys():
         seen, needed = fields[name], WITHOUT_EFFECT[name]
         # in Python False is 0, but as a number of logprobs 0 has an effect

@@ -109,9 +109,9 @@ def _bound(endpoint: Endpoint) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         raise InputError(
-            f"cannot listen at {endpoint.host}, port {endpoint.port}: {error}; choose another --port"
+            f"cannot listen at {endpoint.host}, port {endpoint.port}: {error}; choose another --host or --port"
         ) from error
     return listener
 

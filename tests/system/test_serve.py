@@ -149,6 +149,7 @@ HOSTILE = {
     "no UTF-8": b'{"prompt": "\xff"}',
     "half a character": b'{"prompt": "\\ud83d"}',
     "deep": b"[" * 200_000,
+    "as deep as Python goes": b'{"prompt": ' + b"[" * 600 + b"]" * 600 + b"}",
     "numbers without end": b'{"prompt": "x", "seed": 1e999, "max_tokens": 4}',
     "nothing": b"",
 }

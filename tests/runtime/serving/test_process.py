@@ -15,3 +15,10 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(demo_facts):
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"cannot listen at 127.0.0.1, port {port}: .*--port"):
             serve(model, Endpoint("127.0.0.1", port), Machine(), print, attended=False)
+
+
+@pytest.mark.parametrize("host", ["..", "a" * 64 + ".example"])
+def test_a_name_that_is_none_is_told(host, demo_facts):
+    model = ServedModel(demo_facts, None, None, (0, 0), "bfloat16", "torch", 64, 1)
+    with pytest.raises(InputError, match=f"cannot listen at {host}, port 0: .*--host"):
+        serve(model, Endpoint(host, 0), Machine(), print, attended=False)

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ from edge_runtime.models.families import family_of
 from edge_runtime.state import once
 
 # of facts.json and tensors.json; raised when this program would write other ones for the same source
-FORMAT = 1
+FORMAT = 2
+# what they do is written down, each in its own way in each version
+WRITERS = ("edge-runtime", "transformers", "tokenizers", "gguf")
 # configuration and tokenizer
 COMPANIONS = ("*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
 
@@ -60,7 +62,7 @@ def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = Fa
     else:
         weights = companions = [path / "config.json"]
     name, revision = _name_of(source, models), digest(weights, cache)[:12]
-    written_by = f"{digest(companions, cache)} {random_weights} {FORMAT} {version('transformers')}"
+    written_by = f"{digest(companions, cache)} {random_weights} {FORMAT} {_versions()}"
     ready = cache / f"{name}-{revision}-{hashlib.sha256(written_by.encode()).hexdigest()[:12]}"
     # several agents of one machine may share the cache
     once(ready, lambda fresh: _write(path, fresh, f"{name}@{revision}", random_weights))
@@ -152,6 +154,17 @@ def digest(files: list[Path], cache: Path) -> str:
     fresh.write_text(content.hexdigest())
     put(fresh, memo)
     return content.hexdigest()
+
+
+def _versions() -> list[str]:
+    """The versions of the writers, empty for a package that is not installed."""
+    found = []
+    for package in WRITERS:
+        try:
+            found.append(version(package))
+        except PackageNotFoundError:
+            found.append("")
+    return found
 
 
 @lean_imports()

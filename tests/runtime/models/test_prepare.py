@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
@@ -254,16 +255,32 @@ def test_the_class_is_named_by_the_catalogs_source_and_not_by_where_a_link_leads
     assert prepare("base", tmp_path, tmp_path / "cache").model_class.startswith("base@")
 
 
-@pytest.mark.parametrize("writer", ["FORMAT", "version"])
-def test_another_version_of_ours_or_of_transformers_prepares_again(
-    tiny_folder, tmp_path, monkeypatch, writer
-):
+def _versions(**others):
+    return lambda package: others.get(package.replace("-", "_")) or version(package)
+
+
+@pytest.mark.parametrize(
+    ("writer", "other"),
+    [
+        ("FORMAT", 1),  # what the first version wrote is read no more
+        *(("version", _versions(**{package: "99.0"})) for package in ("transformers", "tokenizers", "gguf")),
+        ("version", _versions(edge_runtime="99.0")),
+    ],
+)
+def test_another_version_of_whoever_writes_prepares_again(tiny_folder, tmp_path, monkeypatch, writer, other):
     cache = tmp_path / "cache"
     before = prepare(str(tiny_folder), tmp_path, cache)
     file = Path(before.folder) / "facts.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "positions": 7}))
     assert prepare(str(tiny_folder), tmp_path, cache).positions == 7  # the same version reads the cache
-    other = {"FORMAT": 99, "version": lambda _: "99.0"}[writer]
     monkeypatch.setattr(import_module("edge_runtime.models.prepare"), writer, other)
     after = prepare(str(tiny_folder), tmp_path, cache)
     assert after == msgspec.structs.replace(before, folder=after.folder) and after.folder != before.folder
+
+
+def test_a_package_that_is_not_installed_has_no_version_to_write_down(tiny_folder, tmp_path, monkeypatch):
+    def missing(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(import_module("edge_runtime.models.prepare"), "version", missing)
+    assert prepare(str(tiny_folder), tmp_path, tmp_path / "cache").layers == 4

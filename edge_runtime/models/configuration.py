@@ -24,6 +24,10 @@ RUN = {
     "return_dict": True,
 }
 DONE = ("auto_map", "quantization_config")
+# keys of strings that say what is computed; strings of other keys are names and notes
+COMPUTED = re.compile(
+    r"norm|(^|_)(position|rope)|rotary|alibi|activation|act_fn|mlp|ffn|attention|bias", re.IGNORECASE
+)
 # read by transformers' models without being fields of their configurations
 READ = {"head_dim", "partial_rotary_factor", "sliding_window_pattern", "text_config"}
 WITHOUT_EFFECT = {
@@ -62,7 +66,7 @@ def text_part(folder: Path, config: Any) -> Any:
 def check(folder: Path, config: Any, stated: dict[str, Any]) -> None:
     """Refuse a configuration with a key that is left out, or whose attention sees later tokens.
 
-    Strings that transformers does not know are dropped from the configuration.
+    Names and notes that transformers does not know are dropped from the configuration.
 
     Args:
         folder: named in messages.
@@ -86,7 +90,7 @@ def check(folder: Path, config: Any, stated: dict[str, Any]) -> None:
                 f"config.json in {folder} names the file of the weights (transformers_weights), which is not read: "
                 f"name the file {WHOLE}, and remove the key"
             )
-        if isinstance(value, str):
+        if isinstance(value, str) and not COMPUTED.search(key):
             delattr(config, key)
         elif value is True or value not in OFF:
             raise InputError(

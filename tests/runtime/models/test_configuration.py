@@ -33,6 +33,11 @@ def with_keys(tiny, tmp_path):
         {"num_local_experts": 8},
         {"quantization": {"group_size": 64, "bits": 4}},
         {"no_rope_layers": [1, 0, 1, 0]},
+        {"norm_type": "layernorm"},
+        {"position_embedding_type": "alibi"},
+        {"qk_norm": "rms"},
+        {"hidden_activation": "gelu"},
+        {"mlpType": "plain"},
     ],
 )
 def test_a_key_that_the_model_leaves_out_is_refused_by_name(with_keys, keys):
@@ -50,6 +55,7 @@ def test_a_key_that_the_model_leaves_out_is_refused_by_name(with_keys, keys):
         {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}},
         {
             "_name_or_path": "x",
+            "properties": "a note",
             "unsloth_version": "2026.1",
             "unsloth_fixed": True,
             "cache_implementation": "hybrid",
@@ -162,5 +168,5 @@ def test_another_file_of_weights_is_refused(with_keys):
         with_keys(transformers_weights="other.safetensors")
 
 
-def test_a_name_that_the_model_does_not_read_does_not_reach_the_operators(with_keys):
-    assert not hasattr(with_keys(hidden_activation="gelu"), "hidden_activation")
+def test_a_note_does_not_reach_the_operators(with_keys):
+    assert not hasattr(with_keys(made_by="me"), "made_by")

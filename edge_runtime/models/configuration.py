@@ -28,13 +28,18 @@ DONE = ("auto_map", "quantization_config")
 COMPUTED = re.compile(
     r"norm|(^|_)(position|rope)|rotary|alibi|activation|act_fn|mlp|ffn|attention|bias", re.IGNORECASE
 )
-# read by transformers' models without being fields of their configurations
-READ = {"head_dim", "partial_rotary_factor", "sliding_window_pattern", "text_config"}
+# model types that read keys which are no fields of their configurations, or whose other fields say the same
+READ = {
+    "head_dim": {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"},
+    "partial_rotary_factor": {"phi", "phi3"},
+    "sliding_window_pattern": {"gemma3_text"},
+    "sliding_window_size": {"gemma2"},
+}
 WITHOUT_EFFECT = {
     *DONE,
     *("task_specific_params", "is_decoder", "add_cross_attention", "torchscript", "predict_special_tokens"),
     *("output_past", "unsloth_fixed", "transformers.js_config"),
-    *("n_ctx", "n_positions", "sliding_window_size", "rotary_dim"),  # other fields say the same
+    *("n_ctx", "n_positions"),  # other fields say the same
     "dual_chunk_attention_config",  # of another runtime, for sequences beyond max_position_embeddings
 }
 OFF: tuple[Any, ...] = (None, 0, 1, [], {})  # False is 0; 1 is the neutral factor
@@ -80,10 +85,10 @@ def check(folder: Path, config: Any, stated: dict[str, Any]) -> None:
     for kind in type(config).__mro__:
         known.update(inspect.signature(kind.__init__).parameters)  # type: ignore[misc]
     for key, value in stated.items():
-        # transformers has taken in an older name for a field of another
-        if key in known or key not in vars(config):
+        if key in known | WITHOUT_EFFECT or config.model_type in READ.get(key, ()) or PATTERNS.search(key):
             continue
-        if key in READ | WITHOUT_EFFECT or PATTERNS.search(key):
+        # transformers has taken in an older name for a field of another
+        if key not in vars(config) and key not in READ:
             continue
         if key == "transformers_weights":
             raise InputError(

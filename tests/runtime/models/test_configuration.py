@@ -11,10 +11,10 @@ from edge_runtime.models import configuration
 
 @pytest.fixture
 def with_keys(tiny, tmp_path):
-    """with_keys(**keys): the text model's configuration of a folder whose config.json has these keys too."""
+    """with_keys(family="llama", **keys): the text model's configuration of a folder whose config.json has these keys too."""
 
-    def read(**keys):
-        tiny("llama").config.save_pretrained(tmp_path)
+    def read(family="llama", **keys):
+        tiny(family).config.save_pretrained(tmp_path)
         stated = json.loads((tmp_path / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps({**stated, **keys}))
         return configuration.text_part(tmp_path, AutoConfig.from_pretrained(tmp_path))
@@ -45,6 +45,22 @@ def test_a_key_that_the_model_leaves_out_is_refused_by_name(with_keys, keys):
         InputError, match=rf"sets {next(iter(keys))} to .*, which transformers' llama leaves out"
     ):
         with_keys(**keys)
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("llama", {"partial_rotary_factor": 0.5}),
+        ("llama", {"sliding_window_size": 4096}),
+        ("llama", {"sliding_window_pattern": 3}),
+        ("gemma2", {"sliding_window_pattern": 3}),
+        ("gpt2", {"head_dim": 8}),
+        ("phi", {"rotary_dim": 4}),
+    ],
+)
+def test_a_key_that_only_other_families_read_is_refused_by_name(with_keys, family, keys):
+    with pytest.raises(InputError, match=rf"sets {next(iter(keys))} to .*' {family} leaves out"):
+        with_keys(family, **keys)
 
 
 @pytest.mark.parametrize(

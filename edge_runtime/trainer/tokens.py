@@ -65,7 +65,7 @@ class Tokenization(NamedTuple):
             ids, labels = self._labelled(text, spans, special=False)
         elif "text" in row and "label" not in row:
             ids, _ = self._tokens(row["text"][: CHARACTERS * self.max_tokens])
-            ids = labels = self._ended(ids[: self.max_tokens - 1])
+            ids = labels = self._ended(ids)[: self.max_tokens]  # a text that is cut does not end there
         else:
             ids, labels = self._completed(*_pair(row))
         return Example(ids[-self.max_tokens :], labels[-self.max_tokens :])

@@ -111,6 +111,16 @@ def test_a_text_ends_once(text):
     assert tokenizer.decode(headed.ids) == "<s> the light is on" and headed.answer == 0
 
 
+def test_a_text_that_is_cut_does_not_end_there(tokenizer):
+    text = "turn off the light please"
+    whole = tokenization(tokenizer).example({"text": text})
+    length = len(whole.ids)
+    assert whole.labels[-1] == tokenizer.eos_token_id
+    assert tokenization(tokenizer, length).example({"text": text}) == whole
+    cut = tokenization(tokenizer, length - 1).example({"text": text})
+    assert cut.labels == cut.ids == whole.ids[:-1]
+
+
 @pytest.mark.parametrize("row", [ROWS[0], {"text": "a"}, ROWS[-1]], ids=str)
 def test_a_tokenizer_without_an_end_cannot_teach_where_a_text_ends(row):
     how = tokenization(small_tokenizers.byte_level(eos=None))

@@ -55,7 +55,8 @@ class Tokenization(NamedTuple):
         """A row as at most max_tokens tokens: a prompt is cut at its beginning, a text at its end.
 
         Raises:
-            InputError: the tokenizer or its chat template cannot give the row's tokens and labels.
+            InputError: the tokenizer or its chat template cannot give the row's tokens and labels, or
+                none of the tokens is learned.
         """
         if self.labels is not None and "label" in row:
             ids, _ = self._tokens(row["text"][: CHARACTERS * self.max_tokens])
@@ -68,7 +69,13 @@ class Tokenization(NamedTuple):
             ids = labels = self._ended(ids)[: self.max_tokens]  # a text that is cut does not end there
         else:
             ids, labels = self._completed(*_pair(row))
-        return Example(ids[-self.max_tokens :], labels[-self.max_tokens :])
+        example = Example(ids[-self.max_tokens :], labels[-self.max_tokens :])
+        if not example.counted:
+            raise InputError(
+                f"a row of {' and '.join(sorted(row))} has no token to learn among its last {len(example.ids)}, but "
+                "needs one or more: remove rows without an answer, or raise the most tokens of a row"
+            )
+        return example
 
     def asked(self, row: Row) -> Asked:
         """A row's messages, prompt or text, as a model that learned such rows is asked to answer it.

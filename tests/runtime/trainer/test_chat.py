@@ -160,6 +160,19 @@ def test_more_of_a_message_than_its_content_is_learned_where_it_closes_the_conve
         how_of(calls).example({"messages": [*asked, call, *ROW["messages"][3:5]]})
 
 
+def test_a_conversation_that_teaches_no_token_is_refused():
+    marks = "{% generation %}{{ m.content }}{% endgeneration %}<|e|>\n"
+    how = how_of(
+        PLAIN.replace("{{ m.content }}<|e|>\n", f"{{% if m.role == 'assistant' %}}{marks}{{% endif %}}")
+    )
+    asked = {"role": "user", "content": "turn off the light"}
+    answers = [{"role": "assistant", "content": content} for content in ("", "yes")]
+    assert learned(how, {"messages": [asked, answers[1]]}) == ["yes"]
+    with pytest.raises(InputError, match="a row of messages has no token to learn among its last") as refused:
+        how.example({"messages": [asked, answers[0]]})
+    assert "light" not in str(refused.value)  # rows are private
+
+
 def test_special_tokens_take_the_white_space_after_them_where_their_file_says_so():
     """As Phi-3's do; there an end of text also closes the last turn alone."""
     from tokenizers import AddedToken

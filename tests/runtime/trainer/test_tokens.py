@@ -129,6 +129,13 @@ def test_a_tokenizer_without_an_end_cannot_teach_where_a_text_ends(row):
     assert how.asked({"text": "a"}).ids  # which needs no end
 
 
+def test_a_row_that_teaches_no_token_is_refused_unless_a_head_learns_it():
+    tokenizer = small_tokenizers.byte_level()
+    with pytest.raises(InputError, match="a row of text has no token to learn among its last 1"):
+        tokenization(tokenizer).example({"text": "<eos>"})
+    assert tokenization(tokenizer, labels={"a": 0}).example({"text": "on", "label": "b"}).counted == 0
+
+
 def test_a_token_that_the_model_lacks_is_refused():
     tokenizer = small_tokenizers.byte_level()
     model = len(tokenizer)

@@ -118,7 +118,10 @@ def prompt_of(example: Example) -> Example:
 
 def last_turn(example: Example) -> Example:
     """The example with its last completion learned alone: earlier turns belong to the prompt."""
-    before = max((number for number, label in enumerate(example.labels) if label == IGNORED), default=-1)
+    learned = [label != IGNORED for label in example.labels]
+    # a chat template may write more after the turn
+    last = max((number for number, learns in enumerate(learned) if learns), default=-1)
+    before = max((number for number in range(last) if not learned[number]), default=-1)
     return example._replace(labels=[IGNORED] * (before + 1) + example.labels[before + 1 :])
 
 

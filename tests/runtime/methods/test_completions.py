@@ -121,6 +121,9 @@ def test_of_public_messages_the_last_turn_alone_is_learned():
     turns = Example([1, 2, 3, 4, 5, 6], [IGNORED, 2, IGNORED, IGNORED, 5, 6])
     assert public_texts.last_turn(turns).labels == [IGNORED] * 4 + [5, 6]
     assert public_texts.last_turn(Example([1, 2], [IGNORED, 2])).labels == [IGNORED, 2]
+    followed = Example([1, 2, 3, 4, 5], [IGNORED, 2, IGNORED, 4, IGNORED])  # by a line break of the template
+    assert public_texts.last_turn(followed).labels == [IGNORED, IGNORED, IGNORED, 4, IGNORED]
+    assert public_texts.last_turn(Example([1, 2], [1, 2])).labels == [1, 2]
 
 
 def test_what_is_learned_of_completions_weighs_by_the_prompts_that_have_one(tmp_path):

@@ -1,7 +1,8 @@
 """Conversations in a model's chat template, and where the assistant's turns lie in them.
 
 A conversation is rendered once, as a whole, up to the assistant's last turn. Where the template
-marks the turns with {% generation %}, those are the turns. Otherwise a turn is found in two steps:
+marks the turns with {% generation %}, those are the turns, and the prompt to write the last one has
+to be what stands before it, white space aside. Otherwise a turn is found in two steps:
 
     beginning   the rendering of the messages before it, with the prompt to answer them. The whole
                 rendering has to begin with that: an answer is learned where it will be asked for.
@@ -55,6 +56,7 @@ def turns(messages: Messages, tokenizer: Any) -> tuple[str, list[Span]]:
             raise InputError(
                 "the model's chat template marks no assistant's turn in a conversation that has some"
             )
+        _begin(text, messages[:-1], tokenizer, spans[-1][0])
         return text, [Span(begin, end, end) for begin, end in spans]
     begins = [_begin(text, messages[:number], tokenizer) for number in answers]
     ends = _content_ends(text, messages, answers, tokenizer)
@@ -109,12 +111,14 @@ def _rendered(
     return texts[0], spans[0] if marks else None
 
 
-def _begin(text: str, before: Messages, tokenizer: Any) -> int:
+def _begin(text: str, before: Messages, tokenizer: Any, marked: int = 0) -> int:
+    """Where the answer to the messages before it begins; only white space may lie before its mark."""
     prompt = asked(before, tokenizer)
-    if not text.startswith(prompt):
+    if not text.startswith(prompt) or text[len(prompt) : marked].strip():
         raise InputError(
             "the model's chat template asks for an answer with another text than it writes before that answer in a "
-            f"conversation, so what is learned would not be what is asked: {INSTEAD}"
+            "conversation, so what is learned would not be what is asked: use prompt and completion rows, or a "
+            "template that asks with all that it writes before an answer"
         )
     return len(prompt)
 

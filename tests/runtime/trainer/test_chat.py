@@ -124,6 +124,18 @@ def test_the_check_sees_a_turn_that_is_rendered_apart():
             PLAIN.replace(ASK, ASK.replace("assistant\n", "assistant\n<think>\n")),
             "asks for an answer with another text",
         ),
+        (
+            TEMPLATES["marked by the template"].replace(
+                "{% generation %}", "<think></think>{% generation %}"
+            ),
+            "asks for an answer with another text",
+        ),
+        (
+            TEMPLATES["marked by the template"].replace(
+                ASK, ASK.replace("assistant\n", "assistant\n<think>")
+            ),
+            "asks for an answer with another text",
+        ),
         (LOOP + TURN + "{{ m.content[:4] }}<|e|>\n" + END + ASK, "changes the assistant's messages"),
         (
             LOOP + TURN + "{{ m.content }}{{ m.content }}<|e|>\n" + END + ASK,
@@ -146,6 +158,13 @@ def test_a_template_whose_turns_cannot_be_told_apart_is_refused(template, messag
     with pytest.raises(InputError, match=message) as refused:
         how.example(ROW)
     assert "light" not in str(refused.value)  # rows are private
+
+
+def test_white_space_may_stand_before_a_marked_turn():
+    how = how_of(
+        TEMPLATES["marked by the template"].replace("{% generation %}", "{{ '\n' }}{% generation %}")
+    )
+    assert learned(how, ROW) == EXPECTED["marked by the template"]
 
 
 def test_more_of_a_message_than_its_content_is_learned_where_it_closes_the_conversation_or_refused():

@@ -123,6 +123,9 @@ def tokenizer(contents: Contents, rows: int) -> Any:
     split = _split(fields)
     built = _built(fields, tokens, kinds, split)
     ids = _special(fields, {} if split else USUAL, len(tokens))
+    # an ordinary token that also pads, or stands for what is unknown, is found in texts as such
+    ordinary = [name for name in ("padding", "unknown") if name in ids and kinds[ids[name]] == NORMAL]
+    ids = {name: number for name, number in ids.items() if name not in ordinary}
     for token in _added(contents, tokens, kinds, set(ids.values())):
         built.add_special_tokens([token]) if token.special else built.add_tokens([token])
     _add_ends(fields, built, {name: (tokens[number], number) for name, number in ids.items()}, split)

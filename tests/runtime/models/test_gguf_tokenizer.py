@@ -86,6 +86,21 @@ def test_begin_and_end_are_added_as_the_file_says(contents_of):
     assert ends(MERGES, pre="llama-bpe", add_bos_token=False) == (False, False)
 
 
+@pytest.mark.parametrize("name", ["padding", "unknown"])
+def test_an_ordinary_token_that_pads_or_stands_for_the_unknown_stays_text(contents_of, name):
+    number = MERGES["ggml.tokens"].index("!")
+    plain, named = (
+        gguf_tokenizer.tokenizer(contents_of(MERGES, **changes), 2000)
+        for changes in ({}, {f"{name}_token_id": number})
+    )
+    text = "light!! on!"
+    assert named(text).input_ids == plain(text).input_ids
+    assert named.decode(named(text).input_ids, skip_special_tokens=True) == text
+    assert number not in named.all_special_ids
+    end = gguf_tokenizer.tokenizer(contents_of(MERGES, eos_token_id=number), 2000)  # but an end is special
+    assert number in end.all_special_ids
+
+
 def test_special_tokens_of_some_models_swallow_the_spaces_after_them(contents_of):
     contents = contents_of(SCORES)
     text = "<|user|>\n hello"

@@ -55,6 +55,8 @@ def app(service: Service, hosts: list[str]) -> Starlette:
             requests to this machine under a name of its own.
     """
 
+    tokenizing = asyncio.Semaphore(1)  # a long prompt takes seconds and hundreds of MiB
+
     async def health(_: Request) -> Response:
         return _json({"status": "ok", "version": service.engine.version})
 
@@ -63,10 +65,12 @@ def app(service: Service, hosts: list[str]) -> Starlette:
         return _json({"object": "list", "data": [model | {"version": service.engine.version}]})
 
     async def chat(request: Request) -> Response:
-        return await _answer(service, request, openai.read(await _body(request), ChatRequest))
+        return await _answer(service, request, openai.read(await _body(request), ChatRequest), tokenizing)
 
     async def completion(request: Request) -> Response:
-        return await _answer(service, request, openai.read(await _body(request), CompletionRequest))
+        return await _answer(
+            service, request, openai.read(await _body(request), CompletionRequest), tokenizing
+        )
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -105,7 +109,12 @@ async def _body(request: Request) -> bytes:
         raise RequestError(408, f"the request did not come within {BODY_S:g} s") from error
 
 
-async def _answer(service: Service, request: Request, asked: ChatRequest | CompletionRequest) -> Response:
+async def _answer(
+    service: Service,
+    request: Request,
+    asked: ChatRequest | CompletionRequest,
+    tokenizing: asyncio.Semaphore,
+) -> Response:
     if asked.model not in (None, service.name):
         raise RequestError(
             404,
@@ -115,9 +124,10 @@ async def _answer(service: Service, request: Request, asked: ChatRequest | Compl
         )
     try:
         # a prompt's tokens take a while, in which other requests go on
-        question = await asyncio.to_thread(
-            openai.question, asked, service.language, service.context, service.vocabulary
-        )
+        async with tokenizing:
+            question = await asyncio.to_thread(
+                openai.question, asked, service.language, service.context, service.vocabulary
+            )
     except InputError as error:
         raise RequestError(400, str(error), "messages") from error
     pieces = _pieces(service.worker, request, question)

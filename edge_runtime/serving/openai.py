@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from edge_runtime.serving.answer import Finish, Question
 from edge_runtime.serving.text import Language
-from edge_runtime.trainer.tokens import Asked
+from edge_runtime.trainer.tokens import CHARACTERS, Asked
 
 PASSED_OVER = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 WITHOUT_EFFECT: dict[str, Any] = {
@@ -158,11 +158,13 @@ def question(
         InputError: the model's chat template refuses the messages.
     """
     if isinstance(request, ChatRequest):
-        ids, spaces = language.chat([turn.templated() for turn in request.messages])
+        turns = [turn.templated() for turn in request.messages]
+        _require_room([turn["content"] for turn in turns], context, "messages")
+        ids, spaces = language.chat(turns)
         most = request.max_completion_tokens or request.max_tokens or max(context - len(ids), 1)
         where = "messages"
     else:
-        ids, spaces = _asked(request.prompt, language, vocabulary)
+        ids, spaces = _asked(request.prompt, language, context, vocabulary)
         most, where = request.max_tokens or COMPLETION_TOKENS, "prompt"
     if not ids:
         raise RequestError(400, "the prompt is empty", where)
@@ -180,10 +182,25 @@ def question(
     return Question(ids, most, request.temperature, request.top_p, seed, tuple(stop), spaces)
 
 
-def _asked(prompt: str | list[Any], language: Language, vocabulary: int) -> Asked:
+def _require_room(texts: list[str], context: int, where: str) -> None:
+    """Refuse, before it is tokenized, a prompt that is too long whatever its tokens are."""
+    characters = sum(map(len, texts))
+    # each turn of a chat has a token at least
+    if characters > CHARACTERS * context or len(texts) > context:
+        raise RequestError(
+            400,
+            f"the prompt has {characters} characters in {len(texts)} texts, which cannot fit the context of {context} "
+            "tokens: shorten the prompt",
+            where,
+            "context_length_exceeded",
+        )
+
+
+def _asked(prompt: str | list[Any], language: Language, context: int, vocabulary: int) -> Asked:
     if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
         (prompt,) = prompt
     if isinstance(prompt, str):
+        _require_room([prompt], context, "prompt")
         return language.prompt(prompt)
     try:
         ids = msgspec.convert(prompt, TokenIds)

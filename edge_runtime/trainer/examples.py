@@ -79,9 +79,11 @@ class Examples:
         return self._count
 
     def __getitem__(self, number: int, /) -> Example:
-        """The example of a row, by its number."""
-        # read, not mapped: mapped pages would count as resident memory
+        """The example of a row, by its number; raises IndexError where that row was not written."""
         place = bisect_left(self._numbers, number)
+        if place == len(self._numbers) or self._numbers[place] != number:
+            raise IndexError(f"the example of row {number} was not written")
+        # read, not mapped: mapped pages would count as resident memory
         self._file.seek(self._ends[place])
         return msgspec.msgpack.decode(
             self._file.read(self._ends[place + 1] - self._ends[place]), type=Example

@@ -30,6 +30,14 @@ def test_examples_in_a_file_are_those_that_were_put_there(tmp_path):
     assert not list(tmp_path.iterdir())  # rows are private: nothing is left behind
 
 
+@pytest.mark.parametrize("number", [-1, 1, 5, 8])
+def test_a_row_that_was_not_written_gives_no_other_row(number, tmp_path):
+    stored = Examples(9, [0, 4, 7], examples([1, 2, 3]), tmp_path)
+    assert len(stored[7].ids) == 3
+    with pytest.raises(IndexError, match=f"the example of row {number} was not written"):
+        stored[number]
+
+
 def test_a_file_of_rows_that_has_become_shorter_is_refused(tmp_path):
     with pytest.raises(InputError, match="has become shorter while it was read"):
         Examples(3, range(3), examples([1, 2]), tmp_path)

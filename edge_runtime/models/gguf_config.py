@@ -55,17 +55,20 @@ def configuration(contents: Contents) -> Any:
         raise InputError(f"{contents.files[0]} lacks the tensor token_embd.weight")
     settings: dict[str, Any] = {}
     for key, name in (NAMES | row.gguf_keys.names).items():
+        if key in NAMES:
+            settings[name] = keys.count(key)
+            continue
         missing = row.gguf_keys.missing
         value = keys.take(key, missing[key]) if key in missing else keys.need(key)
         settings[name] = value or None  # 0: none
-    heads = keys.need("attention.head_count")
-    width = keys.take("attention.key_length", settings["hidden_size"] // heads)
+    heads = keys.count("attention.head_count")
+    width = keys.count("attention.key_length", settings["hidden_size"] // heads)
     if (values := keys.take("attention.value_length", width)) != width:
         keys.refuse("attention.value_length", values, f"values have to be as wide as keys ({width})")
     context = settings["max_position_embeddings"]
     settings |= {
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.take("attention.head_count_kv", heads),
+        "num_key_value_heads": keys.count("attention.head_count_kv", heads),
         "head_dim": width,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,

@@ -52,6 +52,11 @@ def read(path: Path, *, values: bool = True) -> Contents:
         found = places(file, partial(_parse, pairs=pairs, values=values))
         if values:
             _check_split(file, pairs, number, len(files))
+        if twice := found.keys() & tensors.keys():
+            raise InputError(
+                f"{file} and a file before it both have the tensor {min(twice)}: they are not of one model; copy "
+                "them again"
+            )
         tensors.update({name: place._replace(shard=number) for name, place in found.items()})
         metadata = metadata or pairs
     if len(tensors) != metadata.get("split.tensors.count", len(tensors)):
@@ -132,6 +137,8 @@ def _parse(header: HeaderReader, pairs: dict[str, Any], values: bool) -> dict[st
     found = {}
     for _ in range(count):
         name, dimensions = header.take(header.number("Q")).decode(), header.number("I")
+        if name in found:
+            raise ValueError(f"it has the tensor {name} twice")
         if dimensions > 4:
             raise ValueError(f"{name} has {dimensions} dimensions, but GGUF allows 4")
         shape = tuple(header.number("Q") for _ in range(dimensions))[::-1]

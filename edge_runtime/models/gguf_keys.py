@@ -51,6 +51,13 @@ class Unread(NamedTuple):
             raise InputError(f"{self.contents.files[0]} lacks the key {self.prefix}{key}")
         return self.take(key, None)
 
+    def count(self, key: str, missing: int | None = None) -> int:
+        """The value of a key that counts something, 1 or more; missing: of a key that a file may lack."""
+        value = self.need(key) if missing is None else self.take(key, missing)
+        if type(value) is not int or value < 1:
+            self.refuse(key, repr(value), "a whole number, 1 or more, is needed")
+        return value
+
     def refuse(self, key: str, value: Any, reason: str) -> NoReturn:
         """Raise InputError with the key, its value and the reason."""
         raise InputError(f"{self.contents.files[0]} has {self.prefix}{key} = {value}, but {reason}")

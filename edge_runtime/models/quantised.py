@@ -10,7 +10,7 @@ as in the kernels for which such checkpoints are made.
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -21,6 +21,8 @@ FP8 = ("F8_E4M3", "F8_E5M2")
 FLOATS = ("F64", "F32", "F16", "BF16")
 SCALES = (*FLOATS, "F8_E8M0")
 ORDER = "weight_format"  # 0 where codes of int8 are in the order of the matrix
+Size = Annotated[int, msgspec.Meta(ge=1)]
+Block = tuple[Size, Size]  # rows and columns that share a scale
 BLOCK = (128, 128)  # where a configuration of FP8 names no block
 
 
@@ -54,14 +56,14 @@ class Quantisation(NamedTuple):
     """A folder's method, with its settings."""
 
     scheme: Scheme
-    block: tuple[int, int] | None  # None: no block has scales of its own
+    block: Block | None  # None: no block has scales of its own
 
 
 def quantisation(folder: Path, config: Any) -> Quantisation | None:
     """The quantisation of a transformers configuration; None: the weights are floats.
 
     Raises:
-        InputError: the method is not known. The message names it.
+        InputError: the method is not known, or its blocks have no size. The message names them.
     """
     stated: Any = getattr(config, "quantization_config", None)
     if not stated:
@@ -76,7 +78,13 @@ def quantisation(folder: Path, config: Any) -> Quantisation | None:
             f"not read; known: {', '.join(SCHEMES)}; give the checkpoint in floats, or a GGUF file"
         )
     block = stated.get("weight_block_size", BLOCK)
-    return Quantisation(SCHEMES[name], block and (block[0], block[1]))
+    try:
+        return Quantisation(SCHEMES[name], msgspec.convert(block, Block | None))
+    except msgspec.ValidationError as error:
+        raise InputError(
+            f"quantization_config in {folder}/config.json sets weight_block_size to {block}, but needs rows and "
+            "columns of a block, each 1 or more, or null"
+        ) from error
 
 
 def located(name: str, places: Mapping[str, Place], quantised: Quantisation | None) -> FolderTensor:

@@ -66,6 +66,22 @@ def test_files_that_do_not_belong_together_are_refused(split, tmp_path):
         gguf_header.read(alone)
 
 
+@pytest.mark.parametrize(
+    ("shard", "reason"), [(2, "cannot be read: it has"), (0, "and a file before it both have")]
+)
+def test_a_tensor_that_is_there_twice_is_refused_by_name(split, shard, reason):
+    """shard: of the tensor whose name a tensor of the last file takes."""
+    _, files = split
+    tensors = gguf_header.read(files[0]).tensors
+    last, other = (sorted(name for name in tensors if tensors[name].shard == n) for n in (2, shard))
+    old, name = next((a, b) for a in last for b in other if a != b and len(a) == len(b))
+    content = files[2].read_bytes()
+    assert content.count(old.encode()) == 1
+    files[2].write_bytes(content.replace(old.encode(), name.encode()))
+    with pytest.raises(InputError, match=rf"00003\.gguf {reason} the tensor {re.escape(name)}"):
+        gguf_header.read(files[0])
+
+
 def test_a_link_to_a_file_of_another_name_is_read(split, tmp_path):
     whole, _ = split
     hidden = whole.rename(tmp_path / hashlib.sha256(b"whole").hexdigest())  # as the hub's cache keeps it

@@ -1,6 +1,7 @@
 """Quantised folders are dequantised as their methods do, or refused by the method's name."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -150,6 +151,15 @@ def test_other_methods_are_refused_by_their_names(quantised, settings, name):
     folder, _ = quantised(settings, int8)
     with pytest.raises(
         InputError, match=rf"are quantised with {name} \(quantization_config in config\.json\)"
+    ):
+        prepared(folder)
+
+
+@pytest.mark.parametrize("block", [[128], [0, 0], [16.5, 16], 16])
+def test_blocks_without_a_size_are_refused(quantised, block):
+    folder, _ = quantised({**FP8, "weight_block_size": block}, by_blocks(16, 16))
+    with pytest.raises(
+        InputError, match=rf"weight_block_size to {re.escape(str(block))}, but needs rows and columns"
     ):
         prepared(folder)
 

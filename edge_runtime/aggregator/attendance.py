@@ -46,6 +46,7 @@ class Attendance:
         self._numbers = itertools.count()
         # of each device; the process that was online last comes last, and the elder has the lower rank
         self._processes: dict[str, dict[str, Rank]] = {}
+        self._vouched: dict[str, str] = {}  # process of a device's report that came before its presence
 
     @property
     def known(self) -> set[str]:
@@ -85,6 +86,8 @@ class Attendance:
         processes = self._processes.get(device, {})
         if process in processes:
             processes[process] = (False, processes[process][1])
+        else:
+            self._vouched[device] = process
 
     @property
     def _online(self) -> set[str]:
@@ -108,7 +111,7 @@ class Attendance:
         processes = self._processes.setdefault(device, {})
         last = next(reversed(processes), process)
         before = processes.pop(process, None)
-        processes[process] = before or (True, next(self._numbers))
+        processes[process] = before or (self._vouched.get(device) != process, next(self._numbers))
         if len(processes) > _PROCESSES:
             del processes[next(iter(processes))]
         return before is not None and processes[last] < before

@@ -126,11 +126,16 @@ def test_a_forgotten_device_is_unknown(watch: Watch) -> None:
     watch.until(lambda: not watch.attendance.known)
 
 
-def told_to_end(watch: Watch, processes: str, known: str = "") -> str:
-    """The processes, a letter each, that are told to end when these come online one after another."""
+def told_to_end(watch: Watch, processes: str, known: str = "", reported: str = "") -> str:
+    """The processes, a letter each, that are told to end when these come online one after another.
+
+    reported: had its report, with the key, read before any presence, as after a restart of the node.
+    """
     inbox, ended = watch.connect("inbox"), ""
     inbox.subscribe(topics.inbox(watch.fleet, "d", topics.ANY))
     watch.start()
+    if reported:
+        watch.attendance.vouch("d", reported)
     for number, process in enumerate(processes):
         watch.say("d", "online", 100 - number, process)  # a clock behind the first one's changes nothing
         watch.settle()
@@ -161,3 +166,17 @@ def test_of_agents_that_take_over_each_other_all_but_one_are_told_to_end(
 ) -> None:
     assert told_to_end(watch, processes, known) == ended
     assert any("two agents have the id d" in text for text in watch.news) == bool(ended)
+
+
+@pytest.mark.parametrize(
+    ("reported", "ended"),
+    [
+        pytest.param("b", "a", id="the one without the key"),
+        pytest.param("a", "b", id="the younger, without the key"),
+        pytest.param("z", "b", id="the younger: the report is of neither"),
+    ],
+)
+def test_a_report_that_came_before_its_agents_presence_tells_the_device_from_the_other(
+    watch: Watch, reported: str, ended: str
+) -> None:
+    assert set(told_to_end(watch, "abab", reported=reported)) == {ended}

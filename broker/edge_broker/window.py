@@ -7,7 +7,8 @@ PUBACK, whose reason becomes the ticket's answer.
 Some brokers take smaller packets than they announce. Mosquitto with message_size_limit says so in
 PUBACK; rumqttd and others close the connection, at each reconnect anew, often before they answer
 smaller packets. So of the packets that had no answer when the broker closed three connections in a
-row, the largest is given up, and a packet that is too large halves the limit.
+row, the largest is given up, and a packet that is too large halves the limit. A packet of at most
+LEAST_PACKET is given up only once the limit is as low: else a broker that fell has ended them.
 """
 
 import logging
@@ -115,6 +116,8 @@ class Window:
             for ticket in suspects:
                 ticket.endings = 0
             culprit = max(suspects, key=lambda ticket: ticket.size, default=None)
+            if culprit and culprit.size <= LEAST_PACKET < self.packet_max:
+                culprit = None
             if culprit:
                 self._halve(culprit)
             refusals = {mid: self._refusal(ticket, culprit) for mid, ticket in self._tickets.items()}

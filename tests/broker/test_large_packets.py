@@ -2,8 +2,10 @@
 
 import logging
 import random
+import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from edge_broker import local, window
@@ -128,3 +130,40 @@ def test_without_a_bound_the_packet_ends_one_connection_after_another(
     session = open_session("d")
     assert session.publish_nowait(f"{fleet}/30000", bytes(30_000))
     assert "ended 6 connections" in unsent(session).reason
+
+
+class Sender:
+    """Has paho's side of one packet that no broker answers."""
+
+    def __init__(self, size):
+        self.told = []
+        self._window = window.Window(threading.Condition(threading.RLock()), self.told.append, 1 << 20)
+        self._messages, self._number = [], 0
+        ticket = self._window.take("up", size, None, False)
+        self._window.sent(self.publish("up", b"", 1, False, None).mid, ticket, True)
+
+    def publish(self, topic, payload, qos, retain, properties):
+        self._number += 1
+        self._messages.append(
+            SimpleNamespace(
+                mid=self._number, topic=topic, payload=payload, retain=retain, properties=properties
+            )
+        )
+        return self._messages[-1]
+
+    def drop_out_messages(self):
+        dropped, self._messages = self._messages, []
+        return dropped
+
+    def end(self, times, packet_max=1 << 20):
+        for _ in range(times):
+            self._window.closed()
+            self._window.reconnected(8, packet_max, self)
+        return [item.topic for item in self.told if isinstance(item, Unsent)]
+
+
+def test_a_small_packet_is_not_given_up_for_a_broker_that_falls():
+    small, large, narrow = Sender(4096), Sender(30_000), Sender(4096)
+    assert small.end(times=7) == [] and small._window.used == 1
+    assert large.end(times=2) == [] and large.end(times=1) == ["up"]
+    assert narrow.end(times=3, packet_max=window.LEAST_PACKET) == ["up"]  # a limit that no cut satisfies

@@ -225,9 +225,12 @@ def _model(path: Path, config: Any) -> Any:
 
 def _read(path: Path, random_weights: bool) -> tuple[Any, Any]:
     """Configuration and tokenizer of a folder, as transformers reads them."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig
 
     try:
+        stated, _ = PreTrainedConfig.get_config_dict(path)
+        if not isinstance(stated.get("quantization_config") or {}, dict):
+            raise TypeError("quantization_config in its config.json is no object with a quant_method")
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         tokenizer = (
             _words() if random_weights else AutoTokenizer.from_pretrained(path, trust_remote_code=False)

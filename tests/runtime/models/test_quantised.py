@@ -155,6 +155,15 @@ def test_other_methods_are_refused_by_their_names(quantised, settings, name):
         prepared(folder)
 
 
+@pytest.mark.parametrize("settings", ["fp8", [1]])
+def test_settings_that_are_no_object_are_refused(quantised, settings):
+    folder, _ = quantised(settings, by_blocks(16, 16))
+    with pytest.raises(
+        InputError, match=r"quantization_config in its config\.json is no object with a quant_method"
+    ):
+        prepared(folder)
+
+
 @pytest.mark.parametrize("block", [[128], [0, 0], [16.5, 16], 16])
 def test_blocks_without_a_size_are_refused(quantised, block):
     folder, _ = quantised({**FP8, "weight_block_size": block}, by_blocks(16, 16))

@@ -13,6 +13,7 @@ from typing import Any
 
 from edge_runtime.errors import InputError
 from edge_runtime.models.checkpoint import WHOLE
+from edge_runtime.models.families import FAMILIES, family_of
 
 # private fields, places of tokens, lengths that a model was trained with, how a model is run
 PATTERNS = re.compile(r"^_|token_(id|index)s?$|(max|seq).*_len(gth)?$|^is_.+_config$|cache|flash|version")
@@ -28,13 +29,8 @@ DONE = ("auto_map", "quantization_config")
 COMPUTED = re.compile(
     r"norm|(^|_)(position|rope)|rotary|alibi|activation|act_fn|mlp|ffn|attention|bias", re.IGNORECASE
 )
-# model types that read keys which are no fields of their configurations, or whose other fields say the same
-READ = {
-    "head_dim": {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"},
-    "partial_rotary_factor": {"phi", "phi3"},
-    "sliding_window_pattern": {"gemma3_text"},
-    "sliding_window_size": {"gemma2"},
-}
+# no fields of configurations, but read by some families
+READ = {key for family in FAMILIES for key in family.read}
 WITHOUT_EFFECT = {
     *DONE,
     *("task_specific_params", "is_decoder", "add_cross_attention", "torchscript", "predict_special_tokens"),
@@ -81,11 +77,11 @@ def check(folder: Path, config: Any, stated: dict[str, Any]) -> None:
     Raises:
         InputError: names the key and its value.
     """
-    known = {"model_type", *config.attribute_map}
+    known = {"model_type", *config.attribute_map, *family_of(config.model_type).read, *WITHOUT_EFFECT}
     for kind in type(config).__mro__:
         known.update(inspect.signature(kind.__init__).parameters)  # type: ignore[misc]
     for key, value in stated.items():
-        if key in known | WITHOUT_EFFECT or config.model_type in READ.get(key, ()) or PATTERNS.search(key):
+        if key in known or PATTERNS.search(key):
             continue
         # transformers has taken in an older name for a field of another
         if key not in vars(config) and key not in READ:

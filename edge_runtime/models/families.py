@@ -49,6 +49,8 @@ class Family(msgspec.Struct, frozen=True):
     gguf: str | None = None  # architecture's name in GGUF files; None: these files are not read
     gguf_interleaved: bool = False  # rows of query and key heads are interleaved in GGUF files
     gguf_keys: Keys = Keys()
+    # keys of config.json that are no fields of its class, but are read, or say what a field says
+    read: tuple[str, ...] = ("head_dim",)
 
     @property
     def norms_after(self) -> bool:
@@ -72,6 +74,7 @@ PHI3: Paths = {
 }
 GPT2: Paths = {"qkv": "attn.c_attn", "o": "attn.c_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}
 
+PARTIAL = ("head_dim", "partial_rotary_factor")
 AFTER = (
     *("input_layernorm", "post_attention_layernorm"),
     *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
@@ -120,6 +123,7 @@ FAMILIES = (
         norms=AFTER,
         gguf="gemma2",
         gguf_keys=GEMMA2_KEYS,
+        read=("head_dim", "sliding_window_size"),
     ),
     Family(
         ("gemma3_text", "gemma3"),
@@ -129,11 +133,19 @@ FAMILIES = (
         norms=AFTER,
         gguf="gemma3",
         gguf_keys=GEMMA3_KEYS,
+        read=("head_dim", "sliding_window_pattern"),
     ),
-    Family(("phi",), "Phi", PHI, norms=("input_layernorm",), gguf="phi2", gguf_keys=PHI_KEYS),
-    Family(("phi3",), "Phi3", PHI3, gguf="phi3", gguf_keys=PHI3_KEYS),
+    Family(("phi",), "Phi", PHI, norms=("input_layernorm",), gguf="phi2", gguf_keys=PHI_KEYS, read=PARTIAL),
+    Family(("phi3",), "Phi3", PHI3, gguf="phi3", gguf_keys=PHI3_KEYS, read=PARTIAL),
     Family(
-        ("gpt2",), "GPT2", GPT2, norms=("ln_1", "ln_2"), transposed=True, gguf="gpt2", gguf_keys=GPT2_KEYS
+        ("gpt2",),
+        "GPT2",
+        GPT2,
+        norms=("ln_1", "ln_2"),
+        transposed=True,
+        gguf="gpt2",
+        gguf_keys=GPT2_KEYS,
+        read=(),
     ),
 )
 

@@ -14,6 +14,9 @@ from edge_runtime.errors import InputError
 
 # Format of a state folder, raised when a version cannot read what the version before wrote.
 FORMAT = 1
+# of an agent's state: the folder of the newest adapter (adapters/learned.py), and the file in such
+# a folder that names its version
+NEWEST, ABOUT = "adapter", "edge_runtime.json"
 
 
 @contextmanager
@@ -74,3 +77,12 @@ def once(path: Path, make: Callable[[Path], object], timeout_s: float = 600.0) -
                 put(scratch / path.name, path)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
+
+
+def stamp(adapter: Path) -> tuple[int, int]:
+    """Differs whenever an adapter's folder was replaced; zeros while there is none."""
+    try:
+        status = (adapter / ABOUT).stat()
+    except OSError:
+        return 0, 0
+    return status.st_ino, status.st_mtime_ns

@@ -37,10 +37,11 @@ from edge_runtime.models.facts import Facts
 from edge_runtime.models.families import family_of
 from edge_runtime.protocol.keys import label_of, parse
 from edge_runtime.settings import Adapter, Role
+from edge_runtime.state import ABOUT
 
 Array: TypeAlias = NDArray[np.float32]
 CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
-HEAD, ABOUT = "label_head.safetensors", "edge_runtime.json"
+HEAD = "label_head.safetensors"
 
 
 class Learned(NamedTuple):

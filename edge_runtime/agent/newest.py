@@ -15,8 +15,7 @@ from edge_runtime.agent.server import BaseChoice, Server, ServerEnded
 from edge_runtime.agent.store import DeviceStore
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.serving.event import ServerEvent
-
-ABOUT = "edge_runtime.json"  # names the version, and is written before the folder has its name
+from edge_runtime.state import ABOUT, stamp
 
 
 class _About(msgspec.Struct):
@@ -45,14 +44,14 @@ class NewestVersion:
 
     def look(self, plan: Plan) -> None:
         """Serve and tell the version in the folder, if it is new. plan: of the trainer that wrote it."""
+        place = stamp(self._folder)
+        seen = "{}/{}".format(*place)
+        if not any(place) or seen == self._store.get("version_seen"):
+            return
         try:
-            status = (self._folder / ABOUT).stat()
             content = (self._folder / ABOUT).read_bytes()
         # the next sign of life comes soon
         except OSError:
-            return
-        seen = f"{status.st_ino}/{status.st_mtime_ns}"
-        if seen == self._store.get("version_seen"):
             return
         version = msgspec.json.decode(content, type=_About).version
         base = BaseChoice(plan.source, plan.depth, plan.weights)

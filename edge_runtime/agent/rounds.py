@@ -24,6 +24,7 @@ from edge_runtime.agent.trainer import CAUSES, KILLED, Ended, Running
 from edge_runtime.errors import BudgetError, EdgeError, InputError, TrainerError, UnreachableError
 from edge_runtime.protocol.report import Cause
 from edge_runtime.protocol.round import FLEET, Round
+from edge_runtime.state import NEWEST
 from edge_runtime.trainer.job import Job, Machine, Progress
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Rounds:
         self._session, self._store, self._options = session, store, options
         self._workers, self._tell = workers, tell
         state = options.state.resolve()
-        self._adapter, self._versions = state / "adapter", state / "versions"
+        self._adapter, self._versions = state / NEWEST, state / "versions"
         key = signing.load_or_create_key(options.state / "device.key")
         machine = Machine(options.threads, options.device, options.budget_bytes, options.gpu_cap_bytes)
         self._local = LocalRounds(state / "work", store, device_rows, machine, self._adapter)

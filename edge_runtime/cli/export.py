@@ -1,18 +1,17 @@
 """`edge-runtime export`: what was learned, in the form of another tool."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import click
 
+from edge_runtime.adapters.export import Form
 from edge_runtime.cli import options
 from edge_runtime.errors import InputError
+from edge_runtime.state import NEWEST
 
 if TYPE_CHECKING:
-    from edge_runtime.adapters.export.forms import Form
     from edge_runtime.models.facts import Facts
-
-FORMS = ("peft", "gguf", "merged", "merged-gguf", "onnx")
 
 
 @click.command("export")
@@ -20,7 +19,7 @@ FORMS = ("peft", "gguf", "merged", "merged-gguf", "onnx")
 @click.option("--node", type=options.PATH, help="Export a version out of this node's state folder.")
 @click.option("--adapter", type=options.PATH, help="Export an adapter's folder, as --to peft writes it.")
 @click.option(
-    "--to", "form", type=click.Choice(FORMS), required=True, help="The tool; docs/use.md shows each."
+    "--to", "form", type=click.Choice(get_args(Form)), required=True, help="The tool; docs/use.md shows each."
 )
 @click.option("--out", type=options.PATH, required=True, help="A folder that does not exist yet.")
 @click.option(
@@ -53,7 +52,7 @@ def command(
     state: Path | None,
     node: Path | None,
     adapter: Path | None,
-    form: "Form",
+    form: Form,
     out: Path,
     model: str | None,
     base: str | None,
@@ -112,7 +111,7 @@ def command(
 def _newest(state: Path | None) -> Path:
     """The folder of an agent's newest adapter."""
     assert state is not None
-    folder = state / "adapter"
+    folder = state / NEWEST
     if not folder.exists():
         raise InputError(
             f"{state} has no adapter: its agent writes one when it begins to train for a fleet, and anew for each version"

@@ -40,8 +40,8 @@ def command(
 
     with lean_imports():
         from edge_runtime.serving.app import LOOPBACK
-        from edge_runtime.serving.follow import stamp
         from edge_runtime.serving.process import Endpoint, ServedModel, serve
+        from edge_runtime.state import stamp
 
     folder = base.folder()
     first = stamp(folder) if folder is not None else (0, 0)

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import click
 import edge_profiles
@@ -11,6 +11,7 @@ import edge_profiles
 from edge_runtime.cli import options
 from edge_runtime.errors import InputError
 from edge_runtime.settings import Weights
+from edge_runtime.state import NEWEST
 
 if TYPE_CHECKING:
     from edge_runtime.adapters.learned import Learned
@@ -69,7 +70,7 @@ class ServedBase(NamedTuple):
             raise InputError("--adapter and --state both name an adapter: give one of them")
         if self.state is None:
             return self.adapter
-        folder = self.state / "adapter"
+        folder = self.state / NEWEST
         if not folder.exists():
             raise InputError(
                 f"{self.state} has no adapter yet: its agent keeps one from the first version on"
@@ -99,7 +100,7 @@ _OPTIONS = (
     options.models,
     click.option(
         "--weights",
-        type=click.Choice(["float32", "bfloat16", "q8_0", "q4_1", "q4_0", "nf4"]),
+        type=click.Choice(get_args(Weights)),
         default="bfloat16",
         show_default=True,
         help="Format of the base model's weights.",

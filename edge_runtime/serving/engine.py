@@ -60,3 +60,12 @@ def depth_of(facts: Facts, learned: Learned | None) -> int:
             f"the adapter was learned on the layers {learned.layers}, which are no slice of {facts.model_class}"
         )
     return depth
+
+
+def require_depth(facts: Facts, learned: Learned, depth: int) -> None:
+    """Raise InputError where an adapter was learned on another base than `depth` layers of this one."""
+    if depth_of(facts, learned) != depth:
+        raise InputError(
+            f"version {learned.version} was learned on {len(learned.layers)} layers, but the base that is "
+            f"loaded has {depth}: start the server again"
+        )

@@ -16,19 +16,11 @@ from edge_runtime.errors import EdgeError
 from edge_runtime.models.facts import Facts
 from edge_runtime.serving.engine import Engine
 from edge_runtime.serving.event import ServerEvent
+from edge_runtime.state import stamp
 
 log = logging.getLogger(__name__)
 LOOK_S = 0.2  # between two looks
 PATIENCE = 25  # looks at a folder that cannot be read before it is told: it may be half replaced
-
-
-def stamp(folder: Path) -> tuple[int, int]:
-    """Differs whenever the folder was replaced; zeros while there is none."""
-    try:
-        status = (folder / learned.ABOUT).stat()
-    except OSError:
-        return 0, 0
-    return status.st_ino, status.st_mtime_ns
 
 
 class Follower:

@@ -24,7 +24,7 @@ from edge_runtime.errors import InputError
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning import processes
 from edge_runtime.planning.serving import PIECE
-from edge_runtime.serving.engine import depth_of
+from edge_runtime.serving.engine import depth_of, require_depth
 from edge_runtime.settings import Weights
 from edge_runtime.state import once
 
@@ -133,11 +133,7 @@ class OnnxEngine:
 
     def swap(self, learned: Learned) -> None:
         """Give new sequences another adapter; raises InputError where it does not fit this base."""
-        if depth_of(self._facts, learned) != self._depth:
-            raise InputError(
-                f"version {learned.version} was learned on {len(learned.layers)} layers, but the base that is "
-                f"loaded has {self._depth}: start the server again"
-            )
+        require_depth(self._facts, learned, self._depth)
         self._newest = AdapterInputs(learned.version, onnx_adapter.inputs(learned))
 
 

@@ -15,11 +15,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from edge_runtime.adapters.learned import Learned
 from edge_runtime.compat.lean_imports import lean_imports
-from edge_runtime.errors import InputError
 from edge_runtime.models import structure, weights
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.slices import kept_layers
-from edge_runtime.serving.engine import depth_of
+from edge_runtime.serving.engine import depth_of, require_depth
 from edge_runtime.settings import Role, Weights
 from edge_runtime.trainer.examples import Example
 from edge_runtime.trainer.objectives import hidden_states, label_states
@@ -115,11 +114,7 @@ class TorchEngine:
 
     def swap(self, learned: Learned) -> None:
         """Give new sequences another adapter; raises InputError where it does not fit this base."""
-        if depth_of(self._facts, learned) != self._depth:
-            raise InputError(
-                f"version {learned.version} was learned on {len(learned.layers)} layers, but the base that is "
-                f"loaded has {self._depth}: start the server again"
-            )
+        require_depth(self._facts, learned, self._depth)
         self._newest = TorchAdapter(learned, self._like)
 
     @torch.no_grad()

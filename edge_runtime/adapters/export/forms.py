@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 from edge_broker import files
 
-from edge_runtime.adapters.export import check, checkpoint, gguf_adapter, gguf_model, tools
+from edge_runtime.adapters.export import Form, check, checkpoint, gguf_adapter, gguf_model, tools
 from edge_runtime.adapters.export.check import EXACT, ROUGH, ROUNDED, Outputs, Prompts
 from edge_runtime.adapters.export.gguf_model import Format
 from edge_runtime.adapters.learned import Learned, write, write_head
@@ -31,7 +31,6 @@ from edge_runtime.models.facts import Facts
 from edge_runtime.models.prepare import prepare
 from edge_runtime.settings import Weights
 
-Form = Literal["peft", "gguf", "merged", "merged-gguf", "onnx"]
 # formats of weights that a form may be asked for; the first is the default, None: the base's own
 WEIGHTS: dict[Form, tuple[str | None, ...]] = {
     "merged-gguf": (None, *get_args(Format)),

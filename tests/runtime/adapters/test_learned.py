@@ -17,6 +17,7 @@ from edge_runtime import methods, settings
 from edge_runtime.adapters import attach, learned
 from edge_runtime.errors import InputError
 from edge_runtime.models.slices import kept_layers
+from edge_runtime.state import ABOUT
 
 IDS = torch.arange(24).reshape(2, 12) % 96
 SPEC = settings.Adapter(rank=3, alpha=11.0)  # a scale that is no power of two
@@ -108,7 +109,7 @@ def test_a_version_takes_the_place_of_the_one_before(tiny, facts_of, tmp_path):
     again = learned.read(tmp_path / "adapter")
     assert (again.version, again.head, [*tmp_path.iterdir()]) == (4, None, [tmp_path / "adapter"])
     learned.write(adapter, tmp_path / "other")
-    (tmp_path / "other" / learned.ABOUT).rename(tmp_path / "adapter" / learned.ABOUT)
+    (tmp_path / "other" / ABOUT).rename(tmp_path / "adapter" / ABOUT)
     with pytest.raises(InputError, match=r"is of another version than edge_runtime.json; read again"):
         learned.read(tmp_path / "adapter")
 

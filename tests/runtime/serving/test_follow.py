@@ -7,7 +7,8 @@ import pytest
 
 from edge_runtime.adapters import learned
 from edge_runtime.adapters.learned import Learned
-from edge_runtime.serving.follow import Follower, stamp
+from edge_runtime.serving.follow import Follower
+from edge_runtime.state import stamp
 
 WAIT_S = 20  # for an event, at most
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import results
 from crafted import crafted
 from fleet import Command, Fleet
 from records import Recorder, node_files, recorded, reports
 
 from edge_runtime.protocol import codec, completion
 from edge_runtime.protocol.completion import Completion
-from edge_runtime.protocol.report import Report, Result, Score
+from edge_runtime.protocol.report import Report, Score
 
 ROW_SECRETS = (
     "prompt",
@@ -253,16 +254,7 @@ def test_the_search_finds_a_planted_secret(private: Fleet, recorder: Recorder) -
     private.write()
     node = private.node()
     node.phase("collecting")
-    result = Result(
-        samples=1,
-        evaluation={secret("held-out-name"): Score(1.0, 0.0, 1)},
-        losses=[],
-        step_seconds=[],
-        phases={},
-        seconds={},
-        measured_peak_bytes=0,
-        payload_bytes=0,
-    )
+    result = results.result({secret("held-out-name"): Score(1.0, 0.0, 1)})
     with crafted(private, "crafted") as device:
         device.report(state="trained", result=result)
         device.offer(codec.encode({}, completion.encode([Completion(0, secret("completion"), 1.0)])))

@@ -11,10 +11,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+import results
 from crafted import crafted
 from fleet import Fleet
 
-from edge_runtime.protocol.report import Result, Score
+from edge_runtime.protocol.report import Score
 
 EDGE_RUNTIME = [sys.executable, "-m", "edge_runtime.cli"]
 UID = "54321"  # of a user that /etc/passwd does not have
@@ -84,16 +85,7 @@ def test_characters_that_the_output_cannot_have_are_escaped(fleet: Fleet) -> Non
     fleet.write()
     fleet.noise_node().phase("collecting")
     score = {MODEL: Score(1.0, 0.5, 2)}
-    result = Result(
-        samples=1,
-        evaluation=score,
-        losses=[],
-        step_seconds=[],
-        phases={},
-        seconds={},
-        measured_peak_bytes=0,
-        payload_bytes=0,
-    )
+    result = results.result(score)
     with crafted(fleet, "here") as device:
         device.report(state="trained", result=result)
         assert r"äß\u6a21\u578b\U0001f600" in status(fleet, "iso-8859-1")

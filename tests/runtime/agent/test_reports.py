@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 import msgspec.inspect as inspect
 import pytest
+import results
 from edge_broker import address, messages, signing, topics
 from edge_broker.session import Message
 
@@ -18,7 +19,7 @@ from edge_runtime.agent.local_round import DeviceRows, LocalRounds, read_result
 from edge_runtime.agent.options import DeviceOptions
 from edge_runtime.agent.stages import RoundInProgress
 from edge_runtime.agent.store import DeviceStore
-from edge_runtime.protocol.report import REPORT_DOMAIN, Report, Result, Score, without_names
+from edge_runtime.protocol.report import REPORT_DOMAIN, Report, Score, without_names
 from edge_runtime.protocol.round import Round
 from edge_runtime.settings import Fleet, Model
 from edge_runtime.trainer.job import Machine
@@ -77,16 +78,7 @@ def test_a_cause_that_is_not_in_the_list_is_refused() -> None:
 
 def test_names_of_held_out_files_become_numbers_in_their_order() -> None:
     scores = {"clinic": Score(1.0, 0.0, 1), "street": Score(2.0, 0.0, 1)}
-    result = Result(
-        samples=1,
-        evaluation=scores,
-        losses=[],
-        step_seconds=[],
-        phases={},
-        seconds={},
-        measured_peak_bytes=0,
-        payload_bytes=0,
-    )
+    result = results.result(scores)
     numbered = without_names(result)
     assert numbered.evaluation == {"held_out_1": scores["clinic"], "held_out_2": scores["street"]}
     assert without_names(numbered) == numbered

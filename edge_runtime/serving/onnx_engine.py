@@ -1,9 +1,9 @@
 """The engine in ONNX Runtime: one session, whose adapter is an input that each sequence has of its own.
 
 The graph of a base is written once, by another process, and stays in the cache (export/onnx_base.py).
-The session maps the graph's weights; neither torch nor the model is in this process for it. A
-sequence's keys and values lie in one memory that the session reads and writes in place. That memory
-doubles as the sequence grows.
+The session maps the graph's weights, so torch's model is not in this process. A sequence's keys and
+values lie in one memory that the session reads and writes in place. That memory doubles as the
+sequence grows.
 """
 
 from collections.abc import Mapping

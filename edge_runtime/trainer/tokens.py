@@ -26,7 +26,7 @@ from edge_runtime.trainer.data import Row
 from edge_runtime.trainer.examples import IGNORED, Example
 
 SPACES = " \t"  # that a tokenizer may join to the word after them
-CHARACTERS = 64  # a token has fewer; a longer text is cut before it is tokenized
+CHARACTERS = 64  # a token, on average, has fewer; a longer text is cut before it is tokenized
 # Stands for a completion's first word where a prompt ends with a line break, which some tokenizers
 # split otherwise at a text's end. No tokenizer joins this letter to what stands before it.
 LETTER = "\u2c25"

@@ -4,8 +4,8 @@
 
     FOLDER/model.onnx, model.onnx.data    as the request names the folder
 
-The command is a process of its own, because it imports torch and holds the model in memory: a
-server of the graph does neither.
+The command is a process of its own, because it holds torch's model in memory: a server of the graph
+does not.
 """
 
 import sys

@@ -95,6 +95,9 @@ class Codistill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     temperature: Annotated[float, Bound(lambda value: 0.05 <= value <= 20, "0.05 to 20")] = 0.5
     tokens: int = 32  # of a completion with its end; longer completions do not count
     across: bool = True  # between models; false: among devices of one model, for comparison
+    # How label predictions are combined. Two controls: FedMD's plain mean, and in studies the
+    # texts' true labels in place of all predictions.
+    votes: Literal["weighted", "mean", "oracle"] = "weighted"
 
 
 class Adapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -166,6 +169,11 @@ def load(path: Path) -> Fleet:
         raise InputError(f"{path}: {error}") from error
     if fleet.codistill is None:
         return fleet
+    if fleet.codistill.votes == "oracle":
+        raise InputError(
+            f'{path}: [codistill] votes is "oracle", which needs the labels of the public texts, so it is for studies: '
+            'a fleet takes "weighted" or "mean"'
+        )
     anchors = str(path.parent / fleet.codistill.anchors)
     return msgspec.structs.replace(fleet, codistill=msgspec.structs.replace(fleet.codistill, anchors=anchors))
 
@@ -237,6 +245,9 @@ def _check(fleet: Fleet) -> None:
         falls = all(above > below >= least for above, below in pairwise(numbers))
         _require(key, numbers[1:], falls, f"{needed} ({numbers[0]}) to {least} or more")
     if codistill is not None and fleet.head is None:  # predictions are completions
+        _require(
+            "[codistill] votes", codistill.votes, codistill.votes == "weighted", "weighted without a [head]"
+        )
         total, longest = codistill.texts * codistill.tokens, min(lengths) - 8
         _require("[codistill] texts x tokens", total, total <= MOST_TOKENS, f"{MOST_TOKENS} or less")
         needed = f"2 to {longest}, as rows are cut to {min(lengths)}"

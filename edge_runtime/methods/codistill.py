@@ -22,6 +22,11 @@ hold them back: a device overtakes them within the round, and a fleet that follo
 on its early mistakes. Therefore the ramp. Labels of which a device has no rows are exempt from the
 ramp, as nothing else teaches the device these labels.
 
+`votes` chooses the teacher. The equations above are "weighted"; two others are controls for studies:
+
+    mean     s_k(a) = 1 and w_k(a) = 1 / number of devices: the plain mean of all predictions, FedMD
+    oracle   each device sends the true label of each text in place of p_k: a perfect teacher
+
 Labels have the same name on all devices. The head has a row for every label that the fleet
 predicts, so a device learns a label that it never met. On texts of labels that a device does not
 know, the device is as sure of a wrong label as of a right label; s_k(a) is small there, as the
@@ -31,11 +36,13 @@ beside codistill. A label that no device of a round predicts keeps its last T: k
 that have left is still taught.
 
 Source: the method is ours; distillation on public data between different models is that of Li &
-Wang 2019, arXiv 1910.03581 (FedMD); the ramp that of Laine & Aila 2017, arXiv 1610.02242.
+Wang 2019, arXiv 1910.03581 (FedMD), whose devices send class scores; the ramp that of Laine & Aila
+2017, arXiv 1610.02242.
 """
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from edge_runtime.methods.interface import Array, Contributions, Factor, Method, Scope, Tensors, add_to
@@ -48,14 +55,18 @@ T = P._replace(trained=False)
 FLOOR = 1e-6  # of a probability
 
 
-def combined(contributions: Contributions) -> Tensors:
-    """The step from the last T to the devices' weighted mean, for the labels that they predict."""
+def combined(contributions: Contributions, *, plain: bool = False) -> Tensors:
+    """The step from the last T to the devices' mean, for the labels that they predict.
+
+    plain: every device and text counts the same.
+    """
     sums: dict[str, Any] = {}
     before: Tensors = {}
     samples = 0
     for contribution in contributions():
-        weight = contribution.samples * _certainty(contribution.delta)
-        samples += contribution.samples
+        rows = 1 if plain else contribution.samples
+        weight = 1 if plain else rows * _certainty(contribution.delta)
+        samples += rows
         for predicted, value in contribution.delta.items():
             key = join(parse(predicted).place, "T")
             if key in contribution.before:
@@ -98,6 +109,6 @@ def added(method: Method, spec: Codistill) -> Method:
     scope: Scope = "fleet" if spec.across else "class"
     return method._replace(
         factors={**method.factors, "P": P._replace(shared=scope), "T": T._replace(shared=scope)},
-        merges={**method.merges, "anchors": combined},
+        merges={**method.merges, "anchors": partial(combined, plain=spec.votes == "mean")},
         sizes=lambda rank: {**method.sizes(rank), "anchors": spec.texts},
     )

@@ -38,18 +38,19 @@ def shares(spec: Spec, folder: Path, seed: int) -> dict[str, list[Row]]:
     return held
 
 
-def anchors(spec: Spec, folder: Path) -> list[Row]:
-    """The public texts, without labels."""
+def anchors(spec: Spec, folder: Path, *, labelled: bool = False) -> list[Row]:
+    """The public texts, without their labels unless a control needs them."""
     if spec.anchors is None:
         return []
     file, count = spec.anchors.file, spec.anchors.rows
-    by_label = _by_label(read_rows(folder / file))
+    by_label = _by_label(_labelled(folder / file) if labelled else read_rows(folder / file))
     drawn = _evenly(by_label, -(-count // len(by_label)))
     if len(drawn) < count:
         raise InputError(
             f"[anchors] rows is {count}, but {file} gives {len(drawn)} rows spread evenly over its labels"
         )
-    return [{"text": row["text"]} for row in random.Random(0).sample(drawn, count)]
+    fields = ("text", "label") if labelled else ("text",)
+    return [{name: row[name] for name in fields} for row in random.Random(0).sample(drawn, count)]
 
 
 def test_rows(task: Data, folder: Path) -> list[Row]:

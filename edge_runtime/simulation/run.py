@@ -51,7 +51,8 @@ def run_arm(spec: Spec, arm: Arm, seed: int, *, files: Path, models: Path, folde
     method = methods.of(fleet)
     anchors = None
     if fleet.codistill is not None:
-        anchors = data.write_rows(folder / ANCHORS, draw.anchors(spec, files))
+        texts = draw.anchors(spec, files, labelled=fleet.codistill.votes == "oracle")
+        anchors = data.write_rows(folder / ANCHORS, texts)
     members = participants(spec, arm, fleet, files, models, folder)
     versions = Versions(fleet, method, folder / "versions")
     # one round more, in which the devices evaluate alone

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from edge_runtime.adapters.attach import State
+from edge_runtime.errors import InputError
 from edge_runtime.methods import codistill
 from edge_runtime.protocol.keys import join
 from edge_runtime.trainer.base import Base
@@ -52,7 +53,20 @@ class Predictions:
     def __init__(
         self, job: Job, texts: list[Row], labels: list[str], met: set[str], how: Tokenization
     ) -> None:
-        """labels: of the head, in its order. met: the labels of this device's own rows."""
+        """Tokenize the texts.
+
+        Args:
+            labels: of the head, in its order.
+            met: the labels of this device's own rows.
+
+        Raises:
+            InputError: devices answer with the texts' true labels, but a text has none.
+        """
+        assert job.fleet.codistill is not None
+        self._votes = job.fleet.codistill.votes
+        self._truth = np.array([row.get("label", "") for row in texts])
+        if self._votes == "oracle" and not self._truth.all():
+            raise InputError('[codistill] votes is "oracle", but the public texts have no labels')
         examples = how.examples({"text": row["text"], "label": ""} for row in texts)
         self._texts = [text._replace(answer=number) for number, text in enumerate(examples)]
         self._job, self._labels, self._met = job, labels, met
@@ -75,13 +89,18 @@ class Predictions:
 
     @torch.no_grad()
     def answer(self, base: Base, examples: Indexed, meter: Meter) -> None:
-        """Predict the texts; a text unlike the device's own examples counts less."""
+        """Predict the texts, as `votes` says; a text unlike the device's own examples counts less."""
         meter.tell("predict")
         with meter.phase("predict"):
-            states, alike = compared(base, sample(examples), self._texts)
-            probabilities = base.adapter.logits(states).softmax(-1) * alike[:, None]
-            columns = zip(self._labels, probabilities.T.cpu().numpy(), strict=True)
-            self._answers = DeviceAnswers({join("anchors", label, "P"): row[None] for label, row in columns})
+            if self._votes == "oracle":
+                columns = {label: np.float32(self._truth == label) for label in sorted(set(self._truth))}
+            else:
+                states, alike = compared(base, sample(examples), self._texts)
+                weights = alike[:, None] if self._votes == "weighted" else 1.0
+                probabilities = base.adapter.logits(states).softmax(-1) * weights
+                columns = dict(zip(self._labels, probabilities.T.cpu().numpy(), strict=True))
+            predictions = {join("anchors", label, "P"): row[None] for label, row in columns.items()}
+            self._answers = DeviceAnswers(predictions)
 
     def answers(self, tokenizer: Callable[[], Any]) -> DeviceAnswers:
         """The predictions, by canonical key."""

@@ -90,6 +90,49 @@ def test_what_one_said_who_has_left_goes_on_being_taught():
         np.testing.assert_allclose(before[key] + step[key], combined((first, 3))[key], atol=1e-6)
 
 
+@pytest.mark.parametrize(("votes", "plain"), [("mean", True), ("weighted", False), ("oracle", False)])
+def test_the_plain_mean_knows_neither_rows_nor_certainty(votes, plain):
+    spec = msgspec.structs.replace(SPEC, votes=votes)
+    merge = methods.build(settings.MethodChoice(), settings.Head(), spec).merges["anchors"]
+    devices = [(said("abc", 3, 0), 100), (said("ab", 1, 1), 40)]
+    step = merge(lambda: (Contribution({}, one, samples) for one, samples in devices))
+    (first, _), (second, _) = devices
+    truth = {key[:-1] + "T": (value + second.get(key, 0)) / 2 for key, value in first.items()}
+    assert step.keys() == truth.keys()
+    assert all(np.allclose(step[key], truth[key], atol=1e-6) for key in truth) is plain
+
+
+def test_the_true_labels_stay_as_they_are_on_the_node():
+    truth = {f"anchors.{label}.P": np.eye(2, dtype=np.float32)[[number]] for number, label in enumerate("ab")}
+    step = combined((truth, 30), (truth, 5))
+    for key, value in truth.items():
+        np.testing.assert_allclose(step[key[:-1] + "T"], value, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("votes", "head", "reason"),
+    [
+        (
+            "oracle",
+            "[head]",
+            r'votes is "oracle", which needs the labels of the public texts, so it is for studies',
+        ),
+        ("mean", "", r"votes is 'mean', but has to be weighted without a \[head\]"),
+        ("mean", "[head]", None),
+    ],
+)
+def test_a_fleet_has_votes_of_devices_and_of_labels(tmp_path, votes, head, reason):
+    path = tmp_path / "fleet.toml"
+    path.write_text(
+        f'[fleet]\nname = "f"\n[codistill]\nanchors = "a"\nvotes = "{votes}"\n{head}\n[[catalog]]\nsource = "m"\n'
+    )
+    if reason is None:
+        assert settings.load(path).codistill.votes == votes
+    else:
+        with pytest.raises(InputError, match=reason):
+            settings.load(path)
+
+
 def test_who_finds_a_text_unlike_its_own_rows_is_not_heard():
     """Both are as sure; what one says is scaled by how like its rows each text is."""
     first = {
@@ -162,6 +205,10 @@ def test_labels_that_a_device_has_no_rows_of_count_in_full_from_the_first_round(
     assert lesson.rows == round(10 * sum(shares)) and lesson.weight == 3.0
     np.testing.assert_allclose(lesson.targets, [[1, 0], [0.25, 0.75]], rtol=1e-6)
     assert Predictions(job, rows, ["met"], {"met"}, how).lesson({}) is None
+    oracle = msgspec.structs.replace(fleet, votes="oracle")
+    asked = msgspec.structs.replace(job, fleet=msgspec.structs.replace(job.fleet, codistill=oracle))
+    with pytest.raises(InputError, match=r'votes is "oracle", but the public texts have no labels'):
+        Predictions(asked, rows, ["met"], {"met"}, how)
 
 
 @pytest.mark.parametrize("name", list(methods.METHODS))
@@ -170,7 +217,7 @@ def test_it_goes_with_every_method(name):
         methods.METHODS[name],
         methods.build(settings.MethodChoice(name), settings.Head(), SPEC),
     )
-    assert with_it.merges["anchors"] is codistill.combined
+    assert with_it.merges["anchors"].func is codistill.combined
     assert ("labels" in with_it.merges) is bool(alone.merges)
     assert alone.merges.keys() <= with_it.merges.keys()
     assert with_it.factor("anchors.x.P").exchanged and not with_it.factor("anchors.x.T").exchanged

@@ -1,5 +1,6 @@
 """A head over labels in a real trainer, what it learns from public texts, and the parts of a step."""
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -87,6 +88,26 @@ def test_what_a_device_says_adds_up_to_how_like_its_rows_a_text_is(trained, tmp_
     assert (total > 0).all() and (total <= 1.02).all()
     assert not any(key.startswith("anchors") for key in load_file(folder / "state.bin"))
     assert load_file(folder / "residual.bin") == {}  # nothing is owed of it
+
+
+def test_the_controls_say_the_plain_prediction_and_the_truth(trained, tmp_path):
+    labelled = [{**row, "label": row["text"].split()[0]} for row in PUBLIC]
+    anchors = str(data.write_rows(tmp_path / "anchors.jsonl", labelled))
+    training, sent = settings.Training(steps=1, rows_a_step=2, max_tokens=32), {}
+    for votes in ("mean", "oracle"):
+        spec = msgspec.structs.replace(CODISTILL, votes=votes)
+        method = settings.MethodChoice("local")
+        folder, _ = trained(votes, method=method, codistill=spec, anchors=anchors, training=training)
+        sent[votes] = codec.decode((folder / "payload.bin").read_bytes())
+    assert sent["mean"].keys() == {f"anchors.{label}.P" for label in ("green", "red")}
+    np.testing.assert_allclose(sum(sent["mean"].values()), 1, atol=0.02)  # no likeness to own rows in it
+    truth = {
+        f"anchors.{label}.P": np.float32([[row["label"] == label for row in labelled]])
+        for label in ("red", "green", "blue")
+    }
+    assert sent["oracle"].keys() == truth.keys()
+    for key, value in truth.items():
+        np.testing.assert_allclose(sent["oracle"][key], value, atol=0.01)
 
 
 def test_a_label_is_learned_from_what_the_fleet_says_of_public_texts(trained, tmp_path):

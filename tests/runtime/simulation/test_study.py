@@ -144,6 +144,9 @@ def test_public_texts_have_no_labels_and_are_the_same_for_every_arm(study, files
     found = draw.anchors(study, files)
     assert len(found) == 6 and all(row.keys() == {"text"} for row in found)
     assert found == draw.anchors(study, files)
+    labelled = draw.anchors(study, files, labelled=True)  # of the oracle
+    assert [row["text"] for row in labelled] == [row["text"] for row in found]
+    assert all(row["text"].startswith(row["label"]) for row in labelled)
 
 
 def test_a_run_is_done_again_when_what_it_depends_on_has_changed(study):

@@ -5,7 +5,8 @@
     [adapter]   rank, lower, alpha, roles
     [head]      shared: of text and label rows, where there is a head for them
     [training]  steps, rows_a_step, learning_rate, max_tokens, shorter, ...
-    [codistill] anchors, texts, rows, weight, across: of learning from what other devices predict
+    [public]    file, texts: texts that every device may see
+    [codistill] rows, weight, across: of learning from what other devices predict on them
     [[catalog]] models in order of preference: source, depth, weights
 
 The node sends all of it to the devices in its round message, so a device is configured by the
@@ -78,17 +79,22 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shared: Literal["class", "private"] = "class"
 
 
+class Public(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Public texts, by which devices of different models come to understand each other."""
+
+    file: PathText  # on the node, a .jsonl file (aggregator/opening.py)
+    # in use: the file's first; 0: all that it has
+    texts: Annotated[int, Bound(lambda texts: 0 <= texts <= 1 << 20, f"0 to {1 << 20}")] = 0
+
+
 class Codistill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Devices of all models learn from each other's predictions on public texts.
+    """Devices of all models learn from each other's predictions on the public texts.
 
     With a [head] a prediction is a label, without it a completion. rows and weight are those of the
     last round; they grow up to it, but for labels that a device has no rows of
     (methods/codistill.py).
     """
 
-    anchors: PathText  # path of the public texts on the node, a .jsonl file (aggregator/opening.py)
-    # public texts in use: the file's first
-    texts: Annotated[int, Bound(lambda texts: 1 <= texts <= 1 << 20, f"1 to {1 << 20}")] = 300
     rows: Positive = 16  # public texts in a step, beside the device's rows
     weight: Factor = 2.0  # of the public texts' mean loss, beside the mean loss of the device's rows
     # of label targets; below 1 they are surer
@@ -150,10 +156,17 @@ class Fleet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapter: Adapter = Adapter()
     training: Training = Training()
     head: Head | None = None
+    public: Public | None = None
     codistill: Codistill | None = None
 
 
-TABLES: dict[str, Any] = {"adapter": Adapter, "training": Training, "head": Head, "codistill": Codistill}
+TABLES: dict[str, Any] = {
+    "adapter": Adapter,
+    "training": Training,
+    "head": Head,
+    "public": Public,
+    "codistill": Codistill,
+}
 
 
 def load(path: Path) -> Fleet:
@@ -167,15 +180,15 @@ def load(path: Path) -> Fleet:
         fleet = parse(tables)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    if fleet.codistill is None:
-        return fleet
-    if fleet.codistill.votes == "oracle":
+    if fleet.codistill is not None and fleet.codistill.votes == "oracle":
         raise InputError(
             f'{path}: [codistill] votes is "oracle", which needs the labels of the public texts, so it is for studies: '
             'a fleet takes "weighted" or "mean"'
         )
-    anchors = str(path.parent / fleet.codistill.anchors)
-    return msgspec.structs.replace(fleet, codistill=msgspec.structs.replace(fleet.codistill, anchors=anchors))
+    if fleet.public is None:
+        return fleet
+    file = str(path.parent / fleet.public.file)
+    return msgspec.structs.replace(fleet, public=msgspec.structs.replace(fleet.public, file=file))
 
 
 def read_toml(path: Path, name: str, advice: str = "") -> dict[str, Any]:
@@ -244,12 +257,15 @@ def _check(fleet: Fleet) -> None:
     ):
         falls = all(above > below >= least for above, below in pairwise(numbers))
         _require(key, numbers[1:], falls, f"{needed} ({numbers[0]}) to {least} or more")
-    if codistill is not None and fleet.head is None:  # predictions are completions
+    if codistill is not None and fleet.public is None:
+        raise InputError("[codistill] compares predictions on public texts: add [public] with their file")
+    if codistill is not None and fleet.public is not None and fleet.head is None:
+        # predictions are completions
         _require(
             "[codistill] votes", codistill.votes, codistill.votes == "weighted", "weighted without a [head]"
         )
-        total, longest = codistill.texts * codistill.tokens, min(lengths) - 8
-        _require("[codistill] texts x tokens", total, total <= MOST_TOKENS, f"{MOST_TOKENS} or less")
+        total, longest = fleet.public.texts * codistill.tokens, min(lengths) - 8
+        _require("[public] texts x [codistill] tokens", total, total <= MOST_TOKENS, f"{MOST_TOKENS} or less")
         needed = f"2 to {longest}, as rows are cut to {min(lengths)}"
         _require("[codistill] tokens", codistill.tokens, 2 <= codistill.tokens <= longest, needed)
 

@@ -95,7 +95,7 @@ class LocalRounds:
 
         Args:
             number: of the round, counted from 1.
-            files: start, the encoded global version, and anchors, the fleet's public texts; either
+            files: start, the encoded global version, and texts, the fleet's public texts; either
                 may be missing or None.
             train: False: the fleet has finished, its last version is evaluated alone.
         """
@@ -111,7 +111,7 @@ class LocalRounds:
             data=str(self.rows.data),
             evaluation={name: str(path) for name, path in self.rows.evaluation.items()},
             start=paths.get("start"),
-            anchors=paths.get("anchors"),
+            texts=paths.get("texts"),
             carried=Carried(
                 **{name: str(self._of_round(round_) / FILES[name]) for name, round_ in left.items()}
             ),

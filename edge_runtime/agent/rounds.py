@@ -173,7 +173,7 @@ class Rounds:
             return
         announced = self._round.announced
         version = announced.versions.get(planned.plan.model_class, announced.versions.get(FLEET))
-        named = {"start": version, "anchors": announced.anchors}
+        named = {"start": version, "texts": announced.texts}
         artifacts = {name: artifact for name, artifact in named.items() if artifact is not None}
         # files that earlier rounds have fetched
         needed = {artifact.digest for artifact in artifacts.values()}

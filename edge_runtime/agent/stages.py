@@ -52,7 +52,7 @@ class Fetching(NamedTuple):
     """What the round starts from is on its way."""
 
     planned: Planned
-    artifacts: dict[str, Artifact]  # by name: start and anchors
+    artifacts: dict[str, Artifact]  # by name: start and texts
     interrupted: bool = False  # by an outage
 
 

@@ -24,11 +24,10 @@ class Announcer:
         self, session: Session, publisher: Publisher, fleet: Fleet, node: str, key: Ed25519PrivateKey
     ) -> None:
         self._session, self._publisher, self._node, self._key = session, publisher, node, key
-        if fleet.codistill is not None:
+        if fleet.public is not None:
             # devices do not see in which folder of the node the file lies
-            name = Path(fleet.codistill.anchors).name
-            spec = msgspec.structs.replace(fleet.codistill, anchors=name)
-            fleet = msgspec.structs.replace(fleet, codistill=spec)
+            spec = msgspec.structs.replace(fleet.public, file=Path(fleet.public.file).name)
+            fleet = msgspec.structs.replace(fleet, public=spec)
         self._fleet, self._topic = fleet, topics.round(fleet.name)
         self._served: dict[str, Artifact] = {}
         self._message = b""
@@ -43,7 +42,7 @@ class Announcer:
         """
         for artifact in self._served.values():
             self._publisher.withdraw(artifact.digest)
-        anchors = self._publisher.serve(texts) if texts is not None else None
+        served_texts = self._publisher.serve(texts) if texts is not None else None
         self._served = {name: self._publisher.serve(version.artifact) for name, version in versions.items()}
         announced = Round(
             node=self._node,
@@ -51,7 +50,7 @@ class Announcer:
             round=min(round_, self._fleet.rounds),
             fleet=self._fleet,
             versions=self._served,
-            anchors=anchors,
+            texts=served_texts,
         )
         self._message = signing.sign(self._key, ROUND_DOMAIN, msgspec.json.encode(announced))
         self._publish()

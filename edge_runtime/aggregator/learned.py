@@ -53,7 +53,7 @@ def read(
             f"the node of {state} has opened no round, so nothing was learned: wait for its first merged round"
         )
     head = msgspec.json.decode(fixed["[head]"], type=Head | None)
-    method = methods.build(msgspec.json.decode(fixed["[method]"], type=MethodChoice), head, None)
+    method = methods.build(msgspec.json.decode(fixed["[method]"], type=MethodChoice), head)
     _require_whole(method)
     model_class = _class(sorted(artifacts.keys() - {FLEET}), name, state)
     plans, published = store.plans(model_class), artifacts[model_class]

@@ -86,13 +86,16 @@ class Node:
             InputError: the fleet's method is not known, or cannot merge the ranks its devices may
                 take; its public texts cannot be read; or the state was made with other settings.
         """
+        texts = opening.public_texts(fleet)
+        if fleet.public is not None:
+            public = msgspec.structs.replace(fleet.public, texts=len(texts))
+            fleet = msgspec.structs.replace(fleet, public=public)
         self.fleet, self.options, self._tell, self._exchange = fleet, options, tell, exchange
         self._method = methods.of(fleet)
         self._store = NodeStore(options.state / "node.db")
         self._journal = Journal(self._store.connection, options.state)
-        texts = opening.public_texts(fleet)
         opening.check_settings(fleet, texts, self._store, self._journal, options.state)
-        self._texts = data.write_rows(options.state / "anchors.jsonl", texts) if texts else None
+        self._texts = data.write_rows(options.state / "texts.jsonl", texts) if texts else None
         self._key = signing.load_or_create_key(options.state / "node.key")
         name = topics.client_id("node", fleet.name, options.node)
         self._session = Session(options.broker, name, session_expiry_s=0)

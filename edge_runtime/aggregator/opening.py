@@ -17,21 +17,21 @@ KEPT_ROUNDS = 10  # rounds whose versions stay in the state folder
 
 
 def public_texts(fleet: Fleet) -> list[data.Row]:
-    """The question of each of the file's first `texts` usable rows; none without [codistill].
+    """The question of each of the file's first `texts` usable rows; none without [public].
 
     Raises:
         InputError: the fleet's file cannot be read, or has too few rows that can be used.
     """
-    if fleet.codistill is None:
+    if fleet.public is None:
         return []
-    spec, headed = fleet.codistill, fleet.head is not None  # a head classifies texts, not messages
-    questions = map(_question, data.stream(Path(spec.anchors)))
+    spec, headed = fleet.public, fleet.head is not None  # a head classifies texts, not messages
+    questions = map(_question, data.stream(Path(spec.file)))
     usable = (row for row in questions if row.get("text", "").strip() or ("messages" in row and not headed))
-    texts = list(islice(usable, spec.texts))
-    if len(texts) < spec.texts:
+    texts = list(islice(usable, spec.texts or None))
+    if len(texts) < max(spec.texts, 1):
         needed = "a text or a prompt" if headed else "a text, a prompt or messages"
         raise InputError(
-            f"[codistill] texts is {spec.texts}, but {spec.anchors} has {len(texts)} rows with {needed}: lower it, or "
+            f"[public] texts is {spec.texts or 'all'}, but {spec.file} has {len(texts)} rows with {needed}: lower it, or "
             "add rows"
         )
     return texts
@@ -55,14 +55,14 @@ def check_settings(
         InputError: versions and updates in the folder were made with other settings; the first of
             these is named.
     """
-    public = fleet.codistill
+    distils = fleet.codistill
     fixed = {
         "[method]": fleet.method,
         "[adapter]": msgspec.structs.replace(fleet.adapter, lower=()),
         "[head]": fleet.head,
-        "[codistill] texts and across": (public.texts, public.across) if public is not None else None,
+        "[codistill] across": distils.across if distils is not None else None,
         # devices refer to the texts by number
-        "[codistill] anchors": hashlib.sha256(msgspec.json.encode(texts)).hexdigest()[:12],
+        "[public] texts": hashlib.sha256(msgspec.json.encode(texts)).hexdigest()[:12],
         "[fleet] seed": fleet.seed,
     }
     values = {name: msgspec.json.encode(value).decode() for name, value in fixed.items()}

@@ -31,9 +31,12 @@ METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in _FILES}
 
 
 def build(
-    spec: settings.MethodChoice, head: settings.Head | None, distils: settings.Codistill | None
+    spec: settings.MethodChoice,
+    head: settings.Head | None = None,
+    public: settings.Public | None = None,
+    distils: settings.Codistill | None = None,
 ) -> Method:
-    """A method with its settings, a head and distillation.
+    """A method with its settings, a head, and distillation on public texts.
 
     Raises:
         InputError: the method is unknown, or a setting is unknown or out of range.
@@ -50,8 +53,9 @@ def build(
             raise InputError(f"[method] {spec.name}: {error}") from error
     if head is not None:
         method = label_head.added(method, head)
-    if distils is not None:
-        method = codistill.added(method, distils) if head is not None else completions.added(method, distils)
+    if distils is not None and public is not None:
+        adds = codistill.added if head is not None else completions.added
+        method = adds(method, public, distils)
     return method
 
 
@@ -61,7 +65,7 @@ def of(fleet: settings.Fleet) -> Method:
     Raises:
         InputError: as for `build`; or the method cannot merge the ranks that the fleet allows.
     """
-    method, adapter = build(fleet.method, fleet.head, fleet.codistill), fleet.adapter
+    method, adapter = build(fleet.method, fleet.head, fleet.public, fleet.codistill), fleet.adapter
     if adapter.rank + method.kept > MOST_RANK:
         raise InputError(
             f"[adapter] rank is {adapter.rank} and [method] kept {method.kept}, but together they can be {MOST_RANK} "

@@ -48,7 +48,7 @@ from typing import Any
 from edge_runtime.methods.interface import Array, Contributions, Factor, Method, Scope, Tensors, add_to
 from edge_runtime.methods.lazy import np
 from edge_runtime.protocol.keys import join, parse
-from edge_runtime.settings import Codistill
+from edge_runtime.settings import Codistill, Public
 
 P = Factor(("one", "anchors"), trained=True, shared="fleet", start="zero", of="anchors")
 T = P._replace(trained=False)
@@ -104,11 +104,11 @@ def ramp(round_: int, rounds: int) -> float:
     return math.exp(-5 * (1 - (round_ - 1) / max(rounds - 1, 1)) ** 2)
 
 
-def added(method: Method, spec: Codistill) -> Method:
+def added(method: Method, public: Public, spec: Codistill) -> Method:
     """The method with predictions beside its own exchange."""
     scope: Scope = "fleet" if spec.across else "class"
     return method._replace(
         factors={**method.factors, "P": P._replace(shared=scope), "T": T._replace(shared=scope)},
         merges={**method.merges, "anchors": partial(combined, plain=spec.votes == "mean")},
-        sizes=lambda rank: {**method.sizes(rank), "anchors": spec.texts},
+        sizes=lambda rank: {**method.sizes(rank), "anchors": public.texts},
     )

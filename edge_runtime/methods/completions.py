@@ -23,19 +23,19 @@ from edge_runtime.errors import InputError
 from edge_runtime.methods.interface import Method, PublicAnswers
 from edge_runtime.protocol import completion
 from edge_runtime.protocol.completion import Completion
-from edge_runtime.settings import Codistill
+from edge_runtime.settings import Codistill, Public
 
 CANDIDATES = 4  # of a prompt
 CHARACTERS_A_TOKEN = 32  # at most
 
 
-def added(method: Method, spec: Codistill) -> Method:
+def added(method: Method, public: Public, spec: Codistill) -> Method:
     """The method with completions beside its own exchange."""
-    answers = PublicAnswers("fleet" if spec.across else "class", partial(check, spec), merged)
+    answers = PublicAnswers("fleet" if spec.across else "class", partial(check, public, spec), merged)
     return method._replace(answers=answers)
 
 
-def check(spec: Codistill, payload: bytes) -> None:
+def check(public: Public, spec: Codistill, payload: bytes) -> None:
     """Refuse a device's completions.
 
     Raises:
@@ -45,7 +45,7 @@ def check(spec: Codistill, payload: bytes) -> None:
     prompts: set[int] = set()
     longest = CHARACTERS_A_TOKEN * spec.tokens
     for answer in completion.decode(payload):
-        if not 0 <= answer.prompt < spec.texts or answer.prompt in prompts:
+        if not 0 <= answer.prompt < public.texts or answer.prompt in prompts:
             raise InputError(
                 f"the delta completes prompt {answer.prompt}, which it has completed or this fleet does not have"
             )

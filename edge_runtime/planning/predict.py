@@ -92,7 +92,7 @@ class Workload:
     @cached_property
     def method(self) -> Method:
         """The fleet's method, with its head and distillation."""
-        return methods.build(self.fleet.method, self.fleet.head, self.fleet.codistill)
+        return methods.build(self.fleet.method, self.fleet.head, self.fleet.public, self.fleet.codistill)
 
     @property
     def rows_a_step(self) -> int:

@@ -21,4 +21,4 @@ class Round(msgspec.Struct, frozen=True):
     fleet: Fleet
     # Versions that the round starts from, by model class; a class without one starts at version 0.
     versions: dict[str, Artifact]
-    anchors: Artifact | None = None  # the public texts of a fleet that distils
+    texts: Artifact | None = None  # the fleet's public texts

@@ -38,16 +38,16 @@ def shares(spec: Spec, folder: Path, seed: int) -> dict[str, list[Row]]:
     return held
 
 
-def anchors(spec: Spec, folder: Path, *, labelled: bool = False) -> list[Row]:
+def public_texts(spec: Spec, folder: Path, *, labelled: bool = False) -> list[Row]:
     """The public texts, without their labels unless a control needs them."""
-    if spec.anchors is None:
+    if spec.public is None:
         return []
-    file, count = spec.anchors.file, spec.anchors.rows
+    file, count = spec.public.file, spec.public.texts
     by_label = _by_label(_labelled(folder / file) if labelled else read_rows(folder / file))
     drawn = _evenly(by_label, -(-count // len(by_label)))
     if len(drawn) < count:
         raise InputError(
-            f"[anchors] rows is {count}, but {file} gives {len(drawn)} rows spread evenly over its labels"
+            f"[public] texts is {count}, but {file} gives {len(drawn)} rows spread evenly over its labels"
         )
     fields = ("text", "label") if labelled else ("text",)
     return [{name: row[name] for name in fields} for row in random.Random(0).sample(drawn, count)]

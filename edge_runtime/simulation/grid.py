@@ -60,7 +60,7 @@ def run(
         draw.shares(spec, files, seed)
     for task in spec.data.values():
         draw.test_rows(task, files)
-    draw.anchors(spec, files)
+    draw.public_texts(spec, files)
     (out / "work").mkdir(parents=True, exist_ok=True)
     folders = files.resolve(), models.resolve(), out.resolve()
     with _pool(workers) as pool:

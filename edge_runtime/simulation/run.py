@@ -28,7 +28,7 @@ from edge_runtime.protocol.report import Result
 from edge_runtime.simulation import draw
 from edge_runtime.simulation.participants import Participant, member, participants
 from edge_runtime.simulation.results import Answers, Outcome, short
-from edge_runtime.simulation.spec import ANCHORS, Arm, Spec
+from edge_runtime.simulation.spec import PUBLIC, Arm, Spec
 from edge_runtime.simulation.versions import Versions
 from edge_runtime.trainer import data
 from edge_runtime.trainer.base import Bases
@@ -49,15 +49,15 @@ def run_arm(spec: Spec, arm: Arm, seed: int, *, files: Path, models: Path, folde
     began = time.monotonic()
     fleet = spec.fleet_of(arm, seed)
     method = methods.of(fleet)
-    anchors = None
-    if fleet.codistill is not None:
-        texts = draw.anchors(spec, files, labelled=fleet.codistill.votes == "oracle")
-        anchors = data.write_rows(folder / ANCHORS, texts)
+    texts = None
+    if fleet.public is not None:
+        oracle = fleet.codistill is not None and fleet.codistill.votes == "oracle"
+        texts = data.write_rows(folder / PUBLIC, draw.public_texts(spec, files, labelled=oracle))
     members = participants(spec, arm, fleet, files, models, folder)
     versions = Versions(fleet, method, folder / "versions")
     # one round more, in which the devices evaluate alone
     for round_ in range(1, fleet.rounds + 2):
-        _work(members, round_, versions, anchors)
+        _work(members, round_, versions, texts)
         versions.merge(round_)
     shutil.rmtree(folder)
     return Outcome(
@@ -73,7 +73,7 @@ def run_arm(spec: Spec, arm: Arm, seed: int, *, files: Path, models: Path, folde
     )
 
 
-def _work(members: list[Participant], round_: int, versions: Versions, anchors: Path | None) -> None:
+def _work(members: list[Participant], round_: int, versions: Versions, texts: Path | None) -> None:
     """Let each device evaluate and train; after the last round it evaluates alone."""
     rounds = versions.fleet.rounds
     # Devices of a model and a rank begin a round with equal adapters: one evaluation serves them all.
@@ -82,7 +82,7 @@ def _work(members: list[Participant], round_: int, versions: Versions, anchors: 
     for participant in members:
         device, plan = participant.device, participant.plan
         latest = versions.latest(plan.model_class)
-        files = {"start": latest.artifact if latest else None, "anchors": anchors}
+        files = {"start": latest.artifact if latest else None, "texts": texts}
         number, train = min(round_, rounds), round_ <= rounds
         job = participant.rounds.job(number, participant.fleet, participant.facts, plan, files, train=train)
         folder = participant.rounds.folder(job)

@@ -3,7 +3,7 @@
 [study]      about, seeds, weights
 [fleet], [adapter], [training], [head]   as in a fleet file; they hold for every arm
 [data.NAME]  a task: files of training and test rows, and how many rows of them
-[anchors]    public texts: rows of a file that every device may see, without their labels
+[public]     public texts: rows of a file that every device may see, without their labels
 [[device]]   id, model, rank, task, and the domains that its rows are of
 [[arm]]      a line of the table: its method and its changes to the fleet tables
 """
@@ -23,7 +23,7 @@ from edge_runtime.errors import InputError
 # figures: in the trainer, the methods, the codec, the merge, the kernels, or the draw of rows. Runs
 # that carry another number are neither tabled nor paired with new runs, and are made again.
 COMPUTATION = 1
-ANCHORS = "anchors.jsonl"
+PUBLIC = "public.jsonl"
 AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
 
 
@@ -40,11 +40,11 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     test_per_label: AtLeastOne | msgspec.UnsetType = msgspec.UNSET
 
 
-class Anchors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Public(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Public texts, drawn evenly over the labels of a file."""
 
     file: str
-    rows: AtLeastOne
+    texts: AtLeastOne
 
 
 class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -97,7 +97,7 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapter: dict[str, Any] = {}
     training: dict[str, Any] = {}
     head: dict[str, Any] | None = None
-    anchors: Anchors | None = None
+    public: Public | None = None
 
     def fleet_of(self, arm: Arm, seed: int) -> settings.Fleet:
         """The fleet that an arm trains as; raises InputError for tables that do not fit."""
@@ -116,9 +116,14 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.head is not None:
             tables["head"] = {**self.head, **arm.head}
         if arm.codistill is not None:
-            texts = self.anchors.rows if self.anchors else 0
-            tables["codistill"] = {"anchors": ANCHORS, "texts": texts, **arm.codistill}
+            tables["codistill"] = arm.codistill
+        if self.public is not None and self._public(arm):
+            tables["public"] = {"file": PUBLIC, "texts": self.public.texts}
         return settings.parse(tables)
+
+    def _public(self, arm: Arm) -> bool:
+        """Whether an arm's devices use the public texts."""
+        return arm.codistill is not None or "frame" in arm.method or arm.head.get("shared") == "fleet"
 
     def digest(self, arm: Arm, seed: int) -> str:
         """COMPUTATION, a dash, and a hash of all in this file that the arm's result depends on."""
@@ -126,7 +131,7 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             self,
             study=msgspec.structs.replace(self.study, about="", seeds=(seed,)),
             arm=(msgspec.structs.replace(arm, control=None),),
-            anchors=self.anchors if arm.codistill is not None else None,
+            public=self.public if self._public(arm) else None,
         )
         return f"{COMPUTATION}-{hashlib.sha256(msgspec.json.encode(content)).hexdigest()[:12]}"
 
@@ -158,8 +163,8 @@ def _faults(spec: Spec) -> Iterator[str]:
     for arm in spec.arm:
         if arm.control is not None and arm.control not in names:
             yield f"the arm `{arm.name}` has the control `{arm.control}`, which is not there"
-        if arm.codistill is not None and spec.anchors is None:
-            yield f"the arm `{arm.name}` distils, which needs [anchors]"
+        if arm.codistill is not None and spec.public is None:
+            yield f"the arm `{arm.name}` distils, which needs [public]"
         if arm.head and spec.head is None:
             yield f"the arm `{arm.name}` has a head, but the file has no [head]"
     for name, task in spec.data.items():

@@ -47,7 +47,7 @@ class Job(msgspec.Struct, frozen=True):
     data: str  # path of the training rows
     evaluation: dict[str, str]  # paths of held-out rows, by name
     start: str | None = None  # path of the encoded global version; None: version 0
-    anchors: str | None = None  # path of the fleet's public texts
+    texts: str | None = None  # path of the fleet's public texts
     carried: Carried = Carried()
     machine: Machine = Machine()
     export: str | None = None  # folder for the adapter as the job starts with it (adapters/learned.py)

@@ -44,7 +44,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         TrainerError: training failed.
     """
     job = msgspec.json.decode((folder / "job.json").read_bytes(), type=Job)
-    method = methods.build(job.fleet.method, job.fleet.head, job.fleet.codistill)
+    method = methods.build(job.fleet.method, job.fleet.head, job.fleet.public, job.fleet.codistill)
     prepare(job.machine)
     meter = Meter(job.machine.device, say)
     meter.tell("load")
@@ -173,16 +173,16 @@ def _head_labels(job: Job, met: set[str]) -> list[str]:
 def _public(
     job: Job, labels: list[str], met: set[str], how: Tokenization
 ) -> Completions | Predictions | None:
-    spec = job.fleet.codistill
-    if job.anchors is None or spec is None:
+    public, spec = job.fleet.public, job.fleet.codistill
+    if job.texts is None or public is None or spec is None:
         return None
-    lines = Path(job.anchors).read_text(encoding="utf-8").split("\n")
+    lines = Path(job.texts).read_text(encoding="utf-8").split("\n")
     texts: list[data.Row] = [json.loads(line) for line in lines if line]
-    if len(texts) < spec.texts:
-        raise InputError(f"the fleet has {spec.texts} public texts, but its file has {len(texts)} rows")
+    if len(texts) < public.texts:
+        raise InputError(f"the fleet has {public.texts} public texts, but its file has {len(texts)} rows")
     if job.fleet.head is None:
-        return Completions(job, spec, texts[: spec.texts], how)
-    return Predictions(job, texts[: spec.texts], labels, met, how) if labels else None
+        return Completions(job, spec, texts[: public.texts], how)
+    return Predictions(job, texts[: public.texts], labels, met, how) if labels else None
 
 
 def _result(

@@ -19,6 +19,7 @@ TABLES = {  # of a fleet file, as its page names them
     "[adapter]": settings.Adapter,
     "[training]": settings.Training,
     "[head]": settings.Head,
+    "[public]": settings.Public,
     "[codistill]": settings.Codistill,
     "[[catalog]]": settings.Model,
 }
@@ -95,7 +96,7 @@ def test_the_page_of_the_fleet_file_lists_each_key_with_its_default():
         for table, struct in TABLES.items()
         for field in msgspec.structs.fields(struct)
         if field.encode_name
-        not in ("catalog", "method", "adapter", "training", "head", "codistill", "settings")
+        not in ("catalog", "method", "adapter", "training", "head", "public", "codistill", "settings")
     }
     assert page.keys() == fields.keys()
     for key, field in fields.items():

@@ -185,8 +185,8 @@ def test_a_name_that_no_topic_can_have_is_refused_in_one_line(read, name):
 def test_a_path_with_a_nul_character_is_refused(read):
     with pytest.raises(InputError, match=r"source .* has to be text without a NUL"):
         read(SMALLEST.replace('source = "m"', 'source = "m\\u0000"'))
-    with pytest.raises(InputError, match=r"anchors is .* has to be text without a NUL"):
-        read(SMALLEST + '[codistill]\nanchors = "a\\u0000"\n')
+    with pytest.raises(InputError, match=r"file is .* has to be text without a NUL"):
+        read(SMALLEST + '[public]\nfile = "a\\u0000"\n')
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,11 @@ from edge_runtime.protocol import codec
 TABLES = """
 [head]
 
-[codistill]
-anchors = "public.jsonl"
+[public]
+file = "public.jsonl"
 texts = 12
+
+[codistill]
 rows = 4
 """
 
@@ -86,7 +88,7 @@ def test_a_label_that_a_model_never_met_reaches_it_from_another(
         )
         assert before is not None and after is not None
         assert after.evaluation["held_out_1"].accuracy > before.evaluation["held_out_1"].accuracy
-    assert "not to be seen" not in (fleet.folder / "node" / "anchors.jsonl").read_text()
+    assert "not to be seen" not in (fleet.folder / "node" / "texts.jsonl").read_text()
 
 
 def test_a_class_that_comes_late_starts_from_what_the_fleet_shares(

@@ -12,9 +12,11 @@ from edge_runtime.protocol import codec, completion
 from edge_runtime.protocol.completion import Completion
 
 TABLES = """
-[codistill]
-anchors = "public.jsonl"
+[public]
+file = "public.jsonl"
 texts = 12
+
+[codistill]
 rows = 8
 tokens = 8
 """
@@ -97,4 +99,4 @@ def test_completions_reach_a_model_of_another_tokenizer(fleet: Fleet, two_models
         )
         assert before is not None and after is not None
         assert after.evaluation["held_out_1"].accuracy > before.evaluation["held_out_1"].accuracy
-    assert "not to be seen" not in (fleet.folder / "node" / "anchors.jsonl").read_text()
+    assert "not to be seen" not in (fleet.folder / "node" / "texts.jsonl").read_text()

@@ -77,14 +77,14 @@ def test_a_fleet_file_that_no_longer_fits_what_is_there_is_refused(node, tables,
 
 def test_public_texts_that_are_others_than_those_that_were_asked_are_refused(node, tmp_path):
     file = tmp_path / "public.jsonl"
-    tables = {"codistill": {"anchors": str(file), "texts": 2}}
+    tables = {"public": {"file": str(file), "texts": 2}}
     file.write_text('{"text": "a"}\n{"text": "b"}\n')
     update(node(**tables), "a")
     node(**tables)
     file.write_text('{"text": "b"}\n{"text": "a"}\n')
-    with pytest.raises(InputError, match=r"was made with another \[codistill\] anchors"):
+    with pytest.raises(InputError, match=r"was made with another \[public\] texts"):
         node(**tables)
-    assert (tmp_path / "anchors.jsonl").read_text().startswith('{"text": "a"}')
+    assert (tmp_path / "texts.jsonl").read_text().startswith('{"text": "a"}')
 
 
 @pytest.mark.parametrize(

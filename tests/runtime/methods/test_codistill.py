@@ -17,7 +17,7 @@ from edge_runtime.protocol import codec
 from edge_runtime.trainer.examples import IGNORED, Example
 from edge_runtime.trainer.public import Predictions
 
-SPEC = settings.Codistill("anchors.jsonl", texts=5)
+PUBLIC, SPEC = settings.Public("public.jsonl", 5), settings.Codistill()
 RNG = np.random.default_rng(0)
 
 
@@ -93,7 +93,7 @@ def test_what_one_said_who_has_left_goes_on_being_taught():
 @pytest.mark.parametrize(("votes", "plain"), [("mean", True), ("weighted", False), ("oracle", False)])
 def test_the_plain_mean_knows_neither_rows_nor_certainty(votes, plain):
     spec = msgspec.structs.replace(SPEC, votes=votes)
-    merge = methods.build(settings.MethodChoice(), settings.Head(), spec).merges["anchors"]
+    merge = methods.build(settings.MethodChoice(), settings.Head(), PUBLIC, spec).merges["anchors"]
     devices = [(said("abc", 3, 0), 100), (said("ab", 1, 1), 40)]
     step = merge(lambda: (Contribution({}, one, samples) for one, samples in devices))
     (first, _), (second, _) = devices
@@ -124,7 +124,7 @@ def test_the_true_labels_stay_as_they_are_on_the_node():
 def test_a_fleet_has_votes_of_devices_and_of_labels(tmp_path, votes, head, reason):
     path = tmp_path / "fleet.toml"
     path.write_text(
-        f'[fleet]\nname = "f"\n[codistill]\nanchors = "a"\nvotes = "{votes}"\n{head}\n[[catalog]]\nsource = "m"\n'
+        f'[fleet]\nname = "f"\n[public]\nfile = "a"\n[codistill]\nvotes = "{votes}"\n{head}\n[[catalog]]\nsource = "m"\n'
     )
     if reason is None:
         assert settings.load(path).codistill.votes == votes
@@ -151,7 +151,12 @@ def test_who_finds_a_text_unlike_its_own_rows_is_not_heard():
 
 
 FLEET = settings.Fleet(
-    "f", (settings.Model("m"),), adapter=settings.Adapter(rank=2), head=settings.Head(), codistill=SPEC
+    "f",
+    (settings.Model("m"),),
+    adapter=settings.Adapter(rank=2),
+    head=settings.Head(),
+    public=PUBLIC,
+    codistill=SPEC,
 )
 
 
@@ -180,12 +185,13 @@ def test_labels_that_a_device_has_no_rows_of_are_news_to_it():
 
 @pytest.mark.parametrize(("round_", "ramp"), [(1, np.exp(-5)), (6, 1.0)])
 def test_labels_that_a_device_has_no_rows_of_count_in_full_from_the_first_round(round_, ramp):
-    fleet = settings.Codistill("", texts=2, rows=10, weight=3.0, temperature=1.0)
+    distils = settings.Codistill(rows=10, weight=3.0, temperature=1.0)
     job = job_of(
         train=True,
         round=round_,
         rounds=6,
-        codistill=fleet,
+        public=settings.Public("", 2),
+        codistill=distils,
         facts=None,
         plan=None,
         depths=(),
@@ -205,7 +211,7 @@ def test_labels_that_a_device_has_no_rows_of_count_in_full_from_the_first_round(
     assert lesson.rows == round(10 * sum(shares)) and lesson.weight == 3.0
     np.testing.assert_allclose(lesson.targets, [[1, 0], [0.25, 0.75]], rtol=1e-6)
     assert Predictions(job, rows, ["met"], {"met"}, how).lesson({}) is None
-    oracle = msgspec.structs.replace(fleet, votes="oracle")
+    oracle = msgspec.structs.replace(distils, votes="oracle")
     asked = msgspec.structs.replace(job, fleet=msgspec.structs.replace(job.fleet, codistill=oracle))
     with pytest.raises(InputError, match=r'votes is "oracle", but the public texts have no labels'):
         Predictions(asked, rows, ["met"], {"met"}, how)
@@ -215,7 +221,7 @@ def test_labels_that_a_device_has_no_rows_of_count_in_full_from_the_first_round(
 def test_it_goes_with_every_method(name):
     alone, with_it = (
         methods.METHODS[name],
-        methods.build(settings.MethodChoice(name), settings.Head(), SPEC),
+        methods.build(settings.MethodChoice(name), settings.Head(), PUBLIC, SPEC),
     )
     assert with_it.merges["anchors"].func is codistill.combined
     assert ("labels" in with_it.merges) is bool(alone.merges)
@@ -237,7 +243,8 @@ def test_predictions_cross_models_or_stay_in_the_class(tmp_path, across):
         FLEET.catalog,
         adapter=FLEET.adapter,
         head=settings.Head(),
-        codistill=settings.Codistill("anchors.jsonl", texts=5, across=across),
+        public=PUBLIC,
+        codistill=settings.Codistill(across=across),
     )
     method = methods.of(fleet)
     first = {
@@ -319,8 +326,9 @@ def test_the_nodes_texts_are_checked_before_anything_is_announced(tmp_path):
     file.write_text("".join(json.dumps({"text": f"t{n}", "label": "secret"}) + "\n" for n in range(7)))
 
     def of(texts):
-        return msgspec.structs.replace(FLEET, codistill=settings.Codistill(str(file), texts=texts))
+        return msgspec.structs.replace(FLEET, public=settings.Public(str(file), texts))
 
+    assert len(opening.public_texts(of(0))) == 7
     assert opening.public_texts(of(5)) == [{"text": f"t{n}"} for n in range(5)]
     with pytest.raises(InputError, match=r"texts is 8, but .* has 7 rows"):
         opening.public_texts(of(8))
@@ -333,9 +341,9 @@ def test_what_is_asked_is_served_without_its_answer_and_messages_only_where_no_h
     ]
     rows = [{"prompt": "p", "completion": "secret"}, {"messages": turns}, {"text": "t"}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fleet = msgspec.structs.replace(FLEET, head=None, codistill=settings.Codistill(str(file), texts=3))
+    fleet = msgspec.structs.replace(FLEET, head=None, public=settings.Public(str(file), 3))
     asked = [{"text": "p"}, {"messages": turns[:4]}, {"text": "t"}]
     assert opening.public_texts(fleet) == asked
     with pytest.raises(InputError, match=r"texts is 3, but .* has 2 rows with a text or a prompt"):
         opening.public_texts(msgspec.structs.replace(fleet, head=settings.Head()))
-    assert opening.public_texts(msgspec.structs.replace(fleet, codistill=None)) == []
+    assert opening.public_texts(msgspec.structs.replace(fleet, public=None)) == []

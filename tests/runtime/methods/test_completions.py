@@ -23,8 +23,14 @@ from edge_runtime.trainer.examples import IGNORED, Example, in_shares
 from edge_runtime.trainer.tokens import Asked, Tokenization
 from edge_runtime.trainer.vocabulary import sweep
 
-SPEC = settings.Codistill("anchors.jsonl", texts=5, tokens=8)
-FLEET = settings.Fleet("f", (settings.Model("m"),), adapter=settings.Adapter(rank=2), codistill=SPEC)
+SPEC = settings.Codistill(tokens=8)
+FLEET = settings.Fleet(
+    "f",
+    (settings.Model("m"),),
+    adapter=settings.Adapter(rank=2),
+    public=settings.Public("public.jsonl", 5),
+    codistill=SPEC,
+)
 A = {"layers.0.q.A": np.ones((2, 4), np.float32)}
 
 
@@ -130,12 +136,13 @@ def test_what_is_learned_of_completions_weighs_by_the_prompts_that_have_one(tmp_
     """Of four prompts this model can be asked three, and its chat template refuses one of these with its completion."""
     said = [Completion(n, f" {n}", confidence) for n, confidence in enumerate((0.9, 0.3, 1.0, 1.0))]
     (tmp_path / "start").write_bytes(payload({}, said))
-    fleet = settings.Codistill("", texts=4, rows=10, weight=3.0)
+    distils = settings.Codistill(rows=10, weight=3.0)
     job = job_of(
         train=True,
         round=2,
         rounds=3,
-        codistill=fleet,
+        public=settings.Public("", 4),
+        codistill=distils,
         facts=None,
         plan=None,
         depths=(),
@@ -176,7 +183,10 @@ WORDS = ("red", "green", "blue")
 ROWS = [{"prompt": f"{word} {n}:", "completion": f" {word}"} for n in range(6) for word in WORDS[:2]]
 HELD_OUT = [{"prompt": f"{word} {n}:", "completion": f" {word}"} for n in range(6, 9) for word in WORDS]
 PUBLIC = [{"text": f"{word} {n}:"} for n in range(10, 14) for word in WORDS]
-CODISTILL = settings.Codistill("", texts=len(PUBLIC), rows=6, tokens=8)
+CODISTILL = {
+    "public": settings.Public("", len(PUBLIC)),
+    "codistill": settings.Codistill(rows=6, tokens=8),
+}
 TRAINING = settings.Training(steps=60, rows_a_step=8, learning_rate=2e-2, max_tokens=32)
 
 
@@ -185,9 +195,9 @@ def right(row):
 
 
 def test_a_device_says_how_it_completes_public_prompts(trained, tmp_path):
-    anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC))
-    fleet = {"method": settings.MethodChoice("local"), "codistill": CODISTILL, "round": 2, "rounds": 3}
-    folder, result = trained("says", ROWS, HELD_OUT, anchors=anchors, training=TRAINING, **fleet)
+    texts = str(data.write_rows(tmp_path / "public.jsonl", PUBLIC))
+    fleet = {"method": settings.MethodChoice("local"), **CODISTILL, "round": 2, "rounds": 3}
+    folder, result = trained("says", ROWS, HELD_OUT, texts=texts, training=TRAINING, **fleet)
     said = {one.prompt: one for one in completions_of((folder / "payload.bin").read_bytes())}
     known = [number for number, row in enumerate(PUBLIC) if "blue" not in row["text"]]
     assert result.losses[-1] < result.losses[0]
@@ -197,12 +207,12 @@ def test_a_device_says_how_it_completes_public_prompts(trained, tmp_path):
 
 
 def test_a_device_that_ends_no_completion_takes_part_with_nothing(trained, tmp_path):
-    anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC))
+    texts = str(data.write_rows(tmp_path / "public.jsonl", PUBLIC))
     training = msgspec.structs.replace(TRAINING, steps=1, learning_rate=1e-6)
     common = {
         "method": settings.MethodChoice("local"),
-        "codistill": CODISTILL,
-        "anchors": anchors,
+        **CODISTILL,
+        "texts": texts,
         "training": training,
     }
     folder, result = trained("silent", ROWS, HELD_OUT, **common)
@@ -213,19 +223,19 @@ def test_prompts_that_a_model_cannot_be_asked_are_left_out(trained, tmp_path):
     """The tiny model's tokenizer has a chat template that wants users and assistants to take turns."""
     turns = [{"role": role, "content": "red 11:"} for role in ("tool", "nobody")]
     rows = [{"messages": turns}, *PUBLIC[1:]]
-    anchors = str(data.write_rows(tmp_path / "anchors.jsonl", rows))
-    fleet = {"method": settings.MethodChoice("local"), "codistill": CODISTILL, "rounds": 3, "round": 2}
-    folder, _ = trained("asked", ROWS, HELD_OUT, anchors=anchors, training=TRAINING, **fleet)
+    texts = str(data.write_rows(tmp_path / "public.jsonl", rows))
+    fleet = {"method": settings.MethodChoice("local"), **CODISTILL, "rounds": 3, "round": 2}
+    folder, _ = trained("asked", ROWS, HELD_OUT, texts=texts, training=TRAINING, **fleet)
     assert completions_of((folder / "payload.bin").read_bytes())
 
 
 def test_an_answer_is_learned_from_what_the_fleet_says_of_public_prompts(trained, tmp_path):
     """With completions that are right about blue the device that never saw it writes it; without them it cannot."""
-    anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC))
+    texts = str(data.write_rows(tmp_path / "public.jsonl", PUBLIC))
     told = [Completion(number, right(row), 0.5) for number, row in enumerate(PUBLIC)]
     (tmp_path / "start").write_bytes(payload({}, told))
-    fleet = {"method": settings.MethodChoice("local"), "codistill": CODISTILL, "round": 2, "rounds": 2}
-    common = {**fleet, "anchors": anchors, "training": TRAINING}
+    fleet = {"method": settings.MethodChoice("local"), **CODISTILL, "round": 2, "rounds": 2}
+    common = {**fleet, "texts": texts, "training": TRAINING}
     accuracy = {}
     for name, start in (("taught", {"start": str(tmp_path / "start")}), ("alone", {})):
         folder, _ = trained(name, ROWS, HELD_OUT, **common, **start)

@@ -1,6 +1,5 @@
 """A head over labels in a real trainer, what it learns from public texts, and the parts of a step."""
 
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -16,7 +15,7 @@ from edge_runtime.trainer.step import cut
 ROWS = [{"text": f"{word} {n}", "label": word} for n in range(6) for word in ("red", "green")]
 HELD_OUT = [{"text": f"{word} {n}", "label": word} for n in range(6, 9) for word in ("red", "green", "blue")]
 PUBLIC = [{"text": f"{word} {n}"} for n in range(10, 14) for word in ("red", "green", "blue")]
-CODISTILL = settings.Codistill("", texts=len(PUBLIC), rows=6)
+CODISTILL = {"public": settings.Public("", len(PUBLIC)), "codistill": settings.Codistill(rows=6)}
 
 
 @pytest.fixture
@@ -63,9 +62,9 @@ def test_rows_of_labels_that_a_device_was_not_shown_are_not_sent(trained, tmp_pa
     version = {f"labels.{label}.H": np.ones((1, 32), np.float32) for label in ("red", "blue")}
     told = {"anchors.blue.T": np.ones((1, len(PUBLIC)), np.float32)} if predicted else {}
     (tmp_path / "start").write_bytes(codec.encode({**version, **told}))
-    anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC)) if predicted else None
-    codistill = CODISTILL if predicted else None
-    folder, _ = trained("foreign", start=str(tmp_path / "start"), codistill=codistill, anchors=anchors)
+    texts = str(data.write_rows(tmp_path / "public.jsonl", PUBLIC)) if predicted else None
+    codistill = CODISTILL if predicted else {}
+    folder, _ = trained("foreign", start=str(tmp_path / "start"), texts=texts, **codistill)
     shown = {"red", "green", "blue"} if predicted else {"red", "green"}
     for sent in (codec.decode((folder / "payload.bin").read_bytes()), load_file(folder / "residual.bin")):
         assert {key for key in sent if key.startswith("labels")} == {f"labels.{label}.H" for label in shown}
@@ -78,8 +77,8 @@ def test_without_a_head_labels_are_learned_as_text(trained):
 
 
 def test_what_a_device_says_adds_up_to_how_like_its_rows_a_text_is(trained, tmp_path):
-    anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC))
-    folder, _ = trained("says", method=settings.MethodChoice("local"), codistill=CODISTILL, anchors=anchors)
+    texts = str(data.write_rows(tmp_path / "public.jsonl", PUBLIC))
+    folder, _ = trained("says", method=settings.MethodChoice("local"), texts=texts, **CODISTILL)
     said = codec.decode((folder / "payload.bin").read_bytes())
     assert {key: value.shape for key, value in said.items()} == {
         f"anchors.{label}.P": (1, 12) for label in ("green", "red")
@@ -92,12 +91,12 @@ def test_what_a_device_says_adds_up_to_how_like_its_rows_a_text_is(trained, tmp_
 
 def test_the_controls_say_the_plain_prediction_and_the_truth(trained, tmp_path):
     labelled = [{**row, "label": row["text"].split()[0]} for row in PUBLIC]
-    anchors = str(data.write_rows(tmp_path / "anchors.jsonl", labelled))
+    texts = str(data.write_rows(tmp_path / "public.jsonl", labelled))
     training, sent = settings.Training(steps=1, rows_a_step=2, max_tokens=32), {}
     for votes in ("mean", "oracle"):
-        spec = msgspec.structs.replace(CODISTILL, votes=votes)
+        spec = {**CODISTILL, "codistill": settings.Codistill(rows=6, votes=votes)}
         method = settings.MethodChoice("local")
-        folder, _ = trained(votes, method=method, codistill=spec, anchors=anchors, training=training)
+        folder, _ = trained(votes, method=method, texts=texts, training=training, **spec)
         sent[votes] = codec.decode((folder / "payload.bin").read_bytes())
     assert sent["mean"].keys() == {f"anchors.{label}.P" for label in ("green", "red")}
     np.testing.assert_allclose(sum(sent["mean"].values()), 1, atol=0.02)  # no likeness to own rows in it
@@ -112,7 +111,7 @@ def test_the_controls_say_the_plain_prediction_and_the_truth(trained, tmp_path):
 
 def test_a_label_is_learned_from_what_the_fleet_says_of_public_texts(trained, tmp_path):
     """With targets that are right about blue the device that never saw it tells it apart; without them it cannot."""
-    anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC))
+    texts = str(data.write_rows(tmp_path / "public.jsonl", PUBLIC))
     told = {
         f"anchors.{label}.T": np.array(
             [[float(label == row["text"].split()[0]) for row in PUBLIC]], np.float32
@@ -121,8 +120,8 @@ def test_a_label_is_learned_from_what_the_fleet_says_of_public_texts(trained, tm
     }
     (tmp_path / "start").write_bytes(codec.encode(told))
     training = settings.Training(steps=40, rows_a_step=8, learning_rate=2e-2, max_tokens=32)
-    fleet = {"method": settings.MethodChoice("local"), "codistill": CODISTILL, "round": 2, "rounds": 2}
-    common = {**fleet, "anchors": anchors, "training": training}
+    fleet = {"method": settings.MethodChoice("local"), **CODISTILL, "round": 2, "rounds": 2}
+    common = {**fleet, "texts": texts, "training": training}
     accuracy = {}
     for name, start in (("taught", {"start": str(tmp_path / "start")}), ("alone", {})):
         folder, _ = trained(name, **common, **start)
@@ -134,8 +133,8 @@ def test_a_label_is_learned_from_what_the_fleet_says_of_public_texts(trained, tm
 
 def test_a_device_without_labels_takes_part_with_what_it_has(trained, tmp_path):
     rows = [{"prompt": f"say {n}: ", "completion": f"{n}"} for n in range(12)]
-    anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC))
-    folder, result = trained("prompts", rows=rows, codistill=CODISTILL, anchors=anchors)
+    texts = str(data.write_rows(tmp_path / "public.jsonl", PUBLIC))
+    folder, result = trained("prompts", rows=rows, texts=texts, **CODISTILL)
     assert result.losses[-1] < result.losses[0]
     assert {key.split(".")[0] for key in codec.shapes((folder / "payload.bin").read_bytes())} == {"layers"}
 
@@ -147,9 +146,9 @@ def test_a_label_that_cannot_be_exchanged_is_refused_before_training(trained, la
 
 
 def test_too_few_public_texts_are_refused_in_a_sentence(trained, tmp_path):
-    anchors = str(data.write_rows(tmp_path / "anchors.jsonl", PUBLIC[:3]))
+    texts = str(data.write_rows(tmp_path / "public.jsonl", PUBLIC[:3]))
     with pytest.raises(AssertionError, match="has 12 public texts, but its file has 3 rows"):
-        trained("few", codistill=CODISTILL, anchors=anchors)
+        trained("few", texts=texts, **CODISTILL)
 
 
 # --- the parts of a step

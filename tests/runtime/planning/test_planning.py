@@ -17,7 +17,7 @@ from edge_runtime.planning.candidates import candidates, lower, predicted
 from edge_runtime.planning.predict import Serving, Workload, predict
 from edge_runtime.planning.search import choose
 from edge_runtime.planning.time import Rates
-from edge_runtime.settings import Adapter, Codistill, Fleet, MethodChoice, Model, Training
+from edge_runtime.settings import Adapter, Codistill, Fleet, MethodChoice, Model, Public, Training
 from edge_runtime.trainer.tokens import Tokenization
 
 MIB = 1 << 20
@@ -345,7 +345,9 @@ def test_a_running_plan_with_kept_blocks_first_runs_them_again_and_never_takes_m
     of = fleet(Model("large", weights=("bfloat16",)), rows_a_step=4, max_tokens=128)
     bare = bare_plan(LARGE, 30, "bfloat16", tokens=128, rows=4, kept_blocks=20)
     kept = predicted(Workload(of, LARGE, RUNTIME), RATES, bare)
-    _, *ways = lowered(msgspec.structs.replace(of, codistill=Codistill("public.jsonl", rows=16)), kept)
+    _, *ways = lowered(
+        msgspec.structs.replace(of, public=Public("public.jsonl"), codistill=Codistill(rows=16)), kept
+    )
     assert [(way.rows, way.kept_blocks) for way in ways][:2] == [(4, 0), (3, 0)]
 
 
@@ -354,7 +356,7 @@ TRAINING = ("boundaries", "block")
 
 def test_keys_and_values_of_answers_are_predicted_where_they_weigh_more_than_training():
     of = fleet(Model("large", weights=("q4_1",)), rows_a_step=1, max_tokens=2048)
-    answering = msgspec.structs.replace(of, codistill=Codistill("public.jsonl"))
+    answering = msgspec.structs.replace(of, public=Public("public.jsonl"), codistill=Codistill())
     for kv_heads, larger in ((LARGE.kv_heads, False), (LARGE.heads, True)):
         known = {"large": msgspec.structs.replace(LARGE, kv_heads=kv_heads)}
         for plain, answers in zip(

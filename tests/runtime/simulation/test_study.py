@@ -33,9 +33,9 @@ train = "train.jsonl"
 test = "test.jsonl"
 per_label = 4
 
-[anchors]
+[public]
 file = "public.jsonl"
-rows = 6
+texts = 6
 
 [[device]]
 id = "a"
@@ -141,10 +141,10 @@ def test_held_out_rows_are_drawn_evenly_over_labels_where_that_is_asked_for(file
 
 
 def test_public_texts_have_no_labels_and_are_the_same_for_every_arm(study, files):
-    found = draw.anchors(study, files)
+    found = draw.public_texts(study, files)
     assert len(found) == 6 and all(row.keys() == {"text"} for row in found)
-    assert found == draw.anchors(study, files)
-    labelled = draw.anchors(study, files, labelled=True)  # of the oracle
+    assert found == draw.public_texts(study, files)
+    labelled = draw.public_texts(study, files, labelled=True)  # of the oracle
     assert [row["text"] for row in labelled] == [row["text"] for row in found]
     assert all(row["text"].startswith(row["label"]) for row in labelled)
 
@@ -156,11 +156,11 @@ def test_a_run_is_done_again_when_what_it_depends_on_has_changed(study):
     )
     assert study.digest(arm, 0) == same.digest(msgspec.structs.replace(arm, control="all in one"), 0)
     fleet = msgspec.structs.replace(study, fleet={"rounds": 3})
-    anchors = msgspec.structs.replace(study, anchors=spec.Anchors("public.jsonl", 5))
-    digests = [study.digest(arm, 0), study.digest(arm, 1), fleet.digest(arm, 0), anchors.digest(arm, 0)]
+    others = msgspec.structs.replace(study, public=spec.Public("public.jsonl", 5))
+    digests = [study.digest(arm, 0), study.digest(arm, 1), fleet.digest(arm, 0), others.digest(arm, 0)]
     assert len(set(digests)) == 4
     assert b"test_per_label" not in msgspec.json.encode(study)  # runs from before there was the key stand
-    assert study.digest(study.arm[0], 0) == anchors.digest(study.arm[0], 0)  # it has no public texts
+    assert study.digest(study.arm[0], 0) == others.digest(study.arm[0], 0)  # it has no public texts
 
 
 def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
@@ -393,7 +393,7 @@ def test_the_slope_is_that_of_the_power_of_the_rounds():
         (("seeds = [0, 1]", "seeds = 3"), "Expected `array`, got `int`"),
         (('control = "local"', 'control = "nobody"'), "has the control `nobody`, which is not there"),
         (('control = "local"', 'control = "Local"'), "has the control `Local`, which is not there"),
-        (('[anchors]\nfile = "public.jsonl"\nrows = 6', ""), "distils, which needs \\[anchors\\]"),
+        (('[public]\nfile = "public.jsonl"\ntexts = 6', ""), "distils, which needs \\[public\\]"),
         (('data = "colours"\ndomains = ["cold"]', 'data = "sounds"'), "there is no \\[data.sounds\\]"),
         (('method = {name = "fedit"}', 'method = {name = "fedit", branches = 2}'), "no key `branches`"),
         (("rounds = 2", "rounds = 2\nseed = 7"), "seed is each run's own"),

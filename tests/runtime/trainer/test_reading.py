@@ -76,9 +76,9 @@ def test_the_labels_of_all_rows_are_known_where_there_is_a_head(reading):
 
 
 def test_rows_that_public_texts_are_compared_with_are_read_too(reading, tmp_path):
-    texts = data.write_rows(tmp_path / "anchors.jsonl", [{"text": "turn off"}])
-    spec = settings.Codistill("", texts=1, tokens=4)
-    material = reading(numbered(1000), codistill=spec, anchors=str(texts))
+    texts = data.write_rows(tmp_path / "public.jsonl", [{"text": "turn off"}])
+    spec = settings.Codistill(tokens=4)
+    material = reading(numbered(1000), public=settings.Public("", 1), codistill=spec, texts=str(texts))
     assert [TOKENIZER.decode(material.examples[number].ids) for number in range(0, 1000, 2)][-1].startswith(
         "light 998:"
     )

@@ -75,8 +75,9 @@ class MethodChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A linear head over the labels; without it, rows of text and label are learned as text."""
 
-    # Who shares each label's row: the devices of a model class, or nobody.
-    shared: Literal["class", "private"] = "class"
+    # Who shares each label's row: the whole fleet, in the common frame of its models
+    # (methods/frames.py); the devices of a model class; or nobody.
+    shared: Literal["fleet", "class", "private"] = "class"
 
 
 class Public(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -85,6 +86,8 @@ class Public(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     file: PathText  # on the node, a .jsonl file (aggregator/opening.py)
     # in use: the file's first; 0: all that it has
     texts: Annotated[int, Bound(lambda texts: 0 <= texts <= 1 << 20, f"0 to {1 << 20}")] = 0
+    # of the models' activations; rotated: at random, for comparison
+    frame: Literal["common", "rotated"] = "common"
 
 
 class Codistill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -259,6 +262,10 @@ def _check(fleet: Fleet) -> None:
         _require(key, numbers[1:], falls, f"{needed} ({numbers[0]}) to {least} or more")
     if codistill is not None and fleet.public is None:
         raise InputError("[codistill] compares predictions on public texts: add [public] with their file")
+    if fleet.head is not None and fleet.head.shared == "fleet" and fleet.public is None:
+        raise InputError(
+            '[head] shared = "fleet" compares models by public texts: add [public] with their file'
+        )
     if codistill is not None and fleet.public is not None and fleet.head is None:
         # predictions are completions
         _require(

@@ -20,6 +20,7 @@ from edge_runtime.adapters.learned import Learned
 from edge_runtime.adapters.singular import frames
 from edge_runtime.errors import InputError
 from edge_runtime.methods import fedit
+from edge_runtime.methods.frames import MAP
 from edge_runtime.methods.interface import Method, Product, relative_depth
 from edge_runtime.models import structure
 from edge_runtime.protocol.keys import join, leading, parse
@@ -34,7 +35,7 @@ class Attached(NamedTuple):
     paths: dict[tuple[int, str], str]  # path of the adapted module in the model, by layer and role
     # of a linear head over labels, beside the model's head over its vocabulary
     labels: tuple[str, ...] = ()
-    head: nn.Parameter | None = None  # (labels, hidden)
+    head: nn.Parameter | None = None  # (labels, hidden), or (labels, frame) where it has a frame
 
     def trained(self) -> list[nn.Parameter]:
         """Every parameter that requires a gradient."""
@@ -44,7 +45,8 @@ class Attached(NamedTuple):
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """The label head's logits, (rows, hidden) to (rows, labels)."""
         assert self.head is not None
-        return states @ self.head.T
+        into = self.factors.get(MAP)
+        return (states if into is None else states @ into.T) @ self.head.T
 
     @contextmanager
     def without(self, names: Collection[str]) -> Iterator[None]:

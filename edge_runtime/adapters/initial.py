@@ -22,7 +22,7 @@ def initial(key: str, shape: tuple[int, ...], seed: int, factor: Factor) -> NDAr
         seed: the fleet's.
         factor: what the method says of it.
     """
-    if factor.start == "zero":
+    if factor.start in ("zero", "aligned"):
         return np.zeros(shape, np.float32)
     # Philox by key: every factor has a stream of its own, whatever is drawn before
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()

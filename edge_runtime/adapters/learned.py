@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from edge_runtime.errors import InputError
+from edge_runtime.methods.frames import MAP
 from edge_runtime.methods.interface import Method, relative_depth
 from edge_runtime.methods.lazy import torch
 from edge_runtime.models.facts import Facts
@@ -107,6 +108,8 @@ def fold(
                 factors[layer, role] = (A.contiguous().numpy(), B.contiguous().numpy())
     rows = {label_of(key): value for key, value in state.items() if parse(key).kind == "labels"}
     head = np.concatenate(list(rows.values())) if rows else None
+    if head is not None and MAP in state:  # of a head in the common frame
+        head = head @ state[MAP]
     return Learned(facts, layers, factors, version, facts.source, tuple(rows), head)
 
 

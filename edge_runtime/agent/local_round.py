@@ -25,7 +25,7 @@ from edge_runtime.settings import Fleet
 from edge_runtime.trainer.data import hold_out, stream
 from edge_runtime.trainer.job import Carried, Job, Machine
 
-FILES = {"private": "state.bin", "residual": "residual.bin", "unsent": "payload.bin"}
+FILES = {"private": "state.bin", "frame": "frame.bin", "residual": "residual.bin", "unsent": "payload.bin"}
 # The node's word on an update; spoilt: its content is at fault.
 Verdict = Literal["taken", "refused", "spoilt"]
 
@@ -133,8 +133,9 @@ class LocalRounds:
 
     def keep(self, job: Job, result: Result) -> None:
         """Remember a trained round: its private factors, and the rank if the method pruned it."""
-        if (self.folder(job) / FILES["private"]).exists():
-            self._store.set("private", str(job.round))
+        for name in ("private", "frame"):
+            if (self.folder(job) / FILES[name]).exists():
+                self._store.set(name, str(job.round))
         if job.round == 1:
             self._store.set("rank", None)
         if result.rank is not None and result.rank < job.plan.rank:

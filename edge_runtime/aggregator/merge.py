@@ -13,11 +13,12 @@ from pathlib import Path
 
 from edge_broker import files
 from edge_broker.journal import Update
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from edge_runtime.adapters.initial import initial
 from edge_runtime.aggregator.store import Version
+from edge_runtime.methods import frames
 from edge_runtime.methods.interface import Array, Contribution, Method, Scope, Tensors
 from edge_runtime.protocol import codec
 from edge_runtime.protocol.keys import STATE, parse
@@ -44,11 +45,17 @@ def merge(
     written = []
     # first the version that all classes share, and then each class's
     shared, shared_answers = _merge_scope("fleet", FLEET, updates, versions, fleet, method)
+    if method.framed:
+        shared[frames.MADE] = _frame(updates, versions, shared.get(frames.MADE), fleet, method)
     if shared or shared_answers or FLEET in versions:
         written.append(_write(FLEET, shared, {}, shared_answers, round_, folder))
     classes = {update.manifest.model_class for update in updates}
     scopes = {method.scope(kind) for kind in method.merges}
-    if "fleet" in scopes or (method.answers is not None and method.answers.shared == "fleet"):
+    if (
+        "fleet" in scopes
+        or method.framed
+        or (method.answers is not None and method.answers.shared == "fleet")
+    ):
         # a class without updates gets the shared tensors and answers, too
         classes |= versions.keys() - {FLEET}
     for model_class in sorted(classes):
@@ -79,6 +86,32 @@ def _merge_scope(
         elif last is not None:
             answers = codec.answers(last.artifact.read_bytes())
     return state, answers
+
+
+def _frame(
+    updates: list[Update],
+    versions: Mapping[str, Version],
+    before: Array | None,
+    fleet: Fleet,
+    method: Method,
+) -> Array:
+    """The common frame of all classes: the one before, unless a class is new."""
+    sent: dict[str, list[Update]] = {name: [] for name in versions if name != FLEET}
+    for update in updates:
+        sent.setdefault(update.manifest.model_class, []).append(update)
+    features: list[Array] = []
+    new = False
+    for model_class, of_class in sorted(sent.items()):
+        state: Tensors = {}
+        if model_class in versions:
+            with safe_open(versions[model_class].master, framework="np") as master:
+                if frames.SENT in set(master.keys()):
+                    state = {frames.SENT: master.get_tensor(frames.SENT)}
+        if not state:
+            _merge_kind("frame", of_class, state, fleet, method)
+            new = True
+        features += state.values()
+    return frames.common(features, before) if new or before is None else before
 
 
 def _answers(updates: list[Update]) -> Iterator[tuple[int, bytes]]:
@@ -130,6 +163,9 @@ def _write(
         raise OSError(f"{part}: {error}") from error
     files.put(part, version.master)
     part = version.artifact.with_suffix(".part")
-    part.write_bytes(codec.encode({**state, **shared}, answers))
+    # features stay on the node; a class that is not in the frame starts from the fleet's version, without it
+    apart = (frames.SENT, frames.MADE) if model_class == FLEET else (frames.SENT,)
+    published = {key: value for key, value in {**state, **shared}.items() if key not in apart}
+    part.write_bytes(codec.encode(published, answers))
     files.put(part, version.artifact)
     return version

@@ -17,6 +17,7 @@ from edge_runtime.methods import (
     ffa,
     flexlora,
     flora,
+    frames,
     h2tune,
     heterotune,
     hetlora,
@@ -56,6 +57,8 @@ def build(
     if distils is not None and public is not None:
         adds = codistill.added if head is not None else completions.added
         method = adds(method, public, distils)
+    if public is not None and any(factor.start == "aligned" for factor in method.factors.values()):
+        method = frames.added(method, public.texts)
     return method
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=256)]  # types of a method's settings
 NotNegative = Annotated[float, msgspec.Meta(ge=0.0, le=1e6)]
-Start = Literal["drawn", "zero", "singular"]
+Start = Literal["drawn", "zero", "singular", "aligned"]
 Scope = Literal["private", "class", "fleet"]
 Array: TypeAlias = "NDArray[np.float32]"
 Tensors: TypeAlias = "dict[str, Array]"
@@ -48,7 +48,10 @@ class Factor(NamedTuple):
     axes: tuple[str, ...]  # each axis is "rank", "in", "out", "one", or a name of Method.sizes
     trained: bool  # by the device; a factor that is not trained is frozen
     shared: Scope  # with nobody, inside the model class, or with the whole fleet
-    start: Start  # version 0: zero, drawn from the fleet's seed, or the layer's singular vectors
+    start: (
+        Start  # version 0: zero, drawn from the fleet's seed, the layer's singular vectors, or zero until the
+    )
+    # class is in the common frame (frames.py)
     of: Kind = "layers"  # the kind of place that has such a factor
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -189,6 +192,11 @@ class Method(NamedTuple):
     def exchanges(self) -> bool:
         """Whether a device sends anything."""
         return bool(self.merges) or self.answers is not None
+
+    @property
+    def framed(self) -> bool:
+        """Whether the method needs the common frame (frames.py)."""
+        return "frame" in self.merges
 
     @property
     def reads_weights(self) -> bool:

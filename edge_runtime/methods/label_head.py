@@ -1,6 +1,7 @@
 """A linear head that classifies by the last token's hidden state, beside any method's adapter.
 
     logit of a label = h / rms(h) · H        H: one row a label, 0 at the start
+    shared = "fleet"                         F h / rms(h) · H, F the device's map into the common frame
 
 Rows are named by their label, so devices that know different labels have different rows. A device
 also gets rows of labels that it was never shown, through the class's version; its own rows teach it
@@ -10,6 +11,7 @@ With the remaining devices in that mean, each round would push a label that few 
 from all rows (see docs/study). So a delta's keys tell which labels a device was shown.
 """
 
+from edge_runtime.methods import frames
 from edge_runtime.methods.fedit import holders_mean
 from edge_runtime.methods.interface import Factor, Method
 from edge_runtime.settings import Head
@@ -19,6 +21,12 @@ H = Factor(("one", "in"), trained=True, shared="class", start="zero", of="labels
 
 def added(method: Method, head: Head) -> Method:
     """The method with a head, private where the fleet says so or nothing is exchanged."""
+    if head.shared == "fleet":
+        in_frame = H._replace(axes=("one", "frame"), shared="fleet")
+        return method._replace(
+            factors={**method.factors, "H": in_frame, "F": frames.F},
+            merges={**method.merges, "labels": holders_mean},
+        )
     if head.shared == "private" or not method.merges:
         return method._replace(factors={**method.factors, "H": H._replace(shared="private")})
     return method._replace(

@@ -4,6 +4,7 @@
     stages.<stage>.<role>.<factor>    all layers at about the same relative depth
     labels.<label>.<factor>           a label that rows are classified by
     anchors.<label>.<factor>          the same label, on the fleet's public texts
+    frame.<factor>                    the common frame of all models (methods/frames.py)
 
 A place is a key without its factor: all factors of one linear layer have the same place.
 """
@@ -15,7 +16,7 @@ from typing import Literal, NamedTuple, cast
 
 from edge_runtime.errors import InputError
 
-Kind = Literal["layers", "stages", "labels", "anchors"]
+Kind = Literal["layers", "stages", "labels", "anchors", "frame"]
 # kinds of an adapter's own tensors; anchors are predictions
 STATE: tuple[Kind, ...] = ("layers", "stages", "labels")
 LABEL = re.compile(r"[^\x00-\x1f]{1,80}")
@@ -24,6 +25,7 @@ _NUMBER = "0|[1-9][0-9]{0,3}"
 _GRAMMAR = re.compile(
     rf"(?P<numbered>layers|stages)\.(?P<number>{_NUMBER})\.(?P<role>[a-z0-9_]{{1,16}})\.(?P<factor>[A-Za-z]{{1,16}})"
     rf"|(?P<labelled>labels|anchors)\.(?P<label>{LABEL.pattern})\.(?P<letter>[A-Z])"
+    r"|frame\.(?P<alone>[A-Z])"
 )
 
 
@@ -31,14 +33,14 @@ class Key(NamedTuple):
     """A canonical key in its parts."""
 
     kind: Kind
-    owner: int | str  # the number of the layer or stage, or the label
-    role: str  # of a linear layer, such as q or down; empty for labels and anchors
+    owner: int | str  # the number of the layer or stage, or the label; empty for the frame
+    role: str  # of a linear layer, such as q or down; empty for all else
     factor: str
 
     @property
     def place(self) -> str:
         """The key without its factor."""
-        return f"{self.kind}.{self.owner}.{self.role}" if self.role else f"{self.kind}.{self.owner}"
+        return join(*(part for part in (self.kind, self.owner, self.role) if part != ""))
 
 
 @lru_cache(maxsize=1 << 14)
@@ -53,6 +55,8 @@ def parse(text: str) -> Key:
         raise InputError(f"{text[:80]!r} is no canonical key of an adapter's tensor")
     if match["numbered"]:
         return Key(cast(Kind, match["numbered"]), int(match["number"]), match["role"], match["factor"])
+    if match["alone"]:
+        return Key("frame", "", "", match["alone"])
     return Key(cast(Kind, match["labelled"]), match["label"], "", match["letter"])
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from edge_runtime.adapters import attach
 from edge_runtime.compat.fast_tokenizer import load as load_tokenizer
 from edge_runtime.compat.lean_imports import lean_imports
+from edge_runtime.methods.frames import MAP, WIDTH
 from edge_runtime.methods.interface import Method
 from edge_runtime.models import structure, weights
 from edge_runtime.models.facts import Facts
@@ -70,6 +71,11 @@ def load_base(job: Job, method: Method, bases: Bases, labels: list[str]) -> Base
     )
     if labels:
         embedding = model.get_input_embeddings().weight
-        zeros = torch.zeros(len(labels), embedding.shape[1], device=embedding.device)
+        width = embedding.shape[1]
+        if "F" in method.factors:
+            zeros = torch.zeros(WIDTH, width, device=embedding.device)
+            adapter.factors[MAP] = nn.Parameter(zeros, requires_grad=False)
+            width = WIDTH
+        zeros = torch.zeros(len(labels), width, device=embedding.device)
         adapter = adapter._replace(labels=tuple(labels), head=nn.Parameter(zeros))
     return Base(model, adapter, plan)

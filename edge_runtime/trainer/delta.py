@@ -105,6 +105,13 @@ def write(
     return Sent(len(payload), rank)
 
 
+def write_answers(folder: Path, answers: DeviceAnswers, tell: disk.Tell) -> Sent:
+    """Write a payload.bin that has no delta."""
+    payload = codec.encode(answers.predictions, answers.completions)
+    disk.save(folder / "payload.bin", payload, tell)
+    return Sent(len(payload), None)
+
+
 def _subtract_start(delta: attach.State, method: Method, path: Path) -> int | None:
     """Subtract the file's factors in place; returns the rank that the method prunes them to."""
     with safe_open(path, framework="np") as start:

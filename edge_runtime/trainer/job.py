@@ -21,6 +21,7 @@ class Carried(msgspec.Struct, frozen=True):
     """Paths of files that earlier rounds left on this device; None: there is none."""
 
     private: str | None = None  # state.bin of an earlier round
+    frame: str | None = None  # frame.bin of an earlier round: maps into the common frame
     residual: str | None = None  # residual.bin of the last settled round
     unsent: str | None = None  # payload.bin that the node refused; its delta is sent again
 

@@ -155,12 +155,12 @@ def sampled(count: int) -> range:
 
 def compared(base: Base, rows: list[Example], texts: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     """The texts' last hidden states (texts, hidden), and their likeness to the device's rows (texts,)."""
-    text_states = _states(base, texts)
-    return text_states, likeness(_states(base, rows), text_states)
+    text_states = last_states(base, texts)
+    return text_states, likeness(last_states(base, rows), text_states)
 
 
 @torch.no_grad()
-def _states(base: Base, examples: list[Example]) -> torch.Tensor:
+def last_states(base: Base, examples: list[Example]) -> torch.Tensor:
     """The last token's hidden state of each: (examples, hidden) in float32, of equal length."""
     model, device = base.model, language_head(base.model).weight.device
     last = torch.empty(len(examples), model.config.get_text_config().hidden_size, device=device)

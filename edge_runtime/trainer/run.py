@@ -18,20 +18,22 @@ import msgspec
 from edge_runtime import methods
 from edge_runtime.adapters import attach, learned
 from edge_runtime.errors import InputError
+from edge_runtime.methods import frames
 from edge_runtime.methods.interface import Method
 from edge_runtime.models.slices import kept_layers
 from edge_runtime.protocol import codec
 from edge_runtime.protocol.keys import LABEL, label_of, parse
 from edge_runtime.protocol.report import Result, Score
 from edge_runtime.trainer import data, delta, disk
-from edge_runtime.trainer.base import Bases, load_base
+from edge_runtime.trainer.base import Base, Bases, load_base
 from edge_runtime.trainer.completions import Completions
 from edge_runtime.trainer.delta import Sent
 from edge_runtime.trainer.examples import Example, Examples, drawn, order_of
+from edge_runtime.trainer.frame import Frame
 from edge_runtime.trainer.job import Job, Progress
 from edge_runtime.trainer.meter import Meter, prepare, release
 from edge_runtime.trainer.objectives import evaluate
-from edge_runtime.trainer.public import DeviceAnswers, Predictions, sampled
+from edge_runtime.trainer.public import DeviceAnswers, Distillation, Predictions, sampled
 from edge_runtime.trainer.tokens import Tokenization
 from edge_runtime.trainer.train import Trained, train
 
@@ -49,18 +51,10 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
     meter = Meter(job.machine.device, say)
     meter.tell("load")
     with meter.phase("load"):
-        material = read(job, folder, bases.tokenizer(job.facts))
+        material = read(job, folder, bases.tokenizer(job.facts), framed=method.framed)
         release()  # the tokenizer's memory, before the model needs it
         base = load_base(job, method, bases, material.labels)
-        public = material.public
-        shared = codec.decode(Path(job.start).read_bytes()) if job.start is not None else {}
-        start = delta.start(base.adapter, shared, job.carried.private, method)
-        distillation = public.lesson(shared) if public is not None else None
-        # in memory, the global version and the start would cost an adapter each
-        del shared
-        keep(job, method, start, job.round - 1 if job.train else job.round, meter.tell)
-        if job.train:
-            delta.put_aside(start, method, folder, meter.tell)
+        frame, distillation = begin(job, method, base, material, folder, meter)
         release()
     # before training: the scores are those of the version that the round starts from
     scores = {}
@@ -68,15 +62,19 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         for name, examples in material.held_out.items():
             meter.tell(f"evaluate {name}")
             scores[name] = evaluate(base.model, base.adapter, examples, job.plan.rows)
-    trained, sent = Trained([], [], []), Sent(0, None)
-    if job.train:
+    trained, sent, public = Trained([], [], []), Sent(0, None), material.public
+    joins = job.train and frame is not None
+    features = frame.features(base, meter) if job.train and frame is not None else DeviceAnswers()
+    if job.train and not joins:
         trained = train(job, method, base, material.examples, distillation, meter)
         # nobody learns the answers of the last round
         if public is not None and job.round < job.fleet.rounds:
             public.answer(base, material.examples, meter)
     # the delta is encoded without the model in memory
     base.drop()
-    if job.train:
+    if joins:
+        sent = delta.write_answers(folder, features, meter.tell)
+    elif job.train:
         meter.tell("encode")
         with meter.phase("encode"):
             tokenizer = partial(bases.tokenizer, job.facts)
@@ -89,6 +87,32 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
     # last: a result says that every other file is complete
     disk.save(folder / "result.json", msgspec.json.encode(result), meter.tell)
     meter.tell("done")
+
+
+def begin(
+    job: Job, method: Method, base: Base, material: "Material", folder: Path, meter: Meter
+) -> tuple[Frame | None, Distillation | None]:
+    """Set the adapter to the round's start, which goes to the folder.
+
+    Returns:
+        The common frame, if the method needs one that the device's class is not in; and the lesson
+        of the fleet's answers to public texts, if there is one.
+    """
+    shared = codec.decode(Path(job.start).read_bytes()) if job.start is not None else {}
+    joins = None
+    if method.framed:
+        frame = Frame(job, material.texts, shared.pop(frames.MADE, None))
+        joins = frame if frame.new else None
+        if maps := frame.enter(base, meter):
+            disk.save(folder / "frame.bin", maps, meter.tell)
+    state = delta.start(base.adapter, shared, job.carried.private, method)
+    lesson = material.public.lesson(shared) if material.public is not None else None
+    # in memory, the global version and the start would cost an adapter each
+    del shared
+    keep(job, method, state, job.round - 1 if job.train else job.round, meter.tell)
+    if job.train and joins is None:
+        delta.put_aside(state, method, folder, meter.tell)
+    return joins, lesson
 
 
 def keep(job: Job, method: Method, state: attach.State, version: int, tell: disk.Tell) -> None:
@@ -108,13 +132,15 @@ class Material(NamedTuple):
     labels: list[str]  # that the head tells apart; none: no head
     met: set[str]  # labels of the device's own rows, where there is a head
     public: Completions | Predictions | None
+    texts: list[Example]  # public, where the method needs the common frame
 
 
-def read(job: Job, folder: Path, tokenizer: Any) -> Material:
+def read(job: Job, folder: Path, tokenizer: Any, *, framed: bool = False) -> Material:
     """Read and tokenize; raises InputError naming the file, line or setting that does not fit.
 
     folder: where tokens are put. Of the rows, which may be many, only those that the steps of the
         round draw are tokenized.
+    framed: whether the method needs the common frame.
     """
     path = Path(job.data)
     met = data.labels_of(data.stream(path)) if job.fleet.head is not None else set()
@@ -122,7 +148,8 @@ def read(job: Job, folder: Path, tokenizer: Any) -> Material:
     numbers = {label: number for number, label in enumerate(labels)}
     how = Tokenization(tokenizer, job.facts.vocabulary, job.plan.tokens, numbers or None)
 
-    public = _public(job, labels, met, how)
+    texts = _texts(job)
+    public = _public(job, texts, labels, met, how)
     count = data.count_rows(path) if job.train else 0
     needed = _needed(job, count, sampled(count) if public is not None else range(0))
     held_out = {}
@@ -135,6 +162,7 @@ def read(job: Job, folder: Path, tokenizer: Any) -> Material:
         labels=labels,
         met=met,
         public=public,
+        texts=_in_frame(how, texts) if framed else [],
     )
 
 
@@ -170,19 +198,33 @@ def _head_labels(job: Job, met: set[str]) -> list[str]:
     return sorted(met | {label_of(key) for key in keys if parse(key).kind in ("labels", "anchors")})
 
 
-def _public(
-    job: Job, labels: list[str], met: set[str], how: Tokenization
-) -> Completions | Predictions | None:
-    public, spec = job.fleet.public, job.fleet.codistill
-    if job.texts is None or public is None or spec is None:
-        return None
+def _texts(job: Job) -> list[data.Row]:
+    """The public texts, as rows without an answer."""
+    if job.texts is None or job.fleet.public is None:
+        return []
     lines = Path(job.texts).read_text(encoding="utf-8").split("\n")
     texts: list[data.Row] = [json.loads(line) for line in lines if line]
-    if len(texts) < public.texts:
-        raise InputError(f"the fleet has {public.texts} public texts, but its file has {len(texts)} rows")
+    if len(texts) < job.fleet.public.texts:
+        raise InputError(
+            f"the fleet has {job.fleet.public.texts} public texts, but its file has {len(texts)} rows"
+        )
+    return texts[: job.fleet.public.texts]
+
+
+def _public(
+    job: Job, texts: list[data.Row], labels: list[str], met: set[str], how: Tokenization
+) -> Completions | Predictions | None:
+    spec = job.fleet.codistill
+    if not texts or spec is None:
+        return None
     if job.fleet.head is None:
-        return Completions(job, spec, texts[: public.texts], how)
-    return Predictions(job, texts[: public.texts], labels, met, how) if labels else None
+        return Completions(job, spec, texts, how)
+    return Predictions(job, texts, labels, met, how) if labels else None
+
+
+def _in_frame(how: Tokenization, texts: list[data.Row]) -> list[Example]:
+    """Examples of the public texts, tokenized as the rows of a head are."""
+    return how._replace(labels={}).examples({**row, "label": ""} for row in texts)
 
 
 def _result(

@@ -1,0 +1,107 @@
+"""A common frame: coordinates in which all models see the same public texts alike.
+
+    X_c    features of the texts by a model of class c: the leading left singular vectors of the centred
+           head inputs, times the root of the texts; (texts, FEATURES)
+    Z      the leading left singular vectors of [X_1 ... X_C], times the root of the texts; (texts, WIDTH)
+    F_c    the map from class c's activations into the frame: F_c x is about the Z of a text
+
+X_c travels once a class; the node makes Z, and each device maps its own activations to Z by ridge
+regression (trainer/frame.py). Without such a frame a tensor that two models share is worthless: their
+factors start from independent draws, and a rotation of one of them changes nothing but the shared
+tensor's coordinates (docs/study).
+
+When a class joins, Z is made again and turned to lie as close as possible to the Z before, so that
+what the fleet has learned in the frame keeps its meaning.
+
+`[public] frame = "rotated"` is the control: each class turns its Z by a rotation drawn from the
+class's name, so that the same values cross without a common meaning.
+Source: generalised canonical correlation, MAXVAR (Kettenring 1971); that features relative to common
+anchors make models comparable is Moschella et al. 2023, arXiv 2209.15430.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from edge_runtime.methods.interface import Array, Contributions, Factor, Method, Tensors
+from edge_runtime.methods.lazy import np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FEATURES = 256  # of a text, that a device sends
+WIDTH = 256  # coordinates of the frame
+SHRINK = 0.1  # ridge of a map into the frame, as a share of the activations' mean variance
+X = Factor(("texts", "features"), trained=True, shared="class", start="zero", of="frame")
+Z = Factor(("texts", "frame"), trained=False, shared="class", start="zero", of="frame")
+F = Factor(("frame", "in"), trained=False, shared="private", start="aligned", of="frame")
+
+SENT, MADE, MAP = "frame.X", "frame.Z", "frame.F"
+
+
+def added(method: Method, texts: int) -> Method:
+    """The method with the frame that its aligned factors need."""
+    return method._replace(
+        factors={**method.factors, "X": X, "Z": Z},
+        merges={**method.merges, "frame": first},
+        sizes=lambda rank: {**method.sizes(rank), "texts": texts, "features": FEATURES, "frame": WIDTH},
+    )
+
+
+def features(states: "Array") -> "Array":
+    """X (texts, FEATURES) of a model's head inputs (texts, hidden); columns beyond the rank are 0."""
+    centred = states - states.mean(0)
+    # the smaller side's eigenvectors: a square of the texts or of the width
+    u, s, _ = np.linalg.svd(centred, full_matrices=False)
+    count = min(FEATURES, int((s > 1e-5 * s[0]).sum()))
+    columns = np.zeros((len(states), FEATURES), np.float32)
+    columns[:, :count] = np.sqrt(len(states)) * u[:, :count]
+    return columns
+
+
+def first(contributions: Contributions) -> Tensors:
+    """The features of a class's first device; later ones say the same in other coordinates."""
+    steps: Tensors = {}
+    for contribution in contributions():
+        for key, value in contribution.delta.items():
+            if key not in contribution.before:
+                steps.setdefault(key, value)
+    return steps
+
+
+def common(classes: "Iterable[Array]", before: "Array | None") -> "Array":
+    """Z (texts, WIDTH) of each class's X; before: the Z that it is turned to, if there is one."""
+    joined = np.concatenate([*classes], 1)
+    # of [X_1 ...]: eigenvectors of its Gram matrix, whose size is WIDTH times the classes
+    values, vectors = np.linalg.eigh((joined.T @ joined).astype(np.float64))
+    leading = vectors[:, ::-1][:, :WIDTH] / np.sqrt(np.maximum(values[::-1][:WIDTH], 1e-9 * values[-1]))
+    Z = np.sqrt(len(joined)) * (joined @ leading.astype(np.float32))
+    if before is not None:
+        u, _, vt = np.linalg.svd(Z.T @ before)
+        Z = Z @ (u @ vt).astype(np.float32)
+    return Z.astype(np.float32)
+
+
+def rotation(name: str) -> "NDArray[np.float32]":
+    """The rotation (WIDTH, WIDTH) of a class in the control."""
+    digest = hashlib.sha256(name.encode()).digest()
+    draw = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+    return np.linalg.qr(draw.standard_normal((WIDTH, WIDTH)))[0].astype(np.float32)
+
+
+def into(activations: "Array", Z: "Array", width: int) -> "tuple[Array, Array]":
+    """The map F (width, in) of activations (texts, in) into a frame, and their moments (in, width).
+
+    F = Zᵀ X (XᵀX + λ I)⁻¹ on centred X, without its part along the mean activation, which is the
+    largest and the same for all texts. Moments are XᵀZ / texts, by which a frozen layer's weight W
+    gives the map out of the frame, W · moments.
+    """
+    mean = activations.mean(0)
+    centred = activations - mean
+    moments = centred.T @ Z[:, :width] / len(Z)
+    covariance = centred.T @ centred / len(Z)
+    covariance[np.diag_indices_from(covariance)] += SHRINK * np.trace(covariance) / len(covariance)
+    F = np.linalg.solve(covariance, moments).T
+    direction = mean / max(float(np.linalg.norm(mean)), 1e-12)
+    F -= np.outer(F @ direction, direction)
+    return F.astype(np.float32), moments.astype(np.float32)

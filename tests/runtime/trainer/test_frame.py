@@ -1,0 +1,65 @@
+"""A device and the common frame, in real trainer processes: it joins, and then learns a head that all models share."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from edge_runtime import settings
+from edge_runtime.methods import frames
+from edge_runtime.protocol import codec
+from edge_runtime.trainer import data
+
+ROWS = [{"text": f"{word} {n}", "label": word} for n in range(6) for word in ("red", "green")]
+HELD_OUT = [{"text": f"{word} {n}", "label": word} for n in range(6, 9) for word in ("red", "green")]
+PUBLIC = [{"text": f"{word} {n}"} for n in range(10, 30) for word in ("red", "green", "blue")]
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    """A fleet of one head, and the path of its public texts."""
+    texts = str(data.write_rows(tmp_path / "texts.jsonl", PUBLIC))
+    return {
+        "head": settings.Head("fleet"),
+        "public": settings.Public("", len(PUBLIC)),
+        "texts": texts,
+        "training": settings.Training(steps=20, rows_a_step=8, learning_rate=2e-2, max_tokens=32),
+    }
+
+
+def sent_by(folder):
+    return codec.decode((folder / "payload.bin").read_bytes())
+
+
+def test_a_new_class_sends_features_and_trains_once_it_has_a_frame(trained, fleet, tmp_path):
+    folder, joined = trained("joins", ROWS, HELD_OUT, **fleet)
+    sent = sent_by(folder)
+    assert sent.keys() == {frames.SENT} and sent[frames.SENT].shape == (len(PUBLIC), frames.FEATURES)
+    assert joined.losses == [] and joined.samples > 0
+    Z = frames.common([sent[frames.SENT]], None)
+    (tmp_path / "start").write_bytes(codec.encode({frames.MADE: Z}))
+    fleet |= {"start": str(tmp_path / "start"), "round": 2, "rounds": 2}
+    folder, first = trained("trains", ROWS, HELD_OUT, **fleet)
+    assert first.losses[-1] < 0.7 * first.losses[0]
+    heads = {key: value for key, value in sent_by(folder).items() if key.startswith("labels")}
+    assert {key: value.shape for key, value in heads.items()} == {
+        f"labels.{label}.H": (1, frames.WIDTH) for label in ("red", "green")
+    }
+    maps = load_file(folder / "frame.bin")
+    assert maps.keys() == {frames.MADE, frames.MAP}
+    assert not any(key.startswith("frame") for key in sent_by(folder))
+
+
+def test_maps_of_an_earlier_round_are_used_until_the_frame_is_made_again(trained, fleet, tmp_path):
+    folder, _ = trained("joins", ROWS, HELD_OUT, **fleet)
+    Z = frames.common([sent_by(folder)[frames.SENT]], None)
+    start, carried = tmp_path / "start", tmp_path / "frame.bin"
+    start.write_bytes(codec.encode({frames.MADE: Z}))
+    fleet |= {"start": str(start), "round": 2, "rounds": 2, "frame": str(carried)}
+    published = codec.decode(start.read_bytes())[frames.MADE]
+    found = {}
+    for name, made in (("same", published), ("another", published + 1)):
+        marked = np.zeros((frames.WIDTH, 32), np.float32)
+        save_file({frames.MADE: made, frames.MAP: marked}, carried)
+        folder, _ = trained(name, ROWS, HELD_OUT, **fleet)
+        found[name] = load_file(folder / "frame.bin")[frames.MAP]
+    assert not found["same"].any() and found["another"].any()

@@ -2,7 +2,9 @@
 
 paho applies neither limit, and after a reconnect it resends everything it holds. So paho is never
 given more than this window. A slot is taken before paho gets the packet, and freed by the broker's
-PUBACK, whose reason becomes the ticket's answer.
+PUBACK, whose reason becomes the ticket's answer. In between, while a thread is in paho's publish, paho
+has a packet whose number is not known here. A new connection waits for these numbers before packets
+are sorted out.
 
 Some brokers take smaller packets than they announce. Mosquitto with message_size_limit says so in
 PUBACK; rumqttd and others close the connection, at each reconnect anew, often before they answer
@@ -54,7 +56,7 @@ class Window:
         self._changed, self._put = changed, put
         self._hungry = False  # a publish_nowait found no slot: tell the owner when there is one
         self._tickets: dict[int, Ticket] = {}
-        self._early: dict[int, tuple[str, bool]] = {}  # answers that overtook `sent`
+        self._early: dict[int, tuple[str, bool]] = {}  # answers that came during `send`
 
     def take(self, topic: str, size: int, limit: int | None, waited: bool) -> Ticket | None:
         """Take a slot for a packet of size bytes; None if limit (or all) slots are in use.
@@ -71,13 +73,21 @@ class Window:
             self.used += 1
             return Ticket(topic, size, waited)
 
-    def sent(self, mid: int, ticket: Ticket, on_the_wire: bool) -> None:
-        """Record paho's number of the packet; off the wire: to be sent after a reconnect."""
-        with self._changed:
-            self.bytes_up += ticket.size if on_the_wire else 0
-            self._tickets[mid] = ticket
-            if mid in self._early:
-                self.settle(mid, *self._early.pop(mid))
+    def send(self, ticket: Ticket, publish: Callable[[], paho.MQTTMessageInfo]) -> None:
+        """Give the packet to paho and record its number. Without a connection paho sends it at the next one."""
+        info = None
+        try:
+            info = publish()
+        finally:
+            with self._changed:
+                if info:
+                    self.bytes_up += ticket.size if info.rc == paho.MQTT_ERR_SUCCESS else 0
+                    self._tickets[info.mid] = ticket
+                    if info.mid in self._early:
+                        self.settle(info.mid, *self._early.pop(info.mid))
+                else:  # paho refused the topic
+                    self.used -= 1
+                self._changed.notify_all()
 
     def settle(self, mid: int, answer: str, too_large: bool = False) -> None:
         """Record the broker's answer to a packet; empty for success."""
@@ -111,6 +121,8 @@ class Window:
         packets at once, so the others are published again.
         """
         with self._changed:
+            # a slot is taken only while there is a connection, so no further packets come
+            self._changed.wait_for(lambda: self.used == len(self._tickets))
             self.slots, self.packet_max = slots, min(packet_max, self._learnt_max)
             suspects = [ticket for ticket in self._tickets.values() if ticket.endings >= _ENDINGS]
             for ticket in suspects:
@@ -124,7 +136,7 @@ class Window:
         resent = 0
         if len(refusals) > slots or any(refusals.values()):
             for message in client.drop_out_messages():
-                refusal = refusals.get(message.mid, _OUTGROWN)
+                refusal = refusals[message.mid]
                 if refusal or resent == slots:
                     self.settle(message.mid, refusal or _OUTGROWN, too_large=bool(refusal))
                     continue

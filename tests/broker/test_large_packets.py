@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -133,20 +134,28 @@ def test_without_a_bound_the_packet_ends_one_connection_after_another(
 
 
 class Sender:
-    """Has paho's side of one packet that no broker answers."""
+    """Has paho's side of packets that no broker answers, the first of this size."""
 
-    def __init__(self, size):
+    def __init__(self, size, changed=None):
         self.told = []
-        self._window = window.Window(threading.Condition(threading.RLock()), self.told.append, 1 << 20)
+        changed = changed or threading.Condition(threading.RLock())
+        self._window = window.Window(changed, self.told.append, 1 << 20)
         self._messages, self._number = [], 0
-        ticket = self._window.take("up", size, None, False)
-        self._window.sent(self.publish("up", b"", 1, False, None).mid, ticket, True)
+        self.post("up", size)
+
+    def post(self, topic, size, meanwhile=lambda: None):
+        def publish():
+            message = self.publish(topic, b"", 1, False, None)
+            meanwhile()
+            return message
+
+        self._window.send(self._window.take(topic, size, None, False), publish)
 
     def publish(self, topic, payload, qos, retain, properties):
         self._number += 1
         self._messages.append(
             SimpleNamespace(
-                mid=self._number, topic=topic, payload=payload, retain=retain, properties=properties
+                mid=self._number, topic=topic, payload=payload, retain=retain, properties=properties, rc=0
             )
         )
         return self._messages[-1]
@@ -167,3 +176,37 @@ def test_a_small_packet_is_not_given_up_for_a_broker_that_falls():
     assert small.end(times=7) == [] and small._window.used == 1
     assert large.end(times=2) == [] and large.end(times=1) == ["up"]
     assert narrow.end(times=3, packet_max=window.LEAST_PACKET) == ["up"]  # a limit that no cut satisfies
+
+
+class Patience(threading.Condition):
+    """Shows that a thread waits for a change; one without patience does not wait."""
+
+    def __init__(self, patient):
+        super().__init__(threading.RLock())
+        self.waits, self._patient = threading.Event(), patient
+
+    def wait_for(self, predicate, timeout=None):
+        self.waits.set()
+        return super().wait_for(predicate if self._patient else lambda: True, timeout)
+
+
+@pytest.mark.parametrize(
+    "patient", [True, False]
+)  # False: the twin, in which the new connection does not wait
+def test_a_packet_in_another_threads_hands_goes_to_the_new_connection(patient):
+    sender = Sender(30_000, changed := Patience(patient))
+    with ThreadPoolExecutor(1) as loop:
+
+        def reconnect():  # paho has the packet, and the window has not heard of its number
+            connection.append(loop.submit(sender._window.reconnected, 8, 20_000, sender))
+            assert changed.waits.wait(20) and (patient or connection[0].exception(20))
+
+        connection = []
+        sender.post("report", 100, meanwhile=reconnect)
+        if not patient:
+            assert isinstance(connection[0].exception(20), KeyError)
+            return
+        connection[0].result(20)
+    assert [item.topic for item in sender.told] == ["up"]  # alone larger than the new limit
+    assert [message.topic for message in sender.drop_out_messages()] == ["report"]
+    assert sender._window.used == 1

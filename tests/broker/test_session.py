@@ -355,3 +355,11 @@ def test_presence_and_resent_packets_count_as_traffic(open_session, relay, fleet
     next_event(session, Connected)
     session.publish(topics.report(fleet, "d"), b"last")
     assert session.traffic.bytes_up == relay.bytes("up") > 2000  # sent twice, counted twice
+
+
+def test_a_packet_that_paho_refuses_leaves_its_slot(open_session, fleet):
+    session = open_session("d")
+    for _ in range(window.SLOTS + 1):
+        with pytest.raises(ValueError, match="wildcard"):
+            session.publish_nowait(f"{fleet}/+", b"x")
+    session.publish(f"{fleet}/last", b"x")

@@ -25,7 +25,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from edge_broker import messages, topics
+from edge_broker import messages
 from edge_broker.address import Address
 from edge_broker.endings import PACKET_TOO_LARGE, Endings, Errors
 from edge_broker.errors import BrokerError, ConnectionClosed, Refused
@@ -72,7 +72,7 @@ class Connection:
         self.window = Window(self.changed, put, _PACKET_MAX)
         self.bytes_down = 0
         self._put, self._expiry_s = put, expiry_s
-        self._endings = Endings(address, f"device `{spec.id}`" if spec else f"`{client_id}`")
+        self._endings = Endings(address, f"device `{spec.id}`" if spec and spec.id else f"`{client_id}`")
         self._errors = Errors()
         self._failure: BrokerError | None = None  # why the connection broke, or did not come about
         self._greeting: Connected | None = None  # of a connection that the owner has not heard of
@@ -131,11 +131,11 @@ class Connection:
             properties = Properties(PacketTypes.PUBLISH)
             properties.MessageExpiryInterval = expiry_s
         size = publish_size(topic.encode(), len(payload), properties)
-        connected = self.state is State.CONNECTED
-        ticket = self.window.take(topic, size, limit, waited) if connected else None
+        with self.changed:
+            connected = self.state is State.CONNECTED
+            ticket = self.window.take(topic, size, limit, waited) if connected else None
         if ticket:
-            info = self.client.publish(topic, payload, qos=1, retain=retain, properties=properties)
-            self.window.sent(info.mid, ticket, on_the_wire=info.rc == paho.MQTT_ERR_SUCCESS)
+            self.window.send(ticket, lambda: self.client.publish(topic, payload, 1, retain, properties))
         return ticket
 
     def publish_presence(self, state: Literal["online", "offline"]) -> Ticket | None:
@@ -147,13 +147,11 @@ class Connection:
             elif self._leaving:
                 return None
             body = messages.encode(messages.Presence(state, self.epoch, self.process))
-            topic, waited = topics.presence(self.spec.fleet, self.spec.id), state == "offline"
-            return self.post(topic, body, retain=True, waited=waited, expiry_s=None, limit=None)
+            return self.post(self.spec.topic, body, True, state == "offline", expiry_s=None, limit=None)
 
     def show_online(self) -> None:
         """Publish "online" once more, at once or when there is room."""
-        if not self.publish_presence("online"):
-            self._announce = True
+        self._announce = not self.publish_presence("online")
 
     def send_subscribe(self, filters: tuple[str, ...]) -> int:
         """Send a SUBSCRIBE at QoS 1 and return its packet number; 0 without a connection."""
@@ -202,7 +200,7 @@ class Connection:
         self.epoch = max(self.epoch, time.time_ns() // 1_000_000) + 1
         if self.spec:
             will = messages.encode(messages.Presence("lost", self.epoch, self.process))
-            self.client.will_set(topics.presence(self.spec.fleet, self.spec.id), will, qos=1, retain=True)
+            self.client.will_set(self.spec.topic, will, qos=1, retain=True)
         try:
             self.client.reconnect()
             while self.client.loop(timeout=1.0) == paho.MQTT_ERR_SUCCESS:
@@ -271,7 +269,7 @@ class Connection:
             self.state = State.CONNECTED
             self._forgotten |= not flags.session_present
             self._greeting = Connected(session_present=not self._forgotten, epoch=self.epoch)
-            self._announce = self.spec is not None
+            self._announce = self.spec is not None and self.spec.at_once
             self.answers.clear()  # packet numbers of the last connection mean nothing on this one
             self.changed.notify_all()
 

@@ -1,4 +1,4 @@
-"""Presence: one retained message a device, with an epoch that grows at every connect.
+"""Presence: one retained message a device and one a fleet's node, with an epoch that grows at every connect.
 
     online   published after each connect
     offline  published by a clean close
@@ -20,8 +20,14 @@ class PresenceSpec(msgspec.Struct, frozen=True):
     """Whose presence a session publishes."""
 
     fleet: str
-    id: str
+    id: str  # of a device; empty: the fleet's node
     epoch: int = 0  # the last epoch used, from the caller's state; 0: none
+    at_once: bool = True  # after each connect; else when the owner calls `show_online`
+
+    @property
+    def topic(self) -> str:
+        """Where the presence is published."""
+        return topics.presence(self.fleet, self.id) if self.id else topics.node(self.fleet)
 
 
 class Tracker:

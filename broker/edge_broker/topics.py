@@ -1,6 +1,7 @@
 """Every topic of the link, built and parsed in one place.
 
     edge/1/<fleet>/round                           retained, signed
+    edge/1/<fleet>/node                            retained: presence of the fleet's node
     edge/1/<fleet>/device/<id>/presence            retained
     edge/1/<fleet>/device/<id>/inbox/<transfer>    to the device: grant, pause, receipt, reject
     edge/1/<fleet>/device/<id>/report
@@ -31,6 +32,7 @@ _RULES = {
 _ROOT = "edge/1"
 _LAYOUT = {
     "round": "{fleet}/round",
+    "node": "{fleet}/node",
     "presence": "{fleet}/device/{device}/presence",
     "inbox": "{fleet}/device/{device}/inbox/{transfer}",
     "report": "{fleet}/device/{device}/report",
@@ -48,7 +50,7 @@ _PATTERNS = {
 class Topic(msgspec.Struct, frozen=True):
     """A parsed topic; fields that its kind does not have are empty."""
 
-    kind: str  # round, presence, inbox, report, offer, up, want or artifact
+    kind: str  # round, node, presence, inbox, report, offer, up, want or artifact
     fleet: str
     device: str = ""
     node: str = ""
@@ -60,6 +62,11 @@ class Topic(msgspec.Struct, frozen=True):
 def round(fleet: str) -> str:
     """The retained, signed announcement of the fleet's round."""
     return _build("round", fleet=fleet)
+
+
+def node(fleet: str) -> str:
+    """The retained presence of the fleet's node."""
+    return _build("node", fleet=fleet)
 
 
 def presence(fleet: str, device: str) -> str:
@@ -130,9 +137,12 @@ def name(field: str, value: str) -> str:
     return value
 
 
-def client_id(role: str, fleet: str, name: str) -> str:
-    """The MQTT client id of a device or a node: no other role, fleet or name has the same."""
-    unique = hashlib.sha256(f"{role}/{fleet}/{name}".encode()).hexdigest()[:12]
+def client_id(role: str, fleet: str, name: str, process: str = "") -> str:
+    """The MQTT client id of a device or a node: no other role, fleet or name has the same.
+
+    process: of a client that must not take over the connection of an earlier one; random.
+    """
+    unique = hashlib.sha256(f"{role}/{fleet}/{name}/{process}".encode()).hexdigest()[:12]
     return f"{role}-{unique}-{name}"[:64]
 
 

@@ -17,7 +17,7 @@ class RoundClock:
 
     def __init__(self) -> None:
         self._deadline = self._greeted = 0.0
-        self._offline_since: float | None = None
+        self._offline_since: float | None = time.monotonic()  # until the first connection
 
     def start(self, deadline_s: float) -> None:
         """Set the deadline of a new or an extended round."""

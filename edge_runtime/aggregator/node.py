@@ -12,6 +12,7 @@ repeated from the journal.
 
 import logging
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -22,13 +23,15 @@ from edge_broker import messages, signing, topics
 from edge_broker.address import Address
 from edge_broker.errors import BadMessage, BrokerError
 from edge_broker.journal import Journal, Update
-from edge_broker.session import Event, Message, Session
+from edge_broker.presence import PresenceSpec
+from edge_broker.session import Connected, Event, Message, Session
 from edge_broker.transfer import Publisher, Receiver
 
 from edge_runtime import methods
 from edge_runtime.aggregator import check, merge, opening
 from edge_runtime.aggregator.announce import Announcer
 from edge_runtime.aggregator.attendance import Attendance
+from edge_runtime.aggregator.claim import Claim
 from edge_runtime.aggregator.clock import RoundClock
 from edge_runtime.aggregator.store import NodeStore, Version
 from edge_runtime.errors import EdgeError, InputError, UnreachableError
@@ -97,8 +100,11 @@ class Node:
         opening.check_settings(fleet, texts, self._store, self._journal, options.state)
         self._texts = data.write_rows(options.state / "texts.jsonl", texts) if texts else None
         self._key = signing.load_or_create_key(options.state / "node.key")
-        name = topics.client_id("node", fleet.name, options.node)
-        self._session = Session(options.broker, name, session_expiry_s=0)
+        # each process has a client id of its own: a second node by mistake must not cut off the first
+        client = topics.client_id("node", fleet.name, options.node, uuid.uuid4().hex)
+        spec = PresenceSpec(fleet.name, "", at_once=False)
+        self._session = Session(options.broker, client, presence=spec, session_expiry_s=0)
+        self._claim = Claim(self._session, fleet.name)
         self._receiver = Receiver(
             self._session,
             self._journal,
@@ -112,23 +118,24 @@ class Node:
         self._attendance = Attendance(self._session, fleet.name)
         self._clock = RoundClock()
         self._round = self._store.open_round()  # one past the fleet's rounds: finishing
-        self._ended = False
+        self._serving = self._ended = False
 
     def run(self) -> None:
         """Serve the fleet.
 
         Raises:
-            UnreachableError: there is no broker.
+            UnreachableError: there is no broker, or it does not let this node serve.
+            InputError: the fleet has another node.
             EdgeError: a round stayed below its quorum through all its extensions.
         """
         with closing(self._store.connection), self._session:
             self._connect()
-            self._open_round()
             while not self._ended:
                 # one wait for messages, deadlines, chunks that are due and outages
                 due_s = min(self._receiver.tick(), self._publisher.tick())
-                due_s = min(due_s, self._clock.due_s, self._attendance.due_s)
-                self._handle(self._session.receive(max(due_s, 0.0)))
+                due_s = min(due_s, self._clock.due_s, self._attendance.due_s, self._claim.due_s)
+                for item in self._claim.admit(self._session.receive(max(due_s, 0.0))):
+                    self._handle(item)
                 # reports that came before a merge ended can make the next transition due at once
                 while self._clock.may_close and self._advance():
                     pass
@@ -211,16 +218,27 @@ class Node:
     # --- the link
 
     def _connect(self) -> None:
-        fleet = self.fleet.name
         try:
             self._session.connect(15.0)
+        except BrokerError as error:
+            raise UnreachableError(str(error)) from error
+
+    def _serve(self) -> None:
+        """Listen to devices, and open the round; on the first connection on which the node may serve."""
+        fleet = self.fleet.name
+        try:
             self._session.subscribe(topics.presence(fleet, topics.ANY), topics.report(fleet, topics.ANY))
             self._receiver.start()
             self._publisher.start()
         except BrokerError as error:
             raise UnreachableError(str(error)) from error
+        self._serving = True
+        self._open_round()
 
     def _handle(self, item: Message | Event | None) -> None:
+        self._clock.handle(item)
+        if isinstance(item, Connected) and not self._serving:
+            self._serve()
         self._announcer.handle(item)
         complete = self._receiver.handle(item)
         if complete is not None:
@@ -228,7 +246,6 @@ class Node:
         self._publisher.handle(item)
         if self._publisher.outgrown:
             self._announce()
-        self._clock.handle(item)
         try:
             for news in self._attendance.handle(item):
                 self._say("presence", text=news)

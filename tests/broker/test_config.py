@@ -130,8 +130,13 @@ def test_what_is_retained_is_saved_beside_the_main_configuration_s_state(fleet_b
 def test_a_device_and_a_node_can_do_their_part(fleet_broker, await_message):
     with (
         session_of(fleet_broker, "device-1", presence=PresenceSpec("f", "device-1")) as device,
-        session_of(fleet_broker, "node-1", session_expiry_s=0) as node,
+        session_of(
+            fleet_broker, "node-1", session_expiry_s=0, presence=PresenceSpec("f", "", at_once=False)
+        ) as node,
     ):
+        node.subscribe(topics.node("f"))
+        node.show_online()
+        assert b"online" in await_message(node, "/node").payload
         node.subscribe(
             topics.all_offers("f"),
             topics.up("f", "node-1", topics.ANY, topics.ANY),
@@ -168,6 +173,7 @@ def test_a_device_cannot_speak_or_listen_for_another(fleet_broker):
             topics.up("f", "node-1", "device-1", "t"),
             topics.inbox("f", "device-2", "t"),
             topics.round("f"),
+            topics.node("f"),
             topics.presence("f", "device-1"),
         ):
             with pytest.raises(Refused, match="Not authorized"):

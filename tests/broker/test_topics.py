@@ -7,6 +7,7 @@ DIGEST = "0123456789abcdef" * 4
 
 EVERY = [
     (topics.round("f"), Topic("round", "f"), "edge/1/f/round"),
+    (topics.node("f"), Topic("node", "f"), "edge/1/f/node"),
     (topics.presence("f", "d"), Topic("presence", "f", device="d"), "edge/1/f/device/d/presence"),
     (topics.inbox("f", "d", "t"), Topic("inbox", "f", device="d", transfer="t"), "edge/1/f/device/d/inbox/t"),
     (topics.report("f", "d"), Topic("report", "f", device="d"), "edge/1/f/device/d/report"),

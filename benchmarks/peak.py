@@ -12,8 +12,7 @@ import statistics
 from itertools import product
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+import click
 
 from benchmarks.memory import GEMMA, MIB, SMOLLM2
 from edge_runtime.agent.measure import Trial, measure
@@ -26,17 +25,14 @@ RANKS = (16, 4)
 
 
 def main() -> None:
-    """Print the table."""
+    """Print each setting as it is measured, then the range of their ratios."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peak")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--gemma", type=Path, default=GEMMA)
     options = parser.parse_args()
     steps, gemma = options.steps, options.gemma
-    console = Console(width=100)
-    title = f"runtime baseline {processes.runtime_bytes() / MIB:.0f} MiB, {steps} steps"
-    table = Table(
-        *("model", "rows x tokens", "weights", "rank", "predicted", "measured", "ratio"), title=title
-    )
+    click.echo(f"runtime baseline {processes.runtime_bytes() / MIB:.0f} MiB, {steps} steps")
+    _show("model", "rows x tokens", "weights", "rank", "predicted", "measured", "ratio")
     ratios = []
     for (source, rows, lengths), weights, rank in product(
         ((SMOLLM2, 4, (256, 64)), (gemma, 1, (512, 128))), FORMATS, RANKS
@@ -53,12 +49,15 @@ def main() -> None:
             predicted, measured = done.predicted_peak_bytes, done.measured_peak_bytes
             ratios.append(predicted / measured)
             sizes = (f"{predicted / MIB:.0f} MiB", f"{measured / MIB:.0f} MiB", f"{ratios[-1]:.3f}")
-            table.add_row(source.name.partition(".")[0], f"{rows} x {tokens}", weights, str(rank), *sizes)
-    console.print(table)
-    console.print(
+            _show(source.name.partition(".")[0], f"{rows} x {tokens}", weights, str(rank), *sizes)
+    click.echo(
         f"{len(ratios)} settings, predicted / measured: {min(ratios):.3f} to {max(ratios):.3f}, "
         f"median {statistics.median(ratios):.3f}"
     )
+
+
+def _show(model: str, rows: str, *columns: str) -> None:
+    click.echo(f"{model:28}{rows:15}" + "".join(f"{column:10}" for column in columns))
 
 
 if __name__ == "__main__":

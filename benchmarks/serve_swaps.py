@@ -54,12 +54,14 @@ def swaps(backend: Backend, weights: Weights) -> Swaps:
             clients = [threading.Thread(target=_ask, args=(url, name, result, ended)) for _ in range(CLIENTS)]
             for client in clients:
                 client.start()
-            for number in range(2, VERSIONS + 2):
-                learned_.write(versions[number % 3]._replace(version=number), folder)
-                result.appear_s.append(_seconds(lambda number=number: _wait(server, number)))
-            ended.set()
-            for client in clients:
-                client.join()
+            try:
+                for number in range(2, VERSIONS + 2):
+                    learned_.write(versions[number % 3]._replace(version=number), folder)
+                    result.appear_s.append(_seconds(lambda number=number: _wait(server, number)))
+            finally:  # else the clients would ask for ever
+                ended.set()
+                for client in clients:
+                    client.join()
     return result
 
 

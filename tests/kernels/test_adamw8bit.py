@@ -36,7 +36,7 @@ def gradients_of(parameters, step, scale=1.0):
     return [(torch.randn(p.shape) * scale).to(p.device, p.dtype) for p in parameters]
 
 
-def fit(make, steps=120, spread=0.0):
+def fit(make, steps=30 if INTERPRETED else 120, spread=0.0):
     """Losses of a low-rank fit; spread: how many powers of e the columns of the input lie apart."""
     torch.manual_seed(2)
     x = (torch.randn(48, 70) * torch.exp(spread * torch.randn(70))).to(DEVICE)

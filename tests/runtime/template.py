@@ -4,6 +4,7 @@ What a job writes, prints and ends with is that of `python -m edge_runtime.train
 tests of memory start that command.
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -45,6 +46,7 @@ def main() -> None:
     """Fork a trainer for each line of standard input, a folder; print its exit code."""
     from edge_runtime.trainer import __main__ as trainer
 
+    gc.freeze()  # a trainer that collects its garbage would look at, and so copy, all that was imported
     for line in sys.stdin:
         folder = Path(line.rstrip("\n"))
         child = os.fork()

@@ -49,7 +49,7 @@ def imported_without(missing: set[str], *modules: str) -> "subprocess.CompletedP
             ),
         ),
         ("aggregator", ("edge_runtime.cli", "edge_runtime.aggregator.node", "edge_runtime.state")),
-        ("agent", ("edge_runtime.agent.agent", "edge_runtime.state", "edge_runtime.trainer.run")),
+        ("agent", ("edge_runtime.agent.agent", "edge_runtime.state", "edge_runtime.trainer.__main__")),
         ("serve", ("edge_runtime.serving.process", "edge_runtime.serving.onnx_engine")),
     ],
 )

@@ -289,13 +289,12 @@ class Rounds:
 
     def say(self, phase: str | Progress, text: str = "") -> None:
         """Tell whoever watches the screen."""
-        progress = Progress(phase) if isinstance(phase, str) else phase
+        progress = Progress(phase, text=text) if isinstance(phase, str) else phase
         self._tell(
             DeviceEvent(
                 device=self._options.id,
                 round=self._round.announced.round,
                 **msgspec.structs.asdict(progress),
                 budget_bytes=self._options.budget_bytes,
-                text=text,
             )
         )

@@ -146,10 +146,11 @@ def _status_cells(device: "DeviceStatus") -> tuple[str, ...]:
     plan, result = report.plan, report.result
     peak = f"{result.measured_peak_bytes / MIB:.0f} MiB" if result else "-"
     scores = result.evaluation.items() if result else ()
+    empty = f", {result.empty} rows teach nothing" if result and result.empty else ""
     return (
         device.id,
         device.presence,
-        f"{report.round}, {report.state}",
+        f"{report.round}, {report.state}{empty}",
         f"{plan.depth} layers, {plan.weights}" if plan else "-",
         f"{peak} / {report.budget_bytes / MIB:.0f} MiB",
         f"{format_size(report.bytes_up)} / {format_size(report.bytes_down)}",

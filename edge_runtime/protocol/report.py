@@ -89,6 +89,7 @@ class Result(msgspec.Struct, frozen=True):
     payload_bytes: int
     skipped: int = 0  # steps whose loss was not finite
     easings: list[Easing] = []
+    empty: int = 0  # rows of the round that have no token to learn, which were passed over
     rank: int | None = None  # rank of the next round, where the method prunes ranks
 
 

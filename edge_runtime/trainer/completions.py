@@ -20,7 +20,7 @@ from edge_runtime.protocol.completion import Completion
 from edge_runtime.settings import Codistill
 from edge_runtime.trainer.base import Base
 from edge_runtime.trainer.data import Row
-from edge_runtime.trainer.examples import IGNORED, Example, Indexed
+from edge_runtime.trainer.examples import IGNORED, Example, Examples
 from edge_runtime.trainer.job import Job
 from edge_runtime.trainer.meter import Meter, release
 from edge_runtime.trainer.objectives import padded_length
@@ -60,7 +60,7 @@ class Completions:
         """The completions that the fleet agreed on; None if there are none yet."""
         return self._lesson
 
-    def answer(self, base: Base, examples: Indexed, meter: Meter) -> None:
+    def answer(self, base: Base, examples: Examples, meter: Meter) -> None:
         """Complete the texts; a text unlike the device's own examples has less confidence."""
         if not self._prompts or not self._ends:
             return

@@ -10,14 +10,13 @@ import random
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import NamedTuple, Protocol
 
 import msgspec
 
-from edge_runtime.errors import InputError
 from edge_runtime.trainer.data import permuted
 
 IGNORED = -100  # label of a token that is not learned, as torch's cross-entropy has it
@@ -53,41 +52,48 @@ class Indexed(Protocol):
 
 
 class Examples:
-    """Examples in a file without a name, which is gone with this object; each is read when asked for."""
+    """Examples in a file without a name, which is gone with this object; each is read when asked for.
 
-    def __init__(self, count: int, numbers: Sequence[int], examples: Iterable[Example], folder: Path) -> None:
+    They are asked for by place. Not every row of the data needs to have an example here:
+
+        rows of the data            0  1  2  3  4  5        count = 6
+        a round draws 1, 2 and 5;   row 2 teaches nothing
+        examples[0], examples[1]    rows 1 and 5            place(5) = 1, place(2) = None
+    """
+
+    def __init__(self, count: int, numbered: Iterable[tuple[int, Example]], folder: Path) -> None:
         """Write the examples.
 
         Args:
-            count: rows that are there, of which some are never asked for.
-            numbers: those of `examples`, rising.
+            count: rows of the data.
+            numbered: examples, each after the number of its row from 0; the numbers rise.
             folder: where the file lies.
-
-        Raises:
-            InputError: there are fewer examples than numbers.
         """
         # the file is open for as long as this object lives
-        self._count, self._numbers, self._ends = count, numbers, array("Q", [0])
+        self.count, self._numbers, self._ends = count, array("Q"), array("Q", [0])
         self._file = TemporaryFile(dir=folder)  # noqa: SIM115
-        for example in examples:
+        for number, example in numbered:
+            self._numbers.append(number)
             self._ends.append(self._ends[-1] + self._file.write(msgspec.msgpack.encode(example)))
-        if len(self._ends) <= len(numbers):
-            raise InputError("a file of rows has become shorter while it was read: wait until it is complete")
 
     def __len__(self) -> int:
-        """How many rows there are."""
-        return self._count
+        """How many examples there are."""
+        return len(self._numbers)
 
-    def __getitem__(self, number: int, /) -> Example:
-        """The example of a row, by its number; raises IndexError where that row was not written."""
-        place = bisect_left(self._numbers, number)
-        if place == len(self._numbers) or self._numbers[place] != number:
-            raise IndexError(f"the example of row {number} was not written")
+    def __getitem__(self, place: int, /) -> Example:
+        """The example at a place; raises IndexError where there is none."""
+        if not 0 <= place < len(self):
+            raise IndexError(f"there is no example {place}, but {len(self)}")
         # read, not mapped: mapped pages would count as resident memory
         self._file.seek(self._ends[place])
         return msgspec.msgpack.decode(
             self._file.read(self._ends[place + 1] - self._ends[place]), type=Example
         )
+
+    def place(self, number: int) -> int | None:
+        """The place of a row's example, by the row's number; None: the row has no example here."""
+        place = bisect_left(self._numbers, number)
+        return place if place < len(self) and self._numbers[place] == number else None
 
 
 def batches(examples: Indexed, rows: int) -> Iterator[list[Example]]:
@@ -118,17 +124,28 @@ def in_shares(examples: list[Example], shares: Sequence[float], seed: str) -> It
 
 
 def epochs(examples: Indexed, seed: str) -> Iterator[Example]:
-    """The examples without end, in the order of `drawn`."""
-    return (examples[number] for number in drawn(len(examples), seed))
+    """The examples without end, each pass in a new order; equal seeds give equal orders.
+
+    The first pass has the order of all rows of the data, without those that have no example. So a
+    round needs examples of the rows of `first_rows` alone.
+    """
+    draw, left = random.Random(seed), len(examples)
+    count, place_of = (examples.count, examples.place) if isinstance(examples, Examples) else (left, int)
+    for number in permuted(count, draw):
+        if (place := place_of(number)) is not None:
+            yield examples[place]
+            left -= 1
+        if not left:
+            break
+    while True:
+        yield from (examples[place] for place in permuted(len(examples), draw))
+
+
+def first_rows(count: int, taken: int, seed: str) -> Sequence[int]:
+    """The numbers of the rows that `epochs` takes first of `count`, rising; taken: how many it takes."""
+    return range(count) if taken >= count else sorted(islice(permuted(count, random.Random(seed)), taken))
 
 
 def order_of(seed: int, round_: int) -> str:
     """The seed of the order in which a round takes a device's rows."""
     return f"{seed}/{round_}"
-
-
-def drawn(count: int, seed: str) -> Iterator[int]:
-    """The numbers below `count` without end, each pass in a new order; equal seeds give equal orders."""
-    draw = random.Random(seed)
-    while True:
-        yield from permuted(count, draw)

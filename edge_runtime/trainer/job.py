@@ -62,3 +62,4 @@ class Progress(msgspec.Struct, frozen=True):
     steps: int = 0
     loss: float | None = None
     memory_bytes: int = 0
+    text: str = ""  # for this device's screen alone

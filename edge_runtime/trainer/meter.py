@@ -72,11 +72,14 @@ class Meter:
         self.seconds: dict[str, float] = {}
         self._phase = ""
 
-    def tell(self, phase: str, step: int = 0, of: int = 0, loss: float | None = None) -> None:
-        """Report progress: a phase, at a step of so many, and the bytes that the process holds now."""
+    def tell(self, phase: str, step: int = 0, of: int = 0, loss: float | None = None, text: str = "") -> None:
+        """Report progress: a phase, at a step of so many, and the bytes that the process holds now.
+
+        text: for this device's screen alone.
+        """
         reserved = int(torch.cuda.memory_reserved()) if self.cuda else 0
         held = reserved + (_resident("VmRSS") if self._in_ram else 0)
-        self._say(Progress(phase, step, of, loss, held))
+        self._say(Progress(phase, step, of, loss, held, text))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -20,7 +20,7 @@ from edge_runtime.methods import codistill
 from edge_runtime.protocol.keys import join
 from edge_runtime.trainer.base import Base
 from edge_runtime.trainer.data import Row
-from edge_runtime.trainer.examples import Example, Indexed, batches, in_shares
+from edge_runtime.trainer.examples import Example, Examples, batches, in_shares
 from edge_runtime.trainer.job import Job
 from edge_runtime.trainer.meter import Meter, release
 from edge_runtime.trainer.objectives import hidden_states, label_states
@@ -88,7 +88,7 @@ class Predictions:
         return weighed(job, self._texts, evidence, news, targets=on_device)
 
     @torch.no_grad()
-    def answer(self, base: Base, examples: Indexed, meter: Meter) -> None:
+    def answer(self, base: Base, examples: Examples, meter: Meter) -> None:
         """Predict the texts, as `votes` says; a text unlike the device's own examples counts less."""
         meter.tell("predict")
         with meter.phase("predict"):
@@ -143,13 +143,14 @@ def drawn(distillation: Distillation | None, seed: str) -> tuple[Iterator[Exampl
     return in_shares(texts, shares, seed), count, weight * sum(shares) / len(shares)
 
 
-def sample(examples: Indexed) -> list[Example]:
-    """At most MOST_ROWS of the examples."""
-    return [examples[number] for number in sampled(len(examples))]
+def sample(examples: Examples) -> list[Example]:
+    """The examples of the rows that are compared with public texts; of one row if none of these has one."""
+    places = [place for number in sampled(examples.count) if (place := examples.place(number)) is not None]
+    return [examples[place] for place in places or [0]]
 
 
 def sampled(count: int) -> range:
-    """The numbers of the rows that `sample` takes of so many."""
+    """The numbers of the rows that are compared with public texts, of so many."""
     return range(0, count, -(-count // MOST_ROWS) or 1)
 
 

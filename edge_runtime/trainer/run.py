@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,14 +27,16 @@ from edge_runtime.trainer import data, delta, disk
 from edge_runtime.trainer.base import Base, Bases, load_base
 from edge_runtime.trainer.completions import Completions
 from edge_runtime.trainer.delta import Sent
-from edge_runtime.trainer.examples import Example, Examples, drawn, order_of
+from edge_runtime.trainer.examples import Example, Examples, first_rows, order_of
 from edge_runtime.trainer.frame import Frame
 from edge_runtime.trainer.job import Job, Progress
 from edge_runtime.trainer.meter import Meter, prepare, release
 from edge_runtime.trainer.objectives import evaluate
 from edge_runtime.trainer.public import DeviceAnswers, Distillation, Predictions, sampled
-from edge_runtime.trainer.tokens import Tokenization
+from edge_runtime.trainer.tokens import TeachesNothing, Tokenization
 from edge_runtime.trainer.train import Trained, train
+
+NAMED = 10  # rows that a sentence names
 
 
 def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
@@ -52,6 +53,8 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
     meter.tell("load")
     with meter.phase("load"):
         material = read(job, folder, bases.tokenizer(job.facts), framed=method.framed)
+        for sentence in material.told:
+            meter.tell("load", text=sentence)
         release()  # the tokenizer's memory, before the model needs it
         base = load_base(job, method, bases, material.labels)
         frame, distillation = begin(job, method, base, material, folder, meter)
@@ -83,7 +86,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
             sent = delta.write(folder, base.adapter, method, taught, answers, job.carried, meter.tell)
             if not method.exchanges:  # what the device has trained is its next version
                 keep(job, method, attach.state(base.adapter), job.round, meter.tell)
-    result = _result(job, len(material.examples), scores, trained, sent, meter)
+    result = _result(job, material, scores, trained, sent, meter)
     # last: a result says that every other file is complete
     disk.save(folder / "result.json", msgspec.json.encode(result), meter.tell)
     meter.tell("done")
@@ -133,6 +136,8 @@ class Material(NamedTuple):
     met: set[str]  # labels of the device's own rows, where there is a head
     public: Completions | Predictions | None
     texts: list[Example]  # public, where the method needs the common frame
+    empty: int  # rows that the round needs and that teach nothing
+    told: list[str]  # sentences about such rows, held-out ones too
 
 
 def read(job: Job, folder: Path, tokenizer: Any, *, framed: bool = False) -> Material:
@@ -152,36 +157,67 @@ def read(job: Job, folder: Path, tokenizer: Any, *, framed: bool = False) -> Mat
     public = _public(job, texts, labels, met, how)
     count = data.count_rows(path) if job.train else 0
     needed = _needed(job, count, sampled(count) if public is not None else range(0))
+    examples, empty = _examples(how, path, needed, count, folder)
+    told = _told(path, empty, len(needed))
     held_out = {}
     for name, file in job.evaluation.items():
         every = range(data.count_rows(Path(file)))
-        held_out[name] = Examples(len(every), every, _examples(how, Path(file), every), folder)
+        held_out[name], without = _examples(how, Path(file), every, len(every), folder)
+        told += _told(Path(file), without, len(every))
     return Material(
-        examples=Examples(count, needed, _examples(how, path, needed), folder),
+        examples=examples,
         held_out=held_out,
         labels=labels,
         met=met,
         public=public,
         texts=_in_frame(how, texts) if framed else [],
+        empty=len(empty),
+        told=told,
     )
 
 
-def _examples(how: Tokenization, path: Path, numbers: Sequence[int]) -> Iterator[Example]:
-    """Examples of the rows with these numbers, which rise."""
+def _examples(
+    how: Tokenization, path: Path, numbers: Sequence[int], count: int, folder: Path
+) -> tuple[Examples, list[int]]:
+    """Examples of the rows with these numbers, which rise, of `count`; and the rows that teach nothing."""
     chosen = numbers if isinstance(numbers, range) else set(numbers)
-    for number, row in zip(numbers, data.stream(path, chosen), strict=False):
-        try:
-            yield how.example(row)
-        except InputError as error:
-            raise InputError(f"{path}, row {number + 1}: {error}") from error
+    empty: list[int] = []
+
+    def numbered() -> Iterator[tuple[int, Example]]:
+        for number, row in zip(numbers, data.stream(path, chosen), strict=False):
+            try:
+                yield number, how.example(row)
+            except TeachesNothing:
+                empty.append(number)
+            except InputError as error:
+                raise InputError(f"{path}, row {number + 1}: {error}") from error
+
+    examples = Examples(count, numbered() if numbers else (), folder)
+    if len(examples) + len(empty) < len(numbers):
+        raise InputError(f"{path} has become shorter while it was read: wait until it is complete")
+    if empty and not len(examples):
+        raise InputError(
+            f"{path}: none of the {len(empty)} rows that are needed has a token to learn: give rows with an answer, or "
+            "raise the most tokens of a row (max_tokens)"
+        )
+    return examples, empty
+
+
+def _told(path: Path, empty: list[int], read: int) -> list[str]:
+    """A sentence for this device's screen about rows that teach nothing, if there are any."""
+    if not empty:
+        return []
+    names = ", ".join(str(number + 1) for number in empty[:NAMED]) + (", ..." if len(empty) > NAMED else "")
+    return [
+        f"{path}: {len(empty)} of {read} rows are passed over, as they have no token to learn: row {names}"
+    ]
 
 
 def _needed(job: Job, count: int, compared: range) -> Sequence[int]:
-    """The numbers of the rows that the round's steps draw, and of those compared with public texts."""
-    draws = job.fleet.training.steps * job.fleet.training.rows_a_step
-    if draws >= count:
-        return range(count)
-    return sorted({*islice(drawn(count, order_of(job.fleet.seed, job.round)), draws), *compared})
+    """The numbers of the rows that the round's steps take, and of those compared with public texts."""
+    taken = job.fleet.training.steps * job.fleet.training.rows_a_step
+    first = first_rows(count, taken, order_of(job.fleet.seed, job.round))
+    return sorted({*first, *compared}) if compared and len(first) < count else first
 
 
 def _head_labels(job: Job, met: set[str]) -> list[str]:
@@ -228,11 +264,11 @@ def _in_frame(how: Tokenization, texts: list[data.Row]) -> list[Example]:
 
 
 def _result(
-    job: Job, rows: int, scores: dict[str, Score], trained: Trained, sent: Sent, meter: Meter
+    job: Job, material: Material, scores: dict[str, Score], trained: Trained, sent: Sent, meter: Meter
 ) -> Result:
     training = job.fleet.training
     return Result(
-        samples=min(rows, training.steps * training.rows_a_step),
+        samples=min(len(material.examples), training.steps * training.rows_a_step),
         evaluation=scores,
         losses=[loss for loss in trained.losses if math.isfinite(loss)],
         skipped=sum(map(math.isnan, trained.losses)),
@@ -243,4 +279,5 @@ def _result(
         measured_peak_bytes=meter.peak_bytes,
         payload_bytes=sent.payload_bytes,
         rank=sent.rank,
+        empty=material.empty,
     )

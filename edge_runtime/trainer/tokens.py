@@ -39,6 +39,10 @@ class Asked(NamedTuple):
     spaces: str  # at the prompt's end, which the answer begins with
 
 
+class TeachesNothing(InputError):
+    """None of a row's tokens is learned."""
+
+
 class Tokenization(NamedTuple):
     """How rows become tokens."""
 
@@ -55,8 +59,8 @@ class Tokenization(NamedTuple):
         """A row as at most max_tokens tokens: a prompt is cut at its beginning, a text at its end.
 
         Raises:
-            InputError: the tokenizer or its chat template cannot give the row's tokens and labels, or
-                none of the tokens is learned.
+            TeachesNothing: none of the tokens is learned.
+            InputError: the tokenizer or its chat template cannot give the row's tokens and labels.
         """
         if self.labels is not None and "label" in row:
             ids, _ = self._tokens(row["text"][: CHARACTERS * self.max_tokens])
@@ -71,7 +75,7 @@ class Tokenization(NamedTuple):
             ids, labels = self._completed(*_pair(row))
         example = Example(ids[-self.max_tokens :], labels[-self.max_tokens :])
         if not example.counted:
-            raise InputError(
+            raise TeachesNothing(
                 f"a row of {' and '.join(sorted(row))} has no token to learn among its last {len(example.ids)}, but "
                 "needs one or more: remove rows without an answer, or raise the most tokens of a row"
             )

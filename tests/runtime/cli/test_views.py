@@ -3,6 +3,7 @@
 import io
 import sys
 
+import msgspec
 import pytest
 import results
 
@@ -21,11 +22,13 @@ def test_what_a_device_says_is_shown_as_it_is(capsys, monkeypatch):
     fleet = settings.Fleet("f", (settings.Model("m"),))
     failed = Report(device="[a]", node_key="", round=1, state="failed", budget_bytes=0, cause="memory")
     result = results.result({"[red]": Score(None, 0.0, 3)})
+    result = msgspec.structs.replace(result, empty=7)
     trained = Report(device="b", node_key="", round=1, state="trained", budget_bytes=0, result=result)
     devices = [DeviceStatus(report.device, "online", report) for report in (failed, trained)]
     views.show_status(Status("f", Round(node="n", fleet=fleet, round=1, state="open", versions={}), devices))
     shown = capsys.readouterr().out
     assert "[a]" in shown and failure(failed) in shown and "[red] not finite (0%)" in shown
+    assert "trained, 7 rows teach nothing" in shown
 
 
 def test_a_name_longer_than_its_column_goes_on_in_the_next_line(capsys, monkeypatch):

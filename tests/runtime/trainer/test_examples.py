@@ -4,15 +4,14 @@ from itertools import islice
 
 import pytest
 
-from edge_runtime.errors import InputError
 from edge_runtime.trainer.examples import (
     IGNORED,
     SORTED,
     Example,
     Examples,
     batches,
-    drawn,
     epochs,
+    first_rows,
     order_of,
 )
 
@@ -23,24 +22,42 @@ def examples(lengths):
 
 def test_examples_in_a_file_are_those_that_were_put_there(tmp_path):
     rows = [Example([1, 300_000], [IGNORED, 300_000]), Example([7] * 600, [], 3), Example([2], [2])]
-    stored = Examples(9, [0, 4, 8], iter(rows), tmp_path)
-    assert len(stored) == 9
-    assert [stored[number] for number in (8, 0, 4, 0)] == [rows[2], rows[0], rows[1], rows[0]]
-    assert [*Examples(3, range(3), rows, tmp_path)] == rows
+    stored = Examples(9, zip([0, 4, 8], rows, strict=True), tmp_path)
+    assert len(stored) == 3 and stored.count == 9 and [*stored] == rows
+    assert [stored[place] for place in (2, 0, 1, 0)] == [rows[2], rows[0], rows[1], rows[0]]
     assert not list(tmp_path.iterdir())  # rows are private: nothing is left behind
 
 
-@pytest.mark.parametrize("number", [-1, 1, 5, 8])
-def test_a_row_that_was_not_written_gives_no_other_row(number, tmp_path):
-    stored = Examples(9, [0, 4, 7], examples([1, 2, 3]), tmp_path)
-    assert len(stored[7].ids) == 3
-    with pytest.raises(IndexError, match=f"the example of row {number} was not written"):
-        stored[number]
+def test_a_row_that_has_no_example_has_no_place(tmp_path):
+    stored = Examples(9, zip([0, 4, 7], examples([1, 2, 3]), strict=True), tmp_path)
+    assert [stored.place(number) for number in range(-1, 9)] == [
+        *(None, 0, None, None, None),
+        *(1, None, None, 2, None),
+    ]
+    for place in (-1, 3):
+        with pytest.raises(IndexError, match=f"there is no example {place}, but 3"):
+            stored[place]
 
 
-def test_a_file_of_rows_that_has_become_shorter_is_refused(tmp_path):
-    with pytest.raises(InputError, match="has become shorter while it was read"):
-        Examples(3, range(3), examples([1, 2]), tmp_path)
+@pytest.mark.parametrize("missing", [(), (3,), (0, 1, 8)])
+def test_a_pass_keeps_the_order_of_all_rows_without_those_that_have_no_example(missing, tmp_path):
+    given = examples([1] * 9)
+    stored = Examples(9, ((n, row) for n, row in enumerate(given) if n not in missing), tmp_path)
+    left = len(given) - len(missing)
+    taken, of_all = list(islice(epochs(stored, "0/1"), 3 * left)), list(islice(epochs(given, "0/1"), 27))
+    assert taken[:left] == [row for row in of_all[:9] if row.ids[0] not in missing]
+    for begin in (left, 2 * left):
+        assert sorted(taken[begin : begin + left]) == sorted(taken[:left])
+    assert missing or taken == of_all
+
+
+def test_a_round_needs_examples_of_its_first_rows_alone(tmp_path):
+    given = examples([1] * 50)
+    first = first_rows(50, 12, "0/1")
+    stored = Examples(50, ((number, given[number]) for number in first), tmp_path)
+    assert len(first) == 12 and first == sorted(first) and first != list(range(12))
+    assert list(islice(epochs(stored, "0/1"), 12)) == list(islice(epochs(given, "0/1"), 12))
+    assert first_rows(50, 50, "0/1") == first_rows(50, 80, "0/2") == range(50)
 
 
 def test_batches_hold_every_example_once_and_alike_lengths_together():
@@ -77,5 +94,5 @@ def test_an_epoch_holds_every_example_once_in_an_order_of_its_own():
 
 
 def test_rounds_of_a_fleet_have_orders_of_their_own():
-    orders = {tuple(islice(drawn(50, order_of(seed, round_)), 50)) for seed in (0, 1) for round_ in (1, 2)}
+    orders = {tuple(first_rows(50, 12, order_of(seed, round_))) for seed in (0, 1) for round_ in (1, 2)}
     assert len(orders) == 4

@@ -131,25 +131,6 @@ def require_weights(model_class: str, facts: Facts) -> None:
         )
 
 
-def on_other_form(learned: Learned, facts: Facts) -> Learned:
-    """The adapter on another file of its base, such as a quantised one.
-
-    Raises:
-        InputError: the file's model has other layers, so it is another model.
-    """
-
-    def form(facts: Facts) -> tuple[object, ...]:
-        return family_of(facts.family).gguf, facts.layers, facts.hidden, facts.vocabulary, facts.linears
-
-    if form(learned.facts) != form(facts):
-        raise InputError(
-            f"the model in {facts.weights} is of {facts.layers} layers of {facts.hidden} values and {facts.vocabulary} "
-            f"tokens ({facts.family}), but the adapter's is of {learned.facts.layers} of {learned.facts.hidden} and "
-            f"{learned.facts.vocabulary} ({learned.facts.family}): give a GGUF file of the model that was trained on"
-        )
-    return learned._replace(facts=facts)
-
-
 def module(facts: Facts, number: int, role: Role) -> str:
     """The path of a linear layer in the model. number: of the block in the model."""
     return f"{facts.blocks}.{number}.{family_of(facts.family).linears[role]}"

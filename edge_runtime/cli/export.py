@@ -96,9 +96,12 @@ def command(
     else:
         found = learned.read(adapter or _newest(state))
         found = learned.on(found, find(found.source))
-    if base is not None:
-        found = learned.on_other_form(found, processes.prepared(base, models))
-    from edge_runtime.adapters.export import forms  # imports torch, after what may be refused without it
+    other = processes.prepared(base, models) if base is not None else None
+    from edge_runtime.adapters.export import base as bases  # imports torch, after what is refused without it
+    from edge_runtime.adapters.export import forms
+
+    if other is not None:
+        found = bases.on_other_file(found, other)
 
     forms.export(form, found, out, weights)
     labels = f"; labels of its head: {', '.join(found.labels)}" if found.labels else ""

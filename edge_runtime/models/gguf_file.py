@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from edge_runtime.errors import InputError
 from edge_runtime.models import gguf_config
 from edge_runtime.models.gguf_header import Contents
-from edge_runtime.models.readers import PIECE_VALUES, Shape, Tensors, join
+from edge_runtime.models.readers import FLOATS, PIECE_VALUES, Shape, Tensors, join
 
 
 class Tensor(msgspec.Struct, frozen=True):
@@ -122,6 +122,11 @@ class GGUFTensors(Tensors):
             for blocks in self._blocks(tensor)
         )
         return join(pieces, rows)
+
+    def rounding(self, name: str) -> float:
+        """Of b bits a value 2^(3 - b): normal values change by half of that or less, in 2 bits too."""
+        values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(self.tensors[name].kind)]
+        return max(FLOATS, 2.0 ** (3 - 8 * size / values))
 
     def _blocks(self, tensor: Tensor) -> Iterator[NDArray[np.uint8]]:
         """A few of the model's rows at a time, in the file's format, (rows, bytes of a row)."""

@@ -1,11 +1,12 @@
 """Loads a base model, or a depth slice of it, tensor by tensor; dropped layers are never read.
 
 Peak while loading: the model in its final format and a piece of one tensor (readers.PIECE_VALUES);
-in nf4 the model and one matrix in float32.
+in nf4 the model and one matrix in float32. A model whose blocks are streamed takes the memory of
+embedding, head and a block.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def load(
         depth: layers to keep (`kept_layers`); the model numbers them 0 to depth - 1.
         weights: format of the base; with a packed format the activations are bfloat16.
         device: "cpu" or "cuda".
-        streamed: leave the matrices of the blocks, packed, in files beside the facts (`stream`).
+        streamed: leave the blocks' packed matrices in files beside the facts (`stream`). Blocks of
+            another format are read from the checkpoint each time they run, tensor by tensor.
 
     Raises:
         InputError: a tensor is missing or has another size, a file is cut short, or the family
@@ -59,7 +61,10 @@ def load(
         _pack(model, tensors, weights, device, files)
         _fill(model, facts, tensors, DTYPE, device)
     else:
-        _fill(model, facts, tensors, getattr(torch, weights), device)
+        dtype = getattr(torch, weights)
+        for block in structure.blocks(model) if streamed else ():
+            _read_while_it_runs(model, block, partial(_read, facts, tensors, dtype, device), device)
+        _fill(model, facts, tensors, dtype, device)
         model.tie_weights()  # the head, which _fill left out
     model.to(device)  # rotary frequencies, which are in no file
     return model.eval().requires_grad_(False)
@@ -104,17 +109,50 @@ def open_tensors(facts: Facts, layers: tuple[int, ...], shapes: dict[str, torch.
 def _fill(model: PreTrainedModel, facts: Facts, tensors: Tensors, dtype: torch.dtype, device: str) -> None:
     """Read every parameter that the model still lacks, but for a tied head."""
     for name, parameter in list(model.named_parameters()):
-        if facts.tied_head and name == "lm_head.weight":
+        if not parameter.is_meta or (facts.tied_head and name == "lm_head.weight"):
             continue
-        values = tensors.dense(name, dtype)
-        if values.numel() != parameter.numel():
-            needed = tuple(parameter.shape)
-            raise InputError(
-                f"{name} is {tuple(values.shape)} in {facts.weights}, but this model needs {needed}"
-            )
-        filled = nn.Parameter(values.view(parameter.shape).to(device), requires_grad=False)
         module, _, attribute = name.rpartition(".")
+        filled = _read(facts, tensors, dtype, device, name, parameter.shape)
         setattr(model.get_submodule(module), attribute, filled)
+
+
+def _read(
+    facts: Facts, tensors: Tensors, dtype: torch.dtype, device: str, name: str, shape: torch.Size
+) -> nn.Parameter:
+    values = tensors.dense(name, dtype)
+    if values.numel() != shape.numel():
+        raise InputError(
+            f"{name} is {tuple(values.shape)} in {facts.weights}, but this model needs {tuple(shape)}"
+        )
+    return nn.Parameter(values.view(shape).to(device), requires_grad=False)
+
+
+def _read_while_it_runs(
+    model: PreTrainedModel, block: nn.Module, read: Callable[[str, torch.Size], nn.Parameter], device: str
+) -> None:
+    """Make a block read its parameters each time it runs; else they have shapes and no memory."""
+    prefix, slots = structure.path(model, block), []
+    for name, parameter in list(block.named_parameters()):
+        module, _, attribute = name.rpartition(".")
+        empty = nn.Parameter(torch.zeros(1, device=device).expand(parameter.shape), requires_grad=False)
+        slots.append((block.get_submodule(module), attribute, f"{prefix}.{name}", empty))
+
+    def empty_again() -> None:
+        for owner, attribute, _, empty in slots:
+            setattr(owner, attribute, empty)
+
+    forward = block.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        for owner, attribute, name, empty in slots:
+            setattr(owner, attribute, read(name, empty.shape))
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            empty_again()
+
+    empty_again()
+    block.forward = run
 
 
 def _pack(

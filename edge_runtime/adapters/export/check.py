@@ -49,21 +49,32 @@ def logits(model: Any, prompts: Prompts) -> Array:
     return last
 
 
-def loaded(facts: Facts, depth: int) -> Any:
-    """A base model in float32, as the trainer loads it.
+def require_memory(facts: Facts, layers: int) -> None:
+    """Refuse an export for which this machine has too little memory.
+
+    Args:
+        layers: that are in memory at once, in float32.
 
     Raises:
-        InputError: this machine has too little memory for it; or as `weights.load` does.
+        InputError: with the bytes that are needed and that are free.
     """
-    needed = 4 * (facts.head_parameters + depth * facts.block_parameters)
+    needed = 4 * (facts.head_parameters + layers * facts.block_parameters)
     free = edge_profiles.probe().ram_available_bytes
     if needed > free:
         raise InputError(
-            f"an export is compared with the trainer's own forward, for which {depth} layers of {facts.model_class} "
-            f"need {edge_profiles.format_size(needed)} in float32, but {edge_profiles.format_size(free)} are free: "
-            "copy the adapter's folder to a larger machine and export there with --adapter"
+            f"an export is opened again and compared with the trainer's own forward, for which embedding, head and "
+            f"{layers} layers of {facts.model_class} need {edge_profiles.format_size(needed)} in float32, but "
+            f"{edge_profiles.format_size(free)} are free: copy the adapter's folder to a larger machine and export there "
+            "with --adapter"
         )
-    return weights.load(facts, depth, "float32")
+
+
+def loaded(facts: Facts, depth: int) -> Any:
+    """A base model in float32, as the trainer loads it, of which one block at a time is in memory.
+
+    Raises as `weights.load` does.
+    """
+    return weights.load(facts, depth, "float32", streamed=True)
 
 
 def trainer(learned: Learned, prompts: Prompts) -> Outputs:

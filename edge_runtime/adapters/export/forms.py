@@ -47,6 +47,17 @@ TOOLS: dict[Form, tuple[str, str]] = {
 }
 
 
+# forms whose tool reads a few layers at a time; the others' hold the whole base
+PIECEWISE: tuple[Form, ...] = ("gguf", "merged-gguf")
+
+
+# what llama.cpp tells by the number of a layer or of all (load_arch_hparams in its src/models/*.cpp)
+DERIVED = {
+    "layer_types": "which layers have a sliding window",
+    "query_pre_attn_scalar": "the scale of attention's scores",
+}
+
+
 class Export(NamedTuple):
     """What is written, and where."""
 
@@ -65,7 +76,8 @@ def export(form: Form, learned: Learned, out: Path, format: str | None = None) -
         format: of the weights that are written; None: the form's own.
 
     Raises:
-        InputError: the folder exists, the base cannot be read, or the form does not fit the base.
+        InputError: the folder exists, the base cannot be read or is too large for this machine, or
+            the form does not fit the base.
         EdgeError: the tool does not compute what the trainer computes. Nothing is left behind.
     """
     if out.exists():
@@ -80,6 +92,7 @@ def export(form: Form, learned: Learned, out: Path, format: str | None = None) -
             f"the package {package}, which opens the export again, is not installed: in a clone of Edge Runtime, run pip "
             f"install '.[{extra}]'"
         )
+    check.require_memory(learned.facts, 1 if form in PIECEWISE else len(learned.layers))
     part = out.absolute().with_name(f"{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
     try:
@@ -161,19 +174,21 @@ def _read_again(learned: Learned, file: Path) -> Iterator[Facts]:
     """A written GGUF model's facts, while inside.
 
     Raises:
-        InputError: llama.cpp gives the slice's layers other windows, which short prompts do not show.
+        InputError: llama.cpp computes the slice in another way than the whole model, as it tells some
+            settings by the number of layers; short prompts do not show all of them.
     """
     with TemporaryDirectory() as scratch:
         facts = prepare(str(file), file.parent, Path(scratch))
         numbers = tuple(range(facts.layers))
         pairs = ((facts, numbers), (learned.facts, learned.layers))
-        seen, needed = (weights.configuration(*pair).get_text_config() for pair in pairs)
-        if getattr(seen, "layer_types", None) != getattr(needed, "layer_types", None):
-            raise InputError(
-                f"layers of {learned.facts.model_class} take turns in having a sliding window, and llama.cpp tells a "
-                f"layer's turn by its number, which the slice of {facts.layers} changes: export with --to peft or "
-                "--to merged"
-            )
+        seen, needed = (weights.configuration(*pair).get_text_config().to_dict() for pair in pairs)
+        for key in sorted(needed.keys() - {"_name_or_path"}):
+            if seen.get(key) != needed[key]:
+                raise InputError(
+                    f"llama.cpp tells {DERIVED.get(key, key)} by the number of a layer or of all, and would compute the "
+                    f"slice of {facts.layers} of {learned.facts.layers} layers in another way than it was trained ({key}): "
+                    "export with --to peft or --to merged"
+                )
         yield facts
 
 

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import edge_profiles
 import gguf
+import msgspec
 import numpy as np
 import peft
 import pytest
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks import gguf_models
 from edge_runtime import settings
 from edge_runtime.adapters import attach, learned
-from edge_runtime.adapters.export import check, forms, gguf_adapter, gguf_model, tools
+from edge_runtime.adapters.export import base, check, forms, gguf_adapter, gguf_model, tools
 from edge_runtime.adapters.export.check import Outputs
 from edge_runtime.errors import EdgeError, InputError
 from edge_runtime.methods import fedit
@@ -142,19 +144,94 @@ def test_a_gguf_file_of_the_base_serves_an_adapter_of_its_folder(saved, tiny, tm
         forms.export("gguf", adapter, tmp_path / "out")
     file = gguf_models.write(tiny("llama"), tmp_path / "base.gguf")
     facts = prepare(str(file), tmp_path, tmp_path / "cache")
-    forms.export("gguf", learned.on_other_form(adapter, facts), tmp_path / "out")
+    forms.export("gguf", base.on_other_file(adapter, facts), tmp_path / "out")
     other = prepare(str(gguf_models.write(tiny("llama", vocab_size=97), file)), tmp_path, tmp_path / "cache")
     with pytest.raises(InputError, match="32 values and 97 tokens"):
-        learned.on_other_form(adapter, other)
+        base.on_other_file(adapter, other)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("llama", Kind.Q8_0),
+        ("llama", Kind.Q4_0),
+        ("llama", Kind.BF16),
+        ("gpt2", Kind.Q4_0),
+        ("gemma", Kind.Q8_0),
+        ("qwen2", Kind.F16),
+    ],
+)
+def test_a_file_is_the_trained_base_within_its_formats_rounding(saved, tiny, family, kind, tmp_path):
+    """Tied heads, interleaved and transposed rows, norms with an offset."""
+    width = {"n_embd": 64} if family == "gpt2" else {"hidden_size": 64, "intermediate_size": 96}
+    model, adapter = tiny(family, **width), saved(family, **width)
+    facts = prepare(str(gguf_models.write(model, tmp_path / "base.gguf", kind)), tmp_path, tmp_path / "cache")
+    found = base.on_other_file(adapter, facts)
+    assert (found.facts.weights, found.facts.model_class) == (facts.weights, adapter.facts.model_class)
+
+
+@pytest.mark.parametrize("fault", ["other", "norm", "layer", "row"])
+def test_another_model_of_the_same_shapes_is_refused_by_the_name_of_its_tensor(saved, tiny, fault, tmp_path):
+    width = {"hidden_size": 64, "intermediate_size": 96}
+    adapter, model = saved("llama", **width), tiny("llama", **width)
+    layers = model.model.layers
+    if fault == "other":
+        for parameter in model.parameters():
+            parameter.copy_(parameter.flip(0))
+    elif fault == "norm":  # as after more training: less than 4 bits show of a matrix
+        layers[2].input_layernorm.weight.mul_(1.01)
+    elif fault == "layer":
+        layers[1].load_state_dict(layers[2].state_dict())
+    else:
+        layers[3].mlp.down_proj.weight[0].mul_(-2)
+    file = gguf_models.write(model, tmp_path / "base.gguf", Kind.Q4_0)
+    facts = prepare(str(file), tmp_path, tmp_path / "cache")
+    name = {"norm": "layers.2.input_layernorm", "layer": "layers.1.", "row": "layers.3.mlp.down_proj"}
+    with pytest.raises(
+        InputError,
+        match=rf"model.{name.get(fault, 'embed_tokens')}.*is not that of tiny@.* differ by [\d.]+%, and rounding",
+    ):
+        base.on_other_file(adapter, facts)
 
 
 def test_a_slice_whose_windows_llama_cpp_would_give_to_other_layers_is_refused(saved, tmp_path):
     adapter = saved("gemma2", "gguf", depth=3, head_dim=128, query_pre_attn_scalar=128)
     for form in ("gguf", "merged-gguf"):
-        with pytest.raises(InputError, match=r"take turns in having a sliding window.*export with --to peft"):
+        with pytest.raises(
+            InputError, match=r"tells which layers have a sliding window .*export with --to peft"
+        ):
             forms.export(form, adapter, tmp_path / "out")
     assert not [*tmp_path.iterdir()]
     forms.export("merged", adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("layers", "depth"), [(46, 4), (48, 46)])
+def test_a_slice_whose_scores_llama_cpp_would_scale_otherwise_is_refused(tiny, layers, depth, tmp_path):
+    """Of 46 layers, Gemma 2's largest model, llama.cpp takes hidden / heads in place of a head's width."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 8}
+    model = tiny(
+        "gemma2", **sizes, num_hidden_layers=layers, head_dim=128, query_pre_attn_scalar=128, vocab_size=96
+    )
+    facts = prepare(str(gguf_models.write(model, tmp_path / "m.gguf")), tmp_path, tmp_path / "cache")
+    numbers = kept_layers(depth, layers)
+    factor = np.zeros((1, 32), np.float32), np.zeros((512, 1), np.float32)
+    adapter = learned.Learned(facts, numbers, {(layer, "q"): factor for layer in numbers}, 1, "")
+    with pytest.raises(InputError, match=r"tells the scale of attention's scores .*query_pre_attn_scalar"):
+        forms.export("gguf", adapter, tmp_path / "out")
+
+
+def test_an_export_that_does_not_fit_is_refused_before_anything_is_written(saved, tmp_path, monkeypatch):
+    """PEFT holds the whole base, and llama.cpp's check a block at a time."""
+    adapter = saved("llama", "gguf")
+    facts, profile = adapter.facts, edge_profiles.probe()
+    free = 4 * (facts.head_parameters + 2 * facts.block_parameters)
+    monkeypatch.setattr(
+        edge_profiles, "probe", lambda: msgspec.structs.replace(profile, ram_available_bytes=free)
+    )
+    with pytest.raises(InputError, match=r"head and 4 layers of tiny@.* need .* in float32, but .* are free"):
+        forms.export("peft", adapter, tmp_path / "out")
+    assert not [*tmp_path.iterdir()]
+    forms.export("gguf", adapter, tmp_path / "out")
 
 
 def test_what_cannot_be_exported_is_refused_by_name(saved, tmp_path):

@@ -38,6 +38,32 @@ def test_every_family_is_loaded_as_it_was_saved(tiny, facts_of, family, shard, t
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_blocks_that_are_read_while_they_run_compute_the_same_and_take_no_memory_else(
+    tiny, facts_of, family, tmp_path
+):
+    model = tiny(family)
+    model.save_pretrained(tmp_path)
+    loaded = weights.load(
+        facts_of(model, folder=str(tmp_path), weights=str(tmp_path)), 4, "float32", streamed=True
+    )
+    blocks = structure.blocks(loaded)
+    most = []  # blocks in memory after each block began
+    for block in blocks:
+        norm = next(module for module in block.modules() if "Norm" in type(module).__name__)
+        norm.register_forward_pre_hook(lambda *_: most.append(sum(map(bytes_of, blocks))))
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    whole = sum(p.numel() * 4 for p in blocks[0].parameters())
+    assert len(most) == 8 and whole <= min(most) <= max(most) < 1.2 * whole
+    assert sum(map(bytes_of, blocks)) < 0.1 * whole
+
+
+def bytes_of(block):
+    return sum(parameter.untyped_storage().nbytes() for parameter in block.parameters())
+
+
 @pytest.mark.parametrize("family", CASES)
 def test_a_slice_of_every_family_is_the_model_without_its_middle(tiny, facts_of, family, tmp_path):
     model = tiny(family)

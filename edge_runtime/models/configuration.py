@@ -8,6 +8,7 @@ import copy
 import inspect
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,23 @@ WITHOUT_EFFECT = {
     "dual_chunk_attention_config",  # of another runtime, for sequences beyond max_position_embeddings
 }
 OFF: tuple[Any, ...] = (None, 0, 1, [], {})  # False is 0; 1 is the neutral factor
+# what transformers reads of rope_parameters (rope_scaling in older files) by rope_type; finetuned is a note
+ROTARY = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": (
+        *("factor", "original_max_position_embeddings", "attention_factor"),
+        *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "longrope": (
+        *("factor", "original_max_position_embeddings", "attention_factor"),
+        *("short_factor", "long_factor"),
+    ),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
+ALWAYS = ("rope_type", "type", "rope_theta", "finetuned")
+SAME_TYPES = {"su": "longrope"}  # older names
 
 
 def text_part(folder: Path, config: Any) -> Any:
@@ -93,16 +111,47 @@ def check(folder: Path, config: Any, stated: dict[str, Any]) -> None:
             )
         if isinstance(value, str) and not COMPUTED.search(key):
             delattr(config, key)
-        elif value is True or value not in OFF:
-            raise InputError(
-                f"config.json in {folder} sets {key} to {_short(value)}, which transformers' {config.model_type} "
-                "leaves out, so the model may be another: give a checkpoint that needs no other code, or remove "
-                "the key if the model was made without it"
-            )
+        else:
+            _refuse_unless_off(folder, config, key, value)
+    for key, value in _rotary_left_out(config, stated):
+        _refuse_unless_off(folder, config, key, value)
     if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None):
         raise InputError(
             f"config.json in {folder} lets each token see those after it (is_causal or "
             "use_bidirectional_attention): such a model cannot be trained to write text"
+        )
+
+
+def _rotary_left_out(config: Any, stated: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys about rotary positions that the model does not read, or that another key overrides."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    by_layer = [part for part in rotary.values() if isinstance(part, dict)]
+    parts = by_layer or [rotary]
+    for part in parts:
+        kind = part.get("rope_type", "default")
+        if kind not in ROTARY:
+            yield "rope_parameters.rope_type", kind
+        named = part.get("type") or kind
+        if SAME_TYPES.get(named, named) != kind:
+            yield "rope_parameters.type", named
+        known = {*ALWAYS, *ROTARY.get(kind, part), *family_of(config.model_type).read}
+        yield from ((f"rope_parameters.{key}", value) for key, value in part.items() if key not in known)
+    if by_layer:
+        others = ((key, value) for key, value in rotary.items() if not isinstance(value, dict))
+        yield from ((f"rope_parameters.{key}", value) for key, value in others)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if stated.get(key) not in (None, *(part.get(key) for part in parts)):
+            yield key, stated[key]
+    if stated.get("rope_scaling") and stated.get("rope_parameters"):
+        yield "rope_scaling beside rope_parameters", stated["rope_scaling"]
+
+
+def _refuse_unless_off(folder: Path, config: Any, key: str, value: Any) -> None:
+    if value is True or value not in OFF:
+        raise InputError(
+            f"config.json in {folder} sets {key} to {_short(value)}, which transformers' {config.model_type} "
+            "leaves out, so the model may be another: give a checkpoint that needs no other code, or remove "
+            "the key if the model was made without it"
         )
 
 

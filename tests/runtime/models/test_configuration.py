@@ -63,6 +63,43 @@ def test_a_key_that_only_other_families_read_is_refused_by_name(with_keys, famil
         with_keys(family, **keys)
 
 
+LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "named"),
+    [
+        ("llama", {"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}, "partial_rotary_factor to 0.5"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor to 0.5"),
+        ("gemma3_text", {"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor to 0.5"),
+        ("llama", {"rope_parameters": {**LINEAR, "beta_fast": 4}}, "beta_fast to 4"),
+        ("qwen2", {"rope_parameters": {"mrope_section": [16, 24, 24]}}, "mrope_section to"),
+        ("mistral", {"rope_parameters": {**LINEAR, "low_freq_factor": 4}}, "low_freq_factor to 4"),
+        ("gemma3_text", {"rope_parameters": LINEAR}, "rope_type to linear"),  # of neither kind of layer
+        ("gemma3_text", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 8}}, "type to linear"),
+        ("llama", {"rope_theta": 500.0}, "sets rope_theta to 500.0"),  # another is in rope_parameters
+        ("phi", {"partial_rotary_factor": 0.25}, "sets partial_rotary_factor to 0.25"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2}}, "rope_scaling beside rope_parameters"),
+    ],
+)  # fmt: skip
+def test_a_rotary_key_that_is_not_read_is_refused_by_name(with_keys, family, keys, named):
+    with pytest.raises(InputError, match=rf"{named}.*, which transformers' {family} leaves out"):
+        with_keys(family, **keys)
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("llama", {"rope_parameters": {**LINEAR, "partial_rotary_factor": 1.0, "finetuned": True}}),
+        ("phi", {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.25}}),
+        ("llama", {"rope_parameters": {"type": "yarn", "factor": 4.0, "mscale": 1, "mscale_all_dim": 1}}),
+        ("gemma3_text", {"rope_parameters": None, "rope_scaling": {"rope_type": "linear", "factor": 8}}),
+    ],
+)
+def test_a_rotary_key_that_is_read_is_passed(with_keys, family, keys):
+    assert with_keys(family, **keys).model_type == family
+
+
 @pytest.mark.parametrize(
     "keys",
     [

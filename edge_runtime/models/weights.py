@@ -61,10 +61,10 @@ def load(
         _pack(model, tensors, weights, device, files)
         _fill(model, facts, tensors, DTYPE, device)
     else:
-        dtype = getattr(torch, weights)
-        for block in structure.blocks(model) if streamed else ():
+        dtype, blocks = getattr(torch, weights), structure.blocks(model)
+        for block in blocks if streamed else ():
             _read_while_it_runs(model, block, partial(_read, facts, tensors, dtype, device), device)
-        _fill(model, facts, tensors, dtype, device)
+        _fill(model, facts, tensors, dtype, device, f"{structure.path(model, blocks)}." if streamed else None)
         model.tie_weights()  # the head, which _fill left out
     model.to(device)  # rotary frequencies, which are in no file
     return model.eval().requires_grad_(False)
@@ -106,10 +106,17 @@ def open_tensors(facts: Facts, layers: tuple[int, ...], shapes: dict[str, torch.
     )
 
 
-def _fill(model: PreTrainedModel, facts: Facts, tensors: Tensors, dtype: torch.dtype, device: str) -> None:
-    """Read every parameter that the model still lacks, but for a tied head."""
+def _fill(
+    model: PreTrainedModel,
+    facts: Facts,
+    tensors: Tensors,
+    dtype: torch.dtype,
+    device: str,
+    but: str | None = None,
+) -> None:
+    """Read every parameter that the model still lacks, but for a tied head and those of this prefix."""
     for name, parameter in list(model.named_parameters()):
-        if not parameter.is_meta or (facts.tied_head and name == "lm_head.weight"):
+        if (facts.tied_head and name == "lm_head.weight") or (but and name.startswith(but)):
             continue
         module, _, attribute = name.rpartition(".")
         filled = _read(facts, tensors, dtype, device, name, parameter.shape)

@@ -61,6 +61,9 @@ def configuration(contents: Contents) -> Any:
         missing = row.gguf_keys.missing
         value = keys.take(key, missing[key]) if key in missing else keys.need(key)
         settings[name] = value or None  # 0: none
+    embedding = tensors["token_embd.weight"].shape
+    if embedding[1:] != (settings["hidden_size"],):
+        keys.refuse("embedding_length", settings["hidden_size"], f"token_embd.weight is {embedding}")
     heads = keys.count("attention.head_count")
     width = keys.count("attention.key_length", settings["hidden_size"] // heads)
     if (values := keys.take("attention.value_length", width)) != width:
@@ -70,7 +73,7 @@ def configuration(contents: Contents) -> Any:
         "num_attention_heads": heads,
         "num_key_value_heads": keys.count("attention.head_count_kv", heads),
         "head_dim": width,
-        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "vocab_size": embedding[0],
         "tie_word_embeddings": "output.weight" not in tensors,
         **_tokens(contents.metadata),
         **_window(keys, row, settings),

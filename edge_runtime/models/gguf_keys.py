@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple, NoReturn
 
 from edge_runtime.errors import InputError
+from edge_runtime.models import sizes
 from edge_runtime.models.gguf_header import Contents
 
 # keys that change nothing where they have this value; None: whatever they have. Of the latter,
@@ -52,10 +53,18 @@ class Unread(NamedTuple):
         return self.take(key, None)
 
     def count(self, key: str, missing: int | None = None) -> int:
-        """The value of a key that counts something, 1 or more; missing: of a key that a file may lack."""
+        """The value of a key that counts something: 1 or more, and no more than the tensors allow.
+
+        missing: the value where a file lacks the key; None: the file must have it.
+        """
         value = self.need(key) if missing is None else self.take(key, missing)
         if type(value) is not int or value < 1:
-            self.refuse(key, repr(value), "a whole number, 1 or more, is needed")
+            self.refuse(key, repr(value), sizes.NEEDED)
+        tensors = self.contents.tensors.values()
+        if key == "block_count" and value > len(tensors):
+            self.refuse(key, value, f"the file has {len(tensors)} tensors")
+        if key != "context_length" and value > (longest := sizes.longest(tensors)):
+            self.refuse(key, value, f"the longest side of the file's tensors is {longest}")
         return value
 
     def refuse(self, key: str, value: Any, reason: str) -> NoReturn:

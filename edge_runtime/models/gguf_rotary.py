@@ -34,7 +34,9 @@ def parameters(keys: Unread, row: Family, context: int, width: int) -> dict[str,
         InputError: frequencies are scaled in a way that is not known here.
     """
     rotary: dict[str, Any] = {"rope_theta": keys.take("rope.freq_base", 10000.0)}
-    turned = keys.take("rope.dimension_count", width)
+    turned = keys.count("rope.dimension_count", width)
+    if turned > width:
+        keys.refuse("rope.dimension_count", turned, f"a head has {width} values")
     if row.gguf_keys.partial_rotary:
         part = turned / width
         # transformers rounds the product down

@@ -170,15 +170,26 @@ def _versions() -> list[str]:
 @lean_imports()
 def _write(path: Path, folder: Path, model_class: str, random_weights: bool) -> None:
     """Write configuration, tokenizer, facts and the index of a GGUF file to a new folder."""
-    from edge_runtime.models import configuration, gguf_config, gguf_file, gguf_tokenizer, headers, structure
+    from edge_runtime.models import (
+        configuration,
+        gguf_config,
+        gguf_file,
+        gguf_tokenizer,
+        headers,
+        sizes,
+        structure,
+    )
 
     contents = gguf_header.read(path) if path.is_file() else None
     if contents:
         config = gguf_config.configuration(contents)
         tokenizer = gguf_tokenizer.tokenizer(contents, config.vocab_size)
     else:
-        if not random_weights:
-            headers.files(path)  # refuses a file that is cut short
+        # refuses a file that is cut short
+        files = set() if random_weights else {*headers.files(path).values()}
+        sizes.require(
+            path, _stated(path), [place for file in files for place in headers.tensors(file).values()]
+        )
         whole, tokenizer = _read(path, random_weights)
         config = configuration.text_part(path, whole)
     folder.mkdir()
@@ -186,10 +197,6 @@ def _write(path: Path, folder: Path, model_class: str, random_weights: bool) -> 
     del tokenizer  # a large vocabulary takes more memory than all that follows
     model = _model(path, config)
     blocks = structure.blocks(model)
-    if not blocks:
-        raise InputError(
-            f"the model at {path} has 0 layers, but needs 1 or more: its config.json may be damaged"
-        )
     if contents:
         tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
         shapes = {name: tuple(held.shape) for name, held in model.state_dict().items() if name not in tied}
@@ -205,6 +212,22 @@ def _write(path: Path, folder: Path, model_class: str, random_weights: bool) -> 
     path_of_blocks = structure.path(model, blocks)
     facts = facts_.read(config, linears, path_of_blocks, model_class=model_class, folder="", weights="")
     (folder / "facts.json").write_bytes(msgspec.json.encode(facts))
+
+
+def _stated(path: Path) -> dict[str, Any]:
+    """What a folder's config.json says."""
+    from transformers import PreTrainedConfig
+
+    try:
+        stated: dict[str, Any] = PreTrainedConfig.get_config_dict(path)[0]
+    except (OSError, ValueError) as error:
+        raise InputError(f"the model at {path} cannot be read: {_reason(error)}") from error
+    if not isinstance(stated.get("quantization_config") or {}, dict):
+        raise InputError(
+            f"the model at {path} cannot be read: quantization_config in its config.json is no object with a "
+            "quant_method"
+        )
+    return stated
 
 
 def _model(path: Path, config: Any) -> Any:
@@ -225,12 +248,9 @@ def _model(path: Path, config: Any) -> Any:
 
 def _read(path: Path, random_weights: bool) -> tuple[Any, Any]:
     """Configuration and tokenizer of a folder, as transformers reads them."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
     try:
-        stated, _ = PreTrainedConfig.get_config_dict(path)
-        if not isinstance(stated.get("quantization_config") or {}, dict):
-            raise TypeError("quantization_config in its config.json is no object with a quant_method")
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         tokenizer = (
             _words() if random_weights else AutoTokenizer.from_pretrained(path, trust_remote_code=False)

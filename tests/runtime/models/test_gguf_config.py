@@ -49,6 +49,16 @@ def test_a_key_that_is_not_known_is_refused_by_name(contents_of):
         ("llama", "attention__head_count_kv", 0, "a whole number, 1 or more, is needed"),
         ("llama", "embedding_length", 0, "a whole number, 1 or more, is needed"),
         ("llama", "block_count", 4.0, "a whole number, 1 or more, is needed"),
+        ("llama", "block_count", 2**31, r"the file has \d+ tensors"),
+        ("llama", "block_count", -1, "a whole number, 1 or more, is needed"),
+        ("llama", "context_length", 0, "a whole number, 1 or more, is needed"),
+        ("llama", "embedding_length", 2**31, r"the longest side of the file's tensors is \d+"),
+        ("llama", "embedding_length", 48, r"token_embd.weight is \("),
+        ("llama", "feed_forward_length", 10**12, r"the longest side of the file's tensors is \d+"),
+        ("llama", "attention__head_count", 2**31, r"the longest side of the file's tensors is \d+"),
+        ("llama", "attention__key_length", 2**40, r"the longest side of the file's tensors is \d+"),
+        ("phi", "rope__dimension_count", 80, "a head has 64 values"),
+        ("llama", "rope__dimension_count", 0, "a whole number, 1 or more, is needed"),
         ("llama", "rope__dimension_count", 8, "whole width, 16"),
         ("llama", "rope__scaling__type", "dynamic", "known .* none, linear, yarn"),
         ("llama", "rope__scaling__attn_factor", 1.2, "only 1 is supported"),
@@ -124,7 +134,11 @@ def test_windows_have_the_period_of_the_file_or_of_the_family(contents_of):
 
 
 def test_attention_is_scaled_by_a_heads_width_but_in_the_largest_model(contents_of):
-    scale = lambda contents: gguf_config.configuration(contents).query_pre_attn_scalar  # noqa: E731
+    def scale(contents):
+        tensors = {f"blk.{n}.{name}": place for n in range(3) for name, place in contents.tensors.items()}
+        contents = contents._replace(tensors=contents.tensors | tensors)  # as many as of so many layers
+        return gguf_config.configuration(contents).query_pre_attn_scalar
+
     assert scale(contents_of("gemma2")) == 128
     assert scale(contents_of("gemma2", block_count=46)) == 256 // 4
     assert scale(contents_of("gemma3_text", block_count=62, attention__sliding_window_pattern=6)) == 256 // 4

@@ -115,9 +115,9 @@ def test_an_unknown_architecture_is_refused_by_name(copied, tmp_path):
         prepare(str(copied), tmp_path, tmp_path / "cache")
 
 
-def with_layers(folder, layers):
+def with_keys(folder, **keys):
     file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": layers}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,6 @@ def with_layers(folder, layers):
             "cannot be read: .*config.json' is not a valid JSON",
         ),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no .safetensors file"),
-        (lambda folder: with_layers(folder, 0), "has 0 layers, but needs 1 or more"),
     ],
 )
 def test_a_folder_that_is_no_model_is_refused(copied, tmp_path, spoil, message):
@@ -142,13 +141,39 @@ def test_a_folder_that_is_no_model_is_refused(copied, tmp_path, spoil, message):
     ("keys", "message"),
     [
         ({"hidden_act": "relu"}, "cannot be made: .* has the activation relu, which is not known"),
-        ({"rope_scaling": {"type": "nosuch", "factor": 2.0}}, "cannot be made: 'nosuch'"),
+        (
+            {"rope_scaling": {"type": "nosuch", "factor": 2.0}},
+            "sets rope_parameters.rope_type to nosuch, which transformers' llama leaves out",
+        ),
     ],
 )
 def test_a_configuration_that_no_model_can_be_made_of_is_refused(copied, tmp_path, keys, message):
-    config = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps({**config, **keys}))
+    with_keys(copied, **keys)
     with pytest.raises(InputError, match=message):
+        prepare(str(copied), tmp_path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("num_hidden_layers", 2**31, r"its files have \d+ tensors"),
+        ("num_hidden_layers", 0, "1 or more, is needed"),
+        ("num_hidden_layers", -4, "1 or more, is needed"),
+        ("num_hidden_layers", 4.0, "1 or more, is needed"),
+        ("hidden_size", 2**40, r"the longest side of its tensors is \d+"),
+        ("vocab_size", -1, "1 or more, is needed"),
+        ("head_dim", 2**40, r"the longest side of its tensors is \d+"),
+        ("head_dim", 0, "1 or more, is needed"),
+        ("max_position_embeddings", 0, "1 or more, is needed"),
+        ("text_config", {"num_hidden_layers": 2**31}, r"its files have \d+ tensors"),
+    ],
+)
+def test_a_size_that_the_tensors_cannot_have_is_refused_before_a_model_is_made(
+    copied, tmp_path, key, value, reason
+):
+    with_keys(copied, **{key: value})
+    named, size = next(iter(value.items())) if isinstance(value, dict) else (key, value)
+    with pytest.raises(InputError, match=rf"config.json in .*copied sets {named} to {size}, but .*{reason}"):
         prepare(str(copied), tmp_path, tmp_path / "cache")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 from edge_broker.files import put
 from edge_broker.store import connect
 from filelock import FileLock, Timeout
@@ -86,3 +87,15 @@ def stamp(adapter: Path) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return status.st_ino, status.st_mtime_ns
+
+
+def version_of(adapter: Path) -> int | None:
+    """The version in an adapter's folder; None while there is none."""
+    try:
+        return msgspec.json.decode((adapter / ABOUT).read_bytes(), type=_About).version
+    except OSError:
+        return None
+
+
+class _About(msgspec.Struct):
+    version: int

@@ -1,22 +1,20 @@
-"""A command of the user that runs after each new version, with the folder of what was learned.
+"""A command of the user that runs after each new version, with a folder of what was learned.
 
     COMMAND STATE/on-version/VERSION
     EDGE_RUNTIME_VERSION, EDGE_RUNTIME_ADAPTER    version and folder, as the command's environment
 
-The folder is a copy that stays as it is until the next version's command begins. Commands run one
-after another in a thread; of versions that come meanwhile, the newest alone is told. A command
-that fails, or takes longer than TIMEOUT_S, is told and changes nothing else.
+A process of its own runs the command (on_version.py), so that a command ends in order when the
+agent is killed. A command that fails, or takes longer than TIMEOUT_S, is told and changes nothing
+else.
 """
 
-import logging
 import os
 import shlex
 import shutil
-import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -24,7 +22,6 @@ from edge_broker import credentials
 
 from edge_runtime.errors import InputError
 
-log = logging.getLogger(__name__)
 TIMEOUT_S = 600.0
 
 
@@ -46,17 +43,15 @@ def words(command: str) -> tuple[str, ...]:
 class HookEnded(msgspec.Struct, frozen=True):
     """A command has ended, or could not run."""
 
-    version: int
     text: str  # a sentence for this device's screen
 
 
 class Hook:
-    """Runs the command; used from the agent's thread."""
+    """Has the command run; used from the agent's thread."""
 
     def __init__(
         self,
         command: tuple[str, ...],
-        adapter: Path,
         state: Path,
         post: Callable[[HookEnded], None],
         timeout_s: float = TIMEOUT_S,
@@ -65,24 +60,19 @@ class Hook:
 
         Args:
             command: its words.
-            adapter: folder of the newest version.
-            state: for the copy, and for what the command prints.
+            state: the agent's, with the newest version.
             post: takes the end of each command, in another thread.
             timeout_s: after which a command is killed.
         """
-        self._command, self._adapter, self._post = command, adapter, post
-        self._copies, self._output, self._timeout_s = (
-            state / "on-version",
-            state / "on-version.log",
-            timeout_s,
-        )
-        self._newest: int | None = None  # version that waits for the thread
-        self._changed, self._running = threading.Lock(), False
+        module = "edge_runtime.agent.on_version"
+        self._process = [sys.executable, "-m", module, str(state), str(timeout_s), *command]
+        self._post = post
+        self._changed, self._running, self._due = threading.Lock(), False, False
 
-    def run(self, version: int) -> None:
-        """Run the command for a version, at once or after the one that runs."""
+    def run(self) -> None:
+        """Run the command for the newest version, at once or after the command that runs."""
         with self._changed:
-            self._newest = version
+            self._due = True
             if not self._running:
                 self._running = True
                 threading.Thread(target=self._work, name="on-version", daemon=True).start()
@@ -90,41 +80,20 @@ class Hook:
     def _work(self) -> None:
         while True:
             with self._changed:
-                version, self._newest = self._newest, None
-                if version is None:
-                    self._running = False
+                self._running, self._due = self._due, False
+                if not self._running:
                     return
             try:
-                text = self._once(version)
-            # a folder that cannot be copied, a command that is not there
+                ended = subprocess.run(
+                    self._process,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    env=credentials.withhold(os.environ),
+                    start_new_session=True,
+                )
+                text = ended.stdout.decode(errors="replace")
+            # there is no memory for a process
             except OSError as error:
                 text = f"--on-version could not run: {error}"
             if text:
-                log.warning("version %s: %s", version, text)
-            self._post(HookEnded(version, text or f"--on-version has run for version {version}"))
-
-    def _once(self, version: int) -> str:
-        """Run the command for one version; what went wrong, or empty text."""
-        folder = self._copies / str(version)
-        shutil.rmtree(self._copies, ignore_errors=True)
-        shutil.copytree(self._adapter, folder)
-        environment = credentials.withhold(os.environ)
-        environment |= {"EDGE_RUNTIME_VERSION": str(version), "EDGE_RUNTIME_ADAPTER": str(folder)}
-        with self._output.open("wb") as output:
-            process = subprocess.Popen(
-                [*self._command, str(folder)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=environment,
-                start_new_session=True,
-            )
-        try:
-            code = process.wait(self._timeout_s)
-        except subprocess.TimeoutExpired:
-            # with what it has started
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return f"--on-version took longer than {self._timeout_s:g} s and was ended; see {self._output}"
-        return f"--on-version ended with exit code {code}; see {self._output}" if code else ""
+                self._post(HookEnded(text))

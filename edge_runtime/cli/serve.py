@@ -1,16 +1,31 @@
 """`edge-runtime serve`: what was learned behind OpenAI's interface."""
 
 import logging
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edge_runtime.cli import options, served
+from edge_runtime.errors import InputError
 
 if TYPE_CHECKING:
     from edge_runtime.serving.event import ServerEvent
 
 log = logging.getLogger(__name__)
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
+
+
+def _origins(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Values of --origin, as a browser writes them."""
+    for value in values:
+        if not ORIGIN.fullmatch(value.lower()):
+            raise InputError(
+                f"--origin is {value!r}, but has to be a page's scheme and host, such as http://localhost:3000, "
+                "without a path"
+            )
+    return tuple(value.lower() for value in values)
 
 
 @click.command("serve")
@@ -27,10 +42,24 @@ log = logging.getLogger(__name__)
     help="Address to listen at. Whoever reaches another one than a loopback address can use the model: there is "
     "no password.",
 )
+@click.option(
+    "--origin",
+    "origins",
+    multiple=True,
+    metavar="ORIGIN",
+    callback=_origins,
+    help="Web pages that may use the server, such as http://localhost:3000, and the name by which a proxy or a "
+    "container is reached; may be given more than once. Pages of other sites are refused.",
+)
 @click.option("--attended", is_flag=True, hidden=True)
 @options.as_json
 def command(
-    base: served.ServedBase, context: int, parallel: int, port: int, host: str, attended: bool, json: bool
+    base: served.ServedBase,
+    context: int,
+    parallel: int,
+    attended: bool,
+    json: bool,
+    **endpoint: Any,
 ) -> None:
     """Answer chats and completions as OpenAI's interface has them.
 
@@ -39,7 +68,6 @@ def command(
     from edge_runtime.compat.lean_imports import lean_imports
 
     with lean_imports():
-        from edge_runtime.serving.app import LOOPBACK
         from edge_runtime.serving.process import Endpoint, ServedModel, serve
         from edge_runtime.state import stamp
 
@@ -47,11 +75,11 @@ def command(
     first = stamp(folder) if folder is not None else (0, 0)
     facts, learned = base.open()
     context = min(context, facts.positions)
-    if host not in LOOPBACK:
-        log.warning("whoever reaches %s can use the model: the server asks for no password", host)
+    if endpoint["host"] not in LOOPBACK:
+        log.warning("whoever reaches %s can use the model: the server asks for no password", endpoint["host"])
 
     def tell(event: "ServerEvent") -> None:
         click.echo(options.json_line(event) if json else f"{event.phase}: {event.text}")
 
     model = ServedModel(facts, learned, folder, first, base.weights, base.backend, context, parallel)
-    serve(model, Endpoint(host, port), base.machine(), tell, attended=attended)
+    serve(model, Endpoint(**endpoint), base.machine(), tell, attended=attended)

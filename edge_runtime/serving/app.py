@@ -16,7 +16,7 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
@@ -26,13 +26,12 @@ from edge_runtime.serving import openai
 from edge_runtime.serving.answer import Piece, Question
 from edge_runtime.serving.engine import Engine
 from edge_runtime.serving.openai import ChatRequest, CompletionRequest, RequestError
+from edge_runtime.serving.origin import KnownOrigin
 from edge_runtime.serving.text import Language
 from edge_runtime.serving.worker import BusyError, Worker
 
 log = logging.getLogger(__name__)
 BODY_BYTES = 1 << 20  # of a request, at most
-BODY_S = 30.0  # in which a request has to come
-LOOPBACK = ["localhost", "127.0.0.1", "::1", "[::1]"]  # addresses, and as a Host header has them
 
 
 class Service(NamedTuple):
@@ -46,13 +45,13 @@ class Service(NamedTuple):
     vocabulary: int  # of the model
 
 
-def app(service: Service, hosts: list[str]) -> Starlette:
+def app(service: Service, host: str, origins: tuple[str, ...] = ()) -> Starlette:
     """The interface.
 
     Args:
         service: its worker is closed when the interface ends.
-        hosts: names by which clients may address it; a page of the web can make a browser send
-            requests to this machine under a name of its own.
+        host: at which the server listens.
+        origins: of web pages that may ask.
     """
 
     tokenizing = asyncio.Semaphore(1)  # a long prompt takes seconds and hundreds of MiB
@@ -84,7 +83,12 @@ def app(service: Service, hosts: list[str]) -> Starlette:
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/completions", completion, methods=["POST"]),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
+        middleware=[
+            Middleware(KnownOrigin, host, origins),
+            Middleware(
+                CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            ),
+        ],
         exception_handlers=dict.fromkeys(
             (RequestError, HTTPException, ClientDisconnect, EdgeError, Exception), _refused
         ),
@@ -93,20 +97,13 @@ def app(service: Service, hosts: list[str]) -> Starlette:
 
 
 async def _body(request: Request) -> bytes:
-    """The body of a request; raises RequestError where it is large, or slow to come."""
-
-    async def read() -> bytes:
-        body = b""
-        async for piece in request.stream():
-            body += piece
-            if len(body) > BODY_BYTES:
-                raise RequestError(413, f"the body has more than {BODY_BYTES} bytes")
-        return body
-
-    try:
-        return await asyncio.wait_for(read(), BODY_S)
-    except asyncio.TimeoutError as error:
-        raise RequestError(408, f"the request did not come within {BODY_S:g} s") from error
+    """The body of a request; raises RequestError where it is large."""
+    body = b""
+    async for piece in request.stream():
+        body += piece
+        if len(body) > BODY_BYTES:
+            raise RequestError(413, f"the body has more than {BODY_BYTES} bytes")
+    return body
 
 
 async def _answer(

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import uvicorn
 
 from edge_runtime.adapters.learned import Learned
+from edge_runtime.compat.connections import GivingWay
 from edge_runtime.errors import InputError
 from edge_runtime.models.facts import Facts
-from edge_runtime.serving.app import LOOPBACK, Service, app
+from edge_runtime.serving.app import Service, app
 from edge_runtime.serving.backends import Backend, load
 from edge_runtime.serving.event import ServerEvent
 from edge_runtime.serving.follow import Follower
@@ -27,7 +28,8 @@ from edge_runtime.trainer import meter
 from edge_runtime.trainer.job import Machine
 
 WAITING = 32  # requests that may wait for their turn
-CONNECTIONS = 64  # beyond what is answered or waits: health, models, refusals
+CONNECTIONS = 128  # beyond what is answered or waits: health, models, refusals, clients that send nothing
+BACKLOG = CONNECTIONS  # accepted at once, beyond all others until what they have sent is read
 DRAIN_S = 20  # for answers that are being written when the server is told to end
 
 
@@ -36,6 +38,7 @@ class Endpoint(NamedTuple):
 
     host: str  # a loopback address, unless others may use the server
     port: int  # 0: a free one
+    origins: tuple[str, ...] = ()  # of web pages that may ask
 
 
 class ServedModel(NamedTuple):
@@ -80,20 +83,21 @@ def serve(
         name = facts.model_class.rpartition("@")[0]
         service = Service(name, engine, language, worker, model.context, facts.vocabulary)
         config = uvicorn.Config(
-            app(service, LOOPBACK if endpoint.host in LOOPBACK else ["*"]),
-            http="h11",
+            app(service, endpoint.host, endpoint.origins),
+            http=GivingWay,
             ws="none",
             loop="asyncio",
             log_config=None,
             access_log=False,
             server_header=False,
             limit_concurrency=model.parallel + WAITING + CONNECTIONS,
+            backlog=BACKLOG,
             timeout_graceful_shutdown=DRAIN_S,
         )
         server = uvicorn.Server(config)
         if attended:
             threading.Thread(target=_end_with_stdin, args=(server,), daemon=True).start()
-        listener.listen()
+        listener.listen(BACKLOG)
         host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
         text = f"{name} at http://{host}:{listener.getsockname()[1]}/v1"
         tell(ServerEvent("listening", engine.version, text))
@@ -105,7 +109,9 @@ def serve(
 def _bound(endpoint: Endpoint) -> socket.socket:
     """A socket that has the port and does not listen yet; InputError where there is none."""
     try:
-        family, kind, protocol, _, where = socket.getaddrinfo(*endpoint, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, where = socket.getaddrinfo(
+            endpoint.host, endpoint.port, type=socket.SOCK_STREAM
+        )[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)

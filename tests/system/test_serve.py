@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,7 +169,14 @@ def test_other_places_and_names_are_refused(client: Client) -> None:
     # a page of the web that leads a browser here under a name of its own
     connection = client.connection()
     connection.request("GET", "/health", headers={"Host": "evil.example"})
-    assert connection.getresponse().status == 400
+    assert connection.getresponse().status == 403
+
+
+def test_clients_that_send_nothing_keep_nobody_out(client: Client) -> None:
+    with ExitStack() as opened:
+        for _ in range(400):
+            opened.enter_context(socket.create_connection(("127.0.0.1", client.port)))
+        assert client.ask("completions", **GREEDY)[0] == 200
 
 
 def test_a_client_that_goes_away_leaves_its_place(client: Client) -> None:

@@ -1,7 +1,7 @@
 """Rows as tokens, and the order in which they come.
 
 Examples    rows whose tokens lie in a file, so that memory does not grow with them
-batches     what goes through a model at once
+batches     what goes through a model at once; groups: their numbers
 epochs      passes over a device's rows
 in_shares   passes over public texts, each as often as it counts
 """
@@ -97,14 +97,19 @@ class Examples:
 
 
 def batches(examples: Indexed, rows: int) -> Iterator[list[Example]]:
-    """Groups of at most `rows` examples of one kind, alike in length so that little is padded."""
+    """The examples of each group of `groups`."""
+    return ([examples[number] for number in numbers] for numbers in groups(examples, rows))
+
+
+def groups(examples: Indexed, rows: int) -> Iterator[list[int]]:
+    """Numbers of at most `rows` examples of one kind, alike in length so that little is padded."""
     for first in range(0, len(examples), SORTED):
         window = range(first, min(first + SORTED, len(examples)))
         traits = ((examples[number].headed, len(examples[number].ids), number) for number in window)
         for _, alike in groupby(sorted(traits), key=lambda trait: trait[0]):
             numbers = [number for *_, number in alike]
             for begin in range(0, len(numbers), rows):
-                yield [examples[number] for number in numbers[begin : begin + rows]]
+                yield numbers[begin : begin + rows]
 
 
 def in_shares(examples: list[Example], shares: Sequence[float], seed: str) -> Iterator[Example]:

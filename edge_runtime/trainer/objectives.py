@@ -9,6 +9,7 @@ Each reads the model's last hidden states (rows, tokens, hidden) of a micro-batc
 import math
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from edge_kernels import LanguageHead, linear_cross_entropy
 from torch.nn.functional import cross_entropy, kl_div, rms_norm
@@ -17,13 +18,13 @@ from transformers import PreTrainedModel
 from edge_runtime.adapters.attach import Attached
 from edge_runtime.planning.predict import LENGTH_STEP, LOSS_CHUNK_BYTES
 from edge_runtime.protocol.report import Score
-from edge_runtime.trainer.examples import IGNORED, Example, Indexed, batches
+from edge_runtime.trainer.examples import IGNORED, Example, Indexed, groups
 from edge_runtime.trainer.meter import release
 from edge_runtime.trainer.vocabulary import Divergence, language_head, sweep
 
 # A micro-batch's part of a score: the loss summed over what counts, the labelled tokens or rows of a
-# known label that count, and the rows answered exactly.
-Tally: TypeAlias = tuple[float, int, int]
+# known label that count, and which rows (rows,) are answered exactly.
+Tally: TypeAlias = tuple[float, int, torch.Tensor]
 
 
 class Output(NamedTuple):
@@ -63,7 +64,7 @@ class Text(NamedTuple):
         hits = torch.ones_like(counted)
         hits[counted] = scores.likely == labels[counted]
         loss = float((scores.log_sum - scores.target).sum())
-        return loss, int(counted.sum()), int(hits.all(1).sum())
+        return loss, int(counted.sum()), hits.all(1)
 
 
 class Labels(NamedTuple):
@@ -88,7 +89,7 @@ class Labels(NamedTuple):
         logits, answers = self._logits(rows, hidden)
         known = answers != IGNORED
         loss = float(cross_entropy(logits[known], answers[known], reduction="sum"))
-        return loss, int(known.sum()), int((logits.argmax(-1) == answers).sum())
+        return loss, int(known.sum()), logits.argmax(-1) == answers
 
     def _logits(self, rows: list[Example], hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, labels), and the rows' answers (rows,)."""
@@ -103,14 +104,20 @@ def evaluate(model: PreTrainedModel, adapter: Attached, examples: Indexed, micro
     The loss is the mean over labelled tokens and over rows of a head whose label it has.
     """
     text, labels = Text(language_head(model)), Labels(adapter)
-    loss, counted, exact = 0.0, 0, 0
-    for rows in batches(examples, micro_rows):
+    loss, counted, hits = 0.0, 0, np.zeros(len(examples), bool)
+    for numbers in groups(examples, micro_rows):
+        rows = [examples[number] for number in numbers]
         objective = labels if rows[0].headed else text
         tally = objective.tally(rows, *hidden_states(model, rows))
-        loss, counted, exact = loss + tally[0], counted + tally[1], exact + tally[2]
+        loss, counted, hits[numbers] = loss + tally[0], counted + tally[1], tally[2].cpu()
         release()
     mean = loss / max(counted, 1)
-    return Score(mean if math.isfinite(mean) else None, exact / len(examples), len(examples))
+    return Score(
+        loss=mean if math.isfinite(mean) else None,
+        accuracy=float(hits.mean()),
+        rows=len(examples),
+        hits=np.packbits(hits).tobytes(),
+    )
 
 
 def label_states(rows: list[Example], hidden: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ TEXTS = {
     "Plan.model_class": "the source's last part and a digest of the weights",
     "Plan.terms": "names of the planner's terms",
     "Result.evaluation": "numbered by `without_names` before a report leaves",
+    "Score.hits": "left out by `without_names`",
     "Result.phases": "names of the trainer's phases",
     "Result.seconds": "names of the trainer's phases",
 }
@@ -77,11 +78,12 @@ def test_a_cause_that_is_not_in_the_list_is_refused() -> None:
 
 
 def test_names_of_held_out_files_become_numbers_in_their_order() -> None:
-    scores = {"clinic": Score(1.0, 0.0, 1), "street": Score(2.0, 0.0, 1)}
-    result = results.result(scores)
-    numbered = without_names(result)
+    scores = {"clinic": Score(1.0, 0.0, 1), "street": Score(2.0, 0.5, 2)}
+    hits = {name: msgspec.structs.replace(score, hits=b"\x80") for name, score in scores.items()}
+    numbered = without_names(results.result(hits))
     assert numbered.evaluation == {"held_out_1": scores["clinic"], "held_out_2": scores["street"]}
     assert without_names(numbered) == numbered
+    assert b"hits" not in msgspec.json.encode(numbered) and b"hits" in msgspec.json.encode(hits)
 
 
 class Link:

@@ -337,8 +337,8 @@ def test_the_learning_rate_warms_up_each_round_and_falls_to_a_tenth_over_all():
 
 
 def greedy_matches(model, examples):
-    """How many completions greedy generation writes exactly."""
-    right = 0
+    """Which examples' completions greedy generation writes exactly."""
+    exact = []
     for example in examples:
         prompt = [token for token, label in zip(example.ids, example.labels, strict=True) if label == IGNORED]
         ids = torch.tensor([prompt])
@@ -350,8 +350,8 @@ def greedy_matches(model, examples):
             max_new_tokens=more,
             do_sample=False,
         )
-        right += said[0].tolist() == example.ids
-    return right
+        exact.append(said[0].tolist() == example.ids)
+    return exact
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -361,10 +361,15 @@ def test_exact_match_is_what_greedy_generation_would_write(tiny, family):
     examples = draw_examples(12)
     train(model, adapter, examples[:6], steps=60, rows_a_step=6, micro_rows=6, learning_rate=2e-2)
     score = evaluate(model, adapter, examples, micro_rows=5)
-    right = greedy_matches(model, examples)
+    exact = greedy_matches(model, examples)
     assert score.rows == 12
-    assert score.accuracy == right / 12
-    assert 5 <= right < 12
+    assert score.accuracy == sum(exact) / 12
+    assert 5 <= sum(exact) < 12
+    # in the rows' order, though rows go through the model by length
+    hits = np.unpackbits(np.frombuffer(score.hits, np.uint8), count=12).astype(bool).tolist()
+    assert hits == exact
+    by_length = sorted(range(12), key=lambda number: (len(examples[number].ids), number))
+    assert hits != [exact[number] for number in by_length]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

@@ -1,7 +1,7 @@
 """fleet.toml, typed: what a fleet trains, how, and for how many rounds.
 
     [fleet]     name, rounds, quorum, deadline_s, seed
-    [method]    name and its settings
+    [method]    name, server_step, momentum, and the method's own settings
     [adapter]   rank, lower, alpha, roles
     [head]      shared: of text and label rows, where there is a head for them
     [training]  steps, rows_a_step, learning_rate, max_tokens, shorter, ...
@@ -70,6 +70,9 @@ class MethodChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str = "fedit"  # as in edge_runtime.methods
     settings: dict[str, Any] = {}  # the table's other keys, which the method's file describes
+    server_step: Factor = 1.0  # the version moves so many times the mean delta (aggregator/server_step.py)
+    # The share of its last step that a version takes again.
+    momentum: Annotated[float, Bound(lambda share: 0 <= share < 1, "0 or more, and below 1")] = 0.0
 
 
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -163,6 +166,7 @@ class Fleet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     codistill: Codistill | None = None
 
 
+OF_EVERY_METHOD = tuple(name for name in MethodChoice.__struct_fields__ if name != "settings")
 TABLES: dict[str, Any] = {
     "adapter": Adapter,
     "training": Training,
@@ -224,7 +228,7 @@ def parse(tables: dict[str, Any]) -> Fleet:
     for entry in tables.get("catalog", []):
         refuse_unknown(entry, set(Model.__struct_fields__), "[[catalog]] ")
     chosen = dict(tables.get("method", {}))
-    method = {"name": chosen.pop("name", MethodChoice().name), "settings": chosen}
+    method = {name: chosen.pop(name) for name in OF_EVERY_METHOD if name in chosen} | {"settings": chosen}
     fields = {name: table for name, table in tables.items() if name != "fleet"}
     try:
         fleet = msgspec.convert({**fields, **top, "method": method}, Fleet)
@@ -249,6 +253,7 @@ def _check(fleet: Fleet) -> None:
     ranks, lengths = (adapter.rank, *adapter.lower), (training.max_tokens, *training.shorter)
     _require("[[catalog]]", len(fleet.catalog), bool(fleet.catalog), "at least one model")
     _check_fields(fleet, "[fleet]")
+    _check_fields(fleet.method, "[method]")
     for name in TABLES:
         if (table := getattr(fleet, name)) is not None:
             _check_fields(table, f"[{name}]")

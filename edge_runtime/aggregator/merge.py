@@ -1,6 +1,6 @@
 """Merges a round's checked updates: each class, then across classes, one update at a time.
 
-    master_r = master_{r-1} + merged(deltas)
+    master_r = master_{r-1} + step(merged(deltas))
     published: encode(master_r), which devices decode and start from
 
 The master is float32, so the rounding of the published version does not add up over rounds.
@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from edge_broker import files
 from edge_broker.journal import Update
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from edge_runtime.adapters.initial import initial
+from edge_runtime.aggregator import server_step
 from edge_runtime.aggregator.store import Version
 from edge_runtime.methods import frames
 from edge_runtime.methods.interface import Array, Contribution, Method, Scope, Tensors
@@ -24,6 +26,14 @@ from edge_runtime.protocol import codec
 from edge_runtime.protocol.keys import STATE, parse
 from edge_runtime.protocol.round import FLEET
 from edge_runtime.settings import Fleet
+
+
+class Merged(NamedTuple):
+    """What devices of a scope share after a round."""
+
+    state: Tensors
+    momenta: Tensors  # of server_step.py; empty without momentum
+    answers: bytes
 
 
 def merge(
@@ -44,11 +54,11 @@ def merge(
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     # first the version that all classes share, and then each class's
-    shared, shared_answers = _merge_scope("fleet", FLEET, updates, versions, fleet, method)
+    shared = _merge_scope("fleet", FLEET, updates, versions, fleet, method)
     if method.framed:
-        shared[frames.MADE] = _frame(updates, versions, shared.get(frames.MADE), fleet, method)
-    if shared or shared_answers or FLEET in versions:
-        written.append(_write(FLEET, shared, {}, shared_answers, round_, folder))
+        shared.state[frames.MADE] = _frame(updates, versions, shared.state.get(frames.MADE), fleet, method)
+    if shared.state or shared.answers or FLEET in versions:
+        written.append(_write(FLEET, shared, {}, round_, folder))
     classes = {update.manifest.model_class for update in updates}
     scopes = {method.scope(kind) for kind in method.merges}
     if (
@@ -60,8 +70,9 @@ def merge(
         classes |= versions.keys() - {FLEET}
     for model_class in sorted(classes):
         sent = [update for update in updates if update.manifest.model_class == model_class]
-        state, answers = _merge_scope("class", model_class, sent, versions, fleet, method)
-        written.append(_write(model_class, state, shared, answers or shared_answers, round_, folder))
+        merged = _merge_scope("class", model_class, sent, versions, fleet, method)
+        merged = merged._replace(answers=merged.answers or shared.answers)
+        written.append(_write(model_class, merged, shared.state, round_, folder))
     return written
 
 
@@ -72,20 +83,24 @@ def _merge_scope(
     versions: Mapping[str, Version],
     fleet: Fleet,
     method: Method,
-) -> tuple[Tensors, bytes]:
-    """The next tensors and answers of a class, or of FLEET, which devices share in this scope."""
+) -> Merged:
+    """What devices of a class, or of FLEET, share in this scope after the round."""
     last = versions.get(model_class)
-    state = load_file(last.master) if last is not None else {}
+    state, momenta = ({}, {}) if last is None else (load_file(last.master), _momenta(last, fleet))
     for kind in method.merges:
         if method.scope(kind) == scope:
-            _merge_kind(kind, updates, state, fleet, method)
+            _merge_kind(kind, updates, state, momenta, fleet, method)
     answers = b""
     if method.answers is not None and method.answers.shared == scope:
         if updates:
             answers = method.answers.merge(partial(_answers, updates))
         elif last is not None:
             answers = codec.answers(last.artifact.read_bytes())
-    return state, answers
+    return Merged(state, momenta, answers)
+
+
+def _momenta(version: Version, fleet: Fleet) -> Tensors:
+    return load_file(version.momenta) if fleet.method.momentum and version.momenta.exists() else {}
 
 
 def _frame(
@@ -108,7 +123,7 @@ def _frame(
                 if frames.SENT in set(master.keys()):
                     state = {frames.SENT: master.get_tensor(frames.SENT)}
         if not state:
-            _merge_kind("frame", of_class, state, fleet, method)
+            _merge_kind("frame", of_class, state, {}, fleet, method)
             new = True
         features += state.values()
     return frames.common(features, before) if new or before is None else before
@@ -120,12 +135,16 @@ def _answers(updates: list[Update]) -> Iterator[tuple[int, bytes]]:
         yield update.manifest.samples, codec.answers(update.payload.read_bytes())
 
 
-def _merge_kind(kind: str, updates: list[Update], state: Tensors, fleet: Fleet, method: Method) -> None:
+def _merge_kind(
+    kind: str, updates: list[Update], state: Tensors, momenta: Tensors, fleet: Fleet, method: Method
+) -> None:
     """Take the step of one kind of tensors, in place."""
     before = dict(state)  # with the version 0 of keys that the state has not yet
     steps = method.merges[kind](partial(_contributions, kind, updates, before, fleet, method))
     # predictions have no version 0: their first step is their value
     for key, step in steps.items():
+        if kind in STATE:
+            step = server_step.step(key, step, fleet.method, momenta)
         state[key] = before[key] + step if key in before else step
 
 
@@ -150,22 +169,26 @@ def version_0(key: str, shape: tuple[int, ...], fleet: Fleet, method: Method) ->
     return initial(key, full, fleet.seed, factor)
 
 
-def _write(
-    model_class: str, state: Tensors, shared: Tensors, answers: bytes, round_: int, folder: Path
-) -> Version:
+def _write(model_class: str, merged: Merged, shared: Tensors, round_: int, folder: Path) -> Version:
     """Write a class's master, and its artifact, which also holds the tensors that all share."""
     name = f"{round_:05d}-{hashlib.sha256(model_class.encode()).hexdigest()[:12]}"
     version = Version(model_class, folder / f"{name}.safetensors", folder / f"{name}.edc")
-    part = version.master.with_suffix(".part")
-    try:
-        save_file(state, part)
-    except SafetensorError as error:  # safetensors reports a full disk this way
-        raise OSError(f"{part}: {error}") from error
-    files.put(part, version.master)
+    _save(merged.state, version.master)
+    if merged.momenta:
+        _save(merged.momenta, version.momenta)
     part = version.artifact.with_suffix(".part")
     # features stay on the node; a class that is not in the frame starts from the fleet's version, without it
     apart = (frames.SENT, frames.MADE) if model_class == FLEET else (frames.SENT,)
-    published = {key: value for key, value in {**state, **shared}.items() if key not in apart}
-    part.write_bytes(codec.encode(published, answers))
+    published = {key: value for key, value in {**merged.state, **shared}.items() if key not in apart}
+    part.write_bytes(codec.encode(published, merged.answers))
     files.put(part, version.artifact)
     return version
+
+
+def _save(tensors: Tensors, path: Path) -> None:
+    part = path.with_suffix(".part")
+    try:
+        save_file(tensors, part)
+    except SafetensorError as error:  # safetensors reports a full disk this way
+        raise OSError(f"{part}: {error}") from error
+    files.put(part, path)

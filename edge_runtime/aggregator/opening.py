@@ -57,7 +57,8 @@ def check_settings(
     """
     distils = fleet.codistill
     fixed = {
-        "[method]": fleet.method,
+        # a later round may take another server step
+        "[method]": {"name": fleet.method.name, "settings": fleet.method.settings},
         "[adapter]": msgspec.structs.replace(fleet.adapter, lower=()),
         "[head]": fleet.head,
         "[codistill] across": distils.across if distils is not None else None,

@@ -39,6 +39,11 @@ class Version(msgspec.Struct, frozen=True):
     master: Path  # float32, the node's own
     artifact: Path  # encoded, for the devices
 
+    @property
+    def momenta(self) -> Path:
+        """Beside the master, of a fleet with momentum (server_step.py)."""
+        return self.master.with_suffix(".momenta")
+
 
 class NodeStore:
     """The node's tables. Every method takes part in the connection's open transaction, if any."""
@@ -114,9 +119,12 @@ class NodeStore:
             "FROM versions AS version WHERE round < ? AND round <"
             " (SELECT max(round) FROM versions AS latest WHERE latest.model_class = version.model_class)"
         )
-        for paths in self.connection.execute(f"SELECT master, artifact {older}", (before,)).fetchall():
-            for path in paths:
-                (self._folder / path).unlink(missing_ok=True)
+        for name, *paths in self.connection.execute(
+            f"SELECT model_class, master, artifact {older}", (before,)
+        ).fetchall():
+            version = Version(name, *(self._folder / path for path in paths))
+            for path in (version.master, version.momenta, version.artifact):
+                path.unlink(missing_ok=True)
         self.connection.execute(f"DELETE {older}", (before,))
 
     def shapes(self, model_class: str) -> dict[str, tuple[int, ...]]:

@@ -25,6 +25,7 @@ from edge_runtime.methods import (
     local,
 )
 from edge_runtime.methods.interface import Method
+from edge_runtime.protocol.keys import STATE
 
 MOST_RANK = 256  # of the A and B that a layer multiplies; the limit of edge_kernels.adapter_linear
 _FILES = (local, fedit, ffa, fedsa, fedsb, hetlora, flexlora, flora, fedadapter, heterotune, h2tune)
@@ -46,7 +47,7 @@ def build(
         raise InputError(f"there is no method `{spec.name}`; known: {', '.join(METHODS)}")
     method = METHODS[spec.name]
     fields = method.settings.__struct_fields__ if method.settings is not None else ()
-    settings.refuse_unknown(spec.settings, {"name", *fields}, f"[method] {spec.name} ")
+    settings.refuse_unknown(spec.settings, {*settings.OF_EVERY_METHOD, *fields}, f"[method] {spec.name} ")
     if method.settings is not None:
         try:
             method = msgspec.convert(spec.settings, type(method.settings)).method()
@@ -66,7 +67,8 @@ def of(fleet: settings.Fleet) -> Method:
     """A fleet's method.
 
     Raises:
-        InputError: as for `build`; or the method cannot merge the ranks that the fleet allows.
+        InputError: as for `build`; or the method cannot merge the ranks that the fleet allows, or
+            has no mean of deltas for a server step and momentum.
     """
     method, adapter = build(fleet.method, fleet.head, fleet.public, fleet.codistill), fleet.adapter
     if adapter.rank + method.kept > MOST_RANK:
@@ -80,4 +82,19 @@ def of(fleet: settings.Fleet) -> Method:
             f"[adapter] lower is {adapter.lower}, but has to be left out with {method.name}, which merges factors of one "
             f"rank, {adapter.rank}; devices of unequal ranks need {candidates}"
         )
+    if adapter.lower and method.unequal:
+        method = method._replace(step=method.unequal)
+    _require_mean(method, fleet)
     return method
+
+
+def _require_mean(method: Method, fleet: settings.Fleet) -> None:
+    choice = fleet.method
+    if (choice.server_step, choice.momentum) == (1.0, 0.0):
+        return
+    ranks = " and devices of unequal ranks" if fleet.adapter.lower else ""
+    if method.step != "mean" or not method.merges.keys() & set(STATE):
+        raise InputError(
+            f"[method] server_step is {choice.server_step:g} and momentum {choice.momentum:g}, but have to be left out "
+            f"with {method.name}{ranks}, where a round does not add a mean of the devices' deltas to the version"
+        )

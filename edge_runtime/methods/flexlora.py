@@ -119,4 +119,6 @@ def _bases(sketches: Tensors) -> Tensors:
     return {layer: np.linalg.qr(sketch)[0] for layer, sketch in sketches.items()}
 
 
-METHOD = Method("flexlora", fedit.METHOD.factors, {"layers": mean_product}, unequal=True, refactored=True)
+METHOD = Method(
+    "flexlora", fedit.METHOD.factors, {"layers": mean_product}, step="refactored", unequal="refactored"
+)

@@ -45,8 +45,8 @@ class FLoRA(MethodSettings, frozen=True):
             {"A": A, "B": B, "keptA": KEPT_A, "keptB": KEPT_B},
             {"layers": partial(stacked, kept=self.kept)},
             kept=self.kept,
-            unequal=True,
-            refactored=True,
+            step="refactored",
+            unequal="refactored",
             settings=self,
         )
 

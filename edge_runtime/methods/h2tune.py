@@ -81,7 +81,7 @@ class H2Tune(MethodSettings, frozen=True):
             {"stages": holders_mean} if trained else {},
             core=core,
             sizes=lambda rank: {"depths": self.depths},
-            unequal=True,
+            unequal="mean",
             passes=lambda round_: later if trained and round_ > 1 else first,
             settings=self,
         )

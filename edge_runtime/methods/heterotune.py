@@ -95,7 +95,7 @@ class HeteroTune(MethodSettings, frozen=True):
             core=core,
             stages=self.stages,
             sizes=sizes,
-            unequal=True,
+            unequal="mean",
             settings=self,
         )
 

@@ -20,6 +20,9 @@ AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=256)]  # types of a method's s
 NotNegative = Annotated[float, msgspec.Meta(ge=0.0, le=1e6)]
 Start = Literal["drawn", "zero", "singular", "aligned"]
 Scope = Literal["private", "class", "fleet"]
+# How a merge changes a version: it adds a mean of the devices' deltas; it also lets entries shrink
+# that some devices do not hold; or it writes the merged product in new factors.
+Step = Literal["mean", "shrinking", "refactored"]
 Array: TypeAlias = "NDArray[np.float32]"
 Tensors: TypeAlias = "dict[str, Array]"
 Product: TypeAlias = tuple[Any, Any | None, Any]  # A, C and B; C is None where it is the identity
@@ -141,9 +144,10 @@ class Method(NamedTuple):
     stages: int = 1  # bins of relative depth, whose layers share the factors of kind `stages`
     # The lengths of the method's own axes, on a device of a rank.
     sizes: Callable[[int], Mapping[str, int]] = lambda rank: {}
-    # Devices of lower ranks may take part; they hold leading rows of A and columns of B.
-    unequal: bool = False
-    refactored: bool = False  # a version has its product in new factors, so residuals are worthless
+    step: Step = "mean"
+    # The step where devices of lower ranks take part, which hold leading rows of A and columns of B;
+    # None: they may not.
+    unequal: Step | None = None
     # The passes of each step, by round from 1.
     passes: Callable[[int], tuple[Pass, ...]] = lambda round_: (Pass(),)
     # The rank in which a device goes on, from its exchanged factors and a function that gives a
@@ -197,6 +201,11 @@ class Method(NamedTuple):
     def framed(self) -> bool:
         """Whether the method needs the common frame (frames.py)."""
         return "frame" in self.merges
+
+    @property
+    def refactored(self) -> bool:
+        """Whether residuals are worthless, as a version has its product in new factors."""
+        return self.step == "refactored"
 
     @property
     def reads_weights(self) -> bool:

@@ -3,5 +3,5 @@
 from edge_runtime.methods.interface import A, B, Method
 
 METHOD = Method(
-    "local", {"A": A._replace(shared="private"), "B": B._replace(shared="private")}, {}, unequal=True
+    "local", {"A": A._replace(shared="private"), "B": B._replace(shared="private")}, {}, unequal="mean"
 )

@@ -47,7 +47,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         TrainerError: training failed.
     """
     job = msgspec.json.decode((folder / "job.json").read_bytes(), type=Job)
-    method = methods.build(job.fleet.method, job.fleet.head, job.fleet.public, job.fleet.codistill)
+    method = methods.of(job.fleet)
     prepare(job.machine)
     meter = Meter(job.machine.device, say)
     meter.tell("load")

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from crafted import crafted
-from edge_broker.transfer import Rejected
+from edge_broker.transfer import Committed, Rejected
 from fleet import Fleet, eventually
-from records import committed, presence_of, reports
+from records import committed, master, presence_of, reports
 
 from edge_runtime.protocol import codec
 
@@ -99,6 +99,26 @@ def test_a_bad_delta_is_refused_with_its_reason(fleet: Fleet, payload: bytes, re
     assert reason in refusal.reason
     assert reason in node.phase("refused")["text"]
     assert committed(fleet) == []
+
+
+def test_momentum_survives_a_killed_aggregator(fleet: Fleet) -> None:
+    fleet.write(rounds=3)
+    file = fleet.folder / "fleet.toml"
+    stepping = 'name = "fedit"\nserver_step = 2.0\nmomentum = 0.5'
+    file.write_text(file.read_text().replace('name = "fedit"', stepping))
+    node = fleet.node()
+    node.phase("collecting")
+    with crafted(fleet, "crafted") as device:
+        device.report()
+        assert isinstance(device.offer(tensors("layers.0.q.B", (8, 2))), Committed)
+        node.phase("merged")
+        node.kill()
+        node = fleet.node()
+        node.phase("collecting")
+        assert isinstance(device.offer(tensors("layers.0.q.B", (8, 2)), round=2), Committed)
+        node.phase("merged")
+    after = [float(master(fleet, round_)["layers.0.q.B"].mean()) for round_ in (1, 2)]
+    assert after == pytest.approx([2 * 1, 2 * 1 + 2 * 1.5], rel=1e-2)
 
 
 def test_an_agent_that_is_asked_to_stop_says_offline(fleet: Fleet) -> None:

@@ -70,6 +70,8 @@ def test_a_fleet_file_that_no_longer_fits_what_is_there_is_refused(node, tables,
     update(first, "a")
     node(**tables)
     node(**{**tables, "training": {"steps": 7}})
+    method = {**FLEET["method"], **tables.get("method", {}), "server_step": 0.5, "momentum": 0.5}
+    node(**{**tables, "method": method})
     with pytest.raises(InputError) as error:
         node()
     assert f"was made with another {named}:" in str(error.value)
@@ -130,10 +132,13 @@ def test_of_older_rounds_only_a_class_s_latest_version_stays(node, tmp_path):
         for version in versions:
             version.master.touch()
             version.artifact.touch()
+            version.momenta.touch()
         one._store.merged(round_, versions)
         end_earlier_rounds(round_ + 1, one._store, one._journal, one._receiver)
     kept = {f"{round_}-m" for round_ in range(3, KEPT_ROUNDS + 3)} | {"2-rests"}
-    assert {path.name for path in folder.iterdir()} == kept | {f"{name}.edc" for name in kept}
+    assert {path.name for path in folder.iterdir()} == kept | {
+        f"{name}.{suffix}" for name in kept for suffix in ("edc", "momenta")
+    }
     assert {of: version.master.name for of, version in one._store.versions().items()} == {
         "rests": "2-rests",
         "m": f"{KEPT_ROUNDS + 2}-m",

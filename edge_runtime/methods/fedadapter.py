@@ -1,7 +1,7 @@
 """fedadapter: branches between A and B, by a device's rank, each averaged over its holders.
 
     y = W x + scale · B C A x        C = I + Σ_{j <= tier} V_j U_j
-    A, B     as in fedit: their mean inside a model class
+    A, B     their mean inside a model class, as in fedit; of unequal ranks as in unequal.py
     U, V     of branch j, one pair for all layers at about the same relative depth: the mean over
              the branch's holders in the whole fleet
 
@@ -29,7 +29,7 @@ class FedAdapter(MethodSettings, frozen=True):
         return gated._replace(
             name="fedadapter",
             factors={name: factor for name, factor in gated.factors.items() if name != "g"},
-            merges={"layers": holders_mean, "stages": holders_mean},
+            merges={**gated.merges, "stages": holders_mean},
             settings=self,
         )
 

@@ -43,13 +43,18 @@ def mean_product(contributions: Contributions) -> Tensors:
     """The step from the last version's factors to those of the mean product."""
     steps: Tensors = {}
     for layer, old, new in best_factors(contributions):
-        step_A, step_B = np.zeros_like(old.A), -old.B
-        # a layer narrower than its rank has fewer directions than A has rows
-        rank = len(new.A)
-        step_A[:rank] = new.A - old.A[:rank]
-        step_B[:, :rank] += new.B
-        steps |= {join(layer, "A"): step_A, join(layer, "B"): step_B}
+        steps |= step(layer, old, new)
     return steps
+
+
+def step(layer: str, old: Factors, new: Factors) -> Tensors:
+    """The step of a layer's A and B from old factors to new ones, of the same rank or a lower one."""
+    step_A, step_B = np.zeros_like(old.A), -old.B
+    # a layer narrower than its rank has fewer directions than A has rows
+    rank = len(new.A)
+    step_A[:rank] = new.A - old.A[:rank]
+    step_B[:, :rank] += new.B
+    return {join(layer, "A"): step_A, join(layer, "B"): step_B}
 
 
 def best_factors(contributions: Contributions, kept: int = 0) -> Iterator[tuple[str, Factors, Factors]]:

@@ -1,7 +1,7 @@
 """heterotune: branches between A and B that all models share, merged without conflicts.
 
     y = W x + scale · B C A x        C = I + Σ_j g_j V_j U_j,  g = J · softmax of J gates
-    A, B     as in fedit: their mean inside a model class
+    A, B     their mean inside a model class, as in fedit; of unequal ranks as in unequal.py
     U, V     (m x r), (r x m) of branch j, one pair for all layers at about the same relative depth,
              across the fleet
     gates    of each layer, private
@@ -42,7 +42,8 @@ from functools import partial
 from itertools import permutations
 from typing import Any, Literal
 
-from edge_runtime.methods.fedit import RunningMean, holders_mean
+from edge_runtime.methods import unequal
+from edge_runtime.methods.fedit import RunningMean
 from edge_runtime.methods.interface import (
     A,
     Array,
@@ -85,7 +86,7 @@ class HeteroTune(MethodSettings, frozen=True):
         U = Factor(("widths", "rank"), trained, scope, "drawn", of="stages")
         V = U._replace(axes=("rank", "widths"), start="zero" if trained else "drawn")
         gates = Factor(("branches",), trained=True, shared="private", start="zero")
-        merges: dict[str, Merge] = {"layers": holders_mean}
+        merges: dict[str, Merge] = {"layers": unequal.mean}
         if trained:
             merges["stages"] = partial(across_classes, alignment=self.alignment)
         return Method(
@@ -95,7 +96,7 @@ class HeteroTune(MethodSettings, frozen=True):
             core=core,
             stages=self.stages,
             sizes=sizes,
-            unequal="mean",
+            unequal="refactored",
             settings=self,
         )
 

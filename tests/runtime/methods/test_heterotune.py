@@ -299,7 +299,9 @@ def test_settings_that_do_not_fit_are_named(values, reason):
 
 
 def test_a_method_without_settings_says_so():
-    with pytest.raises(InputError, match=r"\[method\] fedit has no key `width`; known keys: name"):
+    with pytest.raises(
+        InputError, match=r"\[method\] fedit has no key `width`; known keys: momentum, name, server_step"
+    ):
         methods.build(settings.MethodChoice("fedit", {"width": 2}), None, None)
     with pytest.raises(InputError, match=r"\[method\] fedit has no key `names`; did you mean `name`"):
         methods.build(

@@ -85,10 +85,15 @@ class AdapterLinear(nn.Module):
         super().__init__()
         self.base, self.scale, self.factors = base, scale, nn.ParameterDict(factors)
         self._method, self._depth = method, depth
+        self.leading: int | None = None  # ranks in use; None: all
 
     def product(self) -> Product:
         """A, C and B; C is None where it is the identity."""
-        return self._method.product(self.factors, self._depth)
+        A, C, B = self._method.product(self.factors, self._depth)
+        if self.leading is None:
+            return A, C, B
+        ranks = slice(self.leading)
+        return A[ranks], None if C is None else C[ranks, ranks], B[:, ranks]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""

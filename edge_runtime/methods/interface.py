@@ -148,6 +148,7 @@ class Method(NamedTuple):
     # The step where devices of lower ranks take part, which hold leading rows of A and columns of B;
     # None: they may not.
     unequal: Step | None = None
+    nested: bool = False  # steps take turns in the fleet's lower ranks
     # The passes of each step, by round from 1.
     passes: Callable[[int], tuple[Pass, ...]] = lambda round_: (Pass(),)
     # The rank in which a device goes on, from its exchanged factors and a function that gives a
@@ -174,6 +175,13 @@ class Method(NamedTuple):
     def lengths(self, rank: int, into: int, out: int) -> dict[str, int]:
         """The length of every axis of a layer's factors, on a device of this rank."""
         return {**self.sizes(rank), "rank": rank, "kept": self.kept, "in": into, "out": out}
+
+    def turns(self, rank: int, lower: Iterable[int]) -> tuple[int | None, ...]:
+        """Leading ranks that the steps of a device take in turn; None: its whole rank.
+
+        lower: the fleet's lower ranks.
+        """
+        return (None, *(each for each in lower if self.nested and each < rank))
 
     def product(self, factors: Mapping[str, Any], depth: float) -> Product:
         """A, C and B of a layer, from its factors (torch tensors) and its relative depth."""

@@ -4,14 +4,15 @@ Memory is saved in four places. Only the inputs of blocks are kept; a block runs
 Head and loss run in chunks over the labelled tokens alone. A factor steps as soon as backward has
 its gradient, so that no gradient outlives its layer. Rows go through the model in micro-batches.
 
-Steps may take turns between depth slices, so that one adapter fits them all (models/slices.py).
+Steps may take turns between depth slices, so that one adapter fits them all (models/slices.py), and
+between leading ranks (methods/prelort.py).
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,8 @@ class RoundSettings(NamedTuple):
 
     training: Training
     slices: Sequence[tuple[int, ...]]  # blocks of each depth slice; steps take the slices in turn
+    # Leading ranks of the adapter; steps take them in turn, after a turn of the slices. None: all.
+    ranks: Sequence[int | None] = (None,)
     round: int = 1  # counted from 1; with rounds it places the round on the learning-rate schedule
     rounds: int = 1
     seed: int = 0  # of the order of the rows
@@ -105,8 +108,9 @@ class Learner:
         rows, texts = islice(self._rows, training.rows_a_step), islice(self._texts, self._text_count)
         micro_batches = cut(list(rows), list(texts), self._text_weight, micro_rows)
         chosen = settings.slices[number % len(settings.slices)]
+        rank = settings.ranks[number // len(settings.slices) % len(settings.ranks)]
         recomputed = recomputed_blocks(self._model, boundaries, kept_blocks)
-        with only_blocks(self._model, chosen), recomputed:
+        with only_blocks(self._model, chosen), self._leading(rank), recomputed:
             self.losses.append(self._passes(micro_batches, chosen))
         last_losses = self.losses[-SKIPPED_IN_A_ROW:]
         if len(last_losses) == SKIPPED_IN_A_ROW and all(map(math.isnan, last_losses)):
@@ -115,6 +119,18 @@ class Learner:
                 f"round {settings.round}; lower the learning rate, or look for broken weights"
             )
         return self.losses[-1]
+
+    @contextmanager
+    def _leading(self, rank: int | None) -> Iterator[None]:
+        """Inside, the adapter has its leading ranks alone."""
+        linears = list(chain.from_iterable(self._linears))
+        for linear in linears:
+            linear.leading = rank
+        try:
+            yield
+        finally:
+            for linear in linears:
+                linear.leading = None
 
     def close(self) -> None:
         """Take the optimiser off the adapter, so that its state is freed."""

@@ -82,6 +82,7 @@ def _round_settings(job: Job, method: Method) -> RoundSettings:
     return RoundSettings(
         training=fleet.training,
         slices=nested_blocks(depths, plan.depth, job.facts.layers),
+        ranks=method.turns(plan.rank, fleet.adapter.lower),
         round=job.round,
         rounds=fleet.rounds,
         seed=fleet.seed,

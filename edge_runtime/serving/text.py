@@ -1,10 +1,5 @@
-"""Between text and tokens: prompts, chats, and an answer's text as its tokens come.
+"""Between text and tokens: prompts, chats, and an answer's text as its tokens come."""
 
-An answer ends at any token that the tokenizer, config.json or generation_config.json names as an
-end of text, and at the token with which the model's chat template ends an assistant's turn.
-"""
-
-import json
 from collections.abc import Sequence as Ids
 from pathlib import Path
 from typing import Any
@@ -12,12 +7,12 @@ from typing import Any
 from edge_runtime.compat.fast_tokenizer import load
 from edge_runtime.errors import InputError
 from edge_runtime.models.facts import Facts
+from edge_runtime.trainer.ends import answer_ends
 from edge_runtime.trainer.tokens import Asked, Tokenization
 
 HALF = "\ufffd"  # stands for bytes that are no whole character yet
 LEAD = 8  # tokens before the answer that decide how its first token is written
 LONGEST = 4  # bytes of a character, and so tokens that may wait for its end
-MARK = "content"
 
 
 class Language:
@@ -25,10 +20,8 @@ class Language:
 
     def __init__(self, facts: Facts) -> None:
         self.tokenizer: Any = load(Path(facts.folder))
-        configurations = [Path(facts.folder) / "config.json", Path(facts.weights) / "generation_config.json"]
-        ends = {self.tokenizer.eos_token_id, _turn_end(self.tokenizer)}
         self._how = Tokenization(self.tokenizer, facts.vocabulary, facts.positions, labels={})
-        self.ends = frozenset(ends.union(*map(_ends, configurations)) - {None})
+        self.ends = answer_ends(facts, self.tokenizer)
 
     def prompt(self, text: str) -> Asked:
         """A text to go on with, as training has it before a completion."""
@@ -106,27 +99,3 @@ def _overlap(text: str, stop: str) -> int:
     return next(
         (size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0
     )
-
-
-def _ends(path: Path) -> set[int | None]:
-    """The tokens that a configuration names as ends of text; none where there is no such file."""
-    if not path.is_file():
-        return set()
-    written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    named = (part.get("eos_token_id") for part in (written, written.get("text_config") or {}))
-    return {token for ends in named for token in (ends if isinstance(ends, list) else [ends])}
-
-
-def _turn_end(tokenizer: Any) -> int | None:
-    """The special token with which the chat template ends an assistant's turn, if there is one."""
-    turns = [{"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}]
-    if not tokenizer.chat_template:
-        return None
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    # a template may refuse a conversation that is none of its users'
-    except Exception:
-        return None
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    after = tokenizer(text.rpartition(MARK)[2], add_special_tokens=False).input_ids
-    return next((token for token in after if token in special), None)

@@ -20,6 +20,7 @@ from edge_runtime.protocol.completion import Completion
 from edge_runtime.settings import Codistill
 from edge_runtime.trainer.base import Base
 from edge_runtime.trainer.data import Row
+from edge_runtime.trainer.ends import answer_ends
 from edge_runtime.trainer.examples import IGNORED, Example, Examples
 from edge_runtime.trainer.job import Job
 from edge_runtime.trainer.meter import Meter, release
@@ -41,10 +42,7 @@ class Completions:
     """The texts of one job that this model can be asked, and its completions of them."""
 
     def __init__(self, job: Job, spec: Codistill, texts: list[Row], how: Tokenization) -> None:
-        self._most_tokens, tokenizer = spec.tokens, how.tokenizer
-        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        # tokens that end a text, or a turn in the model's chat template
-        self._ends = sorted(special | {number for number in tokenizer.all_special_ids if number is not None})
+        self._most_tokens, self._ends = spec.tokens, sorted(answer_ends(job.facts, how.tokenizer))
         self._prompts: dict[int, Asked] = {}  # by the text's number
         for number, row in enumerate(texts):
             # a model without a chat template, or whose template refuses the text, is not asked
@@ -128,11 +126,12 @@ def last_turn(example: Example) -> Example:
 def as_text(written: list[Written], prompts: dict[int, Asked], tokenizer: Any) -> list[Completion]:
     """Decode completions; empty ones are left out."""
     completions = []
+    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     for prompt, ids, confidence in written:
         # decoded behind the prompt's last token, as some tokenizers drop a text's leading space
         last, spaces = prompts[prompt].ids[-1:], prompts[prompt].spaces
-        lead, joined = tokenizer.decode(last), tokenizer.decode([*last, *ids])
-        text = joined.removeprefix(lead) if joined.startswith(lead) else tokenizer.decode(ids)
+        lead, joined = decode(last), decode([*last, *ids])
+        text = joined.removeprefix(lead) if joined.startswith(lead) else decode(ids)
         if text.strip():
             completions.append(Completion(prompt, text.removeprefix(spaces), confidence))
     return completions

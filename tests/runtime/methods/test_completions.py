@@ -19,6 +19,7 @@ from edge_runtime.protocol import codec, completion
 from edge_runtime.protocol.completion import Completion
 from edge_runtime.trainer import completions as public_texts
 from edge_runtime.trainer import data
+from edge_runtime.trainer.ends import answer_ends
 from edge_runtime.trainer.examples import IGNORED, Example, in_shares
 from edge_runtime.trainer.tokens import Asked, Tokenization
 from edge_runtime.trainer.vocabulary import sweep
@@ -168,13 +169,22 @@ def test_what_is_learned_of_completions_weighs_by_the_prompts_that_have_one(tmp_
 class Words:
     """A tokenizer whose texts begin without their leading space, as some do."""
 
-    def decode(self, ids):
+    def decode(self, ids, **_):
         return " ".join(f"w{number}" for number in ids)
 
 
 def test_a_completion_keeps_the_space_before_it():
     written = [public_texts.Written(0, [7, 8], 0.5)]
     assert public_texts.as_text(written, [Asked([3, 4], "")], Words()) == [Completion(0, " w7 w8", 0.5)]
+
+
+def test_a_completion_is_the_text_that_a_server_would_answer(demo_tokenizer):
+    """Special tokens inside it are no text, which another device would take for tokens of its own."""
+    ids = demo_tokenizer(" yes<|im_start|> no", add_special_tokens=False).input_ids
+    assert demo_tokenizer.convert_tokens_to_ids("<|im_start|>") in ids
+    written = [public_texts.Written(0, ids, 0.5)]
+    asked = {0: Asked(demo_tokenizer("Say:").input_ids, "")}
+    assert public_texts.as_text(written, asked, demo_tokenizer) == [Completion(0, " yes no", 0.5)]
 
 
 # --- a real trainer
@@ -245,7 +255,7 @@ def test_an_answer_is_learned_from_what_the_fleet_says_of_public_prompts(trained
     assert accuracy["alone"] <= 2 / 3 < accuracy["taught"]
 
 
-def test_messages_are_asked_and_answered_in_the_models_own_template(demo_tokenizer):
+def test_messages_are_asked_and_answered_in_the_models_own_template(demo_facts, demo_tokenizer):
     turns = [{"role": "user", "content": "What is the capital of France?"}]
     how = Tokenization(demo_tokenizer, len(demo_tokenizer), 512)
     ids, _ = how.asked({"messages": turns})
@@ -254,7 +264,7 @@ def test_messages_are_asked_and_answered_in_the_models_own_template(demo_tokeniz
     assert learned.ids[: len(ids)] == ids and set(learned.labels[: len(ids)]) == {IGNORED}
     answer = demo_tokenizer("Paris", add_special_tokens=False).input_ids
     assert learned.ids[len(ids) :][: len(answer)] == answer
-    assert learned.ids[len(ids) + len(answer)] in demo_tokenizer.all_special_ids  # where greedy decoding ends
+    assert learned.ids[len(ids) + len(answer)] in answer_ends(demo_facts, demo_tokenizer)
     assert how.asked({"text": "hi"}) == (demo_tokenizer("hi").input_ids, "")
     assert public_texts.completed({"text": "hi"}, " there") == {"prompt": "hi", "completion": " there"}
 

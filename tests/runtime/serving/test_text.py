@@ -1,10 +1,5 @@
 """An answer's text comes in whole characters, ends where it should, and is the text that was written."""
 
-import json
-import shutil
-from pathlib import Path
-
-import msgspec
 import pytest
 
 from edge_runtime.serving.text import HALF, Language, TextStream
@@ -99,19 +94,3 @@ def test_prompts_and_texts_are_the_tokens_that_training_has(language, demo_facts
         first = next(place for place, label in enumerate(example.labels) if label != IGNORED)
         assert asked.ids == example.ids[:first]
     assert language.labelled("it rained ") == how.example({"text": "it rained ", "label": "a"}).ids
-
-
-def test_every_token_that_is_named_as_an_end_ends_an_answer(demo_facts, tmp_path):
-    weights = tmp_path / "weights"
-    weights.mkdir()
-    folder = Path(shutil.copytree(demo_facts.folder, tmp_path / "folder"))
-    facts = msgspec.structs.replace(demo_facts, folder=str(folder), weights=str(weights))
-    (turn_end,) = Language(demo_facts).ends
-    (weights / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 9}))
-    assert Language(facts).ends == {turn_end, 7, 8, 9}
-    # a template may end a turn with a token that nothing else names
-    other = '{% for turn in messages %}{{ turn["content"] }}<|endoftext|>{% endfor %}'
-    (folder / "chat_template.jinja").write_text(other)
-    assert Language(facts).ends - {turn_end, 7, 8, 9} == {0}

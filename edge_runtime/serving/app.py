@@ -32,6 +32,7 @@ from edge_runtime.serving.worker import BusyError, Worker
 
 log = logging.getLogger(__name__)
 BODY_BYTES = 1 << 20  # of a request, at most
+PATHS = "POST /v1/chat/completions, POST /v1/completions, GET /v1/models and GET /health"
 
 
 class Service(NamedTuple):
@@ -216,7 +217,7 @@ def _error(error: Exception) -> RequestError:
     if isinstance(error, RequestError):
         return error
     if isinstance(error, HTTPException):
-        return RequestError(error.status_code, error.detail)
+        return RequestError(error.status_code, f"{error.detail}: this server has {PATHS}")
     if isinstance(error, ClientDisconnect):
         return RequestError(499, "the client went away")  # which nobody reads
     if isinstance(error, EdgeError):

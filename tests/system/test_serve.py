@@ -163,8 +163,9 @@ def test_a_hostile_body_is_refused(client: Client, name: str) -> None:
 
 
 def test_other_places_and_names_are_refused(client: Client) -> None:
-    assert client.raw("GET", "/v1/embeddings")[0] == 404
-    assert client.raw("GET", "/v1/completions")[0] == 405
+    for path, refused in (("/v1/embeddings", 404), ("/chat/completions", 404), ("/v1/completions", 405)):
+        status, answer = client.raw("GET", path)
+        assert status == refused and "POST /v1/chat/completions" in answer["error"]["message"]
     assert client.raw("POST", "/v1/completions", b" " * (1 << 20) + b"{}")[0] == 413
     # a page of the web that leads a browser here under a name of its own
     connection = client.connection()

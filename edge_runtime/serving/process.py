@@ -28,8 +28,8 @@ from edge_runtime.trainer import meter
 from edge_runtime.trainer.job import Machine
 
 WAITING = 32  # requests that may wait for their turn
-CONNECTIONS = 128  # beyond what is answered or waits: health, models, refusals, clients that send nothing
-BACKLOG = CONNECTIONS  # accepted at once, beyond all others until what they have sent is read
+CONNECTIONS = 64  # beyond what is answered or waits: health, models, refusals, clients that send nothing
+BACKLOG = 128  # connections accepted at once, beyond the others until what they have sent is read
 DRAIN_S = 20  # for answers that are being written when the server is told to end
 
 

@@ -106,7 +106,7 @@ def _momenta(version: Version, fleet: Fleet) -> Tensors:
 def _frame(
     updates: list[Update],
     versions: Mapping[str, Version],
-    before: Array | None,
+    before: "Array | None",
     fleet: Fleet,
     method: Method,
 ) -> Array:

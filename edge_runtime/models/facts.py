@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from edge_runtime.models import hub
 from edge_runtime.settings import Role
 
 
@@ -38,15 +39,8 @@ class Facts(msgspec.Struct, frozen=True):
 
     @property
     def source(self) -> str:
-        """Where others find the checkpoint: a hub id with its revision, or the path on this device.
-
-        The hub's cache keeps owner/name in models--owner--name/snapshots/COMMIT.
-        """
-        path = Path(self.weights)
-        kind, _, name = path.parent.parent.name.partition("--")
-        if (kind, path.parent.name) != ("models", "snapshots"):
-            return self.weights
-        return f"{name.replace('--', '/', 1)}@{path.name}"
+        """Where others find the checkpoint: a hub id with its revision, or the path on this device."""
+        return hub.id_of(Path(self.weights)) or self.weights
 
     @property
     def head_parameters(self) -> int:

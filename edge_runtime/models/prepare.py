@@ -26,7 +26,7 @@ from edge_broker.files import put
 
 from edge_runtime.compat.lean_imports import lean_imports
 from edge_runtime.errors import EdgeError, InputError
-from edge_runtime.models import checkpoint, gguf_header
+from edge_runtime.models import checkpoint, gguf_header, hub
 from edge_runtime.models import facts as facts_
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.families import family_of
@@ -36,15 +36,13 @@ from edge_runtime.state import once
 FORMAT = 2
 # what they do is written down, each in its own way in each version
 WRITERS = ("edge-runtime", "transformers", "tokenizers", "gguf")
-# configuration and tokenizer
-COMPANIONS = ("*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
 
 
 def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = False) -> Facts:
     """Find the source, and write its facts to the cache unless they are there.
 
     Args:
-        source: a folder in Hugging Face's layout, a GGUF file, or a hub id "owner/name[@revision]".
+        source: a folder in Hugging Face's layout, a GGUF file, or a hub id (hub.py).
         models: where relative paths are looked for.
         cache: where configurations, tokenizers and facts are kept.
         random_weights: for measuring a shape without its weights. The source is a folder of which
@@ -54,7 +52,7 @@ def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = Fa
         InputError: there is no such source, it cannot be read, or its family is not supported.
     """
     path = _find(source, models)
-    companions = sorted(file for pattern in COMPANIONS for file in path.glob(pattern))
+    companions = sorted(file for pattern in hub.COMPANIONS for file in path.glob(pattern))
     if not random_weights:
         weights = gguf_header.shards(path) if path.is_file() else checkpoint.weight_files(path)
     elif path.is_file():
@@ -87,37 +85,25 @@ def _find(source: str, models: Path) -> Path:
             if not (path / "config.json").exists():
                 raise InputError(f"{path} has no config.json: a model folder needs Hugging Face's layout")
             return path.resolve()
-    is_path = source.startswith((".", "/", "~")) or source.endswith(".gguf")
-    if is_path or source.count("/") != 1:
+    if not hub.is_id(source):
         raise InputError(
-            f"there is no model at {source}, nor in {models}: copy it there or name a hub id (owner/name)"
+            f"there is no model at {source}, nor in {models}: copy it there or name a hub id (owner/name, or "
+            "owner/name/FILE.gguf)"
         )
-    return _download(source, models)
+    return _fetched(source, models)
 
 
-def _download(source: str, models: Path) -> Path:
-    from huggingface_hub import snapshot_download
+def _fetched(source: str, models: Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    repository, _, revision = source.partition("@")
     try:
-        folder = Path(
-            snapshot_download(
-                repository, revision=revision or None, allow_patterns=[checkpoint.WHOLE, *COMPANIONS]
-            )
-        )
-        # the same files as are read (checkpoint.py), of the same commit
-        if not (folder / checkpoint.WHOLE).exists():
-            shards = checkpoint.shards(folder) if (folder / checkpoint.INDEX).exists() else ["*.safetensors"]
-            snapshot_download(repository, revision=folder.name, allow_patterns=shards)
-        return folder
+        return hub.fetch(source)
     # ValueError: the source is no hub id
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")  # the hub's reasons go over several lines
         raise InputError(
             f"there is no model at {source}, nor in {models}, and it cannot be fetched from the hub either: "
-            f"{reason}; copy the model to this device, or check its id and the network, and set HF_TOKEN if the hub "
-            "asks who you are"
+            f"{_reason(error).rstrip('.')}; copy the model to this device, or check its id and the network, and set HF_TOKEN "
+            "if the hub asks who you are"
         ) from error
 
 

@@ -109,32 +109,3 @@ def test_the_model_class_is_of_the_files_that_are_read(tiny_folder, tmp_path):
         stream.seek(-4, 2)
         stream.write(b"\x01\x02\x03\x04")
     assert prepare(str(path), tmp_path, tmp_path / "cache").model_class != before
-
-
-@pytest.mark.parametrize(
-    ("there", "fetched"),
-    [
-        (["model.safetensors", checkpoint.INDEX], ["model.safetensors"]),
-        ([checkpoint.INDEX], ["model-00001-of-00001.safetensors"]),
-        ([], ["*.safetensors"]),
-    ],
-)
-def test_the_hub_is_asked_for_the_files_that_are_read(there, fetched, tmp_path, monkeypatch):
-    import huggingface_hub
-
-    from edge_runtime.models.prepare import _find
-
-    asked, commit = [], tmp_path / "snapshots" / "0123abcd"
-
-    def download(repository, revision, allow_patterns):
-        commit.mkdir(parents=True, exist_ok=True)
-        for name in there:
-            (commit / name).write_text('{"weight_map": {"x": "model-00001-of-00001.safetensors"}}')
-        asked.append((repository, revision, allow_patterns))
-        return str(commit)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert _find("owner/name@main", tmp_path) == commit
-    weights_asked = [name for _, _, patterns in asked for name in patterns if "safetensors" in name]
-    assert weights_asked == list(dict.fromkeys(["model.safetensors", *fetched]))
-    assert [revision for _, revision, _ in asked] == ["main", "0123abcd"][: len(asked)]

@@ -50,7 +50,7 @@ def merge(
     folder.mkdir(parents=True, exist_ok=True)
     version = folder / f"{round_:05d}-{NOISE}"
     version.write_bytes(updates[-1].payload.read_bytes())  # the journal deletes its own file
-    return [Version(NOISE, version, version)]
+    return [Version(NOISE, version, (version,))]
 
 
 def main() -> int:

@@ -5,6 +5,7 @@
     [adapter]   rank, lower, alpha, roles
     [head]      shared: of text and label rows, where there is a head for them
     [training]  steps, rows_a_step, learning_rate, max_tokens, shorter, ...
+    [codec]     step: how coarsely deltas and versions are rounded
     [public]    file, texts: texts that every device may see
     [codistill] rows, weight, across: of learning from what other devices predict on them
     [[catalog]] models in order of preference: source, depth, weights
@@ -36,6 +37,7 @@ Role = Literal["q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "fc1"
 Weights = Literal["float32", "bfloat16", "q8_0", "q4_1", "q4_0", "nf4"]
 Boundaries = Literal["input", "int8"]  # form in which each block's input is kept for backward
 MOST_TOKENS = 1 << 16  # of all completions together: as JSON they are smaller than a payload may be
+FINE_STEP = 2**-5  # as [codec] step; seven bits a value, for what no remainder follows
 PACKED = ("q8_0", "q4_1", "q4_0", "nf4")  # block formats of edge_kernels.quant
 
 
@@ -107,9 +109,15 @@ class Codistill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     temperature: Annotated[float, Bound(lambda value: 0.05 <= value <= 20, "0.05 to 20")] = 0.5
     tokens: int = 32  # of a completion with its end; longer completions do not count
     across: bool = True  # between models; false: among devices of one model, for comparison
-    # How label predictions are combined. Two controls: FedMD's plain mean, and in studies the
-    # texts' true labels in place of all predictions.
+    # of label predictions; "mean" is FedMD's, "oracle" the texts' true labels: controls of studies
     votes: Literal["weighted", "mean", "oracle"] = "weighted"
+
+
+class Codec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How coarsely values are rounded; the sender adds the remainder to what it sends next."""
+
+    # standard deviations of a tensor; 1.5: 1.6 bits a value, 0.5: 3 bits, 0.02: 8 bits
+    step: Annotated[float, Bound(lambda step: 0.01 <= step <= 4, "0.01 to 4")] = 1.5
 
 
 class Adapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -161,6 +169,7 @@ class Fleet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     method: MethodChoice = MethodChoice()
     adapter: Adapter = Adapter()
     training: Training = Training()
+    codec: Codec = Codec()
     head: Head | None = None
     public: Public | None = None
     codistill: Codistill | None = None
@@ -170,6 +179,7 @@ OF_EVERY_METHOD = tuple(name for name in MethodChoice.__struct_fields__ if name 
 TABLES: dict[str, Any] = {
     "adapter": Adapter,
     "training": Training,
+    "codec": Codec,
     "head": Head,
     "public": Public,
     "codistill": Codistill,

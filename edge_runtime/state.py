@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from edge_runtime.errors import InputError
 
 # Format of a state folder, raised when a version cannot read what the version before wrote.
-FORMAT = 1
+FORMAT = 2
 # of an agent's state: the folder of the newest adapter (adapters/learned.py), and the file in such
 # a folder that names its version
 NEWEST, ABOUT = "adapter", "edge_runtime.json"

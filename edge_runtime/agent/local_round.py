@@ -10,7 +10,7 @@ at fault. Files are remembered by the number of their round, so the folder may m
 """
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -87,7 +87,8 @@ class LocalRounds:
         fleet: Fleet,
         facts: Facts,
         plan: Plan,
-        files: Mapping[str, Path | None],
+        start: Sequence[Path] = (),
+        texts: Path | None = None,
         *,
         train: bool = True,
     ) -> Job:
@@ -95,11 +96,10 @@ class LocalRounds:
 
         Args:
             number: of the round, counted from 1.
-            files: start, the encoded global version, and texts, the fleet's public texts; either
-                may be missing or None.
+            start: encoded artifacts of the global version; none: version 0.
+            texts: the fleet's public texts.
             train: False: the fleet has finished, its last version is evaluated alone.
         """
-        paths = {name: str(path) for name, path in files.items() if path is not None}
         left = {name: round_ for name in FILES if (round_ := self._store.get(name))}
         return Job(
             train=train,
@@ -110,8 +110,8 @@ class LocalRounds:
             depths=depths(fleet, plan),
             data=str(self.rows.data),
             evaluation={name: str(path) for name, path in self.rows.evaluation.items()},
-            start=paths.get("start"),
-            texts=paths.get("texts"),
+            start=tuple(map(str, start)),
+            texts=str(texts) if texts is not None else None,
             carried=Carried(
                 **{name: str(self._of_round(round_) / FILES[name]) for name, round_ in left.items()}
             ),

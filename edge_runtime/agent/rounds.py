@@ -172,21 +172,20 @@ class Rounds:
             self.say("waiting", text="for the node's word on the last update")
             return
         announced = self._round.announced
-        version = announced.versions.get(planned.plan.model_class, announced.versions.get(FLEET))
-        named = {"start": version, "texts": announced.texts}
-        artifacts = {name: artifact for name, artifact in named.items() if artifact is not None}
-        # files that earlier rounds have fetched
-        needed = {artifact.digest for artifact in artifacts.values()}
+        start = announced.versions.get(planned.plan.model_class, announced.versions.get(FLEET, ()))
+        stage = stages.Fetching(planned, start, announced.texts)
+        # files that earlier rounds have fetched; of a chain that goes on, only the last is missing
+        needed = {artifact.digest for artifact in stage.artifacts}
         for path in self._versions.glob("*"):
             if path.name.partition(".")[0] not in needed:
                 path.unlink(missing_ok=True)
-        self._fetch(stages.Fetching(planned, artifacts))
+        self._fetch(stage)
 
     def _fetch(self, stage: stages.Fetching) -> None:
         """Get what the round starts from, one file after another; then train."""
         self.stage = stage = stage._replace(interrupted=False)
-        files: dict[str, Path] = {}
-        for name, artifact in stage.artifacts.items():
+        files: list[Path] = []
+        for artifact in stage.artifacts:
             try:
                 fetched = self._fetcher.fetch(artifact)
             except BrokerError as error:
@@ -200,8 +199,8 @@ class Rounds:
             if fetched is None:
                 self.say("fetching", text=f"{artifact.size} bytes")
                 return
-            files[name] = fetched.path
-        self._train(stage.planned, files)
+            files.append(fetched.path)
+        self._train(stage, files)
 
     def _starve(self, reason: str) -> None:
         """The round's files could not be had. After the last round nobody announces them again."""
@@ -211,16 +210,16 @@ class Rounds:
             self.stage = "starved"
             self._fail(reason, "link")
 
-    def _train(self, planned: Planned, files: dict[str, Path]) -> None:
-        """Start a trainer: from the global version, or from version 0 where there is none."""
-        announced, train = self._round.announced, not self._round.finished
-        job = self._local.job(
-            announced.round, announced.fleet, planned.facts, planned.plan, files, train=train
-        )
+    def _train(self, stage: stages.Fetching, files: list[Path]) -> None:
+        """Start a trainer with the files of the stage's artifacts."""
+        (_, plan, facts), count = stage.planned, len(stage.start)
+        number, fleet = self._round.announced.round, self._round.announced.fleet
+        start, texts, train = files[:count], [*files, None][count], not self._round.finished
+        job = self._local.job(number, fleet, facts, plan, start, texts, train=train)
         self._round.attempt += 1
         trainer = self._workers.train(job, self._local.folder(job), self._session.put)
         self.stage = stages.Working(job, trainer)
-        self.say("starting", text=planned.plan.summary)
+        self.say("starting", text=plan.summary)
 
     def _ended(self, job: Job, ended: Ended) -> None:
         self.stage = "resting"

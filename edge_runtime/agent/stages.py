@@ -52,8 +52,14 @@ class Fetching(NamedTuple):
     """What the round starts from is on its way."""
 
     planned: Planned
-    artifacts: dict[str, Artifact]  # by name: start and texts
+    start: tuple[Artifact, ...]  # the global version's chain
+    texts: Artifact | None  # public ones
     interrupted: bool = False  # by an outage
+
+    @property
+    def artifacts(self) -> tuple[Artifact, ...]:
+        """All of them, the texts last."""
+        return (*self.start, self.texts) if self.texts is not None else self.start
 
 
 class Working(NamedTuple):

@@ -1,6 +1,7 @@
 """The node's signed and retained message about the open round, and the files that it names."""
 
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -29,7 +30,7 @@ class Announcer:
             spec = msgspec.structs.replace(fleet.public, file=Path(fleet.public.file).name)
             fleet = msgspec.structs.replace(fleet, public=spec)
         self._fleet, self._topic = fleet, topics.round(fleet.name)
-        self._served: dict[str, Artifact] = {}
+        self._served: dict[str, tuple[Artifact, ...]] = {}
         self._message = b""
         self._pending = False  # the connection had no room for the message
 
@@ -40,10 +41,12 @@ class Announcer:
             round_: from 1; one past the fleet's rounds announces that the fleet is finished.
             texts: file of the fleet's public texts.
         """
-        for artifact in self._served.values():
+        for artifact in chain.from_iterable(self._served.values()):
             self._publisher.withdraw(artifact.digest)
         served_texts = self._publisher.serve(texts) if texts is not None else None
-        self._served = {name: self._publisher.serve(version.artifact) for name, version in versions.items()}
+        self._served = {
+            name: tuple(map(self._publisher.serve, version.chain)) for name, version in versions.items()
+        }
         announced = Round(
             node=self._node,
             state="open" if round_ <= self._fleet.rounds else "finished",

@@ -20,7 +20,7 @@ from edge_runtime.settings import Fleet
 WIDEST = 1 << 20  # rows or columns of a factor
 LARGEST_ADAPTER = 1 << 28  # values
 MOST_LABELS = 1 << 14
-LARGEST_TOTAL = 1.05  # of a device's probabilities of a text, after rounding to 8 bits
+ROUNDING = 1e-5  # of a sum of probabilities in float32
 LARGEST_NORM = 1e4  # of one factor's delta; trained factors reach a few units
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -39,7 +39,10 @@ def refusal(manifest: Manifest, fleet: Fleet, round_: int) -> str | None:
     if manifest.round != round_:
         return f"round {manifest.round} is closed; round {round_} is open"
     if manifest.codec != CODEC:
-        return f"the codec {manifest.codec} is not known; needed: {CODEC}"
+        return (
+            f"the codec {manifest.codec} is not known; needed: {CODEC}; give node and devices the same version of Edge "
+            "Runtime"
+        )
     rows = fleet.training.steps * fleet.training.rows_a_step
     if not 1 <= manifest.samples <= rows:
         return (
@@ -148,12 +151,13 @@ def _check_shape(
 
 def _check_predictions(delta: codec.Tensors) -> None:
     """Refuse probabilities below 0, or whose sum over a text's labels exceeds 1."""
-    total = np.zeros(1, np.float32)
+    total, most = np.zeros(1, np.float32), 1.0 + ROUNDING
     for key, value in delta.items():
         if parse(key).kind != "anchors":
             continue
         total = total + value
-        if float(value.min()) < 0 or float(total.max()) > LARGEST_TOTAL:
+        most += codec.FIXED_STEPS["anchors"] / 2  # each label may have been rounded up
+        if float(value.min()) < 0 or float(total.max()) > most:
             raise InputError(
                 f"{key} is no probabilities: they have to be 0 or more, and to add up to 1 at most"
             )

@@ -1,6 +1,6 @@
 """What a fleet has learned, out of its node's state: a version of a model class, for one depth slice.
 
-    exchanged factors    as they were published, and as devices have them
+    exchanged factors    as their chain was published, and as devices have them
     frozen factors       drawn from the fleet's seed, as on each device
     private factors      on no node: the version is refused
 
@@ -17,12 +17,12 @@ from edge_runtime.adapters import learned
 from edge_runtime.adapters.initial import initial
 from edge_runtime.adapters.learned import Learned
 from edge_runtime.adapters.shapes import adapter_shapes
+from edge_runtime.adapters.versions import published
 from edge_runtime.aggregator.store import NodeStore
 from edge_runtime.errors import InputError
 from edge_runtime.methods.interface import Method
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.slices import kept_layers
-from edge_runtime.protocol import codec
 from edge_runtime.protocol.keys import STATE, parse
 from edge_runtime.protocol.round import FLEET
 from edge_runtime.settings import Adapter, Head, MethodChoice
@@ -47,7 +47,7 @@ def read(
     if not (state / "node.db").exists():
         raise InputError(f"{state} is no node's state: it has no node.db")
     store = NodeStore(state / "node.db")
-    artifacts, fixed = store.artifacts(), store.fixed()
+    kept, fixed = store.kept_versions(), store.fixed()
     if not fixed:
         raise InputError(
             f"the node of {state} has opened no round, so nothing was learned: wait for its first merged round"
@@ -55,17 +55,17 @@ def read(
     head = msgspec.json.decode(fixed["[head]"], type=Head | None)
     method = methods.build(msgspec.json.decode(fixed["[method]"], type=MethodChoice), head)
     _require_whole(method)
-    model_class = _class(sorted(artifacts.keys() - {FLEET}), name, state)
-    plans, published = store.plans(model_class), artifacts[model_class]
+    model_class = _class(sorted(kept.keys() - {FLEET}), name, state)
+    plans, versions = store.plans(model_class), kept[model_class]
     store.connection.close()
     if not plans:
         raise InputError(
             f"no device has reported how it trains {model_class} to the node of {state}, so its base is not known: "
             "export on a device, with --state"
         )
-    number = max(published) if version is None else version
-    if number not in published:
-        numbers = ", ".join(map(str, published))
+    number = max(versions) if version is None else version
+    if number not in versions:
+        numbers = ", ".join(map(str, versions))
         raise InputError(
             f"there is no version {number} of {model_class} in {state}; versions there: {numbers}"
         )
@@ -73,7 +73,7 @@ def read(
     learned.require_weights(model_class, facts)
     layers = _layers(facts, depth or max(plan.depth for plan in plans))
     spec, seed = msgspec.json.decode(fixed["[adapter]"], type=Adapter), int(fixed["[fleet] seed"])
-    factors = codec.decode(published[number].read_bytes(), lambda key: parse(key).kind in STATE)
+    factors = published(versions[number].chain, seed, method, lambda key: parse(key).kind in STATE)
     for key, shape in adapter_shapes(facts, layers, spec.roles, spec.rank, method).items():
         if key not in factors:
             factors[key] = initial(key, shape, seed, method.factor(key))

@@ -1,24 +1,21 @@
 """Merges a round's checked updates: each class, then across classes, one update at a time.
 
     master_r = master_{r-1} + step(merged(deltas))
-    published: encode(master_r), which devices decode and start from
 
-The master is float32, so the rounding of the published version does not add up over rounds.
+What devices get of a master is the matter of publish.py.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-from edge_broker import files
 from edge_broker.journal import Update
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import load_file
 
 from edge_runtime.adapters.initial import initial
-from edge_runtime.aggregator import server_step
+from edge_runtime.aggregator import publish, server_step
+from edge_runtime.aggregator.publish import Merged, Publication
 from edge_runtime.aggregator.store import Version
 from edge_runtime.methods import frames
 from edge_runtime.methods.interface import Array, Contribution, Method, Scope, Tensors
@@ -26,14 +23,6 @@ from edge_runtime.protocol import codec
 from edge_runtime.protocol.keys import STATE, parse
 from edge_runtime.protocol.round import FLEET
 from edge_runtime.settings import Fleet
-
-
-class Merged(NamedTuple):
-    """What devices of a scope share after a round."""
-
-    state: Tensors
-    momenta: Tensors  # of server_step.py; empty without momentum
-    answers: bytes
 
 
 def merge(
@@ -52,13 +41,13 @@ def merge(
         folder: the new versions' files are written here.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    to, written = Publication(fleet, method, round_, folder), []
     # first the version that all classes share, and then each class's
     shared = _merge_scope("fleet", FLEET, updates, versions, fleet, method)
     if method.framed:
         shared.state[frames.MADE] = _frame(updates, versions, shared.state.get(frames.MADE), fleet, method)
     if shared.state or shared.answers or FLEET in versions:
-        written.append(_write(FLEET, shared, {}, round_, folder))
+        written.append(publish.write(FLEET, shared, {}, versions.get(FLEET), to))
     classes = {update.manifest.model_class for update in updates}
     scopes = {method.scope(kind) for kind in method.merges}
     if (
@@ -72,7 +61,7 @@ def merge(
         sent = [update for update in updates if update.manifest.model_class == model_class]
         merged = _merge_scope("class", model_class, sent, versions, fleet, method)
         merged = merged._replace(answers=merged.answers or shared.answers)
-        written.append(_write(model_class, merged, shared.state, round_, folder))
+        written.append(publish.write(model_class, merged, shared.state, versions.get(model_class), to))
     return written
 
 
@@ -167,28 +156,3 @@ def version_0(key: str, shape: tuple[int, ...], fleet: Fleet, method: Method) ->
     sizes = dict(zip(factor.axes, shape, strict=True))
     full = factor.shape({**sizes, **method.sizes(fleet.adapter.rank), "rank": fleet.adapter.rank})
     return initial(key, full, fleet.seed, factor)
-
-
-def _write(model_class: str, merged: Merged, shared: Tensors, round_: int, folder: Path) -> Version:
-    """Write a class's master, and its artifact, which also holds the tensors that all share."""
-    name = f"{round_:05d}-{hashlib.sha256(model_class.encode()).hexdigest()[:12]}"
-    version = Version(model_class, folder / f"{name}.safetensors", folder / f"{name}.edc")
-    _save(merged.state, version.master)
-    if merged.momenta:
-        _save(merged.momenta, version.momenta)
-    part = version.artifact.with_suffix(".part")
-    # features stay on the node; a class that is not in the frame starts from the fleet's version, without it
-    apart = (frames.SENT, frames.MADE) if model_class == FLEET else (frames.SENT,)
-    published = {key: value for key, value in {**merged.state, **shared}.items() if key not in apart}
-    part.write_bytes(codec.encode(published, merged.answers))
-    files.put(part, version.artifact)
-    return version
-
-
-def _save(tensors: Tensors, path: Path) -> None:
-    part = path.with_suffix(".part")
-    try:
-        save_file(tensors, part)
-    except SafetensorError as error:  # safetensors reports a full disk this way
-        raise OSError(f"{part}: {error}") from error
-    files.put(part, path)

@@ -1,7 +1,8 @@
 """The node's tables, in one SQLite file that the journal of transfers shares.
 
 rounds     state of each round: collecting, then merged; how often its deadline was extended
-versions   global version of each model class after each of the last rounds: master and artifact
+versions   global version of each model class after each of the last rounds: master, artifact, and
+           how many artifacts its chain has with this one (adapters/versions.py)
 shapes     keys and shapes of a class's adapter, from its first accepted updates
 devices    public key of each device, pinned when first seen
 reports    the last report of each device, round and state
@@ -10,6 +11,7 @@ fixed      settings of the fleet file that later rounds build on
 Paths are relative to the file's folder, so the folder may move.
 """
 
+from bisect import bisect_left
 from pathlib import Path
 
 import msgspec
@@ -23,7 +25,7 @@ from edge_runtime.state import database
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS rounds (round INTEGER PRIMARY KEY, state TEXT NOT NULL, extensions INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE IF NOT EXISTS versions (model_class TEXT, round INTEGER, master TEXT NOT NULL, artifact TEXT NOT NULL,
-    PRIMARY KEY (model_class, round));
+    links INTEGER NOT NULL,    PRIMARY KEY (model_class, round));
 CREATE TABLE IF NOT EXISTS shapes (model_class TEXT, key TEXT, shape TEXT NOT NULL, PRIMARY KEY (model_class, key));
 CREATE TABLE IF NOT EXISTS devices (id TEXT PRIMARY KEY, key TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS reports (device TEXT, round INTEGER, state TEXT NOT NULL, body BLOB NOT NULL,
@@ -37,7 +39,12 @@ class Version(msgspec.Struct, frozen=True):
 
     model_class: str
     master: Path  # float32, the node's own
-    artifact: Path  # encoded, for the devices
+    chain: tuple[Path, ...]  # encoded artifacts, for the devices; the last is this version's own
+
+    @property
+    def artifact(self) -> Path:
+        """What this version adds to its chain."""
+        return self.chain[-1]
 
     @property
     def momenta(self) -> Path:
@@ -84,8 +91,8 @@ class NodeStore:
         with transaction(self.connection):
             for version in versions:
                 paths = [files.movable(path, self._folder) for path in (version.master, version.artifact)]
-                query = "INSERT OR REPLACE INTO versions VALUES (?, ?, ?, ?)"
-                self.connection.execute(query, (version.model_class, round_, *paths))
+                query = "INSERT OR REPLACE INTO versions VALUES (?, ?, ?, ?, ?)"
+                self.connection.execute(query, (version.model_class, round_, *paths, len(version.chain)))
             self.connection.execute(
                 "INSERT INTO rounds VALUES (?, 'merged', 0) ON CONFLICT (round) DO UPDATE SET state = 'merged'",
                 (round_,),
@@ -93,19 +100,18 @@ class NodeStore:
 
     def versions(self) -> dict[str, Version]:
         """The latest global version of each class."""
-        # beside max(), SQLite takes the other columns from the row that has the maximum
-        rows = self.connection.execute(
-            "SELECT model_class, master, artifact, max(round) FROM versions GROUP BY model_class"
-        )
-        return {row[0]: Version(row[0], self._folder / row[1], self._folder / row[2]) for row in rows}
+        return {name: [*versions.values()][-1] for name, versions in self.kept_versions().items()}
 
-    def artifacts(self) -> dict[str, dict[int, Path]]:
-        """Each class's published versions that are kept, by the round that they came after."""
-        artifacts: dict[str, dict[int, Path]] = {}
-        query = "SELECT model_class, round, artifact FROM versions ORDER BY model_class, round"
-        for model_class, round_, artifact in self.connection.execute(query):
-            artifacts.setdefault(model_class, {})[round_] = self._folder / artifact
-        return artifacts
+    def kept_versions(self) -> dict[str, dict[int, Version]]:
+        """Each class's versions that are kept, by the round that they came after."""
+        kept: dict[str, dict[int, Version]] = {}
+        artifacts: dict[str, list[Path]] = {}
+        query = "SELECT model_class, round, master, artifact, links FROM versions ORDER BY model_class, round"
+        for name, round_, master, artifact, links in self.connection.execute(query):
+            own = artifacts.setdefault(name, [])
+            own.append(self._folder / artifact)
+            kept.setdefault(name, {})[round_] = Version(name, self._folder / master, tuple(own[-links:]))
+        return kept
 
     def plans(self, model_class: str) -> list[Plan]:
         """How devices have trained a class, as they reported."""
@@ -114,18 +120,20 @@ class NodeStore:
         return [plan for plan in plans if plan is not None and plan.model_class == model_class]
 
     def forget_versions(self, before: int) -> None:
-        """Delete versions of earlier rounds, files first, except the latest of each class."""
-        older = (
-            "FROM versions AS version WHERE round < ? AND round <"
-            " (SELECT max(round) FROM versions AS latest WHERE latest.model_class = version.model_class)"
-        )
-        for name, *paths in self.connection.execute(
-            f"SELECT model_class, master, artifact {older}", (before,)
-        ).fetchall():
-            version = Version(name, *(self._folder / path for path in paths))
-            for path in (version.master, version.momenta, version.artifact):
-                path.unlink(missing_ok=True)
-        self.connection.execute(f"DELETE {older}", (before,))
+        """Delete versions of earlier rounds, files first.
+
+        Except the latest of each class, and those that begin the chain of a version that stays.
+        """
+        for name, versions in self.kept_versions().items():
+            rounds = [*versions]
+            oldest = min(bisect_left(rounds, before), len(rounds) - 1)  # of those that stay for themselves
+            first = oldest + 1 - len(versions[rounds[oldest]].chain)
+            for round_ in rounds[:first]:
+                version = versions[round_]
+                for path in (version.master, version.momenta, version.artifact):
+                    path.unlink(missing_ok=True)
+            query = "DELETE FROM versions WHERE model_class = ? AND round < ?"
+            self.connection.execute(query, (name, rounds[first]))
 
     def shapes(self, model_class: str) -> dict[str, tuple[int, ...]]:
         """Keys and shapes of a class's adapter."""

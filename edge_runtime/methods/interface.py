@@ -12,6 +12,7 @@ import msgspec
 
 from edge_runtime.methods.lazy import np, torch
 from edge_runtime.protocol.keys import Kind, join, leading, parse
+from edge_runtime.settings import FINE_STEP
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -199,6 +200,10 @@ class Method(NamedTuple):
     def factor(self, key: str) -> Factor:
         """The statement about the factor with this canonical key."""
         return self.factors[parse(key).factor]
+
+    def codec_step(self, asked: float) -> float:
+        """The codec's step for what devices send and get, where the fleet asks for this one."""
+        return min(asked, FINE_STEP) if self.refactored else asked
 
     @property
     def exchanges(self) -> bool:

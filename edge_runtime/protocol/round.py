@@ -8,7 +8,7 @@ from edge_broker.messages import Artifact
 from edge_runtime.settings import Fleet
 
 ROUND_DOMAIN = "edge/1/round"
-CODEC = "int8-block64-zstd"  # of deltas and global versions: codec.py
+CODEC = "edc2"  # of deltas and global versions: codec.py
 FLEET = "*"  # in place of a model class: the version of what all share, for a class without one
 
 
@@ -19,6 +19,7 @@ class Round(msgspec.Struct, frozen=True):
     state: Literal["open", "finished"]  # finished: the last versions are evaluated
     round: int  # counted from 1
     fleet: Fleet
-    # Versions that the round starts from, by model class; a class without one starts at version 0.
-    versions: dict[str, Artifact]
+    # By model class, the chain of artifacts whose sum is the version that the round starts from
+    # (adapters/versions.py); a class without one starts at version 0.
+    versions: dict[str, tuple[Artifact, ...]]
     texts: Artifact | None = None  # the fleet's public texts

@@ -37,6 +37,7 @@ class Participant:
     plan: Plan  # its rank falls with methods that prune ranks
     rounds: LocalRounds
     rows: int  # that it trains on
+    start: tuple[str, ...] = ()  # artifacts that it has fetched and still needs
     answers: list[dict[str, Answers]] = field(default_factory=list)
     bytes_up: list[int] = field(default_factory=list)
     bytes_down: list[int] = field(default_factory=list)

@@ -82,9 +82,11 @@ def _work(members: list[Participant], round_: int, versions: Versions, texts: Pa
     for participant in members:
         device, plan = participant.device, participant.plan
         latest = versions.latest(plan.model_class)
-        files = {"start": latest.artifact if latest else None, "texts": texts}
+        start = latest.chain if latest else ()
         number, train = min(round_, rounds), round_ <= rounds
-        job = participant.rounds.job(number, participant.fleet, participant.facts, plan, files, train=train)
+        job = participant.rounds.job(
+            number, participant.fleet, participant.facts, plan, start, texts, train=train
+        )
         folder = participant.rounds.folder(job)
         # Before the first version, heads have the labels of each device's own rows and differ.
         shared = all_shared and latest is not None
@@ -112,7 +114,9 @@ def _work(members: list[Participant], round_: int, versions: Versions, texts: Pa
 def _hand_in(participant: Participant, job: Job, result: Result, versions: Versions) -> None:
     """Give the device's update to the node, which takes each; note its bytes and next rank."""
     participant.bytes_up.append(result.payload_bytes)
-    participant.bytes_down.append(Path(job.start).stat().st_size if job.start else 0)
+    fetched = [path for path in job.start if path not in participant.start]
+    participant.bytes_down.append(sum(Path(path).stat().st_size for path in fetched))
+    participant.start = job.start
     rounds = participant.rounds
     rounds.keep(job, result)
     rounds.settle(job.round, "taken")

@@ -81,9 +81,9 @@ class Completions:
 
 def agreed(job: Job, texts: list[Row], numbers: set[int], how: Tokenization) -> Distillation | None:
     """The global version's completions of the texts with these numbers; None if there are none."""
-    if job.start is None:
+    if not job.start:
         return None
-    every = completion.decode(codec.answers(Path(job.start).read_bytes()))
+    every = completion.decode(codec.answers(Path(job.start[-1]).read_bytes()))
     known = [answer for answer in every if answer.prompt in numbers]
     examples, confidences = [], []
     for answer in known:

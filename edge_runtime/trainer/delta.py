@@ -22,7 +22,7 @@ from edge_runtime.methods.interface import WIDTHS, Method
 from edge_runtime.protocol import codec
 from edge_runtime.protocol.keys import label_of, leading, parse
 from edge_runtime.trainer import disk
-from edge_runtime.trainer.job import Carried
+from edge_runtime.trainer.job import Job
 from edge_runtime.trainer.public import DeviceAnswers
 
 START = "start.bin"
@@ -71,14 +71,15 @@ def write(
     method: Method,
     taught: set[str],
     answers: DeviceAnswers,
-    carried: Carried,
+    job: Job,
     tell: disk.Tell,
 ) -> Sent:
     """Write state.bin, payload.bin and residual.bin into the folder, as far as the method has them.
 
     Args:
         taught: labels that the device was shown; the head's rows of other labels do not travel.
-        answers: answers to public texts, which travel as they are.
+        answers: answers to public texts, of which nothing is owed.
+        job: what earlier rounds have left, and the fleet's codec.
     """
     trained = {key: factor.detach().float().cpu().numpy() for key, factor in adapter.rows()}
     private = {key: value for key, value in trained.items() if method.factor(key).private}
@@ -92,11 +93,12 @@ def write(
         if method.factor(key).exchanged and (parse(key).kind != "labels" or label_of(key) in taught)
     }
     rank = _subtract_start(delta, method, folder / START) if delta else None
-    if carried.residual is not None:
-        _add_owed(delta, disk.load(carried.residual), method)
-    if carried.unsent is not None:
-        _add_owed(delta, codec.decode(Path(carried.unsent).read_bytes()), method)
-    payload = codec.encode({**delta, **answers.predictions}, answers.completions)
+    if job.carried.residual is not None:
+        _add_owed(delta, disk.load(job.carried.residual), method)
+    if job.carried.unsent is not None:
+        _add_owed(delta, codec.decode(Path(job.carried.unsent).read_bytes()), method)
+    step = method.codec_step(job.fleet.codec.step)
+    payload = codec.encode({**delta, **answers.predictions}, answers.completions, step)
     sent = codec.decode(payload)
     for key, value in delta.items():
         value -= sent.pop(key)

@@ -47,7 +47,7 @@ class Job(msgspec.Struct, frozen=True):
     depths: tuple[int, ...]
     data: str  # path of the training rows
     evaluation: dict[str, str]  # paths of held-out rows, by name
-    start: str | None = None  # path of the encoded global version; None: version 0
+    start: tuple[str, ...] = ()  # paths of the artifacts whose sum the round starts from; none: version 0
     texts: str | None = None  # path of the fleet's public texts
     carried: Carried = Carried()
     machine: Machine = Machine()

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import msgspec
 
 from edge_runtime import methods
 from edge_runtime.adapters import attach, learned
+from edge_runtime.adapters.versions import published
 from edge_runtime.errors import InputError
 from edge_runtime.methods import frames
 from edge_runtime.methods.interface import Method
@@ -83,7 +85,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
             tokenizer = partial(bases.tokenizer, job.facts)
             answers = public.answers(tokenizer) if public is not None else DeviceAnswers()
             taught = material.met if distillation is None else set(material.labels)
-            sent = delta.write(folder, base.adapter, method, taught, answers, job.carried, meter.tell)
+            sent = delta.write(folder, base.adapter, method, taught, answers, job, meter.tell)
             if not method.exchanges:  # what the device has trained is its next version
                 keep(job, method, attach.state(base.adapter), job.round, meter.tell)
     result = _result(job, material, scores, trained, sent, meter)
@@ -101,7 +103,7 @@ def begin(
         The common frame, if the method needs one that the device's class is not in; and the lesson
         of the fleet's answers to public texts, if there is one.
     """
-    shared = codec.decode(Path(job.start).read_bytes()) if job.start is not None else {}
+    shared = published(map(Path, job.start), job.fleet.seed, method)
     joins = None
     if method.framed:
         frame = Frame(job, material.texts, shared.pop(frames.MADE, None))
@@ -230,7 +232,7 @@ def _head_labels(job: Job, met: set[str]) -> list[str]:
                 f"a label of {len(label)} characters has to be 1 to 80 characters without line breaks or tabs, as a "
                 "head over labels is exchanged by their names"
             )
-    keys = codec.shapes(Path(job.start).read_bytes()) if job.start is not None else {}
+    keys = chain.from_iterable(codec.shapes(Path(path).read_bytes()) for path in job.start)
     return sorted(met | {label_of(key) for key in keys if parse(key).kind in ("labels", "anchors")})
 
 

@@ -1,5 +1,8 @@
 """Builds trainer jobs for tests from a flat set of fields."""
 
+from edge_runtime.adapters.initial import initial
+from edge_runtime.methods import METHODS
+from edge_runtime.protocol import codec
 from edge_runtime.settings import Fleet, Model
 from edge_runtime.trainer.job import Carried, Job, Machine
 
@@ -14,3 +17,12 @@ def job_of(**fields):
     fleet = Fleet(**{"name": "test", "catalog": (Model("m"),), **take(Fleet)})
     assert not fields, fields
     return Job(**job, fleet=fleet, carried=Carried(**carried), machine=Machine(**machine))
+
+
+def chain_of(path, state, seed=5, method=METHODS["fedit"]):
+    """A chain of one artifact in the file, whose version is nearly this state of a fleet of the seed."""
+    differences = {
+        key: value - initial(key, value.shape, seed, method.factor(key)) for key, value in state.items()
+    }
+    path.write_bytes(codec.encode(differences, step=2**-12))
+    return (str(path),)

@@ -6,6 +6,7 @@ import sqlite3
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ from fleet import Fleet
 from safetensors.numpy import load_file
 
 from edge_runtime.adapters.initial import initial
+from edge_runtime.adapters.versions import published
 from edge_runtime.aggregator.store import NodeStore
 from edge_runtime.methods import fedit
 from edge_runtime.protocol import codec
@@ -52,6 +54,11 @@ def master(fleet: Fleet, round_: int) -> dict[str, np.ndarray]:
 def version_0(key: str, shape: tuple[int, ...]) -> np.ndarray:
     """What a factor of a fleet with fedit and seed 0 starts from."""
     return initial(key, shape, 0, fedit.METHOD.factors[key[-1]])
+
+
+def version(*chain: Path) -> dict[str, np.ndarray]:
+    """What devices of a fleet with fedit and seed 0 start from, with a chain of these artifacts."""
+    return published(chain, 0, fedit.METHOD)
 
 
 def sent(fleet: Fleet, device: str, round_: int, work: str = "work") -> dict[str, np.ndarray]:
@@ -141,7 +148,7 @@ class Recorder:
         for pieces in chunks.values():
             content = b"".join(piece for _, piece in sorted(pieces.items()))
             _, magic, body = content.partition(ZSTD_MAGIC)
-            with zstandard.ZstdDecompressor().stream_reader(magic + body) as stream:
+            with zstandard.ZstdDecompressor().stream_reader(magic + body, read_across_frames=True) as stream:
                 parts.append(stream.read().decode(errors="replace"))
         return "\n".join(parts)
 

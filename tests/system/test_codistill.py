@@ -1,5 +1,6 @@
 """Devices of different models that learn from what the others predict, over a real broker."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,9 @@ from fleet import Fleet
 from records import reports, sent
 from safetensors.numpy import load_file
 
+from edge_runtime import methods, settings
+from edge_runtime.adapters import versions
+from edge_runtime.aggregator.store import NodeStore
 from edge_runtime.protocol import codec
 
 TABLES = """
@@ -44,10 +48,12 @@ def rows(path: Path, *labels: str) -> Path:
     return path
 
 
-def published(fleet: Fleet, round_: int) -> dict[str, dict[str, np.ndarray]]:
-    """What the node published after a round, by file."""
-    encoded = (fleet.folder / "node" / "versions").glob(f"{round_:05d}-*.edc")
-    return {path.name: codec.decode(path.read_bytes()) for path in encoded}
+def published(fleet: Fleet) -> dict[str, dict[str, np.ndarray]]:
+    """The node's last version of each class."""
+    method = methods.of(settings.load(fleet.folder / "fleet.toml"))
+    store = NodeStore(fleet.folder / "node" / "node.db")
+    with contextlib.closing(store.connection):
+        return {name: versions.published(last.chain, 0, method) for name, last in store.versions().items()}
 
 
 def test_a_label_that_a_model_never_met_reaches_it_from_another(
@@ -72,7 +78,7 @@ def test_a_label_that_a_model_never_met_reaches_it_from_another(
     )
     assert (node.end(), first.end(), second.end()) == (0, 0, 0)
 
-    taught = {key: value for state in published(fleet, 3).values() for key, value in state.items()}
+    taught = {key: value for state in published(fleet).values() for key, value in state.items()}
     # nothing else crosses with `local`
     assert taught.keys() == {f"anchors.{label}.T" for label in ("red", "green", "blue")}
     assert all(value.shape == (1, 12) and value.any() for value in taught.values())
@@ -108,7 +114,7 @@ def test_a_class_that_comes_late_starts_from_what_the_fleet_shares(
     late = fleet.agent("late", "--until-finished", "--models", str(wider_model.parent))
     starting = late.phase("starting")
     job = json.loads((fleet.folder / "late" / "work" / f"round-{starting['round']}" / "job.json").read_text())
-    told = codec.shapes(Path(job["start"]).read_bytes())
+    told = codec.shapes(Path(*job["start"]).read_bytes())
     assert told.keys() == {"anchors.red.T", "anchors.green.T"}  # no version of its own class is there yet
     assert (node.end(), early.end(), late.end()) == (0, 0, 0)
 

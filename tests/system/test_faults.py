@@ -84,7 +84,7 @@ def tensors(key: str, shape: tuple[int, int]) -> bytes:
         (tensors("layers.0.q.Z", (2, 8)), "layers.0.q.Z"),
         (tensors("layers.0.nose.A", (2, 8)), "layers.0.nose.A"),
         (tensors("layers.0.q.A", (3, 8)), "has to be"),
-        (tensors("layers.0.q.A", (2, 8))[:-6], "bytes of values"),
+        (tensors("layers.0.q.A", (2, 8))[:-6], "bytes of sections"),
         (codec.encode({"layers.0.q.A": np.full((2, 8), 1e6, np.float32)}), "diverged"),
     ],
 )

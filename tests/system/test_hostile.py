@@ -3,25 +3,21 @@
 import msgspec
 import numpy as np
 import pytest
-import zstandard
 from crafted import crafted
 from edge_broker import topics
 from edge_broker.transfer import Rejected
 from fleet import Fleet
 from records import committed, master, sent, version_0
 
-from edge_runtime.protocol import codec
+from edge_runtime.protocol import codec, payload
 
 
-def payload_of(key: str, shape: tuple[int, ...], scale: float = 1.0) -> bytes:
-    """An encoded tensor of ones with its one scale replaced: the encoder refuses bad scales."""
-    good = codec.encode({key: np.ones(shape, np.float32)})
-    if np.isfinite(scale) and scale > 0:
-        return good
-    split = 8 + int.from_bytes(good[4:8], "big")
-    raw = bytearray(zstandard.ZstdDecompressor().decompress(good[split:]))
-    raw[-4:] = np.float32(scale).tobytes()
-    return good[:split] + zstandard.ZstdCompressor().compress(bytes(raw))
+def payload_of(key: str, shape: tuple[int, ...], step: float = 1.0) -> bytes:
+    """An encoded tensor with its key and step replaced: the encoder refuses bad keys and steps."""
+    header, (side, *others) = payload.read(codec.encode({"layers.0.q.A": np.ones(shape, np.float32)}))
+    changed = np.float32(step).tobytes() + payload.expand(side, 5)[4:]
+    header = msgspec.structs.replace(header, shapes={key: shape})
+    return payload.assemble(header, [payload.compress(changed), *others])
 
 
 def test_a_round_closes_with_the_honest_device_alone(fleet: Fleet, real_model: str) -> None:
@@ -44,22 +40,22 @@ def test_a_round_closes_with_the_honest_device_alone(fleet: Fleet, real_model: s
 
 
 @pytest.mark.parametrize(
-    ("payload", "reason"),
+    ("content", "reason"),
     [
-        (payload_of("layers.0.q.A", (2, 8), np.nan), "scale"),
-        (payload_of("layers.0.q.A", (2, 8), np.inf), "scale"),
-        (payload_of("layers.0.q.A", (2, 8), -1.0), "scale"),
+        (payload_of("layers.0.q.A", (2, 8), np.nan), "step"),
+        (payload_of("layers.0.q.A", (2, 8), np.inf), "step"),
+        (payload_of("layers.0.q.A", (2, 8), -1.0), "step"),
         (payload_of("layers.00.q.A", (2, 8)), "layers.00.q.A"),
         (codec.encode({}), "no factor"),
     ],
 )
-def test_a_delta_that_says_nothing_sound_is_refused(fleet: Fleet, payload: bytes, reason: str) -> None:
+def test_a_delta_that_says_nothing_sound_is_refused(fleet: Fleet, content: bytes, reason: str) -> None:
     fleet.write()
     node = fleet.node()
     node.phase("collecting")
     with crafted(fleet, "hostile") as hostile:
         hostile.report()
-        refusal = hostile.offer(payload)
+        refusal = hostile.offer(content)
     assert isinstance(refusal, Rejected) and reason in refusal.reason
     assert reason in node.phase("refused")["text"]
 

@@ -11,7 +11,7 @@ from edge_runtime.agent.store import DeviceStore
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Result
 from edge_runtime.settings import Fleet, Model, Training
-from edge_runtime.trainer.job import Job, Machine
+from edge_runtime.trainer.job import Carried, Job, Machine
 
 CATALOG = (Model("a"), Model("a", depth=20), Model("b", depth=15), Model("a", depth=10))
 
@@ -43,7 +43,7 @@ class Device:
 
     def job(self, number: int, *, train: bool = True, rank: int = 8) -> Job:
         plan = msgspec.structs.replace(PLAN, rank=rank)
-        return self.rounds.job(number, self.fleet, FACTS, plan, {}, train=train)
+        return self.rounds.job(number, self.fleet, FACTS, plan, train=train)
 
     def leave(self, number: int, *names: str) -> Path:
         """Write the files that a trainer leaves."""
@@ -87,9 +87,8 @@ def test_a_job_carries_what_earlier_rounds_have_left_though_the_folder_has_moved
     after = Device((tmp_path / "before").rename(tmp_path / "after"))
     job = after.job(2)
     folder = tmp_path / "after" / "work" / "round-1"
-    assert msgspec.structs.astuple(job.carried) == tuple(
-        str(folder / name) for name in ("state.bin", "residual.bin", "payload.bin")
-    )
+    left = {"private": "state.bin", "residual": "residual.bin", "unsent": "payload.bin"}
+    assert job.carried == Carried(**{name: str(folder / file) for name, file in left.items()})
     assert job.evaluation == {"own": str(tmp_path / "after" / "own.jsonl")}
 
 
@@ -97,7 +96,7 @@ def test_a_trainer_is_held_to_what_a_server_leaves_it(tmp_path):
     store, machine = DeviceStore(tmp_path / "agent.db"), Machine(budget_bytes=1000)
     rounds = LocalRounds(tmp_path / "work", store, DeviceRows(tmp_path / "rows.jsonl", {}), machine)
     budgets = [
-        rounds.job(1, Fleet("f", CATALOG), FACTS, plan, {}).machine.budget_bytes
+        rounds.job(1, Fleet("f", CATALOG), FACTS, plan).machine.budget_bytes
         for plan in (PLAN, msgspec.structs.replace(PLAN, serving_bytes=300))
     ]
     assert budgets == [1000, 700]

@@ -8,6 +8,7 @@ from edge_broker.journal import Journal
 
 from edge_runtime import methods, settings
 from edge_runtime.adapters import attach, learned
+from edge_runtime.adapters.versions import published
 from edge_runtime.aggregator import learned as of_node
 from edge_runtime.aggregator import merge, opening
 from edge_runtime.aggregator.store import NodeStore
@@ -48,7 +49,7 @@ def merged(tiny, facts_of, tmp_path):
         store.merged(1, merge.merge(updates, {}, fleet, method, 1, tmp_path / "versions"))
         plan = Plan("owner/tiny", "tiny@12ab", 3, 4, "float32", 4, 1, 8, terms={}, step_seconds=0.0)
         store.add_report(Report("a", "key", 1, "joined", 1, plan), "key")
-        version = codec.decode(store.versions()["tiny@12ab"].artifact.read_bytes())
+        version = published(store.versions()["tiny@12ab"].chain, fleet.seed, method)
         store.connection.close()
         state = {key: version.get(key, value) for key, value in start.items()}
         return learned.fold(state, facts, layers, SPEC, method, 1)

@@ -116,7 +116,7 @@ def test_what_a_kill_left_of_a_merged_round_is_refused_and_deleted(node):
 def test_versions_are_found_where_the_state_has_moved_to(tmp_path):
     before, after = tmp_path / "before", tmp_path / "after"
     NodeStore(before / "node.db").merged(
-        1, [Version("m", before / "versions" / "master", before / "versions" / "sent")]
+        1, [Version("m", before / "versions" / "master", (before / "versions" / "sent",))]
     )
     before.rename(after)
     found = NodeStore(after / "node.db").versions()["m"]
@@ -128,7 +128,9 @@ def test_of_older_rounds_only_a_class_s_latest_version_stays(node, tmp_path):
     folder.mkdir()
     for round_ in range(1, KEPT_ROUNDS + 3):
         classes = ["rests", "m"] if round_ < 3 else ["m"]
-        versions = [Version(of, folder / f"{round_}-{of}", folder / f"{round_}-{of}.edc") for of in classes]
+        versions = [
+            Version(of, folder / f"{round_}-{of}", (folder / f"{round_}-{of}.edc",)) for of in classes
+        ]
         for version in versions:
             version.master.touch()
             version.artifact.touch()

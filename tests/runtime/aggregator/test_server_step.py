@@ -14,7 +14,11 @@ from edge_runtime.protocol import codec
 
 SHAPES = {"layers.0.q.B": (6, 2), "layers.1.q.B": (6, 2), "stages.0.q.V": (2, 2), "labels.red.H": (1, 5)}
 CORE = settings.MethodChoice("fedadapter", {"width": 2, "branches": 1, "stages": 1})
-TABLES = {"head": settings.Head(), "codistill": settings.Codistill("a", texts=3)}
+TABLES = {
+    "head": settings.Head(),
+    "public": settings.Public("a", texts=3),
+    "codistill": settings.Codistill(),
+}
 
 
 def fleet(choice, **tables):

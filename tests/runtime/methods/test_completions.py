@@ -6,7 +6,6 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-import zstandard
 from edge_kernels import LanguageHead, apply, expand, pack
 from jobs import job_of
 
@@ -17,6 +16,7 @@ from edge_runtime.methods import completions
 from edge_runtime.models import structure
 from edge_runtime.protocol import codec, completion
 from edge_runtime.protocol.completion import Completion
+from edge_runtime.protocol.payload import SECTIONS, Header, assemble
 from edge_runtime.trainer import completions as public_texts
 from edge_runtime.trainer import data
 from edge_runtime.trainer.ends import answer_ends
@@ -149,7 +149,7 @@ def test_what_is_learned_of_completions_weighs_by_the_prompts_that_have_one(tmp_
         depths=(),
         data="",
         evaluation={},
-        start=str(tmp_path / "start"),
+        start=(str(tmp_path / "start"),),
     )
     prompts = [{"text": f"{number}"} for number in range(4)]
 
@@ -247,7 +247,7 @@ def test_an_answer_is_learned_from_what_the_fleet_says_of_public_prompts(trained
     fleet = {"method": settings.MethodChoice("local"), **CODISTILL, "round": 2, "rounds": 2}
     common = {**fleet, "texts": texts, "training": TRAINING}
     accuracy = {}
-    for name, start in (("taught", {"start": str(tmp_path / "start")}), ("alone", {})):
+    for name, start in (("taught", {"start": (str(tmp_path / "start"),)}), ("alone", {})):
         folder, _ = trained(name, ROWS, HELD_OUT, **common, **start)
         private = str(folder / "state.bin")
         _, after = trained(f"{name} after", ROWS, HELD_OUT, train=False, private=private, **common, **start)
@@ -427,17 +427,16 @@ NESTED = b'[[0, "a", 0.5, ' + b"[" * 100_000 + b"]" * 100_000 + b"]]"
 
 @pytest.mark.parametrize("body", [b"nonsense", b'[[0, "a"]]', b'[["x", "a", 0.5]]', b"\xff\xff", NESTED])
 def test_completions_that_cannot_be_read_are_refused(body):
-    header = msgspec.json.encode(codec.Header({}, len(body)))
-    made = codec.MAGIC + len(header).to_bytes(4, "big") + header + zstandard.compress(body)
     with pytest.raises(InputError, match="completions cannot be read"):
-        completions_of(made)
+        completions_of(codec.encode({}, body))
 
 
 @pytest.mark.parametrize("length", [-1, 1 << 40])
 def test_a_length_of_completions_that_cannot_be_is_refused_before_anything_is_expanded(length):
-    header = msgspec.json.encode(codec.Header({}, length))
-    with pytest.raises(InputError, match=f"declares {length} bytes of completions"):
-        codec.decode(codec.MAGIC + len(header).to_bytes(4, "big") + header)
+    made = assemble(Header({}, completions_bytes=length), [b""] * SECTIONS)
+    for read in (codec.decode, codec.answers):
+        with pytest.raises(InputError, match=f"declares {length} bytes of completions"):
+            read(made)
 
 
 # --- texts in shares

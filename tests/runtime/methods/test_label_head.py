@@ -32,7 +32,7 @@ def version(folder, path):
     """What a node with this device alone publishes; version 0's A is left out, as nothing here reads it."""
     delta = codec.decode((folder / "payload.bin").read_bytes())
     path.write_bytes(codec.encode({key: value for key, value in delta.items() if key.startswith("labels")}))
-    return str(path)
+    return (str(path),)
 
 
 def test_labels_are_learned_by_a_row_each_and_one_that_the_head_lacks_is_missed(trained, tmp_path):
@@ -64,7 +64,7 @@ def test_rows_of_labels_that_a_device_was_not_shown_are_not_sent(trained, tmp_pa
     (tmp_path / "start").write_bytes(codec.encode({**version, **told}))
     texts = str(data.write_rows(tmp_path / "public.jsonl", PUBLIC)) if predicted else None
     codistill = CODISTILL if predicted else {}
-    folder, _ = trained("foreign", start=str(tmp_path / "start"), texts=texts, **codistill)
+    folder, _ = trained("foreign", start=(str(tmp_path / "start"),), texts=texts, **codistill)
     shown = {"red", "green", "blue"} if predicted else {"red", "green"}
     for sent in (codec.decode((folder / "payload.bin").read_bytes()), load_file(folder / "residual.bin")):
         assert {key for key in sent if key.startswith("labels")} == {f"labels.{label}.H" for label in shown}
@@ -123,7 +123,7 @@ def test_a_label_is_learned_from_what_the_fleet_says_of_public_texts(trained, tm
     fleet = {"method": settings.MethodChoice("local"), **CODISTILL, "round": 2, "rounds": 2}
     common = {**fleet, "texts": texts, "training": training}
     accuracy = {}
-    for name, start in (("taught", {"start": str(tmp_path / "start")}), ("alone", {})):
+    for name, start in (("taught", {"start": (str(tmp_path / "start"),)}), ("alone", {})):
         folder, _ = trained(name, **common, **start)
         private = str(folder / "state.bin")
         _, after = trained(f"{name} after", train=False, private=private, **common, **start)

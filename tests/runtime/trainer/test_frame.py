@@ -37,7 +37,7 @@ def test_a_new_class_sends_features_and_trains_once_it_has_a_frame(trained, flee
     assert joined.losses == [] and joined.samples > 0
     Z = frames.common([sent[frames.SENT]], None)
     (tmp_path / "start").write_bytes(codec.encode({frames.MADE: Z}))
-    fleet |= {"start": str(tmp_path / "start"), "round": 2, "rounds": 2}
+    fleet |= {"start": (str(tmp_path / "start"),), "round": 2, "rounds": 2}
     folder, first = trained("trains", ROWS, HELD_OUT, **fleet)
     assert first.losses[-1] < 0.7 * first.losses[0]
     heads = {key: value for key, value in sent_by(folder).items() if key.startswith("labels")}
@@ -54,7 +54,7 @@ def test_maps_of_an_earlier_round_are_used_until_the_frame_is_made_again(trained
     Z = frames.common([sent_by(folder)[frames.SENT]], None)
     start, carried = tmp_path / "start", tmp_path / "frame.bin"
     start.write_bytes(codec.encode({frames.MADE: Z}))
-    fleet |= {"start": str(start), "round": 2, "rounds": 2, "frame": str(carried)}
+    fleet |= {"start": (str(start),), "round": 2, "rounds": 2, "frame": str(carried)}
     published = codec.decode(start.read_bytes())[frames.MADE]
     found = {}
     for name, made in (("same", published), ("another", published + 1)):

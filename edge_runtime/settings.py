@@ -116,8 +116,7 @@ class Codistill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Codec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How coarsely values are rounded; the sender adds the remainder to what it sends next."""
 
-    # standard deviations of a tensor; 1.5: 1.6 bits a value, 0.5: 3 bits, 0.02: 8 bits
-    step: Annotated[float, Bound(lambda step: 0.01 <= step <= 4, "0.01 to 4")] = 1.5
+    step: Annotated[float, Bound(lambda step: 0.01 <= step <= 4, "0.01 to 4")] = 1.5  # standard deviations
 
 
 class Adapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -177,12 +176,7 @@ class Fleet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 OF_EVERY_METHOD = tuple(name for name in MethodChoice.__struct_fields__ if name != "settings")
 TABLES: dict[str, Any] = {
-    "adapter": Adapter,
-    "training": Training,
-    "codec": Codec,
-    "head": Head,
-    "public": Public,
-    "codistill": Codistill,
+    table.__name__.lower(): table for table in (Adapter, Training, Codec, Head, Public, Codistill)
 }
 
 

@@ -60,6 +60,13 @@ class DeviceRows(NamedTuple):
         return DeviceRows(train, {"own": own}) if hold_out(self.data, train, own, seed=0) else self
 
 
+class Start(NamedTuple):
+    """Files that a round starts from."""
+
+    chain: Sequence[Path] = ()  # encoded artifacts of the global version; none: version 0
+    texts: Path | None = None  # the fleet's public texts
+
+
 class LocalRounds:
     """One device's folder of rounds, and what it remembers of them."""
 
@@ -87,8 +94,7 @@ class LocalRounds:
         fleet: Fleet,
         facts: Facts,
         plan: Plan,
-        start: Sequence[Path] = (),
-        texts: Path | None = None,
+        start: Start,
         *,
         train: bool = True,
     ) -> Job:
@@ -96,8 +102,6 @@ class LocalRounds:
 
         Args:
             number: of the round, counted from 1.
-            start: encoded artifacts of the global version; none: version 0.
-            texts: the fleet's public texts.
             train: False: the fleet has finished, its last version is evaluated alone.
         """
         left = {name: round_ for name in FILES if (round_ := self._store.get(name))}
@@ -110,8 +114,8 @@ class LocalRounds:
             depths=depths(fleet, plan),
             data=str(self.rows.data),
             evaluation={name: str(path) for name, path in self.rows.evaluation.items()},
-            start=tuple(map(str, start)),
-            texts=str(texts) if texts is not None else None,
+            start=tuple(map(str, start.chain)),
+            texts=str(start.texts) if start.texts is not None else None,
             carried=Carried(
                 **{name: str(self._of_round(round_) / FILES[name]) for name, round_ in left.items()}
             ),

@@ -15,7 +15,7 @@ from edge_broker.transfer import Committed, Failed, Fetched, Fetcher, Rejected
 
 from edge_runtime.agent import stages
 from edge_runtime.agent.deliveries import Deliveries
-from edge_runtime.agent.local_round import DeviceRows, LocalRounds, read_result
+from edge_runtime.agent.local_round import DeviceRows, LocalRounds, Start, read_result
 from edge_runtime.agent.newest import NewestVersion
 from edge_runtime.agent.options import DeviceEvent, DeviceOptions
 from edge_runtime.agent.planner import Planned, Planner, Request, Unplanned
@@ -214,8 +214,8 @@ class Rounds:
         """Start a trainer with the files of the stage's artifacts."""
         (_, plan, facts), count = stage.planned, len(stage.start)
         number, fleet = self._round.announced.round, self._round.announced.fleet
-        start, texts, train = files[:count], [*files, None][count], not self._round.finished
-        job = self._local.job(number, fleet, facts, plan, start, texts, train=train)
+        start, train = Start(files[:count], [*files, None][count]), not self._round.finished
+        job = self._local.job(number, fleet, facts, plan, start, train=train)
         self._round.attempt += 1
         trainer = self._workers.train(job, self._local.folder(job), self._session.put)
         self.stage = stages.Working(job, trainer)

@@ -29,16 +29,16 @@ _PARAMETERS = zstandard.ZstdCompressionParameters(
 )
 
 
-class Packed(NamedTuple):
+class Digits(NamedTuple):
     """Numbers in bytes."""
 
     base: int
-    digits: NDArray[np.uint8]
+    packed: NDArray[np.uint8]
     places: NDArray[np.int64]  # of the strays, rising
     strays: NDArray[np.int32]
 
 
-def pack(numbers: NDArray[np.float32]) -> Packed:
+def pack(numbers: NDArray[np.float32]) -> Digits:
     """Pack whole numbers (n,), in the smallest base that few of them are beyond."""
     sizes = np.abs(numbers)
     for base in BASES:
@@ -52,7 +52,7 @@ def pack(numbers: NDArray[np.float32]) -> Packed:
     for column in reversed(range(count - 1)):
         digits *= base
         digits += shifted[:, column]
-    return Packed(base, digits, beyond, numbers[beyond].astype(np.int32))
+    return Digits(base, digits, beyond, numbers[beyond].astype(np.int32))
 
 
 def unpack(digits: NDArray[np.uint8], base: int, step: np.float32, size: int) -> NDArray[np.float32]:

@@ -82,11 +82,9 @@ def _work(members: list[Participant], round_: int, versions: Versions, texts: Pa
     for participant in members:
         device, plan = participant.device, participant.plan
         latest = versions.latest(plan.model_class)
-        start = latest.chain if latest else ()
+        start = local_round.Start(latest.chain if latest else (), texts)
         number, train = min(round_, rounds), round_ <= rounds
-        job = participant.rounds.job(
-            number, participant.fleet, participant.facts, plan, start, texts, train=train
-        )
+        job = participant.rounds.job(number, participant.fleet, participant.facts, plan, start, train=train)
         folder = participant.rounds.folder(job)
         # Before the first version, heads have the labels of each device's own rows and differ.
         shared = all_shared and latest is not None

@@ -91,7 +91,7 @@ def test_a_round_whose_version_could_not_be_had_is_tried_again_when_it_is_announ
 ):
     """As a node does that was away for longer than its devices ask."""
     too_large = messages.Artifact(digest="0" * 64, size=1 << 40, chunk_bytes=1 << 30, chunks=1 << 10)
-    unavailable = announcement(tmp_path, "again", versions={noise.NOISE: too_large})
+    unavailable = announcement(tmp_path, "again", versions={noise.NOISE: (too_large,)})
     payloads = [unavailable, unavailable, announcement(tmp_path, "again", state="finished")]
     events = []
 

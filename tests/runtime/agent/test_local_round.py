@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from benchmarks.noise import FACTS, PLAN
-from edge_runtime.agent.local_round import DeviceRows, LocalRounds, depths, read_result, write_job
+from edge_runtime.agent.local_round import DeviceRows, LocalRounds, Start, depths, read_result, write_job
 from edge_runtime.agent.store import DeviceStore
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Result
@@ -43,7 +43,7 @@ class Device:
 
     def job(self, number: int, *, train: bool = True, rank: int = 8) -> Job:
         plan = msgspec.structs.replace(PLAN, rank=rank)
-        return self.rounds.job(number, self.fleet, FACTS, plan, train=train)
+        return self.rounds.job(number, self.fleet, FACTS, plan, Start(), train=train)
 
     def leave(self, number: int, *names: str) -> Path:
         """Write the files that a trainer leaves."""
@@ -96,7 +96,7 @@ def test_a_trainer_is_held_to_what_a_server_leaves_it(tmp_path):
     store, machine = DeviceStore(tmp_path / "agent.db"), Machine(budget_bytes=1000)
     rounds = LocalRounds(tmp_path / "work", store, DeviceRows(tmp_path / "rows.jsonl", {}), machine)
     budgets = [
-        rounds.job(1, Fleet("f", CATALOG), FACTS, plan).machine.budget_bytes
+        rounds.job(1, Fleet("f", CATALOG), FACTS, plan, Start()).machine.budget_bytes
         for plan in (PLAN, msgspec.structs.replace(PLAN, serving_bytes=300))
     ]
     assert budgets == [1000, 700]

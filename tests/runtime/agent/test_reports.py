@@ -15,7 +15,7 @@ from edge_broker.session import Message
 
 from benchmarks import noise
 from edge_runtime.agent.deliveries import Deliveries
-from edge_runtime.agent.local_round import DeviceRows, LocalRounds, read_result
+from edge_runtime.agent.local_round import DeviceRows, LocalRounds, Start, read_result
 from edge_runtime.agent.options import DeviceOptions
 from edge_runtime.agent.stages import RoundInProgress
 from edge_runtime.agent.store import DeviceStore
@@ -129,7 +129,7 @@ def test_that_an_update_was_refused_is_kept_until_it_is_said(tmp_path: Path, fin
     fleet = Fleet("f", (Model("m"),), rounds=1)
     announced = Round(node="n", fleet=fleet, round=1, state="open", versions={})
     deliveries.begin(RoundInProgress(announced, "key", attempt=1))
-    job = local.job(1, fleet, noise.FACTS, noise.PLAN)
+    job = local.job(1, fleet, noise.FACTS, noise.PLAN, Start())
     noise.workers("a", 5).train(job, local.folder(job), lambda event: None)
     result = read_result(local.folder(job))
     assert result is not None and deliveries.keep(job, result)

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from edge_runtime.errors import InputError
 from edge_runtime.protocol.codec import FIXED_STEPS, answers, decode, encode, shapes
-from edge_runtime.protocol.digits import BASES, Packed, pack, unpack
+from edge_runtime.protocol.digits import BASES, Digits, pack, unpack
 from edge_runtime.protocol.payload import MAGIC, Header
 from edge_runtime.settings import FINE_STEP
 
@@ -161,8 +161,8 @@ def test_digits_hold_every_number_of_their_base(base, size):
     numbers = np.random.default_rng(size).integers(-(base // 2), base // 2 + 1, size).astype(np.float32)
     numbers[0] = base // 2  # so that no smaller base does
     packed = pack(numbers)
-    assert (packed.base, packed.strays.size, packed.digits.size) == (base, 0, -(-size // BASES[base]))
-    np.testing.assert_array_equal(unpack(packed.digits, base, np.float32(1), size), numbers)
+    assert (packed.base, packed.strays.size, packed.packed.size) == (base, 0, -(-size // BASES[base]))
+    np.testing.assert_array_equal(unpack(packed.packed, base, np.float32(1), size), numbers)
 
 
 def test_few_strays_do_not_make_all_bytes_longer():
@@ -210,9 +210,9 @@ def side(steps=(0.5,), bases=(0,), gaps=(), strays=()):
     return b"".join(np.array(values, kind).tobytes() for values, kind in parts)
 
 
-def payload(declared, content, packed: Packed = PACKED, strays=0, answers=0, sections=None):
+def payload(declared, content, packed: Digits = PACKED, strays=0, answers=0, sections=None):
     """A payload by hand: its side information, and digits of the smallest base."""
-    parts = [zstandard.compress(content), b"", zstandard.compress(packed.digits.tobytes()), b"", b"", b""]
+    parts = [zstandard.compress(content), b"", zstandard.compress(packed.packed.tobytes()), b"", b"", b""]
     return assembled(Header(declared, sections or tuple(map(len, parts)), strays, answers), b"".join(parts))
 
 

@@ -38,8 +38,8 @@ from benchmarks.serve_swaps import CLIENTS, VERSIONS, adapter, swaps
 from edge_runtime.demo import model as demo
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning import processes
-from edge_runtime.serving.backends import Backend, load
-from edge_runtime.settings import Weights
+from edge_runtime.serving.backends import load
+from edge_runtime.settings import Backend, Weights
 from edge_runtime.trainer.job import Machine
 
 PROMPT = 256
@@ -99,10 +99,6 @@ def main_of_setting(setting: str, tokens: int, threads: int, merged: Path) -> No
 
 def _engine(name: str, facts: Facts, prompt: list[int], tokens: int, threads: int) -> Speed:
     setting = SETTINGS[name]
-    if setting.backend == "torch":
-        import torch
-
-        torch.set_num_threads(threads)
     learned = adapter(facts) if setting.adapter else None
     engine = load(setting.backend, facts, learned, setting.weights, Machine(threads, "cpu"))
     engine.begin().feed(prompt[:8])

@@ -24,8 +24,8 @@ from edge_runtime.adapters.learned import Learned
 from edge_runtime.demo import model as demo
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning import processes
-from edge_runtime.serving.backends import Backend, load
-from edge_runtime.settings import Weights
+from edge_runtime.serving.backends import load
+from edge_runtime.settings import Backend, Weights
 from edge_runtime.trainer.job import Machine
 
 RANK, VERSIONS, CLIENTS = 16, 100, 2

@@ -36,6 +36,7 @@ else:
 Role = Literal["q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "fc1", "fc2"]
 Weights = Literal["float32", "bfloat16", "q8_0", "q4_1", "q4_0", "nf4"]
 Boundaries = Literal["input", "int8"]  # form in which each block's input is kept for backward
+Backend = Literal["torch", "onnx"]  # what a server computes with
 MOST_TOKENS = 1 << 16  # of all completions together: as JSON they are smaller than a payload may be
 FINE_STEP = 2**-5  # as [codec] step; seven bits a value, for what no remainder follows
 PACKED = ("q8_0", "q4_1", "q4_0", "nf4")  # block formats of edge_kernels.quant

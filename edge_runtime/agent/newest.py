@@ -48,7 +48,7 @@ class NewestVersion:
         seen = "{}/{}".format(*place)
         if not any(place) or seen == self._store.get("version_seen"):
             return
-        base = BaseChoice(plan.source, plan.depth, plan.weights)
+        base = BaseChoice(plan.source, plan.depth, plan.weights, plan.server or "torch")
         self._store.set("served", msgspec.json.encode(base).decode())
         if self._server is not None:
             self._server.start(base)

@@ -11,7 +11,10 @@ from edge_runtime.agent.options import DeviceOptions
 from edge_runtime.errors import EdgeError
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning import processes
+from edge_runtime.planning.graphs import graph, with_onnx
+from edge_runtime.planning.predict import Serving
 from edge_runtime.planning.search import choose
+from edge_runtime.planning.time import Rates
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Cause
 from edge_runtime.settings import Fleet
@@ -36,6 +39,7 @@ class Planned(NamedTuple):
     request: Request
     plan: Plan
     facts: Facts
+    server: str = ""  # a sentence on the server's backend, if there is a server
 
 
 class Unplanned(NamedTuple):
@@ -101,24 +105,32 @@ def find_plan(request: Request, options: DeviceOptions) -> Planned | Unplanned:
         rates = processes.rates(options.device, options.threads)
         runtime_bytes = processes.runtime_bytes()
         cause = "budget"
-        fleet = _in_ranks(request.fleet, request.rank_limit)
-        serving = options.serve.size if options.serve is not None else None
-        fits = choose(
-            fleet,
-            facts,
-            request.budget_bytes,
-            runtime_bytes,
-            rates,
-            serving=serving,
-            fill=request.fill,
-        ).fits
-        return Planned(request, fits, facts[fits.source])
+        serving = None if options.serve is None else with_onnx(options.serve.size, facts, options.device)
+        return _planned(request, facts, runtime_bytes, rates, serving)
     except EdgeError as error:
         return Unplanned(error, cause)
     except Exception as error:
         # the agent waits for an answer, whatever went wrong
         log.exception("planning failed")
         return Unplanned(EdgeError(f"planning failed: {error}"), "internal")
+
+
+def _planned(
+    request: Request, facts: dict[str, Facts], runtime_bytes: int, rates: Rates, serving: Serving | None
+) -> Planned:
+    """The best plan; where the graph for its server cannot be written, the best without that graph."""
+    fleet = _in_ranks(request.fleet, request.rank_limit)
+    choice = choose(
+        fleet, facts, request.budget_bytes, runtime_bytes, rates, serving=serving, fill=request.fill
+    )
+    plan, model = choice.fits, facts[choice.fits.source]
+    if serving is not None and plan.server == "onnx":
+        try:
+            graph(model, plan.depth, plan.weights)
+        except (EdgeError, OSError) as error:
+            unserved = {**serving.unserved, model.model_class: str(error)}
+            return _planned(request, facts, runtime_bytes, rates, serving._replace(unserved=unserved))
+    return Planned(request, plan, model, choice.server)
 
 
 def _in_ranks(fleet: Fleet, limit: int | None) -> Fleet:

@@ -212,14 +212,14 @@ class Rounds:
 
     def _train(self, stage: stages.Fetching, files: list[Path]) -> None:
         """Start a trainer with the files of the stage's artifacts."""
-        (_, plan, facts), count = stage.planned, len(stage.start)
+        planned, count = stage.planned, len(stage.start)
         number, fleet = self._round.announced.round, self._round.announced.fleet
         start, train = Start(files[:count], [*files, None][count]), not self._round.finished
-        job = self._local.job(number, fleet, facts, plan, start, train=train)
+        job = self._local.job(number, fleet, planned.facts, planned.plan, start, train=train)
         self._round.attempt += 1
         trainer = self._workers.train(job, self._local.folder(job), self._session.put)
         self.stage = stages.Working(job, trainer)
-        self.say("starting", text=plan.summary)
+        self.say("starting", text="; ".join(filter(None, (planned.plan.summary, planned.server))))
 
     def _ended(self, job: Job, ended: Ended) -> None:
         self.stage = "resting"

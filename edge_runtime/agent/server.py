@@ -19,6 +19,7 @@ import msgspec
 from edge_runtime.agent.options import DeviceOptions, ServeOptions
 from edge_runtime.planning.processes import environment
 from edge_runtime.serving.event import ServerEvent
+from edge_runtime.settings import Backend
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 60.0
 SOUND_S = 60.0  # a server that ran for so long starts again after the first delay
@@ -31,6 +32,7 @@ class BaseChoice(msgspec.Struct, frozen=True):
     source: str  # as the catalog names it
     depth: int
     weights: str
+    backend: Backend = "torch"
 
 
 class ServerEnded(msgspec.Struct, frozen=True):
@@ -116,6 +118,7 @@ class Server:
         command = [sys.executable, "-m", "edge_runtime.cli", "serve", "--attended", "--json"]
         command += ["--model", self._base.source, "--models", str(options.models)]
         command += ["--adapter", str(self._folder), "--weights", self._base.weights]
+        command += ["--backend", self._base.backend]
         command += ["--device", options.device, "--threads", str(options.threads)]
         command += ["--port", str(serve.port), "--context", str(serve.size.context)]
         command += ["--parallel", str(serve.size.parallel)]

@@ -45,8 +45,6 @@ def command(
 
     Goes on with a prompt, or answers in a chat.
     """
-    from edge_runtime.compat.lean_imports import lean_imports
-
     if prompt is None and not chat:
         if sys.stdin.isatty():
             raise InputError(
@@ -56,21 +54,15 @@ def command(
     elif prompt is not None:
         prompt = served.typed(partial(str, prompt))
     facts, learned = base.open()
-    context = min(context, facts.positions)
-    room = context - max_tokens
-    if room < 1:
-        raise InputError(
-            f"an answer of {max_tokens} tokens leaves no room for a prompt in a context of {context}: lower "
-            "--max-tokens"
-        )
-    with lean_imports():
+    _room(min(context, facts.positions), max_tokens)
+    with base.imports():
         from edge_runtime.serving.answer import Question, answer
         from edge_runtime.serving.backends import load
         from edge_runtime.serving.text import Language
-        from edge_runtime.trainer import meter
 
-    meter.prepare(machine := base.machine())
-    engine, language = load(base.backend, facts, learned, base.weights, machine), Language(facts)
+    engine = load(base.backend, facts, learned, base.weights, base.machine())
+    language = Language(facts)
+    room = _room(min(context, engine.positions), max_tokens)
 
     def write(asked: "Asked") -> Iterator["Piece"]:
         ids, spaces = asked
@@ -85,6 +77,16 @@ def command(
         _chat(lambda messages: write(language.chat(messages)), prompt)
     else:
         _show(write(language.prompt(prompt or "")))
+
+
+def _room(context: int, max_tokens: int) -> int:
+    """Tokens of a prompt at most; raises InputError where an answer leaves none."""
+    if context <= max_tokens:
+        raise InputError(
+            f"an answer of {max_tokens} tokens leaves no room for a prompt in a context of {context}: lower "
+            "--max-tokens"
+        )
+    return context - max_tokens
 
 
 def _chat(write: Callable[[list[dict[str, str]]], Iterator["Piece"]], prompt: str | None) -> None:

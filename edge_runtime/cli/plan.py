@@ -1,6 +1,7 @@
 """`edge-runtime plan`: which model of a fleet's catalog fits a budget."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 import edge_profiles
@@ -27,7 +28,7 @@ def command(
     device: str,
     json: bool,
     serve: bool,
-    **size: int,
+    **size: Any,
 ) -> None:
     """Show which model fits, and why no larger one.
 
@@ -36,6 +37,7 @@ def command(
     from edge_runtime import methods, settings
     from edge_runtime.cli import views
     from edge_runtime.planning import processes
+    from edge_runtime.planning.graphs import with_onnx
     from edge_runtime.planning.predict import Serving
     from edge_runtime.planning.search import choose
 
@@ -51,8 +53,8 @@ def command(
     profile = edge_profiles.probe()
     budget_bytes = options.budget_bytes(budget, board, profile)
     facts = processes.catalog_facts(settings_, models)
-    rates = processes.rates(options.trainer_device(device, profile))
-    serving = Serving(**size) if serve else None
+    rates = processes.rates(device := options.trainer_device(device, profile))
+    serving = with_onnx(Serving(**size), facts, device) if serve else None
     choice = choose(settings_, facts, budget_bytes, processes.runtime_bytes(), rates, serving=serving)
     if json:
         click.echo(options.json_line(views.plan_values(choice, budget_bytes, deadline_s)))

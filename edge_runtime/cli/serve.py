@@ -65,16 +65,13 @@ def command(
 
     With the base model and what was learned, at /v1/chat/completions and /v1/completions.
     """
-    from edge_runtime.compat.lean_imports import lean_imports
-
-    with lean_imports():
+    with base.imports():
         from edge_runtime.serving.process import Endpoint, ServedModel, serve
         from edge_runtime.state import stamp
 
     folder = base.folder()
     first = stamp(folder) if folder is not None else (0, 0)
     facts, learned = base.open()
-    context = min(context, facts.positions)
     if endpoint["host"] not in LOOPBACK:
         log.warning("whoever reaches %s can use the model: the server asks for no password", endpoint["host"])
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -10,13 +11,12 @@ import edge_profiles
 
 from edge_runtime.cli import options
 from edge_runtime.errors import InputError
-from edge_runtime.settings import Weights
+from edge_runtime.settings import Backend, Weights
 from edge_runtime.state import NEWEST
 
 if TYPE_CHECKING:
     from edge_runtime.adapters.learned import Learned
     from edge_runtime.models.facts import Facts
-    from edge_runtime.serving.backends import Backend
     from edge_runtime.trainer.job import Machine
 
 Command = Callable[..., Any]
@@ -40,7 +40,7 @@ class ServedBase(NamedTuple):
     state: Path | None
     models: Path
     weights: Weights
-    backend: "Backend"
+    backend: Backend
     device: str
     threads: int
 
@@ -77,6 +77,13 @@ class ServedBase(NamedTuple):
             )
         return folder
 
+    def imports(self) -> AbstractContextManager[None]:
+        """While inside, the backend's packages are imported, and no more than are of use."""
+        from edge_runtime.compat.lean_imports import lean_imports
+        from edge_runtime.compat.without_torch import without_torch
+
+        return lean_imports() if self.backend == "torch" else without_torch()
+
     def machine(self) -> "Machine":
         """What the process may use of this machine."""
         from edge_runtime.trainer.job import Machine
@@ -107,7 +114,7 @@ _OPTIONS = (
     ),
     click.option(
         "--backend",
-        type=click.Choice(["torch", "onnx"]),
+        type=click.Choice(get_args(Backend)),
         default="torch",
         show_default=True,
         help="What computes; onnx, on the CPU, writes the model as a graph the first time.",

@@ -108,6 +108,8 @@ def show_plan(choice: Choice, budget_bytes: int, deadline_s: float | None) -> No
         f"{format_size(budget_bytes)}, about [bold]{plan.step_seconds:.3g} s[/]{deadline} a step on this machine",
         highlight=False,
     )
+    if choice.server:
+        Console().print(escape(choice.server), highlight=False, soft_wrap=True)
     _show_terms(plan.terms | ({"server": plan.serving_bytes} if plan.serving_bytes else {}), budget_bytes)
     preferred = [*choice.rejected]
     # The next better plan of the same model comes last, unless it is the smallest of its format.

@@ -9,7 +9,7 @@ from edge_runtime.errors import InputError
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.families import family_of
 from edge_runtime.planning.predict import KERNEL_BYTES, Serving, Workload, predict
-from edge_runtime.planning.serving import serving_bytes
+from edge_runtime.planning.serving import backends, serving_bytes
 from edge_runtime.planning.time import Rates, step_seconds
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import PACKED, Fleet
@@ -26,6 +26,7 @@ def candidates(
     A list goes from the longest sequence, highest rank and largest micro-batch to the shortest, the
     lowest and a single row with 8-bit boundaries and small tiles of the MLP, or with streamed
     weights where they are packed. Lengths above a model's positions are left out, unless all are.
+    A plan with a server is there with each backend, the faster one first.
 
     Args:
         facts: of each source in the catalog.
@@ -57,10 +58,11 @@ def candidates(
                 step_seconds=0.0,
             )
             yield [
-                predicted(workload, rates, plan)
+                predicted(workload, rates, replace(plan, server=server))
                 for tokens in possible
                 for rank in (adapter.rank, *adapter.lower)
                 for plan in _schedules(replace(bare, tokens=tokens, rank=rank), training.rows_a_step)
+                for server in backends(workload, weights)
                 if not (plan.streamed and workload.method.reads_weights)
             ]
 

@@ -11,8 +11,10 @@ The factors were fitted to measured peaks; `make bench-peak` prints prediction b
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import NamedTuple
 
 from edge_runtime import methods
@@ -73,10 +75,12 @@ NORM_ROWS = 8  # a token, where norms follow attention and MLP too
 
 
 class Serving(NamedTuple):
-    """What a server beside the trainer may be asked."""
+    """What a server beside the trainer may be asked, and whether ONNX Runtime can answer."""
 
     context: int = 2048  # tokens of a prompt and its answer together
     parallel: int = 2  # answers that are written at once
+    onnx_bytes: int = 0  # measured baseline of a server with it; 0: it is not used
+    unserved: Mapping[str, str] = MappingProxyType({})  # why it cannot serve a model, by model class
 
 
 @dataclass(frozen=True)

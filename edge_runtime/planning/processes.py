@@ -86,7 +86,12 @@ def catalog_facts(fleet: Fleet, models: Path) -> dict[str, Facts]:
 
 def runtime_bytes() -> int:
     """Runtime baseline of this device, measured once in three seconds, and after each install."""
-    return int(_measured_once("baseline", ["edge_runtime.trainer", "--baseline"], EdgeError))
+    return int(measured_once("baseline", ["edge_runtime.trainer", "--baseline"], EdgeError))
+
+
+def onnx_bytes() -> int:
+    """Baseline of a server in ONNX Runtime on this device, measured once in a second, and after each install."""
+    return int(measured_once("baseline-onnx", ["edge_runtime.serving.baseline"], EdgeError))
 
 
 def rates(device: str, threads: int = 0) -> Rates:
@@ -95,7 +100,7 @@ def rates(device: str, threads: int = 0) -> Rates:
     device: "cpu" or "cuda". threads: of the trainer; 0 for torch's default. Raises InputError where
         torch cannot use the device.
     """
-    written = _measured_once(
+    written = measured_once(
         f"rates-{device}-{threads}", ["edge_runtime.planning.probe", device, str(threads)], InputError
     )
     return msgspec.json.decode(written, type=Rates)
@@ -119,7 +124,7 @@ def installed(*more: str) -> bool:
     return all(find_spec(name) is not None for name in ("torch", "transformers", *more))
 
 
-def _measured_once(name: str, module: list[str], error: type[EdgeError]) -> bytes:
+def measured_once(name: str, module: list[str], error: type[EdgeError]) -> bytes:
     """What the module prints, from the cache where these packages have printed it before."""
     if not installed():
         raise InputError(NOT_INSTALLED)

@@ -16,6 +16,7 @@ from edge_runtime.errors import BudgetError
 from edge_runtime.models.facts import Facts
 from edge_runtime.planning.candidates import candidates, predicted
 from edge_runtime.planning.predict import Serving, Workload
+from edge_runtime.planning.serving import why
 from edge_runtime.planning.time import Rates
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import Fleet
@@ -34,6 +35,7 @@ class Choice(NamedTuple):
     rejected: list[Plan]
     # The plan right before the winner; None: the winner is the first of its model.
     better: Plan | None
+    server: str = ""  # a sentence on the server's backend, if there is a server
 
 
 def choose(
@@ -77,7 +79,9 @@ def choose(
                 filled = _filled(workloads[plan.source], rates, plan, budget_bytes) if fill else plan
                 if over_deadline_s(filled, deadline_s) == 0:
                     same = previous and (previous.source, previous.depth) == (plan.source, plan.depth)
-                    return Choice(filled, rejected, previous if same else None)
+                    return Choice(
+                        filled, rejected, previous if same else None, why(workloads[plan.source], filled)
+                    )
                 too_slow.append(filled)
             previous = plan
         rejected.append(min(too_slow, key=_seconds) if too_slow else min(plans, key=_bytes))

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import msgspec
 
-from edge_runtime.settings import Boundaries, Weights
+from edge_runtime.settings import Backend, Boundaries, Weights
+
+SERVERS: dict[Backend, str] = {"torch": "torch", "onnx": "ONNX Runtime"}
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -24,6 +26,7 @@ class Plan(msgspec.Struct, frozen=True):
     mlp_tokens: int | None = None  # tokens that go through an MLP at once; None: all
     streamed: bool = False  # packed matrices of the blocks stay in files
     serving_bytes: int = 0  # predicted, of a server beside the trainer
+    server: Backend | None = None  # what that server computes with; None: there is none
     kept_blocks: int = 0  # last blocks that keep their activations: backward does not run them again
 
     @property
@@ -54,4 +57,6 @@ class Plan(msgspec.Struct, frozen=True):
         streamed = ", weights streamed" if self.streamed else ""
         blocks = "block runs" if self.kept_blocks == 1 else "blocks run"
         once = f", {self.kept_blocks} {blocks} once" if self.kept_blocks else ""
-        return f"rank {self.rank}, micro-batches of {self.rows} x {self.tokens} tokens{boundaries}{tiled}{streamed}{once}"
+        served = f", served by {SERVERS[self.server]}" if self.server else ""
+        batches = f"rank {self.rank}, micro-batches of {self.rows} x {self.tokens} tokens"
+        return f"{batches}{boundaries}{tiled}{streamed}{once}{served}"

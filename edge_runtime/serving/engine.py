@@ -31,6 +31,8 @@ class Sequence(Protocol):
 class Engine(Protocol):
     """A base model. One thread begins and feeds sequences; another may swap meanwhile."""
 
+    positions: int  # tokens that a sequence may have
+
     @property
     def version(self) -> int:
         """Of the adapter that a new sequence takes; 0: the base alone."""

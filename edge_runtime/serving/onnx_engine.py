@@ -1,6 +1,6 @@
 """The engine in ONNX Runtime: one session, whose adapter is an input that each sequence has of its own.
 
-The graph of a base is written once, by another process, and stays in the cache (export/onnx_base.py).
+The graph of a base is written once, by another process, and stays in the cache (planning/graphs.py).
 The session maps the graph's weights, so torch's model is not in this process. A sequence's keys and
 values lie in one memory that the session reads and writes in place. That memory doubles as the
 sequence grows.
@@ -8,27 +8,22 @@ sequence grows.
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Ids
-from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from onnxruntime import OrtValue
 
 from edge_runtime.adapters.export import onnx_adapter
-from edge_runtime.adapters.export.onnx_base import GraphRequest
-from edge_runtime.adapters.export.onnx_session import FORM, session
+from edge_runtime.adapters.export.onnx_session import session
 from edge_runtime.adapters.learned import Learned
 from edge_runtime.errors import InputError
 from edge_runtime.models.facts import Facts
-from edge_runtime.planning import processes
+from edge_runtime.planning.graphs import graph
 from edge_runtime.planning.serving import PIECE
 from edge_runtime.serving.engine import depth_of, require_depth
 from edge_runtime.settings import Weights
-from edge_runtime.state import once
 
-EXPORT_TIMEOUT_S = 3600.0  # writes as many bytes as the model has
 LAST = np.array([-1], np.int64)
 
 
@@ -105,13 +100,7 @@ class OnnxEngine:
             InputError: the adapter does not fit the checkpoint, or the model cannot be written as a graph.
         """
         self._facts, self._depth = facts, depth_of(facts, learned)
-        folder = graph_folder(facts, self._depth, format)
-        once(
-            folder,
-            lambda fresh: _write(GraphRequest(facts, self._depth, format, str(fresh))),
-            EXPORT_TIMEOUT_S,
-        )
-        self.session = session(folder, threads)
+        self.session = session(graph(facts, self._depth, format), threads)
         self.positions = int(self.session.get_modelmeta().custom_metadata_map["positions"])
         self.cache = [  # name, heads and their size
             (entry.name, entry.shape[1], entry.shape[3])
@@ -135,13 +124,3 @@ class OnnxEngine:
         """Give new sequences another adapter; raises InputError where it does not fit this base."""
         require_depth(self._facts, learned, self._depth)
         self._newest = AdapterInputs(learned.version, onnx_adapter.inputs(learned))
-
-
-def graph_folder(facts: Facts, depth: int, format: Weights) -> Path:
-    """Where the graph of a slice lies in the cache, beside its facts."""
-    return Path(facts.folder) / f"onnx{FORM}-{format}-{depth}"
-
-
-def _write(request: GraphRequest) -> None:
-    command = ["edge_runtime.adapters.export.onnx_base", msgspec.json.encode(request).decode()]
-    processes.output(command, EXPORT_TIMEOUT_S, InputError)

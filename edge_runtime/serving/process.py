@@ -18,13 +18,13 @@ from edge_runtime.compat.connections import GivingWay
 from edge_runtime.errors import InputError
 from edge_runtime.models.facts import Facts
 from edge_runtime.serving.app import Service, app
-from edge_runtime.serving.backends import Backend, load
+from edge_runtime.serving.backends import load
 from edge_runtime.serving.event import ServerEvent
 from edge_runtime.serving.follow import Follower
 from edge_runtime.serving.text import Language
 from edge_runtime.serving.worker import Worker
-from edge_runtime.settings import Weights
-from edge_runtime.trainer import meter
+from edge_runtime.settings import Backend, Weights
+from edge_runtime.trainer.heap import release
 from edge_runtime.trainer.job import Machine
 
 WAITING = 32  # requests that may wait for their turn
@@ -50,7 +50,7 @@ class ServedModel(NamedTuple):
     stamp: tuple[int, int]  # of the folder, before `learned` was read
     weights: Weights  # format of the base
     backend: Backend
-    context: int  # tokens of a prompt and its answer together
+    context: int  # tokens of a prompt and its answer together, unless the engine has fewer positions
     parallel: int  # answers that are written at once
 
 
@@ -75,13 +75,14 @@ def serve(
         InputError: the port is taken, or as the backend does for the model.
     """
     with _bound(endpoint) as listener:
-        meter.prepare(machine)
         facts = model.facts
-        engine = load(model.backend, facts, model.learned, model.weights, machine)
         language = Language(facts)
+        release()  # loading a tokenizer takes more than it holds, and the weights come now
+        engine = load(model.backend, facts, model.learned, model.weights, machine)
         worker = Worker(engine, language, model.parallel, WAITING)
         name = facts.model_class.rpartition("@")[0]
-        service = Service(name, engine, language, worker, model.context, facts.vocabulary)
+        context = min(model.context, engine.positions)
+        service = Service(name, engine, language, worker, context, facts.vocabulary)
         config = uvicorn.Config(
             app(service, endpoint.host, endpoint.origins),
             http=GivingWay,

@@ -88,6 +88,7 @@ class TorchEngine:
             InputError: the adapter does not fit the checkpoint, or as `weights.load` does.
         """
         self._facts, self._depth, self._device = facts, depth_of(facts, learned), device
+        self.positions = facts.positions
         with lean_imports():  # loading imports the code of the model's family
             self.model: PreTrainedModel = weights.load(facts, self._depth, format, device)
         row = structure.family(self.model)

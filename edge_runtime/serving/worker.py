@@ -14,7 +14,7 @@ from edge_runtime.errors import EdgeError
 from edge_runtime.serving.answer import Piece, Question, answer
 from edge_runtime.serving.engine import Engine
 from edge_runtime.serving.text import Language
-from edge_runtime.trainer.meter import release
+from edge_runtime.trainer.heap import release
 
 Post = Callable[[Piece | Exception], object]
 

@@ -18,8 +18,8 @@ from edge_runtime.models import structure, weights
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.slices import kept_layers
 from edge_runtime.protocol.plan import Plan
+from edge_runtime.trainer.heap import release
 from edge_runtime.trainer.job import Job
-from edge_runtime.trainer.meter import release
 
 
 class Bases:

@@ -22,8 +22,9 @@ from edge_runtime.trainer.base import Base
 from edge_runtime.trainer.data import Row
 from edge_runtime.trainer.ends import answer_ends
 from edge_runtime.trainer.examples import IGNORED, Example, Examples
+from edge_runtime.trainer.heap import release
 from edge_runtime.trainer.job import Job
-from edge_runtime.trainer.meter import Meter, release
+from edge_runtime.trainer.meter import Meter
 from edge_runtime.trainer.objectives import padded_length
 from edge_runtime.trainer.public import DeviceAnswers, Distillation, compared, sample, weighed
 from edge_runtime.trainer.tokens import Asked, Tokenization

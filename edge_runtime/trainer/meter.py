@@ -10,8 +10,6 @@
 Other views of the same memory are recorded beside the peak (protocol.report.PhaseMemory).
 """
 
-import ctypes
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +26,6 @@ from edge_runtime.trainer.job import Machine, Progress
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def prepare(machine: Machine) -> None:
@@ -52,12 +49,6 @@ def prepare(machine: Machine) -> None:
         torch.cuda.set_per_process_memory_fraction(cap / total)
     if machine.threads:
         torch.set_num_threads(machine.threads)
-
-
-def release() -> None:
-    """Return freed heap to the system; glibc kept 150 MiB after ten steps of varying lengths."""
-    if LIBC is not None and hasattr(LIBC, "malloc_trim"):
-        LIBC.malloc_trim(0)
 
 
 class Meter:

@@ -19,7 +19,7 @@ from edge_runtime.adapters.attach import Attached
 from edge_runtime.planning.predict import LENGTH_STEP, LOSS_CHUNK_BYTES
 from edge_runtime.protocol.report import Score
 from edge_runtime.trainer.examples import IGNORED, Example, Indexed, groups
-from edge_runtime.trainer.meter import release
+from edge_runtime.trainer.heap import release
 from edge_runtime.trainer.vocabulary import Divergence, language_head, sweep
 
 # A micro-batch's part of a score: the loss summed over what counts, the labelled tokens or rows of a

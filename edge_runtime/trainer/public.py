@@ -21,8 +21,9 @@ from edge_runtime.protocol.keys import join
 from edge_runtime.trainer.base import Base
 from edge_runtime.trainer.data import Row
 from edge_runtime.trainer.examples import Example, Examples, batches, in_shares
+from edge_runtime.trainer.heap import release
 from edge_runtime.trainer.job import Job
-from edge_runtime.trainer.meter import Meter, release
+from edge_runtime.trainer.meter import Meter
 from edge_runtime.trainer.objectives import hidden_states, label_states
 from edge_runtime.trainer.tokens import Tokenization
 from edge_runtime.trainer.vocabulary import language_head

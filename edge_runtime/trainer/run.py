@@ -31,8 +31,9 @@ from edge_runtime.trainer.completions import Completions
 from edge_runtime.trainer.delta import Sent
 from edge_runtime.trainer.examples import Example, Examples, first_rows, order_of
 from edge_runtime.trainer.frame import Frame
+from edge_runtime.trainer.heap import release
 from edge_runtime.trainer.job import Job, Progress
-from edge_runtime.trainer.meter import Meter, prepare, release
+from edge_runtime.trainer.meter import Meter, prepare
 from edge_runtime.trainer.objectives import evaluate
 from edge_runtime.trainer.public import DeviceAnswers, Distillation, Predictions, sampled
 from edge_runtime.trainer.tokens import TeachesNothing, Tokenization

@@ -20,8 +20,9 @@ from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Easing
 from edge_runtime.trainer.base import Base
 from edge_runtime.trainer.examples import Indexed
+from edge_runtime.trainer.heap import release
 from edge_runtime.trainer.job import Job
-from edge_runtime.trainer.meter import Meter, release
+from edge_runtime.trainer.meter import Meter
 from edge_runtime.trainer.public import Distillation
 from edge_runtime.trainer.step import Learner, RoundSettings
 

@@ -21,7 +21,15 @@ from typing import Any, NamedTuple, get_args
 
 from edge_broker import files
 
-from edge_runtime.adapters.export import Form, check, checkpoint, gguf_adapter, gguf_model, tools
+from edge_runtime.adapters.export import (
+    Form,
+    check,
+    checkpoint,
+    gguf_adapter,
+    gguf_model,
+    onnx_form,
+    tools,
+)
 from edge_runtime.adapters.export.check import EXACT, ROUGH, ROUNDED, Outputs, Prompts
 from edge_runtime.adapters.export.gguf_model import Format
 from edge_runtime.adapters.learned import Learned, write, write_head
@@ -29,12 +37,11 @@ from edge_runtime.errors import InputError
 from edge_runtime.models import weights
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.prepare import prepare
-from edge_runtime.settings import Weights
 
 # formats of weights that a form may be asked for; the first is the default, None: the base's own
 WEIGHTS: dict[Form, tuple[str | None, ...]] = {
     "merged-gguf": (None, *get_args(Format)),
-    "onnx": ("q8_0", *(format for format in get_args(Weights) if format != "q8_0")),
+    "onnx": onnx_form.WEIGHTS,
 }
 
 

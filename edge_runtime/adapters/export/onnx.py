@@ -10,9 +10,6 @@ that the base and the adapter have in torch.
 """
 
 import gc
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,23 +21,20 @@ from edge_kernels import Packed, expand
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from edge_runtime.adapters.attach import put_on
 from edge_runtime.adapters.export import onnx_adapter, onnx_model
+from edge_runtime.adapters.export.check import EXACT, ROUGH, Outputs, require
 from edge_runtime.adapters.export.checkpoint import copy_tokenizer
 from edge_runtime.adapters.export.onnx_graph import Graph, in_float32
 from edge_runtime.adapters.export.onnx_session import MODEL, session
-from edge_runtime.adapters.learned import Learned
-from edge_runtime.errors import InputError
-from edge_runtime.models import structure, weights
+from edge_runtime.adapters.learned import Array, Learned
+from edge_runtime.models import weights
 from edge_runtime.models.facts import Facts
 from edge_runtime.settings import Weights
 
 ADAPTER, GENAI = "adapter.onnx_adapter", "genai_config.json"
 PROBE = 24  # tokens at most whose logits are compared, the last four of them a step each
 STEPS = 4
-# Differences from torch that are rounding: root mean square, relative to the logits' spread.
-EXACT = 1e-4
-ROUNDED = 0.3  # activations in int8, as llama.cpp has them: 0.13 for SmolLM2-135M on random tokens
-Logits = NDArray[np.float32]
 
 
 def to_onnx(learned: Learned, format: Weights, folder: Path) -> None:
@@ -52,27 +46,26 @@ def to_onnx(learned: Learned, format: Weights, folder: Path) -> None:
         folder: made here.
 
     Raises:
-        InputError: the model cannot be written, or the logits differ; the files are removed.
+        InputError: the model cannot be written.
+        EdgeError: the logits differ. In either case files may be there.
     """
     facts = learned.facts
     model = weights.load(facts, len(learned.layers), format)
     onnx_model.check(model)
     folder.mkdir(parents=True)
-    try:
-        write_base(model, facts.model_class, learned.layers, folder)
-        onnx_adapter.write(learned, folder / ADAPTER)
-        copy_tokenizer(learned, folder)
-        genai = msgspec.json.encode(_genai(facts, model))
-        (folder / GENAI).write_bytes(msgspec.json.format(genai) + b"\n")
-        tokens = min(PROBE, onnx_model.positions(model.config.get_text_config()))
-        ids = np.random.default_rng(0).integers(0, facts.vocabulary, tokens)
-        truths = [_torch_logits(model, ids, each) for each in (None, learned)]
-        del model  # there is one model in memory at a time
-        gc.collect()
-        compare(folder, ids, *truths)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
+    write_base(model, facts.model_class, learned.layers, folder)
+    onnx_adapter.write(learned, folder / ADAPTER)
+    copy_tokenizer(learned, folder)
+    genai = msgspec.json.encode(_genai(facts, model))
+    (folder / GENAI).write_bytes(msgspec.json.format(genai) + b"\n")
+    tokens = min(PROBE, onnx_model.positions(model.config.get_text_config()))
+    ids = np.random.default_rng(0).integers(0, facts.vocabulary, tokens)
+    plain = _torch_logits(model, ids)
+    put_on(model, learned)
+    truth = Outputs(plain, _torch_logits(model, ids))
+    del model  # there is one model in memory at a time
+    gc.collect()
+    compare(folder, ids, truth)
 
 
 def write_base(model: PreTrainedModel, model_class: str, layers: tuple[int, ...], folder: Path) -> None:
@@ -127,41 +120,28 @@ def _genai(facts: Facts, model: PreTrainedModel) -> dict[str, Any]:
 # --- the comparison
 
 
-def compare(folder: Path, ids: NDArray[np.int64], base: Logits, adapted: Logits) -> None:
-    """Compare the folder's logits with torch's: in float32 without and with the adapter, and as it is.
+def compare(folder: Path, ids: NDArray[np.int64], truth: Outputs) -> None:
+    """Compare the folder's logits with torch's: in float32, and with activations in int8 where it has them.
 
     Args:
         folder: that was written.
         ids: tokens.
-        base: torch's logits (tokens, vocabulary) without the adapter.
-        adapted: the same with it.
+        truth: torch's logits, a row for each token.
 
     Raises:
-        InputError: they differ by more than rounding.
+        EdgeError: they differ by more than rounding.
     """
-    adapter, exact = onnxruntime.LoraAdapter(), in_float32((folder / MODEL).read_bytes())
+    adapter = onnxruntime.LoraAdapter()
     adapter.Load(str(folder / ADAPTER))
-    for case, graph, given, needed, most in (
-        ("without the adapter", exact, None, base, EXACT),
-        ("with the adapter", exact, adapter, adapted, EXACT),
-        ("with activations in int8", None, adapter, adapted, ROUNDED),
-    ):
-        seen = onnx_logits(session(folder, graph=graph), ids, given)
-        difference = _rms(seen - needed) / float(needed.std())
-        if not difference <= most:  # NaN too
-            raise InputError(
-                f"{case}, the logits of the export to ONNX differ from torch's by {difference:.2g} of their spread, and "
-                f"{most:.2g} is rounding; the files are removed"
-            )
-
-
-def _rms(values: Logits) -> float:
-    return float(np.sqrt(np.square(values, dtype=np.float64).mean()))
+    for graph, most in ((in_float32((folder / MODEL).read_bytes()), EXACT), (None, ROUGH)):
+        runtime = session(folder, graph=graph)
+        seen = Outputs(*(onnx_logits(runtime, ids, each) for each in (None, adapter)))
+        require(seen, truth, most, "ONNX Runtime")
 
 
 def onnx_logits(
     runtime: onnxruntime.InferenceSession, ids: NDArray[np.int64], adapter: onnxruntime.LoraAdapter | None
-) -> Logits:
+) -> Array:
     """(tokens, vocabulary): of a prompt, then of single steps on its cache."""
     options, names = onnxruntime.RunOptions(), [output.name for output in runtime.get_outputs()]
     if adapter is not None:
@@ -182,29 +162,12 @@ def onnx_logits(
 
 
 @torch.no_grad()
-def _torch_logits(model: PreTrainedModel, ids: NDArray[np.int64], learned: Learned | None) -> Logits:
+def _torch_logits(model: PreTrainedModel, ids: NDArray[np.int64]) -> Array:
     """(tokens, vocabulary), with activations in float32."""
     model.float()
     embedding, tokens = cast(Any, model.get_input_embeddings()), torch.from_numpy(ids)
     table = embedding.weight
     rows = expand(table.rows(tokens), torch.float32) if isinstance(table, Packed) else table[tokens]
-    with _adapted(model, learned):
-        output = model(inputs_embeds=(rows * onnx_model.embedding_factor(embedding))[None])
-    logits: Logits = output.logits[0].float().numpy()
+    output = model(inputs_embeds=(rows * onnx_model.embedding_factor(embedding))[None])
+    logits: Array = output.logits[0].float().numpy()
     return logits
-
-
-@contextmanager
-def _adapted(model: PreTrainedModel, learned: Learned | None) -> Iterator[None]:
-    """While inside, the linear layers add what was learned."""
-    hooks, row = [], structure.family(model)
-    for layer, block in zip(learned.layers, structure.blocks(model), strict=True) if learned else ():
-        for role, linear in structure.linears(block, row).items():
-            if learned and (factors := learned.factors.get((layer, role))):
-                A, B = map(torch.from_numpy, factors)
-                hooks.append(linear.register_forward_hook(lambda _, x, y, A=A, B=B: y + x[0] @ A.T @ B.T))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

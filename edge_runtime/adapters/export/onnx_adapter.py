@@ -8,25 +8,17 @@ Layers that read the same values are one layer in the graph: q, k and v are the 
 up are gate_up. A layer that is not adapted is absent: the graph has rank 0 for it.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from onnxruntime import AdapterFormat, OrtValue
 
+from edge_runtime.adapters.export.onnx_form import groups
 from edge_runtime.adapters.learned import Array, Learned
 from edge_runtime.protocol.keys import join
 from edge_runtime.settings import Role
 
-GROUPS: dict[str, tuple[Role, ...]] = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 HEAD = "labels.H"
-
-
-def groups(roles: Iterable[Role]) -> dict[str, tuple[Role, ...]]:
-    """The linear layers of a block that are one layer of the graph, by its name."""
-    present = [*roles]
-    whole = {name: group for name, group in GROUPS.items() if {*group} <= {*present}}
-    return whole | {role: (role,) for role in present if not any(role in group for group in whole.values())}
 
 
 def inputs(learned: Learned) -> dict[str, OrtValue]:

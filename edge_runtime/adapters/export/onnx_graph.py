@@ -7,7 +7,7 @@ ONNX Runtime maps the second file, so weights that are read once are not in memo
 Sources: ONNX's external data; onnxruntime's docs/ContribOperators.md for the domain com.microsoft.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -74,17 +74,18 @@ class Graph:
             if value.nbytes <= SMALL:
                 self.tensors[name] = numpy_helper.from_array(value, name)
             else:
-                self.weight(name, value)
+                self.weight(name, [value])
         return name
 
-    def weight(self, name: str, *parts: Array) -> Extent:
+    def weight(self, name: str, parts: Iterable[Array]) -> Extent:
         """A constant in the data file, of parts that stand one below the other. Returns its extent."""
-        first = -(-self._stream.tell() // PAGE) * PAGE
+        first, rows = -(-self._stream.tell() // PAGE) * PAGE, 0
         self._stream.seek(first)
         for part in parts:
             np.ascontiguousarray(part).tofile(self._stream)
+            rows, dtype, widths = rows + len(part), part.dtype, part.shape[1:]
         extent = Extent(first, self._stream.tell() - first)
-        self.view(name, parts[0].dtype, (sum(len(part) for part in parts), *parts[0].shape[1:]), extent)
+        self.view(name, dtype, (rows, *widths), extent)
         return extent
 
     def view(self, name: str, dtype: Any, shape: Sequence[int], extent: Extent) -> None:

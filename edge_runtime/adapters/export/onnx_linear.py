@@ -13,7 +13,8 @@ MatMulNBits also has zero points that are no integers, as q4_1 needs; it is twen
 Source: onnxruntime's docs/ContribOperators.md.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch import nn
 from edge_runtime.adapters.export.onnx_graph import Array, Extent, Graph
 from edge_runtime.errors import InputError
 from edge_runtime.models import structure
+from edge_runtime.models.readers import PIECE_VALUES
 
 BITS = {"q8_0": 8, "q4_0": 4, "q4_1": 4}
 INT8 = 4  # accuracy_level of MatMulNBits: x is rounded to int8 too, block by block
@@ -71,26 +73,26 @@ def store(graph: Graph, name: str, matrices: Sequence[torch.Tensor | Packed]) ->
     """Write matrices of one format, one below the other, to the data file."""
     shape = (sum(matrix.shape[0] for matrix in matrices), matrices[0].shape[1])
     if not isinstance(matrices[0], Packed):
-        return Matrix(name, shape, "", (graph.weight(name, *map(floats, matrices)),))
+        return Matrix(name, shape, "", (graph.weight(name, _pieces(matrices, floats)),))
     if (format := matrices[0].format) not in BITS:
         raise InputError(
             f"{name} is in {format}, which ONNX Runtime's fast operators do not have: export from float32, bfloat16 "
             f"or {', '.join(BITS)}"
         )
     places = (
-        graph.weight(f"{name}.quants", *(_quants(matrix) for matrix in matrices)),
-        graph.weight(f"{name}.scales", *(matrix.scales.float().numpy() for matrix in matrices)),
+        graph.weight(f"{name}.quants", _pieces([each.quants for each in matrices], partial(_quants, format))),
+        graph.weight(f"{name}.scales", _pieces([each.scales for each in matrices], floats)),
     )
     if format == "q4_1":
         shifts = [8 * matrix.scales.float() + matrix.mins for matrix in matrices if matrix.mins is not None]
-        graph.weight(f"{name}.shift", torch.cat(shifts).T.numpy())
+        graph.weight(f"{name}.shift", [torch.cat(shifts).T.numpy()])
     return Matrix(name, shape, format, places)
 
 
 def product(graph: Graph, x: str, matrix: Matrix, biases: Sequence[Array] = ()) -> str:
     """x Wᵀ + bias, (rows, in) to (rows, out)."""
     (out, into), name = matrix.shape, matrix.name
-    bias = graph.weight(f"{name}.bias", *biases) and f"{name}.bias" if biases else ""
+    bias = graph.weight(f"{name}.bias", biases) and f"{name}.bias" if biases else ""
     if not matrix.format:
         return graph.node("Gemm", x, name, *([bias] if bias else []), transB=1)
     operands = [x, f"{name}.quants", f"{name}.scales", *(["", "", bias] if bias else [])]
@@ -117,10 +119,16 @@ def floats(tensor: torch.Tensor) -> Array:
     return tensor.detach().float().numpy()
 
 
-def _quants(matrix: Packed) -> Array:
-    """(out, blocks, bytes of a block): MatMulNBits has two neighbours in a byte, GGUF a block's halves."""
-    blocks = matrix.quants.view(len(matrix.quants), -1, BLOCK[matrix.format] * BITS[matrix.format] // 8)
-    if matrix.format == "q8_0":
+def _pieces(matrices: Sequence[torch.Tensor], written: Callable[[torch.Tensor], Array]) -> Iterator[Array]:
+    """Some rows of the matrices at a time, as the graph has them: a whole embedding would be there twice."""
+    for matrix in matrices:
+        yield from map(written, matrix.split(max(PIECE_VALUES // matrix.shape[1], 1)))
+
+
+def _quants(format: str, rows: torch.Tensor) -> Array:
+    """(rows, blocks, bytes of a block): MatMulNBits has two neighbours in a byte, GGUF a block's halves."""
+    blocks = rows.view(len(rows), -1, BLOCK[format] * BITS[format] // 8)
+    if format == "q8_0":
         return (blocks.view(torch.uint8) ^ 128).numpy()
     values = torch.cat((blocks & 15, blocks >> 4), -1)
     return (values[..., 0::2] | values[..., 1::2] << 4).numpy()

@@ -23,7 +23,7 @@ from edge_kernels import Packed
 from onnx import TensorProto
 from transformers import PreTrainedModel
 
-from edge_runtime.adapters.export.onnx_adapter import HEAD, groups
+from edge_runtime.adapters.export.onnx_adapter import HEAD
 from edge_runtime.adapters.export.onnx_block import (
     ACTIVATIONS,
     Decoder,
@@ -33,6 +33,7 @@ from edge_runtime.adapters.export.onnx_block import (
     attention_module,
     mlp,
 )
+from edge_runtime.adapters.export.onnx_form import groups
 from edge_runtime.adapters.export.onnx_graph import Graph
 from edge_runtime.adapters.export.onnx_linear import Matrix, floats, product, share, store
 from edge_runtime.errors import InputError
@@ -96,8 +97,8 @@ def check(model: PreTrainedModel) -> None:
     }
     for problem in (text for text, holds in problems.items() if holds):
         raise InputError(
-            f"the {config.model_type} model has {problem}, which the export to ONNX does not write; export to "
-            "peft, gguf or merged"
+            f"the {config.model_type} model has {problem}, which the graph for ONNX Runtime cannot compute: serve it "
+            "with torch, or export it to peft, gguf or merged"
         )
 
 
@@ -131,7 +132,7 @@ def _rotary(graph: Graph, model: PreTrainedModel) -> dict[str, tuple[str, str]]:
     for layer_type, tables in _tables(model, positions(model.config.get_text_config())).items():
         names[layer_type] = (f"rotary.{layer_type}.cos", f"rotary.{layer_type}.sin")
         for name, table in zip(names[layer_type], tables, strict=True):
-            graph.weight(name, floats(table))
+            graph.weight(name, [floats(table)])
     return names
 
 
@@ -161,7 +162,7 @@ def _embedding(decoder: Decoder) -> tuple[str, Matrix]:
     if (factor := embedding_factor(embedding)) != 1:
         state = graph.node("Mul", state, graph.constant("embedding.factor", floats(factor)))
     if (learned := getattr(model.base_model, "wpe", None)) is not None:
-        graph.weight("positions", floats(learned.weight))
+        graph.weight("positions", [floats(learned.weight)])
         places = graph.node("Gather", "positions", _positions(graph, decoder.inputs))
         state = graph.node("Add", state, graph.node("Reshape", places, rows))
     return state, table

@@ -7,7 +7,6 @@ from onnxruntime import InferenceSession, SessionOptions
 from edge_runtime.errors import InputError
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
-FORM = 1  # of a written graph; a change of the graph raises it, so that no older one is taken from a cache
 
 
 def session(folder: Path, threads: int = 0, graph: bytes | None = None) -> InferenceSession:

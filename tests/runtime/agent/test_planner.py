@@ -5,12 +5,14 @@ from queue import Queue
 
 import msgspec
 import pytest
+from architectures import RATES, SMOLLM2
 
 from benchmarks.noise import FACTS, PLAN
 from edge_runtime.agent import planner
-from edge_runtime.agent.options import DeviceOptions
+from edge_runtime.agent.options import DeviceOptions, ServeOptions
 from edge_runtime.agent.planner import SMALLER, Planned, Planner, Unplanned, find_plan
 from edge_runtime.errors import EdgeError, InputError
+from edge_runtime.planning.predict import Serving
 from edge_runtime.settings import Fleet, Model
 
 FLEET = Fleet("f", (Model("m"),))
@@ -100,3 +102,16 @@ def test_a_failure_is_told_by_its_stage(monkeypatch, stage, error, cause):
     options = DeviceOptions(*[None] * 4, Path(), *[None] * 8)  # type: ignore[arg-type]
     unplanned = find_plan(planner.Request(FLEET, 1000, True, None), options)
     assert isinstance(unplanned, Unplanned) and unplanned.cause == cause
+
+
+def test_torch_serves_where_the_graph_cannot_be_written(monkeypatch):
+    for name, answer in (("catalog_facts", {"m": SMOLLM2}), ("rates", RATES), ("runtime_bytes", 300 << 20)):
+        monkeypatch.setattr(planner.processes, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(planner, "with_onnx", lambda size, *_: size._replace(onnx_bytes=90 << 20))
+    options = DeviceOptions(*[None] * 4, Path(), *[None] * 8, ServeOptions(1, Serving()))  # type: ignore[arg-type]
+    seen = {}
+    for fault in (None, InputError("the disk is full")):
+        monkeypatch.setattr(planner, "graph", raising(fault) if fault else lambda *_: None)
+        seen[fault is None] = find_plan(planner.Request(FLEET, 1 << 40, True, None), options)
+    assert (seen[True].plan.server, seen[False].plan.server) == ("onnx", "torch")
+    assert seen[False].server == "torch serves: the disk is full"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from edge_runtime.cli import app
 from edge_runtime.errors import InputError
 from edge_runtime.models import weights
 from edge_runtime.models.prepare import prepare
+from edge_runtime.serving import backends
 from edge_runtime.serving.answer import Question, answer
 from edge_runtime.serving.text import Language
 from edge_runtime.serving.torch_engine import TorchEngine
@@ -113,6 +115,16 @@ def test_classify_shows_the_likeliest_label_first(folder, tiny_facts, adapter):
     assert seen["text"] == text and seen["labels"] == pytest.approx(truth, abs=1e-4)
     assert list(seen["labels"]) == sorted(truth, key=lambda label: -truth[label])
     assert run("classify", *how).split().index(max(truth, key=lambda label: truth[label])) > 0
+
+
+def test_an_answer_fits_the_positions_of_the_engine(tiny_facts, monkeypatch):
+    """A graph may have fewer than its model."""
+    monkeypatch.setattr(backends, "load", lambda *_: SimpleNamespace(positions=32))
+    model = ("generate", "--model", tiny_facts.weights, "--prompt", "x y z")
+    with pytest.raises(InputError, match="40 tokens leaves no room for a prompt in a context of 32"):
+        run(*model, "--max-tokens", 40)
+    with pytest.raises(InputError, match="the prompt has 3 tokens, but has to be 1 to 2, the context"):
+        run(*model, "--max-tokens", 30)
 
 
 def test_what_cannot_be_answered_with_is_told(folder, tiny_facts, adapter, tmp_path):

@@ -98,7 +98,7 @@ def test_each_budget_gets_the_first_plan_in_that_order_that_fits(of):
         assert chosen.fits == first
         assert chosen.rejected == smallest[: len(chosen.rejected)]
         assert all(plan.predicted_peak_bytes > budget for plan in chosen.rejected)
-    assert choose(of, FACTS, 1 << 40, RUNTIME, RATES) == (ordered[0], [], None)
+    assert choose(of, FACTS, 1 << 40, RUNTIME, RATES) == (ordered[0], [], None, "")
 
 
 def test_a_budget_decides_what_is_given_up_first():
@@ -532,7 +532,8 @@ def test_a_server_beside_the_trainer_has_its_part_of_the_budget():
     of = fleet()
     alone, serving = choose(of, FACTS, 1 << 40, RUNTIME, RATES).fits, Serving(context=1024, parallel=2)
     beside = choose(of, FACTS, 1 << 40, RUNTIME, RATES, serving=serving).fits
-    assert msgspec.structs.replace(beside, serving_bytes=0) == alone and alone.serving_bytes == 0
+    assert msgspec.structs.replace(beside, serving_bytes=0, server=None) == alone
+    assert (alone.serving_bytes, beside.server) == (0, "torch")
     # the runtime and the weights at least, and what keys and values add
     assert beside.serving_bytes > RUNTIME + beside.terms["weights"]
     longer = choose(of, FACTS, 1 << 40, RUNTIME, RATES, serving=serving._replace(context=2048)).fits
@@ -549,3 +550,45 @@ def test_a_server_beside_the_trainer_has_its_part_of_the_budget():
     needs = "which needs {}: {} to train and {} to serve".format(*map(format_size, figures))
     with pytest.raises(BudgetError, match=re.escape(needs)):
         choose(of, FACTS, least.needed_bytes - 1, RUNTIME, RATES, serving=serving)
+
+
+ONNX = Serving(context=1024, parallel=2, onnx_bytes=90 * MIB)
+
+
+def test_onnx_runtime_serves_where_it_can_and_fits():
+    """Of each plan the one that it serves comes first, then the same with torch."""
+    of = fleet(Model("large", weights=("q4_1",)))
+    first = choose(of, FACTS, 1 << 40, RUNTIME, RATES, serving=ONNX)
+    assert first.fits.server == "onnx" and first.server.startswith("ONNX Runtime serves")
+    assert first.fits.summary.endswith(", served by ONNX Runtime")
+    # float32 weights are the same in both, but torch itself is larger; bfloat16 is float32 in a graph
+    needed = {
+        (plan.weights, plan.server): plan.serving_bytes
+        for group in candidates(fleet(Model("large")), FACTS, RUNTIME, RATES, ONNX)
+        for plan in group
+    }
+    assert needed["float32", "onnx"] < needed["float32", "torch"]
+    assert needed["bfloat16", "onnx"] == needed["float32", "onnx"] > needed["bfloat16", "torch"]
+    of = fleet(Model("large", weights=("bfloat16",)))
+    least = min(
+        (plan for group in candidates(of, FACTS, RUNTIME, RATES, ONNX) for plan in group),
+        key=lambda plan: plan.needed_bytes,
+    )
+    small = choose(of, FACTS, least.needed_bytes, RUNTIME, RATES, serving=ONNX)
+    assert small.fits.server == "torch" and small.better.server == "onnx"
+    assert re.fullmatch(r"torch serves: ONNX Runtime would need [\d.]+ [MG]iB to serve", small.server)
+
+
+@pytest.mark.parametrize(
+    ("weights", "serving", "reason"),
+    [
+        ("nf4", ONNX, "ONNX Runtime has no fast operator for nf4"),
+        ("q4_1", ONNX._replace(unserved={LARGE.model_class: "no such heads"}), "no such heads"),
+        ("q4_1", ONNX._replace(onnx_bytes=0, unserved={LARGE.model_class: "not installed"}), "not installed"),
+    ],
+)
+def test_torch_serves_with_the_reason(weights, serving, reason):
+    choice = choose(
+        fleet(Model("large", weights=(weights,))), FACTS, 1 << 40, RUNTIME, RATES, serving=serving
+    )
+    assert (choice.fits.server, choice.server) == ("torch", f"torch serves: {reason}")

@@ -1,32 +1,30 @@
 """The engine in ONNX Runtime writes what torch's engine writes, and takes adapters while sequences run."""
 
 import threading
+from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
-from edge_runtime.adapters.export import onnx
+from edge_runtime.adapters.export import onnx_base, onnx_form
 from edge_runtime.errors import InputError
-from edge_runtime.models import weights
-from edge_runtime.models.slices import kept_layers
-from edge_runtime.serving.engine import depth_of
-from edge_runtime.serving.onnx_engine import OnnxEngine, graph_folder
+from edge_runtime.planning import graphs, processes
+from edge_runtime.serving.onnx_engine import OnnxEngine
 from edge_runtime.serving.torch_engine import TorchEngine
 
 
 @pytest.fixture
-def served():
+def served(monkeypatch):
     """served(facts, learned, format): an engine; the graph is written here, without a process of its own."""
 
-    def make(facts, learned=None, format="float32"):
-        depth = depth_of(facts, learned)
-        if not (folder := graph_folder(facts, depth, format)).exists():
-            folder.mkdir()
-            model = weights.load(facts, depth, format)
-            onnx.write_base(model, facts.model_class, kept_layers(depth, facts.layers), folder)
-        return OnnxEngine(facts, learned, format, 1)
+    def write(module, *_):
+        request = msgspec.json.decode(module[1], type=onnx_form.GraphRequest)
+        onnx_base.write(request)
+        return b""
 
-    return make
+    monkeypatch.setattr(processes, "output", write)
+    return lambda facts, learned=None, format="float32": OnnxEngine(facts, learned, format, 1)
 
 
 PROMPT = [1, 17, 60, 4, 33, 8, 71]
@@ -102,6 +100,27 @@ def test_what_does_not_fit_is_refused(checkpoint, learn, served):
         sequence.feed([5])
 
 
+def test_an_engine_has_the_positions_of_its_graph(checkpoint, served):
+    """Longrope turns all tokens by other angles in a sequence beyond the first training's, which a graph does not."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 16}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, **factors}
+    facts = checkpoint("llama", max_position_embeddings=64, rope_parameters=rope)
+    assert (served(facts).positions, TorchEngine(facts, None, "float32").positions) == (16, 64)
+
+
+def test_a_half_written_graph_is_written_anew(checkpoint, served):
+    """A process that is killed while it writes leaves its files beside the graph's place."""
+    facts = checkpoint("llama")
+    place = graphs.folder(facts, 4, "float32")
+    half = Path(f"{place}.part") / place.name
+    half.mkdir(parents=True)
+    (half / "model.onnx").write_bytes(b"half")
+    assert np.isfinite(logits(served(facts))).all()
+    assert {file.name for file in place.parent.iterdir()} == {place.name, f"{place.name}.lock"}
+
+
 def test_a_model_that_cannot_be_written_says_why(checkpoint):
-    with pytest.raises(InputError, match="has heads of 8 values, which the export to ONNX does not write"):
+    with pytest.raises(
+        InputError, match="has heads of 8 values, which the graph for ONNX Runtime cannot compute"
+    ):
         OnnxEngine(checkpoint("phi"), None, "float32", 1)

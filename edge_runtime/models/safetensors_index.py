@@ -39,11 +39,21 @@ class Held(NamedTuple):
     quantised: Quantisation | None
 
 
+class Tied(NamedTuple):
+    """Two keys of a model's state_dict that are one tensor."""
+
+    head: str
+    embedding: str
+
+
 def index(folder: Path, whole: Any, model: PreTrainedModel) -> dict[str, FolderTensor]:
     """How to read each tensor of a model's state_dict, by its key there.
 
-    A tied head whose tensor in the files differs from the embedding is untied in the model's
-    configuration, as transformers does.
+    Where config.json ties the head to the embedding, the files may have either tensor or both:
+
+        the embedding alone, or the head alone    tied; the tensor that is there is read as the embedding
+        both, of equal values                     tied; the head's copy is not read
+        both, of other values                     untied in the model's configuration, as transformers does
 
     Args:
         folder: in Hugging Face's layout.
@@ -60,17 +70,18 @@ def index(folder: Path, whole: Any, model: PreTrainedModel) -> dict[str, FolderT
     shapes = {key: tuple(parameter.shape) for key, parameter in model.state_dict().items()}
     targets = _targets(whole, model, list(places))
     sources = _sources(folder, targets, shapes)
-    head, embedding = _tied(model)
-    if head in sources:
-        sources.setdefault(embedding, sources[head])
-    elif head:
-        del shapes[head]
+    tied = _tied(model)
+    if tied and tied.head in sources:
+        sources.setdefault(tied.embedding, sources[tied.head])
+    elif tied:
+        del shapes[tied.head]
     tensors = {key: _located(held, key, sources, shape) for key, shape in shapes.items()}
     _refuse_others(held, targets, tensors, model)
-    if head in tensors and _differ(_reader(held, tensors), head, embedding):
-        model.config.tie_word_embeddings = False
-    elif head:
-        tensors.pop(head, None)
+    if tied and tied.head in tensors:
+        if _differ(_reader(held, tensors), tied):
+            model.config.tie_word_embeddings = False
+        else:
+            del tensors[tied.head]
     return tensors
 
 
@@ -92,13 +103,12 @@ def _targets(whole: Any, model: PreTrainedModel, names: list[str]) -> dict[str, 
     return targets
 
 
-def _tied(model: PreTrainedModel) -> tuple[str, str]:
-    """The keys of head and embedding where they are one tensor, else empty."""
+def _tied(model: PreTrainedModel) -> Tied | None:
+    """The keys of head and embedding where the configuration says that they are one tensor."""
     if not model.config.tie_word_embeddings:
-        return "", ""
+        return None
     modules = model.get_output_embeddings(), model.get_input_embeddings()
-    head, embedding = (f"{structure.path(model, module)}.weight" for module in modules)
-    return head, embedding
+    return Tied(*(f"{structure.path(model, module)}.weight" for module in modules))
 
 
 def _sources(folder: Path, targets: dict[str, str], shapes: Mapping[str, Any]) -> dict[str, str]:
@@ -153,6 +163,6 @@ def _reader(held: Held, tensors: dict[str, FolderTensor]) -> SafetensorsTensors:
     return SafetensorsTensors(held.folder, tensors, held.files)
 
 
-def _differ(tensors: SafetensorsTensors, head: str, embedding: str) -> bool:
-    pairs = zip(tensors.read(head)[1], tensors.read(embedding)[1], strict=True)
-    return not all(torch.equal(one.float(), two.float()) for one, two in pairs)
+def _differ(tensors: SafetensorsTensors, tied: Tied) -> bool:
+    pairs = zip(*(tensors.read(name)[1] for name in tied), strict=True)
+    return not all(torch.equal(head.float(), embedding.float()) for head, embedding in pairs)

@@ -34,11 +34,21 @@ Messages = list[dict[str, str]]
 
 
 class Span(NamedTuple):
-    """A part of a text that is learned, such as an assistant's turn, in characters."""
+    """A part of a text that is learned, such as an assistant's turn, in characters.
+
+        <user>Are you there?</s><assistant>yes</s><user>...
+                                           ^  ^   ^
+                                      begin   content_end, end
+
+    A token with any character of the content is learned, also where it goes on behind the content.
+    Of what closes the turn a token is learned only if it ends with the turn: one that holds the
+    beginning of the next turn is not the assistant's. Where nothing closes a part, such as a
+    completion, both ends are equal.
+    """
 
     begin: int
     content_end: int
-    end: int  # of what closes the turn
+    end: int
 
 
 def turns(messages: Messages, tokenizer: Any) -> tuple[str, list[Span]]:

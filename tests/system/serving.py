@@ -14,6 +14,7 @@ from fleet import Command
 from edge_runtime.adapters.learned import Learned
 from edge_runtime.models.facts import Facts
 
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}  # of the same matrices
 TEMPLATE = (
     "{% for turn in messages %}{{ turn['role'] }}: {{ turn['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -21,11 +22,11 @@ TEMPLATE = (
 
 
 def chatting(tiny_model: Path, folder: Path) -> Path:
-    """A copy of the tiny model with a chat template, and with room for long answers."""
+    """A copy of the tiny model with a chat template, room for long answers, and heads that a graph can have."""
     shutil.copytree(tiny_model, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192} | HEADS))
     return folder
 
 

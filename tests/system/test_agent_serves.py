@@ -43,6 +43,8 @@ def test_an_agent_serves_what_it_learns(fleet: Fleet, tiny_model: Path, tmp_path
     )
     agent = fleet.agent("serving", "--serve", str(client.port), "--on-version", hook)
     server = served(agent)
+    told(agent, "served by ONNX Runtime")
+    assert server.cmdline()[server.cmdline().index("--backend") + 1] == "onnx"
     assert client.ask("completions", **ASKED)[1]["system_fingerprint"] in ("version-0", "version-1")
     # a server that dies in an answer costs that answer, and no round
     running = events_of(client.begin("completions", **LONG))

@@ -5,7 +5,7 @@
 # make docs            the pages and the API reference, into build/docs; a warning is an error
 # make study SPEC=...  run studies/SPEC.toml; DATA=folder, ARGS=...
 # make bench-round | bench-merge | bench-peak | bench-memory | bench-step | bench-claims | bench-kernels | bench-serve
-#   | bench-serve-peak | bench-rows
+#   | bench-serve-peak | bench-rows | bench-codec, which takes DATA as study does
 #
 # TORCH_INDEX=URL      a package index to look for torch in, beside pip's usual one. For a CPU-only torch, without the
 #                      gigabytes of CUDA libraries, give the index that PyTorch's "Get Started" page shows for pip and
@@ -24,7 +24,7 @@ DATA ?= data
 
 INSTALL := $(BIN)/pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help setup demo test test-long docs study bench-round bench-merge bench-peak bench-memory bench-step bench-claims bench-kernels bench-serve bench-serve-peak bench-rows
+.PHONY: help setup demo test test-long docs study bench-round bench-merge bench-peak bench-memory bench-step bench-claims bench-kernels bench-serve bench-serve-peak bench-rows bench-codec
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -105,6 +105,9 @@ bench-peak: setup
 
 bench-rows: setup
 	$(BIN)/python -m benchmarks.rows $(ARGS)
+
+bench-codec: setup
+	$(BIN)/python -m benchmarks.codec --data $(DATA) $(ARGS)
 
 bench-serve: .venv/.checks
 	$(BIN)/python -m benchmarks.serve $(ARGS)

@@ -76,6 +76,8 @@ class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     training: dict[str, Any] = {}
     codistill: dict[str, Any] | None = None
     head: dict[str, Any] = {}
+    # Unset, the key is left out of digests.
+    codec: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -117,6 +119,8 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             tables["head"] = {**self.head, **arm.head}
         if arm.codistill is not None:
             tables["codistill"] = arm.codistill
+        if arm.codec is not msgspec.UNSET:
+            tables["codec"] = arm.codec
         if self.public is not None and self._public(arm):
             tables["public"] = {"file": PUBLIC, "texts": self.public.texts}
         return settings.parse(tables)

@@ -18,6 +18,7 @@ from edge_profiles import parse_size
 
 from benchmarks.noise_node import NOISE, tell
 from edge_runtime.agent import agent
+from edge_runtime.agent.local_round import write_job
 from edge_runtime.agent.options import DeviceOptions
 from edge_runtime.agent.planner import Planned, Request
 from edge_runtime.agent.rounds import Workers
@@ -64,7 +65,7 @@ def workers(id: str, size: int) -> Workers:
         return Planned(request, PLAN, FACTS)
 
     def train(job: Job, folder: Path, post: Callable[[Progress | Ended], None]) -> Written:
-        folder.mkdir(parents=True, exist_ok=True)
+        write_job(folder, job)
         if job.train:
             seed = hashlib.sha256(f"{id}/{job.round}".encode()).digest()
             (folder / "payload.bin").write_bytes(hashlib.shake_256(seed).digest(size))

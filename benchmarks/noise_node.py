@@ -20,6 +20,7 @@ from edge_runtime import settings
 from edge_runtime.agent.options import DeviceEvent
 from edge_runtime.aggregator.check import Shapes
 from edge_runtime.aggregator.node import Exchange, Node, NodeEvent, NodeOptions
+from edge_runtime.aggregator.publish import chain_before
 from edge_runtime.aggregator.store import Version
 from edge_runtime.errors import EdgeError
 from edge_runtime.methods.interface import Method, Tensors
@@ -46,11 +47,11 @@ def merge(
     round_: int,
     folder: Path,
 ) -> list[Version]:
-    """The last update's payload, as the version of all devices."""
+    """The last update's payload, added to the chain of all devices."""
     folder.mkdir(parents=True, exist_ok=True)
     version = folder / f"{round_:05d}-{NOISE}"
     version.write_bytes(updates[-1].payload.read_bytes())  # the journal deletes its own file
-    return [Version(NOISE, version, (version,))]
+    return [Version(NOISE, version, (*chain_before(versions.get(NOISE)), version))]
 
 
 def main() -> int:

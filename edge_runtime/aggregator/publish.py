@@ -54,7 +54,7 @@ def write(
 
     last: the class's version before the round.
     """
-    chain = last.chain if last is not None and len(last.chain) < LONGEST_CHAIN else ()
+    chain = chain_before(last)
     name = f"{to.round:05d}-{hashlib.sha256(model_class.encode()).hexdigest()[:12]}"
     version = Version(model_class, to.folder / f"{name}.safetensors", (*chain, to.folder / f"{name}.edc"))
     _save(merged.state, version.master)
@@ -67,6 +67,11 @@ def write(
     part.write_bytes(_artifact(whole, merged.answers, chain, to))
     files.put(part, version.artifact)
     return version
+
+
+def chain_before(last: Version | None) -> tuple[Path, ...]:
+    """The chain that the version after `last` adds to; empty where it begins one."""
+    return last.chain if last is not None and len(last.chain) < LONGEST_CHAIN else ()
 
 
 def _artifact(whole: Tensors, answers: bytes, chain: tuple[Path, ...], to: Publication) -> bytes:

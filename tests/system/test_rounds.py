@@ -9,6 +9,8 @@ import pytest
 from fleet import Fleet
 from records import job, master, reports, sent, version, version_0
 
+from edge_runtime.aggregator.publish import LONGEST_CHAIN
+
 
 def budget_for_depth(fleet: Fleet, model: Path, depth: int) -> str:
     """A budget that this depth fits and the next larger one of the catalog does not."""
@@ -108,8 +110,37 @@ def test_a_late_joiner_takes_part_from_the_global_version(fleet: Fleet, tiny_mod
     assert (node.end(), early.end(), late.end()) == (0, 0, 0)
     assert ("late", 1) not in reports(fleet, "trained")
     assert reports(fleet, "finished").keys() == {("early", 2), ("late", 2)}
-    job = json.loads((fleet.folder / "late" / "work" / "finished" / "job.json").read_text())
-    assert job["start"]
+    jobs = [fleet.folder / device / "work" / "finished" / "job.json" for device in ("early", "late")]
+    chains = [[Path(path).name for path in json.loads(job.read_text())["start"]] for job in jobs]
+    versions = (fleet.folder / "node" / "versions").glob("*.edc")
+    assert chains == 2 * [[hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(versions)]]
+    # whether it came to the second version by the first or at once, a device has the same numbers
+    adapters = [
+        fleet.folder / device / "adapter" / "adapter_model.safetensors" for device in ("early", "late")
+    ]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_a_device_fetches_what_it_lacks_of_a_chain_whoever_is_killed(fleet: Fleet) -> None:
+    fleet.write(rounds=LONGEST_CHAIN + 2, quorum=1)
+    node, early = fleet.noise_node(), fleet.noise("early", "100kB")
+    node.until(lambda event: event["phase"] == "collecting" and event["round"] == 4)
+    early.kill()
+    node.kill()
+    early, late = (fleet.noise(device, "100kB", "--until-finished") for device in ("early", "late"))
+    for device in (early, late):
+        device.phase("connected")
+    node = fleet.noise_node("--until-finished")
+    assert (node.end(), early.end(), late.end()) == (0, 0, 0)
+    trained = reports(fleet, "trained")
+    # the round in which the two were killed may have fetched a file again
+    for round_ in range(6, LONGEST_CHAIN + 3):
+        assert 100_000 < trained["early", round_].bytes_down < 115_000, round_
+    for device in ("early", "late"):
+        start = json.loads((fleet.folder / device / "work" / "finished" / "job.json").read_text())["start"]
+        assert len(start) == 2  # of the chain that began after LONGEST_CHAIN versions
+        kept = {path.name for path in (fleet.folder / device / "versions").iterdir()}
+        assert kept == {Path(path).name for path in start}
 
 
 def test_bytes_are_those_that_went_through_the_session(fleet: Fleet) -> None:

@@ -2,6 +2,7 @@
 
 import types
 
+import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -36,13 +37,20 @@ class Run:
         self.draw, self.versions, self.round = np.random.default_rng(0), {}, 0
 
     def merge(self, *shapes, of=CLASS):
-        """One round in which a device sends tensors of each of these shapes."""
+        """One round in which a device sends a normal delta in tensors of each of these shapes."""
+        deltas = [
+            {key: self.draw.normal(0, 1, shape).astype(np.float32) for key, shape in each.items()}
+            for each in shapes
+        ]
+        return self.merge_payloads(map(codec.encode, deltas), of)
+
+    def merge_payloads(self, payloads, of=CLASS):
+        """One round of these encoded deltas."""
         self.round += 1
         updates = []
-        for number, each in enumerate(shapes):
+        for number, content in enumerate(payloads):
             payload = self.folder / f"{self.round}-{number}"
-            delta = {key: self.draw.normal(0, 1, shape).astype(np.float32) for key, shape in each.items()}
-            payload.write_bytes(codec.encode(delta))
+            payload.write_bytes(content)
             manifest = types.SimpleNamespace(model_class=of, samples=5)
             updates.append(types.SimpleNamespace(manifest=manifest, payload=payload))
         merged = merge.merge(updates, self.versions, self.fleet, self.method, self.round, self.folder / "v")
@@ -178,3 +186,42 @@ def test_a_version_that_is_kept_has_its_whole_chain(run, tmp_path):
     store.forget_versions(100)
     assert [*store.kept_versions()[CLASS]] == [2 * LONGEST_CHAIN + 1, 2 * LONGEST_CHAIN + 2]
     store.connection.close()
+
+
+def left_to_learn(folder, step, feedback=True):
+    """Two devices with rows of their own fit a matrix in twelve rounds; the version's excess loss at the end.
+
+    As a share of the loss of version 0. feedback: whether devices send what rounding lost later.
+    """
+    folder.mkdir()
+    key, draw = "layers.0.q.B", np.random.default_rng(0)
+    node = Run(folder, msgspec.structs.replace(fleet_of(), codec=settings.Codec(step)))
+    rows = [draw.normal(0, scale, (60, 8)) for scale in (1.0, 0.5)]
+    truth = draw.normal(0, 1, (100, 8))
+    answers = [part @ truth.T + draw.normal(0, 0.1, (60, 100)) for part in rows]
+    owed = [np.zeros((100, 8), np.float32) for _ in rows]
+    start = np.zeros((100, 8), np.float32)
+    for _ in range(12):
+        sent = []
+        for number, (part, answer) in enumerate(zip(rows, answers, strict=True)):
+            trained = start.astype(float)
+            for _ in range(5):
+                trained -= 0.1 * (trained @ part.T - answer.T) @ part / len(part)
+            delta = (trained - start).astype(np.float32) + feedback * owed[number]
+            sent.append(codec.encode({key: delta}, step=step))
+            owed[number] = delta - codec.decode(sent[-1])[key]
+        start = node.state(node.merge_payloads(sent))[key]
+    both, every = np.concatenate(rows), np.concatenate(answers)
+
+    def loss(matrix):
+        return float(np.square(both @ matrix.T - every).mean())
+
+    best = np.linalg.lstsq(both, every)[0].T
+    return (loss(start) - loss(best)) / (loss(np.zeros_like(start)) - loss(best))
+
+
+def test_a_fleet_learns_as_much_in_1_6_bits_as_in_8(tmp_path):
+    fine, coarse = left_to_learn(tmp_path / "8", 0.016), left_to_learn(tmp_path / "1.6", 1.5)
+    alone = left_to_learn(tmp_path / "no feedback", 1.5, feedback=False)
+    assert coarse < 1.2 * fine < 0.01
+    assert alone > 2 * fine

@@ -36,19 +36,19 @@ def command(
     from edge_runtime.simulation import grid, report
     from edge_runtime.simulation import spec as specs
 
-    if not processes.installed("matplotlib", "scipy"):
+    if not processes.installed("matplotlib"):
         raise InputError(
             "a study's packages are not installed: in a clone of Edge Runtime, run pip install '.[study]'"
         )
     whole = specs.load(spec)
     selected = specs.chosen(whole, seeds, arms)
-    folder = out or Path("docs/study") / spec.stem
-    failures = grid.run(selected, data, models, folder, workers or os.cpu_count() or 1, click.echo)
+    folders = grid.Folders(data, models, out or Path("docs/study") / spec.stem)
+    failures = grid.run(selected, folders, workers or os.cpu_count() or 1, click.echo)
     # the table has the file's seeds, and those that were asked for now
-    runs = grid.finished(whole, dict.fromkeys((*whole.study.seeds, *selected.study.seeds)), folder)
-    report.write(whole, runs, spec.stem, folder)
+    runs = grid.finished(whole, dict.fromkeys((*whole.study.seeds, *selected.study.seeds)), folders)
+    report.write(whole, runs, spec.stem, folders.out)
     report.show(whole, runs, spec.stem)
-    click.echo(f"written: {folder / 'README.md'}")
+    click.echo(f"written: {folders.out / 'README.md'}")
     if failures:
         raise EdgeError(
             f"some runs failed; give the command again to try them once more: {'; '.join(failures)}"

@@ -3,12 +3,14 @@
 All draws are seeded, so equal files and seeds give equal rows.
 """
 
+import hashlib
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from edge_runtime.errors import InputError
-from edge_runtime.simulation.spec import Data, Spec
+from edge_runtime.simulation.spec import Data, Device, Spec
 from edge_runtime.trainer.data import Row, read_rows
 
 
@@ -19,7 +21,10 @@ def shares(spec: Spec, folder: Path, seed: int) -> dict[str, list[Row]]:
     """
     held: dict[str, list[Row]] = {device.id: [] for device in spec.device}
     for name, task in spec.data.items():
-        by_label = _by_label(_labelled(folder / task.train))
+        # tasks may have a file in common
+        drawn = {row["text"] for rows in held.values() for row in rows}
+        every = _labelled(folder / task.train, task.label)
+        by_label = _by_label([row for row in every if row["text"] not in drawn])
         for label, rows in sorted(by_label.items()):
             mixed = random.Random(f"{seed}/{name}/{label}").sample(rows, len(rows))
             domain = mixed[0].get("domain")
@@ -43,7 +48,8 @@ def public_texts(spec: Spec, folder: Path, *, labelled: bool = False) -> list[Ro
     if spec.public is None:
         return []
     file, count = spec.public.file, spec.public.texts
-    by_label = _by_label(_labelled(folder / file) if labelled else read_rows(folder / file))
+    rows = _labelled(folder / file) if labelled else read_rows(folder / file)
+    by_label = _by_label(_held_by(spec.device, rows))
     drawn = _evenly(by_label, -(-count // len(by_label)))
     if len(drawn) < count:
         raise InputError(
@@ -53,18 +59,33 @@ def public_texts(spec: Spec, folder: Path, *, labelled: bool = False) -> list[Ro
     return [{name: row[name] for name in fields} for row in random.Random(0).sample(drawn, count)]
 
 
-def test_rows(task: Data, folder: Path) -> list[Row]:
-    """A task's held-out rows, the same for every arm and seed."""
-    rows = _labelled(folder / task.test)
-    if not task.test_per_label:
-        return random.Random(0).sample(rows, min(task.test_rows or len(rows), len(rows)))
-    drawn = _evenly(_by_label(rows), task.test_per_label)
-    label, count = Counter(row["label"] for row in drawn).most_common()[-1]
-    if count < task.test_per_label:
+def test_rows(spec: Spec, name: str, folder: Path) -> list[Row]:
+    """A task's held-out rows, in the file's order, the same for every arm and seed."""
+    task, devices = spec.data[name], [device for device in spec.device if device.data == name]
+    return _held_by(devices, _labelled(folder / task.test, task.label))
+
+
+def sample(task: Data, count: int) -> list[int]:
+    """The numbers of the held-out rows, of so many, that are asked before each round."""
+    return sorted(random.Random(0).sample(range(count), min(task.test_rows, count)))
+
+
+def contents(spec: Spec, folder: Path) -> dict[str, str]:
+    """Digests of the study's data files, by their names."""
+    try:
+        return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in spec.files}
+    except OSError as error:
         raise InputError(
-            f"test_per_label is {task.test_per_label}, but {task.test} has {count} rows of `{label}`"
-        )
-    return drawn
+            f"cannot read the data file {error.filename}: {error.strerror}; --data is the folder it is looked for in"
+        ) from error
+
+
+def _held_by(devices: Iterable[Device], rows: list[Row]) -> list[Row]:
+    """The rows of domains that some of the devices hold: nobody can learn the others."""
+    domains = [device.domains for device in devices]
+    if not all(domains):
+        return rows
+    return [row for row in rows if row.get("domain") in set().union(*domains)]
 
 
 def _by_label(rows: list[Row]) -> dict[str, list[Row]]:
@@ -83,9 +104,12 @@ def _evenly(by_label: dict[str, list[Row]], count: int) -> list[Row]:
     ]
 
 
-def _labelled(path: Path) -> list[Row]:
+def _labelled(path: Path, field: str = "label") -> list[Row]:
+    """The rows of a file with a field of theirs as the label."""
     rows = read_rows(path)
     for number, row in enumerate(rows, 1):
-        if "label" not in row:
-            raise InputError(f"row {number} of {path} has no label, which a study needs")
-    return rows
+        if not isinstance(row.get(field), str):
+            raise InputError(
+                f"row {number} of {path} has no text under `{field}`, which the study takes as label"
+            )
+    return [{**row, "label": row[field]} for row in rows]

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from edge_runtime.errors import EdgeError
 from edge_runtime.planning import processes
@@ -20,26 +21,41 @@ from edge_runtime.simulation.results import Outcome, Outcomes
 from edge_runtime.simulation.spec import Arm, Spec, slug
 
 
-def finished(spec: Spec, seeds: Iterable[int], out: Path) -> Outcomes:
-    """Runs in the folder that this code would repeat alike, by arm and seed in the given order."""
-    present = results.read(out)
+class Folders(NamedTuple):
+    """Where a study reads and writes."""
+
+    files: Path  # of the data
+    models: Path  # that relative paths of models start from
+    out: Path  # of the results
+
+
+def finished(spec: Spec, seeds: Iterable[int], folders: Folders) -> Outcomes:
+    """Runs in the folder that this code would repeat alike, by arm and seed in the given order.
+
+    Raises:
+        InputError: a data file or a model is not there.
+    """
+    present, contents = results.read(folders.out), _contents(spec, folders)
     runs = [(arm, seed) for arm in spec.arm for seed in seeds if (arm.name, seed) in present]
     return {
         (arm.name, seed): present[arm.name, seed]
         for arm, seed in runs
-        if present[arm.name, seed].digest == spec.digest(arm, seed)
+        if present[arm.name, seed].digest == spec.digest(arm, seed, contents)
     }
 
 
-def run(
-    spec: Spec, files: Path, models: Path, out: Path, workers: int, tell: Callable[[str], None]
-) -> list[str]:
+def _contents(spec: Spec, folders: Folders) -> dict[str, str]:
+    """Digests of the data files and the models, by their names in the study's file."""
+    models = {
+        source: processes.prepared(source, folders.models).model_class for source in sorted(spec.sources)
+    }
+    return draw.contents(spec, folders.files) | models
+
+
+def run(spec: Spec, folders: Folders, workers: int, tell: Callable[[str], None]) -> list[str]:
     """Make the runs that are missing, seed by seed so that every arm has its first result early.
 
     Args:
-        files: folder of the data files.
-        models: folder that relative paths of models start from.
-        out: folder of the results.
         workers: runs at a time.
         tell: called with a sentence when a run ends.
 
@@ -51,21 +67,24 @@ def run(
         InputError: a run could not use the data.
     """
     seeds = spec.study.seeds
-    present = finished(spec, seeds, out)
+    present = finished(spec, seeds, folders)
     missing = [(arm, seed) for seed in seeds for arm in spec.arm if (arm.name, seed) not in present]
     if not missing:
         return []
     # all that the runs will draw, so that nothing starts with data that cannot be used
     for seed in seeds:
-        draw.shares(spec, files, seed)
-    for task in spec.data.values():
-        draw.test_rows(task, files)
-    draw.public_texts(spec, files)
-    (out / "work").mkdir(parents=True, exist_ok=True)
-    folders = files.resolve(), models.resolve(), out.resolve()
+        draw.shares(spec, folders.files, seed)
+    for name in spec.data:
+        draw.test_rows(spec, name, folders.files)
+    draw.public_texts(spec, folders.files)
+    (folders.out / "work").mkdir(parents=True, exist_ok=True)
+    absolute, contents = Folders(*(folder.resolve() for folder in folders)), _contents(spec, folders)
     with _pool(workers) as pool:
-        pending = {pool.submit(_run, spec, arm, seed, *folders): (arm.name, seed) for arm, seed in missing}
-        return _collect(pending, out, workers, tell)
+        pending = {
+            pool.submit(_run, spec, arm, seed, spec.digest(arm, seed, contents), absolute): (arm.name, seed)
+            for arm, seed in missing
+        }
+        return _collect(pending, folders.out, workers, tell)
 
 
 def _collect(
@@ -128,11 +147,11 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _run(spec: Spec, arm: Arm, seed: int, files: Path, models: Path, out: Path) -> Outcome:
+def _run(spec: Spec, arm: Arm, seed: int, digest: str, folders: Folders) -> Outcome:
     """Make one run in a worker."""
     from edge_runtime.compat.lean_imports import lean_imports
 
     with lean_imports():
         from edge_runtime.simulation.run import run_arm
-    folder = out / "work" / f"{slug(arm.name)}-{seed}"
-    return run_arm(spec, arm, seed, files=files, models=models, folder=folder)
+    folder = folders.out / "work" / f"{slug(arm.name)}-{seed}"
+    return run_arm(spec, arm, seed, digest, files=folders.files, models=folders.models, folder=folder)

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
+import numpy as np
 
 from edge_runtime.adapters.shapes import adapter_shapes
 from edge_runtime.agent.local_round import DeviceRows, LocalRounds
@@ -19,12 +21,21 @@ from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import Fleet
 from edge_runtime.simulation import draw
 from edge_runtime.simulation.cut import cut
-from edge_runtime.simulation.results import Answers, Member
+from edge_runtime.simulation.results import Answers, Flags, Kind, Member, packed
 from edge_runtime.simulation.spec import Arm, Device, Spec
 from edge_runtime.trainer import data
 from edge_runtime.trainer.job import Machine
 
 ROWS_AT_ONCE = 8  # a micro-batch; its rows are alike in length, so little is padded
+
+
+class HeldOut(NamedTuple):
+    """A task's held-out rows."""
+
+    labels: list[str]  # of all rows, in their order
+    sample: list[int]  # numbers of the rows that are asked before each round
+    sample_file: Path
+    file: Path  # of all rows
 
 
 @dataclass
@@ -37,8 +48,12 @@ class Participant:
     plan: Plan  # its rank falls with methods that prune ranks
     rounds: LocalRounds
     rows: int  # that it trains on
+    held_out: HeldOut
+    seen: Flags  # held-out rows whose label the device holds
     start: tuple[str, ...] = ()  # artifacts that it has fetched and still needs
-    answers: list[dict[str, Answers]] = field(default_factory=list)
+    answers: list[dict[Kind, Answers]] = field(default_factory=list)
+    # On all held-out rows, after the last round.
+    hits: Flags = field(default_factory=lambda: np.zeros(0, bool))
     bytes_up: list[int] = field(default_factory=list)
     bytes_down: list[int] = field(default_factory=list)
 
@@ -51,6 +66,7 @@ def participants(
     In a pooled arm: the first device of each model, depth and task, with all rows of the task.
     """
     shares = draw.shares(spec, files, fleet.seed)
+    held_out = {name: _held_out(spec, name, files, folder) for name in spec.data}
     training = msgspec.structs.replace(fleet.training, slices="own") if arm.pooled else fleet.training
     members = []
     for device, holders in _pools(spec.device, pooled=arm.pooled):
@@ -58,9 +74,10 @@ def participants(
         depth = device.depth or facts.layers
         steps = training.steps * len(holders)
         rows = [row for holder in holders for row in shares[holder]]
-        held_out = draw.test_rows(spec.data[device.data], files)
+        task, labels = held_out[device.data], data.labels_of(shares[device.id])
         home = folder / device.id
-        device_rows = _write(home, rows, held_out, data.labels_of(shares[device.id]))
+        home.mkdir()
+        device_rows = DeviceRows(data.write_rows(home / "train.jsonl", rows), {})
         rank = None if arm.pooled or "rank" in arm.adapter else device.rank
         members.append(
             Participant(
@@ -82,6 +99,8 @@ def participants(
                 ),
                 rounds=LocalRounds(home, DeviceStore(Path(":memory:")), device_rows, Machine(threads=1)),
                 rows=len(rows),
+                held_out=task,
+                seen=np.array([label in labels for label in task.labels]),
             )
         )
     return members
@@ -100,14 +119,23 @@ def _facts(source: str, first: int | None, models: Path) -> Facts:
     return processes.prepared(source if first is None else cut(source, first, models), models)
 
 
-def _write(folder: Path, rows: list[data.Row], held_out: list[data.Row], labels: set[str]) -> DeviceRows:
-    """Write a device's rows. A held-out row is seen if its label is among `labels`, else unseen."""
-    folder.mkdir()
-    evaluation = {}
-    for name, seen in (("seen", True), ("unseen", False)):
-        if part := [row for row in held_out if (row["label"] in labels) is seen]:
-            evaluation[name] = data.write_rows(folder / f"{name}.jsonl", part)
-    return DeviceRows(data.write_rows(folder / "train.jsonl", rows), evaluation)
+def _held_out(spec: Spec, name: str, files: Path, folder: Path) -> HeldOut:
+    rows = draw.test_rows(spec, name, files)
+    sample = draw.sample(spec.data[name], len(rows))
+    return HeldOut(
+        labels=[row["label"] for row in rows],
+        sample=sample,
+        sample_file=data.write_rows(folder / f"sample-of-{name}.jsonl", [rows[number] for number in sample]),
+        file=data.write_rows(folder / f"all-of-{name}.jsonl", rows),
+    )
+
+
+def answers(hits: Flags, seen: Flags) -> dict[Kind, Answers]:
+    """Rows answered right, and rows, of each kind that there is; both arguments are a flag a row."""
+    kinds: tuple[tuple[Kind, Flags], ...] = (("seen", seen), ("unseen", ~seen))
+    return {
+        kind: Answers(int((hits & asked).sum()), int(asked.sum())) for kind, asked in kinds if asked.any()
+    }
 
 
 def member(participant: Participant, method: Method) -> Member:
@@ -124,6 +152,9 @@ def member(participant: Participant, method: Method) -> Member:
         steps=fleet.training.steps,
         trained_values=sum(math.prod(shape) for key, shape in shapes.items() if method.factor(key).trained),
         answers=participant.answers,
+        held_out=len(participant.seen),
+        seen=packed(participant.seen),
+        hits=packed(participant.hits),
         bytes_up=participant.bytes_up,
         bytes_down=participant.bytes_down,
     )

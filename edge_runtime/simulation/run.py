@@ -17,6 +17,7 @@ from typing import Any
 
 import edge_profiles
 import msgspec
+import numpy as np
 from transformers import PreTrainedModel
 
 from edge_runtime import methods
@@ -26,8 +27,8 @@ from edge_runtime.models.facts import Facts
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Result
 from edge_runtime.simulation import draw
-from edge_runtime.simulation.participants import Participant, member, participants
-from edge_runtime.simulation.results import Answers, Outcome, short
+from edge_runtime.simulation.participants import Participant, answers, member, participants
+from edge_runtime.simulation.results import Flags, Outcome
 from edge_runtime.simulation.spec import PUBLIC, Arm, Spec
 from edge_runtime.simulation.versions import Versions
 from edge_runtime.trainer import data
@@ -35,11 +36,16 @@ from edge_runtime.trainer.base import Bases
 from edge_runtime.trainer.job import Job
 from edge_runtime.trainer.run import run
 
+HELD_OUT = "held out"  # name of the file in jobs
 
-def run_arm(spec: Spec, arm: Arm, seed: int, *, files: Path, models: Path, folder: Path) -> Outcome:
+
+def run_arm(
+    spec: Spec, arm: Arm, seed: int, digest: str, *, files: Path, models: Path, folder: Path
+) -> Outcome:
     """Train one arm with one seed.
 
     Args:
+        digest: of the run.
         files: folder of the data files.
         models: folder that relative paths of models start from.
         folder: for files of the devices and the node; emptied before and deleted after.
@@ -63,7 +69,7 @@ def run_arm(spec: Spec, arm: Arm, seed: int, *, files: Path, models: Path, folde
     return Outcome(
         arm=arm.name,
         seed=seed,
-        digest=spec.digest(arm, seed),
+        digest=digest,
         seconds=round(time.monotonic() - began, 1),
         machine=edge_profiles.probe().description,
         code=code(),
@@ -74,11 +80,11 @@ def run_arm(spec: Spec, arm: Arm, seed: int, *, files: Path, models: Path, folde
 
 
 def _work(members: list[Participant], round_: int, versions: Versions, texts: Path | None) -> None:
-    """Let each device evaluate and train; after the last round it evaluates alone."""
+    """Let each device evaluate and train; after the last round it evaluates alone, on all held-out rows."""
     rounds = versions.fleet.rounds
     # Devices of a model and a rank begin a round with equal adapters: one evaluation serves them all.
     all_shared = not any(factor.private for factor in versions.method.factors.values())
-    evaluated: dict[Any, dict[str, Answers]] = {}
+    evaluated: dict[Any, Flags] = {}
     for participant in members:
         device, plan = participant.device, participant.plan
         latest = versions.latest(plan.model_class)
@@ -88,25 +94,24 @@ def _work(members: list[Participant], round_: int, versions: Versions, texts: Pa
         folder = participant.rounds.folder(job)
         # Before the first version, heads have the labels of each device's own rows and differ.
         shared = all_shared and latest is not None
-        model = plan.model_class, plan.depth, plan.rank
-        alike = (*model, device.data, device.domains) if shared else device.id
-        if alike in evaluated:
-            job = msgspec.structs.replace(job, evaluation={})
+        alike = (plan.model_class, plan.depth, plan.rank, device.data) if shared else device.id
+        held_out = participant.held_out.sample_file if train else participant.held_out.file
+        evaluation = {} if alike in evaluated else {HELD_OUT: str(held_out)}
+        job = msgspec.structs.replace(job, evaluation=evaluation)
         local_round.write_job(folder, job)
         run(folder, BASES, lambda _: None)
         result = local_round.read_result(folder)
         assert result is not None  # `run` raises where there is none
-        answers = {
-            name: Answers(
-                right=round(score.accuracy * score.rows),
-                rows=score.rows,
-                loss=None if score.loss is None else short(score.loss),
-            )
-            for name, score in result.evaluation.items()
-        }
-        participant.answers.append(evaluated.setdefault(alike, answers))
-        if job.train:
+        if evaluation:
+            score = result.evaluation[HELD_OUT]
+            bits = np.unpackbits(np.frombuffer(score.hits, np.uint8), count=score.rows)
+            evaluated[alike] = bits.astype(bool)
+        if train:
+            seen = participant.seen[participant.held_out.sample]
+            participant.answers.append(answers(evaluated[alike], seen))
             _hand_in(participant, job, result, versions)
+        else:
+            participant.hits = evaluated[alike]
 
 
 def _hand_in(participant: Participant, job: Job, result: Result, versions: Versions) -> None:

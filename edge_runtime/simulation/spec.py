@@ -2,7 +2,7 @@
 
 [study]      about, seeds, weights
 [fleet], [adapter], [training], [head]   as in a fleet file; they hold for every arm
-[data.NAME]  a task: files of training and test rows, and how many rows of them
+[data.NAME]  a task: files of training and test rows, which of their fields is the label, how many rows
 [public]     public texts: rows of a file that every device may see, without their labels
 [[device]]   id, model, rank, task, and the domains that its rows are of
 [[arm]]      a line of the table: its method and its changes to the fleet tables
@@ -10,7 +10,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +20,9 @@ from edge_runtime import methods, settings
 from edge_runtime.errors import InputError
 
 # Raise this number by one with every change after which the same study file gives different
-# figures: in the trainer, the methods, the codec, the merge, the kernels, or the draw of rows. Runs
-# that carry another number are neither tabled nor paired with new runs, and are made again.
+# figures: in the trainer, the methods and the defaults of their settings, the codec, the merge, the
+# kernels, or the draw of rows. Runs that carry another number are neither tabled nor paired with new
+# runs, and are made again.
 COMPUTATION = 2
 PUBLIC = "public.jsonl"
 AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
@@ -34,10 +35,9 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     test: str
     per_label: AtLeastOne | None = None  # training rows of each label on a device; None: rows / labels
     rows: AtLeastOne = 1000  # training rows on a device, where per_label is None
-    test_rows: Annotated[int, msgspec.Meta(ge=0)] = 0  # held-out rows; 0: all
-    # Held-out rows of each label, in place of test_rows: a device that has learned nothing is then
-    # right by chance, whatever it answers. Unset, the key is left out of digests.
-    test_per_label: AtLeastOne | msgspec.UnsetType = msgspec.UNSET
+    # Held-out rows that devices are asked before each round; after the last they are asked all.
+    test_rows: AtLeastOne = 600
+    label: str = "label"  # field of a row that is its label
 
 
 class Public(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,6 +69,8 @@ class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     control: str | None = None  # name of the arm that it is compared to
+    # The seed on whose held-out rows its settings were chosen: its claim leaves that seed out.
+    chosen_on: int | None = None
     # The ceiling: a device of each model holds all devices' rows and makes all their steps.
     pooled: bool = False
     method: dict[str, Any] = {}
@@ -129,15 +131,31 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Whether an arm's devices use the public texts."""
         return arm.codistill is not None or "frame" in arm.method or arm.head.get("shared") == "fleet"
 
-    def digest(self, arm: Arm, seed: int) -> str:
-        """COMPUTATION, a dash, and a hash of all in this file that the arm's result depends on."""
-        content = msgspec.structs.replace(
+    def digest(self, arm: Arm, seed: int, contents: Mapping[str, str]) -> str:
+        """COMPUTATION, a dash, and a hash of all that the arm's result depends on.
+
+        contents: digests of the files and models that this file names, by their names.
+        """
+        used = msgspec.structs.replace(
             self,
             study=msgspec.structs.replace(self.study, about="", seeds=(seed,)),
-            arm=(msgspec.structs.replace(arm, control=None),),
+            arm=(msgspec.structs.replace(arm, control=None, chosen_on=None),),
             public=self.public if self._public(arm) else None,
         )
-        return f"{COMPUTATION}-{hashlib.sha256(msgspec.json.encode(content)).hexdigest()[:12]}"
+        named = {name: contents[name] for name in sorted({*used.files, *used.sources})}
+        encoded = msgspec.json.encode([used, named])
+        return f"{COMPUTATION}-{hashlib.sha256(encoded).hexdigest()[:12]}"
+
+    @property
+    def files(self) -> set[str]:
+        """Names of the data files."""
+        public = {self.public.file} if self.public else set()
+        return public.union(*({task.train, task.test} for task in self.data.values()))
+
+    @property
+    def sources(self) -> set[str]:
+        """The models, as in a catalog."""
+        return {device.source for device in self.device}
 
 
 def load(path: Path) -> Spec:
@@ -171,9 +189,6 @@ def _faults(spec: Spec) -> Iterator[str]:
             yield f"the arm `{arm.name}` distils, which needs [public]"
         if arm.head and spec.head is None:
             yield f"the arm `{arm.name}` has a head, but the file has no [head]"
-    for name, task in spec.data.items():
-        if task.test_rows and task.test_per_label:
-            yield f"[data.{name}] has test_rows and test_per_label; leave one of them out"
     for device in spec.device:
         if device.data not in spec.data:
             yield f"the device {device.id} has data `{device.data}`, but there is no [data.{device.data}]"

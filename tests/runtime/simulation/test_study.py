@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import psutil
 import pytest
+import results as reported
 from click.testing import CliRunner
 from filelock import FileLock
 
@@ -19,8 +20,12 @@ from edge_runtime import cli, methods, settings
 from edge_runtime.errors import EdgeError, InputError
 from edge_runtime.planning import processes
 from edge_runtime.protocol import codec
-from edge_runtime.simulation import cut, draw, grid, report, results, spec, versions
-from edge_runtime.simulation.results import Answers, Member, Outcome, accuracy
+from edge_runtime.protocol.report import Score
+from edge_runtime.simulation import cut, draw, grid, judge, pictures, report, results, spec, versions
+from edge_runtime.simulation import run as simulated
+from edge_runtime.simulation.results import Answers, Member, Outcome
+from edge_runtime.trainer import data
+from edge_runtime.trainer.job import Job
 
 STUDY = """
 [study]
@@ -32,6 +37,7 @@ weights = "float32"
 train = "train.jsonl"
 test = "test.jsonl"
 per_label = 4
+test_rows = 9
 
 [public]
 file = "public.jsonl"
@@ -126,18 +132,42 @@ def test_no_row_is_on_two_devices_and_domains_confine_them(study, files):
     assert draw.shares(study, files, 0) == held != draw.shares(study, files, 1)
 
 
-def test_held_out_rows_are_drawn_evenly_over_labels_where_that_is_asked_for(files):
-    rows = [{"text": f"{n}", "label": "no" if n % 3 else "yes"} for n in range(30)]
-    (files / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = spec.Data("train.jsonl", "test.jsonl", test_per_label=7)
-    drawn = draw.test_rows(task, files)
-    assert sorted(row["label"] for row in drawn) == ["no"] * 7 + ["yes"] * 7
-    assert len({row["text"] for row in drawn}) == 14 and drawn == draw.test_rows(task, files)
-    with pytest.raises(InputError, match=r"test_per_label is 11, but test\.jsonl has 10 rows of `yes`"):
-        draw.test_rows(msgspec.structs.replace(task, test_per_label=11), files)
-    (files / "study.toml").write_text(STUDY.replace("per_label = 4", "test_rows = 5\ntest_per_label = 3"))
-    with pytest.raises(InputError, match=r"\[data.colours\] has test_rows and test_per_label; leave one"):
-        spec.load(files / "study.toml")
+def test_held_out_rows_are_those_that_somebody_can_learn_and_a_sample_of_them_is_asked_in_the_rounds(
+    study, files
+):
+    rows = draw.test_rows(study, "colours", files)
+    assert rows == data.read_rows(
+        files / "test.jsonl"
+    )  # in the file's order, as one device holds all domains
+    warm = msgspec.structs.replace(study, device=(study.device[0],))
+    assert {row["label"] for row in draw.test_rows(warm, "colours", files)} == {"red", "orange"}
+    with pytest.raises(InputError, match=r"\[public\] texts is 9, but public\.jsonl gives 8 rows"):
+        draw.public_texts(msgspec.structs.replace(warm, public=spec.Public("public.jsonl", 9)), files)
+    task = msgspec.structs.replace(study.data["colours"], test_rows=5)
+    numbers = draw.sample(task, len(rows))
+    assert len(numbers) == 5 and numbers == sorted(set(numbers)) and numbers == draw.sample(task, len(rows))
+    assert draw.sample(task, 3) == [0, 1, 2]
+
+
+def test_another_field_may_be_the_label_and_tasks_of_one_file_share_no_row(study, files):
+    whole = study.data["colours"]
+    tasks = {"colours": whole, "heat": msgspec.structs.replace(whole, label="domain", per_label=8)}
+    devices = (study.device[1], spec.Device("e", "tiny", "heat"))
+    both = msgspec.structs.replace(study, data=tasks, device=devices)
+    held = draw.shares(both, files, 0)
+    assert {row["label"] for row in held["e"]} == {"warm", "cold"} and len(held["e"]) == 16
+    texts = [{row["text"] for row in rows} for rows in held.values()]
+    assert not texts[0] & texts[1]
+    alone = draw.shares(
+        msgspec.structs.replace(both, data={"heat": tasks["heat"]}, device=devices[1:]), files, 0
+    )
+    assert texts[0] & {row["text"] for row in alone["e"]}  # they would share rows by chance
+    assert {row["label"] for row in draw.test_rows(both, "heat", files)} == {"warm", "cold"}
+    sounds = msgspec.structs.replace(
+        both, data=tasks | {"heat": msgspec.structs.replace(whole, label="sound")}
+    )
+    with pytest.raises(InputError, match=r"row 1 of .*test\.jsonl has no text under `sound`"):
+        draw.test_rows(sounds, "heat", files)
 
 
 def test_public_texts_have_no_labels_and_are_the_same_for_every_arm(study, files):
@@ -154,13 +184,19 @@ def test_a_run_is_done_again_when_what_it_depends_on_has_changed(study):
     same = msgspec.structs.replace(
         study, study=msgspec.structs.replace(study.study, about="other", seeds=(0, 5))
     )
-    assert study.digest(arm, 0) == same.digest(msgspec.structs.replace(arm, control="all in one"), 0)
+    contents = dict.fromkeys({*study.files, *study.sources}, "1")
+    judged = msgspec.structs.replace(arm, control="all in one", chosen_on=0)
+    assert study.digest(arm, 0, contents) == same.digest(judged, 0, contents)
     fleet = msgspec.structs.replace(study, fleet={"rounds": 3})
     others = msgspec.structs.replace(study, public=spec.Public("public.jsonl", 5))
-    digests = [study.digest(arm, 0), study.digest(arm, 1), fleet.digest(arm, 0), others.digest(arm, 0)]
-    assert len(set(digests)) == 4
-    assert b"test_per_label" not in msgspec.json.encode(study)  # runs from before there was the key stand
-    assert study.digest(study.arm[0], 0) == others.digest(study.arm[0], 0)  # it has no public texts
+    digests = [study.digest(arm, 0, contents), study.digest(arm, 1, contents)]
+    digests += [fleet.digest(arm, 0, contents), others.digest(arm, 0, contents)]
+    assert contents.keys() == {"train.jsonl", "test.jsonl", "public.jsonl", "tiny"}
+    digests += [study.digest(arm, 0, contents | {name: "2"}) for name in contents]
+    assert len(set(digests)) == 8
+    local = study.arm[0]  # it has no public texts
+    assert study.digest(local, 0, contents) == others.digest(local, 0, contents)
+    assert study.digest(local, 0, contents) == study.digest(local, 0, contents | {"public.jsonl": "2"})
 
 
 def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
@@ -183,16 +219,17 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
         "fedit + codistill",
     ]
     study = spec.load(files / "study.toml")
-    outcomes = grid.finished(study, study.study.seeds, out)
+    folders = grid.Folders(files, models, out)
+    outcomes = grid.finished(study, study.study.seeds, folders)
     assert outcomes.keys() == {("local", 0), ("all in one", 0), ("fedit + codistill", 0)}
     assert not any((out / "work").iterdir())
     members = {one.id: one for one in outcomes["fedit + codistill", 0].members}
-    assert [len(member.answers) for member in members.values()] == [3, 3, 3, 3]
-    assert (
-        members["a"].answers[1:] == members["d"].answers[1:]
-    )  # they hold the same version when a round begins
-    alone = {one.id: one for one in outcomes["local", 0].members}
-    assert alone["a"].answers[1]["seen"].loss != alone["d"].answers[1]["seen"].loss
+    assert [len(member.answers) for member in members.values()] == [2, 2, 2, 2]
+    assert [results.unpacked(member.hits, member.held_out).size for member in members.values()] == [12] * 4
+    assert sum(answer.rows for answer in members["a"].answers[0].values()) == 9  # of 12, in the rounds
+    # they hold the same version when a round begins
+    assert (members["a"].answers[1], members["a"].hits) == (members["d"].answers[1], members["d"].hits)
+    assert results.unpacked(members["a"].seen, 12).tolist() == [True, True, False, False] * 3
     assert members["b"].answers[0].keys() == {"seen"}
     assert members["a"].answers[0].keys() == {
         "seen",
@@ -214,76 +251,93 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
     assert outcomes["local", 0].moved == [] and len(outcomes["fedit + codistill", 0].moved) == 2
     assert all(norm > 0 for norm in outcomes["fedit + codistill", 0].moved)
     older = msgspec.structs.replace(
-        outcomes["all in one", 0],
-        digest=study.digest(study.arm[1], 0).replace(f"{spec.COMPUTATION}-", "0-", 1),
+        outcomes["all in one", 0], digest=outcomes["all in one", 0].digest.replace("-", "-0", 1)
     )
     results.add(out, older)
     again = CliRunner().invoke(
         cli.app, [*command, "--seeds", "0,7", "--arms", "local,all in one", "--workers", "1"]
     )
     assert again.exit_code == 0, again.output
-    runs = grid.finished(study, (0, 7), out)  # 7 is not one of the file's seeds
+    runs = grid.finished(study, (0, 7), folders)  # 7 is not one of the file's seeds
     made = {key for key, outcome in runs.items() if outcome != outcomes.get(key)}
     assert made == {("all in one", 0), ("local", 7), ("all in one", 7)}  # what was done stays done
     assert runs["all in one", 0].digest == outcomes["all in one", 0].digest != older.digest
     assert "| 0, 7 |" in (out / "README.md").read_text()
-    nowhere = [
-        *command[:4],
-        "--models",
-        str(files / "nowhere"),
-        *command[6:],
-        "--seeds",
-        "0,2",
-        "--arms",
-        "local",
-    ]
-    failed = CliRunner().invoke(cli.app, [*nowhere, "--workers", "1"])
+    with (files / "public.jsonl").open("a") as public:
+        public.write('{"text": "red 9 public", "label": "red", "domain": "warm"}\n')
+    runs = grid.finished(study, (0, 7), folders)
+    assert {name for name, _ in runs} == {"local", "all in one"}  # those that the public texts had no part in
+    missing = CliRunner().invoke(cli.app, [*command[:2], "--data", str(files / "nowhere"), *command[4:]])
+    assert "cannot read the data file" in str(missing.exception)
+    (files / "study.toml").write_text(STUDY.replace("first = 2", "first = 9"))
+    failed = CliRunner().invoke(cli.app, [*command, "--seeds", "0", "--arms", "local", "--workers", "1"])
     assert isinstance(failed.exception, EdgeError) and "some runs failed" in str(failed.exception)
-    assert (
-        "local, seed 2: " in str(failed.exception) and "written: " in failed.output
-    )  # the table of those that are done
+    # the table of those that are done
+    assert "local, seed 0: " in str(failed.exception) and "written: " in failed.output
 
 
-def test_a_run_of_code_that_computes_otherwise_is_not_paired_and_not_tabled(study, tmp_path, monkeypatch):
-    arm = study.arm[2]
-    for number, run, seed in ((3, arm, 0), (2, study.arm[0], 0), (3, study.arm[0], 1)):
-        monkeypatch.setattr(spec, "COMPUTATION", number)
-        digest = study.digest(run, seed)
-        results.add(tmp_path, msgspec.structs.replace(outcome(run.name, seed, 5), digest=digest))
-    monkeypatch.setattr(spec, "COMPUTATION", 3)
-    runs = grid.finished(study, study.study.seeds, tmp_path)
-    assert runs.keys() == {(arm.name, 0), ("local", 1)}
-    assert report.difference(arm, runs) is None
-    table = [(line["arm"], line["difference"], line["seeds"]) for line in report.table(study, runs)]
-    assert table == [("local", "", "1"), (arm.name, "", "0")]
+def test_devices_that_exchange_nothing_are_asked_each(study, files, tiny_folder, monkeypatch):
+    """With a trainer that learns nothing, and is right on a device's first rows, more for each device."""
+    asked = []
+
+    def trainer(folder, bases, say):
+        job = msgspec.json.decode((folder / "job.json").read_bytes(), type=Job)
+        scores = {}
+        for name, path in job.evaluation.items():
+            rows = data.count_rows(Path(path))
+            asked.append((folder.parent.name, rows))
+            bits = np.packbits(np.arange(rows) < ord(folder.parent.name) - ord("a"))
+            scores[name] = Score(None, 0.0, rows, bits.tobytes())
+        (folder / "result.json").write_bytes(msgspec.json.encode(reported.result(scores)))
+
+    monkeypatch.setattr(simulated, "run", trainer)
+    places = {"files": files, "models": tiny_folder.parent, "folder": files / "work"}
+    found = simulated.run_arm(study, study.arm[0], 0, "2-abc", **places)
+    assert asked == [(device, rows) for rows in (9, 9, 12) for device in "abcd"]
+    right = {member.id: int(results.unpacked(member.hits, 12).sum()) for member in found.members}
+    assert right == {"a": 0, "b": 1, "c": 2, "d": 3} and found.digest == "2-abc"
+
+
+def test_a_run_of_code_that_computes_otherwise_is_gone(tmp_path, monkeypatch):
+    older = msgspec.structs.replace(outcome("fedit", 0, 5), digest=f"{spec.COMPUTATION - 1}-abc")
+    results.add(tmp_path, older)  # beside it nothing is written that is read
+    assert results.read(tmp_path) == {}
+    line = msgspec.json.encode(
+        {"arm": "fedit", "seed": 1, "digest": older.digest, "fields": "of earlier code"}
+    )
+    (tmp_path / results.NAME).write_bytes(line + b"\n")
+    assert results.read(tmp_path) == {}
+    results.add(tmp_path, outcome("fedit", 2, 5))
+    assert results.read(tmp_path).keys() == {("fedit", 2)}
+    assert len((tmp_path / results.NAME).read_bytes().splitlines()) == 1
+    monkeypatch.setattr(spec, "COMPUTATION", spec.COMPUTATION - 1)
+    assert results.read(tmp_path) == {}
 
 
 def test_results_come_back_from_their_file_as_they_were_a_line_a_run(tmp_path):
     assert results.read(tmp_path) == {}
     whole = msgspec.structs.replace(
-        outcome("fedit", 1, 3),
-        digest="1-abc",
-        machine="EPYC",
-        code="Python 3",
-        moved=[0.25, 1e-7],
-        cosines=[(-0.5, 0.75)],
+        outcome("fedit", 1, 3), machine="EPYC", code="Python 3", moved=[0.25, 1e-7], cosines=[(-0.5, 0.75)]
     )
-    text = msgspec.structs.replace(
-        whole,
-        arm="as text",
-        members=[msgspec.structs.replace(whole.members[0], answers=[{"unseen": Answers(2, 9, None)}])],
-    )
-    for run in (whole, text, outcome("fedit", 0, 4), outcome("fedit", 1, 0), whole):
+    other = msgspec.structs.replace(whole, arm="another")
+    for run in (whole, other, outcome("fedit", 0, 4), outcome("fedit", 1, 0), whole):
         results.add(tmp_path, run)
     assert results.read(tmp_path) == {
-        ("as text", 1): text,
+        ("another", 1): other,
         ("fedit", 0): outcome("fedit", 0, 4),
         ("fedit", 1): whole,  # the last of its arm and seed
     }
     lines = (tmp_path / results.NAME).read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == [
-        f'{{"arm":"{arm}"' for arm in ("as text", "fedit", "fedit")
+        f'{{"arm":"{arm}"' for arm in ("another", "fedit", "fedit")
     ]
+
+
+def test_a_line_of_results_is_compact():
+    """Of 4,500 rows whose labels follow each other, as in clinc150."""
+    seen, hits = np.arange(4500) < 2250, np.random.default_rng(0).random(4500) < 0.7
+    assert len(results.packed(seen)) < 40 and len(results.packed(hits)) < 580
+    assert (results.unpacked(results.packed(hits), 4500) == hits).all()
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
@@ -364,28 +418,112 @@ def test_a_killed_worker_is_told_in_a_sentence(files, tiny_folder, tmp_path):
 
 def outcome(name, seed, right):
     """Of ten rows with seen labels `right` are right, and of thirty others half the share."""
-    answers = {"seen": Answers(right, 10, 0.0), "unseen": Answers(right * 3 // 2, 30, 0.0)}
-    member = Member("a", "m@1", 2, "colours", 5, 3, 1000, [answers], [1000], [500])
-    return Outcome(name, seed, "", 1.0, "", "", [], [], [member])
+    hits = np.concatenate([np.arange(10) < right, np.arange(30) < right * 3 // 2])
+    return flagged(name, seed, np.arange(40) < 10, hits)
 
 
-def test_a_difference_is_paired_by_seed_and_has_students_interval(study):
-    treated, control = {0: 8, 1: 6, 2: 10}, {0: 6, 1: 6, 2: 6}
-    arm = study.arm[2]
-    runs = {(arm.name, seed): outcome(arm.name, seed, right) for seed, right in treated.items()}
-    runs |= {("local", seed): outcome("local", seed, right) for seed, right in control.items()}
-    gain = report.difference(arm, runs)
-    per_row = (1 + 3 / 2) / 40  # of all rows
-    assert gain.mean == pytest.approx(2 * per_row)
-    assert gain.half == pytest.approx(4.302653 * 2 * per_row / 3**0.5, rel=1e-5)
-    assert report.difference(arm, {key: run for key, run in runs.items() if key[0] == arm.name}) is None
-    assert report.difference(study.arm[0], runs) is None
-    assert accuracy(runs["local", 0].members[0], -1, "unseen") == pytest.approx(0.3)
+def flagged(name, seed, seen, *hits):
+    """A run whose devices, one for each array of hits, hold the labels of the rows that are `seen`."""
+    answers = [{"seen": Answers(3, 10), "unseen": Answers(3, 30)}]
+    sizes = {"held_out": len(seen), "seen": results.packed(seen), "bytes_up": [1000], "bytes_down": [500]}
+    members = [
+        Member(f"{number}", "m@1", 2, "colours", 5, 3, 1000, answers, hits=results.packed(each), **sizes)
+        for number, each in enumerate(hits)
+    ]
+    return Outcome(name, seed, f"{spec.COMPUTATION}-", 1.0, "", "", [], [], members)
+
+
+def test_a_difference_counts_each_device_alike_and_pairs_seeds_and_rows(study):
+    arm, draw_rows = study.arm[2], np.random.default_rng(0)
+    seen = np.arange(40) < 10
+    runs = {}
+    for name in (arm.name, "local"):
+        for seed in (0, 1, 2):
+            runs[name, seed] = flagged(name, seed, seen, *(draw_rows.random((2, 40)) < 0.5))
+    del runs["local", 2]  # a seed without its control
+    everything, unseen = judge.comparisons(study, runs)
+    for comparison, kind in ((everything, None), (unseen, "unseen")):
+        means = [results.mean_accuracy(run.members, kind) for run in runs.values()]
+        assert comparison.difference == pytest.approx((means[0] + means[1] - means[3] - means[4]) / 2)
+        assert (comparison.kind, comparison.seeds) == (kind, (0, 1))
+        assert comparison.claim.low < comparison.difference < comparison.claim.high
+    assert judge.comparisons(study, {key: run for key, run in runs.items() if key[0] == arm.name}) == []
+
+
+@pytest.mark.parametrize("seed_sd", [0.0, 0.02])
+def test_the_interval_is_as_wide_as_seeds_and_rows_make_it(seed_sd):
+    """Beside the standard error by formula of crossed random effects of 6 seeds and 400 rows."""
+    draw_numbers, seeds, rows = np.random.default_rng(1), 6, 400
+    per_seed, per_row = draw_numbers.normal(0, seed_sd, (seeds, 1)), draw_numbers.normal(0, 0.2, (1, rows))
+    differences = per_seed + per_row
+    of_seeds, of_rows = differences.mean(1).var(ddof=1) / seeds, differences.mean(0).var(ddof=1) / rows
+    resamples = judge.resampled([differences])
+    assert resamples.std() == pytest.approx((of_seeds + of_rows) ** 0.5, rel=0.05)
+    assert resamples.mean() == pytest.approx(differences.mean(), abs=0.001)
+    assert bool(of_seeds > of_rows / 3) is (seed_sd > 0)  # twin: rows alone would be too narrow
+    halves = judge.resampled([differences[:, :100] / 4, differences[:, 100:] * 3 / 4])
+    assert halves.std() == pytest.approx(resamples.std(), rel=0.1)  # of two tasks, a seed's part is one draw
+    low, high = judge.interval(resamples, 1.0)
+    assert (low, high) == pytest.approx(tuple(np.quantile(resamples, [0.025, 0.975])), abs=1e-3)
+
+
+def test_ps_are_corrected_for_their_number_and_intervals_agree():
+    ps = [0.02, 0.001, 0.03, 0.8]
+    assert [p * factor for p, factor in zip(ps, judge.holm(ps), strict=True)] == pytest.approx(
+        [0.06, 0.004, 0.06, 0.8]
+    )
+    assert judge.holm([0.04]) == [1.0] and judge.holm([]) == []
+    resamples = np.random.default_rng(0).normal(2.0, 1.0, judge.RESAMPLES)
+    p = judge.p_value(resamples)
+    assert p == pytest.approx(0.0455, abs=0.006)  # two standard deviations
+    for factor in (1.0, 0.05 / p - 1e-6, 0.05 / p + 1e-6, 3.0, 100.0):
+        low, high = judge.interval(resamples, factor)
+        assert (low > 0) is (factor * p < 0.05) and high > 2
+        assert judge.interval(-resamples, factor) == pytest.approx((-high, -low))
+
+
+def test_an_arm_that_was_chosen_on_a_seed_claims_without_it(study):
+    arms = (study.arm[0], msgspec.structs.replace(study.arm[2], chosen_on=0))
+    chosen, draw_rows = msgspec.structs.replace(study, arm=arms), np.random.default_rng(0)
+    runs = {}
+    for seed in (0, 1, 2):
+        for name, share in ((arms[1].name, 0.95 if seed == 0 else 0.6), ("local", 0.3)):
+            hits = np.arange(400) < 400 * share
+            runs[name, seed] = flagged(name, seed, np.ones(400, bool), draw_rows.permutation(hits))
+    claim, choice = judge.comparisons(chosen, runs)
+    assert (claim.seeds, choice.seeds, choice.claim) == ((1, 2), (0,), None)
+    assert (claim.difference, choice.difference) == pytest.approx((0.3, 0.65))
+    assert claim.claim.low > 0.2 and claim.claim.p < 0.01
+    everything = judge.comparisons(study, runs)  # twin: with the seed the difference is larger
+    assert [each.seeds for each in everything] == [(0, 1, 2)] and everything[0].difference > 0.4
+    table, differences = report.tables(chosen, runs)
+    assert [(line["arm"], line["accuracy"], line["seeds"]) for line in table] == [
+        ("local", "30.0 ± 0.0", "0, 1, 2"),
+        ("fedit + codistill", "60.0 ± 0.0", "1, 2"),
+        ("fedit + codistill *", "95.0", "0"),
+    ]
+    assert [(line["arm"], line["seeds"]) for line in differences] == [
+        ("fedit + codistill", "1, 2"),
+        ("fedit + codistill *", "0"),
+    ]
+    assert "p" in differences[0] and differences[1]["p"] == "" and differences[1]["points"] == "+65.0"
+
+
+def test_a_seed_alone_has_the_interval_of_its_rows_and_equal_arms_are_not_compared(study):
+    arm, hits = study.arm[2], np.random.default_rng(0).random(300) < 0.5
+    runs = {(arm.name, 0): flagged(arm.name, 0, np.ones(300, bool), hits | (np.arange(300) < 60))}
+    runs["local", 0] = flagged("local", 0, np.ones(300, bool), hits)
+    (found,) = judge.comparisons(study, runs)
+    share = found.difference
+    half = 1.96 * (share * (1 - share) / 300) ** 0.5
+    assert (found.claim.low, found.claim.high) == pytest.approx((share - half, share + half), abs=0.01)
+    runs[arm.name, 0] = flagged(arm.name, 0, np.ones(300, bool), hits)
+    assert judge.comparisons(study, runs) == []
 
 
 def test_the_slope_is_that_of_the_power_of_the_rounds():
-    assert report.slope([3 * round_**-0.5 for round_ in range(1, 7)]) == pytest.approx(-0.5)
-    assert report.slope([2.0, 2.0, 2.0]) == pytest.approx(0)
+    assert pictures.slope([3 * round_**-0.5 for round_ in range(1, 7)]) == pytest.approx(-0.5)
+    assert pictures.slope([2.0, 2.0, 2.0]) == pytest.approx(0)
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,21 @@ from edge_runtime.errors import EdgeError, InputError
     default=0,
     help="Runs at a time, one core each; default: as many as there are cores.",
 )
+@click.option(
+    "--plan",
+    "hours",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Make no run: print what each takes, and which fit into this many hours.",
+)
 def command(
-    spec: Path, seeds: str | None, arms: str | None, out: Path | None, data: Path, models: Path, workers: int
+    spec: Path,
+    seeds: str | None,
+    arms: str | None,
+    out: Path | None,
+    data: Path,
+    models: Path,
+    workers: int,
+    hours: float | None,
 ) -> None:
     """Compare methods on virtual devices: a grid of arms by seeds.
 
@@ -33,7 +46,7 @@ def command(
     SPEC is a file such as those in studies/.
     """
     from edge_runtime.planning import processes
-    from edge_runtime.simulation import grid, report
+    from edge_runtime.simulation import grid, plan, report
     from edge_runtime.simulation import spec as specs
 
     if not processes.installed("matplotlib"):
@@ -43,7 +56,11 @@ def command(
     whole = specs.load(spec)
     selected = specs.chosen(whole, seeds, arms)
     folders = grid.Folders(data, models, out or Path("docs/study") / spec.stem)
-    failures = grid.run(selected, folders, workers or os.cpu_count() or 1, click.echo)
+    workers = workers or os.cpu_count() or 1
+    if hours is not None:
+        present = grid.finished(selected, selected.study.seeds, folders)
+        return plan.show(selected, present, hours, workers)
+    failures = grid.run(selected, folders, workers, click.echo)
     # the table has the file's seeds, and those that were asked for now
     runs = grid.finished(whole, dict.fromkeys((*whole.study.seeds, *selected.study.seeds)), folders)
     report.write(whole, runs, spec.stem, folders.out)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from edge_runtime.errors import EdgeError
 from edge_runtime.planning import processes
-from edge_runtime.simulation import draw, results
+from edge_runtime.simulation import draw, plan, results
 from edge_runtime.simulation.results import Outcome, Outcomes
 from edge_runtime.simulation.spec import Arm, Spec, slug
 
@@ -68,7 +68,7 @@ def run(spec: Spec, folders: Folders, workers: int, tell: Callable[[str], None])
     """
     seeds = spec.study.seeds
     present = finished(spec, seeds, folders)
-    missing = [(arm, seed) for seed in seeds for arm in spec.arm if (arm.name, seed) not in present]
+    missing = plan.missing(spec, present)
     if not missing:
         return []
     # all that the runs will draw, so that nothing starts with data that cannot be used

@@ -13,8 +13,7 @@ asked the same rows.
     interval    at 1 - 0.05 / the factor by which p was raised: it excludes 0 where the corrected p
                 is below 0.05, and nowhere else
 
-Seeds are few. Where they differ by more than rows do, an interval of two or three covers less than
-it says: about nine times of ten instead of 19 of 20.
+An interval of two or three seeds covers less than it says where seeds differ by more than rows do.
 
 Sources: [1] Owen 2007, The pigeonhole bootstrap. [2] Rao and Wu 1988, Resampling inference with
 complex survey data. [3] Holm 1979, A simple sequentially rejective multiple test procedure.

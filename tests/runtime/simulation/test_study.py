@@ -21,7 +21,7 @@ from edge_runtime.errors import EdgeError, InputError
 from edge_runtime.planning import processes
 from edge_runtime.protocol import codec
 from edge_runtime.protocol.report import Score
-from edge_runtime.simulation import cut, draw, grid, judge, pictures, report, results, spec, versions
+from edge_runtime.simulation import cut, draw, grid, judge, pictures, plan, report, results, spec, versions
 from edge_runtime.simulation import run as simulated
 from edge_runtime.simulation.results import Answers, Member, Outcome
 from edge_runtime.trainer import data
@@ -519,6 +519,23 @@ def test_a_seed_alone_has_the_interval_of_its_rows_and_equal_arms_are_not_compar
     assert (found.claim.low, found.claim.high) == pytest.approx((share - half, share + half), abs=0.01)
     runs[arm.name, 0] = flagged(arm.name, 0, np.ones(300, bool), hits)
     assert judge.comparisons(study, runs) == []
+
+
+def test_a_plan_has_the_seconds_of_runs_and_says_which_fit(study, capsys):
+    runs = {("local", 0): msgspec.structs.replace(outcome("local", 0, 5), seconds=1800.0)}
+    plan.show(study, {}, 1.0, 1)
+    assert capsys.readouterr().out.count("+ ?") == 6  # nothing tells
+    plan.show(study, runs, 1.2, 1)
+    table = capsys.readouterr().out
+    cells = {row.split("│")[1].strip(): row.split("│")[2:4] for row in table.splitlines() if "│" in row}
+    assert {name: [cell.strip() for cell in row] for name, row in cells.items()} == {
+        "local": ["1800", "- 1800"],  # seed by seed: it is the third
+        "all in one": ["+ 1800 ?", "- 1800 ?"],
+        "fedit + codistill": ["+ 1800 ?", "- 1800 ?"],
+    }
+    assert "Missing: 2.5 h of one core; 2 runs fit." in table
+    plan.show(study, runs, 1.2, 2)
+    assert "4 runs fit" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_the_slope_is_that_of_the_power_of_the_rounds():

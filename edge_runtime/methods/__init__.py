@@ -12,6 +12,7 @@ from edge_runtime.methods import (
     completions,
     fedadapter,
     fedit,
+    fedrot,
     fedsa,
     fedsb,
     ffa,
@@ -29,7 +30,21 @@ from edge_runtime.methods.interface import Method
 from edge_runtime.protocol.keys import STATE
 
 MOST_RANK = 256  # of the A and B that a layer multiplies; the limit of edge_kernels.adapter_linear
-_FILES = (local, fedit, ffa, fedsa, fedsb, hetlora, flexlora, flora, prelort, fedadapter, heterotune, h2tune)
+_FILES = (
+    local,
+    fedit,
+    fedrot,
+    ffa,
+    fedsa,
+    fedsb,
+    hetlora,
+    flexlora,
+    flora,
+    prelort,
+    fedadapter,
+    heterotune,
+    h2tune,
+)
 METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in _FILES}
 
 

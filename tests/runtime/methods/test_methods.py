@@ -153,6 +153,7 @@ def test_the_measure_of_memory_sees_a_merge_that_keeps_all():
 FACTORS = {  # what each method sends, keeps and freezes
     "local": ("", "AB", ""),
     "fedit": ("AB", "", ""),
+    "fedrot": ("AB", "", ""),
     "prelort": ("AB", "", ""),
     "ffa": ("B", "", "A"),
     "fedsa": ("A", "B", ""),

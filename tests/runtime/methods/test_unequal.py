@@ -1,5 +1,7 @@
 """A and B of devices of unequal ranks: the mean of product steps, in its best factors for each rank."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -134,6 +136,34 @@ def test_a_layer_of_fewer_directions_than_ranks_keeps_its_product():
     truth = (product(devices[0].after(), key) + completed) / 2
     np.testing.assert_allclose(product(after, key), truth, atol=1e-4)
     assert np.linalg.norm(after[f"{key}.A"], axis=1).min() > 0.1  # no row is dead
+
+
+def test_memory_does_not_grow_with_the_number_of_devices():
+    def peak_bytes(merge, count):
+        version = {
+            "layers.0.q.A": np.ones((64, 512), np.float32),
+            "layers.0.q.B": np.ones((512, 64), np.float32),
+        }
+
+        def devices():
+            for number in range(count):
+                rank = 64 >> number % 3
+                delta = {
+                    "layers.0.q.A": version["layers.0.q.A"][:rank],
+                    "layers.0.q.B": version["layers.0.q.B"][:, :rank],
+                }
+                yield Contribution(version, {key: value.copy() for key, value in delta.items()}, 1)
+
+        tracemalloc.start()
+        merge(devices)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    peak_bytes(unequal.mean, 3)  # what is imported for it stays
+    update = 2 * 64 * 512 * 4
+    assert peak_bytes(unequal.mean, 40) - peak_bytes(unequal.mean, 6) < update / 2
+    assert peak_bytes(lambda devices: list(devices()), 40) > 15 * update  # what keeps all is seen
 
 
 @pytest.mark.parametrize("name", ["heterotune", "fedadapter"])

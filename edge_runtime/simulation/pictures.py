@@ -71,7 +71,7 @@ def _plot(axes: dict[str, Any], arm: Arm, runs: list[Outcome], style: dict[str, 
     norms = [mean(norms) for norms in zip(*(run.moved for run in runs if run.moved), strict=True)]
     if len(norms) > 1 and all(norms):
         label = f"{arm.name}: {slope(norms):+.2f}"
-        axes["convergence"].loglog(befores, norms, label=label, **style)
+        axes["convergence"].loglog(range(1, len(norms) + 1), norms, label=label, **style)
 
 
 def slope(norms: list[float]) -> float:

@@ -86,32 +86,38 @@ def _work(members: list[Participant], round_: int, versions: Versions, texts: Pa
     all_shared = not any(factor.private for factor in versions.method.factors.values())
     evaluated: dict[Any, Flags] = {}
     for participant in members:
-        device, plan = participant.device, participant.plan
+        plan, task = participant.plan, participant.device.data
         latest = versions.latest(plan.model_class)
         start = local_round.Start(latest.chain if latest else (), texts)
         number, train = min(round_, rounds), round_ <= rounds
         job = participant.rounds.job(number, participant.fleet, participant.facts, plan, start, train=train)
-        folder = participant.rounds.folder(job)
         # Before the first version, heads have the labels of each device's own rows and differ.
         shared = all_shared and latest is not None
-        alike = (plan.model_class, plan.depth, plan.rank, device.data) if shared else device.id
-        held_out = participant.held_out.sample_file if train else participant.held_out.file
-        evaluation = {} if alike in evaluated else {HELD_OUT: str(held_out)}
-        job = msgspec.structs.replace(job, evaluation=evaluation)
-        local_round.write_job(folder, job)
-        run(folder, BASES, lambda _: None)
-        result = local_round.read_result(folder)
-        assert result is not None  # `run` raises where there is none
-        if evaluation:
-            score = result.evaluation[HELD_OUT]
-            bits = np.unpackbits(np.frombuffer(score.hits, np.uint8), count=score.rows)
-            evaluated[alike] = bits.astype(bool)
+        alike = (plan.model_class, plan.depth, plan.rank, task) if shared else participant.device.id
+        if alike not in evaluated:
+            held_out = participant.held_out.sample_file if train else participant.held_out.file
+            job = msgspec.structs.replace(job, evaluation={HELD_OUT: str(held_out)})
+        if job.evaluation or train:
+            result = _done(job, participant.rounds.folder(job))
+            for score in result.evaluation.values():
+                bits = np.unpackbits(np.frombuffer(score.hits, np.uint8), count=score.rows)
+                evaluated[alike] = bits.astype(bool)
+            if train:
+                _hand_in(participant, job, result, versions)
         if train:
             seen = participant.seen[participant.held_out.sample]
             participant.answers.append(answers(evaluated[alike], seen))
-            _hand_in(participant, job, result, versions)
         else:
             participant.hits = evaluated[alike]
+
+
+def _done(job: Job, folder: Path) -> Result:
+    """Do a job in a folder."""
+    local_round.write_job(folder, job)
+    run(folder, BASES, lambda _: None)
+    result = local_round.read_result(folder)
+    assert result is not None  # `run` raises where there is none
+    return result
 
 
 def _hand_in(participant: Participant, job: Job, result: Result, versions: Versions) -> None:

@@ -82,7 +82,8 @@ def drawn(facts: Facts, name: str, seed: int) -> bytes:
     method, draw = methods.METHODS[name], np.random.default_rng(seed)
     shapes = adapter_shapes(facts, tuple(range(facts.layers)), tuple(facts.linears), RANK, method)
     sent = {key: shape for key, shape in shapes.items() if method.factor(key).exchanged}
-    return codec.encode({key: draw.normal(0, 1e-3, shape).astype(np.float32) for key, shape in sent.items()})
+    delta = {key: draw.normal(0, 1e-3, shape).astype(np.float32) for key, shape in sent.items()}
+    return codec.encode(delta, step=method.codec_step(settings.Codec().step))
 
 
 def _update(path: Path, number: int) -> Update:

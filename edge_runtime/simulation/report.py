@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -18,15 +19,18 @@ from edge_runtime.simulation.spec import Arm, Spec
 
 Line = dict[str, str]  # cells by column
 WIDTH = 100  # characters of a printed table
+WRAPPED = ("arm", "against", "by model", "cosine")  # columns whose cells may take several lines
+NAME_WIDTH = 12  # at least, so that names break between words
 LEGEND = """\
 - accuracy: mean over the devices after the last round, asked all held-out rows; mean and standard
   deviation over seeds, in percent.
 - by model: {kinds}.
-- unseen: accuracy on rows of labels that a device holds no rows of. After round 1: on a sample.
-- of the ceiling: accuracy (on unseen labels where there are any) as a share of that of all data in one place.
+- unseen: accuracy on rows of labels that a device holds no rows of.
+- round 1: the same after one round, on a sample of the rows.
+- ceiling: accuracy, on unseen labels where there are any, as a share of that of all data in one place.
 - cosine: between the models' mean steps of the tensors that cross them, mean over tensors and
   rounds, and the share below 0.
-- KB up, KB down: of a device in a round, as encoded, mean over the rounds of the first seed, without
+- KB up/down: of a device in a round, as encoded, mean over the rounds of the first seed, without
   public texts and the last version.
 - trained: values of a device's adapter, without its head.
 - *: the seed that the arm's settings were chosen on; the line above has the other seeds.
@@ -35,8 +39,8 @@ DIFFERENCES = """\
 - points: difference to the arm under `against` with the same seeds and rows, and its 95 % interval by
   bootstrap over seeds and rows. Interval and p are corrected for the number of comparisons in this
   table (Holm). With one seed the interval covers the rows alone.
-- An arm whose settings were chosen on a seed is compared on the other seeds. Its line with a * has the
-  difference on that seed, without a claim.
+- An arm is compared on the seeds that neither its settings nor those of its control were chosen on. A
+  line with a * has the difference on the seed that they were chosen on, without a claim.
 """
 CONVERGENCE = """\
 Convergence: the squared norm of a round's change of adapters and heads, over all versions, and the
@@ -60,7 +64,10 @@ def tables(spec: Spec, outcomes: Outcomes) -> tuple[list[Line], list[Line]]:
 def show(spec: Spec, outcomes: Outcomes, name: str) -> None:
     """Print the tables."""
     for title, lines in zip((name, "differences"), tables(spec, outcomes), strict=True):
-        printed = Table(*next(iter(lines), {}), title=title)
+        printed = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for column in next(iter(lines), {}):
+            named = column in ("arm", "against")
+            printed.add_column(column, no_wrap=column not in WRAPPED, min_width=NAME_WIDTH if named else None)
         for line in lines:
             printed.add_row(*map(Text, line.values()))
         Console(width=WIDTH).print(printed)
@@ -70,7 +77,9 @@ def write(spec: Spec, outcomes: Outcomes, name: str, out: Path) -> None:
     """Write the tables to README.md in the folder, and the pictures beside it."""
     arms, differences = tables(spec, outcomes)
     sections = [f"# {name}\n", spec.study.about.strip() + "\n"]
-    if outcomes:
+    if not outcomes:
+        sections.append("No run of this study is done yet.\n")
+    else:
         kinds = sorted({kind(member) for run in outcomes.values() for member in run.members})
         names = [f"{layers} layers of {model_class} on {data}" for model_class, layers, data in kinds]
         sections += [_markdown(arms), LEGEND.format(kinds=", ".join(names))]
@@ -108,6 +117,7 @@ def _line(arm: Arm, runs: list[Outcome], outcomes: Outcomes, spec: Spec) -> Line
         for alike in sorted({kind(member) for member in members})
     ]
     after_1 = [mean_accuracy(run.members, "unseen", 2) for run in runs if len(members[0].answers) > 1]
+    up, down = [mean(m.bytes_up) for m in members], [mean(m.bytes_down) for m in members]
     cosine = ""
     if agreements := [pair for run in runs for pair in run.cosines]:
         average, below_0 = map(mean, zip(*agreements, strict=True))
@@ -117,11 +127,10 @@ def _line(arm: Arm, runs: list[Outcome], outcomes: Outcomes, spec: Spec) -> Line
         "accuracy": _percent([run.accuracy for run in runs]),
         "by model": " / ".join(f"{100 * share:.1f}" for share in by_model),
         "unseen": _percent([mean_accuracy(run.members, "unseen") for run in runs]),
-        "unseen after round 1": _percent(after_1),
-        "of the ceiling": _of_the_ceiling(runs, outcomes, spec),
+        "round 1": _percent(after_1),
+        "ceiling": _of_the_ceiling(runs, outcomes, spec),
         "cosine": cosine,
-        "KB up": f"{mean([mean(member.bytes_up) for member in members]) / 1e3:.0f}",
-        "KB down": f"{mean([mean(member.bytes_down) for member in members]) / 1e3:.0f}",
+        "KB up/down": "/".join(f"{mean(each) / 1e3:.0f}" for each in (up, down)),
         "trained": f"{mean([member.trained_values for member in members]) / 1e6:.2f} M",
         "seeds": ", ".join(str(run.seed) for run in runs),
     }

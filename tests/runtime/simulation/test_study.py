@@ -97,6 +97,7 @@ method = {name = "fedit"}
 codistill = {rows = 2}
 control = "local"
 """
+STUDIES = Path(__file__).parents[3] / "studies"
 DOMAINS = {"red": "warm", "orange": "warm", "blue": "cold", "green": "cold"}
 
 
@@ -263,6 +264,9 @@ def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
     assert made == {("all in one", 0), ("local", 7), ("all in one", 7)}  # what was done stays done
     assert runs["all in one", 0].digest == outcomes["all in one", 0].digest != older.digest
     assert "| 0, 7 |" in (out / "README.md").read_text()
+    planned = CliRunner().invoke(cli.app, [*command, "--plan", "1"])
+    assert planned.exit_code == 0 and "runs fit" in planned.output
+    assert grid.finished(study, (0, 1, 7), folders).keys() == runs.keys()
     with (files / "public.jsonl").open("a") as public:
         public.write('{"text": "red 9 public", "label": "red", "domain": "warm"}\n')
     runs = grid.finished(study, (0, 7), folders)
@@ -482,7 +486,7 @@ def test_ps_are_corrected_for_their_number_and_intervals_agree():
         assert judge.interval(-resamples, factor) == pytest.approx((-high, -low))
 
 
-def test_an_arm_that_was_chosen_on_a_seed_claims_without_it(study):
+def test_an_arm_that_was_chosen_on_a_seed_claims_without_it(study, capsys):
     arms = (study.arm[0], msgspec.structs.replace(study.arm[2], chosen_on=0))
     chosen, draw_rows = msgspec.structs.replace(study, arm=arms), np.random.default_rng(0)
     runs = {}
@@ -506,6 +510,8 @@ def test_an_arm_that_was_chosen_on_a_seed_claims_without_it(study):
         ("fedit + codistill", "1, 2"),
         ("fedit + codistill *", "0"),
     ]
+    report.show(chosen, runs, "a study")
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
     assert "p" in differences[0] and differences[1]["p"] == "" and differences[1]["points"] == "+65.0"
 
 
@@ -570,6 +576,14 @@ def test_a_study_that_is_not_text_is_refused(files):
     path.write_bytes(STUDY.encode("utf-16"))
     with pytest.raises(InputError, match=r"study\.toml is UTF-16 text .*save it as UTF-8"):
         spec.load(path)
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_studies_of_the_project_are_read(path):
+    study = spec.load(path)
+    # an arm is judged beside its control where both have runs: no control comes after its arm
+    names = [arm.name for arm in study.arm]
+    assert all(names.index(arm.control) < names.index(arm.name) for arm in study.arm if arm.control)
 
 
 def test_a_rank_that_no_device_has_is_refused(files):

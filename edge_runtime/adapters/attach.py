@@ -97,7 +97,12 @@ class AdapterLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
-        return adapter_linear(x, structure.matrix(self.base), *self.product(), self.scale, self.base.bias)
+        y = adapter_linear(x, structure.matrix(self.base), *self.product(), self.scale, self.base.bias)
+        branch, factors = self._method.branch, self.factors
+        if branch is None:
+            return y
+        v = branch(factors, x.float() @ factors["F"].T)
+        return y + (self.scale * v @ factors["G"].T).to(y.dtype)
 
 
 def attach(

@@ -97,6 +97,8 @@ def fold(
         layers: that the model keeps.
         spec: the adapter at the device's rank.
     """
+    if method.branch is not None:
+        raise InputError(f"the branches of {method.name} depend on the token, so its adapter is no LoRA")
     factors = {}
     for layer in layers:
         for role in facts.linears:

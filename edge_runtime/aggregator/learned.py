@@ -97,7 +97,7 @@ def _require_whole(method: Method) -> None:
             f"with {method.name} each device keeps {', '.join(private)} to itself, so the node has no adapter: export on "
             "a device, with --state"
         )
-    if any(factor.start == "aligned" for factor in method.factors.values()):
+    if method.aligned:
         raise InputError(
             "each device maps its own activations into the fleet's common frame, so the node has no head or adapter of a "
             "model: export on a device, with --state"

@@ -74,7 +74,7 @@ def build(
     if distils is not None and public is not None:
         adds = codistill.added if head is not None else completions.added
         method = adds(method, public, distils)
-    if public is not None and any(factor.start == "aligned" for factor in method.factors.values()):
+    if public is not None and method.aligned:
         method = frames.added(method, public.texts)
     return method
 
@@ -87,10 +87,15 @@ def of(fleet: settings.Fleet) -> Method:
             has no mean of deltas for a server step and momentum.
     """
     method, adapter = build(fleet.method, fleet.head, fleet.public, fleet.codistill), fleet.adapter
-    if adapter.rank + method.kept > MOST_RANK:
+    beside = method.kept or (method.sizes(adapter.rank)["branch"] if method.inner is not None else 0)
+    if adapter.rank + beside > MOST_RANK:
         raise InputError(
-            f"[adapter] rank is {adapter.rank} and [method] kept {method.kept}, but together they can be {MOST_RANK} "
-            "at most"
+            f"[adapter] rank is {adapter.rank} and [method] {method.name} adds {beside}, but together they can be "
+            f"{MOST_RANK} at most"
+        )
+    if fleet.public is None and method.aligned:
+        raise InputError(
+            f"[method] {method.name} compares models by public texts: add [public] with their file"
         )
     if adapter.lower and not method.unequal:
         candidates = " or ".join(f"`{candidate.name}`" for candidate in METHODS.values() if candidate.unequal)

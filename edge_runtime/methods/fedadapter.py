@@ -2,17 +2,22 @@
 
     y = W x + scale · B C A x        C = I + Σ_{j <= tier} V_j U_j
     A, B     their mean inside a model class, as in fedit; of unequal ranks as in unequal.py
-    U, V     of branch j, one pair for all layers at about the same relative depth: the mean over
-             the branch's holders in the whole fleet
+    U, V     (m x r), (r x m) of branch j, one pair for all layers at about the same relative depth:
+             the mean over the branch's holders in the whole fleet
 
-The form of heterotune without gates, and the plain mean instead of an alignment of conflicts.
+All branches run. A device holds the first branches, as many as its rank has room for. U is drawn
+and V starts at 0, so that C starts as the identity.
 Source: HeteroTune's first version, arXiv 2411.16796v1, describes a multi-branch aggregator across
 models; the equations are ours.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+from edge_runtime.methods import unequal
 from edge_runtime.methods.fedit import holders_mean
-from edge_runtime.methods.heterotune import HeteroTune
-from edge_runtime.methods.interface import AtLeastOne, Method, MethodSettings
+from edge_runtime.methods.interface import A, AtLeastOne, B, Factor, Method, MethodSettings, Scope
+from edge_runtime.methods.lazy import torch
 
 
 class FedAdapter(MethodSettings, frozen=True):
@@ -25,13 +30,25 @@ class FedAdapter(MethodSettings, frozen=True):
 
     def method(self) -> Method:
         """The method with these settings."""
-        gated = HeteroTune(self.branches, self.width, self.stages, across=self.across).method()
-        return gated._replace(
-            name="fedadapter",
-            factors={name: factor for name, factor in gated.factors.items() if name != "g"},
-            merges={**gated.merges, "stages": holders_mean},
+        scope: Scope = "fleet" if self.across else "class"
+        U = Factor(("widths", "rank"), trained=True, shared=scope, start="drawn", of="stages")
+        V = U._replace(axes=("rank", "widths"), start="zero")
+        return Method(
+            "fedadapter",
+            {"A": A, "B": B, "U": U, "V": V},
+            {"layers": unequal.mean, "stages": holders_mean},
+            core=core,
+            stages=self.stages,
+            sizes=lambda rank: {"widths": max(1, min(self.branches, rank // self.width)) * self.width},
+            unequal="refactored",
             settings=self,
         )
+
+
+def core(factors: Mapping[str, Any], _: float) -> Any:
+    """C (r, r) of U (branches · width, r) and V (r, branches · width)."""
+    U, V = factors["U"], factors["V"]
+    return torch.eye(len(V), device=U.device) + V @ U
 
 
 METHOD = FedAdapter().method()

@@ -3,7 +3,7 @@
     X_c    features of the texts by a model of class c: the leading left singular vectors of the centred
            head inputs, times the root of the texts; (texts, FEATURES)
     Z      the leading left singular vectors of [X_1 ... X_C], times the root of the texts; (texts, WIDTH)
-    F_c    the map from class c's activations into the frame: F_c x is about the Z of a text
+    F_c    the map from activations of class c into the frame: F_c x is about the Z of a text
 
 X_c travels once a class; the node makes Z, and each device maps its own activations to Z by ridge
 regression (trainer/frame.py). Without such a frame a tensor that two models share is worthless: their
@@ -34,9 +34,9 @@ WIDTH = 256  # coordinates of the frame
 SHRINK = 0.1  # ridge of a map into the frame, as a share of the activations' mean variance
 X = Factor(("texts", "features"), trained=True, shared="class", start="zero", of="frame")
 Z = Factor(("texts", "frame"), trained=False, shared="class", start="zero", of="frame")
-F = Factor(("frame", "in"), trained=False, shared="private", start="aligned", of="frame")
+M = Factor(("frame", "in"), trained=False, shared="private", start="aligned", of="frame")
 
-SENT, MADE, MAP = "frame.X", "frame.Z", "frame.F"
+SENT, MADE, MAP = "frame.X", "frame.Z", "frame.M"
 
 
 def added(method: Method, texts: int) -> Method:
@@ -82,15 +82,15 @@ def common(classes: "Iterable[Array]", before: "Array | None") -> "Array":
     return Z.astype(np.float32)
 
 
-def rotation(name: str) -> "NDArray[np.float32]":
-    """The rotation (WIDTH, WIDTH) of a class in the control."""
+def rotation(name: str, width: int) -> "NDArray[np.float32]":
+    """The rotation (width, width) of a class in the control."""
     digest = hashlib.sha256(name.encode()).digest()
     draw = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-    return np.linalg.qr(draw.standard_normal((WIDTH, WIDTH)))[0].astype(np.float32)
+    return np.linalg.qr(draw.standard_normal((width, width)))[0].astype(np.float32)
 
 
-def into(activations: "Array", Z: "Array", width: int) -> "tuple[Array, Array]":
-    """The map F (width, in) of activations (texts, in) into a frame, and their moments (in, width).
+def into(activations: "Array", Z: "Array") -> "tuple[Array, Array]":
+    """The map F (width, in) of activations (texts, in) into a frame (texts, width), and their moments (in, width).
 
     F = Zᵀ X (XᵀX + λ I)⁻¹ on centred X, without its part along the mean activation, which is the
     largest and the same for all texts. Moments are XᵀZ / texts, by which a frozen layer's weight W
@@ -98,7 +98,7 @@ def into(activations: "Array", Z: "Array", width: int) -> "tuple[Array, Array]":
     """
     mean = activations.mean(0)
     centred = activations - mean
-    moments = centred.T @ Z[:, :width] / len(Z)
+    moments = centred.T @ Z / len(Z)
     covariance = centred.T @ centred / len(Z)
     covariance[np.diag_indices_from(covariance)] += SHRINK * np.trace(covariance) / len(covariance)
     F = np.linalg.solve(covariance, moments).T

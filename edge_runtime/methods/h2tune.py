@@ -1,37 +1,41 @@
-"""h2tune: a private A and B on each device, and between them a core from shared tensors.
+"""h2tune: a private A and B on each device, and beside them a core from tensors that all models share.
 
-    y = W x + scale · B C A x        C_l = I + T_l,  T_l = Σ_m P_l[m] S_m
-    S    (depths x r x r) for each role: increments shared by the whole fleet; 0 at the start
-    P_l  of layer l at relative depth d: linear interpolation between the `depths` points, plus a
-         private D_l less its mean, so that P_l adds up to 1; trained
-    A, B private
+    y = W x + scale · (B A x + G T F x)        T_l = Σ_m P_l[m] S_m
+    F, G    into the common frame and out of it (frames.py), of the device's own layer; frozen
+    S       (depths x r x r) for each role: increments shared by the whole fleet; 0 at the start
+    P_l     of layer l at relative depth d: linear interpolation between the `depths` points, plus a
+            private D_l less its mean, so that P_l adds up to 1; trained
+    A, B    private
 
-A device of lower rank holds the leading r x r of each S_m. The node averages each entry of S over
-the devices that trained the entry, whichever model they have.
+The node averages each entry of S over the devices that trained the entry, whichever model they have.
 
-From the second round on each step has two passes, which separate the shared part from the task's
+From the third round on each step has two passes, which separate the shared part from the task's
 own:
 
     1  A, B and a head frozen:  CE + norm · N + keep · mean over layers of
-                                KL(softmax T_l as the round started ‖ softmax T_l)
+                                ‖T_l - T_l as the round started‖² / ‖T_l as the round started‖²
     2  S, P frozen:  CE + apart · KL(output of pass 1 ‖ output)
 
-N is the mean norm of T_l; KL of outputs is the mean over labelled tokens or rows. In round 1 one
-pass trains everything with CE + norm · N. `preset = "as-released"` sets the weight of the norm as
-in the released code, 1 instead of 1e-3.
+N is the mean norm of T_l; KL of outputs is the mean over labelled tokens or rows. In round 2, the
+first in which a class trains, one pass trains everything with CE + norm · N. `preset =
+"as-released"` sets the weight of the norm as in the released code, 1 instead of 1e-3. The released
+code keeps T by a KL between softmaxes of its entries, whose gradient is about the difference over
+r²: next to nothing.
 
 The released code, as we read it, exchanges nothing that was learned: the merged S is loaded under a
 key that does not match, and the uploaded S is taken before training. Here S is trained through P by
-autograd, and its increments travel. Two controls: `across = false` shares S inside the class only;
-`core = "frozen"` draws S and does not train it.
-Source: arXiv 2507.22633 names the parts and the three losses; the relation's start, the centred D,
-the entry-wise mean and the coefficients are ours.
+autograd, and its increments travel. Controls, with the same two passes: `[public] frame = "rotated"`
+lets S cross without a common meaning; `across = false` shares S inside the class alone; `core =
+"frozen"` draws S and does not train it.
+Source: arXiv 2507.22633 names the parts and the three losses; the frame, the relation's start, the
+centred D, the entry-wise mean and the coefficients are ours.
 """
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from edge_runtime.methods.fedit import holders_mean
+from edge_runtime.methods.heterotune import F, G
 from edge_runtime.methods.interface import (
     A,
     AtLeastOne,
@@ -47,13 +51,16 @@ from edge_runtime.methods.interface import (
 )
 from edge_runtime.methods.lazy import torch
 
+TINY = 1e-12
+
 
 class H2Tune(MethodSettings, frozen=True):
     """Settings of h2tune."""
 
+    rank: AtLeastOne = 16  # coordinates of the common frame that the core reads and writes, r
     depths: AtLeastOne = 4  # points of relative depth that have a shared S
     norm: NotNegative = 1e-3  # weight of N in the loss
-    keep: NotNegative = 1.0  # weight of the KL between cores
+    keep: NotNegative = 1.0  # weight of the cores' change
     apart: NotNegative = 1.0  # weight of the KL between outputs
     preset: Literal["ours", "as-released"] = "ours"
     across: bool = True  # S is shared between models
@@ -67,7 +74,9 @@ class H2Tune(MethodSettings, frozen=True):
         factors = {
             "A": A._replace(shared="private"),
             "B": B._replace(shared="private"),
-            "S": Factor(("depths", "rank", "rank"), trained, scope, start, of="stages"),
+            "F": F,
+            "G": G,
+            "S": Factor(("depths", "branch", "branch"), trained, scope, start, of="stages"),
             "D": Factor(("depths",), trained=True, shared="private", start="zero"),
         }
         first = (Pass(penalty=self._norms),)
@@ -75,28 +84,33 @@ class H2Tune(MethodSettings, frozen=True):
             Pass(frozen=frozenset("ABH"), penalty=self._shared),  # H: a head's rows
             Pass(frozen=frozenset("SD"), apart=self.apart),
         )
+        sizes = {"branch": self.rank, "depths": self.depths}
         return Method(
             "h2tune",
             factors,
             {"stages": holders_mean} if trained else {},
-            core=core,
-            sizes=lambda rank: {"depths": self.depths},
+            core=lambda factors, _: None,
+            inner=inner,
+            sizes=lambda rank: sizes,
             unequal="mean",
-            passes=lambda round_: later if trained and round_ > 1 else first,
+            passes=lambda round_: later if round_ > 2 else first,
             settings=self,
         )
 
     def _norms(self, products: list[Product], _: list[Any]) -> Any:
         weight = 1.0 if self.preset == "as-released" else self.norm
-        return weight * sum(_increment(C).norm() for _, C, _ in products) / len(products)
+        return weight * sum(self._increment(C).norm() for _, C, _ in products) / len(products)
 
     def _shared(self, products: list[Product], cores: list[Any]) -> Any:
         moved = 0.0
-        for core_before, (_, C, _) in zip(cores, products, strict=True):
-            # KL between the softmax of all entries
-            before, after = (_increment(each).flatten().log_softmax(0) for each in (core_before, C))
-            moved += (before.exp() * (before - after)).sum()
+        for before, (_, after, _) in zip(cores, products, strict=True):
+            start = self._increment(before)
+            moved += (self._increment(after) - start).square().sum() / start.square().sum().clamp_min(TINY)
         return self._norms(products, cores) + self.keep * moved / len(products)
+
+    def _increment(self, C: Any) -> Any:
+        """T of a layer's whole core, in which T follows the identity between A and B."""
+        return C[-self.rank :, -self.rank :]
 
 
 def relation(D: Any, depth: float) -> Any:
@@ -106,15 +120,9 @@ def relation(D: Any, depth: float) -> Any:
     return interpolated + D - D.mean()
 
 
-def core(factors: Mapping[str, Any], depth: float) -> Any:
-    """C (r, r) of a layer's D (depths,) and its role's S (depths, r, r), as torch tensors."""
-    S = factors["S"]
-    return torch.eye(S.shape[1], device=S.device) + torch.tensordot(relation(factors["D"], depth), S, 1)
-
-
-def _increment(C: Any) -> Any:
-    """T = C - I."""
-    return C - torch.eye(len(C), device=C.device)
+def inner(factors: Mapping[str, Any], depth: float) -> Any:
+    """T (r, r) of a layer's D (depths,) and its role's S (depths, r, r), as torch tensors."""
+    return torch.tensordot(relation(factors["D"], depth), factors["S"], 1)
 
 
 METHOD = H2Tune().method()

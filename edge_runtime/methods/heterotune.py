@@ -1,45 +1,35 @@
-"""heterotune: branches between A and B that all models share, merged without conflicts.
+"""heterotune: beside each device's LoRA, branches that all models share in the common frame.
 
-    y = W x + scale · B C A x        C = I + Σ_j g_j V_j U_j,  g = J · softmax of J gates
-    A, B     their mean inside a model class, as in fedit; of unequal ranks as in unequal.py
-    U, V     (m x r), (r x m) of branch j, one pair for all layers at about the same relative depth,
-             across the fleet
-    gates    of each layer, private
+    y = W x + scale · (B A x + G v(F x))
+    A, B    their mean inside a model class, as in fedit; of unequal ranks as in unequal.py
+    F, G    into the common frame and out of it (frames.py), of the device's own layer; frozen
+    v       shared by the whole fleet, one for all layers at about the same relative depth:
 
-All branches run: there is no router, and no token is dropped. A device holds the first branches, as
-many as its rank has room for; each entry is averaged over the devices that hold it. U is drawn, V
-and the gates start at 0, so that C starts as the identity and a branch counts the same on devices
-of few and of many branches.
+    form = "linear"     v(u) = C u
+    form = "mixture"    v(u) = Σ_j softmax(w u)_j V_j GELU(U_j u)
 
-Across classes (CMGA), for each of U and V: d_c is the mean of class c's devices, p_c its share of
-the rows (of the rows behind the entry that most of its devices hold), and
+C, V and w start at 0, so that a branch changes nothing at first; U is drawn. A mixture is dense: all
+J branches run for each token, and the gates are a function of the token.
 
-    g = Σ_c p_c d_c / ‖d_c‖,   d_c' = d_c - min(0, <d_c, g>) / ‖g‖² · g
+Across classes (CMGA), for each shared tensor: d_c is the mean of class c's devices, p_c its share of
+the rows, and g_-c = Σ_{c' != c} p_c' d_c' / ‖d_c'‖ the direction of the others.
+
+    d_c' = d_c - min(0, <d_c, g_-c>) / ‖g_-c‖² · g_-c
     step = Σ_c p_c d_c' · ‖Σ_c p_c d_c‖ / ‖Σ_c p_c d_c'‖
 
-This changes the plain mean where <d_c, g> < 0: with two classes, where their cosine is below -p_1 /
-p_2. Two classes of equal shares are never against g. `alignment` chooses the rule:
+So a class gives up what is against the other classes, at any negative cosine. `alignment = "off"` is
+the plain mean. `steps = "summed"` multiplies the step by the number of classes: where classes move
+different parts of a tensor, each part keeps its length.
 
-    projection  the equation above
-    pairwise    subtract from each d_c its part against any other class's d (FedGH)
-    cagrad      the step of conflict-averse gradients; with one class, 1 + CAGRAD_C times its step
-    gate        the plain mean of a tensor of n values where the cosine of each d_c with the other
-                classes' common direction exceeds 2 / √n, twice the chance level, over the entries
-                that all classes hold; elsewhere no step
-    off         the plain mean
-
-Two controls: `across = false` shares U and V inside the class only; `core = "frozen"` draws U and V
-and trains neither.
+Controls: `[public] frame = "rotated"` lets the same values cross without a common meaning;
+`across = false` shares v inside the class alone.
 Source: HeteroTune, arXiv 2411.16796; known is the abstract: a dense mixture of adapters (DeMA) and
 an aggregation that harmonises gradient directions across models (CMGA). The equations are ours.
-Variants: FedGH, arXiv 2309.06692; Yu et al. 2020, arXiv 2001.06782; Liu et al. 2021, arXiv
-2110.14048.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
-from itertools import permutations
 from typing import Any, Literal
 
 from edge_runtime.methods import unequal
@@ -51,7 +41,6 @@ from edge_runtime.methods.interface import (
     B,
     Contributions,
     Factor,
-    Merge,
     Method,
     MethodSettings,
     Scope,
@@ -59,58 +48,66 @@ from edge_runtime.methods.interface import (
 )
 from edge_runtime.methods.lazy import np, torch
 
-Alignment = Literal["projection", "pairwise", "cagrad", "gate", "off"]
-CAGRAD_C, CAGRAD_STEPS = 0.5, 200
 SMALL, TINY = 1e-6, 1e-12
+F = Factor(("branch", "in"), trained=False, shared="private", start="aligned")
+G = Factor(("out", "branch"), trained=False, shared="private", start="aligned")
 
 
 class HeteroTune(MethodSettings, frozen=True):
     """Settings of heterotune."""
 
-    branches: AtLeastOne = 2  # at most
-    width: AtLeastOne = 8  # rows of a branch, m
+    form: Literal["linear", "mixture"] = "linear"  # of the shared branches
+    rank: AtLeastOne = 16  # coordinates of the common frame that a branch reads and writes
+    branches: AtLeastOne = 4  # of a mixture
+    width: AtLeastOne = 16  # hidden units of a mixture's branch
     stages: AtLeastOne = 4  # bins of relative depth that share branches
-    alignment: Alignment = "projection"
-    across: bool = True  # U and V are shared between models
-    core: Literal["trained", "frozen"] = "trained"
+    alignment: Literal["leave-one-out", "off"] = "leave-one-out"
+    steps: Literal["averaged", "summed"] = "averaged"  # of the classes
+    across: bool = True  # branches are shared between models
 
     def method(self) -> Method:
         """The method with these settings."""
-        trained = self.core == "trained"
-
-        def sizes(rank: int) -> dict[str, int]:
-            branches = max(1, min(self.branches, rank // self.width))
-            return {"branches": branches, "widths": branches * self.width}
-
         scope: Scope = "fleet" if self.across else "class"
-        U = Factor(("widths", "rank"), trained, scope, "drawn", of="stages")
-        V = U._replace(axes=("rank", "widths"), start="zero" if trained else "drawn")
-        gates = Factor(("branches",), trained=True, shared="private", start="zero")
-        merges: dict[str, Merge] = {"layers": unequal.mean}
-        if trained:
-            merges["stages"] = partial(across_classes, alignment=self.alignment)
+        C = Factor(("branch", "branch"), trained=True, shared=scope, start="zero", of="stages")
+        shared = {"C": C}
+        if self.form == "mixture":
+            shared = {
+                "U": C._replace(axes=("hidden", "branch"), start="drawn"),
+                "V": C._replace(axes=("branch", "hidden")),
+                "w": C._replace(axes=("branches", "branch")),
+            }
+        sizes = {"branch": self.rank, "branches": self.branches, "hidden": self.branches * self.width}
         return Method(
             "heterotune",
-            {"A": A, "B": B, "U": U, "V": V, "g": gates},
-            merges,
-            core=core,
+            {"A": A, "B": B, "F": F, "G": G, **shared},
+            {
+                "layers": unequal.mean,
+                "stages": partial(across_classes, alignment=self.alignment, summed=self.steps == "summed"),
+            },
+            inner=linear if self.form == "linear" else None,
+            branch=mixture if self.form == "mixture" else None,
+            core=lambda factors, _: None,
             stages=self.stages,
-            sizes=sizes,
+            sizes=lambda rank: sizes,
             unequal="refactored",
             settings=self,
         )
 
 
-def core(factors: Mapping[str, Any], _: float) -> Any:
-    """C (r, r) of U (branches · width, r), V (r, branches · width), gates (branches,) or none."""
-    U, V = factors["U"], factors["V"]
-    if "g" in factors:
-        gates = factors["g"].softmax(-1) * len(factors["g"])
-        V = V * gates.repeat_interleave(len(U) // len(gates))
-    return torch.eye(len(V), device=U.device) + V @ U
+def linear(factors: Mapping[str, Any], _: float) -> Any:
+    """The matrix C (rank, rank)."""
+    return factors["C"]
 
 
-def across_classes(contributions: Contributions, alignment: Alignment) -> Tensors:
+def mixture(factors: Mapping[str, Any], u: Any) -> Any:
+    """The mixture's output, (..., rank) to (..., rank)."""
+    gates = (u @ factors["w"].T).softmax(-1)
+    units = torch.nn.functional.gelu(u @ factors["U"].T)
+    # each branch's units are neighbours
+    return units * gates.repeat_interleave(units.shape[-1] // gates.shape[-1], -1) @ factors["V"].T
+
+
+def across_classes(contributions: Contributions, alignment: str, *, summed: bool) -> Tensors:
     """The step of each tensor from the classes' means; memory is one running mean a class."""
     running: dict[str, RunningMean] = defaultdict(RunningMean)
     for contribution in contributions():
@@ -118,80 +115,29 @@ def across_classes(contributions: Contributions, alignment: Alignment) -> Tensor
     means = [(mean, mean.mean()) for _, mean in sorted(running.items())]
     steps: Tensors = {}
     for key in sorted({key for _, deltas in means for key in deltas}):
-        counts = np.stack([mean.counts(key) for mean, deltas in means if key in deltas])
-        deltas = np.stack([deltas[key] for _, deltas in means if key in deltas])
-        steps[key] = _step(counts, deltas, alignment)
+        holders = [(mean, deltas[key]) for mean, deltas in means if key in deltas]
+        rows = np.stack([mean.counts(key).max() for mean, _ in holders])
+        deltas = np.stack([delta for _, delta in holders])
+        shape = deltas.shape[1:]
+        step = combined(deltas.reshape(len(deltas), -1), rows / rows.sum(), alignment)
+        steps[key] = step.reshape(shape) * np.float32(len(deltas) if summed else 1)
     return steps
 
 
-def _step(counts: Array, deltas: Array, alignment: Alignment) -> Array:
-    """One tensor's step, from the rows and the mean delta of each class that holds it."""
-    plain: Array = (counts * deltas).sum(0) / np.maximum(counts.sum(0), 1)
-    # a class is neither for nor against entries that it does not hold
-    deltas = np.where(counts > 0, deltas, plain)
-    if alignment == "off":
-        return plain
-    if alignment == "gate":
-        return plain if _agree(deltas[:, (counts > 0).all(0)]) else np.zeros_like(plain)
-    flat = deltas.reshape(len(deltas), -1)
-    # of the rows behind the entry that most devices of the class hold
-    shares = counts.reshape(len(counts), -1).max(1)
-    return combined(flat, shares / shares.sum(), alignment).reshape(plain.shape)
-
-
-def combined(steps: Array, shares: Array, alignment: Alignment) -> Array:
+def combined(steps: Array, shares: Array, alignment: str) -> Array:
     """One step (entries,) of classes' steps (classes, entries), by `alignment`."""
     flat = steps.astype(np.float64)
-    step = plain = shares @ flat
+    plain = shares @ flat
     norms = np.linalg.norm(flat, axis=1)
-    if alignment == "cagrad":
-        step = _cagrad(flat, plain)
-    elif len(flat) > 1 and norms.all():
-        if alignment == "projection":
-            # without the parts against the common direction g
-            g = (shares / norms) @ flat
-            against = (flat @ g).clip(max=0)
-            aligned = flat - against[:, None] * g / max(float(g @ g), TINY)
-        else:
-            aligned = _pairwise(flat, norms)
-        step = shares @ aligned
-        length = float(np.linalg.norm(step))
-        opposed = length < SMALL * norms.max()  # nothing in common but rounding
-        step *= 0.0 if opposed else np.linalg.norm(plain) / length
-    return step.astype(np.float32)
-
-
-def _pairwise(flat: Any, norms: Any) -> Any:
-    """Each step without its part against any other original step, one after another."""
-    # opponents are the original steps, so the order of the rows does not matter
-    aligned = flat.copy()
-    for row, opponent in permutations(range(len(flat)), 2):
-        against = min(0.0, float(aligned[row] @ flat[opponent]))
-        aligned[row] -= against / norms[opponent] ** 2 * flat[opponent]
-    return aligned
-
-
-def _agree(steps: Any) -> bool:
-    """Whether each step (classes, entries) that is not 0 agrees with the others beyond chance."""
-    norms = np.linalg.norm(steps, axis=1, keepdims=True)
-    units = steps[norms[:, 0] > 0] / norms[norms[:, 0] > 0]
-    remaining = units.sum(0) - units
-    cosines = (units * remaining).sum(1) / np.maximum(np.linalg.norm(remaining, axis=1), TINY)
-    return len(units) < 2 or bool((cosines > 2 / np.sqrt(units.shape[1])).all())
-
-
-def _cagrad(flat: Any, plain: Any) -> Any:
-    """plain + c ‖plain‖ g_w / ‖g_w‖, g_w = Σ w d, at the w of least g_w · plain + c ‖plain‖ ‖g_w‖."""
-    gram, toward = flat @ flat.T, flat @ plain
-    radius = CAGRAD_C * float(np.linalg.norm(plain))
-    scale = max(float(np.abs(gram).max()), TINY)
-    w = np.full(len(flat), 1 / len(flat))
-    for _ in range(CAGRAD_STEPS):  # mirror descent
-        slope = toward + radius * gram @ w / max(float(np.sqrt(max(w @ gram @ w, 0.0))), TINY)
-        w *= np.exp(-slope / scale)
-        w /= w.sum()
-    g_w = w @ flat
-    return plain + radius * g_w / max(float(np.linalg.norm(g_w)), TINY)
+    if alignment == "off" or len(flat) < 2 or not norms.all():
+        return plain.astype(np.float32)
+    weighted = (shares / norms)[:, None] * flat
+    others = weighted.sum(0) - weighted
+    against = (flat * others).sum(1).clip(max=0) / np.maximum((others**2).sum(1), TINY)
+    step = shares @ (flat - against[:, None] * others)
+    length = float(np.linalg.norm(step))
+    opposed = length < SMALL * norms.max()  # nothing in common but rounding
+    return (step * (0.0 if opposed else np.linalg.norm(plain) / length)).astype(np.float32)
 
 
 METHOD = HeteroTune().method()

@@ -52,10 +52,9 @@ class Factor(NamedTuple):
     axes: tuple[str, ...]  # each axis is "rank", "in", "out", "one", or a name of Method.sizes
     trained: bool  # by the device; a factor that is not trained is frozen
     shared: Scope  # with nobody, inside the model class, or with the whole fleet
-    start: (
-        Start  # version 0: zero, drawn from the fleet's seed, the layer's singular vectors, or zero until the
-    )
+    # version 0: zero, drawn from the fleet's seed, the layer's singular vectors, or zero until the
     # class is in the common frame (frames.py)
+    start: Start
     of: Kind = "layers"  # the kind of place that has such a factor
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -142,6 +141,10 @@ class Method(NamedTuple):
     # Returns C of a layer, from its factors (torch tensors) and its relative depth; None: the identity.
     core: Callable[[Mapping[str, Any], float], Any] = lambda factors, depth: factors.get("C")
     kept: int = 0  # rank of the frozen factors keptA and keptB, which lie beside A and B; 0: none
+    # A branch between a layer's frozen factors F and G, which lie beside A and B: its matrix, from
+    # the factors and the relative depth; or a function of the factors and u = F x, (..., branch).
+    inner: Callable[[Mapping[str, Any], float], Any] | None = None
+    branch: Callable[[Mapping[str, Any], Any], Any] | None = None
     stages: int = 1  # bins of relative depth, whose layers share the factors of kind `stages`
     # The lengths of the method's own axes, on a device of a rank.
     sizes: Callable[[int], Mapping[str, int]] = lambda rank: {}
@@ -185,11 +188,16 @@ class Method(NamedTuple):
         return (None, *(each for each in lower if self.nested and each < rank))
 
     def product(self, factors: Mapping[str, Any], depth: float) -> Product:
-        """A, C and B of a layer, from its factors (torch tensors) and its relative depth."""
+        """A, C and B of a layer, with what lies beside A and B, from its factors (torch) and relative depth."""
         A, B = factors["A"], factors["B"]
         if self.kept:
             A, B = torch.cat([factors["keptA"], A]), torch.cat([factors["keptB"], B], 1)
-        return A, self.core(factors, depth), B
+        core = self.core(factors, depth)
+        if self.inner is None:
+            return A, core, B
+        first = torch.eye(len(A), device=A.device) if core is None else core
+        core = torch.block_diag(first, self.inner(factors, depth))
+        return torch.cat([A, factors["F"]]), core, torch.cat([B, factors["G"]], 1)
 
     def scope(self, kind: str) -> Scope:
         """With whom devices share tensors of this kind, which the method exchanges."""
@@ -211,8 +219,13 @@ class Method(NamedTuple):
         return bool(self.merges) or self.answers is not None
 
     @property
+    def aligned(self) -> bool:
+        """Whether some factor starts from the common frame, so that the fleet needs public texts."""
+        return any(factor.start == "aligned" for factor in self.factors.values())
+
+    @property
     def framed(self) -> bool:
-        """Whether the method needs the common frame (frames.py)."""
+        """Whether devices send features for the common frame (frames.py)."""
         return "frame" in self.merges
 
     @property

@@ -1,7 +1,7 @@
 """A linear head that classifies by the last token's hidden state, beside any method's adapter.
 
     logit of a label = h / rms(h) · H        H: one row a label, 0 at the start
-    shared = "fleet"                         F h / rms(h) · H, F the device's map into the common frame
+    shared = "fleet"                         M h / rms(h) · H, M the device's map into the common frame
 
 Rows are named by their label, so devices that know different labels have different rows. A device
 also gets rows of labels that it was never shown, through the class's version; its own rows teach it
@@ -24,7 +24,7 @@ def added(method: Method, head: Head) -> Method:
     if head.shared == "fleet":
         in_frame = H._replace(axes=("one", "frame"), shared="fleet")
         return method._replace(
-            factors={**method.factors, "H": in_frame, "F": frames.F},
+            factors={**method.factors, "H": in_frame, "M": frames.M},
             merges={**method.merges, "labels": holders_mean},
         )
     if head.shared == "private" or not method.merges:

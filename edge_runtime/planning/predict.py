@@ -71,6 +71,9 @@ ATTENTION_ROWS = 10
 KEPT_HIDDEN_ROWS, KEPT_HEAD_ROWS, KEPT_INTERMEDIATE_ROWS = 5, 5, 3
 KEPT_COPIES = 1.2
 
+# Activations of the public texts that are in memory at once while maps into the frame are made.
+FRAME_BYTES = 64 * MIB
+
 NORM_ROWS = 8  # a token, where norms follow attention and MLP too
 
 
@@ -135,7 +138,7 @@ def predict(workload: Workload, plan: Plan, lengths: int | None = None) -> dict[
     sent = sum(value for name, value in values.items() if method.factors[name].exchanged)
     frozen = sum(values.values()) - trained
     # These methods join the factors of a block, beside the factors themselves.
-    joined = FROZEN_BYTES * (trained + frozen) // plan.depth if method.kept else 0
+    joined = FROZEN_BYTES * (trained + frozen) // plan.depth if method.kept or method.inner is not None else 0
     kept = _kept_block(facts, plan, batch, width) + joined
     block = block_bytes(facts, plan, batch, width) + 2 * joined  # and their gradients
     lengths = lengths or -(-plan.tokens // LENGTH_STEP)

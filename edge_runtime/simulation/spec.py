@@ -77,6 +77,7 @@ class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapter: dict[str, Any] = {}
     training: dict[str, Any] = {}
     codistill: dict[str, Any] | None = None
+    public: dict[str, Any] = {}
     head: dict[str, Any] = {}
     # Unset, the key is left out of digests.
     codec: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
@@ -123,13 +124,21 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             tables["codistill"] = arm.codistill
         if arm.codec is not msgspec.UNSET:
             tables["codec"] = arm.codec
-        if self.public is not None and self._public(arm):
-            tables["public"] = {"file": PUBLIC, "texts": self.public.texts}
-        return settings.parse(tables)
+        if self.public is not None and self.uses_public(arm):
+            tables["public"] = {"file": PUBLIC, "texts": self.public.texts, **arm.public}
+        fleet = settings.parse(tables)
+        if self._framed(arm):
+            return msgspec.structs.replace(fleet, rounds=fleet.rounds + 1)
+        return fleet
 
-    def _public(self, arm: Arm) -> bool:
+    def uses_public(self, arm: Arm) -> bool:
         """Whether an arm's devices use the public texts."""
-        return arm.codistill is not None or "frame" in arm.method or arm.head.get("shared") == "fleet"
+        return arm.codistill is not None or self._framed(arm)
+
+    def _framed(self, arm: Arm) -> bool:
+        """Whether an arm's models share a frame, which takes a round of its own."""
+        method = methods.METHODS.get(arm.method.get("name", settings.MethodChoice().name))
+        return arm.head.get("shared") == "fleet" or (method is not None and method.aligned)
 
     def digest(self, arm: Arm, seed: int, contents: Mapping[str, str]) -> str:
         """COMPUTATION, a dash, and a hash of all that the arm's result depends on.
@@ -140,7 +149,7 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             self,
             study=msgspec.structs.replace(self.study, about="", seeds=(seed,)),
             arm=(msgspec.structs.replace(arm, control=None, chosen_on=None),),
-            public=self.public if self._public(arm) else None,
+            public=self.public if self.uses_public(arm) else None,
         )
         named = {name: contents[name] for name in sorted({*used.files, *used.sources})}
         encoded = msgspec.json.encode([used, named])
@@ -185,8 +194,8 @@ def _faults(spec: Spec) -> Iterator[str]:
     for arm in spec.arm:
         if arm.control is not None and arm.control not in names:
             yield f"the arm `{arm.name}` has the control `{arm.control}`, which is not there"
-        if arm.codistill is not None and spec.public is None:
-            yield f"the arm `{arm.name}` distils, which needs [public]"
+        if spec.public is None and spec.uses_public(arm):
+            yield f"the arm `{arm.name}` uses public texts, which needs [public]"
         if arm.head and spec.head is None:
             yield f"the arm `{arm.name}` has a head, but the file has no [head]"
     for device in spec.device:

@@ -72,7 +72,7 @@ def load_base(job: Job, method: Method, bases: Bases, labels: list[str]) -> Base
     if labels:
         embedding = model.get_input_embeddings().weight
         width = embedding.shape[1]
-        if "F" in method.factors:
+        if "M" in method.factors:
             zeros = torch.zeros(WIDTH, width, device=embedding.device)
             adapter.factors[MAP] = nn.Parameter(zeros, requires_grad=False)
             width = WIDTH

@@ -123,7 +123,8 @@ def begin(
 
 def keep(job: Job, method: Method, state: attach.State, version: int, tell: disk.Tell) -> None:
     """Write the adapter in this state to the job's folder for exports, if the job has one."""
-    if job.export is None:
+    # a branch that depends on the token is no LoRA, which other tools read
+    if job.export is None or method.branch is not None:
         return
     layers, spec = kept_layers(job.plan.depth, job.facts.layers), job.fleet.adapter.at(job.plan.rank)
     adapter, folder = learned.fold(state, job.facts, layers, spec, method, version), Path(job.export)

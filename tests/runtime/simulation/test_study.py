@@ -555,7 +555,7 @@ def test_the_slope_is_that_of_the_power_of_the_rounds():
         (("seeds = [0, 1]", "seeds = 3"), "Expected `array`, got `int`"),
         (('control = "local"', 'control = "nobody"'), "has the control `nobody`, which is not there"),
         (('control = "local"', 'control = "Local"'), "has the control `Local`, which is not there"),
-        (('[public]\nfile = "public.jsonl"\ntexts = 6', ""), "distils, which needs \\[public\\]"),
+        (('[public]\nfile = "public.jsonl"\ntexts = 6', ""), "uses public texts, which needs \\[public\\]"),
         (('data = "colours"\ndomains = ["cold"]', 'data = "sounds"'), "there is no \\[data.sounds\\]"),
         (('method = {name = "fedit"}', 'method = {name = "fedit", branches = 2}'), "no key `branches`"),
         (("rounds = 2", "rounds = 2\nseed = 7"), "seed is each run's own"),

@@ -26,7 +26,7 @@ The released code, as we read it, exchanges nothing that was learned: the merged
 key that does not match, and the uploaded S is taken before training. Here S is trained through P by
 autograd, and its increments travel. Controls, with the same two passes: `[public] frame = "rotated"`
 lets S cross without a common meaning; `across = false` shares S inside the class alone; `core =
-"frozen"` draws S and does not train it.
+"private"` leaves S on each device.
 Source: arXiv 2507.22633 names the parts and the three losses; the frame, the relation's start, the
 centred D, the entry-wise mean and the coefficients are ours.
 """
@@ -47,7 +47,6 @@ from edge_runtime.methods.interface import (
     Pass,
     Product,
     Scope,
-    Start,
 )
 from edge_runtime.methods.lazy import torch
 
@@ -64,19 +63,19 @@ class H2Tune(MethodSettings, frozen=True):
     apart: NotNegative = 1.0  # weight of the KL between outputs
     preset: Literal["ours", "as-released"] = "ours"
     across: bool = True  # S is shared between models
-    core: Literal["trained", "frozen"] = "trained"
+    core: Literal["shared", "private"] = "shared"
 
     def method(self) -> Method:
         """The method with these settings."""
-        trained = self.core == "trained"
-        scope: Scope = "fleet" if self.across else "class"
-        start: Start = "zero" if trained else "drawn"
+        scope: Scope = "private" if self.core == "private" else "fleet" if self.across else "class"
         factors = {
             "A": A._replace(shared="private"),
             "B": B._replace(shared="private"),
             "F": F,
             "G": G,
-            "S": Factor(("depths", "branch", "branch"), trained, scope, start, of="stages"),
+            "S": Factor(
+                ("depths", "branch", "branch"), trained=True, shared=scope, start="zero", of="stages"
+            ),
             "D": Factor(("depths",), trained=True, shared="private", start="zero"),
         }
         first = (Pass(penalty=self._norms),)
@@ -88,7 +87,7 @@ class H2Tune(MethodSettings, frozen=True):
         return Method(
             "h2tune",
             factors,
-            {"stages": holders_mean} if trained else {},
+            {} if scope == "private" else {"stages": holders_mean},
             core=lambda factors, _: None,
             inner=inner,
             sizes=lambda rank: sizes,
@@ -105,7 +104,9 @@ class H2Tune(MethodSettings, frozen=True):
         moved = 0.0
         for before, (_, after, _) in zip(cores, products, strict=True):
             start = self._increment(before)
-            moved += (self._increment(after) - start).square().sum() / start.square().sum().clamp_min(TINY)
+            size = start.square().sum()
+            # a core that starts from 0 has nothing to keep
+            moved += (self._increment(after) - start).square().sum() / size.clamp_min(TINY) * (size > TINY)
         return self._norms(products, cores) + self.keep * moved / len(products)
 
     def _increment(self, C: Any) -> Any:

@@ -129,15 +129,15 @@ def combined(steps: Array, shares: Array, alignment: str) -> Array:
     flat = steps.astype(np.float64)
     plain = shares @ flat
     norms = np.linalg.norm(flat, axis=1)
-    if alignment == "off" or len(flat) < 2 or not norms.all():
+    if alignment == "off":
         return plain.astype(np.float32)
-    weighted = (shares / norms)[:, None] * flat
+    weighted = (shares / np.maximum(norms, TINY))[:, None] * flat  # a class that did not move: 0
     others = weighted.sum(0) - weighted
     against = (flat * others).sum(1).clip(max=0) / np.maximum((others**2).sum(1), TINY)
     step = shares @ (flat - against[:, None] * others)
     length = float(np.linalg.norm(step))
-    opposed = length < SMALL * norms.max()  # nothing in common but rounding
-    return (step * (0.0 if opposed else np.linalg.norm(plain) / length)).astype(np.float32)
+    opposed = length <= SMALL * norms.max()  # nothing in common but rounding
+    return np.float32(step * (0.0 if opposed else np.linalg.norm(plain) / length))
 
 
 METHOD = HeteroTune().method()

@@ -58,7 +58,7 @@ def update(node, device, round_=1, commit=True):
 @pytest.mark.parametrize(
     ("tables", "named"),
     [
-        ({"method": {"name": "heterotune"}}, "[method]"),
+        ({"method": {"name": "fedadapter"}}, "[method]"),
         ({"adapter": {"rank": 8}}, "[adapter]"),
         ({"head": {"shared": "private"}}, "[head]"),
         ({"fleet": {"name": "f", "seed": 1}}, "[fleet] seed"),

@@ -123,8 +123,9 @@ def test_without_momentum_nothing_is_kept_for_it(tmp_path):
 )
 def test_methods_whose_rounds_add_no_mean_refuse_it(name, lower, reason):
     adapter = settings.Adapter(rank=2, lower=lower)
+    public = TABLES["public"] if methods.METHODS[name].aligned else None
     for choice in (settings.MethodChoice(name, server_step=1.5), settings.MethodChoice(name, momentum=0.5)):
-        spec = msgspec.structs.replace(fleet(choice), adapter=adapter)
+        spec = msgspec.structs.replace(fleet(choice), adapter=adapter, public=public)
         if reason is None:
             assert methods.of(spec).step == "mean"
         elif choice.momentum:
@@ -148,12 +149,12 @@ def test_the_keys_stand_beside_every_methods_own(keys, reason):
     tables = {"fleet": {"name": "f"}, "catalog": [{"source": "m"}]}
 
     def read():
-        spec = settings.parse({**tables, "method": {"name": "heterotune", "width": 4, **keys}})
+        spec = settings.parse({**tables, "method": {"name": "fedadapter", "width": 4, **keys}})
         methods.of(spec)
         return spec.method
 
     if reason is None:
-        assert read() == settings.MethodChoice("heterotune", {"width": 4}, **keys)
+        assert read() == settings.MethodChoice("fedadapter", {"width": 4}, **keys)
     else:
         with pytest.raises(InputError, match=reason):
             read()

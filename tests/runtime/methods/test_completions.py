@@ -326,7 +326,7 @@ def update(path, model_class, tensors, said=(), samples=10):
     )
 
 
-@pytest.mark.parametrize("name", ["local", "fedit", "heterotune"])
+@pytest.mark.parametrize("name", ["local", "fedit", "fedadapter"])
 @pytest.mark.parametrize("across", [True, False])
 def test_completions_cross_models_or_stay_in_the_class(tmp_path, across, name):
     codistill = msgspec.structs.replace(SPEC, across=across)
@@ -359,7 +359,7 @@ def test_completions_cross_models_or_stay_in_the_class(tmp_path, across, name):
     assert completions_of(after["n@1"].artifact.read_bytes()) == [Completion(1, "new", 1.0)]
     if across:  # who was not there hears what the others say now
         assert completions_of(after["m@1"].artifact.read_bytes()) == [Completion(1, "new", 1.0)]
-    elif name == "heterotune":  # a core has crossed, so there is a new version
+    elif name == "fedadapter":  # a core has crossed, so there is a new version
         assert completions_of(after["m@1"].artifact.read_bytes()) == [Completion(0, "red", 0.9)]
     else:
         assert "m@1" not in after

@@ -15,7 +15,7 @@ from edge_runtime.trainer import step
 from edge_runtime.trainer.vocabulary import Divergence
 
 SPEC = settings.Adapter(rank=4, alpha=12.0)
-METHOD = h2tune.H2Tune(depths=3).method()
+METHOD = h2tune.H2Tune(rank=3, depths=3).method()
 
 
 @pytest.mark.parametrize(("depth", "truth"), [(0.0, (1, 0, 0)), (0.25, (0.5, 0.5, 0)), (1.0, (0, 0, 1))])
@@ -28,30 +28,24 @@ def test_a_relation_adds_up_to_one_whatever_was_learned():
     assert float(found.sum()) == pytest.approx(1)
 
 
-def test_the_core_is_the_identity_and_the_relations_share_of_each_increment():
+def test_a_layers_core_is_the_relations_share_of_each_increment():
     draw = torch.Generator().manual_seed(0)
     S, D = torch.randn(3, 4, 4, generator=draw), torch.randn(3, generator=draw)
     P = h2tune.relation(D, 0.3)
-    truth = torch.eye(4) + sum(P[m] * S[m] for m in range(3))
-    assert torch.allclose(h2tune.core({"S": S, "D": D}, 0.3), truth, atol=1e-6)
+    truth = sum(P[m] * S[m] for m in range(3))
+    assert torch.allclose(h2tune.inner({"S": S, "D": D}, 0.3), truth, atol=1e-6)
 
 
-def test_each_entry_is_the_mean_over_the_devices_that_trained_it():
-    draw = np.random.default_rng(0)
-    before = {"stages.0.q.S": np.zeros((3, 4, 4), np.float32)}
-    low, high = (draw.normal(0, 1, (3, rank, rank)).astype(np.float32) for rank in (2, 4))
-    made = [
-        Contribution(before, {"stages.0.q.S": low}, 30, "m"),
-        Contribution(before, {"stages.0.q.S": high}, 10, "n"),
+def test_each_entry_is_the_mean_over_the_devices_that_trained_it_whatever_their_model():
+    steps = np.random.default_rng(0).normal(size=(2, 3, 3, 3)).astype(np.float32)
+    before = {f"stages.0.{role}.S": np.zeros((3, 3, 3), np.float32) for role in "qk"}
+    devices = [
+        Contribution(before, {"stages.0.q.S": steps[0], "stages.0.k.S": steps[0]}, 30, "m"),
+        Contribution(before, {"stages.0.q.S": steps[1]}, 10, "n"),
     ]
-    truth = high.astype(np.float64)
-    truth[:, :2, :2] = (30 * low + 10 * truth[:, :2, :2]) / 40
-    found = METHOD.merges["stages"](lambda: iter(made))["stages.0.q.S"]
-    np.testing.assert_allclose(found, truth, atol=1e-6)
-    alike = METHOD.merges["stages"](lambda: iter([made[1], made[1]._replace(model_class="o")]))[
-        "stages.0.q.S"
-    ]
-    np.testing.assert_allclose(alike, high, atol=1e-6)
+    merged = METHOD.merges["stages"](lambda: iter(devices))
+    np.testing.assert_allclose(merged["stages.0.q.S"], 0.75 * steps[0] + 0.25 * steps[1], atol=1e-6)
+    np.testing.assert_allclose(merged["stages.0.k.S"], steps[0], atol=1e-6)
 
 
 def test_version_0_changes_nothing_and_all_layers_share_one_s(tiny):
@@ -86,62 +80,91 @@ def changed(tiny, passes, steps=3, chosen=(0, 1, 2, 3)):
     return {key.rpartition(".")[2] for key in moved}, losses
 
 
-def test_round_1_trains_all_and_later_ones_by_turns(tiny):
-    assert [len(METHOD.passes(round_)) for round_ in (1, 2, 3)] == [1, 2, 2]
-    assert changed(tiny, METHOD.passes(1))[0] == set("ABSD")
-    shared, own = METHOD.passes(2)
+def test_the_first_round_of_training_trains_all_and_later_ones_by_turns(tiny):
+    assert [len(METHOD.passes(round_)) for round_ in (1, 2, 3, 4)] == [1, 1, 2, 2]
+    assert changed(tiny, METHOD.passes(2))[0] == set("ABSD")
+    shared, own = METHOD.passes(3)
     assert changed(tiny, [shared])[0] == set("SD")
     moved, losses = changed(tiny, [own._replace(apart=0.0)])
     assert moved == set("AB")
-    moved, both = changed(tiny, METHOD.passes(2), steps=6)
+    moved, both = changed(tiny, METHOD.passes(3), steps=6)
     assert moved == set("ABSD")
-    assert both[0] == pytest.approx(
-        losses[0], rel=1e-5
-    )  # what is told is the first pass's, before anything moved
+    # the loss is that of the first pass, before anything moved
+    assert both[0] == pytest.approx(losses[0], rel=1e-5)
     assert both[-1] < both[0]
 
 
-def test_what_holds_the_cores_and_the_outputs_back_does(tiny):
+def test_the_penalties_hold_the_cores_and_the_outputs(tiny):
     """Far heavier weights leave what they are on nearly where it was."""
-    free = h2tune.H2Tune(depths=3, norm=0.0, keep=0.0, apart=0.0).method().passes(2)
-    held = h2tune.H2Tune(depths=3, norm=0.0, keep=0.0, apart=1e3).method().passes(2)
+    free = h2tune.H2Tune(rank=3, depths=3, norm=0.0, keep=0.0, apart=0.0).method().passes(3)
+    held = h2tune.H2Tune(rank=3, depths=3, norm=0.0, keep=0.0, apart=1e3).method().passes(3)
     assert changed(tiny, held, steps=6)[1][-1] > changed(tiny, free, steps=12)[1][-1]
-    kept = h2tune.H2Tune(depths=3, norm=0.0, keep=1e4, apart=0.0).method().passes(2)
-    ways = []
+    kept = h2tune.H2Tune(rank=3, depths=3, norm=0.0, keep=1e4, apart=0.0).method().passes(3)
+    distances = []
     for passes in (free, kept):
         before, after, _ = trained(tiny, passes[:1], steps=6)
-        ways.append(sum(np.abs(after[key] - before[key]).sum() for key in after if key.endswith(".S")))
-    assert ways[1] < 0.5 * ways[0]
+        distances.append(sum(np.abs(after[key] - before[key]).sum() for key in after if key.endswith(".S")))
+    assert distances[1] < 0.5 * distances[0]
 
 
 def test_layers_that_a_step_leaves_out_are_not_penalised(tiny):
-    strong = h2tune.H2Tune(depths=3, norm=1e3).method().passes(2)
+    strong = h2tune.H2Tune(rank=3, depths=3, norm=1e3).method().passes(3)
     assert changed(tiny, strong, chosen=(0, 3))[0] == set("ABSD")
 
 
+def cores(seed, count=2, rank=16, scale=1.0):
+    """Layers' whole cores: the identity between A and B, and T."""
+    draw = torch.Generator().manual_seed(seed)
+    T = [scale * torch.randn(rank, rank, generator=draw) for _ in range(count)]
+    return T, [torch.block_diag(torch.eye(4), each) for each in T]
+
+
+def penalty(settings_, round_, now, before):
+    return settings_.method().passes(round_)[0].penalty([(None, C, None) for C in now], before)
+
+
 def test_the_penalties_are_their_equations():
-    draw = torch.Generator().manual_seed(0)
-    before, now = ([torch.eye(3) + torch.randn(3, 3, generator=draw) for _ in range(2)] for _ in range(2))
-    settings_ = h2tune.H2Tune(norm=0.5, keep=2.0)
-    layers = [(None, C, None) for C in now]
-    first = settings_.method().passes(1)[0].penalty(layers, before)
-    norms = sum(float((C - torch.eye(3)).norm()) for C in now) / 2
-    assert float(first) == pytest.approx(0.5 * norms)
-    moved = 0.0
-    for old, new in zip(before, now, strict=True):
-        p, q = (torch.softmax((C - torch.eye(3)).flatten().double(), 0) for C in (old, new))
-        moved += float((p * (p / q).log()).sum()) / 2
-    second = settings_.method().passes(2)[0].penalty(layers, before)
-    assert float(second) == pytest.approx(0.5 * norms + 2.0 * moved, rel=1e-5)
-    released = h2tune.H2Tune(preset="as-released").method().passes(1)[0].penalty(layers, before)
-    assert float(released) == pytest.approx(norms)
+    (old, before), (new, now) = cores(0), cores(1)
+    norms = sum(float(T.double().norm()) for T in new) / 2
+    moved = sum(
+        float((T - start).double().square().sum() / start.double().square().sum())
+        for start, T in zip(old, new, strict=True)
+    )
+    weighed = h2tune.H2Tune(norm=0.5, keep=2.0)
+    assert float(penalty(weighed, 2, now, before)) == pytest.approx(0.5 * norms, rel=1e-5)
+    assert float(penalty(weighed, 3, now, before)) == pytest.approx(0.5 * norms + moved, rel=1e-5)
+    released = h2tune.H2Tune(preset="as-released")
+    assert float(penalty(released, 2, now, before)) == pytest.approx(norms, rel=1e-5)
 
 
-def test_its_controls_exchange_less():
-    control = methods.build(settings.MethodChoice("h2tune", {"across": False}), None, None)
+def test_what_keeps_the_cores_has_a_gradient_of_the_size_of_their_change():
+    """A change of a tenth pulls back by 2 · 0.1 / ‖T‖; the KL of the released code by next to nothing."""
+    (start,), before = cores(0, count=1, scale=0.05)
+    change = 0.1 * start
+    T = (start + change).requires_grad_()
+    penalty(h2tune.H2Tune(norm=0.0), 3, [torch.block_diag(torch.eye(4), T)], before).backward()
+    assert torch.allclose(T.grad, 2 * change / start.square().sum(), rtol=1e-4)
+    softmaxes = start.flatten().softmax(0), (moved := (start + change).requires_grad_()).flatten()
+    torch.nn.functional.kl_div(softmaxes[1].log_softmax(0), softmaxes[0], reduction="sum").backward()
+    assert moved.grad.norm() < 0.01 * T.grad.norm()
+
+
+def test_a_core_that_starts_from_0_has_nothing_to_keep():
+    T = torch.full((16, 16), 1e-3, requires_grad=True)
+    start = [torch.block_diag(torch.eye(4), torch.zeros(16, 16))]
+    penalty(h2tune.H2Tune(norm=0.0), 3, [torch.block_diag(torch.eye(4), T)], start).backward()
+    assert not T.grad.any()
+
+
+def test_its_controls_exchange_less_and_train_in_the_same_passes():
+    control = methods.build(settings.MethodChoice("h2tune", {"across": False}))
     assert (METHOD.scope("stages"), control.scope("stages")) == ("fleet", "class")
-    frozen = methods.build(settings.MethodChoice("h2tune", {"core": "frozen"}), None, None)
-    assert not frozen.merges and len(frozen.passes(2)) == 1
+    private = methods.build(settings.MethodChoice("h2tune", {"core": "private"}))
+    assert not private.merges and private.factors["S"].private and private.aligned
+    for method in (control, private):
+        first, second = method.passes(3)
+        assert (first.frozen, second.frozen) == (frozenset("ABH"), frozenset("SD"))
+        assert first.penalty is not None and second.apart > 0
 
 
 # --- the divergence of outputs

@@ -135,7 +135,10 @@ def test_memory_does_not_grow_with_the_number_of_updates(name):
 @pytest.mark.parametrize(
     ("merge", "shapes"),
     [
-        (methods.METHODS["heterotune"].merges["stages"], {f"stages.0.q.{name}": (256, 256) for name in "UV"}),
+        (
+            methods.METHODS["heterotune"].merges["stages"],
+            {f"stages.{stage}.q.C": (256, 256) for stage in (0, 1)},
+        ),
         (methods.METHODS["h2tune"].merges["stages"], {f"stages.{stage}.q.S": (256, 256) for stage in (0, 1)}),
         (codistill.combined, {f"anchors.{label}.P": (1, 256 * 256) for label in "ab"}),
     ],
@@ -161,9 +164,9 @@ FACTORS = {  # what each method sends, keeps and freezes
     "hetlora": ("AB", "", ""),
     "flexlora": ("AB", "", ""),
     "flora": ("AB", "", ("keptA", "keptB")),
-    "h2tune": ("S", "ABD", ""),
+    "h2tune": ("S", "ABD", "FG"),
     "fedadapter": ("ABUV", "", ""),
-    "heterotune": ("ABUV", "g", ""),
+    "heterotune": ("ABC", "", "FG"),
 }
 
 
@@ -455,15 +458,18 @@ def full(held, kept):
 
 
 def test_ranks_that_no_layer_can_multiply_are_refused():
-    for rank, kept in ((16, 256), (200, 64)):
-        of = settings.Fleet(
-            "f", (settings.Model("m"),), method=settings.MethodChoice("flora", {"kept": kept})
-        )
-        of = msgspec.structs.replace(of, adapter=settings.Adapter(rank=rank))
-        with pytest.raises(
-            InputError, match=f"rank is {rank} and \\[method\\] kept {kept}, but together .* 256 at most"
-        ):
-            methods.of(of)
+    public = settings.Public("texts.jsonl", 3)
+    for name, key, rank, more in (
+        ("flora", "kept", 16, 256),
+        ("flora", "kept", 200, 64),
+        ("h2tune", "rank", 250, 16),
+    ):
+        choice = settings.MethodChoice(name, {key: more})
+        fleet = settings.Fleet("f", (settings.Model("m"),), method=choice, public=public)
+        fleet = msgspec.structs.replace(fleet, adapter=settings.Adapter(rank=rank))
+        reason = f"rank is {rank} and \\[method\\] {name} adds {more}, but together .* 256 at most"
+        with pytest.raises(InputError, match=reason):
+            methods.of(fleet)
 
 
 def test_flora_is_the_same_for_equal_devices_and_for_one_that_turns_inside_its_rank():

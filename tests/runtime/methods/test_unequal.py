@@ -171,7 +171,11 @@ def test_methods_of_unequal_ranks_write_new_factors_only_where_ranks_may_differ(
     for lower, refactored in (((), False), ((4,), True)):
         adapter = settings.Adapter(rank=8, lower=lower)
         fleet = settings.Fleet(
-            "f", (settings.Model("m"),), method=settings.MethodChoice(name), adapter=adapter
+            "f",
+            (settings.Model("m"),),
+            method=settings.MethodChoice(name),
+            adapter=adapter,
+            public=settings.Public("texts.jsonl", 3),
         )
         method = methods.of(fleet)
         assert method.merges["layers"] is unequal.mean and method.refactored is refactored

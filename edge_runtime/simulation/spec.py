@@ -77,10 +77,10 @@ class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapter: dict[str, Any] = {}
     training: dict[str, Any] = {}
     codistill: dict[str, Any] | None = None
-    public: dict[str, Any] = {}
     head: dict[str, Any] = {}
-    # Unset, the key is left out of digests.
+    # Unset, these keys are left out of digests.
     codec: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    public: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -125,7 +125,8 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if arm.codec is not msgspec.UNSET:
             tables["codec"] = arm.codec
         if self.public is not None and self.uses_public(arm):
-            tables["public"] = {"file": PUBLIC, "texts": self.public.texts, **arm.public}
+            public = {} if arm.public is msgspec.UNSET else arm.public
+            tables["public"] = {"file": PUBLIC, "texts": self.public.texts, **public}
         fleet = settings.parse(tables)
         if self._framed(arm):
             return msgspec.structs.replace(fleet, rounds=fleet.rounds + 1)

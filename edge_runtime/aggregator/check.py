@@ -11,6 +11,7 @@ import numpy as np
 from edge_broker.messages import Manifest
 
 from edge_runtime.errors import InputError
+from edge_runtime.methods import frames
 from edge_runtime.methods.interface import WIDTHS, Method
 from edge_runtime.protocol import codec
 from edge_runtime.protocol.keys import parse
@@ -75,7 +76,10 @@ def check(payload: bytes, expected: Shapes, fleet: Fleet, method: Method) -> cod
         method.answers.check(answers)
     elif answers:
         raise InputError("the delta holds completions, which this fleet does not exchange")
+    _check_features(delta, expected, method)
     for key, value in delta.items():
+        if parse(key).kind == "frame":
+            continue
         norm = float(np.linalg.norm(value))
         if norm > LARGEST_NORM:
             raise InputError(
@@ -147,6 +151,23 @@ def _check_shape(
         parts = [f"of rank {words}" if "rank" in factor.axes else "as the fleet has it"]
         parts += [f"for a layer {widths[axis]} wide" for axis in WIDTHS if axis in widths and known]
         raise InputError(f"{key} is {shape} in the delta, but has to be {', '.join(parts)}")
+
+
+def _check_features(delta: codec.Tensors, expected: Shapes, method: Method) -> None:
+    """Refuse features that are not white, or not alone; and all else until a class has sent features."""
+    if not method.framed:
+        return
+    features = delta.get(frames.SENT)
+    if features is None:
+        if frames.SENT not in expected:
+            raise InputError(
+                f"the delta lacks {frames.SENT}, which no device of its model class has sent yet"
+            )
+        return
+    if len(delta) > 1:
+        raise InputError(f"the delta holds {frames.SENT} beside other tensors, but has to hold it alone")
+    if fault := frames.fault(features):
+        raise InputError(f"the features {frames.SENT} {fault}: they are of no model")
 
 
 def _check_predictions(delta: codec.Tensors) -> None:

@@ -113,7 +113,7 @@ def _frame(
                     state = {frames.SENT: master.get_tensor(frames.SENT)}
         if not state:
             _merge_kind("frame", of_class, state, {}, fleet, method)
-            new = True
+            new = new or bool(state)
         features += state.values()
     return frames.common(features, before) if new or before is None else before
 

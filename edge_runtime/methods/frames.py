@@ -5,7 +5,8 @@
     Z      the leading left singular vectors of [X_1 ... X_C], times the root of the texts; (texts, WIDTH)
     F_c    the map from activations of class c into the frame: F_c x is about the Z of a text
 
-X_c travels once a class; the node makes Z, and each device maps its own activations to Z by ridge
+X_c travels once a class, from each device that takes part as the class joins, of which the node
+takes the most central. The node makes Z, and each device maps its own activations to Z by ridge
 regression (trainer/frame.py). Without such a frame a tensor that two models share is worthless: their
 factors start from independent draws, and a rotation of one of them changes nothing but the shared
 tensor's coordinates (docs/study).
@@ -15,12 +16,14 @@ what the fleet has learned in the frame keeps its meaning.
 
 `[public] frame = "rotated"` is the control: each class turns its Z by a rotation drawn from the
 class's name, so that the same values cross without a common meaning.
-Source: generalised canonical correlation, MAXVAR (Kettenring 1971); that features relative to common
+Source: generalised canonical correlation, MAXVAR (Kettenring 1971); the RV coefficient is that of
+Escoufier 1973; that features relative to common
 anchors make models comparable is Moschella et al. 2023, arXiv 2209.15430.
 """
 
 import hashlib
 from collections.abc import Iterable
+from itertools import combinations, islice
 from typing import TYPE_CHECKING
 
 from edge_runtime.methods.interface import Array, Contributions, Factor, Method, Tensors
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 
 FEATURES = 256  # of a text, that a device sends
 WIDTH = 256  # coordinates of the frame
+ROUNDED = 0.1  # entries of XᵀX / texts may differ by this from the identity's, as X was rounded
+COMPARED = 8  # devices of a new class whose features are compared
 SHRINK = 0.1  # ridge of a map into the frame, as a share of the activations' mean variance
 X = Factor(("texts", "features"), trained=True, shared="class", start="zero", of="frame")
 Z = Factor(("texts", "frame"), trained=False, shared="class", start="zero", of="frame")
@@ -43,7 +48,7 @@ def added(method: Method, texts: int) -> Method:
     """The method with the frame that its aligned factors need."""
     return method._replace(
         factors={**method.factors, "X": X, "Z": Z},
-        merges={**method.merges, "frame": first},
+        merges={**method.merges, "frame": central},
         sizes=lambda rank: {**method.sizes(rank), "texts": texts, "features": FEATURES, "frame": WIDTH},
     )
 
@@ -51,6 +56,7 @@ def added(method: Method, texts: int) -> Method:
 def features(states: "Array") -> "Array":
     """X (texts, FEATURES) of a model's head inputs (texts, hidden); columns beyond the rank are 0."""
     centred = states - states.mean(0)
+    centred -= centred.mean(0)  # what rounding left over of a large mean
     # the smaller side's eigenvectors: a square of the texts or of the width
     u, s, _ = np.linalg.svd(centred, full_matrices=False)
     count = min(FEATURES, int((s > 1e-5 * s[0]).sum()))
@@ -59,14 +65,33 @@ def features(states: "Array") -> "Array":
     return columns
 
 
-def first(contributions: Contributions) -> Tensors:
-    """The features of a class's first device; later ones say the same in other coordinates."""
-    steps: Tensors = {}
-    for contribution in contributions():
-        for key, value in contribution.delta.items():
-            if key not in contribution.before:
-                steps.setdefault(key, value)
-    return steps
+def fault(features: "Array") -> str | None:
+    """Why a device's features (texts, FEATURES) are none; None: they are centred and white."""
+    used = features[:, features.any(0)]
+    if not used.size:
+        return "are all 0"
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is not white
+        gram = used.T @ used / len(used)
+        off = max(np.abs(gram - np.eye(len(gram), dtype=np.float32)).max(), np.abs(used.mean(0)).max())
+    return None if off <= ROUNDED else f"are off white by {off:.2g}, more than {ROUNDED}"
+
+
+def central(contributions: Contributions) -> Tensors:
+    """The features of the device that sees the texts most as the others of its class do.
+
+    Likeness is ‖X_aᵀ X_b‖² / (‖X_aᵀ X_a‖ ‖X_bᵀ X_b‖), the RV coefficient, which does not depend on a
+    device's coordinates. So a device that sends noise is passed over where its class has two others.
+    The first COMPARED devices are in memory.
+    """
+    sent = [contribution.delta[SENT] for contribution in islice(contributions(), COMPARED)]
+    if not sent:
+        return {}
+    sizes = [float(np.linalg.norm(X.T @ X)) for X in sent]
+    alike = np.zeros(len(sent))
+    for first, other in combinations(range(len(sent)), 2):
+        likeness = float(np.square(sent[first].T @ sent[other]).sum()) / (sizes[first] * sizes[other])
+        alike[[first, other]] += likeness
+    return {SENT: sent[int(alike.argmax())]}
 
 
 def common(classes: "Iterable[Array]", before: "Array | None") -> "Array":

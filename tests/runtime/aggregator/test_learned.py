@@ -13,6 +13,7 @@ from edge_runtime.aggregator import learned as of_node
 from edge_runtime.aggregator import merge, opening
 from edge_runtime.aggregator.store import NodeStore
 from edge_runtime.errors import InputError
+from edge_runtime.methods import frames
 from edge_runtime.models.slices import kept_layers
 from edge_runtime.protocol import codec
 from edge_runtime.protocol.plan import Plan
@@ -29,7 +30,13 @@ def merged(tiny, facts_of, tmp_path):
     def run(name, **values):
         choice, layers = settings.MethodChoice(name, values), kept_layers(3, 4)
         fleet = settings.Fleet(
-            "f", (settings.Model("owner/tiny"),), method=choice, adapter=SPEC, seed=5, head=settings.Head()
+            "f",
+            (settings.Model("owner/tiny"),),
+            method=choice,
+            adapter=SPEC,
+            seed=5,
+            head=settings.Head(),
+            public=settings.Public("texts.jsonl", 3),
         )
         method = methods.of(fleet)
         adapter = attach.attach(tiny("llama", num_hidden_layers=3), layers, SPEC, method, fleet.seed, 4)
@@ -40,6 +47,8 @@ def merged(tiny, facts_of, tmp_path):
             for key, value in start.items()
             if method.factor(key).exchanged
         }
+        if method.framed:
+            delta[frames.SENT] = frames.features(draw.normal(size=(3, 5)).astype(np.float32))
         payload = tmp_path / "payload"
         payload.write_bytes(codec.encode(delta))
         store = NodeStore(tmp_path / "node.db")
@@ -89,7 +98,7 @@ def test_the_node_has_what_the_device_has(merged, method, values):
     [
         ("local", {}, "with local each device keeps A, B to itself"),
         ("fedsa", {}, "with fedsa each device keeps B to itself"),
-        ("heterotune", {}, "with heterotune each device keeps g to itself"),
+        ("heterotune", {}, "maps its own activations into the fleet's common frame"),
         ("h2tune", {}, "with h2tune each device keeps A, B, D to itself"),
         ("fedsb", {"frames": "singular"}, "takes factors out of its own weights"),
     ],

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from edge_runtime import methods, settings
+from edge_runtime.aggregator import check
 from edge_runtime.errors import InputError
 from edge_runtime.methods import frames
 from edge_runtime.methods.interface import Contribution
+from edge_runtime.protocol import codec
 
 TEXTS, LATENT = 400, 12
 
@@ -73,12 +75,63 @@ def test_a_class_that_joins_leaves_the_frame_where_it_was(two):
     assert agreement(after, before) >= agreement(anew, before)
 
 
-def test_a_class_has_the_features_of_its_first_device():
-    deltas = [{"frame.X": np.full((4, 3), value, np.float32)} for value in (1, 2)]
-    given = [Contribution({}, delta, 10) for delta in deltas]
-    assert (frames.first(lambda: given)["frame.X"] == 1).all()
-    later = [Contribution({"frame.X": deltas[0]["frame.X"]}, deltas[1], 10)]
-    assert frames.first(lambda: later) == {}
+def sent(features):
+    return Contribution({}, {frames.SENT: features}, 10, "m")
+
+
+def turned(features, seed):
+    """The same features in other coordinates, as another device of the class may have them."""
+    used = features[:, features.any(0)]
+    rotation = np.linalg.qr(np.random.default_rng(seed).normal(size=(used.shape[1],) * 2))[0]
+    return np.concatenate([used @ rotation, np.zeros((len(used), frames.FEATURES - used.shape[1]))], 1)
+
+
+def test_a_device_that_sends_noise_does_not_decide_the_features_of_its_class(two):
+    honest = frames.features(two[0])
+    noise = frames.features(np.random.default_rng(9).normal(size=(TEXTS, 300)).astype(np.float32))
+    for place in range(3):
+        devices = [sent(turned(honest, seed)) for seed in (1, 2)]
+        devices.insert(place, sent(noise))
+        chosen = frames.central(lambda devices=devices: devices)[frames.SENT]
+        assert chosen is not noise and np.linalg.norm(chosen.T @ honest) > 0.9 * np.linalg.norm(
+            honest.T @ honest
+        )
+    assert frames.central(lambda: [sent(noise)])[frames.SENT] is noise  # there is no other
+    assert frames.central(lambda: []) == {}
+
+
+def test_what_is_no_features_of_a_model_is_told(two):
+    X = frames.features(two[0])
+    assert frames.fault(X) is None
+    rounded = codec.decode(codec.encode({frames.SENT: X}))[frames.SENT]
+    assert not np.array_equal(rounded, X) and frames.fault(rounded) is None
+    massive = two[0] + 1e4 * np.eye(1, 40, dtype=np.float32)  # a channel with a large mean
+    assert frames.fault(frames.features(massive)) is None
+    for bad in (0 * X, 2 * X, X + 1, 1e30 * X, np.repeat(X[:, :1], frames.FEATURES, 1)):
+        assert frames.fault(bad.astype(np.float32)) is not None
+
+
+def test_features_come_alone_and_before_all_else():
+    tables = {"fleet": {"name": "f"}, "catalog": [{"source": "m"}], "adapter": {"rank": 4}}
+    public = {"file": "public.jsonl", "texts": TEXTS}
+    fleet = settings.parse({**tables, "method": {"name": "heterotune"}, "public": public})
+    X, C = frames.features(activations(1, 40)), np.ones((16, 16), np.float32)
+    known = {frames.SENT: X.shape}
+
+    def checked(delta, expected):
+        return check.check(codec.encode(delta), expected, fleet, methods.of(fleet)).keys()
+
+    assert checked({frames.SENT: X}, {}) == checked({frames.SENT: X}, known) == {frames.SENT}
+    assert checked({"stages.0.q.C": C}, known) == {"stages.0.q.C"}
+    for delta, expected, reason in (
+        ({"stages.0.q.C": C}, {}, "lacks frame.X, which no device of its model class has sent yet"),
+        ({frames.SENT: X, "stages.0.q.C": C}, {}, "frame.X beside other tensors"),
+        ({frames.SENT: 3 * X}, {}, "features frame.X are off white by"),
+        ({frames.SENT: X[:9]}, {}, r"frame.X is \(9, 256\) in the delta"),
+        ({frames.MADE: X}, known, "holds frame.Z, which this fleet's adapter does not exchange"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            checked(delta, expected)
 
 
 def test_a_fleet_wide_head_needs_public_texts():

@@ -95,9 +95,11 @@ def check(folder: Path, config: Any, stated: dict[str, Any]) -> None:
     Raises:
         InputError: names the key and its value.
     """
-    known = {"model_type", *config.attribute_map, *family_of(config.model_type).read, *WITHOUT_EFFECT}
+    row = family_of(config.model_type)
+    known = {"model_type", *config.attribute_map, *row.read, *WITHOUT_EFFECT}
     for kind in type(config).__mro__:
         known.update(inspect.signature(kind.__init__).parameters)  # type: ignore[misc]
+    known -= {*row.unread}
     for key, value in stated.items():
         if key in known or PATTERNS.search(key):
             continue

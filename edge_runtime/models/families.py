@@ -51,6 +51,7 @@ class Family(msgspec.Struct, frozen=True):
     gguf_keys: Keys = Keys()
     # keys of config.json that are no fields of its class, but are read, or say what a field says
     read: tuple[str, ...] = ("head_dim",)
+    unread: tuple[str, ...] = ()  # fields of its class that transformers' model does not compute with
 
     @property
     def norms_after(self) -> bool:
@@ -134,6 +135,7 @@ FAMILIES = (
         gguf="gemma3",
         gguf_keys=GEMMA3_KEYS,
         read=("head_dim", "sliding_window_pattern"),
+        unread=("attn_logit_softcapping",),
     ),
     Family(("phi",), "Phi", PHI, norms=("input_layernorm",), gguf="phi2", gguf_keys=PHI_KEYS, read=PARTIAL),
     Family(("phi3",), "Phi3", PHI3, gguf="phi3", gguf_keys=PHI3_KEYS, read=PARTIAL),

@@ -20,6 +20,9 @@ from edge_broker import files
 from edge_runtime.errors import InputError
 
 FORMS: list[set[str]] = [{"prompt", "completion"}, {"messages"}, {"text"}, {"text", "label"}]
+# Keys by which other trainers write more into a prompt, which is not done here; empty ones do no harm.
+# Their names may mean something else in rows of a text.
+PROMPTED = ("tools", "functions", "documents", "system", "images", "chat_template", "chat_template_kwargs")
 MOST_BYTES = 16 << 20  # of a line
 MOST_HELD_OUT = 200
 
@@ -90,6 +93,12 @@ def _row(line: bytes, where: str) -> Row:
         raise InputError(
             f"{where}: has {seen}; needed: prompt and completion, or messages, or text, or text and label"
         )
+    for key in PROMPTED if keys & {"messages", "prompt"} else ():
+        if row.get(key):
+            raise InputError(
+                f"{where}: has {key}, which is not written into the prompt here, so another row would be learned: "
+                "write it into the prompt or a system message, and remove the key"
+            )
     for key in keys - {"messages"}:
         if not isinstance(row[key], str) or (key != "prompt" and not row[key].strip()):
             raise InputError(f"{where}: `{key}` has to be text that is not empty, seen {_kind(row[key])}")
@@ -142,6 +151,11 @@ def _check_messages(messages: Any, where: str) -> None:
         )
     if not any(turn["role"] == "assistant" for turn in messages):
         raise InputError(f"{where}: no message has the role assistant, so there is nothing to learn")
+    if any(turn.get("weight") not in (None, 1) or turn.get("train") is False for turn in messages):
+        raise InputError(
+            f"{where}: a message has a weight other than 1, or train false, but all of the assistant's turns are "
+            "learned alike: remove the row, or the key if the turn may be learned"
+        )
     if messages[0]["role"] == "assistant":
         raise InputError(f"{where}: the first message is the assistant's, but it has to answer something")
 

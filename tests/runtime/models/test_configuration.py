@@ -56,6 +56,7 @@ def test_a_key_that_the_model_leaves_out_is_refused_by_name(with_keys, keys):
         ("gemma2", {"sliding_window_pattern": 3}),
         ("gpt2", {"head_dim": 8}),
         ("phi", {"rotary_dim": 4}),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}),
     ],
 )
 def test_a_key_that_only_other_families_read_is_refused_by_name(with_keys, family, keys):

@@ -96,6 +96,38 @@ def test_a_wrong_row_is_named_by_its_line(read, line, message):
     assert message in str(refused.value)
 
 
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"messages": TURNS, "tools": [{"type": "function"}]},
+            "has tools, which is not written into the prompt",
+        ),
+        ({"prompt": "a", "completion": "b", "system": "be brief"}, "has system, which is not written"),
+        ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}, "a message has a weight other than 1"),
+        ({"messages": [TURNS[0], {**TURNS[1], "train": False}]}, "a message has a weight other than 1"),
+    ],
+)
+def test_a_key_that_changes_what_other_trainers_learn_is_refused(read, row, message):
+    with pytest.raises(InputError, match=message):
+        read(json.dumps(row))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TURNS, "tools": [], "documents": None},
+        {"text": "a", "label": "b", "system": "Linux"},
+        {"messages": [TURNS[0], {**TURNS[1], "weight": 1, "train": True}]},
+    ],
+)
+def test_such_a_key_does_no_harm_where_it_changes_nothing(read, row):
+    assert read(json.dumps(row)) == [row]
+
+
 @pytest.mark.parametrize("content", ["", "\n \n"])
 def test_an_empty_file_is_refused(read, content):
     with pytest.raises(InputError, match=r"rows.jsonl has no rows: write one JSON object a line"):

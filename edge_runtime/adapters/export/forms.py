@@ -11,7 +11,6 @@ place, and gets its name once a tool has computed with it what the trainer compu
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -100,15 +99,14 @@ def export(form: Form, learned: Learned, out: Path, format: str | None = None) -
             f"install '.[{extra}]'"
         )
     check.require_memory(learned.facts, 1 if form in PIECEWISE else len(learned.layers))
-    part = out.absolute().with_name(f"{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-    try:
-        prompts = check.prompts(learned.facts.vocabulary)
-        FORMS[form](Export(learned, part, out.absolute(), format or formats[0], prompts))
+    out, prompts = out.absolute(), check.prompts(learned.facts.vocabulary)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # no other export to the same place writes there, and nobody's files have the name
+    with TemporaryDirectory(prefix=f"{out.name}.", suffix=".part", dir=out.parent) as scratch:
+        part = Path(scratch) / out.name
+        FORMS[form](Export(learned, part, out, format or formats[0], prompts))
         write_head(learned, part)
-        files.put(part, out.absolute())
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        files.put(part, out)
 
 
 def _peft(job: Export) -> None:
@@ -144,7 +142,7 @@ def _merged(job: Export) -> None:
     checkpoint.write(job.learned, job.part, merged=True)
     truth = check.trainer(job.learned, job.prompts)
     seen = Outputs(truth.plain, tools.transformers(job.part, job.prompts))
-    _require_adapter(seen, truth, "weights of the base's precision")
+    _require_adapter(seen, truth, "weights of the base's precision", "keep it apart with --to peft")
 
 
 def _merged_gguf(job: Export) -> None:
@@ -155,7 +153,8 @@ def _merged_gguf(job: Export) -> None:
     truth = check.trainer(learned, job.prompts)
     with _read_again(learned, model) as facts:  # without llama.cpp's rounding of activations
         read = check.logits(check.loaded(facts, facts.layers), job.prompts)
-    _require_adapter(Outputs(truth.plain, read), truth, f"weights of {source.name}'s formats")
+    instead = "merge with --weights f16, or keep it apart with --to gguf or --to peft"
+    _require_adapter(Outputs(truth.plain, read), truth, f"weights of {source.name}'s formats", instead)
     (seen,) = tools.llama_cpp(model, None, learned.facts.vocabulary, job.prompts)
     check.require_near(seen, read, ROUGH, "llama.cpp")
 
@@ -166,13 +165,13 @@ def _onnx(job: Export) -> None:
     onnx.to_onnx(job.learned, job.format, job.part)
 
 
-def _require_adapter(seen: Outputs, truth: Outputs, where: str) -> None:
+def _require_adapter(seen: Outputs, truth: Outputs, where: str, instead: str) -> None:
     """Raise InputError where a merged model has lost the adapter."""
     found = check.difference(seen, truth)
     if not found <= ROUGH:
         raise InputError(
             f"the adapter is lost in {where}: {found:.0%} of what it changes in the logits differ after rounding, and at "
-            f"most {ROUGH:.0%} may; merge with --weights f16, or keep it apart with --to gguf or --to peft"
+            f"most {ROUGH:.0%} may; {instead}"
         )
 
 

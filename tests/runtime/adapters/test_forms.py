@@ -279,6 +279,26 @@ def test_a_wrong_factor_is_seen_and_nothing_is_left(saved, form, fault, tmp_path
     assert not [*tmp_path.iterdir()]
 
 
+def test_an_export_leaves_all_beside_it_alone(saved, tmp_path, monkeypatch):
+    """Another export to the same place is whole, and so is a folder of the user's with a like name."""
+    adapter, merged, mine = saved(), forms.FORMS["merged"], tmp_path / "out.part" / "mine"
+    mine.parent.mkdir()
+    mine.touch()
+
+    def overtaken(job):
+        monkeypatch.setitem(forms.FORMS, "merged", merged)
+        forms.export("merged", adapter, job.out)
+        merged(job)
+
+    monkeypatch.setitem(forms.FORMS, "merged", overtaken)
+    with pytest.raises(OSError, match="not empty"):
+        forms.export("merged", adapter, tmp_path / "out")
+    assert {*tmp_path.iterdir()} == {tmp_path / "out", mine.parent}
+    assert mine.exists()
+    prompts, truth = outputs(adapter)
+    assert np.allclose(tools.transformers(tmp_path / "out", prompts), truth.adapted, atol=1e-4)
+
+
 def test_a_slice_comes_out_of_a_split_file_as_one(saved, tiny, tmp_path):
     adapter = saved("llama", "gguf", depth=3)
     gguf_models.write(tiny("llama"), tmp_path / "split.gguf", tensors_a_file=20)

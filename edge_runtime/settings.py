@@ -84,6 +84,8 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # Who shares each label's row: the whole fleet, in the common frame of its models
     # (methods/frames.py); the devices of a model class; or nobody.
     shared: Literal["fleet", "class", "private"] = "class"
+    # of a row that nobody has trained: the label's mean head input (methods/head_start.py), or zero
+    start: Literal["means", "zero"] = "means"
 
 
 class Public(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -45,8 +45,12 @@ class Attached(NamedTuple):
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """The label head's logits, (rows, hidden) to (rows, labels)."""
         assert self.head is not None
+        return self.inputs(states) @ self.head.T
+
+    def inputs(self, states: torch.Tensor) -> torch.Tensor:
+        """The label head's inputs, (rows, hidden) to (rows, hidden), or (rows, frame) where it has a frame."""
         into = self.factors.get(MAP)
-        return (states if into is None else states @ into.T) @ self.head.T
+        return states if into is None else states @ into.T
 
     @contextmanager
     def without(self, names: Collection[str]) -> Iterator[None]:

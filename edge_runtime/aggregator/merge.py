@@ -132,7 +132,8 @@ def _merge_kind(
     steps = method.merges[kind](partial(_contributions, kind, updates, before, fleet, method))
     # predictions have no version 0: their first step is their value
     for key, step in steps.items():
-        if kind in STATE:
+        # a label's first row is the devices' start and what they learned from there, not a step alone
+        if kind in STATE and (kind != "labels" or key in state):
             step = server_step.step(key, step, fleet.method, momenta)
         state[key] = before[key] + step if key in before else step
 

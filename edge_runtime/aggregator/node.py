@@ -119,6 +119,7 @@ class Node:
         self._clock = RoundClock()
         self._round = self._store.open_round()  # one past the fleet's rounds: finishing
         self._serving = self._ended = False
+        self._texts_suffice = True
 
     def run(self) -> None:
         """Serve the fleet.
@@ -181,6 +182,8 @@ class Node:
         folder = self.options.state / "versions"
         versions = self._exchange.merge(updates, before, self.fleet, self._method, self._round, folder)
         self._store.merged(self._round, versions)
+        # which labels there are is known from the versions alone; the warning comes once
+        self._texts_suffice = self._texts_suffice and opening.texts_suffice(self.fleet, versions)
         self._say("merged", seconds=time.monotonic() - started)
         self._round += 1
 

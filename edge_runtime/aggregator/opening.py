@@ -1,19 +1,28 @@
 """Before a round opens: public texts, settings that may not change, remains of earlier rounds."""
 
 import hashlib
-from itertools import islice
+import logging
+from collections.abc import Iterable
+from itertools import chain, islice
 from pathlib import Path
 
 import msgspec
 from edge_broker.journal import Journal
 from edge_broker.transfer import Receiver
 
-from edge_runtime.aggregator.store import NodeStore
+from edge_runtime.aggregator.store import NodeStore, Version
 from edge_runtime.errors import InputError
+from edge_runtime.protocol import codec
+from edge_runtime.protocol.keys import label_of, parse
 from edge_runtime.settings import Fleet
 from edge_runtime.trainer import data
 
+log = logging.getLogger(__name__)
+
 KEPT_ROUNDS = 10  # rounds whose versions stay in the state folder
+TEXTS_A_LABEL = (
+    10  # with a fifth of that, accuracy on labels that a device has no rows of halves (docs/study)
+)
 
 
 def public_texts(fleet: Fleet) -> list[data.Row]:
@@ -46,6 +55,24 @@ def _question(row: data.Row) -> data.Row:
     return {"messages": [{"role": turn["role"], "content": turn["content"]} for turn in messages[:last]]}
 
 
+def texts_suffice(fleet: Fleet, versions: Iterable[Version]) -> bool:
+    """Whether the labels of these versions have enough public texts; a warning says so if not."""
+    if fleet.head is None or fleet.codistill is None or fleet.public is None:
+        return True
+    keys = chain.from_iterable(codec.shapes(version.artifact.read_bytes()) for version in versions)
+    labels = len({label_of(key) for key in keys if parse(key).kind in ("labels", "anchors")})
+    if few := labels * TEXTS_A_LABEL > fleet.public.texts:
+        log.warning(
+            "the fleet has %d labels and %d public texts: with fewer than about %d texts a label, devices learn little of "
+            "labels that they have no rows of; give [public] %d texts or more",
+            labels,
+            fleet.public.texts,
+            TEXTS_A_LABEL,
+            labels * TEXTS_A_LABEL,
+        )
+    return not few
+
+
 def check_settings(
     fleet: Fleet, texts: list[data.Row], store: NodeStore, journal: Journal, folder: Path
 ) -> None:
@@ -55,12 +82,12 @@ def check_settings(
         InputError: versions and updates in the folder were made with other settings; the first of
             these is named.
     """
-    distils = fleet.codistill
+    distils, head = fleet.codistill, fleet.head
+    # a later round may take another server step, and rows that are new in it another start
     fixed = {
-        # a later round may take another server step
         "[method]": {"name": fleet.method.name, "settings": fleet.method.settings},
         "[adapter]": msgspec.structs.replace(fleet.adapter, lower=()),
-        "[head]": fleet.head,
+        "[head]": None if head is None else msgspec.structs.replace(head, start="means"),
         "[codistill] across": distils.across if distils is not None else None,
         # devices refer to the texts by number
         "[public] texts": hashlib.sha256(msgspec.json.encode(texts)).hexdigest()[:12],

@@ -3,7 +3,8 @@
     v <- momentum · v + mean delta,   version <- version + server_step · v
 
 v starts at 0; each tensor of the adapter and the head has one. A tensor that no device of a round
-sent stays, and so does its v. With server_step 1 and momentum 0 the step is the mean delta.
+sent stays, and so does its v. With server_step 1 and momentum 0 the step is the mean delta, and so
+is the first of a label's row, most of which is the row's start (methods/head_start.py).
 
 Devices that start from one version move away from it in different directions, so their mean delta
 is shorter than each delta, and shorter than the step that is best for their mean loss. A step above

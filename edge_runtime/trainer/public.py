@@ -35,7 +35,8 @@ class Distillation(NamedTuple):
     """Public texts that join the steps of a round, with the fleet's answers."""
 
     texts: list[Example]  # with completions; or, for a head, the answer is the row in targets
-    shares: list[float]  # how much each text counts, 0 to 1
+    evidence: NDArray[Any]  # (texts,), how sure the fleet is of each answer, 0 to 1
+    shares: list[float]  # how much each text counts in this round, 0 to 1
     targets: torch.Tensor | None  # (texts, labels), probabilities, for a head over labels
     weight: float  # of the texts' mean loss beside the mean loss of the device's own rows
     rows: int  # texts in a step
@@ -129,7 +130,7 @@ def weighed(
     ramp = codistill.ramp(job.round, job.fleet.rounds)
     shares = evidence * (news + (1 - news) * ramp)
     count = max(round(spec.rows * covered * float(shares.sum() / evidence.sum())), 1)
-    return Distillation(texts, shares.tolist(), targets, spec.weight * covered, count)
+    return Distillation(texts, evidence, shares.tolist(), targets, spec.weight * covered, count)
 
 
 def drawn(distillation: Distillation | None, seed: str) -> tuple[Iterator[Example], int, float]:
@@ -140,7 +141,7 @@ def drawn(distillation: Distillation | None, seed: str) -> tuple[Iterator[Exampl
     """
     if distillation is None:
         return iter(()), 0, 0.0
-    texts, shares, _, weight, count = distillation
+    texts, _, shares, _, weight, count = distillation
     return in_shares(texts, shares, seed), count, weight * sum(shares) / len(shares)
 
 

@@ -25,7 +25,7 @@ from edge_runtime.models.slices import kept_layers
 from edge_runtime.protocol import codec
 from edge_runtime.protocol.keys import LABEL, label_of, parse
 from edge_runtime.protocol.report import Result, Score
-from edge_runtime.trainer import data, delta, disk
+from edge_runtime.trainer import data, delta, disk, head
 from edge_runtime.trainer.base import Base, Bases, load_base
 from edge_runtime.trainer.completions import Completions
 from edge_runtime.trainer.delta import Sent
@@ -72,6 +72,8 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
     joins = job.train and frame is not None
     features = frame.features(base, meter) if job.train and frame is not None else DeviceAnswers()
     if job.train and not joins:
+        if material.labels and job.fleet.head is not None and job.fleet.head.start == "means":
+            head.begin(base, material.examples, distillation, meter)
         trained = train(job, method, base, material.examples, distillation, meter)
         # nobody learns the answers of the last round
         if public is not None and job.round < job.fleet.rounds:

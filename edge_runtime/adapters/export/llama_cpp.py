@@ -6,6 +6,7 @@ OUTPUT is an array (1 or 2, prompts, vocabulary) in NumPy's format: without the 
 """
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -29,6 +30,8 @@ def main() -> None:
             for token in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
                 row[token["id"]] = token["logprob"]
     np.save(output, found)
+    # without the server's own end, which waits for its threads
+    os._exit(0)
 
 
 def _options(model: str, adapter: str | None) -> Any:

@@ -27,7 +27,10 @@ def server(path):
     options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
     options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    return xllamacpp.Server(options)
+    started = xllamacpp.Server(options)
+    # its end waits for its loop, for ever where the loop has not begun
+    started.handle_completions({"prompt": [0], "n_predict": 1})
+    return started
 
 
 def log_probabilities(path, ids, vocabulary):

@@ -79,7 +79,7 @@ def encode(
     sections = [
         payloads.compress(b"".join(part.tobytes() for part in side)),
         payloads.compress(answers),
-        *(digits.compress([part.packed for part in packed if part.base == base]) for base in BASES),
+        *(digits.compress([part.content for part in packed if part.base == base]) for base in BASES),
     ]
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
     header = Header(shapes, strays=side[2].size, completions_bytes=len(answers))

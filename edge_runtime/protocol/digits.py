@@ -18,7 +18,7 @@ import zstandard
 from numpy.typing import NDArray
 
 BASES = {3: 5, 5: 3, 15: 2, 255: 1}  # numbers that a byte holds, by the base
-MOST_STRAYS = 1e-3  # share of a tensor's numbers; more of them take the next base
+STRAY_SHARE = 1e-3  # share of a tensor's numbers; more of them take the next base
 _NUMBERS = {  # of each byte: (256, numbers a byte)
     base: (np.arange(256)[:, None] // base ** np.arange(count) % base - base // 2).astype(np.float32)
     for base, count in BASES.items()
@@ -33,7 +33,7 @@ class Digits(NamedTuple):
     """Numbers in bytes."""
 
     base: int
-    packed: NDArray[np.uint8]
+    content: NDArray[np.uint8]
     places: NDArray[np.int64]  # of the strays, rising
     strays: NDArray[np.int32]
 
@@ -43,7 +43,7 @@ def pack(numbers: NDArray[np.float32]) -> Digits:
     sizes = np.abs(numbers)
     for base in BASES:
         beyond = np.flatnonzero(sizes > base // 2)
-        if beyond.size <= MOST_STRAYS * numbers.size:
+        if beyond.size <= STRAY_SHARE * numbers.size:
             break
     half, count = base // 2, BASES[base]
     shifted = np.full((length(numbers.size, base), count), half, np.uint8)

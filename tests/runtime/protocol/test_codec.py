@@ -161,8 +161,8 @@ def test_digits_hold_every_number_of_their_base(base, size):
     numbers = np.random.default_rng(size).integers(-(base // 2), base // 2 + 1, size).astype(np.float32)
     numbers[0] = base // 2  # so that no smaller base does
     packed = pack(numbers)
-    assert (packed.base, packed.strays.size, packed.packed.size) == (base, 0, -(-size // BASES[base]))
-    np.testing.assert_array_equal(unpack(packed.packed, base, np.float32(1), size), numbers)
+    assert (packed.base, packed.strays.size, packed.content.size) == (base, 0, -(-size // BASES[base]))
+    np.testing.assert_array_equal(unpack(packed.content, base, np.float32(1), size), numbers)
 
 
 def test_few_strays_do_not_make_all_bytes_longer():
@@ -212,7 +212,7 @@ def side(steps=(0.5,), bases=(0,), gaps=(), strays=()):
 
 def payload(declared, content, packed: Digits = PACKED, strays=0, answers=0, sections=None):
     """A payload by hand: its side information, and digits of the smallest base."""
-    parts = [zstandard.compress(content), b"", zstandard.compress(packed.packed.tobytes()), b"", b"", b""]
+    parts = [zstandard.compress(content), b"", zstandard.compress(packed.content.tobytes()), b"", b"", b""]
     return assembled(Header(declared, sections or tuple(map(len, parts)), strays, answers), b"".join(parts))
 
 
@@ -293,6 +293,7 @@ FIVE = {A: (5,)}
         (payload(FIVE, side(gaps=(1,), strays=(-(2**31),)), strays=1), "a number beyond 16777216"),
         (payload(FIVE, side(), strays=6), "declares 6 strays in 5 values"),
         (payload(FIVE, side(), strays=-1), "declares -1 strays"),
+        (payload({A: (1 << 25,)}, side(), strays=1 << 25), "declares 33554432 strays"),
         (payload(FIVE, side(), strays=1), "holds 5 bytes of values, its header needs 13"),
         (payload(FIVE, side(), sections=(1, 2)), "declares 2 sections, not 6"),
         (payload(FIVE, side(), sections=(-1, 1, 0, 0, 0, 0)), "sections"),

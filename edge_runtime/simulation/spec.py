@@ -20,15 +20,19 @@ from edge_runtime import methods, settings
 from edge_runtime.errors import InputError
 
 # Raise this number by one with every change after which the same study file gives different
-# figures: in the trainer, the methods and the defaults of their settings, the codec, the merge, the
-# kernels, or the draw of rows. Runs that carry another number are neither tabled nor paired with new
+# figures: in the trainer, the methods, the codec, the merge, the kernels, the draw of rows, or a
+# default of any key. Runs that carry another number are neither tabled nor paired with new
 # runs, and are made again.
 COMPUTATION = 2
 PUBLIC = "public.jsonl"
 AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
 
 
-class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A table of the file. Its defaults are left out of digests, so a new key leaves old runs as they are."""
+
+
+class Data(Table, frozen=True):
     """A task. File names start from the data folder."""
 
     train: str
@@ -40,14 +44,14 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     label: str = "label"  # field of a row that is its label
 
 
-class Public(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Public(Table, frozen=True):
     """Public texts, drawn evenly over the labels of a file."""
 
     file: str
     texts: AtLeastOne
 
 
-class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Device(Table, frozen=True):
     """A virtual device."""
 
     id: Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9_-]+$")]
@@ -64,7 +68,7 @@ class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.source if self.first is None else f"the first {self.first} layers of {self.source}"
 
 
-class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Arm(Table, frozen=True):
     """A line of the table. Keys of its fleet tables replace the file's, or add to them."""
 
     name: str
@@ -83,7 +87,7 @@ class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     public: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
 
 
-class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Study(Table, frozen=True):
     """The [study] table."""
 
     about: str  # Markdown for the report
@@ -91,7 +95,7 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights: settings.Weights = "bfloat16"  # format of the base models
 
 
-class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Spec(Table, frozen=True):
     """The whole file. Digests depend on the order of fields here and above."""
 
     study: Study

@@ -195,6 +195,14 @@ def test_a_run_is_done_again_when_what_it_depends_on_has_changed(study):
     assert contents.keys() == {"train.jsonl", "test.jsonl", "public.jsonl", "tiny"}
     digests += [study.digest(arm, 0, contents | {name: "2"}) for name in contents]
     assert len(set(digests)) == 8
+    # a key that is not set is in no digest, so that runs from before there was the key stand
+    for table in (study, study.study, study.data["colours"], study.device[0], study.public, arm):
+        default = {
+            field.name
+            for field in msgspec.structs.fields(table)
+            if field.default == getattr(table, field.name)
+        }
+        assert not default & msgspec.to_builtins(table).keys()
     local = study.arm[0]  # it has no public texts
     assert study.digest(local, 0, contents) == others.digest(local, 0, contents)
     assert study.digest(local, 0, contents) == study.digest(local, 0, contents | {"public.jsonl": "2"})

@@ -26,7 +26,8 @@ LEGEND = """\
   deviation over seeds, in percent.
 - by model: {kinds}.
 - unseen: accuracy on rows of labels that a device holds no rows of.
-- round 1: the same after one round, on a sample of the rows.
+- round 1: the same after one round, on a sample of the rows. Arms in a common frame spend that round on
+  the frame.
 - ceiling: accuracy, on unseen labels where there are any, as a share of that of all data in one place.
 - cosine: between the models' mean steps of the tensors that cross them, mean over tensors and
   rounds, and the share below 0.

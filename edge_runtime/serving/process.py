@@ -79,6 +79,11 @@ def serve(
         language = Language(facts)
         release()  # loading a tokenizer takes more than it holds, and the weights come now
         engine = load(model.backend, facts, model.learned, model.weights, machine)
+        # another server may have bound the port meanwhile, and listens first
+        try:
+            listener.listen(BACKLOG)
+        except OSError as error:
+            raise _unavailable(endpoint, error) from error
         worker = Worker(engine, language, model.parallel, WAITING)
         name = facts.model_class.rpartition("@")[0]
         context = min(model.context, engine.positions)
@@ -98,7 +103,6 @@ def serve(
         server = uvicorn.Server(config)
         if attended:
             threading.Thread(target=_end_with_stdin, args=(server,), daemon=True).start()
-        listener.listen(BACKLOG)
         host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
         text = f"{name} at http://{host}:{listener.getsockname()[1]}/v1"
         tell(ServerEvent("listening", engine.version, text))
@@ -117,10 +121,14 @@ def _bound(endpoint: Endpoint) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)
     except (OSError, OverflowError, UnicodeError) as error:
-        raise InputError(
-            f"cannot listen at {endpoint.host}, port {endpoint.port}: {error}; choose another --host or --port"
-        ) from error
+        raise _unavailable(endpoint, error) from error
     return listener
+
+
+def _unavailable(endpoint: Endpoint, error: Exception) -> InputError:
+    return InputError(
+        f"cannot listen at {endpoint.host}, port {endpoint.port}: {error}; choose another --host or --port"
+    )
 
 
 def _end_with_stdin(server: uvicorn.Server) -> None:

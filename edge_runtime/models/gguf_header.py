@@ -134,7 +134,7 @@ def _parse(header: HeaderReader, pairs: dict[str, Any], values: bool) -> dict[st
     if not alignment:
         raise ValueError("its general.alignment is 0")
     blocks = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}  # values and bytes, by kind
-    found = {}
+    found, behind = {}, 0
     for _ in range(count):
         name, dimensions = header.take(header.number("Q")).decode(), header.number("I")
         if name in found:
@@ -146,6 +146,10 @@ def _parse(header: HeaderReader, pairs: dict[str, Any], values: bool) -> dict[st
         if kind not in blocks:
             raise ValueError(f"{name} is of kind {kind}, which the installed gguf package does not know")
         size = math.prod(shape) // blocks[kind][0] * blocks[kind][1]
+        # a place or a kind that is wrong would make other numbers of the file's bytes
+        if first != behind:
+            raise ValueError(f"{name} begins at byte {first} of the tensors, but has to at {behind}")
+        behind += -(-size // alignment) * alignment
         found[name] = Place(first, first + size, shape, kind)
     start = -(-header.stream.tell() // alignment) * alignment
     return {

@@ -82,6 +82,19 @@ def test_a_tensor_that_is_there_twice_is_refused_by_name(split, shard, reason):
         gguf_header.read(files[0])
 
 
+@pytest.mark.parametrize(("field", "value"), [("kind", 1), ("place", 32)])
+def test_a_tensor_that_is_not_behind_the_one_before_it_is_refused(split, field, value):
+    """A damaged kind or place in the header would make other numbers of the file's bytes."""
+    whole, _ = split
+    gguf_header.read(whole)
+    content, name = bytearray(whole.read_bytes()), b"blk.1.attn_q.weight"
+    kind = content.index(name) + len(name) + 4 + 2 * 8  # behind the number of sides, and two of them
+    content[kind if field == "kind" else kind + 4] ^= value
+    whole.write_bytes(content)
+    with pytest.raises(InputError, match=r"begins at byte \d+ of the tensors, but has to at \d+"):
+        gguf_header.read(whole)
+
+
 def test_a_link_to_a_file_of_another_name_is_read(split, tmp_path):
     whole, _ = split
     hidden = whole.rename(tmp_path / hashlib.sha256(b"whole").hexdigest())  # as the hub's cache keeps it

@@ -1,6 +1,6 @@
 """A linear head that classifies by the last token's hidden state, beside any method's adapter.
 
-    logit of a label = h / rms(h) · H        H: one row a label, 0 at the start
+    logit of a label = h / rms(h) · H        H: one row a label; head_start.py has where it begins
     shared = "fleet"                         M h / rms(h) · H, M the device's map into the common frame
 
 Rows are named by their label, so devices that know different labels have different rows. A device

@@ -4,6 +4,7 @@
            backward through a block      weights + boundaries + activations + block
            between forward and backward  weights + boundaries + activations + loss
            completion of prompts         weights + answers, where the method exchanges completions
+           start of a head's rows        weights + inputs, where labels have a head
            encoding the delta            encode; the model is gone
            reading rows                  tokenizer; it is gone before the model comes
 
@@ -73,6 +74,8 @@ KEPT_COPIES = 1.2
 
 # Activations of the public texts that are in memory at once while maps into the frame are made.
 FRAME_BYTES = 64 * MIB
+
+MOST_ROWS = 512  # of a device's own whose head inputs are in memory at once, beside those of public texts
 
 NORM_ROWS = 8  # a token, where norms follow attention and MLP too
 
@@ -162,11 +165,13 @@ def predict(workload: Workload, plan: Plan, lengths: int | None = None) -> dict[
     # Keys and values of a micro-batch, and half of a block.
     cache = 2 * facts.kv_heads * facts.head_dim * width * batch * plan.depth
     answers = cache + block // 2 if method.answers is not None else 0
+    inputs = _inputs(workload) + block // 2 if workload.fleet.head is not None else 0
     # The first step's code, kernels and adapter come after the tokenizer is gone.
     tokenizer = TOKENIZER_COPIES * facts.tokenizer_bytes - FIRST_STEP_BYTES - kernels - adapter
     phases: tuple[dict[str, int], ...] = (
         training,
         {"weights": weights, "answers": answers},
+        {"weights": weights, "inputs": inputs},
         # The delta and what rounding loses, beside the factor, which becomes the latter.
         {"encode": ENCODE_BYTES * sent},
         {"tokenizer": tokenizer},
@@ -174,6 +179,12 @@ def predict(workload: Workload, plan: Plan, lengths: int | None = None) -> dict[
     largest = max(phases, key=lambda phase: sum(phase.values()))
     always = {"runtime": workload.runtime_bytes, "kernels": kernels, "adapter": adapter}
     return always | {name: size for name, size in largest.items() if size}
+
+
+def _inputs(workload: Workload) -> int:
+    """Bytes of head inputs of rows and texts, and of their covariance; each is there twice, in float32."""
+    public, hidden = workload.fleet.public, workload.facts.hidden
+    return 8 * hidden * (MOST_ROWS + (public.texts if public is not None else 0) + hidden)
 
 
 def loss_chunk_bytes(plan: Plan) -> int:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from edge_runtime.adapters.attach import State
 from edge_runtime.errors import InputError
 from edge_runtime.methods import codistill
+from edge_runtime.planning.predict import MOST_ROWS
 from edge_runtime.protocol.keys import join
 from edge_runtime.trainer.base import Base
 from edge_runtime.trainer.data import Row
@@ -27,8 +28,6 @@ from edge_runtime.trainer.meter import Meter
 from edge_runtime.trainer.objectives import hidden_states, label_states
 from edge_runtime.trainer.tokens import Tokenization
 from edge_runtime.trainer.vocabulary import language_head
-
-MOST_ROWS = 512  # of the device's own that texts are compared with, evenly spaced
 
 
 class Distillation(NamedTuple):
@@ -152,7 +151,7 @@ def sample(examples: Examples) -> list[Example]:
 
 
 def sampled(count: int) -> range:
-    """The numbers of the rows that are compared with public texts, of so many."""
+    """The numbers of the rows that are compared with public texts, of so many: MOST_ROWS, evenly spaced."""
     return range(0, count, -(-count // MOST_ROWS) or 1)
 
 

@@ -77,6 +77,7 @@ def test_a_label_that_a_model_never_met_reaches_it_from_another(
         "b", "--until-finished", "--models", str(wider_model.parent), "--eval", f"all={held_out}"
     )
     assert (node.end(), first.end(), second.end()) == (0, 0, 0)
+    assert node.error().count("the fleet has 3 labels and 12 public texts") == 1
 
     taught = {key: value for state in published(fleet).values() for key, value in state.items()}
     # nothing else crosses with `local`

@@ -71,7 +71,8 @@ def test_a_fleet_file_that_no_longer_fits_what_is_there_is_refused(node, tables,
     node(**tables)
     node(**{**tables, "training": {"steps": 7}})
     method = {**FLEET["method"], **tables.get("method", {}), "server_step": 0.5, "momentum": 0.5}
-    node(**{**tables, "method": method})
+    head = {**FLEET["head"], **tables.get("head", {}), "start": "zero"}
+    node(**{**tables, "method": method, "head": head})
     with pytest.raises(InputError) as error:
         node()
     assert f"was made with another {named}:" in str(error.value)

@@ -338,6 +338,21 @@ def test_the_nodes_texts_are_checked_before_anything_is_announced(tmp_path):
         opening.public_texts(of(8))
 
 
+@pytest.mark.parametrize(("texts", "enough"), [(29, False), (30, True)])
+def test_a_node_says_in_words_that_a_fleet_has_few_texts_for_its_labels(tmp_path, caplog, texts, enough):
+    public = settings.Public("public.jsonl", texts)
+    fleet = msgspec.structs.replace(FLEET, public=public)
+    sent = {"labels.a.H": np.ones((1, 4), np.float32), **said("bc", 2, 0, texts=texts)}
+    updates = [update(tmp_path / "1", "m@1", sent)]
+    after = merge.merge(updates, {}, fleet, methods.of(fleet), 1, tmp_path / "v")
+    assert opening.texts_suffice(fleet, after) is enough
+    told = [] if enough else ["the fleet has 3 labels and 29 public texts", "give [public] 30 texts or more"]
+    assert all(part in caplog.text for part in told) and bool(caplog.text) is not enough
+    # where nobody learns labels from texts, it does not matter
+    alone = msgspec.structs.replace(fleet, codistill=None, public=None)
+    assert opening.texts_suffice(alone, after)
+
+
 def test_what_is_asked_is_served_without_its_answer_and_messages_only_where_no_head_reads_them(tmp_path):
     file = tmp_path / "given.jsonl"
     turns = [

@@ -17,7 +17,7 @@ from edge_runtime.planning.candidates import candidates, lower, predicted
 from edge_runtime.planning.predict import Serving, Workload, predict
 from edge_runtime.planning.search import choose
 from edge_runtime.planning.time import Rates
-from edge_runtime.settings import Adapter, Codistill, Fleet, MethodChoice, Model, Public, Training
+from edge_runtime.settings import Adapter, Codistill, Fleet, Head, MethodChoice, Model, Public, Training
 from edge_runtime.trainer.tokens import Tokenization
 
 MIB = 1 << 20
@@ -368,6 +368,18 @@ def test_keys_and_values_of_answers_are_predicted_where_they_weigh_more_than_tra
                 assert answers.terms["answers"] == cache + plain.terms["block"] // 2
             else:
                 assert [answers.terms[name] for name in TRAINING] == [plain.terms[name] for name in TRAINING]
+
+
+@pytest.mark.parametrize(("texts", "larger"), [(1_000, False), (100_000, True)])
+def test_head_inputs_of_many_public_texts_are_predicted_where_they_weigh_more_than_training(texts, larger):
+    of = fleet(Model("large", weights=("q4_1",)), rows_a_step=1, max_tokens=512)
+    headed = msgspec.structs.replace(of, public=Public("public.jsonl", texts), head=Head())
+    plain, found = (next(candidates(each, FACTS, RUNTIME, RATES))[0] for each in (of, headed))
+    assert ("inputs" in found.terms) == larger
+    if larger:
+        numbers = (texts + 512 + LARGE.hidden) * LARGE.hidden
+        assert found.terms["inputs"] == 2 * 4 * numbers + plain.terms["block"] // 2
+    assert found.predicted_peak_bytes > plain.predicted_peak_bytes or not larger
 
 
 def test_a_running_plan_is_lowered_in_the_order_that_costs_least():

@@ -95,6 +95,11 @@ def check(folder: Path, config: Any, stated: dict[str, Any]) -> None:
     Raises:
         InputError: names the key and its value.
     """
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and not config.sliding_window:
+        raise InputError(
+            f"{folder}/config.json has layers with sliding_attention in layer_types, but no width in sliding_window: "
+            "set the width, or full_attention for each layer"
+        )
     row = family_of(config.model_type)
     known = {"model_type", *config.attribute_map, *row.read, *WITHOUT_EFFECT}
     for kind in type(config).__mro__:

@@ -207,6 +207,14 @@ def test_a_model_whose_tokens_see_later_ones_is_refused(with_keys, keys):
         with_keys(**keys)
 
 
+def test_windows_without_a_width_are_refused(with_keys):
+    kinds = ["sliding_attention", "full_attention"]
+    layers = {"layer_types": kinds, "num_hidden_layers": 2}
+    with pytest.raises(InputError, match="but no width in sliding_window"):
+        with_keys("qwen2", **layers, use_sliding_window=False)
+    with_keys("qwen2", **layers, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+
+
 def test_how_a_model_was_run_is_not_how_it_is_run(with_keys):
     run = {
         "attn_implementation": "flash_attention_2",

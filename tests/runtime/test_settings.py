@@ -166,6 +166,9 @@ def test_a_value_of_the_wrong_type_is_named(read, line, message):
         ("training", "step_deadline_s", "-2"),
         ("training", "step_deadline_s", "inf"),
         ("training", "step_deadline_s", "nan"),
+        ("codec", "step", "0"),
+        ("codec", "step", "4.1"),
+        ("codec", "step", "nan"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_is_needed(read, table, key, wrong):

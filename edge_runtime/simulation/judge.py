@@ -35,7 +35,7 @@ Differences = NDArray[np.float64]  # (seeds, rows)
 Resamples = NDArray[np.float64]  # (RESAMPLES,)
 
 
-class Claim(NamedTuple):
+class Certainty(NamedTuple):
     """How sure a difference is, corrected for the number of comparisons."""
 
     low: float  # ends of the interval
@@ -51,7 +51,7 @@ class Comparison(NamedTuple):
     kind: Kind | None  # None: all rows
     seeds: tuple[int, ...]
     difference: float
-    claim: Claim | None  # None: settings of the arm or its control were chosen on this seed
+    certainty: Certainty | None  # None: settings of the arm or its control were chosen on this seed
 
 
 def comparisons(spec: Spec, outcomes: Outcomes) -> list[Comparison]:
@@ -63,7 +63,9 @@ def comparisons(spec: Spec, outcomes: Outcomes) -> list[Comparison]:
     drawn = list(_compared(spec, outcomes))
     factors = iter(holm([p_value(resamples) for _, resamples in drawn if resamples is not None]))
     return [
-        comparison if resamples is None else comparison._replace(claim=_claim(resamples, next(factors)))
+        comparison
+        if resamples is None
+        else comparison._replace(certainty=_certainty(resamples, next(factors)))
         for comparison, resamples in drawn
     ]
 
@@ -85,8 +87,8 @@ def _compared(spec: Spec, outcomes: Outcomes) -> Iterator[tuple[Comparison, Resa
                     yield Comparison(arm.name, control, kind, tuple(seeds), mean, None), resamples
 
 
-def _claim(resamples: Resamples, factor: float) -> Claim:
-    return Claim(*interval(resamples, factor), min(factor * p_value(resamples), 1.0))
+def _certainty(resamples: Resamples, factor: float) -> Certainty:
+    return Certainty(*interval(resamples, factor), min(factor * p_value(resamples), 1.0))
 
 
 def _differences(

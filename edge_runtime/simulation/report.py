@@ -152,12 +152,12 @@ def _of_the_ceiling(runs: list[Outcome], outcomes: Outcomes, spec: Spec) -> str:
 
 
 def _difference(comparison: Comparison) -> Line:
-    points, p, claim = f"{100 * comparison.difference:+.1f}", "", comparison.claim
-    if claim is not None:
-        points += f" [{100 * claim.low:+.1f}, {100 * claim.high:+.1f}]"
-        p = f"{claim.p:.3f}" if claim.p >= 0.001 else "< 0.001"
+    points, p, certainty = f"{100 * comparison.difference:+.1f}", "", comparison.certainty
+    if certainty is not None:
+        points += f" [{100 * certainty.low:+.1f}, {100 * certainty.high:+.1f}]"
+        p = f"{certainty.p:.3f}" if certainty.p >= 0.001 else "< 0.001"
     return {
-        "arm": comparison.arm + " *" * (claim is None),
+        "arm": comparison.arm + " *" * (certainty is None),
         "against": comparison.control,
         "rows": comparison.kind or "all",
         "points": points,

@@ -44,7 +44,7 @@ class Data(Table, frozen=True):
     label: str = "label"  # field of a row that is its label
 
 
-class Public(Table, frozen=True):
+class PublicTexts(Table, frozen=True):
     """Public texts, drawn evenly over the labels of a file."""
 
     file: str
@@ -106,7 +106,7 @@ class Spec(Table, frozen=True):
     adapter: dict[str, Any] = {}
     training: dict[str, Any] = {}
     head: dict[str, Any] | None = None
-    public: Public | None = None
+    public: PublicTexts | None = None
 
     def fleet_of(self, arm: Arm, seed: int) -> settings.Fleet:
         """The fleet that an arm trains as; raises InputError for tables that do not fit."""

@@ -74,7 +74,7 @@ def test_a_difference_counts_each_device_alike_and_pairs_seeds_and_rows(study):
         means = [results.mean_accuracy(run.members, kind) for run in runs.values()]
         assert comparison.difference == pytest.approx((means[0] + means[1] - means[3] - means[4]) / 2)
         assert (comparison.kind, comparison.seeds) == (kind, (0, 1))
-        assert comparison.claim.low < comparison.difference < comparison.claim.high
+        assert comparison.certainty.low < comparison.difference < comparison.certainty.high
     assert judge.comparisons(study, {key: run for key, run in runs.items() if key[0] == arm.name}) == []
 
 
@@ -119,9 +119,9 @@ def test_an_arm_that_was_chosen_on_a_seed_claims_without_it(study, capsys):
             hits = np.arange(400) < 400 * share
             runs[name, seed] = flagged(name, seed, np.ones(400, bool), draw_rows.permutation(hits))
     claim, choice = judge.comparisons(chosen, runs)
-    assert (claim.seeds, choice.seeds, choice.claim) == ((1, 2), (0,), None)
+    assert (claim.seeds, choice.seeds, choice.certainty) == ((1, 2), (0,), None)
     assert (claim.difference, choice.difference) == pytest.approx((0.3, 0.65))
-    assert claim.claim.low > 0.2 and claim.claim.p < 0.01
+    assert claim.certainty.low > 0.2 and claim.certainty.p < 0.01
     everything = judge.comparisons(study, runs)  # twin: with the seed the difference is larger
     assert [each.seeds for each in everything] == [(0, 1, 2)] and everything[0].difference > 0.4
     table, differences = report.tables(chosen, runs)
@@ -146,7 +146,9 @@ def test_a_seed_alone_has_the_interval_of_its_rows_and_equal_arms_are_not_compar
     (found,) = judge.comparisons(study, runs)
     share = found.difference
     half = 1.96 * (share * (1 - share) / 300) ** 0.5
-    assert (found.claim.low, found.claim.high) == pytest.approx((share - half, share + half), abs=0.01)
+    assert (found.certainty.low, found.certainty.high) == pytest.approx(
+        (share - half, share + half), abs=0.01
+    )
     runs[arm.name, 0] = flagged(arm.name, 0, np.ones(300, bool), hits)
     assert judge.comparisons(study, runs) == []
 

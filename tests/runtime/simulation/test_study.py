@@ -142,7 +142,7 @@ def test_held_out_rows_are_those_that_somebody_can_learn_and_a_sample_of_them_is
     warm = msgspec.structs.replace(study, device=(study.device[0],))
     assert {row["label"] for row in draw.test_rows(warm, "colours", files)} == {"red", "orange"}
     with pytest.raises(InputError, match=r"\[public\] texts is 9, but public\.jsonl gives 8 rows"):
-        draw.public_texts(msgspec.structs.replace(warm, public=spec.Public("public.jsonl", 9)), files)
+        draw.public_texts(msgspec.structs.replace(warm, public=spec.PublicTexts("public.jsonl", 9)), files)
     task = msgspec.structs.replace(study.data["colours"], test_rows=5)
     numbers = draw.sample(task, len(rows))
     assert len(numbers) == 5 and numbers == sorted(set(numbers)) and numbers == draw.sample(task, len(rows))
@@ -188,7 +188,7 @@ def test_a_run_is_done_again_when_what_it_depends_on_has_changed(study):
     judged = msgspec.structs.replace(arm, control="all in one", chosen_on=0)
     assert study.digest(arm, 0, contents) == same.digest(judged, 0, contents)
     fleet = msgspec.structs.replace(study, fleet={"rounds": 3})
-    others = msgspec.structs.replace(study, public=spec.Public("public.jsonl", 5))
+    others = msgspec.structs.replace(study, public=spec.PublicTexts("public.jsonl", 5))
     digests = [study.digest(arm, 0, contents), study.digest(arm, 1, contents)]
     digests += [fleet.digest(arm, 0, contents), others.digest(arm, 0, contents)]
     assert contents.keys() == {"train.jsonl", "test.jsonl", "public.jsonl", "tiny"}

@@ -55,14 +55,15 @@ def begun(head: Array, states: Array, weights: Array, own: int) -> Array:
 
     Args:
         states, weights: as for `rows`.
-        own: how many of the states, from the first, are of the device's own rows.
+        own: how many of the states, from the first, are of the device's own rows; if there are none,
+            the logits of all states are compared.
     """
-    fresh = rows(states, weights)
+    fresh, asked = rows(states, weights), states[: own or None]
     empty, shown = (head == 0).all(1), weights.sum(0) > 0
     known = shown & ~empty
     has_size = known.sum() > 1  # logits of one label have no spread
-    size = spread(states[:own] @ head[known].T) if has_size else 1.0
-    given = spread(states[:own] @ fresh[known if has_size else shown].T)
+    size = spread(asked @ head[known].T) if has_size else 1.0
+    given = spread(asked @ fresh[known if has_size else shown].T)
     scale = size / given if given else 0.0  # one label alone is told from nothing
     return np.where(empty[:, None], np.float32(scale) * fresh, head)
 

@@ -25,7 +25,8 @@ def begin(base: Base, examples: Indexed, lesson: Distillation | None, meter: Met
     """
     head = base.adapter.head
     assert head is not None
-    rows = [examples[place] for place in sampled(len(examples))]
+    # rows of text teach the head nothing
+    rows = [row for place in sampled(len(examples)) if (row := examples[place]).headed]
     weights = np.zeros((len(rows), len(head)), np.float32)
     weights[range(len(rows)), [row.answer or 0 for row in rows]] = 1
     texts = []

@@ -82,6 +82,13 @@ def test_new_rows_have_the_size_of_the_rows_that_are_there_which_stay():
         assert right[public > 1].mean() > 0.8 and right[public < 2].mean() > 0.6
 
 
+def test_a_device_without_rows_of_labels_takes_the_size_from_the_texts():
+    states, weights, public = drawn()
+    first = head_start.begun(np.zeros((LABELS, WIDTH), np.float32), states[OWN:], weights[OWN:], 0)
+    assert head_start.spread(states[OWN:] @ first.T) == pytest.approx(1, rel=1e-4)
+    assert ((states[OWN:] @ first.T).argmax(1) == public).mean() > 0.8
+
+
 def test_new_rows_tell_nothing_apart_where_the_fleet_is_wrong():
     """The twin: the same texts, with targets of other texts."""
     states, weights, public = drawn(texts=300)

@@ -22,13 +22,13 @@ def begun(trained, tmp_path):
     codistill = {"public": settings.Public("", len(PUBLIC)), "codistill": settings.Codistill(rows=6)}
     texts = str(data.write_rows(tmp_path / "public.jsonl", PUBLIC))
 
-    def run(name, start=None, **changes):
+    def run(name, start=None, rows=ROWS, **changes):
         fleet = {"head": settings.Head(), "training": STILL, "texts": texts, **codistill, "rounds": 9}
         if start is not None:
             path = tmp_path / f"{name}.start"
             path.write_bytes(codec.encode(start, step=2**-9))
             fleet |= {"start": (str(path),), "round": 2}
-        folder, result = trained(name, ROWS, HELD_OUT, **{**fleet, **changes})
+        folder, result = trained(name, rows, HELD_OUT, **{**fleet, **changes})
         sent = codec.decode((folder / "payload.bin").read_bytes())
         return folder, result, {key.split(".")[1]: row[0] for key, row in sent.items() if key.endswith(".H")}
 
@@ -88,6 +88,15 @@ def test_a_row_that_begins_is_owed_as_far_as_it_was_rounded(begun):
         np.testing.assert_allclose(
             coarse[label] + owed[f"labels.{label}.H"][0], row, atol=0.02 * np.abs(row).max()
         )
+
+
+def test_rows_of_text_beside_those_of_labels_are_no_label_s(begun):
+    fine = {"codec": settings.Codec(step=0.01)}
+    _, _, alone = begun("alone", **fine)
+    text = [{"prompt": f"say {n}: ", "completion": f"{n}"} for n in range(6)]
+    _, _, mixed = begun("mixed", rows=[*ROWS, *text], **fine)
+    for label, row in alone.items():
+        np.testing.assert_allclose(mixed[label], row, atol=0.02 * np.abs(row).max())
 
 
 def test_private_rows_begin_once(begun):

@@ -55,7 +55,12 @@ def read(
     head = msgspec.json.decode(fixed["[head]"], type=Head | None)
     method = methods.build(msgspec.json.decode(fixed["[method]"], type=MethodChoice), head)
     _require_whole(method)
-    model_class = _class(sorted(kept.keys() - {FLEET}), name, state)
+    classes = sorted(kept.keys() - {FLEET})
+    if not classes:
+        raise InputError(
+            f"the node of {state} has merged no round, so nothing was learned: wait for its first merged round"
+        )
+    model_class = _class(classes, name, state)
     plans, versions = store.plans(model_class), kept[model_class]
     store.connection.close()
     if not plans:
@@ -84,7 +89,7 @@ def _class(classes: list[str], name: str | None, state: Path) -> str:
     fitting = [each for each in classes if name in (None, each, each.partition("@")[0])]
     if len(fitting) == 1:
         return fitting[0]
-    known = ", ".join(classes) or "none, as no round is merged"
+    known = ", ".join(classes)
     asked = "" if name is None else f" `{name}`"
     raise InputError(f"{state} has {len(fitting)} model classes{asked}: choose with --class; known: {known}")
 

@@ -71,6 +71,8 @@ class ServedBase(NamedTuple):
         if self.state is None:
             return self.adapter
         folder = self.state / NEWEST
+        if not self.state.is_dir():
+            raise InputError(f"there is no folder {self.state}; give the --state of an agent")
         if not folder.exists():
             raise InputError(
                 f"{self.state} has no adapter yet: its agent keeps one from the first version on"
@@ -101,7 +103,7 @@ _OPTIONS = (
     click.option(
         "--adapter",
         type=options.PATH,
-        help="A folder of what was learned, as `edge-runtime export` writes it.",
+        help="A folder that `edge-runtime export --to peft` wrote.",
     ),
     click.option("--state", type=options.PATH, help="An agent's --state, for the newest version in it."),
     options.models,

@@ -114,7 +114,7 @@ def _parsed(line: bytes, where: str) -> Any:
     except (ValueError, RecursionError):
         pass
     try:
-        value = json.loads(line.decode())
+        value = json.loads(line.decode().rstrip())
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise InputError(f"{where} is not UTF-8 text (byte {error.start})") from error
@@ -122,6 +122,9 @@ def _parsed(line: bytes, where: str) -> Any:
         raise InputError(
             f"{where}: holds half of a character (a lone surrogate), which is no text"
         ) from error
+    except json.JSONDecodeError as error:
+        place = f"{error.msg}, character {error.pos + 1}"
+        raise InputError(f"{where}: not a JSON object on one line ({place})") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not a JSON object ({error})") from error
     return value

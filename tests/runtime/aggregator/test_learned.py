@@ -134,3 +134,9 @@ def test_what_is_not_there_is_named(merged, tmp_path, tiny, facts_of):
     store.connection.close()
     with pytest.raises(InputError, match="no device has reported how it trains tiny@12ab"):
         read()
+    store = NodeStore(tmp_path / "node.db")
+    with store.connection:
+        store.connection.execute("DELETE FROM versions")
+    store.connection.close()
+    with pytest.raises(InputError, match="has merged no round, so nothing was learned"):
+        read()

@@ -134,6 +134,7 @@ def test_what_cannot_be_answered_with_is_told(folder, tiny_facts, adapter, tmp_p
         (("generate", *prompt), "there is nothing to answer with: give --model"),
         (("generate", "--adapter", folder, "--state", tmp_path, *prompt), "--adapter and --state both name"),
         (("generate", "--state", tmp_path, *prompt), "has no adapter yet"),
+        (("generate", "--state", tmp_path / "nowhere", *prompt), "there is no folder .*nowhere"),
         (("generate", "--adapter", tmp_path, *prompt), "cannot be read as an adapter"),
         (("generate", *model, *prompt), "256 tokens leaves no room for a prompt in a context of 64"),
         (

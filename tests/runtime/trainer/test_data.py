@@ -63,7 +63,7 @@ def test_a_separator_of_lines_inside_a_text_is_part_of_it(tmp_path, separator):
     [
         ("{", "not a JSON object"),
         ('{"text": "\\ud83d"}', "holds half of a character"),
-        ("not json", "not a JSON object"),
+        ("not json", "not a JSON object on one line (Expecting value, character 1)"),
         ('{"text": "a"', "not a JSON object"),
         ("[" * 100_000, "not a JSON object"),
         ("[1, 2]", "list seen, a JSON object is needed"),

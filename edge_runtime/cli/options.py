@@ -43,7 +43,7 @@ device = click.option(
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
-    help="Device of the trainer.",
+    help="What computes; auto takes a GPU, if there is one.",
 )
 
 context = click.option(

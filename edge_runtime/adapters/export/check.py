@@ -102,12 +102,12 @@ def require(seen: Outputs, truth: Outputs, most: float, tool: str) -> None:
     """
     norm, d_tool, d = np.linalg.norm, _change(seen), _change(truth)
     base, changed = norm(_centred(seen.plain - truth.plain)), norm(d)
-    found, allowed = difference(seen, truth), max(most, base / max(changed, 1e-30))
+    found, allowed = difference(seen, truth), min(max(most, base / max(changed, 1e-30)), 1.0)
     is_there = (d_tool * d).sum() >= 0.5 * (d * d).sum() or changed < _least(truth)
-    if not (base <= most * norm(_centred(truth.plain)) and found <= min(allowed, 1.0) and is_there):
+    if not (base <= most * norm(_centred(truth.plain)) and found <= allowed and is_there):
         raise EdgeError(
             f"{tool} computes something else with the export than the trainer: {found:.1%} of what the adapter changes "
-            f"in the logits differ, and at most {most:.1%} may; the files are removed"
+            f"in the logits differ, and at most {allowed:.1%} may; the files are removed"
         )
 
 

@@ -92,17 +92,18 @@ def difference(seen: Outputs, truth: Outputs) -> float:
 
 
 def require(seen: Outputs, truth: Outputs, most: float, tool: str) -> None:
-    """Bound the difference, by `most` or by what the tool's rounding does to the base.
+    """Bound the difference, by `most` or by twice what the tool's rounding does to the base.
 
-    Where rounding does more than the adapter, a lost adapter is within that bound. So half of the
-    adapter's change has to be in the tool's too.
+    Twice, because d_tool is a difference of two outputs, and rounding is in both. Where rounding does
+    more than the adapter, a lost adapter is within that bound. So half of the adapter's change has
+    to be in the tool's too.
 
     Raises:
         EdgeError: the difference is larger, the change is not there, or a value is missing.
     """
     norm, d_tool, d = np.linalg.norm, _change(seen), _change(truth)
     base, changed = norm(_centred(seen.plain - truth.plain)), norm(d)
-    found, allowed = difference(seen, truth), min(max(most, base / max(changed, 1e-30)), 1.0)
+    found, allowed = difference(seen, truth), min(max(most, 2 * base / max(changed, 1e-30)), 1.0)
     is_there = (d_tool * d).sum() >= 0.5 * (d * d).sum() or changed < _least(truth)
     if not (base <= most * norm(_centred(truth.plain)) and found <= allowed and is_there):
         raise EdgeError(

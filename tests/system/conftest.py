@@ -1,6 +1,7 @@
 """A broker for the session, a tiny model and the demo's real one, and a fleet a test."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +58,30 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def reshaped(model: Path, folder: Path, **shape: int) -> Path:
+    """A random model of another shape, with a model's name, folder layout and tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shutil.copytree(model, folder / model.name)
+    torch.manual_seed(1)
+    config = LlamaConfig.from_pretrained(model, **shape)
+    LlamaForCausalLM(config).save_pretrained(folder / model.name)
+    return folder / model.name
+
+
+@pytest.fixture(scope="session")
+def wider_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with another width and depth."""
+    return reshaped(tiny_model, tmp_path_factory.mktemp("wider"), hidden_size=48, num_hidden_layers=3)
+
+
+@pytest.fixture(scope="session")
+def widest_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a third width."""
+    return reshaped(tiny_model, tmp_path_factory.mktemp("widest"), hidden_size=64, num_hidden_layers=3)
 
 
 @pytest.fixture

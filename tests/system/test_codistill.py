@@ -2,11 +2,9 @@
 
 import contextlib
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
-import pytest
 from fleet import Fleet
 from records import reports, sent
 from safetensors.numpy import load_file
@@ -26,20 +24,6 @@ texts = 12
 [codistill]
 rows = 4
 """
-
-
-@pytest.fixture(scope="session")
-def wider_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model's name, folder layout and tokenizer, but another width and depth."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("other") / tiny_model.name
-    shutil.copytree(tiny_model, folder)
-    config = LlamaConfig.from_pretrained(tiny_model, hidden_size=48, num_hidden_layers=3)
-    torch.manual_seed(1)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def rows(path: Path, *labels: str) -> Path:

@@ -162,8 +162,6 @@ def test_bytes_are_those_that_went_through_the_session(fleet: Fleet) -> None:
         ("ffa", "B", ""),
         ("fedsa", "A", "B"),
         ("fedsb", "C", ""),
-        ("heterotune", "ABUV", "g"),
-        ("h2tune", "S", "ABD"),
     ],
 )
 def test_what_a_method_shares_travels_and_what_it_keeps_goes_on_from_round_to_round(

@@ -4,7 +4,7 @@ Keys have the layer numbers of the whole checkpoint, so slices of one checkpoint
 (protocol/keys.py).
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TypeAlias
 
@@ -90,6 +90,8 @@ class AdapterLinear(nn.Module):
         self.base, self.scale, self.factors = base, scale, nn.ParameterDict(factors)
         self._method, self._depth = method, depth
         self.leading: int | None = None  # ranks in use; None: all
+        # Each token's share of its row's prompt (rows, tokens); None: no prompts were told.
+        self.prompts: torch.Tensor | None = None
 
     def product(self) -> Product:
         """A, C and B; C is None where it is the identity."""
@@ -102,11 +104,27 @@ class AdapterLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
         y = adapter_linear(x, structure.matrix(self.base), *self.product(), self.scale, self.base.bias)
-        branch, factors = self._method.branch, self.factors
-        if branch is None:
+        method, factors = self._method, self.factors
+        if method.branch is None:
             return y
-        v = branch(factors, x.float() @ factors["F"].T)
+        gate = () if method.gate is None else (method.gate(factors, self._prompt_mean(x)),)
+        v = method.branch(factors, x.float() @ factors["F"].T, *gate)
         return y + (self.scale * v @ factors["G"].T).to(y.dtype)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the layer reads whole rows."""
+        return self._method.gate is not None
+
+    def _prompt_mean(self, x: torch.Tensor) -> torch.Tensor:
+        """The mean (rows, 1, in) of the inputs over each row's prompt."""
+        if self.prompts is None or x.shape[:-1] != self.prompts.shape:
+            told = "none" if self.prompts is None else tuple(self.prompts.shape)
+            raise InputError(
+                f"a layer of {self._method.name} has inputs of {tuple(x.shape[:-1])} tokens, but prompts of {told} were "
+                "told: its gate reads whole rows, so text cannot be written token by token, nor MLPs run in tiles"
+            )
+        return self.prompts[:, None] @ x.float()
 
 
 def attach(
@@ -153,6 +171,23 @@ def attach(
     if not attached.factors:
         raise InputError(f"the model has no linear layer of the roles {', '.join(spec.roles)}")
     return attached
+
+
+def tell_prompts(model: nn.Module, lengths: Sequence[int], tokens: int) -> None:
+    """Tell layers with a gate how many leading tokens of each row are its prompt.
+
+    Holds until the next call, so that a block that runs again in backward has the same gate.
+
+    Args:
+        lengths: by row, at least 1.
+        tokens: of each row, with padding.
+    """
+    gated = [module for module in model.modules() if isinstance(module, AdapterLinear) and module.gated]
+    if gated:
+        ends = torch.tensor(lengths, device=gated[0].factors["F"].device)[:, None]
+        shares = (torch.arange(tokens, device=ends.device) < ends) / ends
+        for linear in gated:
+            linear.prompts = shares
 
 
 def put_on(model: nn.Module, learned: Learned) -> None:

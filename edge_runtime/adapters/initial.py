@@ -5,12 +5,10 @@ travels. Drawn values are uniform in ±1/sqrt(n), n the layer's width: the usual
 (Hu et al. 2021; PEFT's kaiming_uniform with a = sqrt(5)).
 """
 
-import hashlib
-
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.methods.interface import WIDTHS, Factor
+from edge_runtime.methods.interface import WIDTHS, Factor, stream
 
 
 def initial(key: str, shape: tuple[int, ...], seed: int, factor: Factor) -> NDArray[np.float32]:
@@ -24,9 +22,8 @@ def initial(key: str, shape: tuple[int, ...], seed: int, factor: Factor) -> NDAr
     """
     if factor.start in ("zero", "aligned"):
         return np.zeros(shape, np.float32)
-    # Philox by key: every factor has a stream of its own, whatever is drawn before
-    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
-    draw = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
     # of a factor that is no layer's own, the last axis
     width = next((size for axis, size in zip(factor.axes, shape, strict=True) if axis in WIDTHS), shape[-1])
-    return ((2 * draw.random(shape, dtype=np.float32) - 1) / np.sqrt(width)).astype(np.float32)
+    return ((2 * stream(f"{seed}/{key}").random(shape, dtype=np.float32) - 1) / np.sqrt(width)).astype(
+        np.float32
+    )

@@ -25,7 +25,13 @@ from edge_runtime.settings import Fleet
 from edge_runtime.trainer.data import hold_out, stream
 from edge_runtime.trainer.job import Carried, Job, Machine
 
-FILES = {"private": "state.bin", "frame": "frame.bin", "residual": "residual.bin", "unsent": "payload.bin"}
+FILES = {
+    "private": "state.bin",
+    "frame": "frame.bin",
+    "residual": "residual.bin",
+    "sent": "payload.bin",
+    "unsent": "payload.bin",
+}
 # The node's word on an update; spoilt: its content is at fault.
 Verdict = Literal["taken", "refused", "spoilt"]
 
@@ -105,6 +111,8 @@ class LocalRounds:
             train: False: the fleet has finished, its last version is evaluated alone.
         """
         left = {name: round_ for name in FILES if (round_ := self._store.get(name))}
+        if left.get("sent") != str(number - train):  # the version is of the round before, or the last
+            left.pop("sent", None)
         return Job(
             train=train,
             round=number,
@@ -147,6 +155,8 @@ class LocalRounds:
 
     def settle(self, number: int, verdict: Verdict) -> None:
         """Remember what error feedback goes on from, after the node's word on an update."""
+        if verdict == "taken":
+            self._store.set("sent", str(number))
         if verdict == "spoilt":
             # the update is their sum: any part of it would spoil the next update too
             self._store.set("residual", None)

@@ -97,7 +97,7 @@ def _exchanged(text: str, fleet: Fleet, method: Method) -> bool:
     factor = method.factors.get(key.factor)
     if factor is None or not factor.exchanged or factor.of != key.kind:
         return False
-    if key.kind == "stages" and int(key.owner) >= method.stages:
+    if key.kind in ("stages", "peers") and int(key.owner) >= method.stages:
         return False
     return not key.role or key.role in fleet.adapter.roles
 

@@ -130,8 +130,10 @@ def _merge_kind(
     """Take the step of one kind of tensors, in place."""
     before = dict(state)  # with the version 0 of keys that the state has not yet
     steps = method.merges[kind](partial(_contributions, kind, updates, before, fleet, method))
-    # predictions have no version 0: their first step is their value
-    for key, step in steps.items():
+    # a version has no mean of peers but the round's own
+    gone = {key: -before[key] for key in before if parse(key).kind == kind == "peers" and key not in steps}
+    # values have no version 0: their first step is their value
+    for key, step in (steps | gone).items():
         # a label's first row is the devices' start and what they learned from there, not a step alone
         if kind in STATE and (kind != "labels" or key in state):
             step = server_step.step(key, step, fleet.method, momenta)

@@ -9,6 +9,7 @@ from edge_runtime import settings
 from edge_runtime.errors import InputError
 from edge_runtime.methods import (
     codistill,
+    colora,
     completions,
     fedadapter,
     fedit,
@@ -44,6 +45,7 @@ _FILES = (
     fedadapter,
     heterotune,
     h2tune,
+    colora,
 )
 METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in _FILES}
 
@@ -84,7 +86,7 @@ def of(fleet: settings.Fleet) -> Method:
 
     Raises:
         InputError: as for `build`; or the method cannot merge the ranks that the fleet allows, or
-            has no mean of deltas for a server step and momentum.
+            has no mean of deltas for a server step and momentum, or no answers of single tokens.
     """
     method, adapter = build(fleet.method, fleet.head, fleet.public, fleet.codistill), fleet.adapter
     beside = method.kept or (method.sizes(adapter.rank)["branch"] if method.inner is not None else 0)
@@ -105,6 +107,11 @@ def of(fleet: settings.Fleet) -> Method:
         )
     if adapter.lower and method.unequal:
         method = method._replace(step=method.unequal)
+    if method.gate is not None and method.answers is not None:
+        raise InputError(
+            f"[codistill] without a [head] has devices write completions token by token, but the gate of {method.name} "
+            'reads whole rows: add [head], leave out [codistill], or set [method] gate = "closed"'
+        )
     _require_mean(method, fleet)
     return method
 

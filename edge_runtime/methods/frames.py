@@ -21,12 +21,11 @@ Escoufier 1973; that features relative to common
 anchors make models comparable is Moschella et al. 2023, arXiv 2209.15430.
 """
 
-import hashlib
 from collections.abc import Iterable
 from itertools import combinations, islice
 from typing import TYPE_CHECKING
 
-from edge_runtime.methods.interface import Array, Contributions, Factor, Method, Tensors
+from edge_runtime.methods.interface import Array, Contributions, Factor, Method, Tensors, stream
 from edge_runtime.methods.lazy import np
 
 if TYPE_CHECKING:
@@ -109,9 +108,7 @@ def common(classes: "Iterable[Array]", before: "Array | None") -> "Array":
 
 def rotation(name: str, width: int) -> "NDArray[np.float32]":
     """The rotation (width, width) of a class in the control."""
-    digest = hashlib.sha256(name.encode()).digest()
-    draw = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-    return np.linalg.qr(draw.standard_normal((width, width)))[0].astype(np.float32)
+    return np.linalg.qr(stream(name).standard_normal((width, width)))[0].astype(np.float32)
 
 
 def into(activations: "Array", Z: "Array") -> "tuple[Array, Array]":

@@ -5,6 +5,7 @@
 Devices plan with the statements and never merge, so NumPy loads when a merge needs it (lazy.py).
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
@@ -33,6 +34,12 @@ WIDTHS = ("in", "out")  # axes whose length the model decides; the fleet decides
 def relative_depth(layer: int, layers: int) -> float:
     """Position of a layer in a checkpoint of this many: 0 for the first, 1 for the last."""
     return layer / max(layers - 1, 1)
+
+
+def stream(name: str) -> "np.random.Generator":
+    """Random numbers of a name: the same on every machine, whatever was drawn before."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
 def add_to(sums: "Tensors", key: str, value: "Array") -> None:
@@ -67,9 +74,14 @@ class Factor(NamedTuple):
         return self.trained and self.shared != "private"
 
     @property
+    def whole(self) -> bool:
+        """Whether devices send its values, of which nothing is owed, and go on with their own."""
+        return self.exchanged and self.of == "peers"
+
+    @property
     def private(self) -> bool:
-        """Whether a device trains it for itself alone."""
-        return self.trained and self.shared == "private"
+        """Whether a device goes on with its own values."""
+        return self.whole or (self.trained and self.shared == "private")
 
 
 A = Factor(("rank", "in"), trained=True, shared="class", start="drawn")
@@ -144,8 +156,14 @@ class Method(NamedTuple):
     # A branch between a layer's frozen factors F and G, which lie beside A and B: its matrix, from
     # the factors and the relative depth; or a function of the factors and u = F x, (..., branch).
     inner: Callable[[Mapping[str, Any], float], Any] | None = None
-    branch: Callable[[Mapping[str, Any], Any], Any] | None = None
-    stages: int = 1  # bins of relative depth, whose layers share the factors of kind `stages`
+    branch: Callable[..., Any] | None = None
+    # A number for each row (rows, 1, 1), which `branch` takes as its third argument: of the factors
+    # and the layer's mean input (rows, 1, in) over the row's prompt.
+    gate: Callable[[Mapping[str, Any], Any], Any] | None = None
+    # Turns a version's tensors into what this device loads of them, in place; its second argument
+    # has what the device sent to that version.
+    received: Callable[[Tensors, Mapping[str, Any]], None] | None = None
+    stages: int = 1  # bins of relative depth, whose layers share the factors of kinds `stages` and `peers`
     # The lengths of the method's own axes, on a device of a rank.
     sizes: Callable[[int], Mapping[str, int]] = lambda rank: {}
     step: Step = "mean"
@@ -169,7 +187,7 @@ class Method(NamedTuple):
             layers: how many layers the checkpoint has.
         """
         stage = min(int(self.stages * relative_depth(layer, layers)), self.stages - 1)
-        numbers = {"layers": layer, "stages": stage}
+        numbers = {"layers": layer, "stages": stage, "peers": stage}
         return {
             name: join(factor.of, numbers[factor.of], role, name)
             for name, factor in self.factors.items()

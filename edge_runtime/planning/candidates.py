@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from msgspec.structs import replace
 
 from edge_runtime.errors import InputError
+from edge_runtime.methods.interface import Method
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.families import family_of
 from edge_runtime.planning.predict import KERNEL_BYTES, Serving, Workload, predict
@@ -61,7 +62,9 @@ def candidates(
                 predicted(workload, rates, replace(plan, server=server))
                 for tokens in possible
                 for rank in (adapter.rank, *adapter.lower)
-                for plan in _schedules(replace(bare, tokens=tokens, rank=rank), training.rows_a_step)
+                for plan in _schedules(
+                    replace(bare, tokens=tokens, rank=rank), training.rows_a_step, workload.method
+                )
                 for server in backends(workload, weights)
                 if not (plan.streamed and workload.method.reads_weights)
             ]
@@ -117,7 +120,7 @@ def lower(workload: Workload, plan: Plan) -> list[Plan]:
     plans = [running(plan)]
     if plan.kept_blocks:
         plans.append(running(replace(plan, kept_blocks=0)))
-    for changed in _schedules(plan, workload.rows_a_step):
+    for changed in _schedules(plan, workload.rows_a_step, workload.method):
         if changed.rows <= plan.rows and changed.streamed == plan.streamed:
             smaller = running(changed)
             if smaller.predicted_peak_bytes < plans[-1].predicted_peak_bytes:
@@ -125,16 +128,17 @@ def lower(workload: Workload, plan: Plan) -> list[Plan]:
     return plans
 
 
-def _schedules(plan: Plan, rows_a_step: int) -> Iterator[Plan]:
+def _schedules(plan: Plan, rows_a_step: int, method: Method) -> Iterator[Plan]:
     """The plan with each way of a step's rows through the model, from the fastest to the smallest."""
-    plan = replace(plan, boundaries="input", mlp_tokens=MLP_TOKENS, streamed=False, kept_blocks=0)
+    tile = MLP_TOKENS if method.gate is None else None  # a gate reads whole rows
+    plan = replace(plan, boundaries="input", mlp_tokens=tile, streamed=False, kept_blocks=0)
     rows = rows_a_step
     while rows > 1:
         yield replace(plan, rows=rows)
         rows = -(-rows // 2)
     yield replace(plan, rows=1)
     yield replace(plan, rows=1, boundaries="int8")
-    if plan.tokens > FEWER_MLP_TOKENS:
+    if tile and plan.tokens > FEWER_MLP_TOKENS:
         yield replace(plan, rows=1, boundaries="int8", mlp_tokens=FEWER_MLP_TOKENS)
     if plan.weights in PACKED:  # without tiles: a streamed weight is gone when a tile would run again
         yield replace(plan, rows=1, boundaries="int8", mlp_tokens=None, streamed=True)

@@ -27,6 +27,7 @@ from edge_runtime.settings import FINE_STEP
 # Steps of kinds of which nothing is owed. Anchors are probabilities: a hundred labels that are off by
 # half a step each still add up to nearly 1. Values of the frame have unit variance.
 FIXED_STEPS: dict[Kind, float] = {"anchors": 2**-10, "frame": FINE_STEP}
+VALUES: tuple[Kind, ...] = ("peers",)  # kinds of which nothing is owed either: a fine step of their size
 LARGEST_NUMBER = 1 << 24  # s, which float32 holds exactly
 SMALLEST_STEP = np.finfo(np.float32).tiny  # a smaller step has few bits; its tensor counts as 0
 LARGEST_STEP = np.finfo(np.float32).max / LARGEST_NUMBER  # with a larger step, step · s would be infinite
@@ -50,8 +51,8 @@ def encode(
 
     Args:
         tensors: by canonical key.
-        step: of quantisation, in standard deviations of each tensor; kinds of FIXED_STEPS have
-            their own.
+        step: of quantisation, in standard deviations of each tensor; kinds of FIXED_STEPS and
+            VALUES have their own.
 
     Raises:
         InputError: a value is not finite, or within a hundred-millionth of float32's largest; or
@@ -92,7 +93,9 @@ def _quantised(key: str, flat: NDArray[np.float32], step: float) -> tuple[NDArra
     That step is the one that brings the numbers nearest to the values, <v, s> / <s, s>. It costs
     nothing, and at 1.5 standard deviations a fifth less is left over than with the step of rounding.
     """
-    fixed = FIXED_STEPS.get(parse(key).kind)
+    kind = parse(key).kind
+    fixed = FIXED_STEPS.get(kind)
+    step = min(step, FINE_STEP) if kind in VALUES else step
     size = math.sqrt(np.square(flat, dtype=np.float64).mean()) * step if fixed is None else fixed
     if not 2 * size <= LARGEST_STEP or not np.abs(flat).max() <= LARGEST_NUMBER * size:  # NaN fails, too
         raise InputError(f"{key} holds a value that is not finite")

@@ -2,6 +2,7 @@
 
     layers.<layer>.<role>.<factor>    a linear layer, by the layer's number in the checkpoint
     stages.<stage>.<role>.<factor>    all layers at about the same relative depth
+    peers.<stage>.<role>.<factor>     the same layers; each device has its own tensor (methods/colora.py)
     labels.<label>.<factor>           a label that rows are classified by
     anchors.<label>.<factor>          the same label, on the fleet's public texts
     frame.<factor>                    the common frame of all models (methods/frames.py)
@@ -16,14 +17,14 @@ from typing import Literal, NamedTuple, cast
 
 from edge_runtime.errors import InputError
 
-Kind = Literal["layers", "stages", "labels", "anchors", "frame"]
-# kinds of an adapter's own tensors; anchors are predictions
+Kind = Literal["layers", "stages", "peers", "labels", "anchors", "frame"]
+# kinds whose deltas devices send; of the others they send values
 STATE: tuple[Kind, ...] = ("layers", "stages", "labels")
 LABEL = re.compile(r"[^\x00-\x1f]{1,80}")
 
 _NUMBER = "0|[1-9][0-9]{0,3}"
 _GRAMMAR = re.compile(
-    rf"(?P<numbered>layers|stages)\.(?P<number>{_NUMBER})\.(?P<role>[a-z0-9_]{{1,16}})\.(?P<factor>[A-Za-z]{{1,16}})"
+    rf"(?P<numbered>layers|stages|peers)\.(?P<number>{_NUMBER})\.(?P<role>[a-z0-9_]{{1,16}})\.(?P<factor>[A-Za-z]{{1,16}})"
     rf"|(?P<labelled>labels|anchors)\.(?P<label>{LABEL.pattern})\.(?P<letter>[A-Z])"
     r"|frame\.(?P<alone>[A-Z])"
 )

@@ -4,6 +4,7 @@
     private factors      state.bin
     exchanged factors    delta = trained - start + owed
                          payload.bin = encode(delta)        residual.bin = delta - decode(payload)
+    factors of peers     state.bin, and their values in payload.bin; nothing is owed
 
 Owed are the residual of the last settled round and a payload that the node refused. The exchanged
 factors of the start lie in a file while they train. The trained factors become delta and then
@@ -57,6 +58,13 @@ def start(
     return state
 
 
+def sent_before(job: Job) -> attach.State:
+    """What this device sent of its own to the version that the job starts from."""
+    if job.carried.sent is None:
+        return {}
+    return codec.decode(Path(job.carried.sent).read_bytes(), lambda key: parse(key).kind == "peers")
+
+
 def put_aside(state: attach.State, method: Method, folder: Path, tell: disk.Tell) -> None:
     """Move the exchanged factors to a file and empty the state; the private ones are not needed again."""
     exchanged = {key: value for key, value in state.items() if method.factor(key).exchanged}
@@ -90,15 +98,18 @@ def write(
     delta = {
         key: value
         for key, value in trained.items()
-        if method.factor(key).exchanged and (parse(key).kind != "labels" or label_of(key) in taught)
+        if method.factor(key).exchanged
+        and not method.factor(key).whole
+        and (parse(key).kind != "labels" or label_of(key) in taught)
     }
+    values = {key: value for key, value in trained.items() if method.factor(key).whole}
     rank = _subtract_start(delta, method, folder / START) if delta else None
     if job.carried.residual is not None:
         _add_owed(delta, disk.load(job.carried.residual), method)
     if job.carried.unsent is not None:
         _add_owed(delta, codec.decode(Path(job.carried.unsent).read_bytes()), method)
     step = method.codec_step(job.fleet.codec.step)
-    payload = codec.encode({**delta, **answers.predictions}, answers.completions, step)
+    payload = codec.encode({**delta, **values, **answers.predictions}, answers.completions, step)
     sent = codec.decode(payload)
     for key, value in delta.items():
         value -= sent.pop(key)

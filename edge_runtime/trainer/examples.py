@@ -36,6 +36,12 @@ class Example(NamedTuple):
         return self.answer is not None
 
     @property
+    def prompt(self) -> int:
+        """Tokens before the first learned one, at least one; all tokens if a head learns the row's label."""
+        learned = (number for number, label in enumerate(self.labels) if label != IGNORED)
+        return max(next(learned, len(self.ids)), 1)
+
+    @property
     def counted(self) -> int:
         """Learned labels. The first token is never among them: no token before it predicts it."""
         if self.headed:

@@ -23,6 +23,7 @@ class Carried(msgspec.Struct, frozen=True):
     private: str | None = None  # state.bin of an earlier round
     frame: str | None = None  # frame.bin of an earlier round: maps into the common frame
     residual: str | None = None  # residual.bin of the last settled round
+    sent: str | None = None  # payload.bin that is part of the version that the job starts from
     unsent: str | None = None  # payload.bin that the node refused; its delta is sent again
 
 

@@ -15,7 +15,7 @@ from edge_kernels import LanguageHead, linear_cross_entropy
 from torch.nn.functional import cross_entropy, kl_div, rms_norm
 from transformers import PreTrainedModel
 
-from edge_runtime.adapters.attach import Attached
+from edge_runtime.adapters.attach import Attached, tell_prompts
 from edge_runtime.planning.predict import LENGTH_STEP, LOSS_CHUNK_BYTES
 from edge_runtime.protocol.report import Score
 from edge_runtime.trainer.examples import IGNORED, Example, Indexed, groups
@@ -134,6 +134,7 @@ def label_states(rows: list[Example], hidden: torch.Tensor) -> torch.Tensor:
 def hidden_states(model: PreTrainedModel, rows: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     """The last hidden states (rows, tokens, hidden), before the head, and labels (rows, tokens)."""
     ids, labels = pad(rows, language_head(model).weight.device)
+    tell_prompts(model, [row.prompt for row in rows], ids.shape[1])
     return model.base_model(input_ids=ids, use_cache=False).last_hidden_state, labels
 
 

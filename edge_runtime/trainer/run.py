@@ -113,6 +113,8 @@ def begin(
         joins = frame if frame.new else None
         if maps := frame.enter(base, meter):
             disk.save(folder / "frame.bin", maps, meter.tell)
+    if method.received is not None:
+        method.received(shared, delta.sent_before(job))
     state = delta.start(base.adapter, shared, job.carried.private, method)
     lesson = material.public.lesson(shared) if material.public is not None else None
     # in memory, the global version and the start would cost an adapter each

@@ -72,6 +72,10 @@ ATTENTION_ROWS = 10
 KEPT_HIDDEN_ROWS, KEPT_HEAD_ROWS, KEPT_INTERMEDIATE_ROWS = 5, 5, 3
 KEPT_COPIES = 1.2
 
+# A branch between frozen factors that is a function of the token: numbers of its width that a layer
+# keeps of a token for backward, and float32 copies of the input and output of the widest layer.
+BRANCH_ROWS, BRANCH_COPIES = 4, 1
+
 # Activations of the public texts that are in memory at once while maps into the frame are made.
 FRAME_BYTES = 64 * MIB
 
@@ -142,8 +146,9 @@ def predict(workload: Workload, plan: Plan, lengths: int | None = None) -> dict[
     frozen = sum(values.values()) - trained
     # These methods join the factors of a block, beside the factors themselves.
     joined = FROZEN_BYTES * (trained + frozen) // plan.depth if method.kept or method.inner is not None else 0
-    kept = _kept_block(facts, plan, batch, width) + joined
-    block = block_bytes(facts, plan, batch, width) + 2 * joined  # and their gradients
+    branches, copies = _branches(workload, plan, batch)
+    kept = _kept_block(facts, plan, batch, width) + joined + branches
+    block = block_bytes(facts, plan, batch, width) + 2 * joined + branches + copies  # and their gradients
     lengths = lengths or -(-plan.tokens // LENGTH_STEP)
     of_a_length = KERNEL_BYTES + (LONG_BYTES if plan.tokens > LONG_TOKENS else 0)
     kernels = KERNEL_BYTES + of_a_length * min(lengths, CACHED_LENGTHS) + VARIED_BYTES * (lengths > 1)
@@ -179,6 +184,17 @@ def predict(workload: Workload, plan: Plan, lengths: int | None = None) -> dict[
     largest = max(phases, key=lambda phase: sum(phase.values()))
     always = {"runtime": workload.runtime_bytes, "kernels": kernels, "adapter": adapter}
     return always | {name: size for name, size in largest.items() if size}
+
+
+def _branches(workload: Workload, plan: Plan, batch: int) -> tuple[int, int]:
+    """Bytes that the branches of a block keep for backward, and of a layer's copies in float32."""
+    method, roles = workload.method, workload.fleet.adapter.roles
+    if method.branch is None:
+        return 0, 0
+    widths = [out + into for role, (out, into) in workload.facts.linears.items() if role in roles]
+    sizes = method.sizes(plan.rank)
+    rows = BRANCH_ROWS * len(widths) * sizes.get("hidden", sizes["branch"])
+    return 4 * batch * rows, 4 * batch * BRANCH_COPIES * max(widths)
 
 
 def _inputs(workload: Workload) -> int:

@@ -92,6 +92,19 @@ def test_a_job_carries_what_earlier_rounds_have_left_though_the_folder_has_moved
     assert job.evaluation == {"own": str(tmp_path / "after" / "own.jsonl")}
 
 
+def test_a_job_carries_what_the_device_sent_to_the_very_version_that_it_starts_from(device):
+    for number in (1, 2):
+        device.leave(number, "payload.bin")
+        device.rounds.settle(number, "taken")
+    sent = str(device.rounds.folder(device.job(2)) / "payload.bin")
+    assert device.job(3).carried.sent == sent  # of the version after round 2
+    assert device.job(2, train=False).carried.sent == sent  # as at the end of a fleet of 2 rounds
+    assert device.job(4).carried.sent is None  # the device was not in round 3
+    device.leave(3, "payload.bin")
+    device.rounds.settle(3, "refused")
+    assert device.job(4).carried.sent is None
+
+
 def test_a_trainer_is_held_to_what_a_server_leaves_it(tmp_path):
     store, machine = DeviceStore(tmp_path / "agent.db"), Machine(budget_bytes=1000)
     rounds = LocalRounds(tmp_path / "work", store, DeviceRows(tmp_path / "rows.jsonl", {}), machine)

@@ -54,7 +54,8 @@ def begun(head: Array, states: Array, weights: Array, own: int) -> Array:
     """The head (labels, d), with a row in closed form for each label whose row is 0.
 
     Args:
-        states, weights: as for `rows`.
+        states: head inputs, as for `rows`.
+        weights: of the labels, as for `rows`.
         own: how many of the states, from the first, are of the device's own rows; if there are none,
             the logits of all states are compared.
     """

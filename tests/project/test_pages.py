@@ -20,6 +20,7 @@ TABLES = {  # of a fleet file, as its page names them
     "[training]": settings.Training,
     "[head]": settings.Head,
     "[public]": settings.Public,
+    "[codec]": settings.Codec,
     "[codistill]": settings.Codistill,
     "[[catalog]]": settings.Model,
 }
@@ -96,7 +97,17 @@ def test_the_page_of_the_fleet_file_lists_each_key_with_its_default():
         for table, struct in TABLES.items()
         for field in msgspec.structs.fields(struct)
         if field.encode_name
-        not in ("catalog", "method", "adapter", "training", "head", "public", "codistill", "settings")
+        not in (
+            "catalog",
+            "method",
+            "adapter",
+            "training",
+            "head",
+            "public",
+            "codec",
+            "codistill",
+            "settings",
+        )
     }
     assert page.keys() == fields.keys()
     for key, field in fields.items():

@@ -28,6 +28,8 @@ ALLOWED = {
     # names in the library of that program
     "llama_cpp": {"llama_flash_attn_type", "LLAMA_FLASH_ATTN_TYPE_DISABLED"},
     # GGUF files name tokenizers, and ways to split a text, after the first model that had them
+    # a way to scale rotary positions has the name of the family that had it first
+    "configuration": {"llama3"},
     "gguf_tokenizer": {"gpt2", "llama", *gguf_tokenizer.SPLITS},
 }
 

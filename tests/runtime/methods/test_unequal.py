@@ -121,6 +121,32 @@ def test_factors_turn_no_further_than_their_products_need():
         assert np.abs(new.A - old.A).max() > 0.1
 
 
+def test_a_core_between_the_factors_goes_on_with_what_it_did():
+    """B C A after a merge, beside the mean over the devices; without R the core meets other axes."""
+    version = merged(UNEQUAL)
+    learned = np.random.default_rng(1).normal(0, 1, (RANK, RANK))
+    core = np.eye(RANK) + 0.5 * learned / np.linalg.norm(learned, 2)
+    devices = []
+    for seed, rank in enumerate((8, 4, 2)):
+        delta = {}
+        for key, value in device(20 + seed, rank).delta.items():
+            held = version[key][tuple(map(slice, value.shape))]
+            delta[key] = np.float32(0.1 * value * np.linalg.norm(held) / np.linalg.norm(value))
+        devices.append(Contribution(version, delta, 10))
+    whole = [unequal._padded(each, LAYERS) for each in devices]  # in the version's rank
+
+    def function(state):
+        return state["layers.0.q.B"].astype(np.float64) @ core @ state["layers.0.q.A"]
+
+    def error(steps):
+        after = {key: value + steps[key] for key, value in version.items()}
+        truth = sum(function(each.after()) for each in whole) / 3
+        return np.linalg.norm(function(after) - truth) / np.linalg.norm(truth)
+
+    without = error(flexlora.mean_product(lambda: iter(whole)))
+    assert error(unequal.mean(lambda: iter(devices))) < 0.05 < 0.2 < without
+
+
 def test_a_layer_of_fewer_directions_than_ranks_keeps_its_product():
     draw, shapes = np.random.default_rng(0), {"A": (RANK, IN), "B": (3, RANK)}
     key = "layers.0.q"

@@ -21,21 +21,22 @@ Line = dict[str, str]  # cells by column
 WIDTH = 100  # characters of a printed table
 WRAPPED = ("arm", "against", "by model", "cosine")  # columns whose cells may take several lines
 NAME_WIDTH = 12  # at least, so that names break between words
-LEGEND = """\
-- accuracy: mean over the devices after the last round, asked all held-out rows; mean and standard
-  deviation over seeds, in percent.
-- by model: {kinds}.
-- unseen: accuracy on rows of labels that a device holds no rows of.
-- round 1: the same after one round, on a sample of the rows. Arms in a common frame spend that round on
-  the frame.
-- ceiling: accuracy, on unseen labels where there are any, as a share of that of all data in one place.
-- cosine: between the models' mean steps of the tensors that cross them, mean over tensors and
-  rounds, and the share below 0.
-- KB up/down: of a device in a round, as encoded, mean over the rounds of the first seed, without
-  public texts and the last version.
-- trained: values of a device's adapter, without its head.
-- *: the seed that the arm's settings were chosen on; the line above has the other seeds.
-"""
+LEGEND = {  # by column
+    "accuracy": "mean over the devices after the last round, asked all held-out rows; mean and standard\n"
+    "  deviation over seeds, in percent.",
+    "by model": "{kinds}.",
+    "unseen": "accuracy on rows of labels that a device holds no rows of.",
+    "round 1": "the same after one round, on a sample of the rows. Arms in a common frame spend that round\n"
+    "  on the frame.",
+    "ceiling": "accuracy, on unseen labels where there are any, as a share of that of all data in one place.",
+    "cosine": "between the models' mean steps of the tensors that cross them, mean over tensors and\n"
+    "  rounds, and the share below 0.",
+    "KB up/down": "of a device in a round, as encoded, mean over the rounds of the first seed, without\n"
+    "  public texts and the last version.",
+    "trained": "values of a device's adapter, without its head.",
+    "seeds": "a line with a * is of the seed that the arm's settings were chosen on, the line above of the\n"
+    "  others.",
+}
 DIFFERENCES = """\
 - points: difference to the arm under `against` with the same seeds and rows, and its 95 % interval by
   bootstrap over seeds and rows. Interval and p are corrected for the number of comparisons in this
@@ -83,7 +84,8 @@ def write(spec: Spec, outcomes: Outcomes, name: str, out: Path) -> None:
     else:
         kinds = sorted({kind(member) for run in outcomes.values() for member in run.members})
         names = [f"{layers} layers of {model_class} on {data}" for model_class, layers, data in kinds]
-        sections += [_markdown(arms), LEGEND.format(kinds=", ".join(names))]
+        legend = [f"- {column}: {LEGEND[column]}\n" for column in arms[0] if column in LEGEND]
+        sections += [_markdown(arms), "".join(legend).format(kinds=", ".join(names))]
     if differences:
         sections += [_markdown(differences), DIFFERENCES]
     if outcomes:

@@ -73,9 +73,9 @@ def command(
     if sum(source is not None for source in (state, node, adapter)) != 1:
         raise InputError("give one of --state, --node and --adapter: where the adapter is")
     of_the_node = {"--class": model_class, "--version": version, "--depth": depth}
-    if node is None and (given := [name for name, value in of_the_node.items() if value is not None]):
+    if node is None and (unused := [name for name, value in of_the_node.items() if value is not None]):
         raise InputError(
-            f"{', '.join(given)} chooses among a node's versions, but --node is not given: leave it out, or give the "
+            f"{', '.join(unused)} chooses among a node's versions, but --node is not given: leave it out, or give the "
             "node's state with --node"
         )
     if out.exists():
@@ -92,21 +92,20 @@ def command(
     if node is not None:
         from edge_runtime.aggregator import learned as of_node
 
-        found = of_node.read(node, find, model_class, version, depth)
+        adapted = of_node.read(node, find, model_class, version, depth)
     else:
-        found = learned.read(adapter or _newest(state))
-        found = learned.on(found, find(found.source))
-    other = processes.prepared(base, models) if base is not None else None
+        adapted = learned.read(adapter or _newest(state))
+        adapted = learned.on(adapted, find(adapted.source))
+    gguf = processes.prepared(base, models) if base is not None else None
     from edge_runtime.adapters.export import base as bases  # imports torch, after what is refused without it
     from edge_runtime.adapters.export import forms
 
-    if other is not None:
-        found = bases.on_other_file(found, other)
-
-    forms.export(form, found, out, weights)
-    labels = f"; labels of its head: {', '.join(found.labels)}" if found.labels else ""
+    if gguf is not None:
+        adapted = bases.on_other_file(adapted, gguf)
+    forms.export(form, adapted, out, weights)
+    labels = f"; labels of its head: {', '.join(adapted.labels)}" if adapted.labels else ""
     click.echo(
-        f"{out}: version {found.version} on {found.facts.model_class}, {len(found.layers)} of {found.facts.layers} "
+        f"{out}: version {adapted.version} on {adapted.facts.model_class}, {len(adapted.layers)} of {adapted.facts.layers} "
         f"layers{labels}"
     )
 

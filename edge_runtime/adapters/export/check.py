@@ -85,14 +85,14 @@ def trainer(learned: Learned, prompts: Prompts) -> Outputs:
     return Outputs(plain, logits(model, prompts))
 
 
-def difference(seen: Outputs, truth: Outputs) -> float:
+def difference(outputs: Outputs, truth: Outputs) -> float:
     """The equation above."""
-    d_tool, d = _change(seen), _change(truth)
+    d_tool, d = _change(outputs), _change(truth)
     return float(np.linalg.norm(d_tool - d) / max(np.linalg.norm(d), _least(truth)))
 
 
-def require(seen: Outputs, truth: Outputs, most: float, tool: str) -> None:
-    """Bound the difference, by `most` or by twice what the tool's rounding does to the base.
+def require(outputs: Outputs, truth: Outputs, bound: float, tool: str) -> None:
+    """Bound the difference, by `bound` or by twice what the tool's rounding does to the base.
 
     Twice, because d_tool is a difference of two outputs, and rounding is in both. Where rounding does
     more than the adapter, a lost adapter is within that bound. So half of the adapter's change has
@@ -101,24 +101,24 @@ def require(seen: Outputs, truth: Outputs, most: float, tool: str) -> None:
     Raises:
         EdgeError: the difference is larger, the change is not there, or a value is missing.
     """
-    norm, d_tool, d = np.linalg.norm, _change(seen), _change(truth)
-    base, changed = norm(_centred(seen.plain - truth.plain)), norm(d)
-    found, allowed = difference(seen, truth), min(max(most, 2 * base / max(changed, 1e-30)), 1.0)
+    norm, d_tool, d = np.linalg.norm, _change(outputs), _change(truth)
+    base, changed = norm(_centred(outputs.plain - truth.plain)), norm(d)
+    share, allowed = difference(outputs, truth), min(max(bound, 2 * base / max(changed, 1e-30)), 1.0)
     is_there = (d_tool * d).sum() >= 0.5 * (d * d).sum() or changed < _least(truth)
-    if not (base <= most * norm(_centred(truth.plain)) and found <= allowed and is_there):
+    if not (base <= bound * norm(_centred(truth.plain)) and share <= allowed and is_there):
         raise EdgeError(
-            f"{tool} computes something else with the export than the trainer: {found:.1%} of what the adapter changes "
+            f"{tool} computes something else with the export than the trainer: {share:.1%} of what the adapter changes "
             f"in the logits differ, and at most {allowed:.1%} may; the files are removed"
         )
 
 
-def require_near(seen: Array, truth: Array, most: float, tool: str) -> None:
+def require_near(outputs: Array, truth: Array, bound: float, tool: str) -> None:
     """Raise EdgeError where logits are further apart than this share of their norm."""
-    found = np.linalg.norm(_centred(seen - truth)) / np.linalg.norm(_centred(truth))
-    if not found <= most:
+    share = np.linalg.norm(_centred(outputs - truth)) / np.linalg.norm(_centred(truth))
+    if not share <= bound:
         raise EdgeError(
-            f"{tool} computes something else with the export than the trainer: its logits differ by {found:.1%}, and at "
-            f"most by {most:.1%} they may; the files are removed"
+            f"{tool} computes something else with the export than the trainer: its logits differ by {share:.1%}, and at "
+            f"most by {bound:.1%} they may; the files are removed"
         )
 
 

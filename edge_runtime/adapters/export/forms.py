@@ -118,8 +118,8 @@ def _peft(job: Export) -> None:
     if not is_whole:
         checkpoint.write(learned, inner, merged=False)
     truth = check.trainer(learned, job.prompts)
-    seen = tools.peft(job.part, folder if is_whole else inner, job.prompts)
-    check.require(seen, truth, ROUNDED if _is_gguf(learned) else EXACT, "PEFT")
+    outputs = tools.peft(job.part, folder if is_whole else inner, job.prompts)
+    check.require(outputs, truth, ROUNDED if _is_gguf(learned) else EXACT, "PEFT")
 
 
 def _gguf(job: Export) -> None:
@@ -134,15 +134,15 @@ def _gguf(job: Export) -> None:
     gguf_adapter.write(learned, adapter)
     gguf_adapter.require(learned, adapter)
     truth = check.trainer(learned, job.prompts)
-    seen = tools.llama_cpp(base, adapter, learned.facts.vocabulary, job.prompts)
-    check.require(Outputs(*seen), truth, ROUGH, "llama.cpp")
+    outputs = tools.llama_cpp(base, adapter, learned.facts.vocabulary, job.prompts)
+    check.require(Outputs(*outputs), truth, ROUGH, "llama.cpp")
 
 
 def _merged(job: Export) -> None:
     checkpoint.write(job.learned, job.part, merged=True)
     truth = check.trainer(job.learned, job.prompts)
-    seen = Outputs(truth.plain, tools.transformers(job.part, job.prompts))
-    _require_adapter(seen, truth, "weights of the base's precision", "keep it apart with --to peft")
+    outputs = Outputs(truth.plain, tools.transformers(job.part, job.prompts))
+    _require_adapter(outputs, truth, "weights of the base's precision", "keep it apart with --to peft")
 
 
 def _merged_gguf(job: Export) -> None:
@@ -155,8 +155,8 @@ def _merged_gguf(job: Export) -> None:
         read = check.logits(check.loaded(facts, facts.layers), job.prompts)
     instead = "merge with --weights f16, or keep it apart with --to gguf or --to peft"
     _require_adapter(Outputs(truth.plain, read), truth, f"weights of {source.name}'s formats", instead)
-    (seen,) = tools.llama_cpp(model, None, learned.facts.vocabulary, job.prompts)
-    check.require_near(seen, read, ROUGH, "llama.cpp")
+    (outputs,) = tools.llama_cpp(model, None, learned.facts.vocabulary, job.prompts)
+    check.require_near(outputs, read, ROUGH, "llama.cpp")
 
 
 def _onnx(job: Export) -> None:
@@ -165,9 +165,9 @@ def _onnx(job: Export) -> None:
     onnx.to_onnx(job.learned, job.format, job.part)
 
 
-def _require_adapter(seen: Outputs, truth: Outputs, where: str, instead: str) -> None:
+def _require_adapter(outputs: Outputs, truth: Outputs, where: str, instead: str) -> None:
     """Raise InputError where a merged model has lost the adapter."""
-    found = check.difference(seen, truth)
+    found = check.difference(outputs, truth)
     if not found <= ROUGH:
         raise InputError(
             f"the adapter is lost in {where}: {found:.0%} of what it changes in the logits differ after rounding, and at "
@@ -187,9 +187,9 @@ def _read_again(learned: Learned, file: Path) -> Iterator[Facts]:
         facts = prepare(str(file), file.parent, Path(scratch))
         numbers = tuple(range(facts.layers))
         pairs = ((facts, numbers), (learned.facts, learned.layers))
-        seen, needed = (weights.configuration(*pair).get_text_config().to_dict() for pair in pairs)
+        written, needed = (weights.configuration(*pair).get_text_config().to_dict() for pair in pairs)
         for key in sorted(needed.keys() - {"_name_or_path"}):
-            if seen.get(key) != needed[key]:
+            if written.get(key) != needed[key]:
                 raise InputError(
                     f"llama.cpp tells {DERIVED.get(key, key)} by the number of a layer or of all, and would compute the "
                     f"slice of {facts.layers} of {learned.facts.layers} layers in another way than it was trained ({key}): "

@@ -19,8 +19,8 @@ def main() -> None:
     model, adapter, vocabulary, prompts, output = json.loads(sys.argv[1])
     server = xllamacpp.Server(_options(model, adapter))
     scales = [0.0, 1.0] if adapter else [0.0]
-    found = np.full((len(scales), len(prompts), vocabulary), np.nan, np.float32)
-    for scores, scale in zip(found, scales, strict=True):
+    logs = np.full((len(scales), len(prompts), vocabulary), np.nan, np.float32)
+    for scores, scale in zip(logs, scales, strict=True):
         for row, prompt in zip(scores, prompts, strict=True):
             request = {"prompt": prompt, "n_predict": 1, "n_probs": vocabulary, "cache_prompt": False}
             request |= {"lora": [{"id": 0, "scale": scale}]} if adapter else {}
@@ -29,7 +29,7 @@ def main() -> None:
                 sys.exit(str(answer))
             for token in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
                 row[token["id"]] = token["logprob"]
-    np.save(output, found)
+    np.save(output, logs)
     # without the server's own end, which waits for its threads
     os._exit(0)
 

@@ -133,10 +133,10 @@ def compare(folder: Path, ids: NDArray[np.int64], truth: Outputs) -> None:
     """
     adapter = onnxruntime.LoraAdapter()
     adapter.Load(str(folder / ADAPTER))
-    for graph, most in ((in_float32((folder / MODEL).read_bytes()), EXACT), (None, ROUGH)):
+    for graph, bound in ((in_float32((folder / MODEL).read_bytes()), EXACT), (None, ROUGH)):
         runtime = session(folder, graph=graph)
-        seen = Outputs(*(onnx_logits(runtime, ids, each) for each in (None, adapter)))
-        require(seen, truth, most, "ONNX Runtime")
+        outputs = Outputs(*(onnx_logits(runtime, ids, each) for each in (None, adapter)))
+        require(outputs, truth, bound, "ONNX Runtime")
 
 
 def onnx_logits(

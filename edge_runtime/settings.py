@@ -275,9 +275,7 @@ def _check(fleet: Fleet) -> None:
     if codistill is not None and fleet.public is None:
         raise InputError("[codistill] compares predictions on public texts: add [public] with their file")
     if fleet.head is not None and fleet.head.shared == "fleet" and fleet.public is None:
-        raise InputError(
-            '[head] shared = "fleet" compares models on public texts: add [public] with their file'
-        )
+        raise InputError('[head] shared = "fleet" needs public texts: add [public] with their file')
     if codistill is not None and fleet.public is not None and fleet.head is None:
         # predictions are completions
         _require(

@@ -10,8 +10,8 @@
 
 H are the weights of a linear discriminant with a shrunk covariance. Half the square of a head input
 is that of m, which all inputs share: a row's part along m would favour a label whatever the input. A
-label of less evidence than PRIOR texts begins near 0. A head that begins at 0 learns little in a round; so do, in a later
-round, its rows of labels that only other models' devices hold (docs/study).
+label of less evidence than PRIOR texts begins near 0. A row that begins at 0 learns little in a
+round: own labels' rows in the first, and rows of labels that only other models' devices hold later.
 
 c keeps the size of the logits: their standard deviation on the device's own rows, over the labels
 that have a row already, is that of these rows. Where no label has one, it is 1.

@@ -3,6 +3,7 @@
     peak = runtime + kernels + adapter + the largest phase:
            backward through a block      weights + boundaries + activations + block
            between forward and backward  weights + boundaries + activations + loss
+           features, maps into the frame weights + frame, where models share one (methods/frames.py)
            completion of prompts         weights + answers, where the method exchanges completions
            start of a head's rows        weights + inputs, where labels have a head
            encoding the delta            encode; the model is gone
@@ -78,6 +79,9 @@ BRANCH_ROWS, BRANCH_COPIES = 4, 1
 
 # Activations of the public texts that are in memory at once while maps into the frame are made.
 FRAME_BYTES = 64 * MIB
+# Copies of the states, and squares of their smaller side, that their singular vectors take; squares of
+# a layer's width that its map takes. Measured with 500 to 3,000 texts and widths of 576 to 2,048.
+SVD_COPIES, SVD_SQUARES, SOLVE_SQUARES = 10, 13, 6
 
 MOST_ROWS = 512  # of a device's own whose head inputs are in memory at once, beside those of public texts
 
@@ -149,9 +153,7 @@ def predict(workload: Workload, plan: Plan, lengths: int | None = None) -> dict[
     branches, copies = _branches(workload, plan, batch)
     kept = _kept_block(facts, plan, batch, width) + joined + branches
     block = block_bytes(facts, plan, batch, width) + 2 * joined + branches + copies  # and their gradients
-    lengths = lengths or -(-plan.tokens // LENGTH_STEP)
-    of_a_length = KERNEL_BYTES + (LONG_BYTES if plan.tokens > LONG_TOKENS else 0)
-    kernels = KERNEL_BYTES + of_a_length * min(lengths, CACHED_LENGTHS) + VARIED_BYTES * (lengths > 1)
+    kernels = _kernels(plan, lengths or -(-plan.tokens // LENGTH_STEP))
     # Micro-batches that share a step add up their gradients.
     trained_bytes = TRAINED_BYTES + (SUM_BYTES if plan.rows < workload.rows_a_step else 0)
     adapter = trained_bytes * trained + FROZEN_BYTES * frozen
@@ -177,6 +179,10 @@ def predict(workload: Workload, plan: Plan, lengths: int | None = None) -> dict[
         training,
         {"weights": weights, "answers": answers},
         {"weights": weights, "inputs": inputs},
+        {
+            "weights": weights,
+            "frame": _frame(workload, plan, FROZEN_BYTES * frozen) + block // 2 if method.framed else 0,
+        },
         # The delta and what rounding loses, beside the factor, which becomes the latter.
         {"encode": ENCODE_BYTES * sent},
         {"tokenizer": tokenizer},
@@ -197,10 +203,35 @@ def _branches(workload: Workload, plan: Plan, batch: int) -> tuple[int, int]:
     return 4 * batch * rows, 4 * batch * BRANCH_COPIES * max(widths)
 
 
+def _kernels(plan: Plan, lengths: int) -> int:
+    """Bytes of kernels for rows of so many lengths."""
+    of_a_length = KERNEL_BYTES + (LONG_BYTES if plan.tokens > LONG_TOKENS else 0)
+    return KERNEL_BYTES + of_a_length * min(lengths, CACHED_LENGTHS) + VARIED_BYTES * (lengths > 1)
+
+
 def _inputs(workload: Workload) -> int:
     """Bytes of head inputs of rows and texts, and of their covariance; each is there twice, in float32."""
     public, hidden = workload.fleet.public, workload.facts.hidden
     return 8 * hidden * (MOST_ROWS + (public.texts if public is not None else 0) + hidden)
+
+
+def _frame(workload: Workload, plan: Plan, maps: int) -> int:
+    """Bytes of the larger of two phases: features of public texts, and maps into the frame.
+
+    maps: bytes of all maps, which are beside the adapter until they are on it.
+    """
+    facts, method = workload.facts, workload.method
+    sizes = method.sizes(plan.rank)
+    texts, hidden = sizes["texts"], facts.hidden
+    features = texts * (SVD_COPIES * hidden + sizes["features"]) + SVD_SQUARES * min(texts, hidden) ** 2
+    # Z as published and turned; activations of a group of layers, and a layer's centred ones; a layer's map
+    roles = workload.fleet.adapter.roles if "F" in method.factors else ()
+    mapped = [shape for role, shape in facts.linears.items() if role in roles] or [(0, hidden)]
+    largest = texts * max(into for _, into in mapped)
+    every = texts * plan.depth * sum(into for _, into in mapped)
+    activations = max(min(FRAME_BYTES // 4, every), largest) + largest
+    solved = max(SOLVE_SQUARES * into * into + out * into for out, into in mapped)
+    return max(4 * features, maps + 4 * (2 * texts * sizes["frame"] + activations + solved))
 
 
 def loss_chunk_bytes(plan: Plan) -> int:

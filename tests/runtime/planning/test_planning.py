@@ -382,6 +382,33 @@ def test_head_inputs_of_many_public_texts_are_predicted_where_they_weigh_more_th
     assert found.predicted_peak_bytes > plain.predicted_peak_bytes or not larger
 
 
+@pytest.mark.parametrize(("texts", "larger"), [(600, False), (60_000, True)])
+def test_a_frame_of_many_public_texts_is_predicted_where_it_weighs_more_than_training(texts, larger):
+    of = fleet(Model("large", weights=("q4_1",)), rows_a_step=8, max_tokens=512)
+    public = Public("public.jsonl", texts)
+    framed = msgspec.structs.replace(of, public=public, method=MethodChoice("heterotune", {"rank": 8}))
+    plan = next(candidates(framed, FACTS, RUNTIME, RATES))[0]
+    assert ("frame" in plan.terms) == larger
+    if larger:  # at least the activations of the widest layer, and centred, beside Z
+        assert plan.terms["frame"] > 4 * texts * (2 * LARGE.intermediate + 256)
+
+
+def test_a_mixtures_hidden_units_and_all_maps_are_predicted():
+    of = fleet(Model("large", weights=("q4_1",)), rows_a_step=8, max_tokens=512)
+    peaks = {}
+    for width in (0, 16, 64):
+        values = {"form": "mixture", "width": width} if width else {}
+        choice = MethodChoice("heterotune", values)
+        framed = msgspec.structs.replace(of, public=Public("public.jsonl", 60), method=choice)
+        plan = next(candidates(framed, FACTS, RUNTIME, RATES))[0]
+        peaks[width] = plan.terms["block"]
+        # F and G of each layer, frozen, beside A and B
+        frozen = 4 * 16 * sum(map(sum, LARGE.linears.values())) * 30
+        assert plan.terms["adapter"] > frozen
+    # 7 layers of a block keep 4 branches' hidden units of each token, four times
+    assert peaks[64] - peaks[16] == 4 * (8 * 512) * 7 * 4 * 4 * (64 - 16)
+
+
 def test_a_running_plan_is_lowered_in_the_order_that_costs_least():
     of = fleet(Model("large", weights=("bfloat16",)), rank=16, rows_a_step=8, max_tokens=1024)
     first = plans(of)[0]

@@ -116,6 +116,7 @@ def _newest(state: Path | None) -> Path:
     folder = state / NEWEST
     if not folder.exists():
         raise InputError(
-            f"{state} has no adapter: its agent writes one when it begins to train for a fleet, and anew for each version"
+            f"{state} has no adapter: its agent writes one when it begins to train for a fleet, and anew for each version, "
+            "but none with heterotune's mixture, which is no LoRA"
         )
     return folder

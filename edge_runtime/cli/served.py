@@ -75,7 +75,8 @@ class ServedBase(NamedTuple):
             raise InputError(f"there is no folder {self.state}; give the --state of an agent")
         if not folder.exists():
             raise InputError(
-                f"{self.state} has no adapter yet: its agent keeps one from the first version on"
+                f"{self.state} has no adapter yet: its agent keeps one from the first version on, but none with heterotune's "
+                "mixture, which is no LoRA"
             )
         return folder
 

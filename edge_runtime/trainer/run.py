@@ -125,10 +125,15 @@ def begin(
     return joins, lesson
 
 
-def keep(job: Job, method: Method, state: attach.State, version: int, tell: disk.Tell) -> None:
+def keep(job: Job, method: Method, state: attach.State, version: int, tell: Callable[..., object]) -> None:
     """Write the adapter in this state to the job's folder for exports, if the job has one."""
-    # a branch that depends on the token is no LoRA, which other tools read
-    if job.export is None or method.branch is not None:
+    if job.export is None:
+        return
+    if method.branch is not None:
+        tell(
+            "keep",
+            text=f"the branches of {method.name} depend on the token: no adapter is written, as it is no LoRA",
+        )
         return
     layers, spec = kept_layers(job.plan.depth, job.facts.layers), job.fleet.adapter.at(job.plan.rank)
     adapter, folder = learned.fold(state, job.facts, layers, spec, method, version), Path(job.export)

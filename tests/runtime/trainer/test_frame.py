@@ -5,6 +5,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from edge_runtime import settings
+from edge_runtime.adapters import learned
 from edge_runtime.methods import frames
 from edge_runtime.protocol import codec
 from edge_runtime.trainer import data
@@ -63,3 +64,36 @@ def test_maps_of_an_earlier_round_are_used_until_the_frame_is_made_again(trained
         folder, _ = trained(name, ROWS, HELD_OUT, **fleet)
         found[name] = load_file(folder / "frame.bin")[frames.MAP]
     assert not found["same"].any() and found["another"].any()
+
+
+def test_an_export_of_a_device_has_its_branch_as_ranks_and_its_head_as_the_model_reads_it(
+    trained, fleet, tmp_path
+):
+    folder, _ = trained("joins", ROWS, HELD_OUT, **fleet)
+    draw, start, out = np.random.default_rng(0), tmp_path / "start", tmp_path / "adapter"
+    keys = {
+        "stages.0.q.C": (4, 4),
+        **{f"labels.{label}.H": (1, frames.WIDTH) for label in ("green", "red")},
+    }
+    version = {key: draw.normal(size=shape).astype(np.float32) for key, shape in keys.items()}
+    Z = frames.common([sent_by(folder)[frames.SENT]], None)
+    start.write_bytes(codec.encode({frames.MADE: Z, **version}))
+    version = codec.decode(start.read_bytes())
+    fleet |= {"start": (str(start),), "round": 2, "rounds": 2, "export": str(out)}
+    choice = {"rank": 4, "stages": 1}
+    folder, _ = trained("trains", ROWS, HELD_OUT, method=settings.MethodChoice("heterotune", choice), **fleet)
+    exported, maps = learned.read(out), load_file(folder / "frame.bin")
+    A, B = exported.factors[0, "q"]
+    assert (len(A), B.shape[1], exported.labels) == (2 + 4, 2 + 4, ("green", "red"))
+    F, G = maps["layers.0.q.F"], maps["layers.0.q.G"]
+    assert F.any() and G.any()
+    scale = settings.Adapter().alpha / 2  # B is 0 as the round starts
+    np.testing.assert_allclose(B @ A, scale * G @ version["stages.0.q.C"] @ F, atol=1e-4)
+    head = np.concatenate([version["labels.green.H"], version["labels.red.H"]])
+    np.testing.assert_allclose(exported.head, head @ maps[frames.MAP], atol=1e-4)
+
+    mixture = settings.MethodChoice("heterotune", {**choice, "form": "mixture"})
+    start.write_bytes(codec.encode({frames.MADE: Z}))
+    _, result = trained("mixes", ROWS, HELD_OUT, method=mixture, **fleet | {"export": str(tmp_path / "none")})
+    assert result.losses[-1] < result.losses[0] and not (tmp_path / "none").exists()
+    assert {"frame", "train"} <= result.phases.keys()

@@ -100,7 +100,8 @@ def test_a_class_joins_whoever_is_killed_and_a_third_one_later(
     node, second = fleet.node("--until-finished"), start("b")
     node.until(lambda event: event["phase"] == "collecting" and event["round"] == 3)
     third = start("c")
-    assert (node.end(), *(agent.end() for agent in (first, second, third))) == (0, 0, 0, 0)
+    third.phase("features", 240)
+    assert (node.end(240), *(agent.end() for agent in (first, second, third))) == (0, 0, 0, 0)
 
     rounds = {(device, round_) for device, round_ in committed(fleet)}
     assert {(device, round_) for device in "ab" for round_ in range(1, 6)} < rounds

@@ -117,6 +117,6 @@ def _newest(state: Path | None) -> Path:
     if not folder.exists():
         raise InputError(
             f"{state} has no adapter: its agent writes one when it begins to train for a fleet, and anew for each version, "
-            "but none with heterotune's mixture, which is no LoRA"
+            "but none with branches that depend on the token, which are no LoRA"
         )
     return folder

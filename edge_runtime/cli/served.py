@@ -75,8 +75,8 @@ class ServedBase(NamedTuple):
             raise InputError(f"there is no folder {self.state}; give the --state of an agent")
         if not folder.exists():
             raise InputError(
-                f"{self.state} has no adapter yet: its agent keeps one from the first version on, but none with heterotune's "
-                "mixture, which is no LoRA"
+                f"{self.state} has no adapter yet: its agent keeps one from the first version on, but none with branches that "
+                "depend on the token, which are no LoRA"
             )
         return folder
 

@@ -409,6 +409,22 @@ def test_a_mixtures_hidden_units_and_all_maps_are_predicted():
     assert peaks[64] - peaks[16] == 4 * (8 * 512) * 7 * 4 * 4 * (64 - 16)
 
 
+def test_a_gate_has_no_tiles_and_two_branches_are_predicted():
+    of = fleet(Model("large", weights=("bfloat16",)), rows_a_step=8, max_tokens=1024)
+    public = Public("public.jsonl", 60)
+    peaks = {}
+    for gate, tiles in (("trained", {None}), ("closed", {1024, 256})):
+        for rank in (8, 16):
+            choice = MethodChoice("colora", {"gate": gate, "rank": rank})
+            gated = msgspec.structs.replace(of, public=public, method=choice)
+            group = next(candidates(gated, FACTS, RUNTIME, RATES))
+            assert {plan.mlp_tokens for plan in group} == tiles
+            assert {plan.mlp_tokens for plan in lowered(gated, group[0])} == tiles
+            peaks[gate, rank] = group[0].terms["block"]
+    assert peaks["trained", 16] > peaks["closed", 16] + 8 * 1024 * LARGE.intermediate  # without tiles
+    assert peaks["trained", 16] - peaks["trained", 8] == 2 * 4 * (8 * 1024) * 7 * 5 * 8
+
+
 def test_a_running_plan_is_lowered_in_the_order_that_costs_least():
     of = fleet(Model("large", weights=("bfloat16",)), rank=16, rows_a_step=8, max_tokens=1024)
     first = plans(of)[0]

@@ -13,7 +13,7 @@ R, O and w start at 0, so that the branches change nothing at first. The prompt 
 first learned token, so that no answer opens a gate of its own; of a row whose label a head learns,
 every token counts, and padding never does.
 
-A device goes on with its own R, and sends its values. O is a number for each device, but a version is
+A device goes on with its own R, and sends its values. O differs between devices, but a version is
 the same for all, so each device takes itself out of it:
 
     version     O = Σ_k R_k / N over the N devices of the last round that hold the tensor

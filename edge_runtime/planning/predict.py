@@ -73,9 +73,9 @@ ATTENTION_ROWS = 10
 KEPT_HIDDEN_ROWS, KEPT_HEAD_ROWS, KEPT_INTERMEDIATE_ROWS = 5, 5, 3
 KEPT_COPIES = 1.2
 
-# A branch between frozen factors that is a function of the token: numbers of its width that a layer
-# keeps of a token for backward, and float32 copies of the input and output of the widest layer.
-BRANCH_ROWS, BRANCH_COPIES = 4, 1
+# Branches that depend on the token: copies of a hidden unit that backward needs (before and after
+# GELU, its gate, their product), and what they take with their gradients.
+UNIT_COPIES, BRANCH_COPIES = 4, 2
 
 # Activations of the public texts that are in memory at once while maps into the frame are made.
 FRAME_BYTES = 64 * MIB
@@ -152,7 +152,8 @@ def predict(workload: Workload, plan: Plan, lengths: int | None = None) -> dict[
     joined = FROZEN_BYTES * (trained + frozen) // plan.depth if method.kept or method.inner is not None else 0
     branches, copies = _branches(workload, plan, batch)
     kept = _kept_block(facts, plan, batch, width) + joined + branches
-    block = block_bytes(facts, plan, batch, width) + 2 * joined + branches + copies  # and their gradients
+    block = block_bytes(facts, plan, batch, width) + copies
+    block += 2 * joined + BRANCH_COPIES * branches  # and their gradients
     kernels = _kernels(plan, lengths or -(-plan.tokens // LENGTH_STEP))
     # Micro-batches that share a step add up their gradients.
     trained_bytes = TRAINED_BYTES + (SUM_BYTES if plan.rows < workload.rows_a_step else 0)
@@ -193,14 +194,14 @@ def predict(workload: Workload, plan: Plan, lengths: int | None = None) -> dict[
 
 
 def _branches(workload: Workload, plan: Plan, batch: int) -> tuple[int, int]:
-    """Bytes that the branches of a block keep for backward, and of a layer's copies in float32."""
+    """Bytes that branches which depend on the token keep in a block, and of one layer's input and output; in float32."""
     method, roles = workload.method, workload.fleet.adapter.roles
     if method.branch is None:
         return 0, 0
     widths = [out + into for role, (out, into) in workload.facts.linears.items() if role in roles]
     sizes = method.sizes(plan.rank)
-    rows = BRANCH_ROWS * len(widths) * sizes.get("hidden", sizes["branch"])
-    return 4 * batch * rows, 4 * batch * BRANCH_COPIES * max(widths)
+    units = sizes.get("hidden", sizes["branch"])  # without hidden units, what two branches make of the input
+    return 4 * batch * len(widths) * (sizes["branch"] + UNIT_COPIES * units), 4 * batch * max(widths)
 
 
 def _kernels(plan: Plan, lengths: int) -> int:

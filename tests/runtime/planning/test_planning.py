@@ -405,8 +405,8 @@ def test_a_mixtures_hidden_units_and_all_maps_are_predicted():
         # F and G of each layer, frozen, beside A and B
         frozen = 4 * 16 * sum(map(sum, LARGE.linears.values())) * 30
         assert plan.terms["adapter"] > frozen
-    # 7 layers of a block keep 4 branches' hidden units of each token, four times
-    assert peaks[64] - peaks[16] == 4 * (8 * 512) * 7 * 4 * 4 * (64 - 16)
+    # 7 layers of a block keep 4 branches' hidden units of each token, four times, with their gradients
+    assert peaks[64] - peaks[16] == 2 * 4 * (8 * 512) * 7 * 4 * 4 * (64 - 16)
 
 
 def test_a_gate_has_no_tiles_and_two_branches_are_predicted():

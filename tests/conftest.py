@@ -30,7 +30,6 @@ LONG = (  # each is the beginning of a test's name
     "test_what_a_method_shares_travels_and_what_it_keeps_goes_on_from_round_to_round[fedsa",
     "test_what_a_method_shares_travels_and_what_it_keeps_goes_on_from_round_to_round[fedsb",
     "test_what_a_method_shares_travels_and_what_it_keeps_goes_on_from_round_to_round[ffa",
-    "test_what_a_method_shares_travels_and_what_it_keeps_goes_on_from_round_to_round[heterotune",
 )
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; torch reads this when it is imported

@@ -163,7 +163,8 @@ def test_a_trainer_that_takes_more_than_its_budget_says_so_and_a_smaller_plan_fi
 ) -> None:
     """The device believes that its libraries take nothing, so every plan needs more than predicted."""
     shutil.copytree(fleet.cache, tmp_path / "cache")
-    (baseline,) = (tmp_path / "cache").glob("baseline-*")
+    baselines = (tmp_path / "cache").glob("baseline-*")
+    (baseline,) = (path for path in baselines if not path.name.startswith("baseline-onnx"))
     real = int(baseline.read_text())
     baseline.write_text("1000000")
     fleet.cache = tmp_path / "cache"

@@ -44,10 +44,11 @@ def test_mapped_files_are_told_from_anonymous_memory(tmp_path):
         assert sum(mapped[:: mmap.PAGESIZE]) == 0
         return mapped
 
-    idle, mapped, held = (measured(lambda: None), measured(read), measured(lambda: b"\1" * (32 * MIB)))
+    # larger than what malloc may take from a heap that earlier tests have left
+    idle, mapped, held = (measured(lambda: None), measured(read), measured(lambda: b"\1" * (64 * MIB)))
     assert mapped.file_mapped_bytes - idle.file_mapped_bytes == pytest.approx(32 * MIB, abs=4 * MIB)
     assert mapped.anonymous_bytes - idle.anonymous_bytes < 8 * MIB
-    assert held.anonymous_bytes - idle.anonymous_bytes == pytest.approx(32 * MIB, abs=8 * MIB)
+    assert held.anonymous_bytes - idle.anonymous_bytes == pytest.approx(64 * MIB, abs=8 * MIB)
 
 
 def test_without_a_gpu_its_figures_are_left_out():

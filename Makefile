@@ -53,20 +53,20 @@ endif
 demo: setup
 	$(BIN)/edge-runtime demo --method $(METHOD) $(ARGS)
 
-# Three workers on two cores, as many tests wait for processes. They take tests from each other's end: a file's tests stay
-# together, with what they prepare once.
-PYTEST := $(BIN)/pytest --numprocesses 3 --dist worksteal
+# Workers take tests from each other's end: a file's tests stay together, with what they prepare once. Of short tests many
+# wait for processes, so they have a worker more.
+PYTEST := $(BIN)/pytest --dist worksteal --numprocesses
 
 test: .venv/.checks
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m edge_kernels check --arch 87
-	$(PYTEST) -m 'not long'
+	$(PYTEST) 3 -m 'not long'
 
 test-long: .venv/.checks
 	$(BIN)/python -m edge_kernels check
-	$(PYTEST) -m long
+	$(PYTEST) 2 -m long
 
 docs: .venv/.checks
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

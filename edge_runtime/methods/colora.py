@@ -40,7 +40,7 @@ from functools import partial
 from typing import Any, Literal
 
 from edge_runtime.methods import unequal
-from edge_runtime.methods.heterotune import F, G
+from edge_runtime.methods.frames import F, G
 from edge_runtime.methods.interface import (
     A,
     Array,

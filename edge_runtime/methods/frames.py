@@ -39,6 +39,9 @@ SHRINK = 0.1  # ridge of a map into the frame, as a share of the activations' me
 X = Factor(("texts", "features"), trained=True, shared="class", start="zero", of="frame")
 Z = Factor(("texts", "frame"), trained=False, shared="class", start="zero", of="frame")
 M = Factor(("frame", "in"), trained=False, shared="private", start="aligned", of="frame")
+# maps of a layer into the frame's leading coordinates, and out of it
+F = Factor(("branch", "in"), trained=False, shared="private", start="aligned")
+G = Factor(("out", "branch"), trained=False, shared="private", start="aligned")
 
 SENT, MADE, MAP = "frame.X", "frame.Z", "frame.M"
 

@@ -35,7 +35,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from edge_runtime.methods.fedit import holders_mean
-from edge_runtime.methods.heterotune import F, G
+from edge_runtime.methods.frames import F, G
 from edge_runtime.methods.interface import (
     A,
     AtLeastOne,
@@ -88,7 +88,6 @@ class H2Tune(MethodSettings, frozen=True):
             "h2tune",
             factors,
             {} if scope == "private" else {"stages": holders_mean},
-            core=lambda factors, _: None,
             inner=inner,
             sizes=lambda rank: sizes,
             unequal="mean",

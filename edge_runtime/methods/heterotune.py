@@ -34,6 +34,7 @@ from typing import Any, Literal
 
 from edge_runtime.methods import unequal
 from edge_runtime.methods.fedit import RunningMean
+from edge_runtime.methods.frames import F, G
 from edge_runtime.methods.interface import (
     A,
     Array,
@@ -49,8 +50,6 @@ from edge_runtime.methods.interface import (
 from edge_runtime.methods.lazy import np, torch
 
 SMALL, TINY = 1e-6, 1e-12
-F = Factor(("branch", "in"), trained=False, shared="private", start="aligned")
-G = Factor(("out", "branch"), trained=False, shared="private", start="aligned")
 
 
 class HeteroTune(MethodSettings, frozen=True):

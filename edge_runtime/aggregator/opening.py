@@ -20,9 +20,7 @@ from edge_runtime.trainer import data
 log = logging.getLogger(__name__)
 
 KEPT_ROUNDS = 10  # rounds whose versions stay in the state folder
-TEXTS_A_LABEL = (
-    10  # with a fifth of that, accuracy on labels that a device has no rows of halves (docs/study)
-)
+TEXTS_A_LABEL = 10  # about; the studies have as many
 
 
 def public_texts(fleet: Fleet) -> list[data.Row]:

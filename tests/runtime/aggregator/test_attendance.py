@@ -7,21 +7,13 @@ from contextlib import ExitStack
 
 import pytest
 from edge_broker import messages, topics
-from edge_broker.local import Broker, find_mosquitto, start_broker
+from edge_broker.local import Broker
 from edge_broker.session import Message, PresenceSpec, Session
 
 from edge_runtime.aggregator import attendance
 from edge_runtime.aggregator.attendance import Attendance
 
 _numbers = itertools.count()
-
-
-@pytest.fixture(scope="module", params=["mosquitto", "embedded"])
-def broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    if request.param == "mosquitto" and not find_mosquitto():
-        pytest.skip("Mosquitto is not installed")
-    with start_broker(state_dir=tmp_path_factory.mktemp(request.param), kind=request.param) as running:
-        yield running
 
 
 class Watch:

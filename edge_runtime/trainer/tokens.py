@@ -103,14 +103,14 @@ class Tokenization(NamedTuple):
     def _completed(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
         """Ids and labels of a prompt and its completion."""
         text = prompt + completion
-        surplus = max(len(text) - CHARACTERS * self.max_tokens, 0)
-        begin, end = max(len(prompt) - surplus, 0), len(text) - surplus
-        ids, labels = self._labelled(text[surplus:], [Span(begin, end, end)], special=True)
+        ids, labels = self._labelled(text, [Span(len(prompt), len(text), len(text))], special=True)
         ids = self._ended(ids)
         return ids, [*labels[: len(ids) - 1], ids[-1]]
 
     def _labelled(self, text: str, spans: list[Span], *, special: bool) -> tuple[list[int], list[int]]:
-        """Ids and labels of a text of which the spans are learned."""
+        """Ids and labels of a text of which the spans are learned; a long text is cut at its beginning."""
+        surplus = max(len(text) - CHARACTERS * self.max_tokens, 0)
+        text, spans = text[surplus:], [Span(*(max(place - surplus, 0) for place in span)) for span in spans]
         ids, offsets = self._tokens(text, special=special)
         begins = [len(text[: span.begin].rstrip(SPACES)) for span in spans]
         labels, before = [], 0

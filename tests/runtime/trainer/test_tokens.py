@@ -156,12 +156,31 @@ def test_a_tokenizer_that_does_not_place_its_tokens_is_refused():
         tokenization(tokenizer).example(ROWS[0])
 
 
-@pytest.mark.parametrize("row", [{"text": "on " * 200_000}, {"prompt": "on " * 200_000, "completion": "yes"}])
+TEMPLATE = (
+    "{% for turn in messages %}{{ turn['role'] }}: {{ turn['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+LONG = "on " * 200_000
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": LONG},
+        {"prompt": LONG, "completion": "yes"},
+        {"messages": [{"role": "user", "content": LONG}, {"role": "assistant", "content": "yes"}]},
+    ],
+    ids=["text", "pair", "messages"],
+)
 def test_of_a_very_long_text_no_more_is_tokenized_than_may_be_kept(row):
     tokenizer, seen = small_tokenizers.sentencepiece(), []
 
     class Watched:
-        is_fast, eos_token_id = True, tokenizer.eos_token_id
+        is_fast, eos_token_id, special_tokens_map = True, tokenizer.eos_token_id, {}
+        added_tokens_decoder, chat_template = tokenizer.added_tokens_decoder, TEMPLATE
+
+        def get_chat_template(self):
+            return TEMPLATE
 
         def __call__(self, text, **how):
             seen.append(len(text))
@@ -169,5 +188,5 @@ def test_of_a_very_long_text_no_more_is_tokenized_than_may_be_kept(row):
 
     example = Tokenization(Watched(), len(tokenizer), 32).example(row)
     assert len(example.ids) == 32 and max(seen) <= 32 * 64
-    if "prompt" in row:
+    if "text" not in row:
         assert tokenizer.decode([label for label in example.labels if label != IGNORED]) == "yes</s>"

@@ -26,7 +26,7 @@ from edge_broker.files import put
 
 from edge_runtime.compat.lean_imports import lean_imports
 from edge_runtime.errors import EdgeError, InputError
-from edge_runtime.models import checkpoint, gguf_header, hub
+from edge_runtime.models import checkpoint, gguf_header, hub, quantised
 from edge_runtime.models import facts as facts_
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.families import family_of
@@ -52,6 +52,8 @@ def prepare(source: str, models: Path, cache: Path, *, random_weights: bool = Fa
         InputError: there is no such source, it cannot be read, or its family is not supported.
     """
     path = _find(source, models)
+    if path.is_dir() and not random_weights:
+        quantised.require_known(path)  # before gigabytes of weights are digested
     companions = sorted(file for pattern in hub.COMPANIONS for file in path.glob(pattern))
     if not random_weights:
         weights = gguf_header.shards(path) if path.is_file() else checkpoint.weight_files(path)

@@ -7,6 +7,7 @@ integrations of FP8 and bitsandbytes. Where blocks do not divide a matrix, the l
 as in the kernels for which such checkpoints are made.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,13 +60,22 @@ class Quantisation(NamedTuple):
     block: Block | None  # None: no block has scales of its own
 
 
-def quantisation(folder: Path, config: Any) -> Quantisation | None:
-    """The quantisation of a transformers configuration; None: the weights are floats.
+def require_known(folder: Path) -> None:
+    """Refuse a folder of a method that is not read, by its config.json alone; raises as `quantisation` does."""
+    try:
+        stated = json.loads((folder / "config.json").read_bytes())["quantization_config"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # no quantisation, or a file that is refused where all of it is read
+    if isinstance(stated, dict):
+        quantisation(folder, stated)
+
+
+def quantisation(folder: Path, stated: Mapping[str, Any] | None) -> Quantisation | None:
+    """What a quantization_config says; None: the weights are floats.
 
     Raises:
         InputError: the method is not known, or its blocks have no size. The message names them.
     """
-    stated: Any = getattr(config, "quantization_config", None)
     if not stated:
         return None
     name = str(stated.get("quant_method", "without a quant_method"))

@@ -66,7 +66,7 @@ def index(folder: Path, whole: Any, model: PreTrainedModel) -> dict[str, FolderT
     """
     files = headers.files(folder)
     places = {name: place for file in set(files.values()) for name, place in headers.tensors(file).items()}
-    held = Held(folder, files, places, quantisation(folder, whole))
+    held = Held(folder, files, places, quantisation(folder, getattr(whole, "quantization_config", None)))
     shapes = {key: tuple(parameter.shape) for key, parameter in model.state_dict().items()}
     targets = _targets(whole, model, list(places))
     sources = _sources(folder, targets, shapes)

@@ -147,8 +147,9 @@ def test_a_quantised_matrix_can_be_packed_again(quantised):
         ({"group_size": 64, "bits": 4}, "without a quant_method"),
     ],
 )
-def test_other_methods_are_refused_by_their_names(quantised, settings, name):
+def test_other_methods_are_refused_by_their_names_before_a_weight_is_read(quantised, settings, name):
     folder, _ = quantised(settings, int8)
+    (folder / "model.safetensors").write_bytes(b"cut short")
     with pytest.raises(
         InputError, match=rf"are quantised with {name} \(quantization_config in config\.json\)"
     ):

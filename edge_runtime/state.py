@@ -3,8 +3,9 @@
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import msgspec
 from edge_broker.files import put
@@ -18,6 +19,8 @@ FORMAT = 2
 # of an agent's state: the folder of the newest adapter (adapters/learned.py), and the file in such
 # a folder that names its version
 NEWEST, ABOUT = "adapter", "edge_runtime.json"
+# in a scratch folder: its lock, and the file that says whose folder it is
+LOCK, MARK = "lock", "edge-runtime.scratch"
 
 
 @contextmanager
@@ -78,6 +81,33 @@ def once(path: Path, make: Callable[[Path], object], timeout_s: float = 600.0) -
                 put(scratch / path.name, path)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def scratch(place: Path) -> Iterator[Path]:
+    """A folder PLACE.RANDOM.part while inside, for what gets the name of the place in the end.
+
+    Its process holds a lock, which the system takes from a process that is killed. So the next
+    process that comes here removes what killed ones have left.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    for folder in place.parent.glob("*.part"):
+        _remove_if_left(folder)
+    with (
+        TemporaryDirectory(prefix=f"{place.name}.", suffix=".part", dir=place.parent) as name,
+        FileLock(Path(name) / LOCK),
+    ):
+        (Path(name) / MARK).touch()  # with the lock held: no process takes the folder for one that was left
+        yield Path(name)
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Remove a scratch folder whose process was killed; a folder of anybody else has no mark."""
+    # another user's folder stays
+    with suppress(Timeout, OSError):
+        if (folder / MARK).exists():
+            with FileLock(folder / LOCK, timeout=0):
+                shutil.rmtree(folder)
 
 
 def stamp(adapter: Path) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, TypeAlias, get_args
 
 from edge_broker import files
 
@@ -36,6 +36,7 @@ from edge_runtime.errors import InputError
 from edge_runtime.models import weights
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.prepare import prepare
+from edge_runtime.state import scratch
 
 # formats of weights that a form may be asked for; the first is the default, None: the base's own
 WEIGHTS: dict[Form, tuple[str | None, ...]] = {
@@ -64,6 +65,9 @@ DERIVED = {
 }
 
 
+Tell: TypeAlias = Callable[[str], object]
+
+
 class Export(NamedTuple):
     """What is written, and where."""
 
@@ -72,14 +76,18 @@ class Export(NamedTuple):
     out: Path  # the folder's name in the end
     format: Any  # of the weights that are written, one of WEIGHTS
     prompts: Prompts
+    tell: Tell
 
 
-def export(form: Form, learned: Learned, out: Path, format: str | None = None) -> None:
+def export(
+    form: Form, learned: Learned, out: Path, format: str | None = None, tell: Tell = lambda _: None
+) -> None:
     """Write an export.
 
     Args:
         learned: with its base at hand.
         format: of the weights that are written; None: the form's own.
+        tell: called with a few words when a stage begins, each of which may take minutes.
 
     Raises:
         InputError: the folder exists, the base cannot be read or is too large for this machine, or
@@ -99,12 +107,12 @@ def export(form: Form, learned: Learned, out: Path, format: str | None = None) -
             f"install '.[{extra}]'"
         )
     check.require_memory(learned.facts, 1 if form in PIECEWISE else len(learned.layers))
+    tell(f"writing {out}")
     out, prompts = out.absolute(), check.prompts(learned.facts.vocabulary)
-    out.parent.mkdir(parents=True, exist_ok=True)
     # no other export to the same place writes there, and nobody's files have the name
-    with TemporaryDirectory(prefix=f"{out.name}.", suffix=".part", dir=out.parent) as scratch:
-        part = Path(scratch) / out.name
-        FORMS[form](Export(learned, part, out, format or formats[0], prompts))
+    with scratch(out) as folder:
+        part = folder / "export"
+        FORMS[form](Export(learned, part, out, format or formats[0], prompts, tell))
         write_head(learned, part)
         files.put(part, out)
 
@@ -117,7 +125,7 @@ def _peft(job: Export) -> None:
     checkpoint.copy_tokenizer(learned, job.part)
     if not is_whole:
         checkpoint.write(learned, inner, merged=False)
-    truth = check.trainer(learned, job.prompts)
+    truth = _truth(job, "PEFT")
     outputs = tools.peft(job.part, folder if is_whole else inner, job.prompts)
     check.require(outputs, truth, ROUNDED if _is_gguf(learned) else EXACT, "PEFT")
 
@@ -133,14 +141,14 @@ def _gguf(job: Export) -> None:
     adapter = job.part / "adapter.gguf"
     gguf_adapter.write(learned, adapter)
     gguf_adapter.require(learned, adapter)
-    truth = check.trainer(learned, job.prompts)
+    truth = _truth(job, "llama.cpp")
     outputs = tools.llama_cpp(base, adapter, learned.facts.vocabulary, job.prompts)
     check.require(Outputs(*outputs), truth, ROUGH, "llama.cpp")
 
 
 def _merged(job: Export) -> None:
     checkpoint.write(job.learned, job.part, merged=True)
-    truth = check.trainer(job.learned, job.prompts)
+    truth = _truth(job, "transformers")
     outputs = Outputs(truth.plain, tools.transformers(job.part, job.prompts))
     _require_adapter(outputs, truth, "weights of the base's precision", "keep it apart with --to peft")
 
@@ -150,7 +158,7 @@ def _merged_gguf(job: Export) -> None:
     source = _gguf_file(learned)
     job.part.mkdir(parents=True)
     gguf_model.write(learned, source, model, merged=True, format=job.format)
-    truth = check.trainer(learned, job.prompts)
+    truth = _truth(job, "llama.cpp")
     with _read_again(learned, model) as facts:  # without llama.cpp's rounding of activations
         read = check.logits(check.loaded(facts, facts.layers), job.prompts)
     instead = "merge with --weights f16, or keep it apart with --to gguf or --to peft"
@@ -163,6 +171,14 @@ def _onnx(job: Export) -> None:
     from edge_runtime.adapters.export import onnx  # its packages are for those who serve
 
     onnx.to_onnx(job.learned, job.format, job.part)
+
+
+def _truth(job: Export, tool: str) -> Outputs:
+    """The trainer's logits; the tool's are taken after this."""
+    job.tell("computing the trainer's logits")
+    truth = check.trainer(job.learned, job.prompts)
+    job.tell(f"opening the export in {tool}, to compare its logits")
+    return truth
 
 
 def _require_adapter(outputs: Outputs, truth: Outputs, where: str, instead: str) -> None:
@@ -183,8 +199,8 @@ def _read_again(learned: Learned, file: Path) -> Iterator[Facts]:
         InputError: llama.cpp computes the slice in another way than the whole model, as it tells some
             settings by the number of layers; short prompts do not show all of them.
     """
-    with TemporaryDirectory() as scratch:
-        facts = prepare(str(file), file.parent, Path(scratch))
+    with TemporaryDirectory() as cache:
+        facts = prepare(str(file), file.parent, Path(cache))
         numbers = tuple(range(facts.layers))
         pairs = ((facts, numbers), (learned.facts, learned.layers))
         written, needed = (weights.configuration(*pair).get_text_config().to_dict() for pair in pairs)

@@ -21,6 +21,7 @@ from edge_runtime.methods import fedit
 from edge_runtime.models import gguf_header
 from edge_runtime.models.prepare import prepare
 from edge_runtime.models.slices import kept_layers
+from edge_runtime.state import MARK
 from edge_runtime.trainer.examples import Example
 from edge_runtime.trainer.objectives import hidden_states, label_states
 
@@ -280,10 +281,14 @@ def test_a_wrong_factor_is_seen_and_nothing_is_left(saved, form, fault, tmp_path
 
 
 def test_an_export_leaves_all_beside_it_alone(saved, tmp_path, monkeypatch):
-    """Another export to the same place is whole, and so is a folder of the user's with a like name."""
+    """Another export to the same place is whole, and so is a folder of the user's with a like name.
+
+    What a killed export has left is removed.
+    """
     adapter, merged, mine = saved(), forms.FORMS["merged"], tmp_path / "out.part" / "mine"
-    mine.parent.mkdir()
-    mine.touch()
+    for file in (mine, tmp_path / "out.killed.part" / MARK):
+        file.parent.mkdir()
+        file.touch()
 
     def overtaken(job):
         monkeypatch.setitem(forms.FORMS, "merged", merged)

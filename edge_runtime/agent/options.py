@@ -7,12 +7,13 @@ import msgspec
 from edge_broker.address import Address
 
 from edge_runtime.planning.predict import Serving
+from edge_runtime.serving.endpoint import Endpoint
 
 
 class ServeOptions(NamedTuple):
     """A server of the newest version beside the agent."""
 
-    port: int  # on the loopback
+    endpoint: Endpoint  # on the loopback
     size: Serving
 
 

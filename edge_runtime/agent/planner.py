@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from edge_runtime import methods
 from edge_runtime.agent.options import DeviceOptions
 from edge_runtime.errors import EdgeError
 from edge_runtime.models.facts import Facts
@@ -14,6 +15,7 @@ from edge_runtime.planning import processes
 from edge_runtime.planning.graphs import graph, with_onnx
 from edge_runtime.planning.predict import Serving
 from edge_runtime.planning.search import choose
+from edge_runtime.planning.serving import require_servable
 from edge_runtime.planning.time import Rates
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.report import Cause
@@ -98,8 +100,11 @@ class Planner:
 
 def find_plan(request: Request, options: DeviceOptions) -> Planned | Unplanned:
     """Fetch the catalog's models, measure the device the first time, and choose the best plan."""
-    cause: Cause = "model"  # of a failure in the stage that runs
+    cause: Cause = "input"  # of a failure in the stage that runs
     try:
+        if options.serve is not None or options.on_version is not None:
+            require_servable(methods.of(request.fleet))
+        cause = "model"
         facts = processes.catalog_facts(request.fleet, options.models)
         cause = "machine"
         rates = processes.rates(options.device, options.threads)

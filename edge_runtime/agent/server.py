@@ -120,8 +120,8 @@ class Server:
         command += ["--adapter", str(self._folder), "--weights", self._base.weights]
         command += ["--backend", self._base.backend]
         command += ["--device", options.device, "--threads", str(options.threads)]
-        command += ["--port", str(serve.port), "--context", str(serve.size.context)]
-        command += ["--parallel", str(serve.size.parallel)]
+        command += ["--host", serve.endpoint.host, "--port", str(serve.endpoint.port)]
+        command += ["--context", str(serve.size.context), "--parallel", str(serve.size.parallel)]
         errors, self._started = options.state / "server.log", time.monotonic()
         try:
             with errors.open("wb") as log:

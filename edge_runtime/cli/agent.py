@@ -7,10 +7,11 @@ import click
 import edge_profiles
 
 from edge_runtime.cli import options
-from edge_runtime.errors import InputError
+from edge_runtime.errors import EdgeError, InputError
 
 if TYPE_CHECKING:
     from edge_runtime.agent.options import DeviceEvent
+    from edge_runtime.serving.endpoint import Endpoint
 
 
 @click.command("agent")
@@ -54,10 +55,9 @@ if TYPE_CHECKING:
 @click.option("--until-finished", is_flag=True, help="End when the fleet has finished.")
 @click.option(
     "--serve",
-    "port",
-    type=click.IntRange(1, 65535),
+    metavar="[HOST:]PORT",
     help="Answer with the newest version on this port of the loopback, in a process of its own whose memory counts "
-    "towards the budget (docs/serve.md).",
+    "towards the budget (docs/serve.md). HOST is 127.0.0.1, localhost or [::1].",
 )
 @options.context
 @options.parallel
@@ -74,7 +74,7 @@ def command(
     board: str | None,
     budget: str | None,
     wait: float,
-    port: int | None,
+    serve: str | None,
     context: int,
     parallel: int,
     on_version: str | None,
@@ -101,7 +101,8 @@ def command(
         if not name or not path:
             raise InputError(f"--eval is {pair!r}, but has to be NAME=FILE.jsonl")
         held_out[name] = Path(path)
-    if port is not None and not installed("starlette", "uvicorn"):
+    endpoint = None if serve is None else _free(serve)
+    if endpoint is not None and not installed("starlette", "uvicorn"):
         raise InputError(NOT_SERVING)
     profile = edge_profiles.probe()
     device_options = DeviceOptions(
@@ -111,7 +112,7 @@ def command(
         evaluation=held_out,
         device=options.trainer_device(device, profile),
         wait_s=wait,
-        serve=None if port is None else ServeOptions(port, Serving(context, parallel)),
+        serve=None if endpoint is None else ServeOptions(endpoint, Serving(context, parallel)),
         on_version=None if on_version is None else words(on_version),
         **values,
     )
@@ -121,6 +122,24 @@ def command(
 
     with alone(state):
         run(device_options, tell)
+
+
+def _free(serve: str) -> "Endpoint":
+    """The value of --serve, at which nobody listens yet.
+
+    Raises:
+        InputError: it is no port of the loopback.
+        EdgeError: the port is taken. A service tries that again, as the server of an agent that was
+            killed ends after its last answer.
+    """
+    from edge_runtime.serving.endpoint import bound, on_loopback
+
+    endpoint = on_loopback(serve)
+    try:
+        bound(endpoint).close()
+    except InputError as error:
+        raise EdgeError(f"--serve: {error}") from error
+    return endpoint
 
 
 def _line(event: "DeviceEvent") -> str:

@@ -20,15 +20,21 @@ def command(base: served.ServedBase, texts: tuple[str, ...], json: bool) -> None
     from edge_runtime.cli import views
     from edge_runtime.compat.lean_imports import lean_imports
 
-    if base.backend != "torch":
-        raise InputError(f"labels are computed with torch alone: leave out --backend {base.backend}")
     texts = tuple(served.typed(partial(str, text)) for text in texts)
-    facts, learned = base.open()
+    read, machine = base.read(), base.machine()
+    if read is None or read.head is None:
+        raise InputError(
+            "no label head was learned, so there are no labels to choose from: a fleet learns one with [head] in its "
+            "fleet file; use `edge-runtime generate` where labels are learned as text"
+        )
+    facts, learned = base.on_base(read)
+    assert learned is not None
+    base.tell_loading(facts)
     with lean_imports():
         from edge_runtime.serving.labels import Classifier
         from edge_runtime.trainer import meter
 
-    meter.prepare(machine := base.machine())
+    meter.prepare(machine)
     classifier = Classifier(facts, learned, base.weights, machine.device)
     for text in texts:
         labels = classifier.labels(text)

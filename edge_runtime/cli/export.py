@@ -84,6 +84,7 @@ def command(
         raise InputError(processes.NOT_INSTALLED)
 
     def find(source: str) -> "Facts":
+        options.tell(f"reading the model {model or source}")
         try:
             return processes.prepared(model or source, models)
         except InputError as error:
@@ -96,13 +97,16 @@ def command(
     else:
         adapted = learned.read(adapter or _newest(state))
         adapted = learned.on(adapted, find(adapted.source))
-    gguf = processes.prepared(base, models) if base is not None else None
+    gguf = None
+    if base is not None:
+        options.tell(f"reading the model {base}")
+        gguf = processes.prepared(base, models)
     from edge_runtime.adapters.export import base as bases  # imports torch, after what is refused without it
     from edge_runtime.adapters.export import forms
 
     if gguf is not None:
         adapted = bases.on_other_file(adapted, gguf)
-    forms.export(form, adapted, out, weights)
+    forms.export(form, adapted, out, weights, options.tell)
     labels = f"; labels of its head: {', '.join(adapted.labels)}" if adapted.labels else ""
     click.echo(
         f"{out}: version {adapted.version} on {adapted.facts.model_class}, {len(adapted.layers)} of {adapted.facts.layers} "

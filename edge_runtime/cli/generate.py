@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 @click.command("generate")
 @served.base
+@served.backend
 @options.context
 @click.option(
     "--prompt", metavar="TEXT", help="Text to go on with; default: standard input, if it is no terminal."
@@ -53,14 +54,16 @@ def command(
         prompt = served.typed(sys.stdin.read).removesuffix("\n")
     elif prompt is not None:
         prompt = served.typed(partial(str, prompt))
-    facts, learned = base.open()
+    read, machine = base.read(), base.machine()
+    facts, learned = base.on_base(read)
     _room(min(context, facts.positions), max_tokens)
+    base.tell_loading(facts)
     with base.imports():
         from edge_runtime.serving.answer import Question, answer
         from edge_runtime.serving.backends import load
         from edge_runtime.serving.text import Language
 
-    engine = load(base.backend, facts, learned, base.weights, base.machine())
+    engine = load(base.backend, facts, learned, base.weights, machine)
     language = Language(facts)
     room = _room(min(context, engine.positions), max_tokens)
 

@@ -138,3 +138,8 @@ def gpu_cap_bytes(board: str | None, device: str, profile: edge_profiles.Profile
 def json_line(value: Any) -> str:
     """What --json prints of a value: one line, in ASCII, which every terminal and every reader takes."""
     return json.dumps(msgspec.to_builtins(value, str_keys=True), separators=(",", ":"))
+
+
+def tell(text: str) -> None:
+    """Say on standard error what a command is at, as its next stage may take minutes."""
+    click.echo(text, err=True)

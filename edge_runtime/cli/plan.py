@@ -40,10 +40,13 @@ def command(
     from edge_runtime.planning.graphs import with_onnx
     from edge_runtime.planning.predict import Serving
     from edge_runtime.planning.search import choose
+    from edge_runtime.planning.serving import require_servable
 
     settings_ = settings.load(fleet)
     # A fleet that its node would refuse is refused here too.
-    methods.of(settings_)
+    method = methods.of(settings_)
+    if serve:
+        require_servable(method)
     deadline_s = settings_.training.step_deadline_s
     if board and deadline_s is not None:
         raise InputError(

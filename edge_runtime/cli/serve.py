@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from edge_runtime.serving.event import ServerEvent
 
 log = logging.getLogger(__name__)
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
@@ -30,6 +29,7 @@ def _origins(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
 
 @click.command("serve")
 @served.base
+@served.backend
 @options.context
 @options.parallel
 @click.option(
@@ -65,18 +65,25 @@ def command(
 
     With the base model and what was learned, at /v1/chat/completions and /v1/completions.
     """
-    with base.imports():
-        from edge_runtime.serving.process import Endpoint, ServedModel, serve
-        from edge_runtime.state import stamp
+    from edge_runtime.serving.endpoint import LOOPBACK, Endpoint, bound
+    from edge_runtime.state import stamp
 
     folder = base.folder()
     first = stamp(folder) if folder is not None else (0, 0)
-    facts, learned = base.open()
-    if endpoint["host"] not in LOOPBACK:
-        log.warning("whoever reaches %s can use the model: the server asks for no password", endpoint["host"])
+    read, machine, where = base.read(), base.machine(), Endpoint(**endpoint)
 
     def tell(event: "ServerEvent") -> None:
         click.echo(options.json_line(event) if json else f"{event.phase}: {event.text}")
 
-    model = ServedModel(facts, learned, folder, first, base.weights, base.backend, context, parallel)
-    serve(model, Endpoint(**endpoint), base.machine(), tell, attended=attended)
+    # before the base is looked for and the backend imported, which takes seconds or, for a new base, more
+    with bound(where) as listener:
+        if where.host not in LOOPBACK:
+            log.warning("whoever reaches %s can use the model: the server asks for no password", where.host)
+        facts, learned = base.on_base(read, quiet=attended)
+        if not attended:  # an agent takes the last line on standard error for the reason of the end
+            base.tell_loading(facts)
+        with base.imports():
+            from edge_runtime.serving.process import ServedModel, serve
+
+        model = ServedModel(facts, learned, folder, first, base.weights, base.backend, context, parallel)
+        serve(model, where, listener, machine, tell, attended=attended)

@@ -40,32 +40,44 @@ class ServedBase(NamedTuple):
     state: Path | None
     models: Path
     weights: Weights
-    backend: Backend
     device: str
     threads: int
+    backend: Backend = "torch"  # of commands without the option
 
-    def open(self) -> tuple["Facts", "Learned | None"]:
-        """The facts of the base, and what was learned on it; None: the base alone.
+    def read(self) -> "Learned | None":
+        """What was learned, of which the base is still to be found (`on_base`); None: the base alone.
 
         Raises:
-            InputError: there is no model, no adapter, or they do not fit together.
+            InputError: there is no model and no adapter, or the adapter cannot be read.
+        """
+        from edge_runtime.adapters import learned
+
+        folder = self.folder()
+        if folder is None and self.model is None:
+            raise InputError(
+                "there is nothing to answer with: give --model, or an adapter with --adapter or --state"
+            )
+        return learned.read(folder) if folder is not None else None
+
+    def on_base(self, read: "Learned | None", *, quiet: bool = False) -> tuple["Facts", "Learned | None"]:
+        """The facts of the base, and what was learned on it.
+
+        This takes seconds, and minutes for a new base. Standard error says so, unless quiet.
+
+        Raises:
+            InputError: the base cannot be read, or the adapter was learned on another.
         """
         from edge_runtime.adapters import learned
         from edge_runtime.planning import processes
 
-        folder = self.folder()
-        if folder is not None:
-            read = learned.read(folder)
-            facts = processes.prepared(self.model or read.source, self.models)
-            return facts, learned.on(read, facts)
-        if self.model is None:
-            raise InputError(
-                "there is nothing to answer with: give --model, or an adapter with --adapter or --state"
-            )
-        return processes.prepared(self.model, self.models), None
+        source = self.model or (read.source if read is not None else "")
+        if not quiet:
+            options.tell(f"reading the model {source}")
+        facts = processes.prepared(source, self.models)
+        return facts, learned.on(read, facts) if read is not None else None
 
     def folder(self) -> Path | None:
-        """Of what was learned; None: the base alone. Raises InputError as `open` does."""
+        """Of what was learned; None: the base alone. Raises InputError where it is not there."""
         if self.adapter is not None and self.state is not None:
             raise InputError("--adapter and --state both name an adapter: give one of them")
         if self.state is None:
@@ -79,6 +91,10 @@ class ServedBase(NamedTuple):
                 "depend on the token, which are no LoRA"
             )
         return folder
+
+    def tell_loading(self, facts: "Facts") -> None:
+        """Say on standard error that the model is loaded now, which may take minutes."""
+        options.tell(f"loading {facts.model_class} in {self.weights} with {self.backend}")
 
     def imports(self) -> AbstractContextManager[None]:
         """While inside, the backend's packages are imported, and no more than are of use."""
@@ -115,17 +131,18 @@ _OPTIONS = (
         show_default=True,
         help="Format of the base model's weights.",
     ),
-    click.option(
-        "--backend",
-        type=click.Choice(get_args(Backend)),
-        default="torch",
-        show_default=True,
-        help="What computes; onnx, on the CPU, writes the model as a graph the first time.",
-    ),
     options.device,
     click.option(
         "--threads", type=click.IntRange(0), default=0, help="CPU threads; default: 0, which is all cores."
     ),
+)
+
+backend = click.option(
+    "--backend",
+    type=click.Choice(get_args(Backend)),
+    default="torch",
+    show_default=True,
+    help="What computes; onnx, on the CPU, writes the model as a graph the first time.",
 )
 
 
@@ -134,6 +151,7 @@ def base(command: Command) -> Command:
 
     @functools.wraps(command)
     def gathered(**values: Any) -> Any:
-        return command(base=ServedBase(**{name: values.pop(name) for name in ServedBase._fields}), **values)
+        given = {name: values.pop(name) for name in ServedBase._fields if name in values}
+        return command(base=ServedBase(**given), **values)
 
     return functools.reduce(lambda inner, option: option(inner), reversed(_OPTIONS), gathered)

@@ -14,6 +14,8 @@ from edge_profiles import format_size
 from msgspec.structs import replace
 
 from edge_runtime.adapters.export.onnx_form import WEIGHTS, groups
+from edge_runtime.errors import InputError
+from edge_runtime.methods.interface import Method
 from edge_runtime.planning.predict import (
     TOKENIZER_COPIES,
     Workload,
@@ -42,6 +44,15 @@ GRAPH_VALUE_BYTES = {"float32": 4.0, "bfloat16": 4.0, "q8_0": 1.25, "q4_0": 0.75
 TABLE, TABLE_PACKED = (4.0, 4.0, 0.0), (1.25, 0.125, 1.0)
 ADAPTERS = 3  # of old answers, of new ones, and the next
 PASS_ROWS = 6  # of the MLP's width, a token of a piece
+
+
+def require_servable(method: Method) -> None:
+    """Raise InputError where there is nothing of a method's adapter to serve, or to hand to a command."""
+    if method.branch is not None:
+        raise InputError(
+            f"the branches of {method.name} depend on the token, so its adapter is no LoRA, and nothing can answer with it: "
+            "leave out --serve and --on-version"
+        )
 
 
 def backends(workload: Workload, weights: Weights) -> tuple[Backend | None, ...]:

@@ -32,7 +32,7 @@ MEANINGS: dict[Cause, str] = {
     "data": "a row of its data or of its held-out data cannot be used",
     "model": "a model of the catalog cannot be found or read there",
     "machine": "torch is not installed there, or cannot use the device",
-    "input": "its trainer refused the model, the version or a file of an earlier round",
+    "input": "its trainer refused the model, the version or a file of an earlier round; or its agent an option that it was given",
     "budget": "no plan fits: its memory budget is too small for every model, or every step too slow",
     "memory": "its trainer was short of memory, or was killed",
     "time": "its trainer took longer than the round allows",

@@ -11,17 +11,8 @@ from edge_runtime.settings import Weights
 class Classifier:
     """A base model with an adapter and its head."""
 
-    def __init__(self, facts: Facts, learned: Learned | None, weights: Weights, device: str) -> None:
-        """Load them; arguments as TorchEngine has them.
-
-        Raises:
-            InputError: nothing was learned, or it has no head; or as TorchEngine does.
-        """
-        if learned is None or learned.head is None:
-            raise InputError(
-                "no label head was learned, so there are no labels to choose from: a fleet learns one with [head] in "
-                "its fleet file; use `edge-runtime generate` where labels are learned as text"
-            )
+    def __init__(self, facts: Facts, learned: Learned, weights: Weights, device: str) -> None:
+        """Load them; arguments and errors as TorchEngine has them. The adapter has a head."""
         self._engine = TorchEngine(facts, learned, weights, device)
         self._language = Language(facts)
 

@@ -15,10 +15,10 @@ import uvicorn
 
 from edge_runtime.adapters.learned import Learned
 from edge_runtime.compat.connections import GivingWay
-from edge_runtime.errors import InputError
 from edge_runtime.models.facts import Facts
 from edge_runtime.serving.app import Service, app
 from edge_runtime.serving.backends import load
+from edge_runtime.serving.endpoint import Endpoint, unavailable
 from edge_runtime.serving.event import ServerEvent
 from edge_runtime.serving.follow import Follower
 from edge_runtime.serving.text import Language
@@ -31,14 +31,6 @@ WAITING = 32  # requests that may wait for their turn
 CONNECTIONS = 64  # beyond what is answered or waits: health, models, refusals, clients that send nothing
 BACKLOG = 128  # connections accepted at once, beyond the others until what they have sent is read
 DRAIN_S = 20  # for answers that are being written when the server is told to end
-
-
-class Endpoint(NamedTuple):
-    """Where a server listens."""
-
-    host: str  # a loopback address, unless others may use the server
-    port: int  # 0: a free one
-    origins: tuple[str, ...] = ()  # of web pages that may ask
 
 
 class ServedModel(NamedTuple):
@@ -57,6 +49,7 @@ class ServedModel(NamedTuple):
 def serve(
     model: ServedModel,
     endpoint: Endpoint,
+    listener: socket.socket,
     machine: Machine,
     tell: Callable[[ServerEvent], None],
     *,
@@ -65,70 +58,49 @@ def serve(
     """Answer requests until SIGINT, SIGTERM or, if attended, the end of standard input.
 
     Args:
-        model: loaded after the port is taken.
+        model: loaded here.
         endpoint: where to listen.
+        listener: has the endpoint's port (`endpoint.bound`).
         machine: threads and device.
         tell: gets every event, also from another thread.
         attended: whether a parent holds standard input.
 
     Raises:
-        InputError: the port is taken, or as the backend does for the model.
+        InputError: another server has taken the port, or as the backend does for the model.
     """
-    with _bound(endpoint) as listener:
-        facts = model.facts
-        language = Language(facts)
-        release()  # loading a tokenizer takes more than it holds, and the weights come now
-        engine = load(model.backend, facts, model.learned, model.weights, machine)
-        # another server may have bound the port meanwhile, and listens first
-        try:
-            listener.listen(BACKLOG)
-        except OSError as error:
-            raise _unavailable(endpoint, error) from error
-        worker = Worker(engine, language, model.parallel, WAITING)
-        name = facts.model_class.rpartition("@")[0]
-        context = min(model.context, engine.positions)
-        service = Service(name, engine, language, worker, context, facts.vocabulary)
-        config = uvicorn.Config(
-            app(service, endpoint.host, endpoint.origins),
-            http=GivingWay,
-            ws="none",
-            loop="asyncio",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            limit_concurrency=model.parallel + WAITING + CONNECTIONS,
-            backlog=BACKLOG,
-            timeout_graceful_shutdown=DRAIN_S,
-        )
-        server = uvicorn.Server(config)
-        if attended:
-            threading.Thread(target=_end_with_stdin, args=(server,), daemon=True).start()
-        host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
-        text = f"{name} at http://{host}:{listener.getsockname()[1]}/v1"
-        tell(ServerEvent("listening", engine.version, text))
-        if model.folder is not None:
-            Follower(engine, facts, model.folder, model.stamp, tell)
-        server.run([listener])
-
-
-def _bound(endpoint: Endpoint) -> socket.socket:
-    """A socket that has the port and does not listen yet; InputError where there is none."""
+    facts = model.facts
+    language = Language(facts)
+    release()  # loading a tokenizer takes more than it holds, and the weights come now
+    engine = load(model.backend, facts, model.learned, model.weights, machine)
+    # another server may have bound the port meanwhile, and listens first
     try:
-        family, kind, protocol, _, where = socket.getaddrinfo(
-            endpoint.host, endpoint.port, type=socket.SOCK_STREAM
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(where)
-    except (OSError, OverflowError, UnicodeError) as error:
-        raise _unavailable(endpoint, error) from error
-    return listener
-
-
-def _unavailable(endpoint: Endpoint, error: Exception) -> InputError:
-    return InputError(
-        f"cannot listen at {endpoint.host}, port {endpoint.port}: {error}; choose another --host or --port"
+        listener.listen(BACKLOG)
+    except OSError as error:
+        raise unavailable(endpoint, error) from error
+    worker = Worker(engine, language, model.parallel, WAITING)
+    name = facts.model_class.rpartition("@")[0]
+    context = min(model.context, engine.positions)
+    service = Service(name, engine, language, worker, context, facts.vocabulary)
+    config = uvicorn.Config(
+        app(service, endpoint.host, endpoint.origins),
+        http=GivingWay,
+        ws="none",
+        loop="asyncio",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=model.parallel + WAITING + CONNECTIONS,
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=DRAIN_S,
     )
+    server = uvicorn.Server(config)
+    if attended:
+        threading.Thread(target=_end_with_stdin, args=(server,), daemon=True).start()
+    text = f"{name} at http://{endpoint._replace(port=listener.getsockname()[1])}/v1"
+    tell(ServerEvent("listening", engine.version, text))
+    if model.folder is not None:
+        Follower(engine, facts, model.folder, model.stamp, tell)
+    server.run([listener])
 
 
 def _end_with_stdin(server: uvicorn.Server) -> None:

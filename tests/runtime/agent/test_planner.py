@@ -13,7 +13,8 @@ from edge_runtime.agent.options import DeviceOptions, ServeOptions
 from edge_runtime.agent.planner import SMALLER, Planned, Planner, Unplanned, find_plan
 from edge_runtime.errors import EdgeError, InputError
 from edge_runtime.planning.predict import Serving
-from edge_runtime.settings import Fleet, Model
+from edge_runtime.serving.endpoint import Endpoint
+from edge_runtime.settings import Fleet, MethodChoice, Model, Public
 
 FLEET = Fleet("f", (Model("m"),))
 TIMEOUT_S = 60.0
@@ -108,10 +109,27 @@ def test_torch_serves_where_the_graph_cannot_be_written(monkeypatch):
     for name, answer in (("catalog_facts", {"m": SMOLLM2}), ("rates", RATES), ("runtime_bytes", 300 << 20)):
         monkeypatch.setattr(planner.processes, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(planner, "with_onnx", lambda size, *_: size._replace(onnx_bytes=90 << 20))
-    options = DeviceOptions(*[None] * 4, Path(), *[None] * 8, ServeOptions(1, Serving()))  # type: ignore[arg-type]
+    serve = ServeOptions(Endpoint("127.0.0.1", 1), Serving())
+    options = DeviceOptions(*[None] * 4, Path(), *[None] * 8, serve)  # type: ignore[arg-type]
     seen = {}
     for fault in (None, InputError("the disk is full")):
         monkeypatch.setattr(planner, "graph", raising(fault) if fault else lambda *_: None)
         seen[fault is None] = find_plan(planner.Request(FLEET, 1 << 40, True, None), options)
     assert (seen[True].plan.server, seen[False].plan.server) == ("onnx", "torch")
     assert seen[False].server == "torch serves: the disk is full"
+
+
+@pytest.mark.parametrize(("form", "cause"), [("mixture", "input"), ("linear", "model")])
+def test_a_fleet_whose_adapter_cannot_be_served_is_refused_before_its_models_are_looked_for(
+    form, cause, monkeypatch
+):
+    monkeypatch.setattr(planner.processes, "prepared", raising(InputError("no such model")))
+    method = MethodChoice("heterotune", {"form": form})
+    fleet = msgspec.structs.replace(FLEET, method=method, public=Public("public.jsonl"))
+    options = DeviceOptions(*[None] * 4, Path(), *[None] * 8)  # type: ignore[arg-type]
+    assert find_plan(planner.Request(fleet, 1000, True, None), options).cause == "model"
+    for asked in ({"serve": ServeOptions(Endpoint("127.0.0.1", 1), Serving())}, {"on_version": ("true",)}):
+        unplanned = find_plan(planner.Request(fleet, 1000, True, None), options._replace(**asked))
+        assert isinstance(unplanned, Unplanned) and unplanned.cause == cause
+        refused = "depend on the token, so its adapter is no LoRA, and nothing can answer with it: leave out"
+        assert (refused in str(unplanned.error)) == (form == "mixture")

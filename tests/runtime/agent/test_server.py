@@ -12,6 +12,7 @@ from edge_broker import address
 from edge_runtime.agent.options import DeviceOptions, ServeOptions
 from edge_runtime.agent.server import BaseChoice, Server
 from edge_runtime.planning.predict import Serving
+from edge_runtime.serving.endpoint import Endpoint
 
 
 def full(*_, **__):
@@ -37,7 +38,8 @@ def test_a_server_that_cannot_start_is_told_and_tried_again(place, tmp_path, mon
         *(None, 0.0, False),
     )
     events = []
-    server = Server(options, ServeOptions(0, Serving(64, 1)), tmp_path / "adapter", events.append)
+    serve = ServeOptions(Endpoint("127.0.0.1", 0), Serving(64, 1))
+    server = Server(options, serve, tmp_path / "adapter", events.append)
     server.start(BaseChoice("a model", 4, "float32"))
     assert server.tick() == math.inf  # nothing is tried before the failure is taken in
     told = "the server could not start: [Errno 28] No space left on device; it starts again in"

@@ -16,11 +16,11 @@ from edge_runtime.methods import fedit
 
 
 def run(*words):
-    """What the command prints; raises as it does."""
+    """What the command prints on both streams; raises as it does."""
     ended = CliRunner().invoke(command, [*map(str, words)])
     if ended.exception is not None:
         raise ended.exception
-    return ended.output
+    return ended.stdout, ended.stderr
 
 
 def test_a_state_folder_is_exported_without_its_agent(tiny_facts, tmp_path):
@@ -30,8 +30,14 @@ def test_a_state_folder_is_exported_without_its_agent(tiny_facts, tmp_path):
     adapter = learned.fold(state, tiny_facts, layers, spec, fedit.METHOD, 7)
     learned.write(adapter, tmp_path / "state" / "adapter")
     out = tmp_path / "merged"
-    printed = run("--state", tmp_path / "state", "--to", "merged", "--out", out)
+    printed, told = run("--state", tmp_path / "state", "--to", "merged", "--out", out)
     assert printed == f"{out}: version 7 on {tiny_facts.model_class}, 4 of 4 layers\n"
+    assert told.splitlines() == [  # each before what takes long
+        f"reading the model {tiny_facts.source}",
+        f"writing {out}",
+        "computing the trainer's logits",
+        "opening the export in transformers, to compare its logits",
+    ]
     prompts = check.prompts(tiny_facts.vocabulary)
     merged = check.logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), prompts)
     assert np.allclose(merged, check.trainer(adapter, prompts).adapted, atol=1e-4)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from click.testing import CliRunner
 from edge_runtime.adapters import learned
 from edge_runtime.adapters.learned import Learned
 from edge_runtime.cli import app
-from edge_runtime.errors import InputError
+from edge_runtime.errors import EdgeError, InputError
 from edge_runtime.models import weights
 from edge_runtime.models.prepare import prepare
 from edge_runtime.serving import backends
@@ -117,6 +118,36 @@ def test_classify_shows_the_likeliest_label_first(folder, tiny_facts, adapter):
     assert run("classify", *how).split().index(max(truth, key=lambda label: truth[label])) > 0
 
 
+def test_only_what_computes_is_offered():
+    helps = {name: run(name, "--help") for name in ("generate", "serve", "classify")}
+    assert [name for name, text in helps.items() if "--backend" in text] == ["generate", "serve"]
+
+
+def test_a_port_that_is_taken_is_told_before_the_model_is_looked_for(tmp_path):
+    serve = ("serve", "--model", tmp_path / "nowhere", "--port")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"cannot listen at 127.0.0.1:{port}: .* in use; choose another"):
+            run(*serve, port)
+        # an agent is told too, and leaves nothing; its service tries again, so this is no wrong input
+        fleet = ("--fleet", "f", "--id", "a", "--data", tmp_path / "rows", "--state", tmp_path / "state")
+        with pytest.raises(EdgeError, match=f"--serve: cannot listen at 127.0.0.1:{port}: ") as refused:
+            run("agent", *fleet, "--serve", port)
+        assert refused.value.exit_code == 1 and not [*tmp_path.iterdir()]
+    with pytest.raises(InputError, match=r"there is no model at .*nowhere"):
+        run(*serve, port)
+
+
+def test_what_takes_long_is_told_beside_what_is_printed(tiny_facts, folder):
+    words = ("generate", "--adapter", folder, "--prompt", "x", "--max-tokens", 2, "--device", "cpu")
+    ended = CliRunner().invoke(app, [*map(str, words)])
+    assert ended.stderr.splitlines() == [
+        f"reading the model {tiny_facts.source}",
+        f"loading {tiny_facts.model_class} in bfloat16 with torch",
+    ]
+    assert "tiny" not in ended.stdout
+
+
 def test_an_answer_fits_the_positions_of_the_engine(tiny_facts, monkeypatch):
     """A graph may have fewer than its model."""
     monkeypatch.setattr(backends, "load", lambda *_: SimpleNamespace(positions=32))
@@ -129,26 +160,26 @@ def test_an_answer_fits_the_positions_of_the_engine(tiny_facts, monkeypatch):
 
 def test_what_cannot_be_answered_with_is_told(folder, tiny_facts, adapter, tmp_path):
     prompt, model = ("--prompt", "x"), ("--model", tiny_facts.weights)
-    learned.write(adapter._replace(head=None, labels=()), tmp_path / "headless")
+    # of a base that is not there: the head is asked for before the base
+    headless = adapter._replace(head=None, labels=(), source=str(tmp_path / "nowhere"))
+    learned.write(headless, tmp_path / "headless")
     for arguments, reason in (
         (("generate", *prompt), "there is nothing to answer with: give --model"),
         (("generate", "--adapter", folder, "--state", tmp_path, *prompt), "--adapter and --state both name"),
         (("generate", "--state", tmp_path, *prompt), "has no adapter yet"),
         (("generate", "--state", tmp_path / "nowhere", *prompt), "there is no folder .*nowhere"),
+        (("serve", "--state", tmp_path, "--model", tmp_path / "nowhere"), "has no adapter yet"),
         (("generate", "--adapter", tmp_path, *prompt), "cannot be read as an adapter"),
+        (("generate", "--adapter", tmp_path / "headless", *prompt), "there is no model at .*nowhere"),
         (("generate", *model, *prompt), "256 tokens leaves no room for a prompt in a context of 64"),
         (
             ("generate", *model, "--max-tokens", 60, "--prompt", "x y z u v w"),
             "has to be 1 to 4, the context",
         ),
         (("generate", *model, "--max-tokens", 60, "--prompt", ""), "the prompt has 0 tokens"),
-        (("classify", *model, "--text", "x"), "no label head was learned"),
+        (("classify", "--model", tmp_path / "nowhere", "--text", "x"), "no label head was learned"),
         (("classify", "--adapter", tmp_path / "headless", "--text", "x"), "no label head was learned"),
         (("classify", "--adapter", folder, "--text", ""), "the text is empty, so it has no label"),
-        (
-            ("classify", "--adapter", folder, "--backend", "onnx", "--text", "x"),
-            "labels are computed with torch alone: leave out --backend onnx",
-        ),
         (("classify", "--adapter", folder, "--text", "caf\udce9"), "the text is not UTF-8: surrogates"),
         (("generate", *model, "--prompt", "caf\udce9"), "the text is not UTF-8: surrogates"),
     ):

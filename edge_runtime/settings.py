@@ -78,14 +78,18 @@ class MethodChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     momentum: Annotated[float, Bound(lambda share: 0 <= share < 1, "0 or more, and below 1")] = 0.0
 
 
+# Which labels call for a start of rows in closed form (methods/head_start.py): those that a device has
+# no rows of, all, or none. Rows begin at 0 as long as none of these labels lacks its row.
+HeadStart = Literal["unseen", "all", "zero"]
+
+
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A linear head over the labels; without it, rows of text and label are learned as text."""
 
     # Who shares each label's row: the whole fleet, in the common frame of its models
     # (methods/frames.py); the devices of a model class; or nobody.
     shared: Literal["fleet", "class", "private"] = "class"
-    # of a row that nobody has trained: the label's mean head input (methods/head_start.py), or zero
-    start: Literal["means", "zero"] = "means"
+    start: HeadStart = "unseen"
 
 
 class Public(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,8 +98,8 @@ class Public(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     file: PathText  # on the node, a .jsonl file (aggregator/opening.py)
     # in use: the file's first; 0: all that it has
     texts: Annotated[int, Bound(lambda texts: 0 <= texts <= 1 << 20, f"0 to {1 << 20}")] = 0
-    # of the models' activations; rotated: at random, for comparison
-    frame: Literal["common", "rotated"] = "common"
+    # of the models' activations; rotated: at random, for comparison, with or without that of the head
+    frame: Literal["common", "rotated", "rotated branches"] = "common"
 
 
 class Codistill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -15,7 +15,8 @@ When a class joins, Z is made again and turned to lie as close as possible to th
 what the fleet has learned in the frame keeps its meaning.
 
 `[public] frame = "rotated"` is the control: each class turns its Z by a rotation drawn from the
-class's name, so that the same values cross without a common meaning.
+class's name, so that the same values cross without a common meaning. "rotated branches" leaves the
+head in the common frame.
 Source: generalised canonical correlation, MAXVAR (Kettenring 1971); the RV coefficient is that of
 Escoufier 1973; that features relative to common
 anchors make models comparable is Moschella et al. 2023, arXiv 2209.15430.

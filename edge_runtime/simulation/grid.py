@@ -99,7 +99,7 @@ def _collect(
         if error is None:
             outcome = ended.result()
             results.add(out, outcome)
-            tell(f"{name}, seed {seed}: {outcome.accuracy:.1%} after {outcome.seconds:.0f} s")
+            tell(f"{name}, seed {seed}: {outcome.accuracy:.1%} after {outcome.seconds:.0f} s of a core")
         elif isinstance(error, BrokenProcessPool):  # every run that has not ended gets this error
             killed += 1
         else:

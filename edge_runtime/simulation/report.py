@@ -26,8 +26,8 @@ LEGEND = {  # by column
     "  deviation over seeds, in percent.",
     "by model": "{kinds}.",
     "unseen": "accuracy on rows of labels that a device holds no rows of.",
-    "round 1": "the same after one round, on a sample of the rows. Arms in a common frame spend that round\n"
-    "  on the frame.",
+    "round 2": "the same after two rounds, on a sample of the rows. In the first round devices have nothing of\n"
+    "  each other yet: they make their first predictions, or the frame.",
     "ceiling": "accuracy, on unseen labels where there are any, as a share of that of all data in one place.",
     "cosine": "between the models' mean steps of the tensors that cross them, mean over tensors and\n"
     "  rounds, and the share below 0.",
@@ -119,7 +119,7 @@ def _line(arm: Arm, runs: list[Outcome], outcomes: Outcomes, spec: Spec) -> Line
         mean([mean_accuracy([m for m in run.members if kind(m) == alike]) for run in runs])
         for alike in sorted({kind(member) for member in members})
     ]
-    after_1 = [mean_accuracy(run.members, "unseen", 2) for run in runs if len(members[0].answers) > 1]
+    after_2 = [mean_accuracy(run.members, "unseen", 3) for run in runs if len(members[0].answers) > 2]
     up, down = [mean(m.bytes_up) for m in members], [mean(m.bytes_down) for m in members]
     cosine = ""
     if agreements := [pair for run in runs for pair in run.cosines]:
@@ -130,7 +130,7 @@ def _line(arm: Arm, runs: list[Outcome], outcomes: Outcomes, spec: Spec) -> Line
         "accuracy": _percent([run.accuracy for run in runs]),
         "by model": " / ".join(f"{100 * share:.1f}" for share in by_model),
         "unseen": _percent([mean_accuracy(run.members, "unseen") for run in runs]),
-        "round 1": _percent(after_1),
+        "round 2": _percent(after_2),
         "ceiling": _of_the_ceiling(runs, outcomes, spec),
         "cosine": cosine,
         "KB up/down": "/".join(f"{mean(each) / 1e3:.0f}" for each in (up, down)),
@@ -193,4 +193,4 @@ def _origin(outcomes: Outcomes) -> str:
     machines = ", ".join(sorted({run.machine for run in runs}))
     counts = Counter(run.code for run in runs)
     versions = "; ".join(f"{count} by {version}" for version, count in sorted(counts.items()))
-    return f"A run took {seconds:.0f} s (median) on one core of {machines}. Runs: {versions}.\n"
+    return f"A run took {seconds:.0f} s (median) of one core of {machines}. Runs: {versions}.\n"

@@ -54,7 +54,7 @@ class Outcome(msgspec.Struct, frozen=True):
     arm: str
     seed: int
     digest: str  # of all that the result depends on (Spec.digest)
-    seconds: float
+    seconds: float  # of a core
     machine: str  # name of the processor
     code: str  # versions that the run was made with
     # Of each round: squared norm of the change of adapters and heads in all versions. Empty where a

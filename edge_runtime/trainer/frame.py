@@ -71,7 +71,7 @@ class Frame:
         maps = {frames.MADE: self._Z}
         with meter.phase("frame"):
             if frames.MAP in base.adapter.factors:
-                Z = self._turned(frames.WIDTH)
+                Z = self._turned(frames.WIDTH, "rotated")
                 maps[frames.MAP], _ = frames.into(last_states(base, self._texts).cpu().numpy(), Z)
             for linears in _groups(_aligned(base), len(self._texts)):
                 maps |= self._of_linears(base, linears)
@@ -82,17 +82,18 @@ class Frame:
         maps = {}
         for key, activations in _activations(base, self._texts, linears).items():
             linear = linears[key]
-            F, moments = frames.into(activations, self._turned(len(linear.factors["F"])))
+            Z = self._turned(len(linear.factors["F"]), "rotated", "rotated branches")
+            F, moments = frames.into(activations, Z)
             weight = structure.matrix(linear.base)
             W = expand(weight, torch.float32) if isinstance(weight, Packed) else weight.float()
             maps[key] = F
             maps[key[:-1] + "G"] = (W @ torch.from_numpy(moments).to(W.device)).cpu().numpy()
         return maps
 
-    def _turned(self, width: int) -> NDArray[Any]:
-        """The frame's leading coordinates, turned at random in the control."""
+    def _turned(self, width: int, *controls: str) -> NDArray[Any]:
+        """The frame's leading coordinates, turned at random in these controls."""
         Z, public = self._Z[:, :width], self._job.fleet.public
-        if public is None or public.frame == "common":
+        if public is None or public.frame not in controls:
             return Z
         return Z @ frames.rotation(self._job.facts.model_class, width)
 

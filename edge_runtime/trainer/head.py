@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from edge_runtime.methods import head_start
+from edge_runtime.settings import HeadStart
 from edge_runtime.trainer.base import Base
 from edge_runtime.trainer.examples import Indexed
 from edge_runtime.trainer.meter import Meter
@@ -17,12 +18,14 @@ from edge_runtime.trainer.public import Distillation, last_states, sampled
 
 
 @torch.no_grad()
-def begin(base: Base, examples: Indexed, lesson: Distillation | None, meter: Meter) -> None:
+def begin(base: Base, examples: Indexed, lesson: Distillation | None, start: HeadStart, meter: Meter) -> None:
     """Set the rows that are 0 and whose label the examples or the fleet's predictions show.
 
-    The examples, and texts of which the fleet has evidence, go through the model once if there is
-    such a row, and not at all if there is none.
+    They are set if there is such a row of a label that start names. Then the examples, and texts of
+    which the fleet has evidence, go through the model once; otherwise nothing does.
     """
+    if start == "zero":
+        return
     head = base.adapter.head
     assert head is not None
     # rows of text teach the head nothing
@@ -35,8 +38,10 @@ def begin(base: Base, examples: Indexed, lesson: Distillation | None, meter: Met
         heard = told.any(1)
         texts = [text for text, counts in zip(lesson.texts, heard, strict=True) if counts]
         weights = np.concatenate([weights, told[heard]])
-    empty = ~head.any(1).cpu().numpy()
-    if not weights[:, empty].any():
+    empty, shown = ~head.any(1).cpu().numpy(), weights.any(0)
+    if start == "unseen":
+        shown &= ~weights[: len(rows)].any(0)
+    if not (empty & shown).any():
         return
     meter.tell("head")
     with meter.phase("head"):

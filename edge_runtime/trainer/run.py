@@ -72,8 +72,8 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
     joins = job.train and frame is not None
     features = frame.features(base, meter) if job.train and frame is not None else DeviceAnswers()
     if job.train and not joins:
-        if material.labels and job.fleet.head is not None and job.fleet.head.start == "means":
-            head.begin(base, material.examples, distillation, meter)
+        if material.labels and job.fleet.head is not None:
+            head.begin(base, material.examples, distillation, job.fleet.head.start, meter)
         trained = train(job, method, base, material.examples, distillation, meter)
         # nobody learns the answers of the last round
         if public is not None and job.round < job.fleet.rounds:

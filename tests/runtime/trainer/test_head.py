@@ -37,18 +37,18 @@ def lesson(targets, evidence):
 
 @pytest.fixture
 def begin(tiny):
-    """begin(examples, lesson, rows): the head of three labels that began with these rows, and whether texts were read."""
+    """begin(examples, lesson, rows, start): the head of three labels that began with these rows, and whether texts were read."""
 
-    def run(examples, told=None, rows=()):
+    def run(examples, told=None, rows=(), start="all"):
         model = tiny("llama", initializer_range=0.3)
         adapter = attach.attach(model, (0, 1, 2, 3), settings.Adapter(rank=2), fedit.METHOD, seed=0)
-        start = torch.zeros(3, model.config.hidden_size)
+        version = torch.zeros(3, model.config.hidden_size)
         for label, row in rows:
-            start[label] = row
-        adapter = adapter._replace(labels=("a", "b", "c"), head=nn.Parameter(start))
+            version[label] = row
+        adapter = adapter._replace(labels=("a", "b", "c"), head=nn.Parameter(version))
         plan = Plan("m", "m@1", 4, 4, "float32", 2, 8, 32, terms={}, step_seconds=1.0)
         base, meter = Base(model, adapter, plan), Meter("cpu", lambda _: None)
-        head.begin(base, examples, told, meter)
+        head.begin(base, examples, told, start, meter)
         return adapter.head.detach(), "head" in meter.phases
 
     return run
@@ -75,6 +75,19 @@ def test_nothing_goes_through_the_model_where_no_row_begins(begin):
     assert begin(OWN, everywhere, rows=[(0, row), (1, row)])[1]
 
 
+def test_rows_begin_only_where_a_label_lacks_its_row_that_the_setting_names(begin):
+    row, everywhere = torch.ones(32), lesson(TRUTH, np.ones(len(TEXTS)))
+    assert not begin(OWN, start="unseen")[1]  # all labels are of own rows
+    assert not begin(OWN, everywhere, rows=[(0, row), (2, row)], start="unseen")[1]
+    assert begin(OWN, everywhere, rows=[(0, row), (2, row)], start="all")[1]
+    assert begin(OWN, everywhere, rows=[(0, row), (1, row)], start="unseen")[1]
+    # a device that joins a fleet with predictions has no rows: all begin, in one size
+    late, _ = begin(OWN, everywhere, start="unseen")
+    assert late.any(1).all() and torch.equal(late, begin(OWN, everywhere)[0])
+    zero, read = begin(OWN, everywhere, start="zero")
+    assert not read and not zero.any()
+
+
 def test_rows_of_text_beside_those_of_labels_are_no_label_s(begin):
     text = [Example([5, 6, 7, 8], [IGNORED, 6, 7, 8])] * 5
     alone, mixed = begin(OWN)[0], begin([*text, *OWN])[0]
@@ -96,10 +109,11 @@ STILL = settings.Training(steps=1, rows_a_step=8, learning_rate=1e-9, max_tokens
 def begun(trained, tmp_path):
     """begun(name, **changes): a job of one such step; its folder, its result, and the rows of the head it sends."""
     codistill = {"public": settings.Public("", len(PUBLIC)), "codistill": settings.Codistill(rows=6)}
+    every = settings.Head(start="all")
     texts = str(data.write_rows(tmp_path / "public.jsonl", PUBLIC))
 
     def run(name, start=None, **changes):
-        fleet = {"head": settings.Head(), "training": STILL, "texts": texts, **codistill, "rounds": 9}
+        fleet = {"head": every, "training": STILL, "texts": texts, **codistill, "rounds": 9}
         if start is not None:
             path = tmp_path / f"{name}.start"
             path.write_bytes(codec.encode(start, step=2**-9))
@@ -118,7 +132,7 @@ def told(*labels):
 
 
 def test_a_first_round_begins_with_rows_which_travel_whole_and_are_owed_as_far_as_they_are_rounded(begun):
-    folder, means, coarse = begun("means", codec=settings.Codec(step=1.5))
+    folder, means, coarse = begun("all", codec=settings.Codec(step=1.5))
     _, zero, still = begun("zero", head=settings.Head(start="zero"))
     _, _, exact = begun("exact", codec=settings.Codec(step=0.01))
     assert means.losses[0] < 0.8 * np.log(2) and zero.losses[0] == pytest.approx(np.log(2), rel=1e-4)
@@ -143,10 +157,10 @@ def test_a_label_of_the_fleets_predictions_alone_travels_with_its_row_and_is_tol
 
 
 def test_private_rows_begin_once(begun):
-    folder, first, _ = begun("first", head=settings.Head("private"))
+    folder, first, _ = begun("first", head=settings.Head("private", start="all"))
     kept = load_file(folder / "state.bin")
     assert "head" in first.phases and all(row.any() for row in kept.values())
-    private = {"private": str(folder / "state.bin"), "head": settings.Head("private")}
+    private = {"private": str(folder / "state.bin"), "head": settings.Head("private", start="all")}
     folder, second, _ = begun("second", start=told(*COLOURS), **private)
     later = load_file(folder / "state.bin")
     assert "head" in second.phases and later["labels.blue.H"].any()

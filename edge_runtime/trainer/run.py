@@ -60,7 +60,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
             meter.tell("load", text=sentence)
         release()  # the tokenizer's memory, before the model needs it
         base = load_base(job, method, bases, material.labels)
-        frame, distillation = begin(job, method, base, material, folder, meter)
+        joins, distillation = begin(job, method, base, material, folder, meter)
         release()
     # before training: the scores are those of the version that the round starts from
     scores = {}
@@ -69,9 +69,9 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
             meter.tell(f"evaluate {name}")
             scores[name] = evaluate(base.model, base.adapter, examples, job.plan.rows)
     trained, sent, public = Trained([], [], []), Sent(0, None), material.public
-    joins = job.train and frame is not None
-    features = frame.features(base, meter) if job.train and frame is not None else DeviceAnswers()
-    if job.train and not joins:
+    if job.train and joins is not None:
+        features = joins.features(base, meter)
+    elif job.train:
         if material.labels and job.fleet.head is not None:
             head.begin(base, material.examples, distillation, job.fleet.head.start, meter)
         trained = train(job, method, base, material.examples, distillation, meter)
@@ -80,7 +80,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
             public.answer(base, material.examples, meter)
     # the delta is encoded without the model in memory
     base.drop()
-    if joins:
+    if job.train and joins is not None:
         sent = delta.write_answers(folder, features, meter.tell)
     elif job.train:
         meter.tell("encode")

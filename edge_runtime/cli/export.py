@@ -84,9 +84,8 @@ def command(
         raise InputError(processes.NOT_INSTALLED)
 
     def find(source: str) -> "Facts":
-        options.tell(f"reading the model {model or source}")
         try:
-            return processes.prepared(model or source, models)
+            return options.facts_of(model or source, models)
         except InputError as error:
             raise InputError(f"{error}; or say with --model where the base is") from error
 
@@ -97,10 +96,7 @@ def command(
     else:
         adapted = learned.read(adapter or _newest(state))
         adapted = learned.on(adapted, find(adapted.source))
-    gguf = None
-    if base is not None:
-        options.tell(f"reading the model {base}")
-        gguf = processes.prepared(base, models)
+    gguf = options.facts_of(base, models) if base is not None else None
     from edge_runtime.adapters.export import base as bases  # imports torch, after what is refused without it
     from edge_runtime.adapters.export import forms
 

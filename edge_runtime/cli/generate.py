@@ -56,13 +56,19 @@ def command(
         prompt = served.typed(partial(str, prompt))
     read, machine = base.read(), base.machine()
     facts, learned = base.on_base(read)
-    _room(min(context, facts.positions), max_tokens)
+    room = _room(min(context, facts.positions), max_tokens)
     base.tell_loading(facts)
     with base.imports():
         from edge_runtime.serving.answer import Question, answer
         from edge_runtime.serving.backends import load
         from edge_runtime.serving.text import Language
+        from edge_runtime.trainer.tokens import CHARACTERS
 
+    if len(prompt or "") > CHARACTERS * room:  # its tokens would take much memory
+        raise InputError(
+            f"the prompt has {len(prompt or '')} characters, which cannot fit the {room} tokens that the context leaves for "
+            "it: shorten the prompt"
+        )
     engine = load(base.backend, facts, learned, base.weights, machine)
     language = Language(facts)
     room = _room(min(context, engine.positions), max_tokens)

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import edge_profiles
@@ -14,6 +14,9 @@ from edge_broker import address, credentials, topics
 from edge_broker.errors import BrokerError
 
 from edge_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from edge_runtime.models.facts import Facts
 
 log = logging.getLogger(__name__)
 LOCAL_BROKER = "mqtt://127.0.0.1:1883"
@@ -143,3 +146,14 @@ def json_line(value: Any) -> str:
 def tell(text: str) -> None:
     """Say on standard error what a command is at, as its next stage may take minutes."""
     click.echo(text, err=True)
+
+
+def facts_of(source: str, models: Path) -> "Facts":
+    """The facts of a model, after a word on standard error: a new one takes minutes.
+
+    Raises InputError as `processes.prepared` does.
+    """
+    from edge_runtime.planning import processes
+
+    tell(f"reading the model {source}")
+    return processes.prepared(source, models)

@@ -65,9 +65,12 @@ def command(
 
     With the base model and what was learned, at /v1/chat/completions and /v1/completions.
     """
+    from edge_runtime.planning.processes import NOT_SERVING, installed
     from edge_runtime.serving.endpoint import LOOPBACK, Endpoint, bound
     from edge_runtime.state import stamp
 
+    if not installed("starlette", "uvicorn"):
+        raise InputError(NOT_SERVING)
     folder = base.folder()
     first = stamp(folder) if folder is not None else (0, 0)
     read, machine, where = base.read(), base.machine(), Endpoint(**endpoint)

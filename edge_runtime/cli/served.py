@@ -48,11 +48,15 @@ class ServedBase(NamedTuple):
         """What was learned, of which the base is still to be found (`on_base`); None: the base alone.
 
         Raises:
-            InputError: there is no model and no adapter, or the adapter cannot be read.
+            InputError: there is no model and no adapter, the adapter cannot be read, or the backend is
+                not installed.
         """
         from edge_runtime.adapters import learned
+        from edge_runtime.planning.processes import NOT_SERVING, installed
 
         folder = self.folder()
+        if self.backend == "onnx" and not installed("onnx", "onnxruntime"):
+            raise InputError(NOT_SERVING)
         if folder is None and self.model is None:
             raise InputError(
                 "there is nothing to answer with: give --model, or an adapter with --adapter or --state"
@@ -71,9 +75,7 @@ class ServedBase(NamedTuple):
         from edge_runtime.planning import processes
 
         source = self.model or (read.source if read is not None else "")
-        if not quiet:
-            options.tell(f"reading the model {source}")
-        facts = processes.prepared(source, self.models)
+        facts = (processes.prepared if quiet else options.facts_of)(source, self.models)
         return facts, learned.on(read, facts) if read is not None else None
 
     def folder(self) -> Path | None:
@@ -107,7 +109,8 @@ class ServedBase(NamedTuple):
         """What the process may use of this machine."""
         from edge_runtime.trainer.job import Machine
 
-        return Machine(self.threads, options.trainer_device(self.device, edge_profiles.probe()))
+        device = "cpu" if (self.backend, self.device) == ("onnx", "auto") else self.device
+        return Machine(self.threads, options.trainer_device(device, edge_profiles.probe()))
 
 
 _OPTIONS = (

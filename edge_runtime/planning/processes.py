@@ -26,9 +26,7 @@ MEASURE_TIMEOUT_S = 120.0
 NOT_INSTALLED = (
     "the trainer's packages are not installed: in a clone of Edge Runtime, run pip install '.[agent]'"
 )
-NOT_SERVING = (
-    "the server's packages are not installed: in a clone of Edge Runtime, run pip install '.[serve]'"
-)
+NOT_SERVING = "the packages of the extra serve are not installed: in a clone of Edge Runtime, run pip install '.[serve]'"
 TRAINER_ENVIRONMENT = {
     # Larger pieces go straight back to the system when freed; each costs page faults.
     "MALLOC_MMAP_THRESHOLD_": "8000000",

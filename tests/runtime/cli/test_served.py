@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,10 +13,11 @@ from click.testing import CliRunner
 
 from edge_runtime.adapters import learned
 from edge_runtime.adapters.learned import Learned
-from edge_runtime.cli import app
+from edge_runtime.cli import app, served
 from edge_runtime.errors import EdgeError, InputError
 from edge_runtime.models import weights
 from edge_runtime.models.prepare import prepare
+from edge_runtime.planning import processes
 from edge_runtime.serving import backends
 from edge_runtime.serving.answer import Question, answer
 from edge_runtime.serving.text import Language
@@ -138,6 +140,33 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_looked_for(tmp_path):
         run(*serve, port)
 
 
+def test_packages_that_are_missing_are_told_with_their_extra_before_the_model_is_looked_for(
+    tmp_path, monkeypatch
+):
+    model = ("--model", tmp_path / "nowhere")
+    asked = {
+        "uvicorn": ("serve", *model, "--port", 0),
+        "onnxruntime": ("generate", *model, "--prompt", "x", "--backend", "onnx"),
+    }
+    for package, words in asked.items():
+        with pytest.raises(InputError, match="there is no model at"):
+            run(*words)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                processes, "find_spec", lambda name, package=package: None if name == package else 1
+            )
+            with pytest.raises(InputError, match=r"the extra serve are not installed: .*'\.\[serve\]'"):
+                run(*words)
+
+
+def test_onnx_computes_on_the_cpu_also_where_there_is_a_gpu(monkeypatch):
+    """The tests have none, and torch would take one."""
+    profile = SimpleNamespace(gpu="any")
+    monkeypatch.setattr(served.edge_profiles, "probe", lambda: profile)
+    base = served.ServedBase(None, None, None, Path(), "float32", "auto", 1, "onnx")
+    assert base.machine().device == "cpu" and base._replace(backend="torch").machine().device == "cuda"
+
+
 def test_what_takes_long_is_told_beside_what_is_printed(tiny_facts, folder):
     words = ("generate", "--adapter", folder, "--prompt", "x", "--max-tokens", 2, "--device", "cpu")
     ended = CliRunner().invoke(app, [*map(str, words)])
@@ -156,6 +185,8 @@ def test_an_answer_fits_the_positions_of_the_engine(tiny_facts, monkeypatch):
         run(*model, "--max-tokens", 40)
     with pytest.raises(InputError, match="the prompt has 3 tokens, but has to be 1 to 2, the context"):
         run(*model, "--max-tokens", 30)
+    with pytest.raises(InputError, match="the prompt has 4000 characters, which cannot fit the 34 tokens"):
+        run("generate", "--model", tiny_facts.weights, "--max-tokens", 30, "--prompt", "x y " * 1000)
 
 
 def test_what_cannot_be_answered_with_is_told(folder, tiny_facts, adapter, tmp_path):

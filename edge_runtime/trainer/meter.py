@@ -74,7 +74,13 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure the code inside; a second run of a phase keeps the higher figures and adds seconds."""
+        """Measure the code inside; a second run of a phase keeps the higher figures and adds seconds.
+
+        A phase inside another is measured alone, and its seconds are part of the other's.
+        """
+        around = self._phase
+        if around:
+            self.lap()
         self._reset()
         self._phase = name
         started = monotonic()
@@ -82,6 +88,7 @@ class Meter:
             yield
         finally:
             self.lap()
+            self._phase = around
             self.seconds[name] = self.seconds.get(name, 0.0) + monotonic() - started
 
     def lap(self) -> int:

@@ -72,6 +72,21 @@ def test_a_phase_that_runs_twice_keeps_the_higher_of_each_figure(monkeypatch):
     assert of.phases == {"train": PhaseMemory(5, anonymous_bytes=4, file_mapped_bytes=2)}
 
 
+@pytest.mark.parametrize("within", ["load", "frame"])
+def test_a_phase_inside_another_hides_nothing_of_it_and_adds_nothing_to_it(within):
+    of = meter.Meter("cpu")
+    with of.phase("load"):
+        if within == "load":
+            len(touched())
+        with of.phase("frame"):
+            if within == "frame":
+                len(touched())
+    load, frame = (of.phases[name].peak_bytes for name in ("load", "frame"))
+    larger = load - frame if within == "load" else frame - load
+    assert larger == pytest.approx(64 * MIB, abs=8 * MIB)
+    assert of.seconds["load"] >= of.seconds["frame"]
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """gpu(integrated): what torch tells of a GPU of 8 GiB, 3 of them free."""

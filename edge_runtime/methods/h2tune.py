@@ -31,7 +31,7 @@ Source: arXiv 2507.22633 names the parts and the three losses; the frame, the re
 centred D, the entry-wise mean and the coefficients are ours.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from edge_runtime.methods.fedit import holders_mean
@@ -95,18 +95,21 @@ class H2Tune(MethodSettings, frozen=True):
             settings=self,
         )
 
-    def _norms(self, products: list[Product], _: list[Any]) -> Any:
-        weight = 1.0 if self.preset == "as-released" else self.norm
-        return weight * sum(self._increment(C).norm() for _, C, _ in products) / len(products)
+    def _norms(self, products: Iterable[Product], _: list[Any]) -> Any:
+        return self._norm([C for _, C, _ in products])
 
-    def _shared(self, products: list[Product], cores: list[Any]) -> Any:
-        moved = 0.0
-        for before, (_, after, _) in zip(cores, products, strict=True):
+    def _norm(self, cores: list[Any]) -> Any:
+        weight = 1.0 if self.preset == "as-released" else self.norm
+        return weight * sum(self._increment(C).norm() for C in cores) / len(cores)
+
+    def _shared(self, products: Iterable[Product], cores: list[Any]) -> Any:
+        moved, now = 0.0, [C for _, C, _ in products]
+        for before, after in zip(cores, now, strict=True):
             start = self._increment(before)
             size = start.square().sum()
             # a core that starts from 0 has nothing to keep
             moved += (self._increment(after) - start).square().sum() / size.clamp_min(TINY) * (size > TINY)
-        return self._norms(products, cores) + self.keep * moved / len(products)
+        return self._norm(now) + self.keep * moved / len(now)
 
     def _increment(self, C: Any) -> Any:
         """T of a layer's whole core, in which T follows the identity between A and B."""

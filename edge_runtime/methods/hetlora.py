@@ -19,7 +19,7 @@ Source: Cho et al. 2024, arXiv 2401.06432 (HetLoRA).
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
 import msgspec
@@ -62,11 +62,11 @@ class HetLoRA(MethodSettings, frozen=True):
     def _leading(self, rank: int) -> int:
         return max(1, int(self.keep * rank))
 
-    def _penalty(self, products: list[Product], _: list[Any]) -> Any:
+    def _penalty(self, products: Iterable[Product], cores: list[Any]) -> Any:
         tails = (
             B[:, self._leading(len(A)) :].norm() * A[self._leading(len(A)) :].norm() for A, _, B in products
         )
-        return self.penalty * sum(tails) / len(products)
+        return self.penalty * sum(tails) / len(cores)
 
     def _next_rank(self, after: Mapping[str, Any], before: Callable[[str], Any]) -> int:
         """The number of leading ranks if the tail shrank in the round, else the device's rank."""

@@ -122,8 +122,8 @@ class Pass(NamedTuple):
     """One forward and backward pass over a step's rows."""
 
     frozen: frozenset[str] = frozenset()  # names of factors that stay as they are in this pass
-    # Added to the loss. Takes each layer's A, C and B now, and each layer's C as the round started.
-    penalty: Callable[[list[Product], list[Any]], Any] | None = None
+    # Added to the loss. Takes each layer's A, C and B now, once, and each layer's C as the round started.
+    penalty: Callable[[Iterable[Product], list[Any]], Any] | None = None
     apart: float = 0.0  # weight of KL(outputs of the first pass ‖ outputs of this pass)
 
 

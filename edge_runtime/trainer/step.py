@@ -159,7 +159,8 @@ class Learner:
                         drift = self._objective(micro_batch).divergence(references[number], output)
                         loss = loss + micro_batch.share * pass_.apart * drift
                     if last and pass_.penalty is not None:
-                        products = [linear.product() for block in chosen for linear in self._linears[block]]
+                        # one at a time, as a product may be a copy of its factors
+                        products = (linear.product() for block in chosen for linear in self._linears[block])
                         cores = [core for block in chosen for core in self._cores[block]]
                         loss = loss + pass_.penalty(products, cores)
                     # the hidden states are not needed in backward, where memory peaks

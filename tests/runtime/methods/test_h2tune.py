@@ -1,5 +1,7 @@
 """H2Tune's core, relation and two passes, and the divergence of outputs, against their equations."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -147,6 +149,27 @@ def test_what_keeps_the_cores_has_a_gradient_of_the_size_of_their_change():
     softmaxes = start.flatten().softmax(0), (moved := (start + change).requires_grad_()).flatten()
     torch.nn.functional.kl_div(softmaxes[1].log_softmax(0), softmaxes[0], reduction="sum").backward()
     assert moved.grad.norm() < 0.01 * T.grad.norm()
+
+
+@pytest.mark.parametrize("round_", [2, 3])
+def test_a_penalty_holds_no_product_but_the_last(tiny, round_):
+    """A product is a copy of a layer's factors: of all layers together they would be a second adapter."""
+    attach.attach(model := tiny("llama"), LAYERS, SPEC, METHOD, seed=0)
+    linears = [module for module in model.modules() if isinstance(module, attach.AdapterLinear)]
+    joined, alive = [], []
+
+    def products():
+        for linear in linears:
+            product = linear.product()
+            joined.append(weakref.ref(product[0]))
+            yield product
+            alive.append(sum(A() is not None for A in joined[:-1]))
+
+    cores = [linear.product()[1].detach() for linear in linears]
+    loss = METHOD.passes(round_)[0].penalty(products(), cores)
+    assert loss.requires_grad and len(alive) == len(linears) > 20 and not any(alive)
+    every = list(products())
+    assert alive[-1] == len(every) - 1
 
 
 def test_a_core_that_starts_from_0_has_nothing_to_keep():

@@ -1,6 +1,5 @@
 """The plans that a device may choose from, each with its predicted memory and time."""
 
-import dataclasses
 from collections.abc import Iterator
 
 from msgspec.structs import replace
@@ -103,16 +102,14 @@ def _faults(workload: Workload, plan: Plan) -> Iterator[str]:
 
 
 def lower(workload: Workload, plan: Plan) -> list[Plan]:
-    """A running trainer's plan, without a tokenizer, and plans to go on with in ever less memory.
+    """A running trainer's plan, and plans to go on with in ever less memory, as predicted from here on.
 
     First all blocks run again; then come smaller micro-batches, 8-bit boundaries, and small tiles
     of the MLP. Model, weights, rank and length stay. Seconds are not predicted anew.
     """
-    facts = replace(workload.facts, tokenizer_bytes=0)
-    workload = dataclasses.replace(workload, facts=facts)
 
     def running(changed: Plan) -> Plan:
-        terms = predict(workload, changed, lengths=1)
+        terms = predict(workload, changed, lengths=1, running=True)
         # Kernels of the steps so far stay, and another micro-batch adds its own.
         terms["kernels"] = plan.terms["kernels"] + KERNEL_BYTES * (changed.rows != plan.rows)
         return replace(changed, terms=terms)

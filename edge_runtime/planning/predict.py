@@ -6,6 +6,7 @@
            features, maps into the frame weights + frame, where models share one (methods/frames.py)
            completion of prompts         weights + answers, where the method exchanges completions
            start of a head's rows        weights + inputs, where labels have a head
+           setting the adapter           weights + state: as a round starts, the version, private factors
            encoding the delta            encode; the model is gone
            reading rows                  tokenizer; it is gone before the model comes
 
@@ -19,12 +20,15 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from edge_runtime import methods
 from edge_runtime.adapters.shapes import adapter_shapes
 from edge_runtime.methods.interface import Method
 from edge_runtime.models.facts import Facts
 from edge_runtime.models.families import family_of
 from edge_runtime.models.slices import kept_layers
+from edge_runtime.planning import stages
 from edge_runtime.protocol.keys import parse
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import PACKED, Fleet
@@ -49,10 +53,14 @@ TRAINED_BYTES, SUM_BYTES, FROZEN_BYTES, ENCODE_BYTES = 6, 4, 4, 9
 
 # Kernels that the matrix library keeps: for each length of rows up to its cache's size, more for
 # long rows, whose attention has more shapes of tiles; and for the loss, which has a shape for each
-# number of labelled tokens where lengths vary.
+# number of labelled tokens where lengths vary, and more where two passes are compared.
 KERNEL_BYTES, CACHED_LENGTHS = 8 * MIB, 6
 LONG_TOKENS, LONG_BYTES = 256, 4 * MIB
 VARIED_BYTES = 20 * MIB
+# Code and buffers of NumPy's linear algebra, which stay once maps or rows of a head were solved for.
+SOLVER_BYTES = 10 * MIB
+# Code and buffers of NumPy's linear algebra, which stay once maps or rows of a head were solved for.
+SOLVER_BYTES = 10 * MIB
 
 # The tokenizer: times its file, less what the first step adds to the runtime; measured with 49,152
 # and 262,144 tokens.
@@ -61,13 +69,16 @@ TOKENIZER_COPIES, FIRST_STEP_BYTES = 11, 36 * MIB
 # Logits that exist at once, unless memory is short, and copies of them that the loss makes.
 LOSS_CHUNK_BYTES = 8 * MIB
 LOSS_COPIES = {"dense": 2.6, "packed": 1.9}
+# Where a second pass is compared with the first, counted: the logits of both, half a chunk each, in
+# 16 bits and in 32 with three more of that size; states, and their gradient in 32 bits and in 16.
+COMPARED_COPIES, COMPARED_ROWS = 3.5, 5
 
 # A block that runs again: rows of numbers a token, in its MLP or in its attention; copies by the
 # bytes of a number.
 BLOCK_BYTES = 4 * MIB  # of any size: pieces of the optimiser's step
 BLOCK_COPIES = {2: 1.05, 4: 0.75}
 HIDDEN_ROWS, INTERMEDIATE_ROWS = 17, 7
-ATTENTION_ROWS = 10
+ATTENTION_ROWS = 11.5
 
 # A block whose activations are kept: rows a token, and the heap's loss between them.
 KEPT_HIDDEN_ROWS, KEPT_HEAD_ROWS, KEPT_INTERMEDIATE_ROWS = 5, 5, 3
@@ -76,14 +87,6 @@ KEPT_COPIES = 1.2
 # Branches that depend on the token: copies of a hidden unit that backward needs (before and after
 # GELU, its gate, their product), and what they take with their gradients.
 UNIT_COPIES, BRANCH_COPIES = 4, 2
-
-# Activations of the public texts that are in memory at once while maps into the frame are made.
-FRAME_BYTES = 64 * MIB
-# Copies of the states, and squares of their smaller side, that their singular vectors take; squares of
-# a layer's width that its map takes. Measured with 500 to 3,000 texts and widths of 576 to 2,048.
-SVD_COPIES, SVD_SQUARES, SOLVE_SQUARES = 10, 13, 6
-
-MOST_ROWS = 512  # of a device's own whose head inputs are in memory at once, beside those of public texts
 
 NORM_ROWS = 8  # a token, where norms follow attention and MLP too
 
@@ -112,6 +115,12 @@ class Workload:
         """The fleet's method, with its head and distillation."""
         return methods.build(self.fleet.method, self.fleet.head, self.fleet.public, self.fleet.codistill)
 
+    @cached_property
+    def compares_text(self) -> bool:
+        """Whether a step has a second pass whose predictions of tokens are compared with the first's."""
+        passes = self.method.passes(self.fleet.rounds)
+        return self.fleet.head is None and any(pass_.apart for pass_ in passes)
+
     @property
     def rows_a_step(self) -> int:
         """Rows of a step, public texts included."""
@@ -132,36 +141,75 @@ class Workload:
         return values
 
 
-def predict(workload: Workload, plan: Plan, lengths: int | None = None) -> dict[str, int]:
+def predict(
+    workload: Workload, plan: Plan, lengths: int | None = None, *, running: bool = False
+) -> dict[str, int]:
     """Predict the memory of a plan, whose terms are not read.
 
     Args:
         lengths: different lengths of rows in a run, after padding; None: all up to the plan's.
+        running: whether the trainer makes steps already, and what comes before them is over.
 
     Returns:
         Bytes of the terms of the largest phase that are above 0; their sum is the peak.
     """
     facts, method = workload.facts, workload.method
-    width = 4 if plan.weights == "float32" else 2  # bytes of a number in the activations
-    batch = plan.rows * plan.tokens  # tokens of a micro-batch
     values = workload.factor_values(plan)
+    every = sum(values.values())
     trained = sum(value for name, value in values.items() if method.factors[name].trained)
     sent = sum(value for name, value in values.items() if method.factors[name].exchanged)
-    frozen = sum(values.values()) - trained
+    headed, public = workload.fleet.head is not None, workload.fleet.public
+    texts = public.texts if public is not None else 0
+    kernels = _kernels(plan, lengths or -(-plan.tokens // LENGTH_STEP))
+    kernels += SOLVER_BYTES if headed or method.framed else 0
+    kernels += VARIED_BYTES if workload.compares_text else 0
+    # Micro-batches that share a step add up their gradients.
+    trained_bytes = TRAINED_BYTES + (SUM_BYTES if plan.rows < workload.rows_a_step else 0)
+    adapter = trained_bytes * trained + FROZEN_BYTES * (every - trained)
+    weights = weights_bytes(facts, plan)
+    training, block = _training(workload, plan, every)
+    forward = block // 2
+    # Stages before training have no state of the optimiser and no sums of gradients.
+    later = (trained_bytes - FROZEN_BYTES) * trained
+    # Keys and values of a micro-batch.
+    cache = 2 * facts.kv_heads * facts.head_dim * _width(plan) * plan.rows * plan.tokens * plan.depth
+    # The first step's code, kernels and adapter come after the tokenizer is gone.
+    tokenizer = TOKENIZER_COPIES * facts.tokenizer_bytes - FIRST_STEP_BYTES - kernels - adapter
+    phases: list[dict[str, int]] = [
+        {"weights": weights} | training,
+        {"weights": weights, "answers": cache + forward if method.answers is not None else 0},
+        {"weights": weights, "inputs": stages.of_head(facts.hidden, texts) + forward if headed else 0},
+        # The delta and what rounding loses, beside the factor, which becomes the latter.
+        {"encode": ENCODE_BYTES * sent},
+    ]
+    if not running:
+        state, frame = stages.of_start(method, values), 0
+        if method.framed:
+            roles, whole = workload.fleet.adapter.roles, replace(plan, mlp_tokens=None)
+            untiled = max(block, block_bytes(facts, whole, plan.rows * plan.tokens, _width(plan)))
+            frame = stages.of_frame(facts, method, roles, plan, untiled // 2)
+        phases += [{"weights": weights, "state": state - later}, {"weights": weights, "frame": frame - later}]
+        phases += [{"tokenizer": tokenizer}]
+    largest = max(phases, key=lambda phase: sum(phase.values()))
+    always = {"runtime": workload.runtime_bytes, "kernels": kernels, "adapter": adapter}
+    return always | {name: size for name, size in largest.items() if size}
+
+
+def _training(workload: Workload, plan: Plan, factors: int) -> tuple[dict[str, int], int]:
+    """The terms of a step beside weights and adapter; and the bytes of a block that runs again.
+
+    factors: numbers in all factors.
+    """
+    facts, method, width = workload.facts, workload.method, _width(plan)
+    batch = plan.rows * plan.tokens  # tokens of a micro-batch
     # These methods join the factors of a block, beside the factors themselves.
-    joined = FROZEN_BYTES * (trained + frozen) // plan.depth if method.kept or method.inner is not None else 0
+    joined = FROZEN_BYTES * factors // plan.depth if method.kept or method.inner is not None else 0
     branches, copies = _branches(workload, plan, batch)
     kept = _kept_block(facts, plan, batch, width) + joined + branches
     block = block_bytes(facts, plan, batch, width) + copies
     block += 2 * joined + BRANCH_COPIES * branches  # and their gradients
-    kernels = _kernels(plan, lengths or -(-plan.tokens // LENGTH_STEP))
-    # Micro-batches that share a step add up their gradients.
-    trained_bytes = TRAINED_BYTES + (SUM_BYTES if plan.rows < workload.rows_a_step else 0)
-    adapter = trained_bytes * trained + FROZEN_BYTES * frozen
-    weights = weights_bytes(facts, plan)
     boundary = facts.hidden + 4 if plan.boundaries == "int8" else width * facts.hidden  # of a token
-    training = {
-        "weights": weights,
+    terms = {
         "boundaries": batch * boundary * (plan.depth - plan.kept_blocks),
         "activations": plan.kept_blocks * kept,
     }
@@ -169,28 +217,11 @@ def predict(workload: Workload, plan: Plan, lengths: int | None = None) -> dict[
     again = max(block - kept, 0) if plan.kept_blocks else block
     chunk = min(width * batch * facts.vocabulary, loss_chunk_bytes(plan))
     loss = int(LOSS_COPIES["packed" if plan.weights in PACKED else "dense"] * chunk)
-    training |= {"block": again} if again > loss else {"loss": loss}
-    # Keys and values of a micro-batch, and half of a block.
-    cache = 2 * facts.kv_heads * facts.head_dim * width * batch * plan.depth
-    answers = cache + block // 2 if method.answers is not None else 0
-    inputs = _inputs(workload) + block // 2 if workload.fleet.head is not None else 0
-    # The first step's code, kernels and adapter come after the tokenizer is gone.
-    tokenizer = TOKENIZER_COPIES * facts.tokenizer_bytes - FIRST_STEP_BYTES - kernels - adapter
-    phases: tuple[dict[str, int], ...] = (
-        training,
-        {"weights": weights, "answers": answers},
-        {"weights": weights, "inputs": inputs},
-        {
-            "weights": weights,
-            "frame": _frame(workload, plan, FROZEN_BYTES * frozen) + block // 2 if method.framed else 0,
-        },
-        # The delta and what rounding loses, beside the factor, which becomes the latter.
-        {"encode": ENCODE_BYTES * sent},
-        {"tokenizer": tokenizer},
-    )
-    largest = max(phases, key=lambda phase: sum(phase.values()))
-    always = {"runtime": workload.runtime_bytes, "kernels": kernels, "adapter": adapter}
-    return always | {name: size for name, size in largest.items() if size}
+    if workload.compares_text:
+        # the states of a step's tokens in the first pass, until the second
+        terms["references"] = width * workload.rows_a_step * plan.tokens * facts.hidden
+        loss = int(COMPARED_COPIES * chunk) + COMPARED_ROWS * width * batch * facts.hidden
+    return terms | ({"block": again} if again > loss else {"loss": loss}), block
 
 
 def _branches(workload: Workload, plan: Plan, batch: int) -> tuple[int, int]:
@@ -198,10 +229,13 @@ def _branches(workload: Workload, plan: Plan, batch: int) -> tuple[int, int]:
     method, roles = workload.method, workload.fleet.adapter.roles
     if method.branch is None:
         return 0, 0
-    widths = [out + into for role, (out, into) in workload.facts.linears.items() if role in roles]
+    shapes = [shape for role, shape in workload.facts.linears.items() if role in roles]
     sizes = method.sizes(plan.rank)
     units = sizes.get("hidden", sizes["branch"])  # without hidden units, what two branches make of the input
-    return 4 * batch * len(widths) * (sizes["branch"] + UNIT_COPIES * units), 4 * batch * max(widths)
+    kept = 4 * batch * len(shapes) * (sizes["branch"] + UNIT_COPIES * units)
+    # a gate's gradient is an input's too
+    gate = 0 if method.gate is None else max(into for _, into in shapes)
+    return kept, 4 * batch * (max(map(sum, shapes)) + gate)
 
 
 def _kernels(plan: Plan, lengths: int) -> int:
@@ -210,29 +244,9 @@ def _kernels(plan: Plan, lengths: int) -> int:
     return KERNEL_BYTES + of_a_length * min(lengths, CACHED_LENGTHS) + VARIED_BYTES * (lengths > 1)
 
 
-def _inputs(workload: Workload) -> int:
-    """Bytes of head inputs of rows and texts, and of their covariance; each is there twice, in float32."""
-    public, hidden = workload.fleet.public, workload.facts.hidden
-    return 8 * hidden * (MOST_ROWS + (public.texts if public is not None else 0) + hidden)
-
-
-def _frame(workload: Workload, plan: Plan, maps: int) -> int:
-    """Bytes of the larger of two phases: features of public texts, and maps into the frame.
-
-    maps: bytes of all maps, which are beside the adapter until they are on it.
-    """
-    facts, method = workload.facts, workload.method
-    sizes = method.sizes(plan.rank)
-    texts, hidden = sizes["texts"], facts.hidden
-    features = texts * (SVD_COPIES * hidden + sizes["features"]) + SVD_SQUARES * min(texts, hidden) ** 2
-    # Z as published and turned; activations of a group of layers, and a layer's centred ones; a layer's map
-    roles = workload.fleet.adapter.roles if "F" in method.factors else ()
-    mapped = [shape for role, shape in facts.linears.items() if role in roles] or [(0, hidden)]
-    largest = texts * max(into for _, into in mapped)
-    every = texts * plan.depth * sum(into for _, into in mapped)
-    activations = max(min(FRAME_BYTES // 4, every), largest) + largest
-    solved = max(SOLVE_SQUARES * into * into + out * into for out, into in mapped)
-    return max(4 * features, maps + 4 * (2 * texts * sizes["frame"] + activations + solved))
+def _width(plan: Plan) -> int:
+    """Bytes of a number in the activations."""
+    return 4 if plan.weights == "float32" else 2
 
 
 def loss_chunk_bytes(plan: Plan) -> int:

@@ -77,5 +77,5 @@ def step_seconds(workload: Workload, plan: Plan, rates: Rates) -> float:
         moved += 3 * micro_batches * blocks * VALUE_BYTES[plan.weights]
     calls_s = CALL_S * plan.depth * (micro_batches + 1)
     pass_s = products / flops + moved / rates.copy_bytes + calls_s
-    # round 2: a later round has no fewer passes than the first
-    return pass_s * len(workload.method.passes(2))
+    # a later round has no fewer passes than an earlier one
+    return pass_s * len(workload.method.passes(workload.fleet.rounds))

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from edge_kernels import Packed, expand
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from edge_runtime.adapters import attach
 from edge_runtime.adapters.attach import AdapterLinear
 from edge_runtime.methods import frames
 from edge_runtime.models import structure
-from edge_runtime.planning.predict import FRAME_BYTES
+from edge_runtime.planning.stages import FRAME_BYTES
 from edge_runtime.trainer import disk
 from edge_runtime.trainer.base import Base
 from edge_runtime.trainer.examples import Example, batches
@@ -68,13 +69,16 @@ class Frame:
 
     def _maps(self, base: Base, meter: Meter) -> attach.State:
         meter.tell("frame")
-        maps = {frames.MADE: self._Z}
+        maps, plan = {frames.MADE: self._Z}, base.plan
+        # layers of an MLP in tiles see no rows, and so no row's last token
+        base.follow(replace(plan, mlp_tokens=None))
         with meter.phase("frame"):
             if frames.MAP in base.adapter.factors:
                 Z = self._turned(frames.WIDTH, "rotated")
                 maps[frames.MAP], _ = frames.into(last_states(base, self._texts).cpu().numpy(), Z)
             for linears in _groups(_aligned(base), len(self._texts)):
                 maps |= self._of_linears(base, linears)
+        base.follow(plan)
         return maps
 
     def _of_linears(self, base: Base, linears: dict[str, AdapterLinear]) -> attach.State:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edge_runtime.adapters.attach import State
 from edge_runtime.errors import InputError
 from edge_runtime.methods import codistill
-from edge_runtime.planning.predict import MOST_ROWS
+from edge_runtime.planning.stages import MOST_ROWS
 from edge_runtime.protocol.keys import join
 from edge_runtime.trainer.base import Base
 from edge_runtime.trainer.data import Row

@@ -425,6 +425,48 @@ def test_a_gate_has_no_tiles_and_two_branches_are_predicted():
     assert peaks["trained", 16] - peaks["trained", 8] == 2 * 4 * (8 * 1024) * 7 * 5 * 8
 
 
+def test_a_second_pass_over_text_keeps_what_the_first_predicted():
+    """The released comparison of two passes comes in the third round; of labels it takes next to nothing."""
+    of = fleet(Model("large", weights=("bfloat16",)), rank=16, rows_a_step=8, max_tokens=512)
+    of = msgspec.structs.replace(
+        of, public=Public("public.jsonl", 60), method=MethodChoice("h2tune", {"rank": 8})
+    )
+    terms = {
+        (rounds, head): next(
+            candidates(msgspec.structs.replace(of, rounds=rounds, head=head), FACTS, RUNTIME, RATES)
+        )[0].terms
+        for rounds in (2, 3)
+        for head in (None, Head())
+    }
+    assert terms[2, Head()] == terms[3, Head()]
+    before, after = terms[2, None], terms[3, None]
+    assert after.pop("references") == 2 * 8 * 512 * LARGE.hidden
+    assert after["kernels"] == before["kernels"] + 20 * MIB
+    assert {**after, "kernels": 0} == {**before, "kernels": 0}
+
+
+def test_all_copies_of_an_adapter_are_predicted_where_they_weigh_more_than_a_short_row():
+    """As a round starts: the adapter, the whole state, and what the version has of it; private factors as a file, too."""
+    of = fleet(Model("large", weights=("bfloat16",)), rank=64, rows_a_step=1, max_tokens=8)
+    values = 30 * 64 * sum(map(sum, LARGE.linears.values()))
+    for method, copies in (("fedit", 2), ("local", 3)):
+        terms = plans(msgspec.structs.replace(of, method=MethodChoice(method)))[0].terms
+        assert terms["adapter"] == 6 * values
+        assert terms["state"] == (4 * copies - 2) * values  # there is no optimiser yet
+    longer = msgspec.structs.replace(of, training=Training(rows_a_step=16, max_tokens=512))
+    assert "state" not in plans(longer)[0].terms
+
+
+def test_a_running_trainer_is_past_its_maps_into_the_frame():
+    of = fleet(Model("large", weights=("q4_1",)), rows_a_step=8, max_tokens=512)
+    public = Public("public.jsonl", 60_000)
+    framed = msgspec.structs.replace(of, public=public, method=MethodChoice("heterotune", {"rank": 8}))
+    plan = next(candidates(framed, FACTS, RUNTIME, RATES))[0]
+    now, *ways = lowered(framed, plan)
+    assert "frame" in plan.terms and "frame" not in now.terms
+    assert [way.rows for way in ways[:3]] == [4, 2, 1]
+
+
 def test_a_running_plan_is_lowered_in_the_order_that_costs_least():
     of = fleet(Model("large", weights=("bfloat16",)), rank=16, rows_a_step=8, max_tokens=1024)
     first = plans(of)[0]

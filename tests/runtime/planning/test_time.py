@@ -8,7 +8,7 @@ from edge_runtime.planning import processes
 from edge_runtime.planning.candidates import predicted
 from edge_runtime.planning.predict import Workload
 from edge_runtime.planning.time import Rates
-from edge_runtime.settings import Adapter, Fleet, Head, Model, Training
+from edge_runtime.settings import Adapter, Fleet, Head, MethodChoice, Model, Public, Training
 
 STREAMED = {"boundaries": "int8", "mlp_tokens": None, "streamed": True}
 
@@ -42,6 +42,19 @@ def test_a_machine_that_is_faster_in_what_a_plan_needs_makes_a_shorter_step(weig
             weights=weights, rates=msgspec.structs.replace(RATES, **{name: 2 * getattr(RATES, name)})
         )
         assert faster == seconds(weights=weights) if name == other else faster < seconds(weights=weights)
+
+
+def test_all_passes_of_a_fleets_last_round_are_counted():
+    fleet = Fleet("f", (Model("m"),), public=Public("texts.jsonl", 60), method=MethodChoice("h2tune"))
+    taken = [
+        predicted(
+            Workload(msgspec.structs.replace(fleet, rounds=rounds), SMOLLM2, 0),
+            RATES,
+            bare_plan(SMOLLM2, 30, "bfloat16"),
+        ).step_seconds
+        for rounds in (2, 3)
+    ]
+    assert taken[1] == 2 * taken[0]
 
 
 @pytest.mark.parametrize(

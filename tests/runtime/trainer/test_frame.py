@@ -8,6 +8,7 @@ from edge_runtime import settings
 from edge_runtime.adapters import learned
 from edge_runtime.methods import frames
 from edge_runtime.protocol import codec
+from edge_runtime.protocol.plan import Plan
 from edge_runtime.trainer import data
 
 ROWS = [{"text": f"{word} {n}", "label": word} for n in range(6) for word in ("red", "green")]
@@ -64,6 +65,23 @@ def test_maps_of_an_earlier_round_are_used_until_the_frame_is_made_again(trained
         folder, _ = trained(name, ROWS, HELD_OUT, **fleet)
         found[name] = load_file(folder / "frame.bin")[frames.MAP]
     assert not found["same"].any() and found["another"].any()
+
+
+def test_maps_are_the_same_where_mlps_run_in_tiles(trained, fleet, tiny_facts, tmp_path):
+    folder, _ = trained("joins", ROWS, HELD_OUT, **fleet)
+    start = tmp_path / "start"
+    start.write_bytes(codec.encode({frames.MADE: frames.common([sent_by(folder)[frames.SENT]], None)}))
+    fleet |= {"start": (str(start),), "round": 2, "rounds": 2}
+    fleet |= {"method": settings.MethodChoice("heterotune", {"rank": 4})}
+    known = ("m", tiny_facts.model_class, 4, tiny_facts.layers, "float32", 2, 8, 32)
+    maps = {}
+    for tile in (None, 16):  # of the 64 tokens or more that go through the model at once
+        plan = Plan(*known, terms={}, step_seconds=0.0, mlp_tokens=tile)
+        folder, _ = trained(f"tiles-of-{tile}", ROWS, HELD_OUT, plan=plan, **fleet)
+        maps[tile] = load_file(folder / "frame.bin")
+    assert {"layers.3.down.F", "layers.3.up.G"} <= maps[16].keys() == maps[None].keys()
+    for key, value in maps[16].items():
+        np.testing.assert_allclose(value, maps[None][key], atol=1e-4)
 
 
 def test_an_export_of_a_device_has_its_branch_as_ranks_and_its_head_as_the_model_reads_it(

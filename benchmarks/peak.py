@@ -1,10 +1,12 @@
 """Predicted beside measured peak memory of the trainer, over models, formats, ranks and lengths.
 
     make bench-peak
+    make bench-peak ARGS=--across
 
 Each setting runs in a real trainer process for a few steps. SmolLM2-135M's steps have 4 rows, those
 of Gemma-3-270M's shape, whose weights are drawn at random, one; with ARGS="--gemma FILE", its GGUF
-file, the model itself, whose tokenizer is large.
+file, the model itself, whose tokenizer is large. With --across, fleets whose models learn from each
+other (peak_across.py).
 """
 
 import argparse
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import click
 
+from benchmarks import peak_across
 from benchmarks.memory import GEMMA, MIB, SMOLLM2
 from edge_runtime.agent.measure import Trial, measure
 from edge_runtime.planning import processes
@@ -29,7 +32,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peak")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--gemma", type=Path, default=GEMMA)
+    parser.add_argument("--across", action="store_true")
     options = parser.parse_args()
+    if options.across:
+        peak_across.show(SMOLLM2)
+        return
     steps, gemma = options.steps, options.gemma
     click.echo(f"runtime baseline {processes.runtime_bytes() / MIB:.0f} MiB, {steps} steps")
     _show("model", "rows x tokens", "weights", "rank", "predicted", "measured", "ratio")

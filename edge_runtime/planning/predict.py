@@ -184,6 +184,8 @@ def predict(
     ]
     if not running:
         state, frame = stages.of_start(method, values), 0
+        # without a frame, nothing has gone through the model yet
+        state -= 0 if method.framed else kernels
         if method.framed:
             roles, whole = workload.fleet.adapter.roles, replace(plan, mlp_tokens=None)
             untiled = max(block, block_bytes(facts, whole, plan.rows * plan.tokens, _width(plan)))

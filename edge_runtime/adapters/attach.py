@@ -33,6 +33,7 @@ class Attached(NamedTuple):
 
     factors: dict[str, nn.Parameter]  # by canonical key
     paths: dict[tuple[int, str], str]  # path of the adapted module in the model, by layer and role
+    parts: dict[str, NDArray[np.bool_]]  # entries that train, by key of a factor that trains in part
     # of a linear head over labels, beside the model's head over its vocabulary
     labels: tuple[str, ...] = ()
     head: nn.Parameter | None = None  # (labels, hidden), or (labels, frame) where it has a frame
@@ -65,6 +66,12 @@ class Attached(NamedTuple):
         finally:
             for factor in frozen:
                 factor.requires_grad_(True)
+
+    def train_part(self, key: str, entries: NDArray[np.bool_]) -> None:
+        """From now on only these entries of a factor get a gradient; weight decay still moves all."""
+        self.parts[key] = entries
+        mask = torch.from_numpy(entries).to(self.factors[key].device)
+        self.factors[key].register_hook(lambda gradient: gradient * mask)
 
     def rows(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each tensor of the state by its key; a label's row of the head is (1, hidden)."""
@@ -152,7 +159,7 @@ def attach(
         InputError: the model's family is not known, or it has none of the roles.
     """
     total, fleet_rank = checkpoint_layers or len(layers), fleet_rank or spec.rank
-    attached = Attached({}, {})
+    attached = Attached({}, {}, {})
     names = {module: name for name, module in model.named_modules()}
     row = structure.family(model)
     for layer, block in zip(layers, structure.blocks(model), strict=True):

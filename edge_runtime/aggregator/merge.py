@@ -6,7 +6,7 @@ What devices get of a master is the matter of publish.py.
 """
 
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from edge_broker.journal import Update
@@ -14,11 +14,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from edge_runtime.adapters.initial import initial
+from edge_runtime.adapters.versions import published
 from edge_runtime.aggregator import publish, server_step
 from edge_runtime.aggregator.publish import Merged, Publication
 from edge_runtime.aggregator.store import Version
 from edge_runtime.methods import frames
-from edge_runtime.methods.interface import Array, Contribution, Method, Scope, Tensors
+from edge_runtime.methods.interface import Array, Contribution, Entries, Method, Scope, Tensors
 from edge_runtime.protocol import codec
 from edge_runtime.protocol.keys import STATE, parse
 from edge_runtime.protocol.round import FLEET
@@ -78,7 +79,7 @@ def _merge_scope(
     state, momenta = ({}, {}) if last is None else (load_file(last.master), _momenta(last, fleet))
     for kind in method.merges:
         if method.scope(kind) == scope:
-            _merge_kind(kind, updates, state, momenta, fleet, method)
+            _merge_kind(kind, updates, versions, state, momenta, fleet, method)
     answers = b""
     if method.answers is not None and method.answers.shared == scope:
         if updates:
@@ -112,7 +113,7 @@ def _frame(
                 if frames.SENT in set(master.keys()):
                     state = {frames.SENT: master.get_tensor(frames.SENT)}
         if not state:
-            _merge_kind("frame", of_class, state, {}, fleet, method)
+            _merge_kind("frame", of_class, versions, state, {}, fleet, method)
             new = new or bool(state)
         features += state.values()
     return frames.common(features, before) if new or before is None else before
@@ -125,11 +126,17 @@ def _answers(updates: list[Update]) -> Iterator[tuple[int, bytes]]:
 
 
 def _merge_kind(
-    kind: str, updates: list[Update], state: Tensors, momenta: Tensors, fleet: Fleet, method: Method
+    kind: str,
+    updates: list[Update],
+    versions: Mapping[str, Version],
+    state: Tensors,
+    momenta: Tensors,
+    fleet: Fleet,
+    method: Method,
 ) -> None:
     """Take the step of one kind of tensors, in place."""
     before = dict(state)  # with the version 0 of keys that the state has not yet
-    steps = method.merges[kind](partial(_contributions, kind, updates, before, fleet, method))
+    steps = method.merges[kind](partial(_contributions, kind, updates, versions, before, fleet, method))
     # a version has no mean of peers but the round's own
     gone = {key: -before[key] for key in before if parse(key).kind == kind == "peers" and key not in steps}
     # values have no version 0: their first step is their value
@@ -141,16 +148,36 @@ def _merge_kind(
 
 
 def _contributions(
-    kind: str, updates: list[Update], before: Tensors, fleet: Fleet, method: Method
+    kind: str,
+    updates: list[Update],
+    versions: Mapping[str, Version],
+    before: Tensors,
+    fleet: Fleet,
+    method: Method,
 ) -> Iterator[Contribution]:
     """One kind of tensors, update by update. Puts missing starts into `before`."""
+
+    @cache
+    def start(model_class: str) -> Tensors:
+        """What devices of a class start from, of this kind: as it was published, not the master."""
+        version = versions.get(model_class, versions.get(FLEET))
+        chain = version.chain if version is not None else ()
+        return published(chain, fleet.seed, method, lambda key: parse(key).kind == kind)
+
     for update in updates:
-        delta = codec.decode(update.payload.read_bytes(), lambda key: parse(key).kind == kind)
+        payload, model_class = update.payload.read_bytes(), update.manifest.model_class
+        delta = codec.decode(payload, lambda key: parse(key).kind == kind)
+        share = codec.rank(payload) / fleet.adapter.rank
+        parts: dict[str, Entries] = {}
         for key, value in delta.items():
             if key not in before and kind in STATE:
                 before[key] = version_0(key, value.shape, fleet, method)
+            if share and (chosen := method.factor(key).chosen) is not None:
+                version = start(model_class)
+                held = version[key] if key in version else version_0(key, value.shape, fleet, method)
+                parts[key] = chosen(held, share)
         if delta:
-            yield Contribution(before, delta, update.manifest.samples, update.manifest.model_class)
+            yield Contribution(before, delta, update.manifest.samples, model_class, parts)
 
 
 def version_0(key: str, shape: tuple[int, ...], fleet: Fleet, method: Method) -> Array:

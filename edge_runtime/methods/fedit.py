@@ -11,7 +11,16 @@ for unequal depths.
 
 from collections import Counter, defaultdict
 
-from edge_runtime.methods.interface import A, Array, B, Contribution, Contributions, Method, Tensors
+from edge_runtime.methods.interface import (
+    A,
+    Array,
+    B,
+    Contribution,
+    Contributions,
+    Method,
+    Tensors,
+    add_to,
+)
 from edge_runtime.methods.lazy import np
 from edge_runtime.protocol.keys import leading
 
@@ -25,6 +34,7 @@ class RunningMean:
     def __init__(self) -> None:
         self._sums: Tensors = {}
         self._rows: dict[str, Counter[tuple[int, ...]]] = defaultdict(Counter)  # by key and shape
+        self._entry_rows: Tensors = {}  # of tensors that devices trained in part
 
     def add(self, contribution: Contribution) -> None:
         """Count one device."""
@@ -32,6 +42,11 @@ class RunningMean:
             if key not in self._sums:
                 full = contribution.before.get(key, value)  # in the fleet's rank
                 self._sums[key] = np.zeros(full.shape, np.float32)
+            if key in contribution.parts:
+                rows = np.float32(contribution.samples) * contribution.parts[key]
+                self._sums[key] += rows * value
+                add_to(self._entry_rows, key, rows)
+                continue
             self._sums[key][leading(value.shape)] += contribution.samples * value
             self._rows[key][value.shape] += contribution.samples
 
@@ -40,7 +55,7 @@ class RunningMean:
         counts = np.zeros_like(self._sums[key])
         for shape, rows in self._rows[key].items():
             counts[leading(shape)] += rows
-        return counts
+        return counts + self._entry_rows[key] if key in self._entry_rows else counts
 
     def mean(self) -> Tensors:
         """The mean; 0 where no device holds an entry. Uses up this object."""

@@ -9,6 +9,20 @@
 
 The node averages each entry of S over the devices that trained the entry, whichever model they have.
 
+With `select` a device of a lower rank than the fleet's trains a part of S: k² entries of each r x r
+matrix, k = r · rank / the fleet's rank. The others are as the version has them.
+
+    select = "leading"    the first k rows and columns
+    select = "top"        the entries of the largest |S|; equal ones from the leading rows and columns
+                          on, so that an S of 0 has its leading k rows and columns trained
+    select = "all"        every entry, at any rank: the control
+
+A 0 in a delta may be a trained entry that was rounded. So the payload has the device's rank, and the
+node selects as the device did, by the version that the device started from: no index travels, and
+a selection may depend on nothing but version and rank. What a device owes of an entry waits for a
+round in which the entry is selected. While all devices of a fleet have lower ranks, `top` stays
+with the entries that are not 0: a device of full rank has to train the others once.
+
 From the third round on each step has two passes, which separate the shared part from the task's
 own:
 
@@ -27,19 +41,23 @@ key that does not match, and the uploaded S is taken before training. Here S is 
 autograd, and its increments travel. Controls, with the same two passes: `[public] frame = "rotated"`
 lets S cross without a common meaning; `across = false` shares S inside the class alone; `core =
 "private"` leaves S on each device.
-Source: arXiv 2507.22633 names the parts and the three losses; the frame, the relation's start, the
-centred D, the entry-wise mean and the coefficients are ours.
+Source: arXiv 2507.22633 names the parts and the three losses; its code trains the r_i² entries of the
+highest score. The frame, the relation's start, the centred D, |S| as the score, the entry-wise mean
+and the coefficients are ours.
 """
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 from edge_runtime.methods.fedit import holders_mean
 from edge_runtime.methods.frames import F, G
 from edge_runtime.methods.interface import (
     A,
+    Array,
     AtLeastOne,
     B,
+    Entries,
     Factor,
     Method,
     MethodSettings,
@@ -48,7 +66,7 @@ from edge_runtime.methods.interface import (
     Product,
     Scope,
 )
-from edge_runtime.methods.lazy import torch
+from edge_runtime.methods.lazy import np, torch
 
 TINY = 1e-12
 
@@ -64,18 +82,20 @@ class H2Tune(MethodSettings, frozen=True):
     preset: Literal["ours", "as-released"] = "ours"
     across: bool = True  # S is shared between models
     core: Literal["shared", "private"] = "shared"
+    select: Literal["all", "leading", "top"] = "all"  # entries of S that a device of a lower rank trains
 
     def method(self) -> Method:
         """The method with these settings."""
         scope: Scope = "private" if self.core == "private" else "fleet" if self.across else "class"
+        S = Factor(("depths", "branch", "branch"), trained=True, shared=scope, start="zero", of="stages")
+        if self.select != "all":
+            S = S._replace(chosen=partial(chosen, by_size=self.select == "top"))
         factors = {
             "A": A._replace(shared="private"),
             "B": B._replace(shared="private"),
             "F": F,
             "G": G,
-            "S": Factor(
-                ("depths", "branch", "branch"), trained=True, shared=scope, start="zero", of="stages"
-            ),
+            "S": S,
             "D": Factor(("depths",), trained=True, shared="private", start="zero"),
         }
         first = (Pass(penalty=self._norms),)
@@ -121,6 +141,20 @@ def relation(D: Any, depth: float) -> Any:
     points = torch.arange(len(D), device=D.device)
     interpolated = (1 - (points - depth * (len(D) - 1)).abs()).clamp_min(0)
     return interpolated + D - D.mean()
+
+
+def chosen(S: Array, share: float, *, by_size: bool) -> Entries:
+    """The entries of S (depths, r, r) that a device trains whose rank is this share of the fleet's.
+
+    by_size: those of the largest |S|; else the leading ones.
+    """
+    depths, r, _ = S.shape
+    edge = np.maximum(*np.indices((r, r))).ravel()  # the leading block that an entry is the first outside of
+    sizes = np.abs(S).reshape(depths, -1) * np.float32(by_size)
+    order = np.lexsort((np.broadcast_to(edge, sizes.shape), -sizes))  # stable: equal ones by their place
+    entries = np.zeros(sizes.shape, bool)
+    np.put_along_axis(entries, order[:, : max(1, round(share * r)) ** 2], values=True, axis=1)
+    return entries.reshape(S.shape)
 
 
 def inner(factors: Mapping[str, Any], depth: float) -> Any:

@@ -7,6 +7,7 @@ Devices plan with the statements and never merge, so NumPy loads when a merge ne
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -27,6 +28,7 @@ Scope = Literal["private", "class", "fleet"]
 Step = Literal["mean", "shrinking", "refactored"]
 Array: TypeAlias = "NDArray[np.float32]"
 Tensors: TypeAlias = "dict[str, Array]"
+Entries: TypeAlias = "NDArray[np.bool_]"  # of a tensor, in its shape
 Product: TypeAlias = tuple[Any, Any | None, Any]  # A, C and B; C is None where it is the identity
 WIDTHS = ("in", "out")  # axes whose length the model decides; the fleet decides the others
 
@@ -63,6 +65,9 @@ class Factor(NamedTuple):
     # class is in the common frame (frames.py)
     start: Start
     of: Kind = "layers"  # the kind of place that has such a factor
+    # Which entries a device trains whose rank is this share, below 1, of the fleet's; the first argument
+    # is the factor as the round starts. Node and device call it with the same numbers. None: all.
+    chosen: Callable[[Array, float], Entries] | None = None
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The tensor's shape where axes have these sizes."""
@@ -98,6 +103,8 @@ class Contribution(NamedTuple):
     delta: Mapping[str, Array]
     samples: int  # rows that the device trained on
     model_class: str = ""
+    # Of tensors that the device trained in part, the entries that it trained; 0 in the delta are others.
+    parts: Mapping[str, Entries] = MappingProxyType({})
 
     def after(self) -> Tensors:
         """The factors that the device held when the round ended, in its own rank."""

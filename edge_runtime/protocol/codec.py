@@ -45,7 +45,7 @@ class _Side(NamedTuple):
 
 
 def encode(
-    tensors: Mapping[str, NDArray[np.float32]], answers: bytes = b"", step: float = FINE_STEP
+    tensors: Mapping[str, NDArray[np.float32]], answers: bytes = b"", step: float = FINE_STEP, rank: int = 0
 ) -> bytes:
     """Encode float32 tensors, with answers beside them.
 
@@ -53,6 +53,7 @@ def encode(
         tensors: by canonical key.
         step: of quantisation, in standard deviations of each tensor; kinds of FIXED_STEPS and
             VALUES have their own.
+        rank: of a device that trained some of the tensors in part; 0: it trained them in whole.
 
     Raises:
         InputError: a value is not finite, or within a hundred-millionth of float32's largest; or
@@ -83,7 +84,7 @@ def encode(
         *(digits.compress([part.content for part in packed if part.base == base]) for base in BASES),
     ]
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
-    header = Header(shapes, strays=side[2].size, completions_bytes=len(answers))
+    header = Header(shapes, strays=side[2].size, completions_bytes=len(answers), rank=rank)
     return payloads.assemble(header, sections)
 
 
@@ -157,6 +158,11 @@ def answers(payload: bytes) -> bytes:
 def shapes(payload: bytes) -> dict[str, tuple[int, ...]]:
     """Declared keys and shapes; raises InputError where the header cannot be read."""
     return payloads.header_of(payload)[0].shapes
+
+
+def rank(payload: bytes) -> int:
+    """The rank that `encode` was given; raises InputError where the header cannot be read."""
+    return payloads.header_of(payload)[0].rank
 
 
 def _side(header: Header, section: bytes) -> _Side:

@@ -29,6 +29,7 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
     sections: tuple[int, ...] = ()  # compressed bytes of each section
     strays: int = 0
     completions_bytes: int = 0  # of the answers, which are completions in every method so far
+    rank: int = 0  # of a device that trained some tensors in part, as this rank has it; 0: in whole
 
 
 def assemble(header: Header, sections: list[bytes]) -> bytes:

@@ -5,6 +5,8 @@
     exchanged factors    delta = trained - start + owed
                          payload.bin = encode(delta)        residual.bin = delta - decode(payload)
     factors of peers     state.bin, and their values in payload.bin; nothing is owed
+    entries that a device of a lower rank does not train (Factor.chosen):
+                         0 in payload.bin, which has the rank; what is owed of them stays in residual.bin
 
 Owed are the residual of the last settled round and a payload that the node refused. The exchanged
 factors of the start lie in a file while they train. The trained factors become delta and then
@@ -37,13 +39,14 @@ class Sent(NamedTuple):
 
 
 def start(
-    adapter: attach.Attached, shared: attach.State, private: str | None, method: Method
+    adapter: attach.Attached, shared: attach.State, private: str | None, method: Method, share: float
 ) -> attach.State:
     """Set the adapter, which is at version 0, to the round's start; returns that state.
 
     Args:
         shared: the global version; it may have factors that this device has not.
         private: path of an earlier round's state.bin.
+        share: the device's rank, as a share of the fleet's.
 
     Raises:
         InputError: the files do not fit the adapter.
@@ -55,6 +58,9 @@ def start(
     if private is not None:
         _overlay(state, disk.load(private), method, np.copyto)
     attach.load_state(adapter, state)
+    for key in adapter.factors if share < 1 else ():
+        if (chosen := method.factor(key).chosen) is not None:
+            adapter.train_part(key, chosen(state[key], share))
     return state
 
 
@@ -104,12 +110,16 @@ def write(
     }
     values = {key: value for key, value in trained.items() if method.factor(key).whole}
     rank = _subtract_start(delta, method, folder / START) if delta else None
+    for key in delta.keys() & adapter.parts.keys():
+        delta[key] *= adapter.parts[key]  # weight decay has moved the other entries
     if job.carried.residual is not None:
         _add_owed(delta, disk.load(job.carried.residual), method)
     if job.carried.unsent is not None:
         _add_owed(delta, codec.decode(Path(job.carried.unsent).read_bytes()), method)
     step = method.codec_step(job.fleet.codec.step)
-    payload = codec.encode({**delta, **values, **answers.predictions}, answers.completions, step)
+    parts = {key: value * adapter.parts[key] for key, value in delta.items() if key in adapter.parts}
+    tensors = {**delta, **parts, **values, **answers.predictions}
+    payload = codec.encode(tensors, answers.completions, step, job.plan.rank if parts else 0)
     sent = codec.decode(payload)
     for key, value in delta.items():
         value -= sent.pop(key)

@@ -115,7 +115,8 @@ def begin(
             disk.save(folder / "frame.bin", maps, meter.tell)
     if method.received is not None:
         method.received(shared, delta.sent_before(job))
-    state = delta.start(base.adapter, shared, job.carried.private, method)
+    share = job.plan.rank / job.fleet.adapter.rank
+    state = delta.start(base.adapter, shared, job.carried.private, method, share)
     lesson = material.public.lesson(shared) if material.public is not None else None
     # in memory, the global version and the start would cost an adapter each
     del shared

@@ -1,4 +1,6 @@
-"""H2Tune's core, relation and two passes, and the divergence of outputs, against their equations."""
+"""H2Tune's core, relation, selection and two passes, and the divergence of outputs, against their equations."""
+
+import types
 
 import weakref
 
@@ -6,14 +8,20 @@ import numpy as np
 import pytest
 import torch
 from edge_kernels import LanguageHead, expand, pack
+from safetensors.numpy import load_file, save_file
 from test_adapters import IDS, LAYERS, difference, logits, random_state
 from test_training import draw_examples
 
 from edge_runtime import methods, settings
 from edge_runtime.adapters import attach
-from edge_runtime.methods import h2tune
+from edge_runtime.adapters.versions import published
+from edge_runtime.aggregator import check, merge
+from edge_runtime.errors import InputError
+from edge_runtime.methods import frames, h2tune
 from edge_runtime.methods.interface import Contribution
-from edge_runtime.trainer import step
+from edge_runtime.protocol import codec
+from edge_runtime.protocol.round import FLEET
+from edge_runtime.trainer import data, step
 from edge_runtime.trainer.vocabulary import Divergence
 
 SPEC = settings.Adapter(rank=4, alpha=12.0)
@@ -188,6 +196,177 @@ def test_its_controls_exchange_less_and_train_in_the_same_passes():
         first, second = method.passes(3)
         assert (first.frozen, second.frozen) == (frozenset("ABH"), frozenset("SD"))
         assert first.penalty is not None and second.apart > 0
+
+
+# --- what a device of a lower rank trains
+
+
+def selected(S, share, select):
+    return h2tune.H2Tune(select=select).method().factors["S"].chosen(S, share)
+
+
+def drawn(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(("rank", "k"), [(8, 4), (4, 2), (6, 3), (1, 1)])
+def test_a_device_trains_the_leading_or_the_largest_entries_by_its_share_of_the_fleets_rank(rank, k):
+    S = drawn(3, 8, 8)
+    leading, top = (selected(S, rank / 16, select) for select in ("leading", "top"))
+    assert (leading.sum((1, 2)) == k * k).all() and leading[:, :k, :k].all()
+    for matrix, entries in zip(S, top, strict=True):
+        assert entries.sum() == k * k
+        assert np.abs(matrix[entries]).min() >= np.abs(matrix[~entries]).max()
+    assert not np.array_equal(leading, top)
+    assert h2tune.METHOD.factors["S"].chosen is None  # the default: all
+
+
+def test_equal_entries_are_taken_from_the_leading_rows_and_columns_on():
+    zeros = np.zeros((2, 8, 8), np.float32)
+    assert np.array_equal(selected(zeros, 0.5, "top"), selected(zeros, 0.5, "leading"))
+    single = zeros.copy()
+    single[0, 6, 7] = -1
+    entries = selected(single, 0.25, "top")
+    assert sorted(zip(*np.nonzero(entries[0]), strict=True)) == [(0, 0), (0, 1), (1, 0), (6, 7)]
+
+
+def test_an_entry_is_averaged_over_the_devices_that_trained_it_and_no_others():
+    """A third of the rows is of a device that trained a part; the rest of S is the other's step, whole."""
+    part, whole = drawn(3, 3, 3), drawn(3, 3, 3, seed=1)
+    entries = selected(drawn(3, 3, 3, seed=2), 2 / 3, "top")
+    key = "stages.0.q.S"
+    before = {key: np.zeros((3, 3, 3), np.float32)}
+    devices = [
+        Contribution(before, {key: part * entries}, 10, "m", {key: entries}),
+        Contribution(before, {key: whole}, 20, "n"),
+    ]
+    truth = np.where(entries, (part + 2 * whole) / 3, whole)
+    for order in (devices, devices[::-1]):
+        merged = METHOD.merges["stages"](lambda order=order: iter(order))[key]
+        np.testing.assert_allclose(merged, truth, atol=1e-6)
+    by_all = (part * entries + 2 * whole) / 3
+    assert np.abs(by_all - truth)[~entries].min() > 1e-3
+    # a part that says more than it trained; and what nobody trained
+    lies = [devices[0]._replace(delta={key: part})]
+    np.testing.assert_allclose(METHOD.merges["stages"](lambda: iter(lies))[key], part * entries, atol=1e-6)
+
+
+def fleet_of(select, **changes):
+    return settings.Fleet(
+        "f",
+        (settings.Model("m"),),
+        method=settings.MethodChoice("h2tune", {"select": select, "rank": 8, "depths": 3}),
+        adapter=settings.Adapter(rank=16, lower=(8,), roles=("q",)),
+        public=settings.Public("texts.jsonl", 30),
+        **changes,
+    )
+
+
+KEY = "stages.0.q.S"
+
+
+def update(path, delta, model_class, rank=0):
+    path.write_bytes(codec.encode({KEY: delta}, rank=rank))
+    manifest = types.SimpleNamespace(model_class=model_class, samples=10)
+    return types.SimpleNamespace(manifest=manifest, payload=path)
+
+
+@pytest.mark.parametrize("select", ["leading", "top"])
+def test_the_node_selects_as_a_device_does_by_the_version_that_was_published(tmp_path, select):
+    fleet = fleet_of(select, codec=settings.Codec(step=4.0))
+    method = methods.build(fleet.method)  # no features travel
+    versions = {}
+
+    def merged(number, *updates):
+        new = merge.merge(list(updates), versions, fleet, method, number, tmp_path / str(number))
+        versions.update({version.model_class: version for version in new})
+        return load_file(versions[FLEET].master)[KEY]
+
+    master = merged(
+        1, update(tmp_path / "1a", drawn(3, 8, 8), "m@1"), update(tmp_path / "1b", drawn(3, 8, 8), "n@2")
+    )
+    start = published(versions["m@1"].chain, fleet.seed, method)[KEY]
+    entries, of_master = (selected(S, 0.5, select) for S in (start, master))
+    assert np.array_equal(entries, of_master) is (
+        select == "leading"
+    )  # rounding has made other entries large
+    part, whole = drawn(3, 8, 8, seed=3), drawn(3, 8, 8, seed=4)
+    updates = [update(tmp_path / "2a", part * entries, "m@1", rank=8), update(tmp_path / "2b", whole, "n@2")]
+    part, whole = (codec.decode(each.payload.read_bytes())[KEY] for each in updates)
+    step_ = merged(2, *updates) - master
+    np.testing.assert_allclose(step_, np.where(entries, (part + whole) / 2, whole), atol=1e-5)
+
+
+def test_a_part_of_a_rank_that_the_fleet_has_not_is_refused():
+    fleet = fleet_of("top")
+    method, delta = methods.build(fleet.method), {KEY: drawn(3, 8, 8)}
+    for rank in (0, 8):
+        assert check.check(codec.encode(delta, rank=rank), {}, fleet, method).keys() == {KEY}
+    for rank in (4, 16):
+        with pytest.raises(
+            InputError, match=rf"of rank {rank} that trained a part, but the lower ranks are \(8,\)"
+        ):
+            check.check(codec.encode(delta, rank=rank), {}, fleet, method)
+
+
+ROWS = [{"text": f"{word} {n}", "label": word} for n in range(6) for word in ("red", "green")]
+PUBLIC = [{"text": f"{word} {n}"} for n in range(10, 25) for word in ("red", "green")]
+
+
+@pytest.fixture
+def round_3(trained, tmp_path):
+    """round_3(name, select, rank, lower, **changes): a device's third round in a trainer process; its payload and residual."""
+    version = {"frame.Z": drawn(30, frames.WIDTH), KEY: drawn(3, 4, 4)}
+    start = tmp_path / "start"
+    start.write_bytes(codec.encode(version))
+    texts = str(data.write_rows(tmp_path / "texts.jsonl", PUBLIC))
+
+    def run(name, select, rank, lower=(), **changes):
+        choice = settings.MethodChoice("h2tune", {"select": select, "rank": 4, "depths": 3})
+        fleet = {
+            "method": choice,
+            "adapter": settings.Adapter(rank=rank, lower=lower, roles=("q",)),
+            "training": settings.Training(
+                steps=3, rows_a_step=8, learning_rate=2e-2, weight_decay=0.1, max_tokens=32
+            ),
+            "head": settings.Head("fleet"),
+            "public": settings.Public("", len(PUBLIC)),
+            "texts": texts,
+            "start": (str(start),),
+            "round": 3,
+            "rounds": 3,
+        }
+        folder, _ = trained(name, ROWS, ROWS, **fleet | changes)
+        return (folder / "payload.bin").read_bytes(), load_file(folder / "residual.bin")
+
+    return run, codec.decode(start.read_bytes())[KEY]
+
+
+def test_a_device_of_a_lower_rank_sends_what_it_trained_and_owes_the_others_on(round_3, tmp_path):
+    run, version = round_3
+    owed, refused = drawn(3, 4, 4, seed=5), drawn(3, 4, 4, seed=6)
+    save_file({KEY: owed}, tmp_path / "residual.bin")
+    (tmp_path / "unsent.bin").write_bytes(codec.encode({KEY: refused}))
+    refused = codec.decode((tmp_path / "unsent.bin").read_bytes())[KEY]
+    carried = {"residual": str(tmp_path / "residual.bin"), "unsent": str(tmp_path / "unsent.bin")}
+    entries = {}
+    for select in ("leading", "top"):
+        entries[select] = chosen = selected(version, 0.5, select)
+        payload, residual = run(select, select, 4, (2,), **carried)
+        sent = codec.decode(payload)[KEY]
+        assert codec.rank(payload) == 2 and sent[chosen].any() and not sent[~chosen].any()
+        np.testing.assert_array_equal(residual[KEY][~chosen], (owed + refused)[~chosen])
+        moved = residual[KEY] + sent - owed - refused
+        assert np.abs(moved[chosen]).min() > 0  # in two passes, one of which leaves S out
+    assert not np.array_equal(entries["leading"], entries["top"])
+
+
+@pytest.mark.parametrize("lower", [(), (1,)])
+def test_a_device_of_the_fleets_rank_trains_and_sends_all_whatever_is_selected(round_3, lower):
+    run, _ = round_3
+    (every, owed), (top, owed_by_top) = (run(select, select, 2, lower) for select in ("all", "top"))
+    assert every == top and codec.rank(every) == 0
+    assert all(np.array_equal(value, owed_by_top[key]) for key, value in owed.items())
 
 
 # --- the divergence of outputs

@@ -33,7 +33,7 @@ class Attached(NamedTuple):
 
     factors: dict[str, nn.Parameter]  # by canonical key
     paths: dict[tuple[int, str], str]  # path of the adapted module in the model, by layer and role
-    parts: dict[str, NDArray[np.bool_]]  # entries that train, by key of a factor that trains in part
+    parts: dict[str, NDArray[np.bool_]]  # entries that train, of factors that train in part
     # of a linear head over labels, beside the model's head over its vocabulary
     labels: tuple[str, ...] = ()
     head: nn.Parameter | None = None  # (labels, hidden), or (labels, frame) where it has a frame
@@ -68,7 +68,7 @@ class Attached(NamedTuple):
                 factor.requires_grad_(True)
 
     def train_part(self, key: str, entries: NDArray[np.bool_]) -> None:
-        """From now on only these entries of a factor get a gradient; weight decay still moves all."""
+        """Give a gradient to these entries of a factor alone; weight decay still moves all."""
         self.parts[key] = entries
         mask = torch.from_numpy(entries).to(self.factors[key].device)
         self.factors[key].register_hook(lambda gradient: gradient * mask)

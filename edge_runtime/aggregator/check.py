@@ -69,9 +69,9 @@ def check(payload: bytes, expected: Shapes, fleet: Fleet, method: Method) -> cod
         if not _exchanged(key, fleet, method):
             raise InputError(f"the delta holds {key[:80]}, which this fleet's adapter does not exchange")
     _check_shapes(shapes, expected, fleet, method)
-    if codec.rank(payload) not in (0, *fleet.adapter.lower):
+    if (rank := codec.rank(payload)) not in (0, *fleet.adapter.lower):
         raise InputError(
-            f"the delta is of a device of rank {codec.rank(payload)} that trained a part, but the lower ranks are "
+            f"the delta is of a device of rank {rank} that trained a part, but the lower ranks are "
             f"{fleet.adapter.lower}"
         )
     delta = codec.decode(payload)

@@ -136,7 +136,8 @@ def _merge_kind(
 ) -> None:
     """Take the step of one kind of tensors, in place."""
     before = dict(state)  # with the version 0 of keys that the state has not yet
-    steps = method.merges[kind](partial(_contributions, kind, updates, versions, before, fleet, method))
+    contributions = partial(_contributions, kind, updates, versions, before, fleet, method)
+    steps = method.merges[kind](contributions)
     # a version has no mean of peers but the round's own
     gone = {key: -before[key] for key in before if parse(key).kind == kind == "peers" and key not in steps}
     # values have no version 0: their first step is their value
@@ -159,7 +160,7 @@ def _contributions(
 
     @cache
     def start(model_class: str) -> Tensors:
-        """What devices of a class start from, of this kind: as it was published, not the master."""
+        """This kind as devices of a class start from it: as it was published, not the master."""
         version = versions.get(model_class, versions.get(FLEET))
         chain = version.chain if version is not None else ()
         return published(chain, fleet.seed, method, lambda key: parse(key).kind == kind)
@@ -174,8 +175,9 @@ def _contributions(
                 before[key] = version_0(key, value.shape, fleet, method)
             if share and (chosen := method.factor(key).chosen) is not None:
                 version = start(model_class)
-                held = version[key] if key in version else version_0(key, value.shape, fleet, method)
-                parts[key] = chosen(held, share)
+                if key not in version:
+                    version[key] = version_0(key, value.shape, fleet, method)
+                parts[key] = chosen(version[key], share)
         if delta:
             yield Contribution(before, delta, update.manifest.samples, model_class, parts)
 

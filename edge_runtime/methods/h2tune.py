@@ -9,19 +9,19 @@
 
 The node averages each entry of S over the devices that trained the entry, whichever model they have.
 
-With `select` a device of a lower rank than the fleet's trains a part of S: k² entries of each r x r
-matrix, k = r · rank / the fleet's rank. The others are as the version has them.
+A device of a lower rank than the fleet's trains k² entries of each r x r matrix of S, with k = r ·
+rank / the fleet's rank. The others are as the version has them.
 
-    select = "leading"    the first k rows and columns
-    select = "top"        the entries of the largest |S|; equal ones from the leading rows and columns
-                          on, so that an S of 0 has its leading k rows and columns trained
+    select = "leading"    those of the first k rows and columns
+    select = "top"        those of the largest |S|; equal ones from the leading rows and columns on,
+                          so that the leading k train while S is 0
     select = "all"        every entry, at any rank: the control
 
-A 0 in a delta may be a trained entry that was rounded. So the payload has the device's rank, and the
-node selects as the device did, by the version that the device started from: no index travels, and
-a selection may depend on nothing but version and rank. What a device owes of an entry waits for a
-round in which the entry is selected. While all devices of a fleet have lower ranks, `top` stays
-with the entries that are not 0: a device of full rank has to train the others once.
+A 0 in a delta may be a trained entry that was rounded. So a payload has the device's rank, and the
+node selects as the device did, by the version that the device started from. No index travels, and
+a selection depends on version and rank alone. What a device owes of an entry waits until the entry
+is selected. `top` prefers entries that have been trained: where all devices have lower ranks, the
+entries beyond the leading ones stay 0.
 
 From the third round on each step has two passes, which separate the shared part from the task's
 own:
@@ -41,9 +41,9 @@ key that does not match, and the uploaded S is taken before training. Here S is 
 autograd, and its increments travel. Controls, with the same two passes: `[public] frame = "rotated"`
 lets S cross without a common meaning; `across = false` shares S inside the class alone; `core =
 "private"` leaves S on each device.
-Source: arXiv 2507.22633 names the parts and the three losses; its code trains the r_i² entries of the
-highest score. The frame, the relation's start, the centred D, |S| as the score, the entry-wise mean
-and the coefficients are ours.
+Source: arXiv 2507.22633 names the parts and the three losses, and its code trains the k² entries of
+the highest score; the frame, the relation's start, the centred D, |S| as the score, the entry-wise
+mean and the coefficients are ours.
 """
 
 from collections.abc import Iterable, Mapping
@@ -82,20 +82,19 @@ class H2Tune(MethodSettings, frozen=True):
     preset: Literal["ours", "as-released"] = "ours"
     across: bool = True  # S is shared between models
     core: Literal["shared", "private"] = "shared"
-    select: Literal["all", "leading", "top"] = "all"  # entries of S that a device of a lower rank trains
+    select: Literal["all", "leading", "top"] = "all"  # entries of S for lower ranks
 
     def method(self) -> Method:
         """The method with these settings."""
         scope: Scope = "private" if self.core == "private" else "fleet" if self.across else "class"
-        S = Factor(("depths", "branch", "branch"), trained=True, shared=scope, start="zero", of="stages")
-        if self.select != "all":
-            S = S._replace(chosen=partial(chosen, by_size=self.select == "top"))
+        select = None if self.select == "all" else partial(chosen, by_size=self.select == "top")
+        axes = ("depths", "branch", "branch")
         factors = {
             "A": A._replace(shared="private"),
             "B": B._replace(shared="private"),
             "F": F,
             "G": G,
-            "S": S,
+            "S": Factor(axes, trained=True, shared=scope, start="zero", of="stages", chosen=select),
             "D": Factor(("depths",), trained=True, shared="private", start="zero"),
         }
         first = (Pass(penalty=self._norms),)
@@ -149,9 +148,9 @@ def chosen(S: Array, share: float, *, by_size: bool) -> Entries:
     by_size: those of the largest |S|; else the leading ones.
     """
     depths, r, _ = S.shape
-    edge = np.maximum(*np.indices((r, r))).ravel()  # the leading block that an entry is the first outside of
+    edge = np.maximum(*np.indices((r, r))).ravel()  # 0 for the first entry, 1 for those next to it, ...
     sizes = np.abs(S).reshape(depths, -1) * np.float32(by_size)
-    order = np.lexsort((np.broadcast_to(edge, sizes.shape), -sizes))  # stable: equal ones by their place
+    order = np.lexsort((np.broadcast_to(edge, sizes.shape), -sizes))  # stable
     entries = np.zeros(sizes.shape, bool)
     np.put_along_axis(entries, order[:, : max(1, round(share * r)) ** 2], values=True, axis=1)
     return entries.reshape(S.shape)

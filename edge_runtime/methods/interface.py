@@ -65,8 +65,8 @@ class Factor(NamedTuple):
     # class is in the common frame (frames.py)
     start: Start
     of: Kind = "layers"  # the kind of place that has such a factor
-    # Which entries a device trains whose rank is this share, below 1, of the fleet's; the first argument
-    # is the factor as the round starts. Node and device call it with the same numbers. None: all.
+    # The entries that a device trains, of the factor as the round starts, and of the device's rank as
+    # a share of the fleet's, below 1. Node and device call it with the same numbers. None: all.
     chosen: Callable[[Array, float], Entries] | None = None
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -103,7 +103,7 @@ class Contribution(NamedTuple):
     delta: Mapping[str, Array]
     samples: int  # rows that the device trained on
     model_class: str = ""
-    # Of tensors that the device trained in part, the entries that it trained; 0 in the delta are others.
+    # The entries that the device trained, of tensors that it trained in part.
     parts: Mapping[str, Entries] = MappingProxyType({})
 
     def after(self) -> Tensors:

@@ -5,8 +5,8 @@
     exchanged factors    delta = trained - start + owed
                          payload.bin = encode(delta)        residual.bin = delta - decode(payload)
     factors of peers     state.bin, and their values in payload.bin; nothing is owed
-    entries that a device of a lower rank does not train (Factor.chosen):
-                         0 in payload.bin, which has the rank; what is owed of them stays in residual.bin
+    entries that do not train (Factor.chosen)
+                         0 in payload.bin, which has the rank; owed ones stay in residual.bin
 
 Owed are the residual of the last settled round and a payload that the node refused. The exchanged
 factors of the start lie in a file while they train. The trained factors become delta and then
@@ -117,7 +117,7 @@ def write(
     if job.carried.unsent is not None:
         _add_owed(delta, codec.decode(Path(job.carried.unsent).read_bytes()), method)
     step = method.codec_step(job.fleet.codec.step)
-    parts = {key: value * adapter.parts[key] for key, value in delta.items() if key in adapter.parts}
+    parts = {key: delta[key] * adapter.parts[key] for key in delta.keys() & adapter.parts.keys()}
     tensors = {**delta, **parts, **values, **answers.predictions}
     payload = codec.encode(tensors, answers.completions, step, job.plan.rank if parts else 0)
     sent = codec.decode(payload)

@@ -68,13 +68,18 @@ def test_version_0_changes_nothing_and_all_layers_share_one_s(tiny):
     assert all(factor.grad is not None and factor.grad.any() for factor in adapter.trained())
 
 
-def trained(tiny, passes, steps=3, chosen=(0, 1, 2, 3)):
-    """The state before some steps and after them, and the losses. chosen: blocks that the steps go through."""
+def trained(tiny, passes, steps=3, chosen=(0, 1, 2, 3), parts=()):
+    """The state before some steps and after them, and the losses.
+
+    chosen: blocks that the steps go through. parts: keys and entries of factors that train in part.
+    """
     model = tiny("llama")
     adapter = attach.attach(model, LAYERS, SPEC, METHOD, seed=0)
     values = random_state(adapter)
     attach.load_state(adapter, {key: 0.1 * value for key, value in values.items()})
     before = attach.state(adapter)
+    for key, entries in parts:
+        adapter.train_part(key, entries)
     training = settings.Training(steps=steps, rows_a_step=8, learning_rate=1e-2)
     round_settings = step.RoundSettings(training, [chosen], passes=passes)
     learner = step.Learner(model, adapter, draw_examples(8), round_settings)
@@ -228,6 +233,14 @@ def test_equal_entries_are_taken_from_the_leading_rows_and_columns_on():
     single[0, 6, 7] = -1
     entries = selected(single, 0.25, "top")
     assert sorted(zip(*np.nonzero(entries[0]), strict=True)) == [(0, 0), (0, 1), (1, 0), (6, 7)]
+
+
+def test_the_entries_that_a_device_does_not_train_stay_in_every_pass(tiny):
+    entries = selected(drawn(3, 3, 3), 2 / 3, "top")
+    part, other = "stages.0.q.S", "stages.0.k.S"
+    before, after, _ = trained(tiny, METHOD.passes(3), steps=2, parts=[(part, entries)])
+    assert np.array_equal(after[part] != before[part], entries)
+    assert (after[other] != before[other]).all()
 
 
 def test_an_entry_is_averaged_over_the_devices_that_trained_it_and_no_others():

@@ -1,7 +1,6 @@
 """H2Tune's core, relation, selection and two passes, and the divergence of outputs, against their equations."""
 
 import types
-
 import weakref
 
 import numpy as np

@@ -90,6 +90,9 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # (methods/frames.py); the devices of a model class; or nobody.
     shared: Literal["fleet", "class", "private"] = "class"
     start: HeadStart = "unseen"
+    # In the loss of a device's own rows, how much labels count that the device has no rows of
+    # (trainer/objectives.py). 1: as all others.
+    absent: Annotated[float, Bound(lambda share: 0 <= share <= 1, "0 to 1")] = 1.0
 
 
 class Public(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -89,10 +89,19 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # Who shares each label's row: the whole fleet, in the common frame of its models
     # (methods/frames.py); the devices of a model class; or nobody.
     shared: Literal["fleet", "class", "private"] = "class"
-    start: HeadStart = "unseen"
+    start: HeadStart | None = None  # None: see `starts`
     # In the loss of a device's own rows, how much labels count that the device has no rows of
     # (trainer/objectives.py). 1: as all others.
     absent: Annotated[float, Bound(lambda share: 0 <= share <= 1, "0 to 1")] = 1.0
+
+    @property
+    def starts(self) -> HeadStart:
+        """Which labels call for a start in closed form.
+
+        A head that all models share starts all its rows so: a row trained from 0 follows what one
+        model's inputs have beside the common frame.
+        """
+        return self.start or ("all" if self.shared == "fleet" else "unseen")
 
 
 class Public(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -78,30 +78,16 @@ class MethodChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     momentum: Annotated[float, Bound(lambda share: 0 <= share < 1, "0 or more, and below 1")] = 0.0
 
 
-# Which labels call for a start of rows in closed form (methods/head_start.py): those that a device has
-# no rows of, all, or none. Rows begin at 0 as long as none of these labels lacks its row.
-HeadStart = Literal["unseen", "all", "zero"]
-
-
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A linear head over the labels; without it, rows of text and label are learned as text."""
 
     # Who shares each label's row: the whole fleet, in the common frame of its models
     # (methods/frames.py); the devices of a model class; or nobody.
     shared: Literal["fleet", "class", "private"] = "class"
-    start: HeadStart | None = None  # None: see `starts`
-    # In the loss of a device's own rows, how much labels count that the device has no rows of
-    # (trainer/objectives.py). 1: as all others.
+    # rows that begin in closed form (trainer/head.py); None: all of a fleet's head, else unseen labels'
+    start: Literal["unseen", "all", "zero"] | None = None
+    # how much labels that a device has no rows of count in the loss of its rows (trainer/objectives.py)
     absent: Annotated[float, Bound(lambda share: 0 <= share <= 1, "0 to 1")] = 1.0
-
-    @property
-    def starts(self) -> HeadStart:
-        """Which labels call for a start in closed form.
-
-        A head that all models share starts all its rows so: a row trained from 0 follows what one
-        model's inputs have beside the common frame.
-        """
-        return self.start or ("all" if self.shared == "fleet" else "unseen")
 
 
 class Public(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -288,15 +274,14 @@ def _check(fleet: Fleet) -> None:
     ):
         falls = all(above > below >= least for above, below in pairwise(numbers))
         _require(key, numbers[1:], falls, f"{needed} ({numbers[0]}) to {least} or more")
-    if codistill is not None and fleet.public is None:
-        raise InputError("[codistill] compares predictions on public texts: add [public] with their file")
-    if fleet.head is not None and fleet.head.shared == "fleet" and fleet.public is None:
-        raise InputError('[head] shared = "fleet" needs public texts: add [public] with their file')
+    in_frame = fleet.head is not None and fleet.head.shared == "fleet"
+    for table, is_there in (("[codistill]", codistill is not None), ('[head] shared = "fleet"', in_frame)):
+        if is_there and fleet.public is None:
+            raise InputError(f"{table} needs public texts: add [public] with their file")
     if codistill is not None and fleet.public is not None and fleet.head is None:
         # predictions are completions
-        _require(
-            "[codistill] votes", codistill.votes, codistill.votes == "weighted", "weighted without a [head]"
-        )
+        weighted = codistill.votes == "weighted"
+        _require("[codistill] votes", codistill.votes, weighted, "weighted without a [head]")
         total, longest = fleet.public.texts * codistill.tokens, min(lengths) - 8
         _require("[public] texts x [codistill] tokens", total, total <= MOST_TOKENS, f"{MOST_TOKENS} or less")
         needed = f"2 to {longest}, as rows are cut to {min(lengths)}"

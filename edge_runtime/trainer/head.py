@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from edge_runtime.methods import head_start
-from edge_runtime.settings import HeadStart
+from edge_runtime.settings import Head
 from edge_runtime.trainer.base import Base
 from edge_runtime.trainer.examples import Indexed
 from edge_runtime.trainer.meter import Meter
@@ -18,12 +18,14 @@ from edge_runtime.trainer.public import Distillation, last_states, sampled
 
 
 @torch.no_grad()
-def begin(base: Base, examples: Indexed, lesson: Distillation | None, start: HeadStart, meter: Meter) -> None:
+def begin(base: Base, examples: Indexed, lesson: Distillation | None, spec: Head, meter: Meter) -> None:
     """Set the rows that are 0 and whose label the examples or the fleet's predictions show.
 
-    They are set if there is such a row of a label that start names. Then the examples, and texts of
-    which the fleet has evidence, go through the model once; otherwise nothing does.
+    They are set if there is such a row of a label that `start` names. Then the examples, and texts
+    of which the fleet has evidence, go through the model once; otherwise nothing does.
     """
+    # a row trained from 0 follows what one model's inputs have beside the common frame
+    start = spec.start or ("all" if spec.shared == "fleet" else "unseen")
     if start == "zero":
         return
     head = base.adapter.head

@@ -49,7 +49,7 @@ def begin(tiny):
         adapter = adapter._replace(labels=("a", "b", "c"), head=nn.Parameter(version))
         plan = Plan("m", "m@1", 4, 4, "float32", 2, 8, 32, terms={}, step_seconds=1.0)
         base, meter = Base(model, adapter, plan), Meter("cpu", lambda _: None)
-        head.begin(base, examples, told, start, meter)
+        head.begin(base, examples, told, settings.Head(start=start), meter)
         return adapter.head.detach(), "head" in meter.phases
 
     return run

@@ -81,8 +81,7 @@ class MethodChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A linear head over the labels; without it, rows of text and label are learned as text."""
 
-    # Who shares each label's row: the whole fleet, in the common frame of its models
-    # (methods/frames.py); the devices of a model class; or nobody.
+    # who shares each label's row; the whole fleet does in the models' common frame (methods/frames.py)
     shared: Literal["fleet", "class", "private"] = "class"
     # rows that begin in closed form (trainer/head.py); None: all of a fleet's head, else unseen labels'
     start: Literal["unseen", "all", "zero"] | None = None

@@ -225,10 +225,13 @@ def test_versions_are_swapped_under_load_without_a_lost_request(running: Running
     answers: list[tuple[int, str, str]] = []
     done = threading.Event()
 
+    def ask() -> None:
+        status, answer = client.ask("completions", **GREEDY | {"max_tokens": 6})
+        answers.append((status, answer["system_fingerprint"], answer["choices"][0]["text"]))
+
     def load() -> None:
         while not done.is_set():
-            status, answer = client.ask("completions", **GREEDY | {"max_tokens": 6})
-            answers.append((status, answer["system_fingerprint"], answer["choices"][0]["text"]))
+            ask()
 
     threads = [threading.Thread(target=load) for _ in range(3)]
     long = client.begin("completions", **LONG | {"max_tokens": 400}, stream=True)
@@ -240,6 +243,7 @@ def test_versions_are_swapped_under_load_without_a_lost_request(running: Running
         learned.write(version(running.facts, number), running.adapter)
         running.command.until(lambda event: event["phase"] == "version")
         assert client.get("/health")["version"] == number
+        ask()  # however slow the machine is, each version answers
     done.set()
     for thread in threads:
         thread.join()
@@ -249,7 +253,7 @@ def test_versions_are_swapped_under_load_without_a_lost_request(running: Running
         texts.setdefault(fingerprint, set()).add(text)
     # no answer is of two versions, and versions differ
     assert all(len(each) == 1 for each in texts.values())
-    assert len(texts) > swaps / 2 and len(set().union(*texts.values())) > len(texts) / 2
+    assert len(texts) >= swaps and len(set().union(*texts.values())) > len(texts) / 2
     # an answer that runs keeps the version that it began with
     assert {event["system_fingerprint"] for event in events} == {begun} == {f"version-{first}"}
 

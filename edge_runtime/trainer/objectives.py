@@ -4,10 +4,10 @@
     Labels    cross-entropy of a head over labels, with a row's label or the fleet's probabilities
 
 A head's probabilities are a_y exp(z_y) / Σ_k a_k exp(z_k) of logits z, with a = 1. In the loss of own
-rows, a = `[head] absent` for labels that the device has no rows of: below 1, own rows push these
-labels' logits down less.
-Source: Ren et al. 2020, arXiv 2007.10740 (balanced softmax: a is how often a label occurs among the
-rows, here 0); Li & Zhan 2021, FedRS, which scales logits instead.
+rows beside the fleet's predictions, a = `[codistill] absent` for labels that the device has no rows
+of: below 1, own rows push these labels' logits down less.
+Source: Ren et al. 2020, arXiv 2007.10740 (balanced softmax, where a is how often a label occurs among
+the rows: here 0).
 
 
 Each reads the model's last hidden states (rows, tokens, hidden) of a micro-batch.

@@ -74,7 +74,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
     elif job.train:
         if material.labels and job.fleet.head is not None:
             head.begin(base, material.examples, distillation, job.fleet.head, meter)
-        trained = train(job, method, base, material.examples, material.met, distillation, meter)
+        trained = train(job, method, base, material.examples, distillation, meter)
         # nobody learns the answers of the last round
         if public is not None and job.round < job.fleet.rounds:
             public.answer(base, material.examples, meter)

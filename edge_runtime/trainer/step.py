@@ -46,8 +46,6 @@ class RoundSettings(NamedTuple):
     seed: int = 0  # of the order of the rows
     passes: Sequence[Pass] = (Pass(),)  # of each step, one after another over the same rows
     loss_chunk_bytes: int = LOSS_CHUNK_BYTES  # float32 logits that exist at once
-    # How much each label of the head counts in the loss of the device's own rows. None: all count 1.
-    label_shares: Sequence[float] | None = None
 
 
 class MicroBatch(NamedTuple):
@@ -78,12 +76,10 @@ class Learner:
             adapter.trained(), weight_decay=training.weight_decay, clip_norm=training.clip_norm
         )
         self._text = Text(language_head(model), settings.loss_chunk_bytes)
-        shares = settings.label_shares
-        on_device = (
-            None if shares is None else torch.tensor(shares, device=language_head(model).weight.device)
+        targets, shares = (
+            (None, None) if distillation is None else (distillation.targets, distillation.labels)
         )
-        self._labels = Labels(adapter, shares=on_device)
-        self._distilled = Labels(adapter, None if distillation is None else distillation.targets)
+        self._labels, self._distilled = Labels(adapter, shares=shares), Labels(adapter, targets)
         self._linears = [
             [module for module in block.modules() if isinstance(module, AdapterLinear)]
             for block in blocks(model)

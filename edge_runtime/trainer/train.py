@@ -42,14 +42,10 @@ def train(
     method: Method,
     base: Base,
     examples: Indexed,
-    met: set[str],
     distillation: Distillation | None,
     meter: Meter,
 ) -> Trained:
-    """Make the steps of the job's round; raises as Learner.step and eased do.
-
-    met: the labels of the device's own rows, where there is a head.
-    """
+    """Make the steps of the job's round; raises as Learner.step and eased do."""
     steps, budget_bytes = job.fleet.training.steps, job.machine.budget_bytes
     plans = [job.plan]
     if budget_bytes is not None:
@@ -57,11 +53,7 @@ def train(
     easings: list[Easing] = []
     with meter.phase("train"):
         ends = [time.monotonic()]
-        settings = _round_settings(job, method)
-        if job.fleet.head is not None and job.fleet.head.absent < 1:
-            shares = [1.0 if label in met else job.fleet.head.absent for label in base.adapter.labels]
-            settings = settings._replace(label_shares=shares)
-        learner = Learner(base.model, base.adapter, examples, settings, distillation)
+        learner = Learner(base.model, base.adapter, examples, _round_settings(job, method), distillation)
         for number in range(1, steps + 1):
             loss = learner.step(base.plan.rows, base.plan.boundaries, base.plan.kept_blocks)
             ends.append(time.monotonic())

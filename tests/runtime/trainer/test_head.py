@@ -1,5 +1,6 @@
 """Where rows of a head begin: which rows, from which inputs; and in real trainer processes, what travels of them."""
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -108,8 +109,10 @@ def moved(tiny, absent, steps=3):
     training = settings.Training(
         steps=steps, rows_a_step=8, learning_rate=1e-2, max_tokens=32, weight_decay=0.0
     )
-    shares = None if absent is None else (1.0, 1.0, absent)
-    learner = Learner(model, adapter, OWN, RoundSettings(training, [(0, 1, 2, 3)], label_shares=shares))
+    taught = lesson(TRUTH, np.ones(len(TEXTS)))._replace(rows=0)  # no text joins a step
+    if absent is not None:
+        taught = taught._replace(labels=torch.tensor([1.0, 1.0, absent]))
+    learner = Learner(model, adapter, OWN, RoundSettings(training, [(0, 1, 2, 3)]), taught)
     losses = [learner.step(8) for _ in range(steps)]
     return losses[0], (adapter.head.detach() - ones).norm(dim=1)
 
@@ -198,8 +201,13 @@ def test_private_rows_begin_once(begun):
     assert all(np.allclose(later[key], row, atol=1e-5) for key, row in kept.items())
 
 
-def test_a_device_counts_labels_that_it_has_rows_of_in_full_and_others_as_the_fleet_says(begun):
-    start = {f"labels.{label}.H": np.full((1, 32), 0.1, np.float32) for label in COLOURS}
+def test_beside_predictions_labels_without_rows_count_as_the_fleet_says(begun):
+    rows = {f"labels.{label}.H": np.full((1, 32), 0.1, np.float32) for label in COLOURS}
+    spec = settings.Codistill(rows=6)
     for absent, labels in ((1.0, 3), (0.5, 2.5), (0.0, 2)):
-        _, result, _ = begun(f"absent {absent}", start=start, head=settings.Head(absent=absent))
+        changed = msgspec.structs.replace(spec, absent=absent)
+        _, result, _ = begun(f"absent {absent}", start={**rows, **told(*COLOURS)}, codistill=changed)
         assert result.losses[0] == pytest.approx(np.log(labels), rel=1e-3)
+    # in a round without predictions nothing else teaches these labels
+    _, result, _ = begun("alone", start=rows, codistill=spec)
+    assert result.losses[0] == pytest.approx(np.log(3), rel=1e-3)

@@ -110,8 +110,6 @@ class Codistill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # of label targets; below 1 they are surer
     temperature: Annotated[float, Bound(lambda value: 0.05 <= value <= 20, "0.05 to 20")] = 0.5
     tokens: int = 32  # of a completion with its end; longer completions do not count
-    # what labels that a device has no rows of count in the loss of its rows, beside label predictions
-    absent: Annotated[float, Bound(lambda share: 0 <= share <= 1, "0 to 1")] = 0.0
     across: bool = True  # between models; false: among devices of one model, for comparison
     # of label predictions; "mean" is FedMD's, "oracle" the texts' true labels: controls of studies
     votes: Literal["weighted", "mean", "oracle"] = "weighted"

@@ -20,9 +20,7 @@ their predictions is less sure than each prediction.
 Predictions are a round old. While devices still learn fast from their own rows, old predictions
 hold them back: a device overtakes them within the round, and a fleet that follows them early agrees
 on its early mistakes. Therefore the ramp. Labels of which a device has no rows are exempt from the
-ramp, as nothing else teaches the device these labels. In the loss of a device's own rows these labels
-are left out of the head's probabilities (`absent`, trainer/objectives.py): own rows would push them
-away from all texts, and say nothing about them.
+ramp, as nothing else teaches the device these labels.
 
 `votes` chooses the teacher. The equations above are "weighted"; two others are controls for studies:
 

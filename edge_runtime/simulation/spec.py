@@ -23,7 +23,7 @@ from edge_runtime.errors import InputError
 # figures: in the trainer, the methods, the codec, the merge, the kernels, the draw of rows, or a
 # default of any key. Runs that carry another number are neither tabled nor paired with new
 # runs, and are made again.
-COMPUTATION = 4
+COMPUTATION = 3
 PUBLIC = "public.jsonl"
 AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
 

@@ -3,13 +3,6 @@
     Text      cross-entropy of the labelled tokens
     Labels    cross-entropy of a head over labels, with a row's label or the fleet's probabilities
 
-A head's probabilities are a_y exp(z_y) / Σ_k a_k exp(z_k) of logits z, with a = 1. In the loss of own
-rows beside the fleet's predictions, a = `[codistill] absent` for labels that the device has no rows
-of: below 1, own rows push these labels' logits down less.
-Source: Ren et al. 2020, arXiv 2007.10740 (balanced softmax, where a is how often a label occurs among
-the rows: here 0).
-
-
 Each reads the model's last hidden states (rows, tokens, hidden) of a micro-batch.
 """
 
@@ -79,14 +72,12 @@ class Labels(NamedTuple):
 
     adapter: Attached
     targets: torch.Tensor | None = None  # (texts, labels), the fleet's; None: the rows' own labels
-    shares: torch.Tensor | None = None  # a (labels,) in the loss; None: 1
 
     def output(self, rows: list[Example], hidden: torch.Tensor, _: torch.Tensor) -> Output:
         """The loss over the rows whose label the head has, or against the fleet's probabilities."""
         logits, answers = self._logits(rows, hidden)
         truth = answers if self.targets is None else self.targets[answers]
-        counted = logits if self.shares is None else logits + self.shares.log()
-        return Output(cross_entropy(counted, truth, ignore_index=IGNORED), logits, answers != IGNORED)
+        return Output(cross_entropy(logits, truth, ignore_index=IGNORED), logits, answers != IGNORED)
 
     def divergence(self, before: torch.Tensor, output: Output) -> torch.Tensor:
         """The mean KL of the output from the counted logits before (rows, labels)."""

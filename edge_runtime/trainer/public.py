@@ -39,7 +39,6 @@ class Distillation(NamedTuple):
     targets: torch.Tensor | None  # (texts, labels), probabilities, for a head over labels
     weight: float  # of the texts' mean loss beside the mean loss of the device's own rows
     rows: int  # texts in a step
-    labels: torch.Tensor | None = None  # (labels,), how much each counts in the loss of own rows
 
 
 class DeviceAnswers(NamedTuple):
@@ -85,13 +84,9 @@ class Predictions:
         absent = np.zeros(count, np.float32)
         votes = np.stack([columns.get(label, absent) for label in self._labels], 1)
         evidence, probabilities = codistill.learned(votes, job.fleet.codistill.temperature)
-        unmet = [label not in self._met for label in self._labels]
-        distillation = weighed(job, self._texts, evidence, codistill.news(votes, unmet))
-        if distillation is None:
-            return None
-        shares = np.where(unmet, np.float32(job.fleet.codistill.absent), np.float32(1))
-        targets, labels = (torch.from_numpy(each).to(job.machine.device) for each in (probabilities, shares))
-        return distillation._replace(targets=targets, labels=labels)
+        news = codistill.news(votes, [label not in self._met for label in self._labels])
+        on_device = torch.from_numpy(probabilities).to(job.machine.device)
+        return weighed(job, self._texts, evidence, news, targets=on_device)
 
     @torch.no_grad()
     def answer(self, base: Base, examples: Examples, meter: Meter) -> None:
@@ -119,6 +114,7 @@ def weighed(
     evidence: NDArray[Any],
     news: NDArray[Any] | float = 0.0,
     covered: float = 1.0,
+    targets: torch.Tensor | None = None,
 ) -> Distillation | None:
     """The distillation of the job's round; None if the fleet has no evidence yet.
 
@@ -133,7 +129,7 @@ def weighed(
     ramp = codistill.ramp(job.round, job.fleet.rounds)
     shares = evidence * (news + (1 - news) * ramp)
     count = max(round(spec.rows * covered * float(shares.sum() / evidence.sum())), 1)
-    return Distillation(texts, evidence, shares.tolist(), None, spec.weight * covered, count)
+    return Distillation(texts, evidence, shares.tolist(), targets, spec.weight * covered, count)
 
 
 def drawn(distillation: Distillation | None, seed: str) -> tuple[Iterator[Example], int, float]:
@@ -144,9 +140,8 @@ def drawn(distillation: Distillation | None, seed: str) -> tuple[Iterator[Exampl
     """
     if distillation is None:
         return iter(()), 0, 0.0
-    texts, shares = distillation.texts, distillation.shares
-    weight = distillation.weight * sum(shares) / len(shares)
-    return in_shares(texts, shares, seed), distillation.rows, weight
+    texts, _, shares, _, weight, count = distillation
+    return in_shares(texts, shares, seed), count, weight * sum(shares) / len(shares)
 
 
 def sample(examples: Examples) -> list[Example]:

@@ -76,10 +76,8 @@ class Learner:
             adapter.trained(), weight_decay=training.weight_decay, clip_norm=training.clip_norm
         )
         self._text = Text(language_head(model), settings.loss_chunk_bytes)
-        targets, shares = (
-            (None, None) if distillation is None else (distillation.targets, distillation.labels)
-        )
-        self._labels, self._distilled = Labels(adapter, shares=shares), Labels(adapter, targets)
+        self._labels = Labels(adapter)
+        self._distilled = Labels(adapter, None if distillation is None else distillation.targets)
         self._linears = [
             [module for module in block.modules() if isinstance(module, AdapterLinear)]
             for block in blocks(model)

@@ -1,6 +1,5 @@
 """Where rows of a head begin: which rows, from which inputs; and in real trainer processes, what travels of them."""
 
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -17,7 +16,6 @@ from edge_runtime.trainer.base import Base
 from edge_runtime.trainer.examples import IGNORED, Example
 from edge_runtime.trainer.meter import Meter
 from edge_runtime.trainer.public import Distillation
-from edge_runtime.trainer.step import Learner, RoundSettings
 
 # --- which rows begin
 
@@ -97,38 +95,6 @@ def test_rows_of_text_beside_those_of_labels_are_no_label_s(begin):
     assert not begin(text)[1]  # a device without labelled rows
 
 
-# --- labels that a device has no rows of
-
-
-def moved(tiny, absent, steps=3):
-    """How far the rows of labels a, b and c move in steps of rows of a and b, from rows of ones."""
-    model = tiny("llama", initializer_range=0.3)
-    adapter = attach.attach(model, (0, 1, 2, 3), settings.Adapter(rank=2), fedit.METHOD, seed=0)
-    ones = torch.ones(3, model.config.hidden_size)
-    adapter = adapter._replace(labels=("a", "b", "c"), head=nn.Parameter(ones.clone()))
-    training = settings.Training(
-        steps=steps, rows_a_step=8, learning_rate=1e-2, max_tokens=32, weight_decay=0.0
-    )
-    taught = lesson(TRUTH, np.ones(len(TEXTS)))._replace(rows=0)  # no text joins a step
-    if absent is not None:
-        taught = taught._replace(labels=torch.tensor([1.0, 1.0, absent]))
-    learner = Learner(model, adapter, OWN, RoundSettings(training, [(0, 1, 2, 3)]), taught)
-    losses = [learner.step(8) for _ in range(steps)]
-    return losses[0], (adapter.head.detach() - ones).norm(dim=1)
-
-
-def test_own_rows_push_absent_labels_away_as_far_as_the_labels_count(tiny):
-    plain, pushed = moved(tiny, None)
-    whole, still = moved(tiny, 1.0)
-    alone, free = moved(tiny, 0.0)
-    tenth, _ = moved(tiny, 0.1)
-    # all logits are equal at first
-    assert plain == pytest.approx(np.log(3), rel=1e-4) == whole
-    assert alone == pytest.approx(np.log(2), rel=1e-4) and tenth == pytest.approx(np.log(2.1), rel=1e-4)
-    assert pushed[2] > 0.01 and torch.equal(pushed, still)
-    assert free[2] == 0 and free[:2].min() > 0.01
-
-
 # --- in a round
 
 COLOURS = ("red", "green", "blue")
@@ -199,15 +165,3 @@ def test_private_rows_begin_once(begun):
     later = load_file(folder / "state.bin")
     assert "head" in second.phases and later["labels.blue.H"].any()
     assert all(np.allclose(later[key], row, atol=1e-5) for key, row in kept.items())
-
-
-def test_beside_predictions_labels_without_rows_count_as_the_fleet_says(begun):
-    rows = {f"labels.{label}.H": np.full((1, 32), 0.1, np.float32) for label in COLOURS}
-    spec = settings.Codistill(rows=6)
-    for absent, labels in ((1.0, 3), (0.5, 2.5), (0.0, 2)):
-        changed = msgspec.structs.replace(spec, absent=absent)
-        _, result, _ = begun(f"absent {absent}", start={**rows, **told(*COLOURS)}, codistill=changed)
-        assert result.losses[0] == pytest.approx(np.log(labels), rel=1e-3)
-    # in a round without predictions nothing else teaches these labels
-    _, result, _ = begun("alone", start=rows, codistill=spec)
-    assert result.losses[0] == pytest.approx(np.log(3), rel=1e-3)

@@ -59,8 +59,6 @@ LONG_TOKENS, LONG_BYTES = 256, 4 * MIB
 VARIED_BYTES = 20 * MIB
 # Code and buffers of NumPy's linear algebra, which stay once maps or rows of a head were solved for.
 SOLVER_BYTES = 10 * MIB
-# Code and buffers of NumPy's linear algebra, which stay once maps or rows of a head were solved for.
-SOLVER_BYTES = 10 * MIB
 
 # The tokenizer: times its file, less what the first step adds to the runtime; measured with 49,152
 # and 262,144 tokens.

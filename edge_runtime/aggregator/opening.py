@@ -85,7 +85,7 @@ def check_settings(
     fixed = {
         "[method]": {"name": fleet.method.name, "settings": fleet.method.settings},
         "[adapter]": msgspec.structs.replace(fleet.adapter, lower=()),
-        "[head] shared": None if head is None else head.shared,
+        "[head]": None if head is None else msgspec.structs.replace(head, start=None),
         "[codistill] across": distils.across if distils is not None else None,
         # devices refer to the texts by number
         "[public] texts": hashlib.sha256(msgspec.json.encode(texts)).hexdigest()[:12],

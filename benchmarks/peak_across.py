@@ -10,13 +10,14 @@ the highest of all phases of all rounds. All rows and public texts have the same
 
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 import msgspec
 
+from benchmarks.memory import MIB
 from edge_runtime import methods, settings
 from edge_runtime.agent import local_round, measure
 from edge_runtime.agent.store import DeviceStore
@@ -32,7 +33,6 @@ from edge_runtime.simulation.versions import Versions
 from edge_runtime.trainer import data
 from edge_runtime.trainer.job import Machine
 
-MIB = 1 << 20
 STEPS, LABELS, HELD_OUT = 2, 20, 2
 
 
@@ -74,7 +74,7 @@ CASES = (
 )
 
 
-def show(source: Path, chosen: Sequence[int] = range(len(CASES))) -> None:
+def show(source: Path) -> None:
     """Print each case as it is measured, then the range of their ratios; source: of the model."""
     facts = processes.prepared(str(source), Path.cwd())
     click.echo(
@@ -82,18 +82,17 @@ def show(source: Path, chosen: Sequence[int] = range(len(CASES))) -> None:
     )
     click.echo("|---" * 9 + "|")
     ratios = []
-    for number in chosen:
-        case = CASES[number]
+    for case in CASES:
         fleet, plan = planned(case, facts)
         with tempfile.TemporaryDirectory() as scratch:
             results = list(rounds(case, fleet, facts, plan, Path(scratch)))
         peaks = {
-            (number, name): memory.peak_bytes
+            f"{name}, round {number}": memory.peak_bytes
             for number, result in enumerate(results, 1)
             for name, memory in result.phases.items()
         }
-        round_, phase = max(peaks, key=peaks.__getitem__)
-        sizes = plan.predicted_peak_bytes, peaks[round_, phase]
+        highest = max(peaks, key=peaks.__getitem__)
+        sizes = plan.predicted_peak_bytes, peaks[highest]
         ratios.append(sizes[0] / sizes[1])
         cells = (
             case.about,
@@ -103,7 +102,7 @@ def show(source: Path, chosen: Sequence[int] = range(len(CASES))) -> None:
             str(case.texts),
             *(f"{size / MIB:.0f}" for size in sizes),
             f"{ratios[-1]:.3f}",
-            f"{phase}, round {round_}",
+            highest,
         )
         click.echo(f"| {' | '.join(cells)} |")
     click.echo(

@@ -4,9 +4,11 @@
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from edge_broker.local import Broker, find_mosquitto, start_broker
 
 LONG = (  # each is the beginning of a test's name
     "test_a_class_that_comes_late_starts_from_what_the_fleet_shares",
@@ -56,3 +58,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = folder.parent
     (folder / "prepared").mkdir(exist_ok=True)
     return folder / "prepared"
+
+
+@pytest.fixture(scope="session", params=["mosquitto", "embedded"])
+def broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """A broker of each kind; tests that share one have fleets of their own."""
+    if request.param == "mosquitto" and not find_mosquitto():
+        pytest.skip("Mosquitto is not installed")
+    with start_broker(state_dir=tmp_path_factory.mktemp(request.param), kind=request.param) as running:
+        yield running

@@ -1,4 +1,4 @@
-"""Real brokers, and parties to drive: a device, a node, and a relay that sees every packet and can hold or cut it off."""
+"""Parties to drive beside real brokers: a device, a node, and a relay that sees every packet and can hold or cut it off."""
 
 import contextlib
 import itertools
@@ -18,21 +18,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from edge_broker import messages, signing, store
 from edge_broker.events import Message
 from edge_broker.journal import Journal, Update
-from edge_broker.local import Broker, find_mosquitto, start_broker
+from edge_broker.local import Broker
 from edge_broker.outbox import Outbox
 from edge_broker.session import Session
 from edge_broker.transfer import Publisher, Receiver, Uploader
 
 _numbers = itertools.count()
 PUBLISH, PUBACK = 3, 4
-
-
-@pytest.fixture(scope="session", params=["mosquitto", "embedded"])
-def broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    if request.param == "mosquitto" and not find_mosquitto():
-        pytest.skip("Mosquitto is not installed")
-    with start_broker(state_dir=tmp_path_factory.mktemp(request.param), kind=request.param) as running:
-        yield running
 
 
 @pytest.fixture

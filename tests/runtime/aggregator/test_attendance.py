@@ -20,7 +20,7 @@ class Watch:
     """A node's session and attendance, and devices that connect to the same broker."""
 
     def __init__(self, broker: Broker, sessions: ExitStack) -> None:
-        self._url, self._sessions, self.fleet = broker.url, sessions, f"f{next(_numbers)}"
+        self._url, self._sessions, self.fleet = broker.url, sessions, f"attendance-{next(_numbers)}"
         self.news: list[str] = []
         self.outsider = self.connect("outsider")
 

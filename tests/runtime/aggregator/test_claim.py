@@ -41,12 +41,12 @@ class Fleet:
     """A fleet's nodes at one broker."""
 
     def __init__(self, broker: Broker, sessions: ExitStack) -> None:
-        self._url, self._sessions, self.name = broker.url, sessions, f"f{next(_numbers)}"
+        self._url, self._sessions, self.name = broker.url, sessions, f"claim-{next(_numbers)}"
         self.nodes: list[Node] = []
         self.outsider = self.connect(None)
 
     def connect(self, spec: PresenceSpec | None) -> Session:
-        session = Session(self._url, f"c{next(_numbers)}", presence=spec, session_expiry_s=0)
+        session = Session(self._url, f"claim-client-{next(_numbers)}", presence=spec, session_expiry_s=0)
         session.connect(30)
         self._sessions.callback(session.close)
         return session

@@ -127,9 +127,13 @@ def test_the_password_of_a_fleet_is_nowhere_but_in_its_file(
 
     def look(command: Command) -> None:
         """At the arguments and variables of every process that the command has started, and at its state."""
-        for child in psutil.Process(command.process.pid).children(recursive=True):
+        parent = psutil.Process(command.process.pid)
+        for child in parent.children(recursive=True):
             try:
-                arguments.extend([*child.cmdline(), json.dumps(child.environ(), ensure_ascii=False)])
+                line = child.cmdline()
+                if line == parent.cmdline():  # a copy of its parent, until it becomes a program of its own
+                    continue
+                arguments.extend([*line, json.dumps(child.environ(), ensure_ascii=False)])
             except psutil.Error:  # it has ended meanwhile
                 continue
         for path in filter(Path.is_file, fleet.folder.rglob("*")):

@@ -8,6 +8,7 @@ What devices get of a master is the matter of publish.py.
 from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 from edge_broker.journal import Update
 from safetensors import safe_open
@@ -26,6 +27,14 @@ from edge_runtime.protocol.round import FLEET
 from edge_runtime.settings import Fleet
 
 
+class _Before(NamedTuple):
+    """What a round's deltas are added to."""
+
+    versions: Mapping[str, Version]  # by model class
+    fleet: Fleet
+    method: Method
+
+
 def merge(
     updates: list[Update],
     versions: Mapping[str, Version],
@@ -42,11 +51,12 @@ def merge(
         folder: the new versions' files are written here.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    to, written = Publication(fleet, method, round_, folder), []
+    before, written = _Before(versions, fleet, method), []
+    to = Publication(fleet, method, round_, folder)
     # first the version that all classes share, and then each class's
-    shared = _merge_scope("fleet", FLEET, updates, versions, fleet, method)
+    shared = _merge_scope("fleet", FLEET, updates, before)
     if method.framed:
-        shared.state[frames.MADE] = _frame(updates, versions, shared.state.get(frames.MADE), fleet, method)
+        shared.state[frames.MADE] = _frame(updates, before, shared.state.get(frames.MADE))
     if shared.state or shared.answers or FLEET in versions:
         written.append(publish.write(FLEET, shared, {}, versions.get(FLEET), to))
     classes = {update.manifest.model_class for update in updates}
@@ -60,26 +70,19 @@ def merge(
         classes |= versions.keys() - {FLEET}
     for model_class in sorted(classes):
         sent = [update for update in updates if update.manifest.model_class == model_class]
-        merged = _merge_scope("class", model_class, sent, versions, fleet, method)
+        merged = _merge_scope("class", model_class, sent, before)
         merged = merged._replace(answers=merged.answers or shared.answers)
         written.append(publish.write(model_class, merged, shared.state, versions.get(model_class), to))
     return written
 
 
-def _merge_scope(
-    scope: Scope,
-    model_class: str,
-    updates: list[Update],
-    versions: Mapping[str, Version],
-    fleet: Fleet,
-    method: Method,
-) -> Merged:
+def _merge_scope(scope: Scope, model_class: str, updates: list[Update], before: _Before) -> Merged:
     """What devices of a class, or of FLEET, share in this scope after the round."""
-    last = versions.get(model_class)
-    state, momenta = ({}, {}) if last is None else (load_file(last.master), _momenta(last, fleet))
+    last, method = before.versions.get(model_class), before.method
+    state, momenta = ({}, {}) if last is None else (load_file(last.master), _momenta(last, before.fleet))
     for kind in method.merges:
         if method.scope(kind) == scope:
-            _merge_kind(kind, updates, versions, state, momenta, fleet, method)
+            _merge_kind(kind, updates, before, state, momenta)
     answers = b""
     if method.answers is not None and method.answers.shared == scope:
         if updates:
@@ -93,14 +96,9 @@ def _momenta(version: Version, fleet: Fleet) -> Tensors:
     return load_file(version.momenta) if fleet.method.momentum and version.momenta.exists() else {}
 
 
-def _frame(
-    updates: list[Update],
-    versions: Mapping[str, Version],
-    before: "Array | None",
-    fleet: Fleet,
-    method: Method,
-) -> Array:
-    """The common frame of all classes: the one before, unless a class is new."""
+def _frame(updates: list[Update], before: _Before, frame: "Array | None") -> Array:
+    """The common frame of all classes: the frame before, unless a class is new."""
+    versions = before.versions
     sent: dict[str, list[Update]] = {name: [] for name in versions if name != FLEET}
     for update in updates:
         sent.setdefault(update.manifest.model_class, []).append(update)
@@ -113,10 +111,10 @@ def _frame(
                 if frames.SENT in set(master.keys()):
                     state = {frames.SENT: master.get_tensor(frames.SENT)}
         if not state:
-            _merge_kind("frame", of_class, versions, state, {}, fleet, method)
+            _merge_kind("frame", of_class, before, state, {})
             new = new or bool(state)
         features += state.values()
-    return frames.common(features, before) if new or before is None else before
+    return frames.common(features, frame) if new or frame is None else frame
 
 
 def _answers(updates: list[Update]) -> Iterator[tuple[int, bytes]]:
@@ -125,43 +123,28 @@ def _answers(updates: list[Update]) -> Iterator[tuple[int, bytes]]:
         yield update.manifest.samples, codec.answers(update.payload.read_bytes())
 
 
-def _merge_kind(
-    kind: str,
-    updates: list[Update],
-    versions: Mapping[str, Version],
-    state: Tensors,
-    momenta: Tensors,
-    fleet: Fleet,
-    method: Method,
-) -> None:
+def _merge_kind(kind: str, updates: list[Update], before: _Before, state: Tensors, momenta: Tensors) -> None:
     """Take the step of one kind of tensors, in place."""
-    before = dict(state)  # with the version 0 of keys that the state has not yet
-    contributions = partial(_contributions, kind, updates, versions, before, fleet, method)
-    steps = method.merges[kind](contributions)
+    old = dict(state)  # with the version 0 of keys that the state has not yet
+    steps = before.method.merges[kind](partial(_contributions, kind, updates, before, old))
     # a version has no mean of peers but the round's own
-    gone = {key: -before[key] for key in before if parse(key).kind == kind == "peers" and key not in steps}
+    gone = {key: -old[key] for key in old if parse(key).kind == kind == "peers" and key not in steps}
     # values have no version 0: their first step is their value
     for key, step in (steps | gone).items():
         # a label's first row is the devices' start and what they learned from there, not a step alone
         if kind in STATE and (kind != "labels" or key in state):
-            step = server_step.step(key, step, fleet.method, momenta)
-        state[key] = before[key] + step if key in before else step
+            step = server_step.step(key, step, before.fleet.method, momenta)
+        state[key] = old[key] + step if key in old else step
 
 
-def _contributions(
-    kind: str,
-    updates: list[Update],
-    versions: Mapping[str, Version],
-    before: Tensors,
-    fleet: Fleet,
-    method: Method,
-) -> Iterator[Contribution]:
-    """One kind of tensors, update by update. Puts missing starts into `before`."""
+def _contributions(kind: str, updates: list[Update], before: _Before, old: Tensors) -> Iterator[Contribution]:
+    """One kind of tensors, update by update. Puts missing starts into `old`."""
+    _, fleet, method = before
 
     @cache
     def start(model_class: str) -> Tensors:
         """This kind as devices of a class start from it: as it was published, not the master."""
-        version = versions.get(model_class, versions.get(FLEET))
+        version = before.versions.get(model_class, before.versions.get(FLEET))
         chain = version.chain if version is not None else ()
         return published(chain, fleet.seed, method, lambda key: parse(key).kind == kind)
 
@@ -171,15 +154,15 @@ def _contributions(
         share = codec.rank(payload) / fleet.adapter.rank
         parts: dict[str, Entries] = {}
         for key, value in delta.items():
-            if key not in before and kind in STATE:
-                before[key] = version_0(key, value.shape, fleet, method)
+            if key not in old and kind in STATE:
+                old[key] = version_0(key, value.shape, fleet, method)
             if share and (chosen := method.factor(key).chosen) is not None:
                 version = start(model_class)
                 if key not in version:
                     version[key] = version_0(key, value.shape, fleet, method)
                 parts[key] = chosen(version[key], share)
         if delta:
-            yield Contribution(before, delta, update.manifest.samples, model_class, parts)
+            yield Contribution(old, delta, update.manifest.samples, model_class, parts)
 
 
 def version_0(key: str, shape: tuple[int, ...], fleet: Fleet, method: Method) -> Array:

@@ -43,11 +43,7 @@ class Taken(msgspec.Struct):
 
 def taken(facts: Facts, name: str, updates: int) -> Taken:
     """Merge one round in this process."""
-    method = methods.METHODS[name]
-    adapter = settings.Adapter(rank=RANK)
-    fleet = settings.Fleet(
-        "bench", (settings.Model("m"),), method=settings.MethodChoice(name), adapter=adapter
-    )
+    fleet, method = _fleet(name), methods.METHODS[name]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         files = [_draw(facts, name, seed, folder) for seed in range(DRAWN)]
@@ -57,6 +53,16 @@ def taken(facts: Facts, name: str, updates: int) -> Taken:
         seconds = time.perf_counter() - began
         sizes = sum(one.payload.stat().st_size for one in made)
     return Taken(seconds, _peak_bytes() - before, sizes)
+
+
+def _fleet(name: str) -> settings.Fleet:
+    return settings.Fleet(
+        "bench",
+        (settings.Model("m"),),
+        rounds=6,
+        method=settings.MethodChoice(name),
+        adapter=settings.Adapter(rank=RANK),
+    )
 
 
 def _draw(facts: Facts, name: str, seed: int, folder: Path) -> Path:
@@ -83,7 +89,7 @@ def drawn(facts: Facts, name: str, seed: int) -> bytes:
     shapes = adapter_shapes(facts, tuple(range(facts.layers)), tuple(facts.linears), RANK, method)
     sent = {key: shape for key, shape in shapes.items() if method.factor(key).exchanged}
     delta = {key: draw.normal(0, 1e-3, shape).astype(np.float32) for key, shape in sent.items()}
-    return codec.encode(delta, step=method.codec_step(settings.Codec().step))
+    return codec.encode(delta, step=method.codec_step(_fleet(name)))
 
 
 def _update(path: Path, number: int) -> Update:

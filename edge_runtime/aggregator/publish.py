@@ -76,7 +76,7 @@ def chain_before(last: Version | None) -> tuple[Path, ...]:
 
 def _artifact(whole: Tensors, answers: bytes, chain: tuple[Path, ...], to: Publication) -> bytes:
     """What devices that have the chain lack, encoded."""
-    step = to.method.codec_step(to.fleet.codec.step)
+    step = to.method.codec_step(to.fleet)
     if not chain and to.round > 1:  # a whole state, of which the next differences should not mend much
         step = min(step, FINE_STEP)
     differences = published(chain, to.fleet.seed, to.method)

@@ -14,7 +14,7 @@ import msgspec
 
 from edge_runtime.methods.lazy import np, torch
 from edge_runtime.protocol.keys import Kind, join, leading, parse
-from edge_runtime.settings import FINE_STEP
+from edge_runtime.settings import FINE_STEP, Fleet
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,6 +30,10 @@ Array: TypeAlias = "NDArray[np.float32]"
 Tensors: TypeAlias = "dict[str, Array]"
 Entries: TypeAlias = "NDArray[np.bool_]"  # of a tensor, in its shape
 Product: TypeAlias = tuple[Any, Any | None, Any]  # A, C and B; C is None where it is the identity
+# What a coarse step leaves over costs accuracy until later rounds have sent it: a fleet of fewer
+# rounds takes a finer step.
+ROUNDS_OF_A_COARSE_STEP = 4
+COARSE_STEP, MIDDLE_STEP = 1.5, 0.5
 WIDTHS = ("in", "out")  # axes whose length the model decides; the fleet decides the others
 
 
@@ -234,9 +238,11 @@ class Method(NamedTuple):
         """The statement about the factor with this canonical key."""
         return self.factors[parse(key).factor]
 
-    def codec_step(self, asked: float) -> float:
-        """The codec's step for what devices send and get, where the fleet asks for this one."""
-        return min(asked, FINE_STEP) if self.refactored else asked
+    def codec_step(self, fleet: Fleet) -> float:
+        """The codec's step for what the fleet's devices send and get."""
+        few = fleet.rounds < ROUNDS_OF_A_COARSE_STEP
+        step = fleet.codec.step or (MIDDLE_STEP if few else COARSE_STEP)
+        return min(step, FINE_STEP) if self.refactored else step
 
     @property
     def exchanges(self) -> bool:

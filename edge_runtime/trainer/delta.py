@@ -116,7 +116,7 @@ def write(
         _add_owed(delta, disk.load(job.carried.residual), method)
     if job.carried.unsent is not None:
         _add_owed(delta, codec.decode(Path(job.carried.unsent).read_bytes()), method)
-    step = method.codec_step(job.fleet.codec.step)
+    step = method.codec_step(job.fleet)
     parts = {key: delta[key] * adapter.parts[key] for key in delta.keys() & adapter.parts.keys()}
     tensors = {**delta, **parts, **values, **answers.predictions}
     payload = codec.encode(tensors, answers.completions, step, job.plan.rank if parts else 0)

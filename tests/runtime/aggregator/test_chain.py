@@ -22,6 +22,7 @@ def fleet_of(method="fedit", **values):
     return settings.Fleet(
         "f",
         (settings.Model("m"),),
+        rounds=20,
         method=settings.MethodChoice(method, values),
         adapter=settings.Adapter(rank=8, roles=("q",)),
         head=settings.Head(),

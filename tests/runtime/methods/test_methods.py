@@ -515,3 +515,13 @@ def test_unequal_ranks_are_for_methods_that_can_merge_them_or_exchange_nothing()
         of = settings.Fleet("f", unequal.catalog, method=settings.MethodChoice(name), adapter=unequal.adapter)
         assert methods.of(of).name == name
     assert methods.of(settings.Fleet("f", unequal.catalog)).name == "fedit"
+
+
+@pytest.mark.parametrize(
+    ("rounds", "asked", "step"), [(3, None, 0.5), (4, None, 1.5), (3, 1.5, 1.5), (9, 0.1, 0.1)]
+)
+def test_a_fleet_of_few_rounds_has_a_finer_wire_unless_its_file_says(rounds, asked, step):
+    fleet = settings.Fleet("f", (settings.Model("m"),), rounds=rounds, codec=settings.Codec(asked))
+    assert methods.of(fleet).codec_step(fleet) == step
+    flora = msgspec.structs.replace(fleet, method=settings.MethodChoice("flora"))
+    assert methods.of(flora).codec_step(flora) == min(step, settings.FINE_STEP)

@@ -1,7 +1,7 @@
 """Where rows of a label head begin: from the means of their labels, in closed form.
 
     x_i, g_i(y)    head inputs of the device's own rows, with g = 1 for the row's label; and of public
-                   texts that the fleet has predicted, with g = e t(y) (codistill.py)
+                   texts that the fleet has predicted, with g = √e t(y) (codistill.py)
     w_y            Σ_i g_i(y)
     m, m_y         the mean of x, weighted by Σ_y g_i(y); and by g_i(y)
     S              the covariance of x about its label's mean, weighted by Σ_y g_i(y); a text of
@@ -12,6 +12,7 @@ H are the weights of a linear discriminant with a shrunk covariance. Half the sq
 is that of m, which all inputs share: a row's part along m would favour a label whatever the input. A
 label of less evidence than PRIOR texts begins near 0. A row that begins at 0 learns little in a
 round: own labels' rows in the first, and rows of labels that only other models' devices hold later.
+The root of e is the better weight: most targets of little evidence are right, too.
 
 c keeps the size of the logits: their standard deviation on the device's own rows, over the labels
 that have a row already, is that of these rows. Where no label has one, it is 1.

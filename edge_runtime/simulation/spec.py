@@ -22,8 +22,10 @@ from edge_runtime.errors import InputError
 # Raise this number by one with every change after which the same study file gives different
 # figures: in the trainer, the methods, the codec, the merge, the kernels, the draw of rows, or a
 # default of any key. Runs that carry another number are neither tabled nor paired with new
-# runs, and are made again.
+# runs, and are made again. Where the figures of arms with predictions of a head alone change,
+# raise OF_PREDICTIONS in its place.
 COMPUTATION = 3
+OF_PREDICTIONS = 1
 PUBLIC = "public.jsonl"
 AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -157,7 +159,8 @@ class Spec(Table, frozen=True):
             public=self.public if self.uses_public(arm) else None,
         )
         named = {name: contents[name] for name in sorted({*used.files, *used.sources})}
-        encoded = msgspec.json.encode([used, named])
+        predicts = self.head is not None and arm.codistill is not None
+        encoded = msgspec.json.encode([used, named, *[OF_PREDICTIONS] * predicts])
         return f"{COMPUTATION}-{hashlib.sha256(encoded).hexdigest()[:12]}"
 
     @property

@@ -24,9 +24,11 @@ from edge_runtime.trainer.ends import answer_ends
 from edge_runtime.trainer.examples import IGNORED, Example, Examples
 from edge_runtime.trainer.heap import release
 from edge_runtime.trainer.job import Job
+from edge_runtime.trainer.lesson import Distillation, weighed
 from edge_runtime.trainer.meter import Meter
 from edge_runtime.trainer.objectives import padded_length
-from edge_runtime.trainer.public import DeviceAnswers, Distillation, compared, sample, weighed
+from edge_runtime.trainer.public import DeviceAnswers
+from edge_runtime.trainer.states import last_states, likeness, sample
 from edge_runtime.trainer.tokens import Asked, Tokenization
 from edge_runtime.trainer.vocabulary import language_head, sweep
 
@@ -66,8 +68,9 @@ class Completions:
         with meter.phase("complete"):
             prompts = {number: asked.ids for number, asked in self._prompts.items()}
             asked = [Example(ids, [], 0) for ids in prompts.values()]
-            _, likeness = compared(base, list(map(prompt_of, sample(examples))), asked)
-            alike = dict(zip(self._prompts, likeness.tolist(), strict=True))
+            rows = list(map(prompt_of, sample(examples)))
+            share = likeness(last_states(base, rows), last_states(base, asked))
+            alike = dict(zip(self._prompts, share.tolist(), strict=True))
             progress = partial(meter.tell, "complete prompts", of=len(alike))
             written = write(base.model, prompts, self._ends, self._most_tokens, base.plan.rows, progress)
         self._written = [

@@ -28,7 +28,8 @@ from edge_runtime.trainer.examples import Example, batches
 from edge_runtime.trainer.job import Job
 from edge_runtime.trainer.meter import Meter
 from edge_runtime.trainer.objectives import hidden_states
-from edge_runtime.trainer.public import DeviceAnswers, last_states
+from edge_runtime.trainer.public import DeviceAnswers
+from edge_runtime.trainer.states import last_states
 
 
 class Frame:

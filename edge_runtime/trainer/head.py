@@ -1,20 +1,30 @@
-"""Rows of the label head that are 0 get their start, right before the steps of a round.
+"""Rows of the label head in closed form: their start before a round's steps, their renewal after.
 
-They are the rows of all labels in the first round, of labels that first appear in a later round, and
-of labels that only the fleet's predictions have shown. Equations: methods/head_start.py. They start
-here and not in the version, so their whole value is part of the delta; once the version has a row, no
-start replaces it.
+A row that is 0 begins right before the steps. These are the rows of all labels in the first round, of
+labels that first appear in a later round, and of labels that only the fleet's predictions have shown.
+They start here and not in the version, so their whole value is part of the delta; once the version
+has a row, no start replaces it.
+
+Rows of labels that a device has no examples of are made anew after the steps of each round. Steps on
+unsure targets move such a row slowly, and the targets become better from round to round.
+
+Equations: methods/head_start.py.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from edge_runtime.adapters.attach import Attached
 from edge_runtime.methods import head_start
 from edge_runtime.settings import Head
 from edge_runtime.trainer.base import Base
-from edge_runtime.trainer.examples import Indexed
+from edge_runtime.trainer.examples import Example, Indexed
+from edge_runtime.trainer.lesson import Distillation
 from edge_runtime.trainer.meter import Meter
-from edge_runtime.trainer.public import Distillation, last_states, sampled
+from edge_runtime.trainer.states import last_states, sampled
 
 
 @torch.no_grad()
@@ -32,12 +42,10 @@ def begin(base: Base, examples: Indexed, lesson: Distillation | None, spec: Head
     assert head is not None
     # rows of text teach the head nothing
     rows = [row for place in sampled(len(examples)) if (row := examples[place]).headed]
-    weights = np.zeros((len(rows), len(head)), np.float32)
-    weights[range(len(rows)), [row.answer or 0 for row in rows]] = 1
-    texts = []
+    weights, texts = _of_rows(rows, len(head)), []
     if lesson is not None and lesson.targets is not None:
-        told = lesson.evidence[:, None] * lesson.targets.cpu().numpy()
-        heard = told.any(1)
+        told = _of_texts(lesson)
+        heard = told.max(1) > 0
         texts = [text for text, counts in zip(lesson.texts, heard, strict=True) if counts]
         weights = np.concatenate([weights, told[heard]])
     empty, shown = ~head.any(1).cpu().numpy(), weights.any(0)
@@ -50,3 +58,39 @@ def begin(base: Base, examples: Indexed, lesson: Distillation | None, spec: Head
         states = base.adapter.inputs(last_states(base, rows + texts)).cpu().numpy()
         started = head_start.begun(head.cpu().numpy(), states, weights, len(rows))
         head.copy_(torch.from_numpy(started))
+
+
+@torch.no_grad()
+def renew(
+    adapter: Attached, rows: Sequence[Example], states: torch.Tensor, lesson: Distillation, unmet: list[bool]
+) -> None:
+    """Make the rows anew of labels that the fleet's predictions show and the device has no examples of.
+
+    Args:
+        states: last hidden states of the rows, and then of the lesson's texts.
+        unmet: by label, whether the device has no example.
+    """
+    head = adapter.head
+    assert head is not None
+    told = _of_texts(lesson)
+    renewed = told.any(0) & np.array(unmet, bool)
+    weights = np.concatenate([_of_rows(rows, len(head)), told])
+    before = np.where(renewed[:, None], np.float32(0), head.cpu().numpy())
+    inputs = adapter.inputs(states).cpu().numpy()
+    head.copy_(torch.from_numpy(head_start.begun(before, inputs, weights, len(rows))))
+
+
+def _of_rows(rows: Sequence[Example], labels: int) -> NDArray[np.float32]:
+    """Weights (rows, labels): 1 for each row's label; a row of text has none."""
+    weights = np.zeros((len(rows), labels), np.float32)
+    for number, row in enumerate(rows):
+        if row.answer is not None:
+            weights[number, row.answer] = 1
+    return weights
+
+
+def _of_texts(lesson: Distillation) -> NDArray[np.float32]:
+    """Weights g (texts, labels) of head_start.py."""
+    assert lesson.targets is not None
+    weights: NDArray[np.float32] = np.sqrt(lesson.evidence)[:, None] * lesson.targets.cpu().numpy()
+    return weights

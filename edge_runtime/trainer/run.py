@@ -33,9 +33,11 @@ from edge_runtime.trainer.examples import Example, Examples, first_rows, order_o
 from edge_runtime.trainer.frame import Frame
 from edge_runtime.trainer.heap import release
 from edge_runtime.trainer.job import Job, Progress
+from edge_runtime.trainer.lesson import Distillation
 from edge_runtime.trainer.meter import Meter, prepare
 from edge_runtime.trainer.objectives import evaluate
-from edge_runtime.trainer.public import DeviceAnswers, Distillation, Predictions, sampled
+from edge_runtime.trainer.public import DeviceAnswers, Predictions
+from edge_runtime.trainer.states import sampled
 from edge_runtime.trainer.tokens import TeachesNothing, Tokenization
 from edge_runtime.trainer.train import Trained, train
 

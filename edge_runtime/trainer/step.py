@@ -27,8 +27,8 @@ from edge_runtime.planning.predict import LOSS_CHUNK_BYTES
 from edge_runtime.settings import Boundaries, Training
 from edge_runtime.trainer.examples import Example, Indexed, batches, epochs, order_of
 from edge_runtime.trainer.heap import release
+from edge_runtime.trainer.lesson import Distillation, drawn
 from edge_runtime.trainer.objectives import Labels, Output, Text, hidden_states
-from edge_runtime.trainer.public import Distillation, drawn
 from edge_runtime.trainer.vocabulary import language_head
 
 SKIPPED_IN_A_ROW = 5  # steps without a finite loss, before the round is given up

@@ -22,8 +22,8 @@ from edge_runtime.trainer.base import Base
 from edge_runtime.trainer.examples import Indexed
 from edge_runtime.trainer.heap import release
 from edge_runtime.trainer.job import Job
+from edge_runtime.trainer.lesson import Distillation
 from edge_runtime.trainer.meter import Meter
-from edge_runtime.trainer.public import Distillation
 from edge_runtime.trainer.step import Learner, RoundSettings
 
 NEAR = 0.98  # share of the budget; rows differ in length, and a later step may take more

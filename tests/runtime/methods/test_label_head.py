@@ -9,7 +9,7 @@ from edge_runtime import settings
 from edge_runtime.protocol import codec
 from edge_runtime.trainer import data
 from edge_runtime.trainer.examples import IGNORED, Example
-from edge_runtime.trainer.public import likeness
+from edge_runtime.trainer.states import likeness
 from edge_runtime.trainer.step import cut
 
 ROWS = [{"text": f"{word} {n}", "label": word} for n in range(6) for word in ("red", "green")]

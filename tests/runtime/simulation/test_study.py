@@ -207,6 +207,17 @@ def test_a_run_is_done_again_when_what_it_depends_on_has_changed(study):
     assert study.digest(local, 0, contents) == study.digest(local, 0, contents | {"public.jsonl": "2"})
 
 
+def test_other_predictions_of_a_head_are_another_computation_of_the_arms_that_have_them(study, monkeypatch):
+    contents = dict.fromkeys({*study.files, *study.sources}, "1")
+    before = [study.digest(arm, 0, contents) for arm in study.arm]
+    monkeypatch.setattr(spec, "OF_PREDICTIONS", spec.OF_PREDICTIONS + 1)
+    changed = [
+        digest != study.digest(arm, 0, contents) for arm, digest in zip(study.arm, before, strict=True)
+    ]
+    assert changed == [arm.codistill is not None for arm in study.arm]
+    assert any(changed) and not all(changed)
+
+
 def test_a_study_runs_goes_on_and_writes_what_it_found(files, tiny_folder):
     models, out = tiny_folder.parent, files / "out"
     command = [

@@ -14,8 +14,9 @@ from edge_runtime.protocol.plan import Plan
 from edge_runtime.trainer import data, head
 from edge_runtime.trainer.base import Base
 from edge_runtime.trainer.examples import IGNORED, Example
+from edge_runtime.trainer.lesson import Distillation
 from edge_runtime.trainer.meter import Meter
-from edge_runtime.trainer.public import Distillation
+from edge_runtime.trainer.states import last_states
 
 # --- which rows begin
 
@@ -95,6 +96,45 @@ def test_rows_of_text_beside_those_of_labels_are_no_label_s(begin):
     assert not begin(text)[1]  # a device without labelled rows
 
 
+# --- which rows are made anew after the steps
+
+
+@pytest.fixture
+def renew(tiny):
+    """renew(lesson, unmet): the head of three labels whose rows were drawn, and the third label's logits."""
+    model = tiny("llama", initializer_range=0.3)
+    adapter = attach.attach(model, (0, 1, 2, 3), settings.Adapter(rank=2), fedit.METHOD, seed=0)
+    rows = torch.randn(3, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    plan = Plan("m", "m@1", 4, 4, "float32", 2, 8, 32, terms={}, step_seconds=1.0)
+    states = last_states(Base(model, adapter, plan), OWN + TEXTS)
+
+    def run(told, unmet=(False, False, True)):
+        renewed = adapter._replace(labels=("a", "b", "c"), head=nn.Parameter(rows.clone()))
+        head.renew(renewed, OWN, states, told, list(unmet))
+        return renewed.head.detach(), renewed.logits(states).detach()[:, 2]
+
+    return rows, run
+
+
+def test_a_row_without_examples_is_made_anew_of_the_newest_predictions_and_no_other(renew):
+    rows, run = renew
+    after, logits = run(lesson(TRUTH, np.full(len(TEXTS), 0.3)))
+    assert torch.equal(after[:2], rows[:2])
+    assert logits[-6:].mean() > 2 * logits[:-6].abs().mean()  # the texts of the third label
+    wrong, _ = run(lesson(np.roll(TRUTH, 6, 0), np.full(len(TEXTS), 0.3)))
+    assert float(torch.cosine_similarity(after[2], wrong[2], dim=0)) < 0.5
+    # the sizes of logits are those of own rows' labels, however small the row was
+    sizes = after.norm(dim=1)
+    assert 0.2 < float(sizes[2] / sizes[:2].mean()) < 5
+
+
+def test_a_row_stays_of_which_there_is_no_evidence_or_of_which_the_device_has_examples(renew):
+    rows, run = renew
+    silent = lesson(TRUTH, np.repeat([0.5, 0.5, 0.0], 6))
+    assert torch.equal(run(silent)[0], rows)
+    assert torch.equal(run(lesson(TRUTH, np.ones(len(TEXTS))), unmet=[False] * 3)[0], rows)
+
+
 # --- in a round
 
 COLOURS = ("red", "green", "blue")
@@ -154,6 +194,17 @@ def test_a_label_of_the_fleets_predictions_alone_travels_with_its_row_and_is_tol
     _, after, _ = begun("third", start={**start, "labels.blue.H": sent["blue"][None]})
     assert before.evaluation["all"].accuracy <= 2 / 3 < after.evaluation["all"].accuracy
     assert "head" in before.phases and "head" not in after.phases
+
+
+def test_a_row_without_examples_is_made_anew_in_each_round_where_rows_have_a_closed_form(begun):
+    _, _, first = begun("first")
+    start = {f"labels.{label}.H": row[None] for label, row in first.items()} | told(*COLOURS)
+    start["labels.blue.H"] = start["labels.red.H"]  # the fleet has learned nothing of use
+    _, _, renewed = begun("renewed", start=start, head=settings.Head())
+    _, _, zero = begun("zero", start=start, head=settings.Head(start="zero"))
+    assert np.linalg.norm(renewed["blue"]) > 0.5 * np.linalg.norm(first["red"])
+    assert np.linalg.norm(zero["blue"]) < 1e-3 * np.linalg.norm(renewed["blue"])
+    assert all(np.linalg.norm(renewed[label]) < 1e-3 for label in first)
 
 
 def test_private_rows_begin_once(begun):

@@ -13,8 +13,8 @@ from edge_runtime import settings
 from edge_runtime.errors import InputError
 from edge_runtime.trainer import data
 from edge_runtime.trainer.examples import epochs, first_rows, order_of
-from edge_runtime.trainer.public import sample
 from edge_runtime.trainer.run import read
+from edge_runtime.trainer.states import sample
 from edge_runtime.trainer.tokens import Tokenization
 
 TOKENIZER = small_tokenizers.byte_level()

@@ -36,6 +36,7 @@ class Attached(NamedTuple):
     parts: dict[str, NDArray[np.bool_]]  # entries that train, of factors that train in part
     # of a linear head over labels, beside the model's head over its vocabulary
     labels: tuple[str, ...] = ()
+    heard: frozenset[str] = frozenset()  # labels whose row is K (methods/label_head.py)
     head: nn.Parameter | None = None  # (labels, hidden), or (labels, frame) where it has a frame
 
     def trained(self) -> list[nn.Parameter]:
@@ -78,7 +79,8 @@ class Attached(NamedTuple):
         yield from self.factors.items()
         if self.head is not None:
             for number, label in enumerate(self.labels):
-                yield join("labels", label, "H"), self.head[number : number + 1]
+                factor = "K" if label in self.heard else "H"
+                yield join("labels", label, factor), self.head[number : number + 1]
 
 
 class AdapterLinear(nn.Module):

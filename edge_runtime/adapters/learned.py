@@ -108,7 +108,9 @@ def fold(
                 A, core, B = method.product(tensors, relative_depth(layer, facts.layers))
                 B = (B if core is None else B @ core) * (spec.alpha / spec.rank)
                 factors[layer, role] = (A.contiguous().numpy(), B.contiguous().numpy())
-    rows = {label_of(key): value for key, value in state.items() if parse(key).kind == "labels"}
+    found = [key for key in state if parse(key).kind == "labels"]
+    found.sort(key=lambda key: parse(key).factor, reverse=True)  # of a label with rows K and H, H counts
+    rows = dict(sorted({label_of(key): state[key] for key in found}.items()))
     head = np.concatenate(list(rows.values())) if rows else None
     if head is not None and MAP in state:  # of a head in the common frame
         head = head @ state[MAP]

@@ -14,7 +14,7 @@ from edge_runtime.errors import InputError
 from edge_runtime.methods import frames
 from edge_runtime.methods.interface import WIDTHS, Method
 from edge_runtime.protocol import codec
-from edge_runtime.protocol.keys import parse
+from edge_runtime.protocol.keys import label_of, parse
 from edge_runtime.protocol.round import CODEC, FLEET
 from edge_runtime.settings import Fleet
 
@@ -112,8 +112,9 @@ def _check_shapes(shapes: Shapes, expected: Shapes, fleet: Fleet, method: Method
     known_rows, rows = (
         [shape for key, shape in group.items() if parse(key).kind == "labels"] for group in (expected, shapes)
     )
-    if max(len(known_rows), len(rows)) > MOST_LABELS:
-        raise InputError(f"the delta has {len(rows)} labels, but a head has at most {MOST_LABELS}")
+    labels = {label_of(key) for key in (*expected, *shapes) if parse(key).kind == "labels"}
+    if len(labels) > MOST_LABELS:
+        raise InputError(f"the delta makes {len(labels)} labels, but a head has at most {MOST_LABELS}")
     # the first label's row decides how wide every label's row is
     row = next(iter(known_rows + rows), None)
     for key, shape in shapes.items():

@@ -1,6 +1,7 @@
 """A linear head that classifies by the last token's hidden state, beside any method's adapter.
 
     logit of a label = h / rms(h) · H        H: one row a label; head_start.py has where it begins
+    logit of a label = h / rms(h) · K        of a label that no device of the class has examples of
     shared = "fleet"                         M h / rms(h) · H, M the device's map into the common frame
 
 Rows are named by their label, so devices that know different labels have different rows. A device
@@ -9,6 +10,10 @@ that they have none of these labels. A device does not send such a row: the node
 row over the devices that were shown the label, by their own rows or by the fleet's predictions.
 With the remaining devices in that mean, each round would push a label that few devices have away
 from all rows (see docs/study). So a delta's keys tell which labels a device was shown.
+
+K is a row that devices have from the fleet's predictions alone. They make it anew in each round
+(trainer/head.py). Once a device of the class has examples of the label, the class's version has H,
+which is not made anew, and all devices go on with H.
 """
 
 from edge_runtime.methods import frames
@@ -28,7 +33,8 @@ def added(method: Method, head: Head) -> Method:
             merges={**method.merges, "labels": holders_mean},
         )
     if head.shared == "private" or not method.merges:
-        return method._replace(factors={**method.factors, "H": H._replace(shared="private")})
+        row = H._replace(shared="private")
+        return method._replace(factors={**method.factors, "H": row, "K": row})
     return method._replace(
-        factors={**method.factors, "H": H}, merges={**method.merges, "labels": holders_mean}
+        factors={**method.factors, "H": H, "K": H}, merges={**method.merges, "labels": holders_mean}
     )

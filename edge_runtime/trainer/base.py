@@ -55,8 +55,15 @@ class Base:
         release()
 
 
-def load_base(job: Job, method: Method, bases: Bases, labels: list[str]) -> Base:
-    """The base model with the adapter attached, at version 0."""
+def load_base(
+    job: Job, method: Method, bases: Bases, labels: list[str], heard: frozenset[str] = frozenset()
+) -> Base:
+    """The base model with the adapter attached, at version 0.
+
+    Args:
+        labels: of the head.
+        heard: of these, the labels whose row is K.
+    """
     plan, fleet = job.plan, job.fleet
     with lean_imports():  # loading imports the code of the model's family
         model = bases.model(job.facts, plan, job.machine.device)
@@ -77,5 +84,5 @@ def load_base(job: Job, method: Method, bases: Bases, labels: list[str]) -> Base
             adapter.factors[MAP] = nn.Parameter(zeros, requires_grad=False)
             width = WIDTH
         zeros = torch.zeros(len(labels), width, device=embedding.device)
-        adapter = adapter._replace(labels=tuple(labels), head=nn.Parameter(zeros))
+        adapter = adapter._replace(labels=tuple(labels), heard=heard, head=nn.Parameter(zeros))
     return Base(model, adapter, plan)

@@ -1,30 +1,60 @@
-"""Rows of the label head in closed form: their start before a round's steps, their renewal after.
+"""A head's labels, and its rows in closed form: their start before a round's steps, their renewal after.
 
 A row that is 0 begins right before the steps. These are the rows of all labels in the first round, of
 labels that first appear in a later round, and of labels that only the fleet's predictions have shown.
 They start here and not in the version, so their whole value is part of the delta; once the version
 has a row, no start replaces it.
 
-Rows of labels that a device has no examples of are made anew after the steps of each round. Steps on
-unsure targets move such a row slowly, and the targets become better from round to round.
+Rows K, of labels that no device of the class has examples of, are made anew after the steps of each
+round. Steps on unsure targets move such a row slowly, and the targets become better from round to
+round. A row that devices of the class have learned from examples is better than one that is made anew.
 
 Equations: methods/head_start.py.
 """
 
 from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from edge_runtime.adapters.attach import Attached
+from edge_runtime.errors import InputError
 from edge_runtime.methods import head_start
+from edge_runtime.protocol import codec
+from edge_runtime.protocol.keys import LABEL, join, label_of, parse
 from edge_runtime.settings import Head
 from edge_runtime.trainer.base import Base
 from edge_runtime.trainer.examples import Example, Indexed
+from edge_runtime.trainer.job import Job
 from edge_runtime.trainer.lesson import Distillation
 from edge_runtime.trainer.meter import Meter
 from edge_runtime.trainer.states import last_states, sampled
+
+
+def labels(job: Job, met: set[str]) -> tuple[list[str], frozenset[str]]:
+    """The head's labels, sorted: of the device's rows and of the global version; and those whose row is K.
+
+    met: the labels of the device's own rows.
+
+    Raises:
+        InputError: a label is too long, or has a line break or tab.
+    """
+    if job.fleet.head is None:
+        return [], frozenset()
+    for label in met:
+        if not LABEL.fullmatch(label):
+            raise InputError(
+                f"a label of {len(label)} characters has to be 1 to 80 characters without line breaks or tabs, as a "
+                "head over labels is exchanged by their names"
+            )
+    keys = set(chain.from_iterable(codec.shapes(Path(path).read_bytes()) for path in job.start))
+    every = met | {label_of(key) for key in keys if parse(key).kind in ("labels", "anchors")}
+    if job.fleet.head.shared == "fleet":
+        return sorted(every), frozenset()
+    return sorted(every), frozenset(label for label in every - met if join("labels", label, "H") not in keys)
 
 
 @torch.no_grad()
@@ -50,7 +80,7 @@ def begin(base: Base, examples: Indexed, lesson: Distillation | None, spec: Head
         weights = np.concatenate([weights, told[heard]])
     empty, shown = ~head.any(1).cpu().numpy(), weights.any(0)
     if start == "unseen":
-        shown &= ~weights[: len(rows)].any(0)
+        shown = weights[len(rows) :].any(0)
     if not (empty & shown).any():
         return
     meter.tell("head")
@@ -61,19 +91,15 @@ def begin(base: Base, examples: Indexed, lesson: Distillation | None, spec: Head
 
 
 @torch.no_grad()
-def renew(
-    adapter: Attached, rows: Sequence[Example], states: torch.Tensor, lesson: Distillation, unmet: list[bool]
-) -> None:
-    """Make the rows anew of labels that the fleet's predictions show and the device has no examples of.
+def renew(adapter: Attached, rows: Sequence[Example], states: torch.Tensor, lesson: Distillation) -> None:
+    """Make the rows K anew whose labels the fleet's predictions show.
 
-    Args:
-        states: last hidden states of the rows, and then of the lesson's texts.
-        unmet: by label, whether the device has no example.
+    states: last hidden states of the rows, and then of the lesson's texts.
     """
     head = adapter.head
     assert head is not None
     told = _of_texts(lesson)
-    renewed = told.any(0) & np.array(unmet, bool)
+    renewed = told.any(0) & np.array([label in adapter.heard for label in adapter.labels], bool)
     weights = np.concatenate([_of_rows(rows, len(head)), told])
     before = np.where(renewed[:, None], np.float32(0), head.cpu().numpy())
     inputs = adapter.inputs(states).cpu().numpy()

@@ -58,9 +58,7 @@ class Predictions:
         self._texts = [text._replace(answer=number) for number, text in enumerate(examples)]
         self._job, self._labels = job, labels
         self._unmet = [label not in met for label in labels]
-        # rows of a head of the fleet are other models' devices' to train
-        spec = job.fleet.head
-        self._renews = spec is not None and spec.shared != "fleet" and spec.start != "zero"
+        self._renews = job.fleet.head is not None and job.fleet.head.start != "zero"
         self._lesson: Distillation | None = None
         self._answers = DeviceAnswers()
 
@@ -92,7 +90,7 @@ class Predictions:
             rows = [row for row in rows if row.headed] or rows  # rows of text teach the head nothing
             states = last_states(base, rows + self._texts)
             if self._lesson is not None and self._renews:
-                head.renew(base.adapter, rows, states, self._lesson, self._unmet)
+                head.renew(base.adapter, rows, states, self._lesson)
             own, texts = states[: len(rows)], states[len(rows) :]
             if self._votes == "oracle":
                 columns = {label: np.float32(self._truth == label) for label in sorted(set(self._truth))}

@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +21,6 @@ from edge_runtime.errors import InputError
 from edge_runtime.methods import frames
 from edge_runtime.methods.interface import Method
 from edge_runtime.models.slices import kept_layers
-from edge_runtime.protocol import codec
-from edge_runtime.protocol.keys import LABEL, label_of, parse
 from edge_runtime.protocol.report import Result, Score
 from edge_runtime.trainer import data, delta, disk, head
 from edge_runtime.trainer.base import Base, Bases, load_base
@@ -61,7 +58,7 @@ def run(folder: Path, bases: Bases, say: Callable[[Progress], None]) -> None:
         for sentence in material.told:
             meter.tell("load", text=sentence)
         release()  # the tokenizer's memory, before the model needs it
-        base = load_base(job, method, bases, material.labels)
+        base = load_base(job, method, bases, material.labels, material.heard)
         joins, distillation = begin(job, method, base, material, folder, meter)
         release()
     # before training: the scores are those of the version that the round starts from
@@ -150,6 +147,7 @@ class Material(NamedTuple):
     held_out: dict[str, Examples]  # by name
     labels: list[str]  # that the head tells apart; none: no head
     met: set[str]  # labels of the device's own rows, where there is a head
+    heard: frozenset[str]  # labels of which the class has no examples, where the class shares its head
     public: Completions | Predictions | None
     texts: list[Example]  # public, where the method needs the common frame
     empty: int  # rows that the round needs and that teach nothing
@@ -165,7 +163,7 @@ def read(job: Job, folder: Path, tokenizer: Any, *, framed: bool = False) -> Mat
     """
     path = Path(job.data)
     met = data.labels_of(data.stream(path)) if job.fleet.head is not None else set()
-    labels = _head_labels(job, met)
+    labels, heard = head.labels(job, met)
     numbers = {label: number for number, label in enumerate(labels)}
     how = Tokenization(tokenizer, job.facts.vocabulary, job.plan.tokens, numbers or None)
 
@@ -185,6 +183,7 @@ def read(job: Job, folder: Path, tokenizer: Any, *, framed: bool = False) -> Mat
         held_out=held_out,
         labels=labels,
         met=met,
+        heard=heard,
         public=public,
         texts=_in_frame(how, texts) if framed else [],
         empty=len(empty),
@@ -234,20 +233,6 @@ def _needed(job: Job, count: int, compared: range) -> Sequence[int]:
     taken = job.fleet.training.steps * job.fleet.training.rows_a_step
     first = first_rows(count, taken, order_of(job.fleet.seed, job.round))
     return sorted({*first, *compared}) if compared and len(first) < count else first
-
-
-def _head_labels(job: Job, met: set[str]) -> list[str]:
-    """The head's labels, sorted: of this device's rows, and of the global version."""
-    if job.fleet.head is None:
-        return []
-    for label in met:
-        if not LABEL.fullmatch(label):
-            raise InputError(
-                f"a label of {len(label)} characters has to be 1 to 80 characters without line breaks or tabs, as a "
-                "head over labels is exchanged by their names"
-            )
-    keys = chain.from_iterable(codec.shapes(Path(path).read_bytes()) for path in job.start)
-    return sorted(met | {label_of(key) for key in keys if parse(key).kind in ("labels", "anchors")})
 
 
 def _texts(job: Job) -> list[data.Row]:

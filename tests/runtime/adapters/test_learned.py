@@ -85,6 +85,16 @@ def test_any_roles_can_be_written(tiny, facts_of, family, roles, tmp_path):
     assert difference(logits(theirs), logits(ours)) < 1e-5
 
 
+def test_of_a_label_with_two_rows_that_of_examples_counts(tiny, facts_of):
+    facts, rows = facts_of(tiny("llama")), np.eye(4, tiny("llama").config.hidden_size, dtype=np.float32)
+    method = methods.build(settings.MethodChoice("fedit"), settings.Head(), None)
+    adapter = attach.attach(tiny("llama"), (0, 1, 2, 3), SPEC, method, 0, facts.layers)
+    keys = ("labels.both.H", "labels.both.K", "labels.a.K", "labels.z.H")
+    state = attach.state(adapter) | {key: row[None] for key, row in zip(keys, rows, strict=True)}
+    found = learned.fold(state, facts, (0, 1, 2, 3), SPEC, method, 1)
+    assert found.labels == ("a", "both", "z") and np.array_equal(found.head, rows[[2, 0, 3]])
+
+
 HUB = "/home/somebody/.cache/huggingface/hub/models--owner--a--name/snapshots/0123abc"
 
 

@@ -10,6 +10,7 @@ from edge_runtime import settings
 from edge_runtime.adapters import attach
 from edge_runtime.methods import fedit
 from edge_runtime.protocol import codec
+from edge_runtime.protocol.keys import parse
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.trainer import data, head
 from edge_runtime.trainer.base import Base
@@ -79,7 +80,7 @@ def test_nothing_goes_through_the_model_where_no_row_begins(begin):
 def test_rows_begin_only_where_a_label_lacks_its_row_that_the_setting_names(begin):
     row, everywhere = torch.ones(32), lesson(TRUTH, np.ones(len(TEXTS)))
     assert not begin(OWN, start="unseen")[1]  # all labels are of own rows
-    assert not begin(OWN, everywhere, rows=[(0, row), (2, row)], start="unseen")[1]
+    assert begin(OWN, everywhere, rows=[(0, row), (2, row)], start="unseen")[1]  # the class's first examples
     assert begin(OWN, everywhere, rows=[(0, row), (2, row)], start="all")[1]
     assert begin(OWN, everywhere, rows=[(0, row), (1, row)], start="unseen")[1]
     # a device that joins a fleet with predictions has no rows: all begin, in one size
@@ -101,16 +102,18 @@ def test_rows_of_text_beside_those_of_labels_are_no_label_s(begin):
 
 @pytest.fixture
 def renew(tiny):
-    """renew(lesson, unmet): the head of three labels whose rows were drawn, and the third label's logits."""
+    """renew(lesson, heard): the head of three labels whose rows were drawn, and the third label's logits."""
     model = tiny("llama", initializer_range=0.3)
     adapter = attach.attach(model, (0, 1, 2, 3), settings.Adapter(rank=2), fedit.METHOD, seed=0)
     rows = torch.randn(3, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     plan = Plan("m", "m@1", 4, 4, "float32", 2, 8, 32, terms={}, step_seconds=1.0)
     states = last_states(Base(model, adapter, plan), OWN + TEXTS)
 
-    def run(told, unmet=(False, False, True)):
-        renewed = adapter._replace(labels=("a", "b", "c"), head=nn.Parameter(rows.clone()))
-        head.renew(renewed, OWN, states, told, list(unmet))
+    def run(told, heard="c"):
+        renewed = adapter._replace(
+            labels=("a", "b", "c"), heard=frozenset(heard), head=nn.Parameter(rows.clone())
+        )
+        head.renew(renewed, OWN, states, told)
         return renewed.head.detach(), renewed.logits(states).detach()[:, 2]
 
     return rows, run
@@ -128,11 +131,11 @@ def test_a_row_without_examples_is_made_anew_of_the_newest_predictions_and_no_ot
     assert 0.2 < float(sizes[2] / sizes[:2].mean()) < 5
 
 
-def test_a_row_stays_of_which_there_is_no_evidence_or_of_which_the_device_has_examples(renew):
+def test_a_row_stays_of_which_there_is_no_evidence_or_that_the_class_has_learned_from_examples(renew):
     rows, run = renew
     silent = lesson(TRUTH, np.repeat([0.5, 0.5, 0.0], 6))
     assert torch.equal(run(silent)[0], rows)
-    assert torch.equal(run(lesson(TRUTH, np.ones(len(TEXTS))), unmet=[False] * 3)[0], rows)
+    assert torch.equal(run(lesson(TRUTH, np.ones(len(TEXTS))), heard="")[0], rows)
 
 
 # --- in a round
@@ -160,7 +163,11 @@ def begun(trained, tmp_path):
             fleet |= {"start": (str(path),), "round": 2}
         folder, result = trained(name, ROWS, HELD_OUT, **{**fleet, **changes})
         sent = codec.decode((folder / "payload.bin").read_bytes())
-        return folder, result, {key.split(".")[1]: row[0] for key, row in sent.items() if key.endswith(".H")}
+        return (
+            folder,
+            result,
+            {key.split(".")[1]: row[0] for key, row in sent.items() if parse(key).kind == "labels"},
+        )
 
     return run
 
@@ -199,11 +206,14 @@ def test_a_label_of_the_fleets_predictions_alone_travels_with_its_row_and_is_tol
 def test_a_row_without_examples_is_made_anew_in_each_round_where_rows_have_a_closed_form(begun):
     _, _, first = begun("first")
     start = {f"labels.{label}.H": row[None] for label, row in first.items()} | told(*COLOURS)
-    start["labels.blue.H"] = start["labels.red.H"]  # the fleet has learned nothing of use
-    _, _, renewed = begun("renewed", start=start, head=settings.Head())
-    _, _, zero = begun("zero", start=start, head=settings.Head(start="zero"))
+    useless = start["labels.red.H"]  # as the row of blue
+    _, _, renewed = begun("renewed", start={**start, "labels.blue.K": useless}, head=settings.Head())
+    _, _, zero = begun("zero", start={**start, "labels.blue.K": useless}, head=settings.Head(start="zero"))
+    _, _, learned = begun("learned", start={**start, "labels.blue.H": useless}, head=settings.Head())
     assert np.linalg.norm(renewed["blue"]) > 0.5 * np.linalg.norm(first["red"])
     assert np.linalg.norm(zero["blue"]) < 1e-3 * np.linalg.norm(renewed["blue"])
+    # a device of the class has examples of blue
+    assert np.linalg.norm(learned["blue"]) < 1e-3 * np.linalg.norm(renewed["blue"])
     assert all(np.linalg.norm(renewed[label]) < 1e-3 for label in first)
 
 
@@ -214,5 +224,5 @@ def test_private_rows_begin_once(begun):
     private = {"private": str(folder / "state.bin"), "head": settings.Head("private", start="all")}
     folder, second, _ = begun("second", start=told(*COLOURS), **private)
     later = load_file(folder / "state.bin")
-    assert "head" in second.phases and later["labels.blue.H"].any()
+    assert "head" in second.phases and later["labels.blue.K"].any()
     assert all(np.allclose(later[key], row, atol=1e-5) for key, row in kept.items())

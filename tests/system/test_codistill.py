@@ -68,10 +68,10 @@ def test_a_label_that_a_model_never_met_reaches_it_from_another(
     assert taught.keys() == {f"anchors.{label}.T" for label in ("red", "green", "blue")}
     assert all(value.shape == (1, 12) and value.any() for value in taught.values())
     assert sent(fleet, "a", 3) == {}  # nobody would learn from what is said in the last round
-    for device in "ab":
+    for device, unmet in (("a", "blue"), ("b", "red")):
         state = load_file(fleet.folder / device / "work" / "round-3" / "state.bin")
         assert {key for key in state if key.startswith("labels")} == {
-            f"labels.{label}.H" for label in ("red", "green", "blue")
+            f"labels.{label}.{'K' if label == unmet else 'H'}" for label in ("red", "green", "blue")
         }
         before, after = (
             reports(fleet, state)[device, round_].result

@@ -118,7 +118,7 @@ class Codistill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Codec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How coarsely values are rounded; the sender adds the remainder to what it sends next."""
 
-    # Standard deviations; None: the number of rounds decides (Method.codec_step).
+    # of a tensor's root mean square; None: the number of rounds decides (Method.codec_step)
     step: Annotated[float | None, Bound(lambda step: 0.01 <= step <= 4, "0.01 to 4")] = None
 
 

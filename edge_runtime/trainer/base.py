@@ -55,9 +55,7 @@ class Base:
         release()
 
 
-def load_base(
-    job: Job, method: Method, bases: Bases, labels: list[str], heard: frozenset[str] = frozenset()
-) -> Base:
+def load_base(job: Job, method: Method, bases: Bases, labels: list[str], heard: frozenset[str]) -> Base:
     """The base model with the adapter attached, at version 0.
 
     Args:

@@ -147,7 +147,7 @@ class Material(NamedTuple):
     held_out: dict[str, Examples]  # by name
     labels: list[str]  # that the head tells apart; none: no head
     met: set[str]  # labels of the device's own rows, where there is a head
-    heard: frozenset[str]  # labels of which the class has no examples, where the class shares its head
+    heard: frozenset[str]  # of the labels, those whose row is K (methods/label_head.py)
     public: Completions | Predictions | None
     texts: list[Example]  # public, where the method needs the common frame
     empty: int  # rows that the round needs and that teach nothing

@@ -24,8 +24,9 @@ ramp, as nothing else teaches the device these labels.
 
 `votes` chooses the teacher. The equations above are "weighted"; two others are controls for studies:
 
-    mean     s_k(a) = 1 and w_k(a) = 1 / number of devices: the plain mean of all predictions, FedMD
-    oracle   each device sends the true label of each text in place of p_k: a perfect teacher
+    mean     n_k = s_k(a) = w_k(a) = 1: the plain mean of all predictions, FedMD
+    oracle   each device sends the true label of each text in place of p_k, with s_k(a) = 1: a perfect
+             teacher
 
 Labels have the same name on all devices. The head has a row for every label that the fleet
 predicts, so a device learns a label that it never met. On texts of labels that a device does not

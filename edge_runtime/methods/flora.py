@@ -59,7 +59,7 @@ def stacked(contributions: Contributions, kept: int) -> Tensors:
     steps: Tensors = {}
     for layer, old, new in best_factors(contributions, kept):
         step_A, step_B = -old.A, -old.B
-        # each side takes the root of the singular values, so that 8 bits lose as little as possible
+        # each side takes the root of the singular values, so that rounding loses as little as possible
         half = np.sqrt(np.linalg.norm(new.B, axis=0)).clip(min=TINY)
         step_A[: len(new.A)] += half[:, None] * new.A
         step_B[:, : len(new.A)] += new.B / half

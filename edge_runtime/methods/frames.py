@@ -18,19 +18,15 @@ what the fleet has learned in the frame keeps its meaning.
 class's name, so that the same values cross without a common meaning. "rotated branches" leaves the
 head in the common frame.
 Source: generalised canonical correlation, MAXVAR (Kettenring 1971); the RV coefficient is that of
-Escoufier 1973; that features relative to common
-anchors make models comparable is Moschella et al. 2023, arXiv 2209.15430.
+Escoufier 1973; that features relative to common anchors make models comparable is Moschella et al.
+2023, arXiv 2209.15430.
 """
 
 from collections.abc import Iterable
 from itertools import combinations, islice
-from typing import TYPE_CHECKING
 
 from edge_runtime.methods.interface import Array, Contributions, Factor, Method, Tensors, stream
 from edge_runtime.methods.lazy import np
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 FEATURES = 256  # of a text, that a device sends
 WIDTH = 256  # coordinates of the frame
@@ -60,7 +56,6 @@ def features(states: "Array") -> "Array":
     """X (texts, FEATURES) of a model's head inputs (texts, hidden); columns beyond the rank are 0."""
     centred = states - states.mean(0)
     centred -= centred.mean(0)  # what rounding left over of a large mean
-    # the smaller side's eigenvectors: a square of the texts or of the width
     u, s, _ = np.linalg.svd(centred, full_matrices=False)
     count = min(FEATURES, int((s > 1e-5 * s[0]).sum()))
     columns = np.zeros((len(states), FEATURES), np.float32)
@@ -110,7 +105,7 @@ def common(classes: "Iterable[Array]", before: "Array | None") -> "Array":
     return Z.astype(np.float32)
 
 
-def rotation(name: str, width: int) -> "NDArray[np.float32]":
+def rotation(name: str, width: int) -> "Array":
     """The rotation (width, width) of a class in the control."""
     return np.linalg.qr(stream(name).standard_normal((width, width)))[0].astype(np.float32)
 

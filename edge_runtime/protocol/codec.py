@@ -51,8 +51,8 @@ def encode(
 
     Args:
         tensors: by canonical key.
-        step: of quantisation, in standard deviations of each tensor; kinds of FIXED_STEPS and
-            VALUES have their own.
+        step: of quantisation, as a multiple of each tensor's root mean square; kinds of
+            FIXED_STEPS and VALUES have their own.
         rank: of a device that trained some of the tensors in part; 0: it trained them in whole.
 
     Raises:

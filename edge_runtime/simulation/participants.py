@@ -26,9 +26,8 @@ from edge_runtime.simulation.spec import Arm, Device, Spec
 from edge_runtime.trainer import data
 from edge_runtime.trainer.job import Machine
 
-ROWS_AT_ONCE = (
-    32  # a micro-batch: memory is not studied here, and of 8 rows an evaluation takes 1.6 times as long
-)
+# A micro-batch: memory is not studied here, and of 8 rows an evaluation takes 1.6 times as long.
+ROWS_AT_ONCE = 32
 
 
 class HeldOut(NamedTuple):

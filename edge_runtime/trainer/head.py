@@ -73,7 +73,7 @@ def begin(base: Base, examples: Indexed, lesson: Distillation | None, spec: Head
     # rows of text teach the head nothing
     rows = [row for place in sampled(len(examples)) if (row := examples[place]).headed]
     weights, texts = _of_rows(rows, len(head)), []
-    if lesson is not None and lesson.targets is not None:
+    if lesson is not None:
         told = _of_texts(lesson)
         heard = told.max(1) > 0
         texts = [text for text, counts in zip(lesson.texts, heard, strict=True) if counts]

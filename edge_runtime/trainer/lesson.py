@@ -41,7 +41,8 @@ def weighed(
         covered: share of all public texts that these are; the weight is of the mean over all.
     """
     spec = job.fleet.codistill
-    if spec is None or not evidence.any():
+    assert spec is not None  # there are no answers without [codistill]
+    if not evidence.any():
         return None
     ramp = codistill.ramp(job.round, job.fleet.rounds)
     shares = evidence * (news + (1 - news) * ramp)

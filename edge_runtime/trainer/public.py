@@ -50,9 +50,9 @@ class Predictions:
             InputError: devices answer with the texts' true labels, but a text has none.
         """
         assert job.fleet.codistill is not None
-        self._votes = job.fleet.codistill.votes
+        self._spec = job.fleet.codistill
         self._truth = np.array([row.get("label", "") for row in texts])
-        if self._votes == "oracle" and not self._truth.all():
+        if self._spec.votes == "oracle" and not self._truth.all():
             raise InputError('[codistill] votes is "oracle", but the public texts have no labels')
         examples = how.examples({"text": row["text"], "label": ""} for row in texts)
         self._texts = [text._replace(answer=number) for number, text in enumerate(examples)]
@@ -68,11 +68,11 @@ class Predictions:
         targets = {label: shared.get(join("anchors", label, "T")) for label in self._labels}
         # an earlier set of public texts may have had another length
         columns = {label: T[0] for label, T in targets.items() if T is not None and T.shape[1] == count}
-        if job.fleet.codistill is None or not columns:
+        if not columns:
             return None
         absent = np.zeros(count, np.float32)
         votes = np.stack([columns.get(label, absent) for label in self._labels], 1)
-        evidence, probabilities = codistill.learned(votes, job.fleet.codistill.temperature)
+        evidence, probabilities = codistill.learned(votes, self._spec.temperature)
         news = codistill.news(votes, self._unmet)
         on_device = torch.from_numpy(probabilities).to(job.machine.device)
         self._lesson = weighed(job, self._texts, evidence, news, targets=on_device)
@@ -92,10 +92,10 @@ class Predictions:
             if self._lesson is not None and self._renews:
                 head.renew(base.adapter, rows, states, self._lesson)
             own, texts = states[: len(rows)], states[len(rows) :]
-            if self._votes == "oracle":
+            if self._spec.votes == "oracle":
                 columns = {label: np.float32(self._truth == label) for label in sorted(set(self._truth))}
             else:
-                weights = likeness(own, texts)[:, None] if self._votes == "weighted" else 1.0
+                weights = likeness(own, texts)[:, None] if self._spec.votes == "weighted" else 1.0
                 probabilities = base.adapter.logits(texts).softmax(-1) * weights
                 columns = dict(zip(self._labels, probabilities.T.cpu().numpy(), strict=True))
             predictions = {join("anchors", label, "P"): row[None] for label, row in columns.items()}

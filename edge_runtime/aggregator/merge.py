@@ -110,9 +110,9 @@ def _frame(updates: list[Update], before: _Before, frame: "Array | None") -> Arr
             with safe_open(versions[model_class].master, framework="np") as master:
                 if frames.SENT in set(master.keys()):
                     state = {frames.SENT: master.get_tensor(frames.SENT)}
-        if not state:
-            _merge_kind("frame", of_class, before, state, {})
-            new = new or bool(state)
+        joined = bool(state)
+        _merge_kind("frame", of_class, before, state, {})
+        new = new or (bool(state) and not joined)
         features += state.values()
     return frames.common(features, frame) if new or frame is None else frame
 
@@ -125,6 +125,8 @@ def _answers(updates: list[Update]) -> Iterator[tuple[int, bytes]]:
 
 def _merge_kind(kind: str, updates: list[Update], before: _Before, state: Tensors, momenta: Tensors) -> None:
     """Take the step of one kind of tensors, in place."""
+    if kind == "frame" and frames.SENT in state:
+        return  # a class keeps the features that its frame was made of, whoever sends others
     old = dict(state)  # with the version 0 of keys that the state has not yet
     steps = before.method.merges[kind](partial(_contributions, kind, updates, before, old))
     # a version has no mean of peers but the round's own

@@ -10,7 +10,9 @@ from edge_runtime import methods, settings
 from edge_runtime.adapters.initial import initial
 from edge_runtime.aggregator import check, merge
 from edge_runtime.errors import InputError
+from edge_runtime.methods import frames
 from edge_runtime.protocol import codec
+from edge_runtime.protocol.round import FLEET as SHARED
 
 HETLORA = methods.METHODS["hetlora"]
 FLEET = settings.Fleet(
@@ -92,3 +94,23 @@ def test_the_row_of_a_label_that_nobody_was_shown_stays(tmp_path):
     before, after = load_file(first.master), load_file(second.master)
     assert np.array_equal(after["labels.blue.H"], before["labels.blue.H"])
     assert np.abs(after["labels.red.H"] - before["labels.red.H"]).mean() > 0.1
+
+
+def test_a_class_keeps_the_features_that_it_joined_with_whoever_sends_others(tmp_path):
+    fleet = settings.Fleet(
+        "f", (settings.Model("m"),), head=settings.Head(shared="fleet"), public=settings.Public("p.jsonl", 40)
+    )
+    method, versions, draw = methods.of(fleet), {}, np.random.default_rng(0)
+    for round_, model_class in enumerate(("m@1", "m@1", "m@2"), 1):
+        features = frames.features(draw.normal(size=(40, 64)).astype(np.float32))
+        sent = update(tmp_path / "sent", codec.encode({frames.SENT: features}))
+        sent.manifest.model_class = model_class
+        written = merge.merge([sent], versions, fleet, method, round_, tmp_path / str(round_))
+        versions |= {version.model_class: version for version in written}
+        masters = {name: load_file(version.master) for name, version in versions.items()}
+        if round_ == 1:
+            before = masters
+    assert np.array_equal(masters["m@1"][frames.SENT], before["m@1"][frames.SENT])
+    assert frames.fault(masters["m@1"][frames.SENT]) is None
+    made = frames.common([masters[name][frames.SENT] for name in ("m@1", "m@2")], before[SHARED][frames.MADE])
+    assert np.array_equal(masters[SHARED][frames.MADE], made)

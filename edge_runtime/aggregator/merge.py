@@ -133,8 +133,9 @@ def _merge_kind(kind: str, updates: list[Update], before: _Before, state: Tensor
     gone = {key: -old[key] for key in old if parse(key).kind == kind == "peers" and key not in steps}
     # values have no version 0: their first step is their value
     for key, step in (steps | gone).items():
-        # a label's first row is the devices' start and what they learned from there, not a step alone
-        if kind in STATE and (kind != "labels" or key in state):
+        # a label's first row is the devices' start and what they learned from there, not a step alone;
+        # nor is a row K, which devices make anew each round
+        if kind in STATE and (kind != "labels" or (key in state and parse(key).factor != "K")):
             step = server_step.step(key, step, before.fleet.method, momenta)
         state[key] = old[key] + step if key in old else step
 

@@ -80,6 +80,18 @@ def test_a_label_s_first_row_is_taken_as_it_is_and_what_is_no_label_s_steps(tmp_
     assert all(np.array_equal(far[key], plain[key]) is key.startswith("labels") for key in SHAPES)
 
 
+def test_a_row_that_devices_make_anew_takes_no_server_step(tmp_path):
+    spec = stepping(1.5, momentum=0.5)
+    versions = {}
+    for round_ in (1, 2, 3):
+        before = state(versions)
+        rows = {key: np.full((1, 5), 0.5, np.float32) for key in ("labels.red.H", "labels.blue.K")}
+        versions = merged(spec, [rows], tmp_path, round_, versions)
+    steps = {key: state(versions)[key] - before[key] for key in rows}
+    np.testing.assert_allclose(steps["labels.blue.K"], 0.5, atol=0.01)
+    np.testing.assert_allclose(steps["labels.red.H"], 1.5 * 0.75, atol=0.02)  # steps from round 2 on
+
+
 def test_momentum_is_its_recursion_and_waits_where_nobody_holds_a_tensor(tmp_path):
     spec, versions = stepping(0.5, 0.8), {}
     truth = {key: merge.version_0(key, shape, spec, methods.of(spec)) for key, shape in SHAPES.items()}

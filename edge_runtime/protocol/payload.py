@@ -7,6 +7,7 @@ has to be.
 """
 
 import math
+from typing import Annotated
 
 import msgspec
 import zstandard
@@ -20,16 +21,18 @@ LARGEST_ANSWERS_BYTES = 1 << 24
 MOST_AXES = 8  # a message that names the shape stays short
 LARGEST_HEADER_BYTES = 1 << 23  # decompressed; 100 layers take 0.1 MB, and the most labels 2 MB
 SECTIONS = 6  # as codec.py has them
+# JSON has whole numbers of any length, of which Python prints 4,300 digits at most
+Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Header(msgspec.Struct, frozen=True, omit_defaults=True):
     """The payload's table of contents."""
 
     shapes: dict[str, tuple[int, ...]]  # by key, in the order in which the values follow
-    sections: tuple[int, ...] = ()  # compressed bytes of each section
-    strays: int = 0
-    completions_bytes: int = 0  # of the answers, which are completions in every method so far
-    rank: int = 0  # of a device that trained some tensors in part, as this rank has it; 0: in whole
+    sections: tuple[Count, ...] = ()  # compressed bytes of each section
+    strays: Count = 0
+    completions_bytes: Count = 0  # of the answers, which are completions in every method so far
+    rank: Count = 0  # of a device that trained some tensors in part, as this rank has it; 0: in whole
 
 
 def assemble(header: Header, sections: list[bytes]) -> bytes:
@@ -47,7 +50,7 @@ def compress(content: bytes) -> bytes:
 def read(payload: bytes) -> tuple[Header, list[bytes]]:
     """The header, and the compressed sections; raises InputError where the payload is malformed."""
     header, begin = header_of(payload)
-    if len(header.sections) != SECTIONS or min(header.sections) < 0:
+    if len(header.sections) != SECTIONS:
         raise InputError(f"the payload declares {len(header.sections)} sections, not {SECTIONS}")
     if sum(header.sections) != len(payload) - begin:
         raise InputError(
@@ -108,7 +111,7 @@ def _check(header: Header) -> None:
     total = sum(map(math.prod, header.shapes.values()))
     if total > LARGEST_SIZE:
         raise InputError(f"the payload declares more than {LARGEST_SIZE} values")
-    if not 0 <= header.strays <= min(total, MOST_STRAYS):
+    if header.strays > min(total, MOST_STRAYS):
         raise InputError(f"the payload declares {header.strays} strays in {total} values")
-    if not 0 <= header.completions_bytes <= LARGEST_ANSWERS_BYTES:
+    if header.completions_bytes > LARGEST_ANSWERS_BYTES:
         raise InputError(f"the payload declares {header.completions_bytes} bytes of completions")

@@ -112,7 +112,7 @@ def _check_shapes(shapes: Shapes, expected: Shapes, fleet: Fleet, method: Method
     known_rows, rows = (
         [shape for key, shape in group.items() if parse(key).kind == "labels"] for group in (expected, shapes)
     )
-    labels = {label_of(key) for key in (*expected, *shapes) if parse(key).kind == "labels"}
+    labels = {label_of(key) for key in (*expected, *shapes) if parse(key).kind in ("labels", "anchors")}
     if len(labels) > MOST_LABELS:
         raise InputError(f"the delta makes {len(labels)} labels, but a head has at most {MOST_LABELS}")
     # the first label's row decides how wide every label's row is

@@ -1,0 +1,37 @@
+"""What a broken or hostile device sends of labels and features is refused in a sentence that names it."""
+
+import numpy as np
+import pytest
+
+from edge_runtime import methods, settings
+from edge_runtime.aggregator import check
+from edge_runtime.errors import InputError
+from edge_runtime.protocol import codec
+
+TEXTS, WIDTH = 2, 3
+TABLES = {
+    "fleet": {"name": "f"},
+    "catalog": [{"source": "m"}],
+    "adapter": {"rank": 2},
+    "head": {},
+    "public": {"file": "public.jsonl", "texts": TEXTS},
+    "codistill": {},
+}
+
+
+def checked(shapes, expected=None, tables=TABLES):
+    """The keys that the node takes of a delta of zeros."""
+    fleet = settings.parse(tables)
+    payload = codec.encode({key: np.zeros(shape, np.float32) for key, shape in shapes.items()})
+    return check.check(payload, expected or {}, fleet, methods.of(fleet)).keys()
+
+
+def test_predictions_make_no_more_labels_than_a_head_has(monkeypatch):
+    monkeypatch.setattr(check, "MOST_LABELS", 3)
+    rows = {f"labels.{label}.H": (1, WIDTH) for label in "ab"}
+    predictions = {f"anchors.{label}.P": (1, TEXTS) for label in "bc"}
+    assert checked({**rows, **predictions}) == {*rows, *predictions}
+    one_more = {"anchors.d.P": (1, TEXTS)}
+    for delta, expected in (({**rows, **predictions, **one_more}, {}), (one_more, {**rows, **predictions})):
+        with pytest.raises(InputError, match="makes 4 labels, but a head has at most 3"):
+            checked(delta, expected)

@@ -41,7 +41,7 @@ def refusal(manifest: Manifest, fleet: Fleet, round_: int) -> str | None:
         return f"round {manifest.round} is closed; round {round_} is open"
     if manifest.codec != CODEC:
         return (
-            f"the codec {manifest.codec} is not known; needed: {CODEC}; give node and devices the same version of Edge "
+            f"the codec {manifest.codec!r} is not known; needed: {CODEC}; give node and devices the same version of Edge "
             "Runtime"
         )
     rows = fleet.training.steps * fleet.training.rows_a_step
@@ -67,7 +67,7 @@ def check(payload: bytes, expected: Shapes, fleet: Fleet, method: Method) -> cod
         raise InputError("the delta holds no factor")
     for key in shapes:
         if not _exchanged(key, fleet, method):
-            raise InputError(f"the delta holds {key[:80]}, which this fleet's adapter does not exchange")
+            raise InputError(f"the delta holds {key[:80]!r}, which this fleet's adapter does not exchange")
     _check_shapes(shapes, expected, fleet, method)
     if (rank := codec.rank(payload)) not in (0, *fleet.adapter.lower):
         raise InputError(

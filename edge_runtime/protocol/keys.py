@@ -20,7 +20,8 @@ from edge_runtime.errors import InputError
 Kind = Literal["layers", "stages", "peers", "labels", "anchors", "frame"]
 # kinds whose deltas devices send; of the others they send values
 STATE: tuple[Kind, ...] = ("layers", "stages", "labels")
-LABEL = re.compile(r"[^\x00-\x1f]{1,80}")
+# without what moves a terminal's cursor: control characters, and separators of lines and paragraphs
+LABEL = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,80}")
 
 _NUMBER = "0|[1-9][0-9]{0,3}"
 _GRAMMAR = re.compile(

@@ -40,15 +40,15 @@ def labels(job: Job, met: set[str]) -> tuple[list[str], frozenset[str]]:
     met: the labels of the device's own rows.
 
     Raises:
-        InputError: a label is too long, or has a line break or tab.
+        InputError: a label is too long, or has a control character.
     """
     if job.fleet.head is None:
         return [], frozenset()
     for label in met:
         if not LABEL.fullmatch(label):
             raise InputError(
-                f"a label of {len(label)} characters has to be 1 to 80 characters without line breaks or tabs, as a "
-                "head over labels is exchanged by their names"
+                f"a label of {len(label)} characters has to be 1 to 80 characters without line breaks, tabs and "
+                "other control characters, as a head over labels is exchanged by their names"
             )
     keys = set(chain.from_iterable(codec.shapes(Path(path).read_bytes()) for path in job.start))
     every = met | {label_of(key) for key in keys if parse(key).kind in ("labels", "anchors")}

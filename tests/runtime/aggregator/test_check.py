@@ -6,7 +6,7 @@ import pytest
 from edge_runtime import methods, settings
 from edge_runtime.aggregator import check
 from edge_runtime.errors import InputError
-from edge_runtime.protocol import codec
+from edge_runtime.protocol import codec, payload
 
 TEXTS, WIDTH = 2, 3
 TABLES = {
@@ -35,3 +35,15 @@ def test_predictions_make_no_more_labels_than_a_head_has(monkeypatch):
     for delta, expected in (({**rows, **predictions, **one_more}, {}), (one_more, {**rows, **predictions})):
         with pytest.raises(InputError, match="makes 4 labels, but a head has at most 3"):
             checked(delta, expected)
+
+
+@pytest.mark.parametrize(
+    "key", ["layers.\x1b[2J", "layers.0.q.A\nnode: all is well", "labels.\x9b2J.H", "\u2028" * 500]
+)
+def test_a_key_that_would_write_on_the_node_s_screen_is_shown_in_escapes(key):
+    _, sections = payload.read(codec.encode({"labels.a.H": np.zeros((1, WIDTH), np.float32)}))
+    fleet = settings.parse(TABLES)
+    content = payload.assemble(payload.Header({key: (1, WIDTH)}), sections)
+    with pytest.raises(InputError, match="which this fleet's adapter does not exchange") as refused:
+        check.check(content, {}, fleet, methods.of(fleet))
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 700

@@ -128,7 +128,7 @@ def test_features_come_alone_and_before_all_else():
         ({frames.SENT: X, "stages.0.q.C": C}, {}, "frame.X beside other tensors"),
         ({frames.SENT: 3 * X}, {}, "features frame.X are off white by"),
         ({frames.SENT: X[:9]}, {}, r"frame.X is \(9, 256\) in the delta"),
-        ({frames.MADE: X}, known, "holds frame.Z, which this fleet's adapter does not exchange"),
+        ({frames.MADE: X}, known, "holds 'frame.Z', which this fleet's adapter does not exchange"),
     ):
         with pytest.raises(InputError, match=reason):
             checked(delta, expected)

@@ -20,6 +20,7 @@ PACKAGE = Path(edge_runtime.__file__).parent
         ("stages.3.down.V", Key("stages", 3, "down", "V")),
         ("labels.red.H", Key("labels", "red", "", "H")),
         ("labels.a.b. c.H", Key("labels", "a.b. c", "", "H")),  # a label may hold dots
+        ("labels.größe, 色.H", Key("labels", "größe, 色", "", "H")),
         ("anchors.layers.0.q.P", Key("anchors", "layers.0.q", "", "P")),
     ],
 )
@@ -52,6 +53,9 @@ def test_a_key_is_read_and_built_again(text, key):
         "labels.red.h",
         "labels.red.HH",
         "labels.a\nb.H",
+        "labels.\x1b[2J.H",
+        "labels.\x9b2J.H",
+        "labels.a\u2028b.H",
         "labels." + "a" * 81 + ".H",
     ],
 )

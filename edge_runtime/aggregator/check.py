@@ -81,7 +81,7 @@ def check(payload: bytes, expected: Shapes, fleet: Fleet, method: Method) -> cod
         method.answers.check(answers)
     elif answers:
         raise InputError("the delta holds completions, which this fleet does not exchange")
-    _check_features(delta, expected, method)
+    _check_features(delta, answers, expected, method)
     for key, value in delta.items():
         if parse(key).kind == "frame":
             continue
@@ -159,7 +159,7 @@ def _check_shape(
         raise InputError(f"{key} is {shape} in the delta, but has to be {', '.join(parts)}")
 
 
-def _check_features(delta: codec.Tensors, expected: Shapes, method: Method) -> None:
+def _check_features(delta: codec.Tensors, answers: bytes, expected: Shapes, method: Method) -> None:
     """Refuse features that are not white, or not alone; and all else until a class has sent features."""
     if not method.framed:
         return
@@ -170,8 +170,10 @@ def _check_features(delta: codec.Tensors, expected: Shapes, method: Method) -> N
                 f"the delta lacks {frames.SENT}, which no device of its model class has sent yet"
             )
         return
-    if len(delta) > 1:
-        raise InputError(f"the delta holds {frames.SENT} beside other tensors, but has to hold it alone")
+    if len(delta) > 1 or answers:
+        raise InputError(
+            f"the delta holds {frames.SENT} beside other tensors or answers, but has to hold it alone"
+        )
     if fault := frames.fault(features):
         raise InputError(f"the features {frames.SENT} {fault}: they are of no model")
 

@@ -6,7 +6,8 @@ import pytest
 from edge_runtime import methods, settings
 from edge_runtime.aggregator import check
 from edge_runtime.errors import InputError
-from edge_runtime.protocol import codec, payload
+from edge_runtime.methods import frames
+from edge_runtime.protocol import codec, completion, payload
 
 TEXTS, WIDTH = 2, 3
 TABLES = {
@@ -47,3 +48,16 @@ def test_a_key_that_would_write_on_the_node_s_screen_is_shown_in_escapes(key):
     with pytest.raises(InputError, match="which this fleet's adapter does not exchange") as refused:
         check.check(content, {}, fleet, methods.of(fleet))
     assert str(refused.value).isprintable() and len(str(refused.value)) < 700
+
+
+def test_features_come_without_completions():
+    """Their device has not learned anything yet, and its rows would count against who has."""
+    tables = {name: table for name, table in TABLES.items() if name != "head"}
+    fleet = settings.parse({**tables, "method": {"name": "heterotune"}, "public": {"file": "p", "texts": 40}})
+    method = methods.of(fleet)
+    X = frames.features(np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32))
+    answers = completion.encode([completion.Completion(0, "yes", 0.5)])
+    assert check.check(codec.encode({frames.SENT: X}), {}, fleet, method).keys() == {frames.SENT}
+    assert check.check(codec.encode({}, answers), {frames.SENT: X.shape}, fleet, method) == {}
+    with pytest.raises(InputError, match="beside other tensors or answers"):
+        check.check(codec.encode({frames.SENT: X}, answers), {}, fleet, method)

@@ -125,7 +125,7 @@ def test_features_come_alone_and_before_all_else():
     assert checked({"stages.0.q.C": C}, known) == {"stages.0.q.C"}
     for delta, expected, reason in (
         ({"stages.0.q.C": C}, {}, "lacks frame.X, which no device of its model class has sent yet"),
-        ({frames.SENT: X, "stages.0.q.C": C}, {}, "frame.X beside other tensors"),
+        ({frames.SENT: X, "stages.0.q.C": C}, {}, "frame.X beside other tensors or answers"),
         ({frames.SENT: 3 * X}, {}, "features frame.X are off white by"),
         ({frames.SENT: X[:9]}, {}, r"frame.X is \(9, 256\) in the delta"),
         ({frames.MADE: X}, known, "holds 'frame.Z', which this fleet's adapter does not exchange"),

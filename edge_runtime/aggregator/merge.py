@@ -85,8 +85,10 @@ def _merge_scope(scope: Scope, model_class: str, updates: list[Update], before: 
             _merge_kind(kind, updates, before, state, momenta)
     answers = b""
     if method.answers is not None and method.answers.shared == scope:
-        if updates:
-            answers = method.answers.merge(partial(_answers, updates))
+        # a device that sends features was asked nothing yet
+        asked = [each for each in updates if frames.SENT not in codec.shapes(each.payload.read_bytes())]
+        if asked:
+            answers = method.answers.merge(partial(_answers, asked))
         elif last is not None:
             answers = codec.answers(last.artifact.read_bytes())
     return Merged(state, momenta, answers)

@@ -11,7 +11,7 @@ from edge_runtime.adapters.initial import initial
 from edge_runtime.aggregator import check, merge
 from edge_runtime.errors import InputError
 from edge_runtime.methods import frames
-from edge_runtime.protocol import codec
+from edge_runtime.protocol import codec, completion
 from edge_runtime.protocol.round import FLEET as SHARED
 
 HETLORA = methods.METHODS["hetlora"]
@@ -114,3 +114,29 @@ def test_a_class_keeps_the_features_that_it_joined_with_whoever_sends_others(tmp
     assert frames.fault(masters["m@1"][frames.SENT]) is None
     made = frames.common([masters[name][frames.SENT] for name in ("m@1", "m@2")], before[SHARED][frames.MADE])
     assert np.array_equal(masters[SHARED][frames.MADE], made)
+
+
+def test_a_class_that_joins_takes_nothing_from_the_answers_of_the_others(tmp_path):
+    fleet = settings.Fleet(
+        "f",
+        (settings.Model("m"),),
+        method=settings.MethodChoice("heterotune"),
+        public=settings.Public("p.jsonl", 40),
+        codistill=settings.Codistill(),
+    )
+    method, draw = methods.of(fleet), np.random.default_rng(0)
+    said = [completion.Completion(0, "yes", 0.5)]
+    features, speaks = (tmp_path / name for name in ("features", "speaks"))
+    X = frames.features(draw.normal(size=(40, 8)).astype(np.float32))
+    joins = update(features, codec.encode({frames.SENT: X}))
+    joins.manifest.model_class = "n@1"
+    answers = update(speaks, codec.encode({}, completion.encode(said)))
+
+    def told(updates, versions, round_):
+        written = merge.merge(updates, versions, fleet, method, round_, tmp_path / str(round_))
+        versions |= {version.model_class: version for version in written}
+        assert completion.decode(codec.answers(versions["m@1"].artifact.read_bytes())) == said
+        return versions
+
+    versions = told([answers, joins], {}, 1)
+    told([joins], versions, 2)  # and the last answers stay where nobody was asked

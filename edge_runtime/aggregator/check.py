@@ -5,6 +5,7 @@ shapes are read from the payload's header and checked before any value is decomp
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -115,6 +116,11 @@ def _check_shapes(shapes: Shapes, expected: Shapes, fleet: Fleet, method: Method
     labels = {label_of(key) for key in (*expected, *shapes) if parse(key).kind in ("labels", "anchors")}
     if len(labels) > MOST_LABELS:
         raise InputError(f"the delta makes {len(labels)} labels, but a head has at most {MOST_LABELS}")
+    rows_of = Counter(label_of(key) for key in shapes if parse(key).kind == "labels")
+    if twice := [label for label, count in rows_of.items() if count > 1]:
+        raise InputError(
+            f"the delta has the rows H and K of the label {twice[0]}, but one device has one of the two"
+        )
     # the first label's row decides how wide every label's row is
     row = next(iter(known_rows + rows), None)
     for key, shape in shapes.items():

@@ -38,6 +38,14 @@ def test_predictions_make_no_more_labels_than_a_head_has(monkeypatch):
             checked(delta, expected)
 
 
+def test_a_device_has_one_row_a_label():
+    """K of a label that its class has examples of is another device's, and may come before or after H."""
+    first, second = ({f"labels.red.{name}": (1, WIDTH)} for name in "HK")
+    assert checked(first, second) == first.keys() and checked(second, first) == second.keys()
+    with pytest.raises(InputError, match="rows H and K of the label red, but one device has one"):
+        checked({**first, **second})
+
+
 @pytest.mark.parametrize(
     "key", ["layers.\x1b[2J", "layers.0.q.A\nnode: all is well", "labels.\x9b2J.H", "\u2028" * 500]
 )

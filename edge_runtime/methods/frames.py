@@ -25,6 +25,7 @@ Escoufier 1973; that features relative to common anchors make models comparable 
 from collections.abc import Iterable
 from itertools import combinations, islice
 
+from edge_runtime.methods.head_start import ALIKE
 from edge_runtime.methods.interface import Array, Contributions, Factor, Method, Tensors, stream
 from edge_runtime.methods.lazy import np
 
@@ -115,12 +116,14 @@ def into(activations: "Array", Z: "Array") -> "tuple[Array, Array]":
 
     F = Zᵀ X (XᵀX + λ I)⁻¹ on centred X, without its part along the mean activation, which is the
     largest and the same for all texts. Moments are XᵀZ / texts, by which a frozen layer's weight W
-    gives the map out of the frame, W · moments.
+    gives the map out of the frame, W · moments. Both are 0 where only rounding tells texts apart.
     """
     mean = activations.mean(0)
     centred = activations - mean
     moments = centred.T @ Z / len(Z)
     covariance = centred.T @ centred / len(Z)
+    if np.trace(covariance) <= ALIKE * (mean @ mean):  # the first layer's, where all texts end in one token
+        return np.zeros((Z.shape[1], len(mean)), np.float32), np.zeros_like(moments)
     covariance[np.diag_indices_from(covariance)] += SHRINK * np.trace(covariance) / len(covariance)
     F = np.linalg.solve(covariance, moments).T
     direction = mean / max(float(np.linalg.norm(mean)), 1e-12)

@@ -66,6 +66,19 @@ def test_the_mean_activation_is_not_seen(two):
     np.testing.assert_allclose(F @ two[0].mean(0), 0, atol=1e-3)
 
 
+def test_a_layer_that_tells_no_texts_apart_is_not_in_the_frame(two):
+    """As the first layer, where all texts end in one token: no map of rounding errors."""
+    Z = frames.common([frames.features(each) for each in two], None)[:, :LATENT]
+    alike = np.repeat(two[0][:1], TEXTS, 0)
+    rounded = alike * (1 + 1e-7 * np.random.default_rng(0).normal(size=(TEXTS, 1)).astype(np.float32))
+    for each in (alike, rounded, 0 * alike):
+        F, moments = frames.into(each, Z)
+        assert F.shape == (LATENT, 40) and moments.shape == (40, LATENT)
+        assert not F.any() and not moments.any()
+    hardly = alike + 1e-2 * np.random.default_rng(0).normal(size=alike.shape).astype(np.float32)
+    assert all(part.any() for part in frames.into(hardly, Z))
+
+
 def test_a_class_that_joins_leaves_the_frame_where_it_was(two):
     third = frames.features(activations(3, 48))
     before = frames.common([frames.features(each) for each in two], None)

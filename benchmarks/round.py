@@ -25,6 +25,7 @@ from edge_broker.local import find_mosquitto, start_broker
 FLEET = """
 [fleet]
 name = "bench"
+open = true
 rounds = {rounds}
 quorum = {devices}
 deadline_s = 60

@@ -86,9 +86,11 @@ class Node:
         """Open the state; nothing is sent yet.
 
         Raises:
-            InputError: the fleet's method is not known, or cannot merge the ranks its devices may
-                take; its public texts cannot be read; or the state was made with other settings.
+            InputError: the fleet is closed and the broker takes anyone; its method is not known, or
+                cannot merge the ranks its devices may take; its public texts cannot be read; or the
+                state was made with other settings.
         """
+        opening.check_broker(fleet, options.broker)
         texts = opening.public_texts(fleet)
         if fleet.public is not None:
             public = msgspec.structs.replace(fleet.public, texts=len(texts))
@@ -130,7 +132,7 @@ class Node:
             EdgeError: a round stayed below its quorum through all its extensions.
         """
         with closing(self._store.connection), self._session:
-            self._connect()
+            opening.connect(self._session)
             while not self._ended:
                 # one wait for messages, deadlines, chunks that are due and outages
                 due_s = min(self._receiver.tick(), self._publisher.tick())
@@ -219,12 +221,6 @@ class Node:
         return tuple(sorted(self._attendance.known - counted))
 
     # --- the link
-
-    def _connect(self) -> None:
-        try:
-            self._session.connect(15.0)
-        except BrokerError as error:
-            raise UnreachableError(str(error)) from error
 
     def _serve(self) -> None:
         """Listen to devices, and open the round; on the first connection on which the node may serve."""

@@ -1,4 +1,4 @@
-"""Before a round opens: public texts, settings that may not change, remains of earlier rounds."""
+"""Before a round opens: the broker, public texts, settings that may not change, remains of earlier rounds."""
 
 import hashlib
 import logging
@@ -7,11 +7,14 @@ from itertools import chain, islice
 from pathlib import Path
 
 import msgspec
+from edge_broker.address import Address
+from edge_broker.errors import BrokerError
 from edge_broker.journal import Journal
+from edge_broker.session import Session
 from edge_broker.transfer import Receiver
 
 from edge_runtime.aggregator.store import NodeStore, Version
-from edge_runtime.errors import InputError
+from edge_runtime.errors import InputError, UnreachableError
 from edge_runtime.protocol import codec
 from edge_runtime.protocol.keys import label_of, parse
 from edge_runtime.settings import Fleet
@@ -19,8 +22,27 @@ from edge_runtime.trainer import data
 
 log = logging.getLogger(__name__)
 
+CONNECT_S = 15.0
 KEPT_ROUNDS = 10  # rounds whose versions stay in the state folder
 TEXTS_A_LABEL = 10  # about; the studies have as many
+
+
+def check_broker(fleet: Fleet, broker: Address) -> None:
+    """Raise InputError for a closed fleet on a broker whose devices show no certificates."""
+    if fleet.open or (broker.scheme == "mqtts" and "cert" in broker.files):
+        return
+    raise InputError(
+        f"fleet `{fleet.name}` is closed, and {broker} is without client certificates, so anyone who reaches it could join: "
+        "set up TLS with `edge-runtime node init`, or let anyone join with `open = true` below [fleet]"
+    )
+
+
+def connect(session: Session) -> None:
+    """Connect a node's session; raises UnreachableError without a broker."""
+    try:
+        session.connect(CONNECT_S)
+    except BrokerError as error:
+        raise UnreachableError(str(error)) from error
 
 
 def public_texts(fleet: Fleet) -> list[data.Row]:

@@ -1,6 +1,6 @@
 """fleet.toml, typed: what a fleet trains, how, and for how many rounds.
 
-    [fleet]     name, rounds, quorum, deadline_s, seed
+    [fleet]     name, open, rounds, quorum, deadline_s, seed
     [method]    name, server_step, momentum, and the method's own settings
     [adapter]   rank, lower, alpha, roles
     [head]      shared: of text and label rows, where there is a head for them
@@ -59,6 +59,7 @@ class Fleet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: TopicName
     catalog: tuple[Model, ...]
+    open: bool = False  # any device may join, over any broker; False: only devices of the roster, over TLS
     rounds: Positive = 3
     quorum: Positive = 1  # updates that a round needs before it may close
     deadline_s: Annotated[float, SECONDS] = 600.0  # a round's wait for devices that are online

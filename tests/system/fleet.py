@@ -18,6 +18,7 @@ from edge_broker.local import Broker
 FLEET = """
 [fleet]
 name = "{name}"
+open = true
 rounds = {rounds}
 quorum = {quorum}
 deadline_s = {deadline_s}

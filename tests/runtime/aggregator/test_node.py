@@ -6,13 +6,13 @@ from edge_broker import address, messages
 from edge_runtime import settings
 from edge_runtime.aggregator.check import refusal
 from edge_runtime.aggregator.node import Node, NodeOptions
-from edge_runtime.aggregator.opening import KEPT_ROUNDS, end_earlier_rounds
+from edge_runtime.aggregator.opening import KEPT_ROUNDS, check_broker, end_earlier_rounds
 from edge_runtime.aggregator.store import NodeStore, Version
 from edge_runtime.errors import InputError
 from edge_runtime.protocol.round import CODEC
 
 FLEET = {
-    "fleet": {"name": "f", "rounds": 3},
+    "fleet": {"name": "f", "open": True, "rounds": 3},
     "catalog": [{"source": "m"}],
     "method": {"name": "fedit"},
     "adapter": {"rank": 4},
@@ -61,7 +61,7 @@ def update(node, device, round_=1, commit=True):
         ({"method": {"name": "fedadapter"}}, "[method]"),
         ({"adapter": {"rank": 8}}, "[adapter]"),
         ({"head": {"shared": "private"}}, "[head]"),
-        ({"fleet": {"name": "f", "seed": 1}}, "[fleet] seed"),
+        ({"fleet": {"name": "f", "open": True, "seed": 1}}, "[fleet] seed"),
     ],
 )
 def test_a_fleet_file_that_no_longer_fits_what_is_there_is_refused(node, tables, named):
@@ -88,6 +88,24 @@ def test_public_texts_that_are_others_than_those_that_were_asked_are_refused(nod
     with pytest.raises(InputError, match=r"was made with another \[public\] texts"):
         node(**tables)
     assert (tmp_path / "texts.jsonl").read_text().startswith('{"text": "a"}')
+
+
+@pytest.mark.parametrize(
+    ("open_", "broker", "served"),
+    [
+        (True, "mqtt://127.0.0.1:1", True),
+        (False, "mqtt://127.0.0.1:1", False),
+        (False, "mqtts://broker:1", False),
+        (False, "mqtts://broker:1?ca=ca.crt&cert=node.crt&key=node.key", True),
+    ],
+)
+def test_a_closed_fleet_is_served_only_where_devices_show_certificates(open_, broker, served):
+    fleet = settings.parse({**FLEET, "fleet": {"name": "f", "open": open_}})
+    if served:
+        check_broker(fleet, address.parse(broker))
+        return
+    with pytest.raises(InputError, match=r"`edge-runtime node init`, or .*`open = true`"):
+        check_broker(fleet, address.parse(broker))
 
 
 @pytest.mark.parametrize(

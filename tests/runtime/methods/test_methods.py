@@ -498,7 +498,7 @@ def test_ranks_that_a_method_cannot_merge_are_refused_before_anything_is_read_or
     monkeypatch.chdir(tmp_path)  # where a node that went on would keep its state
     path = tmp_path / "fleet.toml"
     path.write_text(
-        '[fleet]\nname = "f"\n[adapter]\nrank = 8\nlower = [4]\n[[catalog]]\nsource = "nowhere"\n'
+        '[fleet]\nname = "f"\nopen = true\n[adapter]\nrank = 8\nlower = [4]\n[[catalog]]\nsource = "nowhere"\n'
     )
     refused = CliRunner().invoke(cli.app, [*command, "--fleet", str(path)]).exception
     assert isinstance(refused, InputError)

@@ -70,10 +70,10 @@ def check(payload: bytes, expected: Shapes, fleet: Fleet, method: Method) -> cod
         if not _exchanged(key, fleet, method):
             raise InputError(f"the delta holds {key[:80]!r}, which this fleet's adapter does not exchange")
     _check_shapes(shapes, expected, fleet, method)
-    if (rank := codec.rank(payload)) not in (0, *fleet.adapter.lower):
+    parted = fleet.adapter.lower if any(factor.chosen for factor in method.factors.values()) else ()
+    if (rank := codec.rank(payload)) not in (0, *parted):
         raise InputError(
-            f"the delta is of a device of rank {rank} that trained a part, but the lower ranks are "
-            f"{fleet.adapter.lower}"
+            f"the delta is of a device of rank {rank} that trained a part, but the ranks that do are {parted}"
         )
     delta = codec.decode(payload)
     _check_predictions(delta)

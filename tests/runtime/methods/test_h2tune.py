@@ -309,16 +309,18 @@ def test_the_node_selects_as_a_device_does_by_the_version_that_was_published(tmp
     np.testing.assert_allclose(step_, np.where(entries, (part + whole) / 2, whole), atol=1e-5)
 
 
-def test_a_part_of_a_rank_that_the_fleet_has_not_is_refused():
-    fleet = fleet_of("top")
+@pytest.mark.parametrize(("select", "taken"), [("top", "8,"), ("leading", "8,"), ("all", "")])
+def test_a_part_of_a_rank_whose_devices_train_none_is_refused(select, taken):
+    fleet = fleet_of(select)
     method, delta = methods.build(fleet.method), {KEY: drawn(3, 8, 8)}
-    for rank in (0, 8):
-        assert check.check(codec.encode(delta, rank=rank), {}, fleet, method).keys() == {KEY}
-    for rank in (4, 16):
-        with pytest.raises(
-            InputError, match=rf"of rank {rank} that trained a part, but the lower ranks are \(8,\)"
-        ):
-            check.check(codec.encode(delta, rank=rank), {}, fleet, method)
+    for rank in (0, 4, 8, 16):
+        payload = codec.encode(delta, rank=rank)
+        if rank == 0 or (taken and rank == 8):
+            assert check.check(payload, {}, fleet, method).keys() == {KEY}
+            continue
+        reason = rf"of rank {rank} that trained a part, but the ranks that do are \({taken}\)"
+        with pytest.raises(InputError, match=reason):
+            check.check(payload, {}, fleet, method)
 
 
 ROWS = [{"text": f"{word} {n}", "label": word} for n in range(6) for word in ("red", "green")]

@@ -113,7 +113,18 @@ def of(fleet: settings.Fleet) -> Method:
             'reads whole rows: add [head], leave out [codistill], or set [method] gate = "closed"'
         )
     _require_mean(method, fleet)
+    _require_rounds(method, fleet)
     return method
+
+
+def _require_rounds(method: Method, fleet: settings.Fleet) -> None:
+    reasons = ["the first makes the common frame"] if method.framed else []
+    if fleet.codistill is not None:
+        reasons.append("devices learn predictions in the round after them")
+    if fleet.rounds <= len(reasons):
+        raise InputError(
+            f"[fleet] rounds is {fleet.rounds}, but has to be {len(reasons) + 1} or more, as {', and '.join(reasons)}"
+        )
 
 
 def _require_mean(method: Method, fleet: settings.Fleet) -> None:

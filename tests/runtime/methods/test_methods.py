@@ -525,3 +525,26 @@ def test_a_fleet_of_few_rounds_has_a_finer_wire_unless_its_file_says(rounds, ask
     assert methods.of(fleet).codec_step(fleet) == step
     flora = msgspec.structs.replace(fleet, method=settings.MethodChoice("flora"))
     assert methods.of(flora).codec_step(flora) == min(step, settings.FINE_STEP)
+
+
+@pytest.mark.parametrize(
+    ("tables", "least", "reason"),
+    [
+        ({"method": {"name": "h2tune"}}, 2, "the first makes the common frame"),
+        ({"head": {"shared": "fleet"}}, 2, "the first makes the common frame"),
+        ({"head": {}, "codistill": {}}, 2, "devices learn predictions in the round after them"),
+        ({"head": {"shared": "fleet"}, "codistill": {}}, 3, "common frame, and devices learn predictions"),
+        ({"head": {}}, 1, ""),
+    ],
+)
+def test_rounds_of_which_nothing_could_come_are_refused(tables, least, reason):
+    public = {"public": {"file": "public.jsonl", "texts": 40}} if reason else {}
+
+    def read(rounds):
+        fleet = {"fleet": {"name": "f", "rounds": rounds}, "catalog": [{"source": "m"}]}
+        return methods.of(settings.parse({**fleet, **public, **tables}))
+
+    assert read(least)
+    if least > 1:
+        with pytest.raises(InputError, match=rf"rounds is {least - 1}, but has to be {least} .*{reason}"):
+            read(least - 1)

@@ -95,10 +95,7 @@ def of(fleet: settings.Fleet) -> Method:
             f"[adapter] rank is {adapter.rank} and [method] {method.name} adds {beside}, but together they can be "
             f"{MOST_RANK} at most"
         )
-    if fleet.public is None and method.aligned:
-        raise InputError(
-            f"[method] {method.name} compares models by public texts: add [public] with their file"
-        )
+    _require_use_of_texts(method, fleet)
     if adapter.lower and not method.unequal:
         candidates = " or ".join(f"`{candidate.name}`" for candidate in METHODS.values() if candidate.unequal)
         raise InputError(
@@ -115,6 +112,26 @@ def of(fleet: settings.Fleet) -> Method:
     _require_mean(method, fleet)
     _require_rounds(method, fleet)
     return method
+
+
+def _require_use_of_texts(method: Method, fleet: settings.Fleet) -> None:
+    public = fleet.public
+    if public is None:
+        if method.aligned:
+            raise InputError(
+                f"[method] {method.name} compares models by public texts: add [public] with their file"
+            )
+        return
+    if not method.framed and fleet.codistill is None:
+        raise InputError(
+            "[public] has texts that nothing in the fleet uses: leave it out, or add [codistill], [head] shared = "
+            '"fleet", or a method whose branches are in the common frame'
+        )
+    turned = {"rotated": method.framed, "rotated branches": "F" in method.factors}
+    if not turned.get(public.frame, True):
+        raise InputError(
+            f'[public] frame is "{public.frame}", but has to be left out: nothing that it turns is in this fleet'
+        )
 
 
 def _require_rounds(method: Method, fleet: settings.Fleet) -> None:

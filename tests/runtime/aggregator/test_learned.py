@@ -36,7 +36,7 @@ def merged(tiny, facts_of, tmp_path):
             adapter=SPEC,
             seed=5,
             head=settings.Head(),
-            public=settings.Public("texts.jsonl", 3),
+            public=settings.Public("texts.jsonl", 3) if methods.METHODS[name].aligned else None,
         )
         method = methods.of(fleet)
         adapter = attach.attach(tiny("llama", num_hidden_layers=3), layers, SPEC, method, fleet.seed, 4)

@@ -80,7 +80,7 @@ def test_a_fleet_file_that_no_longer_fits_what_is_there_is_refused(node, tables,
 
 def test_public_texts_that_are_others_than_those_that_were_asked_are_refused(node, tmp_path):
     file = tmp_path / "public.jsonl"
-    tables = {"public": {"file": str(file), "texts": 2}}
+    tables = {"public": {"file": str(file), "texts": 2}, "codistill": {"tokens": 2}}
     file.write_text('{"text": "a"}\n{"text": "b"}\n')
     update(node(**tables), "a")
     node(**tables)

@@ -383,7 +383,7 @@ def test_what_completes_no_prompt_of_the_fleet_is_refused(said, reason):
 
 
 def test_a_fleet_that_exchanges_no_completions_refuses_them_and_an_empty_delta():
-    plain = msgspec.structs.replace(FLEET, codistill=None)
+    plain = msgspec.structs.replace(FLEET, codistill=None, public=None)
     headed = msgspec.structs.replace(FLEET, head=settings.Head())
     for fleet in (plain, headed):
         with pytest.raises(InputError, match="which this fleet does not exchange"):

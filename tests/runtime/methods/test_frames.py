@@ -155,5 +155,5 @@ def test_a_fleet_wide_head_needs_public_texts():
     method = methods.of(fleet)
     assert method.framed and method.scope("labels") == "fleet" and method.scope("frame") == "class"
     assert method.factor("labels.a.H").shape({"one": 1, **method.sizes(4)}) == (1, frames.WIDTH)
-    plain = methods.of(settings.parse({**tables, "head": {}, "public": {"file": "public.jsonl"}}))
+    plain = methods.of(settings.parse({**tables, "head": {}}))
     assert not plain.framed

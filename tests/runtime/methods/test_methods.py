@@ -548,3 +548,29 @@ def test_rounds_of_which_nothing_could_come_are_refused(tables, least, reason):
     if least > 1:
         with pytest.raises(InputError, match=rf"rounds is {least - 1}, but has to be {least} .*{reason}"):
             read(least - 1)
+
+
+@pytest.mark.parametrize(
+    ("frame", "tables", "reason"),
+    [
+        ("common", {}, r"\[public\] has texts that nothing in the fleet uses"),
+        ("common", {"head": {}}, r"\[public\] has texts that nothing in the fleet uses"),
+        ("common", {"head": {}, "codistill": {}}, None),
+        ("rotated", {"head": {}, "codistill": {}}, 'frame is "rotated", but has to be left out'),
+        (
+            "rotated branches",
+            {"head": {"shared": "fleet"}},
+            'frame is "rotated branches", but has to be left',
+        ),
+        ("rotated", {"head": {"shared": "fleet"}}, None),
+        ("rotated branches", {"method": {"name": "colora"}}, None),
+    ],
+)
+def test_public_texts_and_a_frame_that_nothing_reads_are_refused(frame, tables, reason):
+    public = {"file": "public.jsonl", "texts": 40, "frame": frame}
+    fleet = settings.parse({"fleet": {"name": "f"}, "catalog": [{"source": "m"}], "public": public, **tables})
+    if reason is None:
+        assert methods.of(fleet)
+    else:
+        with pytest.raises(InputError, match=reason):
+            methods.of(fleet)

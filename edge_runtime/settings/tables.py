@@ -31,7 +31,10 @@ class MethodChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str = "fedit"  # as in edge_runtime.methods
     settings: dict[str, Any] = {}  # the table's other keys, which the method's file describes
-    server_step: Factor = 1.0  # the version moves so many times the mean delta (aggregator/server_step.py)
+    # The version moves so many times the mean delta (aggregator/server_step.py); a longer step ends in infinity.
+    server_step: Annotated[float, Bound(lambda step: 0 < step <= 10, "a number above 0, and 10 at most")] = (
+        1.0
+    )
     # The share of its last step that a version takes again.
     momentum: Annotated[float, Bound(lambda share: 0 <= share < 1, "0 or more, and below 1")] = 0.0
 

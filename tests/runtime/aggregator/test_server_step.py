@@ -164,6 +164,7 @@ def test_methods_whose_rounds_add_no_mean_refuse_it(name, lower, reason):
     ("keys", "reason"),
     [
         ({"server_step": 0}, r"\[method\] server_step is 0.0, but has to be a number above 0"),
+        ({"server_step": 11}, r"server_step is 11.0, but has to be a number above 0, and 10 at most"),
         ({"momentum": 1}, r"\[method\] momentum is 1.0, but has to be 0 or more, and below 1"),
         ({"momentun": 0.5}, r"has no key `momentun`; did you mean `momentum`"),
         ({"server_step": 1.5, "momentum": 0.9}, None),

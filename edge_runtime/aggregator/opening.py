@@ -111,6 +111,8 @@ def check_settings(
         "[codistill] across": distils.across if distils is not None else None,
         # devices refer to the texts by number
         "[public] texts": hashlib.sha256(msgspec.json.encode(texts)).hexdigest()[:12],
+        # devices go on with the maps into the frame that they have made
+        "[public] frame": fleet.public.frame if fleet.public is not None else None,
         "[fleet] seed": fleet.seed,
     }
     values = {name: msgspec.json.encode(value).decode() for name, value in fixed.items()}

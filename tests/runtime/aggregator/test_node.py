@@ -108,6 +108,16 @@ def test_a_closed_fleet_is_served_only_where_devices_show_certificates(open_, br
         check_broker(fleet, address.parse(broker))
 
 
+def test_a_frame_that_devices_have_maps_into_does_not_turn(node, tmp_path):
+    file = tmp_path / "public.jsonl"
+    file.write_text('{"text": "a"}\n{"text": "b"}\n')
+    tables = {"public": {"file": str(file)}, "head": {"shared": "fleet"}}
+    update(node(**tables), "a")
+    node(**tables)
+    with pytest.raises(InputError, match=r"was made with another \[public\] frame: `\"common\"`"):
+        node(**{**tables, "public": {"file": str(file), "frame": "rotated"}})
+
+
 @pytest.mark.parametrize(
     ("samples", "taken"), [(0, False), (1, True), (6, True), (7, False), (1 << 53, False)]
 )

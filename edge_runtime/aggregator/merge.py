@@ -52,11 +52,12 @@ def merge(
     """
     folder.mkdir(parents=True, exist_ok=True)
     before, written = _Before(versions, fleet, method), []
+    joining: Tensors = {}
     to = Publication(fleet, method, round_, folder)
     # first the version that all classes share, and then each class's
     shared = _merge_scope("fleet", FLEET, updates, before)
     if method.framed:
-        shared.state[frames.MADE] = _frame(updates, before, shared.state.get(frames.MADE))
+        shared.state[frames.MADE], joining = _frame(updates, before, shared.state.get(frames.MADE))
     if shared.state or shared.answers or FLEET in versions:
         written.append(publish.write(FLEET, shared, {}, versions.get(FLEET), to))
     classes = {update.manifest.model_class for update in updates}
@@ -72,6 +73,8 @@ def merge(
         sent = [update for update in updates if update.manifest.model_class == model_class]
         merged = _merge_scope("class", model_class, sent, before)
         merged = merged._replace(answers=merged.answers or shared.answers)
+        if model_class in joining:
+            merged.state[frames.SENT] = joining[model_class]
         written.append(publish.write(model_class, merged, shared.state, versions.get(model_class), to))
     return written
 
@@ -80,8 +83,9 @@ def _merge_scope(scope: Scope, model_class: str, updates: list[Update], before: 
     """What devices of a class, or of FLEET, share in this scope after the round."""
     last, method = before.versions.get(model_class), before.method
     state, momenta = ({}, {}) if last is None else (load_file(last.master), _momenta(last, before.fleet))
+    # a class keeps the features that it joined with (_frame), whoever sends others
     for kind in method.merges:
-        if method.scope(kind) == scope:
+        if kind != "frame" and method.scope(kind) == scope:
             _merge_kind(kind, updates, before, state, momenta)
     answers = b""
     if method.answers is not None and method.answers.shared == scope:
@@ -98,25 +102,34 @@ def _momenta(version: Version, fleet: Fleet) -> Tensors:
     return load_file(version.momenta) if fleet.method.momentum and version.momenta.exists() else {}
 
 
-def _frame(updates: list[Update], before: _Before, frame: "Array | None") -> Array:
-    """The common frame of all classes: the frame before, unless a class is new."""
-    versions = before.versions
-    sent: dict[str, list[Update]] = {name: [] for name in versions if name != FLEET}
+def _frame(updates: list[Update], before: _Before, frame: "Array | None") -> tuple[Array, Tensors]:
+    """The common frame of all classes, and the features of each class that joins in this round.
+
+    frame: the frame before, which stays where no class joins.
+    """
+    sent: dict[str, list[Update]] = {name: [] for name in before.versions if name != FLEET}
     for update in updates:
         sent.setdefault(update.manifest.model_class, []).append(update)
     features: list[Array] = []
-    new = False
+    joining: Tensors = {}
     for model_class, of_class in sorted(sent.items()):
-        state: Tensors = {}
-        if model_class in versions:
-            with safe_open(versions[model_class].master, framework="np") as master:
-                if frames.SENT in set(master.keys()):
-                    state = {frames.SENT: master.get_tensor(frames.SENT)}
-        joined = bool(state)
-        _merge_kind("frame", of_class, before, state, {})
-        new = new or (bool(state) and not joined)
-        features += state.values()
-    return frames.common(features, frame) if new or frame is None else frame
+        X = _joined_with(before.versions.get(model_class))
+        if X is None:
+            central = before.method.merges["frame"](partial(_contributions, "frame", of_class, before, {}))
+            X = central.get(frames.SENT)
+            if X is not None:
+                joining[model_class] = X
+        if X is not None:
+            features.append(X)
+    return frames.common(features, frame) if joining or frame is None else frame, joining
+
+
+def _joined_with(version: "Version | None") -> "Array | None":
+    """The features in the class's version; None: the class has not joined the frame."""
+    if version is None:
+        return None
+    with safe_open(version.master, framework="np") as master:
+        return master.get_tensor(frames.SENT) if frames.SENT in set(master.keys()) else None
 
 
 def _answers(updates: list[Update]) -> Iterator[tuple[int, bytes]]:
@@ -127,8 +140,6 @@ def _answers(updates: list[Update]) -> Iterator[tuple[int, bytes]]:
 
 def _merge_kind(kind: str, updates: list[Update], before: _Before, state: Tensors, momenta: Tensors) -> None:
     """Take the step of one kind of tensors, in place."""
-    if kind == "frame" and frames.SENT in state:
-        return  # a class keeps the features that its frame was made of, whoever sends others
     old = dict(state)  # with the version 0 of keys that the state has not yet
     steps = before.method.merges[kind](partial(_contributions, kind, updates, before, old))
     # a version has no mean of peers but the round's own

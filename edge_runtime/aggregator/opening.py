@@ -33,7 +33,7 @@ def check_broker(fleet: Fleet, broker: Address) -> None:
         return
     raise InputError(
         f"fleet `{fleet.name}` is closed, and {broker} is without client certificates, so anyone who reaches it could join: "
-        "set up TLS with `edge-runtime node init`, or let anyone join with `open = true` below [fleet]"
+        "set up TLS as broker/README.md says, or let anyone join with `open = true` below [fleet]"
     )
 
 

@@ -48,7 +48,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# the tables are part of this room's door
+# importers take the tables from here
 __all__ = ["FINE_STEP", "MOST_TOKENS", "PACKED", "Adapter", "Backend", "Boundaries", "Codec", "Codistill"]
 __all__ += ["Head", "MethodChoice", "Model", "Public", "Role", "Training", "Weights"]
 __all__ += ["Fleet", "load", "parse", "read_toml", "refuse_unknown"]
@@ -59,7 +59,7 @@ class Fleet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: TopicName
     catalog: tuple[Model, ...]
-    open: bool = False  # any device may join, over any broker; False: only devices of the roster, over TLS
+    open: bool = False  # over any broker; False: only over TLS with client certificates
     rounds: Positive = 3
     quorum: Positive = 1  # updates that a round needs before it may close
     deadline_s: Annotated[float, SECONDS] = 600.0  # a round's wait for devices that are online

@@ -1,4 +1,4 @@
-"""The tables of fleet.toml, each a struct; the file's own docstring has the list."""
+"""The tables of fleet.toml, each a struct; the package's docstring lists them."""
 
 from typing import Annotated, Any, Literal, get_args
 

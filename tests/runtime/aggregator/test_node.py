@@ -104,7 +104,7 @@ def test_a_closed_fleet_is_served_only_where_devices_show_certificates(open_, br
     if served:
         check_broker(fleet, address.parse(broker))
         return
-    with pytest.raises(InputError, match=r"`edge-runtime node init`, or .*`open = true`"):
+    with pytest.raises(InputError, match=r"set up TLS as broker/README.md says, or .*`open = true`"):
         check_broker(fleet, address.parse(broker))
 
 

@@ -435,7 +435,7 @@ def test_completions_that_cannot_be_read_are_refused(body):
 def test_a_length_of_completions_that_cannot_be_is_refused_before_anything_is_expanded(length):
     made = assemble(Header({}, completions_bytes=length), [b""] * SECTIONS)
     for read in (codec.decode, codec.answers):
-        with pytest.raises(InputError, match=rf"completions_bytes|declares {length} bytes of completions"):
+        with pytest.raises(InputError, match=f"declares {length} bytes of completions"):
             read(made)
 
 

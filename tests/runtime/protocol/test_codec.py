@@ -305,6 +305,7 @@ FIVE = {A: (5,)}
                 (b"strays", b"9" * 4300),
                 (b"completions_bytes", b"9" * 4300),
                 (b"rank", b"9" * 4300),
+                (b"completions_bytes", b"-1"),
                 (b"rank", b"-1"),
                 (b"rank", b"2.5"),
             )

@@ -8,9 +8,10 @@ trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 
 python rows.py "$work"
 
-port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-broker=mqtt://127.0.0.1:$port
-edge-runtime broker --port "$port" --state "$work/broker" &
+# the broker takes a free port, and prints its address once it listens
+coproc BROKER { exec edge-runtime broker --port 0 --state "$work/broker" --json; }
+read -r -t 60 listening <&"${BROKER[0]}"
+broker=$(python -c 'import json, sys; print(json.loads(sys.argv[1])["url"])' "$listening")
 
 edge-runtime aggregator --broker "$broker" --fleet fleet.toml --state "$work/node" --until-finished &
 node=$!
